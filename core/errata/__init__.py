@@ -1,0 +1,58 @@
+"""errata: locate, edit, compose, revert and measure knowledge in transformer language models.
+
+Importing this package loads neither torch nor transformers; the names below do when first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from errata.config import MethodConfig
+from errata.errors import EditRefused, ErrataError
+from errata.hooks import hookimpl
+from errata.request import Probe, Request
+
+if TYPE_CHECKING:
+    from errata.edit import Edit
+    from errata.editor import Editor
+    from errata.evaluate import Measurement
+    from errata.locate import Location
+    from errata.model import Model
+    from errata.registry import Registry
+
+# PEP 562: the names whose modules import torch are looked up when first used.
+_LAZY = {
+    "Edit": "errata.edit",
+    "Editor": "errata.editor",
+    "Location": "errata.locate",
+    "Measurement": "errata.evaluate",
+    "Model": "errata.model",
+    "Registry": "errata.registry",
+}
+
+__version__ = "0.1.0"
+__all__ = [
+    "Edit",
+    "EditRefused",
+    "Editor",
+    "ErrataError",
+    "Location",
+    "Measurement",
+    "MethodConfig",
+    "Model",
+    "Probe",
+    "Registry",
+    "Request",
+    "hookimpl",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

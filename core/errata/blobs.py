@@ -1,0 +1,203 @@
+"""Tensors on disk: safetensors with JSON metadata, written atomically, read with suspicion."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import struct
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from errata.errors import IntegrityError, StorageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FIELD = "errata"  # the one key of the safetensors header's __metadata__ that errata writes
+MAX_HEADER = 32 * 2**20  # bytes; an honest header of 10,000 tensors has about 1 MB
+
+
+# -- JSON ------------------------------------------------------------------------------------------
+
+
+def canonical(value: Any) -> str:
+    """Return JSON text, the same for equal values; raise `IntegrityError` for NaN and non-JSON."""
+    try:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise IntegrityError(f"Not storable as JSON: {error}") from None
+
+
+def parse_json(text: str | bytes, source: str = "data") -> Any:
+    """Parse JSON from outside: finite numbers only; raise `IntegrityError` for anything else."""
+    try:
+        return json.loads(text, parse_constant=_refuse_number, parse_float=_finite)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise IntegrityError(f"{source} is not sound JSON: {error}") from None
+
+
+def _refuse_number(text: str) -> NoReturn:
+    raise ValueError(f"the number {text} is not finite")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if number in (float("inf"), float("-inf")):
+        _refuse_number(text)
+    return number
+
+
+# -- bytes -----------------------------------------------------------------------------------------
+
+
+def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:
+    """Return one safetensors file as bytes; equal content gives equal bytes.
+
+    Raises `IntegrityError` for metadata that is no JSON or does not fit into a header.
+    """
+    from safetensors.torch import save
+
+    text = canonical(dict(metadata))
+    ordered: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        # safetensors refuses tensors that overlap in memory; a copy each is what is meant here.
+        ordered[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    try:
+        data: bytes = save(ordered, metadata={FIELD: text})
+    except Exception as error:  # its own type, and built-in ones for names and dtypes
+        raise IntegrityError(f"These tensors cannot be stored as safetensors: {error}") from None
+    (length,) = struct.unpack("<Q", data[:8])
+    if length > MAX_HEADER:
+        raise IntegrityError(
+            f"The names and metadata of {len(ordered)} tensors take {length} bytes; a file holds "
+            f"at most {MAX_HEADER}. Store them in several files."
+        )
+    return data
+
+
+def from_bytes(data: bytes, source: str = "data") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return (tensors, metadata); raise `IntegrityError` for anything that is no such file."""
+    from safetensors.torch import load
+
+    metadata = _check_header(data, source)
+    try:
+        tensors: dict[str, Tensor] = load(data)
+    except Exception as error:  # safetensors raises its own and several built-in types
+        raise IntegrityError(f"{source} is not a sound safetensors file: {error}") from None
+    return tensors, metadata
+
+
+def _check_header(data: bytes, source: str) -> dict[str, Any]:
+    """Validate length and metadata of the header before anything else looks at the bytes."""
+    if len(data) < 8:
+        raise IntegrityError(f"{source} is too short for a safetensors file ({len(data)} bytes).")
+    (length,) = struct.unpack("<Q", data[:8])
+    if length > MAX_HEADER or length > len(data) - 8:
+        raise IntegrityError(
+            f"{source} is not a sound safetensors file: its header claims {length} bytes."
+        )
+    try:
+        header = json.loads(data[8 : 8 + length])
+        text = header["__metadata__"][FIELD]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise IntegrityError(f"{source} was not written by errata (no readable header).") from None
+    metadata = parse_json(text, f"The metadata of {source}")
+    if not isinstance(metadata, dict):
+        raise IntegrityError(f"{source} was not written by errata (its metadata is no object).")
+    return metadata
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def write_bytes(path: Path, data: bytes, scratch: Path | None = None) -> None:
+    """Write a file whole or not at all: temporary name, fsync, rename, fsync of the folder.
+
+    The temporary file lies beside `path`, or in the folder `scratch` of the same file system.
+    Raises `StorageError` when the disk refuses; no partial file stays behind.
+    """
+    folder = path.parent if scratch is None else scratch
+    temporary = folder / f".{path.name[:64]}.{secrets.token_hex(6)}.tmp"
+    try:
+        with open(temporary, "xb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(f"Cannot write {path}: {reason}. Nothing was written.") from error
+    finally:
+        with suppress(OSError, ValueError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:
+    """Write a safetensors file atomically; return the SHA-256 of its bytes."""
+    data = to_bytes(tensors, metadata)
+    write_bytes(path, data)
+    return sha256(data)
+
+
+def read_bytes(path: Path, digest: str | None = None) -> bytes:
+    """Read a file, verifying its SHA-256 when given.
+
+    Raises `IntegrityError` when the content is another and `StorageError` when it cannot be read.
+    """
+    try:
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(f"Cannot read {path}: {reason}.") from error
+    if digest is not None and sha256(data) != digest:
+        raise IntegrityError(
+            f"{path} does not have the content it was written with (its SHA-256 differs): "
+            "the file is damaged or was replaced."
+        )
+    return data
+
+
+def read_tensors(
+    path: Path, sha256: str | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a file written by `write_tensors`, verifying its SHA-256 when given.
+
+    Raises `IntegrityError` for damage of any sort and `StorageError` when it cannot be read.
+    """
+    return from_bytes(read_bytes(path, sha256), str(path))
+
+
+def sha256(data: bytes) -> str:
+    """Return the SHA-256 of bytes as hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder durably unless it exists; raise `StorageError` when the disk refuses."""
+    try:
+        if not path.is_dir():
+            path.mkdir(parents=True, exist_ok=True)
+            sync_folder(path.parent)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(f"Cannot create the folder {path}: {reason}.") from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename durable. Windows cannot open folders; there the rename itself must do."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,121 @@
+"""Low-rank deltas: W ← W + U Vᵀ per parameter. ROME writes rank one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from errata.delta.base import Delta, require
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from typing_extensions import Self
+
+    from errata.model import Model
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """The change of one parameter, U Vᵀ in the orientation (d_out, d_in).
+
+    Attributes:
+        u: (d_out, r).
+        v: (d_in, r).
+        transposed: the parameter is stored as (d_in, d_out), as GPT-2's Conv1D does.
+    """
+
+    u: Tensor
+    v: Tensor
+    transposed: bool = False
+
+    @property
+    def rank(self) -> int:
+        """Number of columns r."""
+        return self.u.shape[1]
+
+    def norm(self) -> float:
+        """Frobenius norm of U Vᵀ, from the r × r Gram matrices."""
+        u, v = self.u.double(), self.v.double()
+        return float(((u.T @ u) * (v.T @ v)).sum().clamp_min(0).sqrt())
+
+
+class LowRankDelta(Delta):
+    """Factors per parameter name. Folds as base + U Vᵀ over all active edits at once."""
+
+    kind: ClassVar[str] = "low_rank"
+
+    def __init__(self, factors: Mapping[str, Factor]) -> None:
+        require(bool(factors), "A low_rank delta needs at least one parameter.")
+        for name, factor in factors.items():
+            u, v = factor.u, factor.v
+            require(
+                u.ndim == 2 and v.ndim == 2 and u.shape[1] == v.shape[1] and u.shape[1] > 0,
+                f"Factors of {name!r} have shapes {tuple(u.shape)} and {tuple(v.shape)}; "
+                "they must be (d_out, r) and (d_in, r).",
+            )
+            require(
+                u.is_floating_point() and v.is_floating_point(),
+                f"Factors of {name!r} must be floating point.",
+            )
+        self.factors = dict(factors)
+
+    def tensors(self) -> dict[str, Tensor]:
+        out: dict[str, Tensor] = {}
+        for name, factor in self.factors.items():
+            out[f"{name}:u"] = factor.u.contiguous()
+            out[f"{name}:v"] = factor.v.contiguous()
+        return out
+
+    def metadata(self) -> dict[str, Any]:
+        return {"transposed": {name: factor.transposed for name, factor in self.factors.items()}}
+
+    @classmethod
+    def from_parts(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Self:
+        transposed = metadata.get("transposed")
+        require(isinstance(transposed, dict), "A low_rank delta lacks its list of parameters.")
+        assert isinstance(transposed, dict)
+        wanted = {f"{name}:{part}" for name in transposed for part in "uv"}
+        require(
+            wanted == set(tensors),
+            f"A low_rank delta must hold the tensors {sorted(wanted)}, not {sorted(tensors)}.",
+        )
+        return cls(
+            {
+                name: Factor(tensors[f"{name}:u"], tensors[f"{name}:v"], bool(flag))
+                for name, flag in transposed.items()
+            }
+        )
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return tuple(self.factors)
+
+    def check(self, model: Model) -> None:
+        super().check(model)
+        for name, factor in self.factors.items():
+            given = (factor.u.shape[0], factor.v.shape[0])
+            shape = tuple(model.parameter(name).shape)
+            expected = shape[::-1] if factor.transposed else shape
+            require(
+                given == expected,
+                f"A low_rank delta for {name!r} has shape {given}; this model's is {expected}.",
+            )
+
+    def norms(self, model: Model) -> dict[str, float]:
+        return {
+            name: factor.norm() / max(float(model.pristine[name].float().norm()), 1e-30)
+            for name, factor in self.factors.items()
+        }
+
+    @classmethod
+    def fold(cls, name: str, accumulator: Tensor, deltas: Sequence[Self]) -> None:
+        factors = [delta.factors[name] for delta in deltas]
+        where = {"device": accumulator.device, "dtype": accumulator.dtype}
+        u = torch.cat([factor.u.to(**where) for factor in factors], dim=1)
+        v = torch.cat([factor.v.to(**where) for factor in factors], dim=1)
+        if factors[0].transposed:
+            u, v = v, u
+        accumulator.addmm_(u, v.T)

@@ -1,0 +1,108 @@
+"""Every error errata raises on purpose: one root, user errors that are also built-in types.
+
+A message says what was given, what is allowed and what to do next. Catch `ErrataError` for all.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+class ErrataError(Exception):
+    """Root of all errors that errata raises on purpose."""
+
+
+class RequestError(ErrataError, ValueError):
+    """A request that cannot be carried out as written (no subject, empty target, duplicate)."""
+
+
+class ConfigError(ErrataError, ValueError):
+    """A configuration value, file or key that is not allowed."""
+
+
+class CapabilityError(ErrataError, ValueError):
+    """A method was asked for something it does not declare."""
+
+
+class UnknownNameError(ErrataError, LookupError):
+    """A name that is not in the list it was looked up in; carries the closest known one."""
+
+    def __init__(self, what: str, name: str, known: Iterable[str], hint: str = "") -> None:
+        self.what = what
+        self.name = name
+        self.known = sorted(known)
+        close = difflib.get_close_matches(name, self.known, n=1, cutoff=0.5)
+        suggestion = f" Did you mean {close[0]!r}?" if close else ""
+        listing = ", ".join(self.known) if self.known else "none"
+        tail = f" {hint}" if hint else ""
+        super().__init__(f"Unknown {what} {name!r}.{suggestion} Known: {listing}.{tail}")
+
+
+class AnatomyError(ErrataError, LookupError):
+    """A model whose parts could not be found; the message says which YAML lines to add."""
+
+
+class PluginError(ErrataError, RuntimeError):
+    """A plugin that breaks the hook contract, or two that claim one name."""
+
+
+class ImpureMethodError(PluginError):
+    """A method changed the model while computing an edit; `changed` names what it touched."""
+
+    def __init__(self, method: str, changed: Iterable[str]) -> None:
+        self.method = method
+        self.changed = list(changed)
+        shown = ", ".join(self.changed[:5]) + (" …" if len(self.changed) > 5 else "")
+        super().__init__(
+            f"Method {method!r} changed the model while computing an edit: {shown}. "
+            "An `edit` hook must return a delta and leave the model alone; "
+            "the model has been restored and nothing was recorded."
+        )
+
+
+class FingerprintError(ErrataError, ValueError):
+    """An edit or artifact that was made for another model."""
+
+
+class IntegrityError(ErrataError, ValueError):
+    """A file or database whose content is damaged or does not match its hash, shape or schema."""
+
+
+class LedgerError(ErrataError, RuntimeError):
+    """The ledger cannot do what was asked."""
+
+
+class LedgerBusyError(LedgerError):
+    """Another process holds the ledger's write lock for longer than the time-out."""
+
+
+class LedgerChangedError(LedgerError):
+    """Another process wrote to the ledger since this editor last read it."""
+
+
+class StorageError(ErrataError, OSError):
+    """The disk refused: full, read-only or gone. Nothing was recorded."""
+
+
+class MissingExtraError(ErrataError, ImportError):
+    """An optional dependency is missing; the message names the install command."""
+
+    def __init__(self, what: str, package: str, extra: str) -> None:
+        super().__init__(
+            f"{what} needs the package {package!r}, which is not installed. "
+            f"Install it with: pip install 'errata[{extra}]'"
+        )
+
+
+class EditRefused(ErrataError, RuntimeError):
+    """A guard refused an edit; `measured` holds what it saw. The model is as it was."""
+
+    def __init__(self, reason: str, measured: Mapping[str, Any]) -> None:
+        self.reason = reason
+        self.measured = dict(measured)
+        super().__init__(
+            f"Edit refused: {reason}. Nothing was applied; the refusal is in the ledger. "
+            "Loosen the guard with guards={...: 'warn'} if you accept it."
+        )

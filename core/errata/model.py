@@ -1,0 +1,133 @@
+"""The model that methods and metrics see: module, tokenizer, anatomy, base and stack in one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from errata.artifacts import Artifacts
+from errata.errors import AnatomyError
+from errata.pristine import Pristine
+from errata.progress import Progress
+from errata.stack import Stack
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from errata.anatomy import Anatomy
+    from errata.delta import Delta
+
+# Entries of a configuration that differ between loads of one and the same model.
+_VOLATILE = frozenset(
+    {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures",
+     "_attn_implementation_autoset", "attn_implementation", "use_cache"}
+)  # fmt: skip
+
+
+class Model:
+    """A live transformer with everything an editing method needs to know about it.
+
+    Attributes:
+        module: the Hugging Face module, in eval mode. Plugins read it, hook it (and take the
+            hooks off again), and never write to it.
+        tokenizer: its tokenizer, a fast one.
+        anatomy: where the parts are (`errata.anatomy.Anatomy`).
+        parameters: name → Parameter, resolved before anything was attached; tied weights once.
+        pristine: the base tensors.
+        stack: the edits that are active.
+        artifacts: cache directory for statistics and the like, keyed by fingerprint.
+        progress: where long work reports to; `model.progress.track(iterable, "text")`.
+        corpus: plain text paragraphs for statistics (None: the text that ships with errata).
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        anatomy: Anatomy,
+        *,
+        name: str = "model",
+        checkpoint: Path | None = None,
+        keep: str = "auto",
+        artifacts: Artifacts | None = None,
+        progress: Progress | None = None,
+        corpus: Sequence[str] | None = None,
+    ) -> None:
+        module.eval()
+        self.module = module
+        self.tokenizer = tokenizer
+        self.anatomy = anatomy
+        self.name = name
+        self.parameters: dict[str, nn.Parameter] = dict(module.named_parameters())
+        self.buffers: dict[str, Tensor] = dict(module.named_buffers())
+        self.pristine = Pristine({**self.parameters, **self.buffers}, checkpoint, keep)
+        self.artifacts = artifacts or Artifacts()
+        self.progress = progress or Progress()
+        self.corpus = corpus
+        self.stack = Stack(self)
+
+    def __repr__(self) -> str:
+        count = sum(p.numel() for p in self.parameters.values())
+        return f"Model({self.name!r}, {self.anatomy.model_type}, {count:,} parameters)"
+
+    @property
+    def config(self) -> Any:
+        """The Hugging Face configuration."""
+        return self.module.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: the device of the token embedding."""
+        return self.anatomy.embedding(self.module).weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights (of the first parameter)."""
+        return next(iter(self.parameters.values())).dtype
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """Return a parameter by name; raise `AnatomyError` when there is none."""
+        if name not in self.parameters:
+            raise AnatomyError(f"The model {self.name} has no parameter {name!r}.")
+        return self.parameters[name]
+
+    def active(self, kind: str) -> list[tuple[str, Delta]]:
+        """Return the active deltas of one kind as (edit id, delta), in ledger order."""
+        return self.stack.of_kind(kind)
+
+    @contextmanager
+    def base_state(self) -> Iterator[None]:
+        """Take every edit off for the block, and put the same ones back after it."""
+        with self.stack.temporarily([]):
+            yield
+
+    # -- identity --------------------------------------------------------------------------------
+
+    @cached_property
+    def config_digest(self) -> str:
+        """SHA-256 of the configuration without the entries that vary between loads."""
+        config = json.loads(self.config.to_json_string(use_diff=False))
+        kept = {key: value for key, value in config.items() if key not in _VOLATILE}
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the configuration and every base tensor: artifacts are keyed by it."""
+        whole = f"{self.config_digest}:{self.pristine.digest_all()}"
+        return hashlib.sha256(whole.encode()).hexdigest()
+
+    def fingerprint_of(self, names: Sequence[str]) -> dict[str, str]:
+        """Return the fingerprint that an edit of these parameters carries.
+
+        Keys: "config" and each parameter's name; values: SHA-256 of the base's bytes.
+        """
+        return {"config": self.config_digest, **{n: self.pristine.digest(n) for n in names}}
