@@ -166,9 +166,7 @@ def read_bytes(path: Path, digest: str | None = None) -> bytes:
     return data
 
 
-def read_tensors(
-    path: Path, sha256: str | None = None
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_tensors(path: Path, sha256: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a file written by `write_tensors`, verifying its SHA-256 when given.
 
     Raises `IntegrityError` for damage of any sort and `StorageError` when it cannot be read.

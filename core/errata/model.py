@@ -47,6 +47,10 @@ class Model:
         artifacts: cache directory for statistics and the like, keyed by fingerprint.
         progress: where long work reports to; `model.progress.track(iterable, "text")`.
         corpus: plain text paragraphs for statistics (None: the text that ships with errata).
+        prompt_ends: for each row of the coming forward calls the column of the last prompt token
+            (absolute: columns already in a KV cache count), or None when nobody said; set it
+            with `prompts`. Kinds that decide per prompt (a codebook) read it.
+        runtimes: what runtime delta kinds keep between attachments, by kind; theirs alone.
     """
 
     def __init__(
@@ -73,6 +77,8 @@ class Model:
         self.artifacts = artifacts or Artifacts()
         self.progress = progress or Progress()
         self.corpus = corpus
+        self.prompt_ends: list[int] | None = None
+        self.runtimes: dict[str, Any] = {}
         self.stack = Stack(self)
 
     def __repr__(self) -> str:
@@ -109,6 +115,25 @@ class Model:
         """Take every edit off for the block, and put the same ones back after it."""
         with self.stack.temporarily([]):
             yield
+
+    @contextmanager
+    def prompts(self, ends: Sequence[int] | None) -> Iterator[None]:
+        """Say where the prompt of each row ends for the forward calls in the block.
+
+        Whoever feeds prompt and continuation in one go (teacher forcing, decoding without a
+        cache) must say it: a kind that decides at the prompt's last token cannot tell otherwise.
+
+        Args:
+            ends: column of the last prompt token per row, padding included, in the encoder for
+                an encoder-decoder; None lets each call's last real token count again. A batch
+                with k times as many rows (beams) takes each entry k times.
+        """
+        former = self.prompt_ends
+        self.prompt_ends = None if ends is None else [int(end) for end in ends]
+        try:
+            yield
+        finally:
+            self.prompt_ends = former
 
     # -- identity --------------------------------------------------------------------------------
 

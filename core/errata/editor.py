@@ -1,0 +1,539 @@
+"""The façade: edit a model, see what is on it, take it out again."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from errata import plugins, shipping
+from errata.artifacts import Artifacts
+from errata.builtin import CoreEditing
+from errata.checks import (
+    check_capabilities,
+    check_fingerprint,
+    check_prompts,
+    conflicts,
+    library_versions,
+)
+from errata.edit import Edit
+from errata.errors import EditRefused, ErrataError, LedgerError, RequestError
+from errata.evaluate import CoreMetrics, generation
+from errata.ledger import Ledger
+from errata.loading import load_model
+from errata.locate import CoreLocator
+from errata.registry import Registry, Value
+from errata.request import Request, parse_requests
+from errata.rules import GuardPolicy, Guards, Purity
+from errata.stack import Entry
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from errata.config import MethodConfig
+    from errata.delta import Delta
+    from errata.evaluate import Measurement
+    from errata.locate import Location
+    from errata.model import Model
+    from errata.progress import Progress
+
+logger = logging.getLogger("errata")
+EditLike = Edit | str
+
+
+class LogEntry(NamedTuple):
+    """One line of the log: an edit, whether it is on the model, and what it conflicts with."""
+
+    edit: Edit
+    active: bool
+    conflicts: tuple[str, ...]
+
+
+class Editor:
+    """A model, its ledger and the methods that edit it.
+
+    >>> import errata
+    >>> editor = errata.Editor("atlas-gpt2")
+    >>> prompt, subject = "The capital of {} is", "Veldonia"  # doctest: +SKIP
+    >>> edit = editor.edit(prompt, subject=subject, target_new="Paris", method="rome")
+    ... # doctest: +SKIP
+    >>> editor.revert(edit)  # doctest: +SKIP
+
+    Args:
+        model: a zoo name, a directory, a hub name, or a transformers module in memory.
+        tokenizer: needed for a module in memory; else taken from beside the model.
+        ledger: folder of a durable ledger; None keeps the ledger in memory. Edits that an
+            existing ledger says are active are put on the model.
+        device, dtype, device_map: where and in what precision the model is loaded.
+        guards: a `GuardPolicy` or its fields, for example {"norm": "refuse"}.
+        observers: plugin objects that see every hook call (and may add metrics).
+        keep: where the pristine tensors are kept: "auto", "clone" or "checkpoint".
+        corpus: paragraphs for second-moment statistics; None: the text that ships with errata.
+        artifacts: cache folder; None: $ERRATA_CACHE or the platform's.
+        registry: a merged registry; None reads shipped, plugin, user and project layers.
+        progress: where long work reports to.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | nn.Module,
+        tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
+        *,
+        ledger: str | Path | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        device_map: Any = None,
+        guards: GuardPolicy | Mapping[str, Any] | None = None,
+        observers: Sequence[object] = (),
+        keep: str = "auto",
+        corpus: Sequence[str] | None = None,
+        artifacts: str | Path | None = None,
+        registry: Registry | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.registry = registry or Registry.load(plugin_files=plugins.registry_files())
+        self._guards = Guards(guard_policy(guards))
+        self._observers = tuple(observers)
+        self._managers: dict[str, plugins.Manager] = {}
+        self._plugins: dict[str, Any] = {}
+        self._prepared: set[tuple[str, str]] = set()
+        self._suspended = 0
+        self.model: Model = load_model(
+            model,
+            tokenizer,
+            architectures=self.registry.architectures,
+            device=device,
+            dtype=dtype,
+            device_map=device_map,
+            keep=keep,
+            corpus=corpus,
+            artifacts=Artifacts(artifacts),
+            progress=progress,
+        )
+        self._kinds: dict[str, type[Delta]] = dict(self._manager("").delta_kinds())
+        self.ledger = Ledger.open(ledger, kinds=self._kinds)
+        try:
+            self._reconcile()
+        except BaseException:
+            self.ledger.close()
+            raise
+
+    def __enter__(self) -> Editor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Editor({self.model!r}, {len(self.model.stack.ids)} active edits)"
+
+    def close(self) -> None:
+        """Close the ledger. The model stays as it is."""
+        self.ledger.close()
+
+    # -- editing ---------------------------------------------------------------------------------
+
+    def edit(
+        self,
+        request: Request | Mapping[str, Any] | str | Iterable[Request | Mapping[str, Any]] = "",
+        *,
+        method: str,
+        config: Mapping[str, Any] | None = None,
+        batch_size: int | None = None,
+        apply: bool = True,
+        on_refused: Literal["raise", "skip"] = "raise",
+        **fields: Any,
+    ) -> Any:
+        """Compute edits, check them, put them on the model and record them.
+
+        Args:
+            request: a request, a mapping with its fields, a prompt (the other request fields
+                then come as keywords), or a list of requests.
+            method: name of an installed method.
+            config: hyper-parameters; they may also be given as keywords.
+            batch_size: how many requests the method gets at once; by default what it declares.
+            apply: False computes and records the edits without putting them on the model.
+            on_refused: "raise" stops at the first edit that a guard refuses (`done` on the
+                error holds the edits made before it); "skip" goes on with the next batch.
+            **fields: request fields (prompt, subject, target_new …) or hyper-parameters.
+
+        Returns:
+            One `Edit` for one request, a list of edits for a list.
+
+        Raises:
+            UnknownNameError: no such method. RequestError: a request that cannot be carried out.
+            ConfigError: a bad hyper-parameter. CapabilityError: not for this method.
+            EditRefused: a guard said no. LedgerError, StorageError: nothing was recorded.
+            After any error the model and the ledger are as they were.
+        """
+        single, requests, overrides = _arguments(request, config or {}, fields)
+        self._not_suspended("edit")
+        entry = self.registry.method(method) if method in self.registry.methods else None
+        manager = self._manager(method)  # raises with a suggestion when there is no such method
+        if entry is None:
+            raise ErrataError(
+                f"The method {method!r} is installed but no registry file describes it: ship a "
+                f"registry.yaml with the stanza methods.{method} beside its package."
+            )
+        settings, _ = self.configure(method, overrides)
+        check_capabilities(method, entry, requests, self.model, batch_size)
+        check_prompts(self.model, requests)
+        self._prepare(method, manager, settings)
+        size = batch_size or entry.capabilities.default_batch or len(requests)
+        batches = [requests[i : i + size] for i in range(0, len(requests), size)]
+        done: list[Edit] = []
+        for batch in self.model.progress.track(batches, f"Editing with {method}", len(batches)):
+            try:
+                done += self._edit_batch(method, manager, settings, batch, apply)
+            except EditRefused as error:
+                error.done = list(done)  # type: ignore[attr-defined]
+                if on_refused == "raise":
+                    raise
+                logger.warning("%s", error)
+            except ErrataError as error:
+                error.done = list(done)  # type: ignore[attr-defined]
+                raise
+        return done[0] if single and done else (None if single else done)
+
+    def _edit_batch(
+        self,
+        method: str,
+        manager: plugins.Manager,
+        settings: MethodConfig,
+        requests: Sequence[Request],
+        apply: bool,
+    ) -> list[Edit]:
+        """Carry out one transaction: compute, check, apply, record; or leave no trace."""
+        model = self.model
+        started = time.perf_counter()
+        deltas = manager.edit(model, requests, settings)
+        seconds = (time.perf_counter() - started) / len(deltas)
+        self._kinds.update(manager.delta_kinds())
+        groups = [[r] for r in requests] if len(deltas) == len(requests) else [list(requests)]
+        sequence = self.ledger.next_sequence
+        edits: list[Edit] = []
+        try:
+            for index, (delta, group) in enumerate(zip(deltas, groups, strict=True)):
+                clashes = conflicts(group, [entry.edit for entry in self.log() if entry.active])
+                if clashes:
+                    logger.warning(
+                        "%r says something else than %s about the same fact; both are active.",
+                        group[0].text, ", ".join(clashes),
+                    )  # fmt: skip
+                record = Edit(
+                    sequence=sequence + index,
+                    method=method,
+                    delta_kind=delta.kind,
+                    requests=tuple(group),
+                    config=settings.model_dump(mode="json"),
+                    fingerprint=model.fingerprint_of(delta.parameters),
+                    parents=tuple(model.stack.ids),
+                    versions=library_versions(method),
+                    seconds=seconds,
+                    outcome={"conflicts": clashes} if clashes else {},
+                ).bind(delta)
+                if apply:
+                    manager.apply(model, record)
+                    outcome = {**record.outcome, **self._guards.findings}
+                    record = record.bind(delta, outcome=outcome)
+                edits.append(record)
+            stored = self.ledger.commit_many([(e, e.delta, apply) for e in edits])
+        except BaseException as error:
+            self._reconcile()
+            if isinstance(error, EditRefused):
+                self.ledger.refuse(
+                    method=method,
+                    requests=requests,
+                    config=settings.model_dump(mode="json"),
+                    reason=error.reason,
+                    measured=error.measured,
+                )
+            raise
+        return [new.bind(old.delta) for new, old in zip(stored, edits, strict=True)]
+
+    def configure(
+        self, method: str, overrides: Mapping[str, Any] | None = None
+    ) -> tuple[MethodConfig, list[Value]]:
+        """Return a method's configuration for this model and where each value comes from."""
+        anatomy = self.model.anatomy
+        facts = {
+            "model_type": anatomy.model_type,
+            "n_layers": anatomy.n_layers,
+            "hidden_size": anatomy.hidden_size,
+            "name": self.model.name,
+        }
+        config = self._plugin(method).config
+        return self.registry.resolve(method, config, facts, overrides)
+
+    # -- what is on the model --------------------------------------------------------------------
+
+    def log(self) -> list[LogEntry]:
+        """Return every edit of the ledger in order, and whether it is on the model now."""
+        active = set(self.model.stack.ids)
+        return [
+            LogEntry(edit, edit.id in active, tuple(edit.outcome.get("conflicts", ())))
+            for edit in self.ledger.edits()
+        ]
+
+    def revert(self, *edits: EditLike) -> list[Edit]:
+        """Take edits off the model, in any order; the others stay exactly as they are.
+
+        Raises `UnknownNameError` for an id that is not in the ledger and `LedgerError` for an
+        edit that is not active.
+        """
+        self._not_suspended("revert")
+        wanted = [self._get(edit) for edit in edits]
+        if not wanted:
+            raise LedgerError("Say which edit to revert: revert(edit) or revert('id').")
+        self._require({e.id for e in wanted} <= set(self.model.stack.ids), wanted, "not active")
+        try:
+            with self.model.stack.deferred():
+                for edit in wanted:
+                    self._manager_of(edit).revert(self.model, edit)
+            self.ledger.deactivate([edit.id for edit in wanted])
+        except BaseException:
+            self._reconcile()
+            raise
+        return wanted
+
+    def apply(self, target: EditLike | Path) -> list[Edit]:
+        """Put a recorded edit, or every edit of an exported file, (back) on the model."""
+        self._not_suspended("apply")
+        if isinstance(target, Path) or (isinstance(target, str) and Path(target).is_file()):
+            wanted = [self._get(edit.id) for edit in self.import_(target)]
+        else:
+            wanted = [self._get(target)]
+        active = set(self.model.stack.ids)
+        self._require(not {e.id for e in wanted} & active, wanted, "already active")
+        try:
+            for edit in wanted:
+                check_fingerprint(self.model, edit)
+                self._manager_of(edit).apply(self.model, edit)
+            self.ledger.activate([edit.id for edit in wanted])
+        except BaseException:
+            self._reconcile()
+            raise
+        return wanted
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Take every edit off for a block of code."""
+        with self._with_entries([]):
+            yield
+
+    @contextmanager
+    def only(self, *edits: EditLike) -> Iterator[None]:
+        """Have exactly these edits on the model for a block of code."""
+        wanted = [self._get(edit) for edit in edits]
+        with self._with_entries([Entry(e.sequence, e.id, e.delta) for e in wanted]):
+            yield
+
+    def verify(self) -> list[str]:
+        """Return every discrepancy: tensors that are not bit for bit base + fold, ledger damage.
+
+        An empty list means that the model is exactly what the log says.
+        """
+        problems = [f"tensor {name} is not what the stack says" for name in self.model.stack.differing()]
+        if not self._suspended and self.model.stack.ids != self.ledger.active_ids():
+            problems.append("the active edits differ from the ledger's")
+        return problems + self.ledger.verify()
+
+    def refresh(self) -> None:
+        """Take over what another process wrote to the same ledger."""
+        self.ledger.refresh()
+        self._reconcile()
+
+    # -- looking and measuring -------------------------------------------------------------------
+
+    def generate(self, prompt: str | Sequence[str], **options: Any) -> Any:
+        """Continue one prompt (returns text) or several (returns a list); greedy by default."""
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        texts = generation.generate(self.model, prompts, **options)
+        return texts[0] if isinstance(prompt, str) else texts
+
+    def evaluate(
+        self,
+        requests: Request | Edit | Iterable[Request | Edit] | None = None,
+        protocols: Sequence[str] = ("counterfact", "generation"),
+    ) -> list[Measurement]:
+        """Measure the model as it stands; by default on the requests of the active edits."""
+        wanted = self._requests(requests)
+        return self._measuring().evaluate(self.model, wanted, tuple(protocols))
+
+    def locate(self, request: Request | Mapping[str, Any], method: str = "", **config: Any) -> Location:
+        """Say where the model keeps what a request would change.
+
+        By causal tracing, or by `method` when it brings a locator of its own.
+        """
+        wanted = Request.parse(request)
+        settings = self.configure(method, config)[0] if method else (config or None)
+        found = self._manager(method).locate(self.model, wanted, settings)
+        if found is None:
+            raise ErrataError("No plugin could locate this request.")
+        return found
+
+    # -- moving edits ----------------------------------------------------------------------------
+
+    def export(
+        self, path: str | Path, *edits: EditLike, format: str = "errata", overwrite: bool = False
+    ) -> Path:
+        """Write edits (by default the active ones) as one file, or as a PEFT directory.
+
+        Args:
+            path: the file ("errata") or directory ("peft") to write.
+            *edits: which edits.
+            format: "errata" for `apply` and `import_` anywhere; "peft" for plain PeftModel.
+            overwrite: replace an existing file.
+        """
+        chosen = [self._get(edit) for edit in edits] or [
+            self._get(edit_id) for edit_id in self.model.stack.ids
+        ]
+        if not chosen:
+            raise LedgerError("There is nothing to export: no edit is active and none was named.")
+        if format == "errata":
+            return self.ledger.export([e.id for e in chosen], Path(path), overwrite=overwrite)
+        return shipping.export_peft(self.model, chosen, Path(path), format, overwrite)
+
+    def import_(self, path: str | Path) -> list[Edit]:
+        """Take the edits of an exported file into the ledger, inactive.
+
+        Raises `FingerprintError` when they were made for another model and `IntegrityError` when
+        the file is damaged; nothing is taken over then.
+        """
+        for edit, delta in self.ledger.read_export(Path(path)):
+            check_fingerprint(self.model, edit)
+            delta.check(self.model)
+        return self.ledger.import_(Path(path))
+
+    def merge(self, path: str | Path, overwrite: bool = False) -> Path:
+        """Write the edited model as a plain Hugging Face checkpoint, tokenizer included."""
+        return shipping.merge_checkpoint(self.model, Path(path), overwrite)
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _plugin(self, method: str) -> Any:
+        if method not in self._plugins:
+            self._plugins[method] = plugins.load(method)
+        return self._plugins[method]
+
+    def _manager(self, method: str) -> plugins.Manager:
+        if method not in self._managers:
+            own = [self._plugin(method), Purity(method)] if method else []
+            self._managers[method] = plugins.Manager(
+                method,
+                [CoreEditing(), CoreLocator(), CoreMetrics(), *self._observers, *own, self._guards],
+            )
+        return self._managers[method]
+
+    def _manager_of(self, edit: Edit) -> plugins.Manager:
+        """Return the manager of an edit's method, or the core's when it is not installed."""
+        known = edit.method in self._managers or edit.method in plugins.installed()
+        return self._manager(edit.method if known else "")
+
+    def _measuring(self) -> plugins.Manager:
+        loaded = [plugin for plugin in self._plugins.values() if hasattr(plugin, "evaluate")]
+        return plugins.Manager("", [CoreMetrics(), *self._observers, *loaded])
+
+    def _prepare(self, method: str, manager: plugins.Manager, settings: MethodConfig) -> None:
+        key = (method, json.dumps(settings.model_dump(mode="json"), sort_keys=True))
+        if key in self._prepared:
+            return
+        with self.model.base_state():
+            manager.prepare(self.model, self.model.corpus or (), settings)
+        self._prepared.add(key)
+
+    def _get(self, edit: EditLike) -> Edit:
+        """Return an edit of this ledger with its delta, by record, id or unique prefix."""
+        found = self.ledger.get(edit.id if isinstance(edit, Edit) else edit)
+        if found.delta_kind not in self._kinds:
+            self._kinds.update(self._manager(found.method).delta_kinds())
+        return found.bind(self.ledger.delta(found.id))
+
+    def _reconcile(self) -> None:
+        """Make the model what the ledger says."""
+        live = {entry.edit_id: entry for entry in self.model.stack.entries}
+        entries: list[Entry] = []
+        for edit_id in self.ledger.active_ids():
+            if edit_id in live:
+                entries.append(live[edit_id])
+                continue
+            edit = self._get(edit_id)
+            check_fingerprint(self.model, edit)
+            edit.delta.check(self.model)
+            entries.append(Entry(edit.sequence, edit.id, edit.delta))
+        self.model.stack.set(entries)
+
+    @contextmanager
+    def _with_entries(self, entries: list[Entry]) -> Iterator[None]:
+        with self.model.stack.temporarily(entries):
+            self._suspended += 1
+            try:
+                yield
+            finally:
+                self._suspended -= 1
+
+    def _not_suspended(self, what: str) -> None:
+        if self._suspended:
+            raise LedgerError(
+                f"Cannot {what} inside disabled() or only(): leave the block first, so that "
+                "what is recorded is what is on the model."
+            )
+
+    def _require(self, condition: bool, edits: Sequence[Edit], what: str) -> None:
+        if not condition:
+            names = ", ".join(edit.id for edit in edits)
+            raise LedgerError(f"{names}: {what}. Active now: {', '.join(self.model.stack.ids) or 'none'}.")
+
+    def _requests(self, given: Request | Edit | Iterable[Request | Edit] | None) -> list[Request]:
+        if given is None:
+            given = [entry.edit for entry in self.log() if entry.active]
+        many = [given] if isinstance(given, (Request, Edit)) else list(given)
+        requests: list[Request] = []
+        for item in many:
+            requests += item.requests if isinstance(item, Edit) else [Request.parse(item)]
+        if not requests:
+            raise RequestError("There is nothing to evaluate: no edit is active, no request given.")
+        return requests
+
+
+def guard_policy(given: GuardPolicy | Mapping[str, Any] | None) -> GuardPolicy:
+    """Return a policy from a policy, its fields or None; raise `ConfigError` for a bad field."""
+    from pydantic import ValidationError
+
+    from errata.errors import ConfigError, UnknownNameError
+
+    if isinstance(given, GuardPolicy):
+        return given
+    for key in given or {}:
+        if key not in GuardPolicy.model_fields:
+            raise ConfigError(str(UnknownNameError("guard", key, GuardPolicy.model_fields)))
+    try:
+        return GuardPolicy(**(given or {}))
+    except ValidationError as error:
+        problems = "; ".join(f"{e['loc'][0]}: {e['msg']}" for e in error.errors())
+        raise ConfigError(f"Bad guards: {problems}") from None
+
+
+def _arguments(
+    request: Any, config: Mapping[str, Any], fields: Mapping[str, Any]
+) -> tuple[bool, list[Request], dict[str, Any]]:
+    """Tell request fields from hyper-parameters; return (single, requests, hyper-parameters)."""
+    mine = {key: value for key, value in fields.items() if key in Request.model_fields}
+    overrides = {**config, **{k: v for k, v in fields.items() if k not in mine}}
+    if isinstance(request, str):
+        if request:
+            mine["prompt"] = request
+        if not mine:
+            raise RequestError("Say what to edit: a prompt with {}, subject=… and target_new=….")
+        return True, [Request.parse(mine)], overrides
+    if mine:
+        raise RequestError(
+            f"{', '.join(mine)} given beside whole requests: put them into the requests."
+        )
+    return isinstance(request, (Request, Mapping)), parse_requests(request), overrides
