@@ -27,7 +27,7 @@ from errata.ledger import Ledger
 from errata.loading import load_model
 from errata.locate import CoreLocator
 from errata.registry import Registry, Value
-from errata.request import Request, parse_requests
+from errata.request import Request, parse_arguments
 from errata.rules import GuardPolicy, Guards, Purity
 from errata.stack import Entry
 
@@ -98,7 +98,7 @@ class Editor:
         progress: Progress | None = None,
     ) -> None:
         self.registry = registry or Registry.load(plugin_files=plugins.registry_files())
-        self._guards = Guards(guard_policy(guards))
+        self._guards = Guards(GuardPolicy.parse(guards))
         self._observers = tuple(observers)
         self._managers: dict[str, plugins.Manager] = {}
         self._plugins: dict[str, Any] = {}
@@ -172,7 +172,7 @@ class Editor:
             EditRefused: a guard said no. LedgerError, StorageError: nothing was recorded.
             After any error the model and the ledger are as they were.
         """
-        single, requests, overrides = _arguments(request, config or {}, fields)
+        single, requests, overrides = parse_arguments(request, config or {}, fields)
         self._not_suspended("edit")
         entry = self.registry.method(method) if method in self.registry.methods else None
         manager = self._manager(method)  # raises with a suggestion when there is no such method
@@ -192,6 +192,13 @@ class Editor:
             try:
                 done += self._edit_batch(method, manager, settings, batch, apply)
             except EditRefused as error:
+                self.ledger.refuse(
+                    method=method,
+                    requests=batch,
+                    config=settings.model_dump(mode="json"),
+                    reason=error.reason,
+                    measured=error.measured,
+                )
                 error.done = list(done)  # type: ignore[attr-defined]
                 if on_refused == "raise":
                     raise
@@ -217,8 +224,9 @@ class Editor:
         self._kinds.update(manager.delta_kinds())
         groups = [[r] for r in requests] if len(deltas) == len(requests) else [list(requests)]
         sequence = self.ledger.next_sequence
+        parents = tuple(model.stack.ids)
         edits: list[Edit] = []
-        try:
+        with self._all_or_nothing() as touched:
             for index, (delta, group) in enumerate(zip(deltas, groups, strict=True)):
                 clashes = conflicts(group, [entry.edit for entry in self.log() if entry.active])
                 if clashes:
@@ -233,28 +241,18 @@ class Editor:
                     requests=tuple(group),
                     config=settings.model_dump(mode="json"),
                     fingerprint=model.fingerprint_of(delta.parameters),
-                    parents=tuple(model.stack.ids),
+                    parents=parents,
                     versions=library_versions(method),
                     seconds=seconds,
                     outcome={"conflicts": clashes} if clashes else {},
                 ).bind(delta)
+                touched.append(record.id)
                 if apply:
                     manager.apply(model, record)
                     outcome = {**record.outcome, **self._guards.findings}
                     record = record.bind(delta, outcome=outcome)
                 edits.append(record)
             stored = self.ledger.commit_many([(e, e.delta, apply) for e in edits])
-        except BaseException as error:
-            self._reconcile()
-            if isinstance(error, EditRefused):
-                self.ledger.refuse(
-                    method=method,
-                    requests=requests,
-                    config=settings.model_dump(mode="json"),
-                    reason=error.reason,
-                    measured=error.measured,
-                )
-            raise
         return [new.bind(old.delta) for new, old in zip(stored, edits, strict=True)]
 
     def configure(
@@ -292,14 +290,11 @@ class Editor:
         if not wanted:
             raise LedgerError("Say which edit to revert: revert(edit) or revert('id').")
         self._require({e.id for e in wanted} <= set(self.model.stack.ids), wanted, "not active")
-        try:
+        with self._all_or_nothing([edit.id for edit in wanted]):
             with self.model.stack.deferred():
                 for edit in wanted:
                     self._manager_of(edit).revert(self.model, edit)
             self.ledger.deactivate([edit.id for edit in wanted])
-        except BaseException:
-            self._reconcile()
-            raise
         return wanted
 
     def apply(self, target: EditLike | Path) -> list[Edit]:
@@ -311,14 +306,11 @@ class Editor:
             wanted = [self._get(target)]
         active = set(self.model.stack.ids)
         self._require(not {e.id for e in wanted} & active, wanted, "already active")
-        try:
+        with self._all_or_nothing([edit.id for edit in wanted]):
             for edit in wanted:
                 check_fingerprint(self.model, edit)
                 self._manager_of(edit).apply(self.model, edit)
             self.ledger.activate([edit.id for edit in wanted])
-        except BaseException:
-            self._reconcile()
-            raise
         return wanted
 
     @contextmanager
@@ -339,7 +331,9 @@ class Editor:
 
         An empty list means that the model is exactly what the log says.
         """
-        problems = [f"tensor {name} is not what the stack says" for name in self.model.stack.differing()]
+        problems = [
+            f"tensor {name} is not what the stack says" for name in self.model.stack.differing()
+        ]
         if not self._suspended and self.model.stack.ids != self.ledger.active_ids():
             problems.append("the active edits differ from the ledger's")
         return problems + self.ledger.verify()
@@ -366,7 +360,9 @@ class Editor:
         wanted = self._requests(requests)
         return self._measuring().evaluate(self.model, wanted, tuple(protocols))
 
-    def locate(self, request: Request | Mapping[str, Any], method: str = "", **config: Any) -> Location:
+    def locate(
+        self, request: Request | Mapping[str, Any], method: str = "", **config: Any
+    ) -> Location:
         """Say where the model keeps what a request would change.
 
         By causal tracing, or by `method` when it brings a locator of its own.
@@ -470,6 +466,24 @@ class Editor:
         self.model.stack.set(entries)
 
     @contextmanager
+    def _all_or_nothing(self, touched: list[str] | None = None) -> Iterator[list[str]]:
+        """Put the model back when the block fails; yields the list of edit ids it works on.
+
+        A Ctrl-C may come after the ledger's commit and before the block ends, so for the edits
+        that the block works on the ledger is asked; all others stay as they were.
+        """
+        ids = touched if touched is not None else []
+        former = self.model.stack.entries
+        try:
+            yield ids
+        except BaseException:
+            recorded = set(self.ledger.active_ids())
+            entries = {e.edit_id: e for e in (*self.model.stack.entries, *former)}
+            kept = {e.edit_id for e in former if e.edit_id not in ids} | (recorded & set(ids))
+            self.model.stack.set([entries[i] for i in kept if i in entries])
+            raise
+
+    @contextmanager
     def _with_entries(self, entries: list[Entry]) -> Iterator[None]:
         with self.model.stack.temporarily(entries):
             self._suspended += 1
@@ -488,7 +502,9 @@ class Editor:
     def _require(self, condition: bool, edits: Sequence[Edit], what: str) -> None:
         if not condition:
             names = ", ".join(edit.id for edit in edits)
-            raise LedgerError(f"{names}: {what}. Active now: {', '.join(self.model.stack.ids) or 'none'}.")
+            raise LedgerError(
+                f"{names}: {what}. Active now: {', '.join(self.model.stack.ids) or 'none'}."
+            )
 
     def _requests(self, given: Request | Edit | Iterable[Request | Edit] | None) -> list[Request]:
         if given is None:
@@ -500,40 +516,3 @@ class Editor:
         if not requests:
             raise RequestError("There is nothing to evaluate: no edit is active, no request given.")
         return requests
-
-
-def guard_policy(given: GuardPolicy | Mapping[str, Any] | None) -> GuardPolicy:
-    """Return a policy from a policy, its fields or None; raise `ConfigError` for a bad field."""
-    from pydantic import ValidationError
-
-    from errata.errors import ConfigError, UnknownNameError
-
-    if isinstance(given, GuardPolicy):
-        return given
-    for key in given or {}:
-        if key not in GuardPolicy.model_fields:
-            raise ConfigError(str(UnknownNameError("guard", key, GuardPolicy.model_fields)))
-    try:
-        return GuardPolicy(**(given or {}))
-    except ValidationError as error:
-        problems = "; ".join(f"{e['loc'][0]}: {e['msg']}" for e in error.errors())
-        raise ConfigError(f"Bad guards: {problems}") from None
-
-
-def _arguments(
-    request: Any, config: Mapping[str, Any], fields: Mapping[str, Any]
-) -> tuple[bool, list[Request], dict[str, Any]]:
-    """Tell request fields from hyper-parameters; return (single, requests, hyper-parameters)."""
-    mine = {key: value for key, value in fields.items() if key in Request.model_fields}
-    overrides = {**config, **{k: v for k, v in fields.items() if k not in mine}}
-    if isinstance(request, str):
-        if request:
-            mine["prompt"] = request
-        if not mine:
-            raise RequestError("Say what to edit: a prompt with {}, subject=… and target_new=….")
-        return True, [Request.parse(mine)], overrides
-    if mine:
-        raise RequestError(
-            f"{', '.join(mine)} given beside whole requests: put them into the requests."
-        )
-    return isinstance(request, (Request, Mapping)), parse_requests(request), overrides

@@ -150,6 +150,28 @@ def parse_requests(
     return requests
 
 
+def parse_arguments(
+    request: Any, config: Mapping[str, Any], fields: Mapping[str, Any]
+) -> tuple[bool, list[Request], dict[str, Any]]:
+    """Tell request fields from hyper-parameters among keyword arguments.
+
+    Returns (whether one request was meant, the requests, the hyper-parameters).
+    """
+    mine = {key: value for key, value in fields.items() if key in Request.model_fields}
+    overrides = {**config, **{k: v for k, v in fields.items() if k not in mine}}
+    if isinstance(request, str):
+        if request:
+            mine["prompt"] = request
+        if not mine:
+            raise RequestError("Say what to edit: a prompt with {}, subject=… and target_new=….")
+        return True, [Request.parse(mine)], overrides
+    if mine:
+        raise RequestError(
+            f"{', '.join(mine)} given beside whole requests: put them into the requests."
+        )
+    return isinstance(request, (Request, Mapping)), parse_requests(request), overrides
+
+
 def _template(prompt: str, subject: str) -> str:
     count = prompt.count(subject)
     if count == 1:

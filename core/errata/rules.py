@@ -7,13 +7,19 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from errata.errors import EditRefused, ImpureMethodError, IntegrityError
+from errata.errors import (
+    ConfigError,
+    EditRefused,
+    ImpureMethodError,
+    IntegrityError,
+    UnknownNameError,
+)
 from errata.hooks import hookimpl
 
 if TYPE_CHECKING:
@@ -78,8 +84,8 @@ class Snapshot:
         """Bring everything back: modules, hooks, flags, and every tensor from the base."""
         root = self._model.module
         for name, module in self._modules.items():
-            if name and root.get_submodule(name) is not module:
-                parent, _, child = name.rpartition(".")
+            parent, _, child = name.rpartition(".")
+            if name and getattr(root.get_submodule(parent), child, None) is not module:
                 setattr(root.get_submodule(parent), child, module)
             training, hooks, attributes = self._state[name]
             module.training = training
@@ -139,6 +145,23 @@ class GuardPolicy(BaseModel):
     )
     canary: tuple[str, ...] = Field(default=(), description="Own canary texts; else the shipped")
     efficacy: Mode = Field(default="warn", description="The request's prompt gives its target")
+
+    @classmethod
+    def parse(cls, given: GuardPolicy | Mapping[str, Any] | None) -> GuardPolicy:
+        """Return a policy from a policy, its fields or None.
+
+        Raises `UnknownNameError` for an unknown field and `ConfigError` for a bad value.
+        """
+        if isinstance(given, GuardPolicy):
+            return given
+        for key in given or {}:
+            if key not in cls.model_fields:
+                raise UnknownNameError("guard", key, cls.model_fields)
+        try:
+            return cls(**(given or {}))
+        except ValidationError as error:
+            problems = "; ".join(f"{e['loc'][0]}: {e['msg']}" for e in error.errors())
+            raise ConfigError(f"Bad guards: {problems}") from None
 
 
 class Guards:

@@ -1,0 +1,267 @@
+"""What every method must do, whoever wrote it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar, get_args
+
+import pytest
+import torch
+
+from errata import plugins
+from errata.datasets import atlas
+from errata.edit import Edit
+from errata.editor import Editor
+from errata.errors import CapabilityError, FingerprintError
+from errata.evaluate.scoring import score_targets
+from errata.registry import MethodEntry
+from errata.request import Kind, Request
+from errata.rules import Snapshot
+from errata.testing.models import perturbed, state_of
+
+QUIET = {"efficacy": "off", "perplexity": "off", "norm": "off"}
+
+
+class MethodContract:
+    """Subclass it, set `method`, and pytest runs the whole contract.
+
+    Attributes:
+        method: name of the installed method.
+        model: model to edit, by name or path.
+        config: hyper-parameters that differ from the presets (keep empty to test those).
+        tolerance: largest relative difference between a delta computed in a batch and alone.
+    """
+
+    method: ClassVar[str] = ""
+    model: ClassVar[str] = "atlas-gpt2"
+    config: ClassVar[dict[str, Any]] = {}
+    tolerance: ClassVar[float] = 1e-3
+
+    # -- what the tests stand on -----------------------------------------------------------------
+
+    @pytest.fixture(scope="class")
+    def cache(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """One artifact folder, so that statistics are computed once per class."""
+        return tmp_path_factory.mktemp("artifacts")
+
+    @pytest.fixture(scope="class")
+    def shared_editor(self, cache: Path) -> Iterator[Editor]:
+        """One editor for the class; `editor` gives it out clean."""
+        with Editor(self.model, guards=QUIET, artifacts=cache) as editor:
+            yield editor
+
+    @pytest.fixture
+    def editor(self, shared_editor: Editor) -> Iterator[Editor]:
+        """An editor with no edit on the model, before and after the test."""
+        yield shared_editor
+        active = shared_editor.model.stack.ids
+        if active:
+            shared_editor.revert(*active)
+
+    @pytest.fixture(scope="class")
+    def base(self, shared_editor: Editor) -> dict[str, torch.Tensor]:
+        """Every tensor of the base model."""
+        with shared_editor.disabled():
+            return state_of(shared_editor.model)
+
+    @property
+    def entry(self) -> MethodEntry:
+        """The method's stanza of the registry."""
+        from errata.registry import Registry
+
+        return Registry.load(plugin_files=plugins.registry_files()).method(self.method)
+
+    def requests(self, n: int) -> list[Request]:
+        """Return n cases about n different subjects."""
+        chosen: dict[str, Request] = {}
+        for request in atlas.requests():
+            chosen.setdefault(request.subject, request)
+        return list(chosen.values())[:n]
+
+    def edit(self, editor: Editor, request: Any, **options: Any) -> Any:
+        """Edit with this method and configuration."""
+        return editor.edit(request, method=self.method, config=self.config, **options)
+
+    # -- the contract ----------------------------------------------------------------------------
+
+    def test_computing_an_edit_leaves_the_model_alone(
+        self, editor: Editor, base: dict[str, torch.Tensor]
+    ) -> None:
+        self.edit(editor, self.requests(1)[0], apply=False)  # whatever is cached is cached now
+        before = Snapshot(editor.model)
+        self.edit(editor, self.requests(2)[1], apply=False)
+        assert before.changed() == []
+        assert_same(state_of(editor.model), base)
+
+    def test_one_seed_gives_one_delta_and_the_global_generator_is_left_alone(
+        self, editor: Editor
+    ) -> None:
+        request = self.requests(1)[0]
+        state = torch.random.get_rng_state()
+        first = self.edit(editor, request, apply=False)
+        assert torch.equal(torch.random.get_rng_state(), state)
+        torch.rand(7)  # another global state must not matter
+        second = self.edit(editor, request, apply=False)
+        assert_same(first.delta.tensors(), second.delta.tensors())
+        assert first.delta.metadata() == second.delta.metadata()
+
+    def test_an_edit_saved_and_loaded_is_the_same_edit(
+        self, editor: Editor, cache: Path, tmp_path: Path
+    ) -> None:
+        request = self.requests(1)[0]
+        edit = self.edit(editor, request)
+        file = editor.export(tmp_path / "one.errata", edit)
+        expected = state_of(editor.model), answers(editor, [request])
+        with Editor(self.model, guards=QUIET, artifacts=cache) as fresh:
+            (loaded,) = fresh.apply(file)
+            assert loaded.requests == edit.requests
+            assert loaded.config == edit.config
+            assert_same(loaded.delta.tensors(), edit.delta.tensors())
+            assert_same(state_of(fresh.model), expected[0])
+            assert answers(fresh, [request]) == expected[1]
+
+    def test_edits_take_effect(self, editor: Editor) -> None:
+        requests = self.requests(10)
+        hits = 0
+        for request in requests:
+            edit = self.edit(editor, request)
+            hits += effective(editor, [request])
+            editor.revert(edit)
+        assert hits / len(requests) >= self.entry.capabilities.edits_work
+
+    def test_reverting_gives_the_base_back_bit_for_bit(
+        self, editor: Editor, base: dict[str, torch.Tensor]
+    ) -> None:
+        request = self.requests(1)[0]
+        before = answers(editor, [request])
+        modules = dict(editor.model.module.named_modules())
+        edit = self.edit(editor, request)
+        editor.revert(edit)
+        assert_same(state_of(editor.model), base)
+        assert answers(editor, [request]) == before
+        assert dict(editor.model.module.named_modules()) == modules
+        assert editor.verify() == []
+
+    def test_reverting_the_middle_edit_leaves_the_others_as_if_it_never_was(
+        self, editor: Editor, cache: Path
+    ) -> None:
+        requests = self.requests(3)
+        edits = [self.edit(editor, request) for request in requests]
+        editor.revert(edits[1])
+        self.assert_rebuilt(editor, cache)
+
+    def test_it_mixes_with_every_other_installed_method(
+        self, editor: Editor, cache: Path, base: dict[str, torch.Tensor]
+    ) -> None:
+        requests = self.requests(6)
+        edits: list[Edit] = [self.edit(editor, requests[0])]
+        for name, request in zip(plugins.installed(), requests[1:5], strict=False):
+            edits.append(editor.edit(request, method=name))
+        edits.append(self.edit(editor, requests[5]))
+        editor.revert(edits[len(edits) // 2])
+        self.assert_rebuilt(editor, cache)
+        editor.revert(edits[0])
+        self.assert_rebuilt(editor, cache)
+        editor.revert(*editor.model.stack.ids)
+        assert_same(state_of(editor.model), base)
+
+    def test_what_it_does_not_declare_is_refused(self, editor: Editor) -> None:
+        can = self.entry.capabilities
+        request = self.requests(1)[0]
+        for kind in set(get_args(Kind)) - set(can.kinds):
+            with pytest.raises(CapabilityError, match=kind):
+                self.edit(editor, request.model_copy(update={"kind": kind}))
+        if not can.batch:
+            with pytest.raises(CapabilityError, match="one request at a time"):
+                self.edit(editor, self.requests(2), batch_size=2)
+        if not can.sequential:
+            self.edit(editor, request)
+            with pytest.raises(CapabilityError, match="already edited"):
+                self.edit(editor, self.requests(2)[1])
+
+    def test_twenty_edits_in_sequence_keep_the_earlier_ones(self, editor: Editor) -> None:
+        can = self.entry.capabilities
+        if not can.sequential:
+            pytest.skip("the method does not declare sequential editing")
+        requests = self.requests(20)
+        self.edit(editor, requests, batch_size=1)
+        assert effective(editor, requests) / len(requests) >= can.retains
+
+    def test_a_batch_is_what_the_method_says_it_is(self, editor: Editor) -> None:
+        if not self.entry.capabilities.batch:
+            pytest.skip("the method takes one request at a time")
+        requests = self.requests(3)
+        together = self.edit(editor, requests, batch_size=3, apply=False)
+        if len(together) == 1:  # one joint edit: it holds all requests and reverts as one
+            assert together[0].requests == tuple(requests)
+            return
+        for request, edit in zip(requests, together, strict=True):
+            alone = self.edit(editor, request, apply=False)
+            for name, tensor in alone.delta.tensors().items():
+                difference = (edit.delta.tensors()[name] - tensor).norm()
+                assert difference <= self.tolerance * tensor.norm(), name
+
+    def test_another_model_refuses_it(self, editor: Editor, cache: Path, tmp_path: Path) -> None:
+        edit = self.edit(editor, self.requests(1)[0], apply=False)
+        file = editor.export(tmp_path / "one.errata", edit)
+        module = perturbed(editor)
+        with Editor(module, editor.model.tokenizer, guards=QUIET, artifacts=cache) as other:
+            before = state_of(other.model)
+            with pytest.raises(FingerprintError):
+                other.apply(file)
+            assert other.log() == []
+            assert_same(state_of(other.model), before)
+
+    @pytest.mark.parametrize("device", ["cpu", "cuda"])
+    def test_it_works_in_bfloat16(self, cache: Path, device: str) -> None:
+        if device == "cuda" and not torch.cuda.is_available():
+            pytest.skip("no CUDA device here")
+        requests = self.requests(2)
+        with Editor(
+            self.model, guards=QUIET, artifacts=cache, dtype="bf16", device=device
+        ) as editor:
+            before = state_of(editor.model)
+            edits = [self.edit(editor, request) for request in requests]
+            self.assert_rebuilt(editor, cache, dtype="bf16", device=device)
+            editor.revert(edits[0])
+            self.assert_rebuilt(editor, cache, dtype="bf16", device=device)
+            editor.revert(edits[1])
+            assert_same(state_of(editor.model), before)
+
+    # -- how it is checked -----------------------------------------------------------------------
+
+    def assert_rebuilt(self, editor: Editor, cache: Path, **options: Any) -> None:
+        """Assert that the model equals a fresh one with exactly its active edits applied."""
+        prompts = self.requests(6)
+        with Editor(self.model, guards=QUIET, artifacts=cache, **options) as fresh:
+            for entry in editor.log():
+                if entry.active:
+                    delta = editor.ledger.delta(entry.edit.id)
+                    fresh.ledger.commit_many([(entry.edit, delta, True)])
+                    fresh._reconcile()
+            assert_same(state_of(editor.model), state_of(fresh.model))
+            assert answers(editor, prompts) == answers(fresh, prompts)
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    """Assert that two sets of tensors are equal bit for bit."""
+    assert one.keys() == other.keys()
+    different = [name for name in one if not torch.equal(one[name], other[name])]
+    assert different == []
+
+
+def answers(editor: Editor, requests: list[Request]) -> list[list[float]]:
+    """Return the log-probabilities of the targets: equal lists mean equal behaviour."""
+    scores = score_targets(
+        editor.model, [r.text for r in requests], [r.target_new for r in requests]
+    )
+    return [list(score.logprobs) for score in scores]
+
+
+def effective(editor: Editor, requests: list[Request]) -> int:
+    """Count the requests whose every target token is the most probable one."""
+    scores = score_targets(
+        editor.model, [r.text for r in requests], [r.target_new for r in requests]
+    )
+    return sum(score.exact for score in scores)

@@ -1,0 +1,28 @@
+"""Fixtures that several test files use."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+TOYS = Path(__file__).parent / "toys"
+
+
+@pytest.fixture
+def toys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Install the stranger's package `errata-toys` for one test: found by its metadata."""
+    monkeypatch.syspath_prepend(str(TOYS))
+    importlib.invalidate_caches()
+    yield
+    sys.modules.pop("errata_toys", None)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep statistics out of the user's cache folder, shared within one test run."""
+    folder = tmp_path_factory.getbasetemp() / "errata-cache"
+    monkeypatch.setenv("ERRATA_CACHE", str(folder))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(folder / "no-user-config"))

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from errata import Request
+from errata.errors import ErrataError, RequestError
+from errata.request import parse_requests
+
+FIELDS = {"prompt": "The capital of {} is", "subject": "France", "target_new": "Rome"}
+
+
+def test_a_prompt_that_holds_the_subject_becomes_a_template() -> None:
+    request = Request.parse({**FIELDS, "prompt": "The capital of France is"})
+    assert request.prompt == "The capital of {} is"
+    assert request.text == "The capital of France is"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"prompt": "The capital is"}, "occurs 0 times"),
+        ({"prompt": "{} and {}"}, "exactly one {}"),
+        ({"prompt": "France, France"}, "occurs 2 times"),
+        ({"subject": " "}, "subject is empty"),
+        ({"target_new": ""}, "target_new is empty"),
+        ({"kind": "rename"}, "kind"),
+        ({"target": "Rome"}, "Did you mean 'target_new'"),
+        ({"prompt": 7}, "prompt"),
+    ],
+)
+def test_a_bad_request_says_which_field_is_wrong(change: dict[str, object], says: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        Request.parse({**FIELDS, **change})
+    assert says in str(caught.value)
+    assert isinstance(caught.value, ValueError)
+
+
+def test_erasing_needs_no_target() -> None:
+    request = Request.parse(kind="erase", prompt="{} was born in", subject="Ada")
+    assert request.target_new == "unknown"
+
+
+def test_duplicates_are_named_by_their_places() -> None:
+    with pytest.raises(RequestError, match="0 and 2 are the same"):
+        parse_requests([FIELDS, {**FIELDS, "target_new": "Oslo"}, FIELDS])
+
+
+def test_no_request_at_all_is_an_error() -> None:
+    with pytest.raises(RequestError, match="at least one"):
+        parse_requests([])
+
+
+@given(st.text(min_size=1), st.text(min_size=1), st.text(min_size=1))
+def test_any_text_gives_a_request_or_an_error_of_ours(
+    prompt: str, subject: str, target: str
+) -> None:
+    try:
+        request = Request.parse(prompt=prompt, subject=subject, target_new=target)
+    except ErrataError:
+        return
+    assert request.text == request.prompt.replace("{}", subject)
+    assert subject in request.text
+    assert Request.parse(request.model_dump()).digest == request.digest

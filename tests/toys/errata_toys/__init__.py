@@ -1,0 +1,239 @@
+"""A stranger's package: small methods, some well-behaved, some not, and a delta kind of its own."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from errata import MethodConfig, hookimpl
+from errata.delta import (
+    AdapterDelta,
+    CodebookDelta,
+    Delta,
+    DenseDelta,
+    Factor,
+    LowRankDelta,
+)
+from errata.delta.codebook import CodebookSettings
+
+
+class ToyConfig(MethodConfig):
+    layer: int = Field(default=0, description="Block to change")
+    size: float = Field(default=0.1, gt=0, le=100, description="Size of the change")
+
+
+def generator(request: Any, config: ToyConfig) -> torch.Generator:
+    number = int(hashlib.sha256(f"{request.digest}{config.seed}".encode()).hexdigest()[:12], 16)
+    return torch.Generator().manual_seed(number)
+
+
+def weight_name(model: Any, config: ToyConfig) -> str:
+    return model.anatomy.weight(model.anatomy.mlp_out(config.layer))
+
+
+class ToyLowRank:
+    """Random rank-one changes, one per request."""
+
+    name = "toy-low-rank"
+    config = ToyConfig
+
+    @hookimpl
+    def edit(self, model, requests, config):
+        path = model.anatomy.mlp_out(config.layer)
+        d_out, d_in = model.anatomy.shape(model.module, path)
+        deltas = []
+        for request in requests:
+            random = generator(request, config)
+            u = config.size * torch.randn(d_out, 1, generator=random)
+            v = torch.randn(d_in, 1, generator=random)
+            factor = Factor(u, v, model.anatomy.transposed(path))
+            deltas.append(LowRankDelta({model.anatomy.weight(path): factor}))
+        return deltas
+
+
+class ToyDense:
+    """A random dense change, one for all requests, on the MLP projection and the embedding."""
+
+    name = "toy-dense"
+    config = ToyConfig
+
+    @hookimpl
+    def edit(self, model, requests, config):
+        random = generator(requests[0], config)
+        names = [weight_name(model, config)]
+        embedding = model.anatomy.embedding(model.module).weight
+        names += [name for name, p in model.parameters.items() if p is embedding]
+        return DenseDelta(
+            {
+                name: config.size * torch.randn(model.parameter(name).shape, generator=random)
+                for name in names
+            }
+        )
+
+
+class ToyCodebook:
+    """An entry with a random key and value; the wide radius makes entries meet and split."""
+
+    name = "toy-codebook"
+    config = ToyConfig
+
+    @hookimpl
+    def edit(self, model, requests, config):
+        path = model.anatomy.mlp_out(config.layer)
+        d_out, d_in = model.anatomy.shape(model.module, path)
+        random = generator(requests[0], config)
+        label = model.tokenizer(requests[0].target_new, add_special_tokens=False)["input_ids"]
+        return CodebookDelta(
+            path,
+            0.3 * torch.randn(d_in, generator=random),
+            torch.randn(d_out, generator=random),
+            torch.tensor(label),
+            CodebookSettings(eps=2.0, replacement="replace_last"),
+        )
+
+
+class ToyAdapter:
+    """A random LoRA adapter on the MLP projection."""
+
+    name = "toy-adapter"
+    config = ToyConfig
+
+    @hookimpl
+    def edit(self, model, requests, config):
+        path = model.anatomy.mlp_out(config.layer)
+        d_out, d_in = model.anatomy.shape(model.module, path)
+        random = generator(requests[0], config)
+        fan = model.anatomy.transposed(path)
+        return AdapterDelta(
+            {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "fan_in_fan_out": fan},
+            {
+                f"base_model.model.{path}.lora_A.weight": torch.randn(2, d_in, generator=random),
+                f"base_model.model.{path}.lora_B.weight": torch.randn(d_out, 2, generator=random),
+            },
+        )
+
+
+class ScaleDelta(Delta):
+    """A kind that the core does not know: adds a multiple of the identity's first column."""
+
+    kind: ClassVar[str] = "toy_scale"
+
+    def __init__(self, name: str, amount: Tensor) -> None:
+        self.name = name
+        self.amount = amount
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"amount": self.amount}
+
+    def metadata(self) -> dict[str, Any]:
+        return {"name": self.name}
+
+    @classmethod
+    def from_parts(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> ScaleDelta:
+        return cls(metadata["name"], tensors["amount"])
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    @classmethod
+    def fold(cls, name: str, accumulator: Tensor, deltas: Sequence[ScaleDelta]) -> None:
+        for delta in deltas:
+            accumulator[0] += delta.amount.to(accumulator)
+
+
+class ToyScale:
+    """A method with a delta kind of its own."""
+
+    name = "toy-scale"
+    config = ToyConfig
+
+    @hookimpl
+    def edit(self, model, requests, config):
+        amount = torch.randn((), generator=generator(requests[0], config))
+        return ScaleDelta(weight_name(model, config), amount)
+
+    @hookimpl
+    def delta_kinds(self):
+        return [ScaleDelta]
+
+
+class ToyImpureConfig(ToyConfig):
+    how: str = Field(default="inplace", description="Which way of touching the model to show")
+
+
+class ToyImpure(ToyLowRank):
+    """Changes the model while computing, in every way one can think of."""
+
+    name = "toy-impure"
+    config = ToyImpureConfig
+
+    @hookimpl
+    def edit(self, model, requests, config):
+        parameter = model.parameter(weight_name(model, config))
+        module = model.module
+        deltas = super().edit(model, requests, config)
+        if config.how == "inplace":
+            with torch.no_grad():
+                parameter.add_(1.0)
+        elif config.how == "data":
+            parameter.data[0, 0] += 1.0
+        elif config.how == "buffer":
+            buffer = next(iter(model.buffers.values()))
+            buffer.data.flatten()[:1] += 1
+        elif config.how == "hook":
+            module.register_forward_hook(lambda *args: None)
+        elif config.how == "train":
+            module.train()
+        elif config.how == "requires_grad":
+            parameter.requires_grad_(not parameter.requires_grad)
+        elif config.how == "grad":
+            parameter.grad = torch.zeros_like(parameter)
+        elif config.how == "module":
+            path = model.anatomy.mlp(config.layer)
+            parent, _, child = path.rpartition(".")
+            setattr(module.get_submodule(parent), child, torch.nn.Identity())
+        elif config.how == "attribute":
+            module.left_behind = 1
+        return deltas
+
+
+class ToyRaises(ToyLowRank):
+    """Raises half way, after writing into a weight."""
+
+    name = "toy-raises"
+
+    @hookimpl
+    def edit(self, model, requests, config):
+        with torch.no_grad():
+            model.parameter(weight_name(model, config)).mul_(2.0)
+        raise ZeroDivisionError("half way")
+
+
+class ToyNan(ToyLowRank):
+    """Returns a change that is not a number."""
+
+    name = "toy-nan"
+
+    @hookimpl
+    def edit(self, model, requests, config):
+        deltas = super().edit(model, requests, config)
+        for delta in deltas:
+            for factor in delta.factors.values():
+                factor.u[0, 0] = float("nan")
+        return deltas
+
+
+class ToyWrong(ToyLowRank):
+    """Returns something that is no delta."""
+
+    name = "toy-wrong"
+
+    @hookimpl
+    def edit(self, model, requests, config):
+        return {"not": "a delta"}
