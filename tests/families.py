@@ -299,9 +299,7 @@ def _wordpiece() -> tuple[Tokenizer, dict[str, str]]:
     core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     core.decoder = decoders.WordPiece()
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=260, special_tokens=special, show_progress=False
-    )
+    trainer = trainers.WordPieceTrainer(vocab_size=260, special_tokens=special, show_progress=False)
     core.train_from_iterator(SENTENCES, trainer)
     core.post_processor = _template(core, "[CLS] $A [SEP]", "[CLS]", "[SEP]")
     return core, {

@@ -125,6 +125,7 @@ class Anatomy:
         hidden_size: width d of the residual stream.
         key_size: width D of the input of `mlp_out`.
         head_name: path of the head, or None when the module has none (a bare backbone).
+        context: most tokens the model reads at once; None where nothing bounds it.
         encoder: the encoder's stack of an encoder-decoder.
         probed: True when found in the module graph and not in the registry.
     """
@@ -135,6 +136,7 @@ class Anatomy:
     hidden_size: int
     key_size: int
     head_name: str | None
+    context: int | None = None
     encoder: Anatomy | None = None
     probed: bool = False
 
@@ -199,7 +201,8 @@ class Anatomy:
         text_config = module.config.get_text_config()  # type: ignore[operator, union-attr]
         hidden = getattr(text_config, "hidden_size", None)
         if hidden is None:
-            hidden = module.get_submodule(spec.embedding).weight.shape[-1]
+            table: Any = module.get_submodule(spec.embedding)
+            hidden = table.weight.shape[-1]
         key_size = projection_shape(
             module.get_submodule(f"{spec.blocks}.0.{spec.mlp_out}"), spec.layout
         )[1]
@@ -207,7 +210,7 @@ class Anatomy:
         present = [path for path in heads if _has(module, path)]
         return cls(
             model_type, spec, n_layers, int(hidden), key_size,
-            present[0] if present else None, encoder, probed,
+            present[0] if present else None, _context(module, text_config, spec), encoder, probed,
         )  # fmt: skip
 
     # -- names -----------------------------------------------------------------------------------
@@ -329,8 +332,18 @@ def projection_shape(projection: nn.Module, layout: Layout) -> tuple[int, int]:
     features = getattr(projection, "out_features", None), getattr(projection, "in_features", None)
     if isinstance(features[0], int) and isinstance(features[1], int):
         return features[0], features[1]
-    rows, columns = projection.weight.shape  # type: ignore[union-attr, misc]
+    rows, columns = projection.weight.shape  # type: ignore[misc]
     return (int(columns), int(rows)) if layout == "in_out" else (int(rows), int(columns))
+
+
+def _context(module: nn.Module, config: Any, spec: ArchitectureSpec) -> int | None:
+    bound = getattr(config, "max_position_embeddings", None)
+    if spec.position_embedding is not None:
+        table: Any = module.get_submodule(spec.position_embedding)
+        padding = getattr(table, "padding_idx", None)
+        if padding is not None:  # RoBERTa's positions start after it
+            return int(table.num_embeddings) - int(padding) - 1
+    return bound if isinstance(bound, int) and bound > 0 else None
 
 
 def _named(module: nn.Module, path: str) -> nn.Module:

@@ -118,10 +118,13 @@ def _check_header(data: bytes, source: str) -> dict[str, Any]:
 # -- files -----------------------------------------------------------------------------------------
 
 
-def write_bytes(path: Path, data: bytes, scratch: Path | None = None) -> None:
+def write_bytes(
+    path: Path, data: bytes, scratch: Path | None = None, sync_parent: bool = True
+) -> None:
     """Write a file whole or not at all: temporary name, fsync, rename, fsync of the folder.
 
     The temporary file lies beside `path`, or in the folder `scratch` of the same file system.
+    With `sync_parent=False` the rename is durable only after the caller's `sync_folder`.
     Raises `StorageError` when the disk refuses; no partial file stays behind.
     """
     folder = path.parent if scratch is None else scratch
@@ -132,7 +135,8 @@ def write_bytes(path: Path, data: bytes, scratch: Path | None = None) -> None:
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        if sync_parent:
+            sync_folder(path.parent)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or error
         raise StorageError(f"Cannot write {path}: {reason}. Nothing was written.") from error
@@ -191,8 +195,8 @@ def make_folder(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename durable. Windows cannot open folders; there the rename itself must do."""
-    if os.name == "nt":
+    """Make renames within a folder durable; raise `OSError` when the disk refuses."""
+    if os.name == "nt":  # Windows cannot open folders; there the rename itself must do
         return
     handle = os.open(folder, os.O_RDONLY)
     try:

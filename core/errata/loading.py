@@ -137,6 +137,3 @@ def _device(device: str | torch.device) -> torch.device:
     if wanted.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {device!r} was asked for, but no GPU is visible here.")
     return wanted
-
-
-

@@ -177,7 +177,9 @@ def _check(name: str, plugin: Any, point: EntryPoint) -> None:
     """Refuse a plugin that lacks what the core reads, naming it and the rule."""
     where = f"The method {name!r} ({point.value} from {_distribution(point)})"
     if getattr(plugin, "name", None) != name:
-        raise PluginError(f"{where} must have name = {name!r}, not {getattr(plugin, 'name', None)!r}.")
+        raise PluginError(
+            f"{where} must have name = {name!r}, not {getattr(plugin, 'name', None)!r}."
+        )
     config = getattr(plugin, "config", None)
     if not (isinstance(config, type) and issubclass(config, MethodConfig)):
         raise PluginError(f"{where} must have `config`, a subclass of errata.MethodConfig.")

@@ -95,7 +95,7 @@ def _mapped(checkpoint: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in sorted(checkpoint.glob("*.safetensors")):
         with safe_open(file, framework="pt", device="cpu") as handle:
-            for key in handle.keys():  # noqa: SIM118  (safe_open is no mapping)
+            for key in handle.keys():
                 tensors[key] = handle.get_tensor(key)
     return tensors
 

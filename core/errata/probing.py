@@ -8,7 +8,6 @@ Anything that could be two things is an error that shows the stanza to complete.
 from __future__ import annotations
 
 import inspect
-import os.path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -41,16 +40,17 @@ def probe(module: nn.Module, model_type: str) -> ArchitectureSpec:
         if len(decoder) != 1:
             raise _Unclear(f"{len(decoder)} lists of blocks ({', '.join(decoder) or 'none'})")
         found["blocks"] = decoder[0]
-        found.update(_stack(module.get_submodule(decoder[0]), hidden))
+        _stack(module.get_submodule(decoder[0]), hidden, found)
         encoders = [name for name in lists if "encoder" in name and name not in decoder]
         if found["kind"] == "encoder-decoder" and len(encoders) == 1:
-            parts = _stack(module.get_submodule(encoders[0]), hidden)
+            parts: dict[str, Any] = {}
+            _stack(module.get_submodule(encoders[0]), hidden, parts)
             parts.pop("layout")
             found["encoder"] = StackSpec(blocks=encoders[0], **parts)
     except _Unclear as unclear:
         problems.append(str(unclear))
     try:
-        found.update(_ends(module, found.get("blocks", "")))
+        _ends(module, found.get("blocks", ""), found)
     except _Unclear as unclear:
         problems.append(str(unclear))
     if problems:
@@ -80,8 +80,8 @@ def _block_lists(module: nn.Module) -> list[str]:
     return names
 
 
-def _stack(blocks: nn.Module, hidden: int | None) -> dict[str, Any]:
-    """Name the parts of a block by its first one; all are of one class."""
+def _stack(blocks: nn.Module, hidden: int | None, found: dict[str, Any]) -> None:
+    """Add the parts of a block to `found`, by the first block; all are of one class."""
     block = next(iter(blocks.children()))
     projections = _projections(block)
     layouts: set[Layout] = {
@@ -89,23 +89,22 @@ def _stack(blocks: nn.Module, hidden: int | None) -> dict[str, Any]:
     }
     if len(layouts) != 1:
         raise _Unclear("projections of both layouts in one block")
-    layout = layouts.pop()
+    layout = found["layout"] = layouts.pop()
     shapes = {name: projection_shape(p, layout) for name, p in projections.items()}
     attention = {n for n in shapes if _is_attention(block, n)}
-    cross = {n for n in attention if _is_cross(block, n)}
-    own = [n for n in shapes if n in attention - cross]
+    own = [n for n in shapes if n in attention and not _is_cross(block, n)]
     mlp = [n for n in shapes if n not in attention]
-    mlp_out, mlp_in = _mlp(mlp, shapes, hidden)
-    attention_out, attention_in = _attention(own, shapes, hidden)
-    return {
-        "layout": layout,
-        "mlp_in": tuple(mlp_in),
-        "mlp_out": mlp_out,
-        "mlp": _container(block, mlp, mlp_out),
-        "attention_in": tuple(attention_in),
-        "attention_out": attention_out,
-        "attention": _container(block, own, attention_out),
-    }
+    problems = []
+    for sublayer, names, split in (("attention", own, _attention), ("mlp", mlp, _mlp)):
+        try:
+            out, ins = split(names, shapes, hidden)
+        except _Unclear as unclear:
+            problems.append(str(unclear))
+            continue
+        found[f"{sublayer}_in"], found[f"{sublayer}_out"] = tuple(ins), out
+        found[sublayer] = _container(block, names, out)
+    if problems:
+        raise _Unclear("; ".join(problems))
 
 
 def _lineage(block: nn.Module, name: str) -> Iterable[tuple[str, nn.Module]]:
@@ -150,7 +149,9 @@ def _mlp(
 def _attention(
     names: list[str], shapes: dict[str, tuple[int, int]], hidden: int | None
 ) -> tuple[str, list[str]]:
-    outs = [n for n in names if shapes[n][0] == hidden and n.rpartition(".")[2] in OUT_NAMES]
+    outs = [
+        n for n in names if shapes[n][0] == hidden and n.rpartition(".")[2].lower() in OUT_NAMES
+    ]
     if len(outs) != 1 or len(names) < 2:
         raise _Unclear(
             f"{len(outs)} candidates for attention_out among {', '.join(names) or 'none'}"
@@ -164,8 +165,9 @@ def _container(block: nn.Module, names: list[str], out: str) -> str:
     A container with a norm of its own adds the residual inside (BERT): then, and where there is
     none, it is the out projection.
     """
-    common = os.path.commonprefix([name.split(".") for name in names])
-    path = ".".join(common)
+    path, _, _ = out.rpartition(".")
+    while path and not all(name.startswith(f"{path}.") for name in names):
+        path, _, _ = path.rpartition(".")
     if not path:
         return out
     norms = [n for n, m in block.get_submodule(path).named_modules() if _is_norm(n, m)]
@@ -180,10 +182,9 @@ def _is_norm(name: str, module: nn.Module) -> bool:
     )
 
 
-def _ends(module: nn.Module, blocks: str) -> dict[str, Any]:
-    """Name what is outside the blocks: embeddings, final norm, head."""
+def _ends(module: nn.Module, blocks: str, ends: dict[str, Any]) -> None:
+    """Add what is outside the blocks to `ends`: embeddings, final norm, head."""
     names = {id(part): name for name, part in module.named_modules()}
-    ends: dict[str, Any] = {}
     embedding = module.get_input_embeddings()  # type: ignore[operator]
     if id(embedding) not in names:
         raise _Unclear("no token embedding")
@@ -214,7 +215,6 @@ def _ends(module: nn.Module, blocks: str) -> dict[str, Any]:
         raise _Unclear(f"{len(norms)} candidates for final_norm ({', '.join(norms)})")
     if norms:
         ends["final_norm"] = f"{parent}.{norms[0]}" if parent else norms[0]
-    return ends
 
 
 def _advice(model_type: str, found: dict[str, Any], problems: list[str]) -> str:
@@ -223,6 +223,7 @@ def _advice(model_type: str, found: dict[str, Any], problems: list[str]) -> str:
         if field in found and not isinstance(found[field], StackSpec):
             value = found[field]
             shown = f"[{', '.join(value)}]" if isinstance(value, tuple) else str(value)
+            shown = shown.lower() if isinstance(value, bool) else shown
             lines.append(f"    {field}: {shown}")
         elif info.is_required():
             lines.append(f"    {field}: {UNKNOWN}  # {info.description}")

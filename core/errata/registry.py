@@ -265,7 +265,7 @@ def _entry(name: str, stanza: Mapping[str, Any]) -> MethodEntry:
     try:
         return MethodEntry(**stanza)
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()
-        )
-        raise ConfigError(f"registry: methods.{name} is not complete or not right: {problems}") from None
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ConfigError(
+            f"registry: methods.{name} is not complete or not right: {problems}"
+        ) from None

@@ -89,5 +89,3 @@ def _folder(path: Path, overwrite: bool, fill: object) -> Path:
     except OSError as error:
         raise StorageError(f"Cannot write {path}: {error.strerror or error}") from error
     return path
-
-

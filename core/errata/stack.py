@@ -144,9 +144,7 @@ class Stack:
         """Bring the model from one set of active edits to another."""
         runtime_before = [e for e in before if e.delta.runtime]
         runtime_after = [e for e in after if e.delta.runtime]
-        rehang = force or [e.edit_id for e in runtime_before] != [
-            e.edit_id for e in runtime_after
-        ]
+        rehang = force or [e.edit_id for e in runtime_before] != [e.edit_id for e in runtime_after]
         # Any change of the stack's make-up for a parameter means folding it again, whole.
         changed = {e.edit_id for e in before} ^ {e.edit_id for e in after}
         touched = {

@@ -1,0 +1,307 @@
+"""Every family's parts are where the registry says, and do what their names say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+import yaml
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from errata.anatomy import Anatomy, parse_architectures
+from errata.errors import AnatomyError, ConfigError
+from tests.families import CONTEXT, FAMILIES, HIDDEN, LAYERS, MLP, architectures, build
+
+# Norms between sublayer and residual stream: the contribution is not the MLP's bare output.
+POST_NORM = ("gemma2", "gemma3_text", "bert", "roberta")
+
+
+def _inputs(anatomy, batch=2, length=7):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 100, (batch, length), generator=generator)
+    inputs = {"input_ids": ids}
+    if anatomy.kind == "encoder-decoder":
+        inputs["decoder_input_ids"] = ids
+    return inputs
+
+
+class _Tap:
+    """What modules were given and returned in one forward pass."""
+
+    def __init__(self, module, inputs, names):
+        self.given, self.returned = {}, {}
+        self.shape = inputs["input_ids"].shape
+        handles = [
+            module.get_submodule(name).register_forward_hook(self._hook(name), with_kwargs=True)
+            for name in names
+        ]
+        with torch.no_grad():
+            self.output = module(**inputs)
+        for handle in handles:
+            handle.remove()
+
+    def _hook(self, name):
+        def hook(module, args, kwargs, output):
+            tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
+            returned = output if isinstance(output, torch.Tensor) else output[0]
+            # OPT's MLP sees all tokens in one row; Falcon adds to the MLP's output in place.
+            self.given[name] = tensors[0].reshape(*self.shape, -1)
+            self.returned[name] = returned.clone().reshape(*self.shape, -1)
+
+        return hook
+
+
+def test_the_registry_and_the_tiny_models_cover_the_same_families():
+    assert set(architectures()) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parts_have_the_shapes_of_their_role(family):
+    module, _ = build(family)
+    anatomy = Anatomy.of(module, architectures())
+    assert (anatomy.model_type, anatomy.n_layers, anatomy.hidden_size, anatomy.probed) == (
+        family, LAYERS, HIDDEN, False,
+    )  # fmt: skip
+    width = 4 * HIDDEN if family == "bloom" else MLP
+    assert anatomy.key_size == width
+    assert anatomy.context in (None, CONTEXT)
+    parameters = dict(module.named_parameters())
+    for layer in range(LAYERS):
+        out = anatomy.mlp_out(layer)
+        assert anatomy.shape(module, out) == (HIDDEN, width)
+        for name in anatomy.mlp_in(layer):
+            assert anatomy.shape(module, name) in ((width, HIDDEN), (2 * width, HIDDEN))
+        assert anatomy.shape(module, anatomy.attention_out(layer))[0] == HIDDEN
+        projections = [
+            out, anatomy.attention_out(layer), *anatomy.mlp_in(layer),
+            *anatomy.attention_in(layer),
+        ]  # fmt: skip
+        assert len(set(projections)) == len(projections)
+        for name in projections:
+            weight = parameters[anatomy.weight(name)]
+            shape = anatomy.shape(module, name)
+            transposed = anatomy.transposed(name)
+            assert transposed == isinstance(module.get_submodule(name), Conv1D)
+            assert tuple(weight.shape) == (shape[::-1] if transposed else shape)
+            bias = anatomy.bias(module, name)
+            assert (bias in parameters) if bias else (f"{name}.bias" not in parameters)
+    assert anatomy.embedding(module) is module.get_input_embeddings()
+    positions = anatomy.position_embedding(module)
+    assert positions is None or positions.weight.shape[1] == HIDDEN
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parts_run_in_their_role(family):
+    module, _ = build(family)
+    anatomy = Anatomy.of(module, architectures())
+    last = LAYERS - 1
+    block, mlp, attention = anatomy.block(last), anatomy.mlp(last), anatomy.attention(last)
+    names = [block, mlp, attention, anatomy.mlp_out(last), anatomy.mlp_in(last)[0]]
+    tap = _Tap(module, _inputs(anatomy), [*names, anatomy.head_name])
+    key = tap.given[anatomy.mlp_out(last)]
+    assert key.shape == (2, 7, anatomy.key_size)
+    if family not in (*POST_NORM, "t5"):  # T5's decoder adds cross-attention as well
+        change = tap.returned[block] - tap.given[block]
+        parts = tap.returned[attention] + tap.returned[mlp]
+        torch.testing.assert_close(change, parts, rtol=1e-4, atol=1e-5)
+    if anatomy.kind == "encoder-decoder":
+        return  # the head's input is scaled
+    normed = anatomy.final_norm(module)(tap.returned[block])
+    torch.testing.assert_close(tap.given[anatomy.head_name], normed)
+    logits = anatomy.head(module)(normed)
+    if family == "gemma2":  # caps its logits after the head
+        cap = module.config.final_logit_softcapping
+        logits = cap * torch.tanh(logits / cap)
+    torch.testing.assert_close(tap.output.logits, logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_position_ids_are_as_declared(family):
+    module, _ = build(family)
+    anatomy = Anatomy.of(module, architectures())
+    if not anatomy.spec.position_ids:
+        return
+    inputs = _inputs(anatomy)
+    positions = torch.arange(7).expand(2, 7)
+    with torch.no_grad():
+        plain = module(**inputs).logits
+        given = module(**inputs, position_ids=positions).logits
+        moved = module(**inputs, position_ids=positions.flip(1)).logits
+    torch.testing.assert_close(plain, given)
+    assert not torch.allclose(plain, moved)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_probing_finds_what_the_registry_says(family):
+    module, _ = build(family)
+    declared = Anatomy.of(module, architectures())
+    probed = Anatomy.of(module, {})
+    assert probed.probed
+    # BLOOM's containers add the residual inside, which the module graph does not show.
+    known = ("mlp", "attention") if family == "bloom" else ()
+    for field, value in declared.spec:
+        if field not in ("variants", "head", *known):
+            assert getattr(probed.spec, field) == value, field
+    assert probed.head_name == declared.head_name
+    assert probed.encoder == declared.encoder or declared.encoder.spec.head == "lm_head"
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_an_encoder_decoder_has_both_stacks(gated):
+    module, _ = build("t5", feed_forward_proj="gated-gelu" if gated else "relu")
+    anatomy = Anatomy.of(module, architectures())
+    encoder = anatomy.encoder
+    assert encoder is not None
+    assert encoder.n_layers == LAYERS
+    assert anatomy.spec.encoder_blocks == "encoder.block"
+    assert encoder.mlp_out(1) == "encoder.block.1.layer.1.DenseReluDense.wo"
+    assert anatomy.mlp_out(1) == "decoder.block.1.layer.2.DenseReluDense.wo"
+    assert len(anatomy.mlp_in(0)) == len(encoder.mlp_in(0)) == (2 if gated else 1)
+    probed = Anatomy.of(module, {})
+    assert probed.mlp_in(0) == anatomy.mlp_in(0)
+    assert probed.encoder is not None
+    assert probed.encoder.spec == encoder.spec.model_copy(
+        update={"variants": (), "head": "lm_head"}
+    )
+
+
+def test_a_variant_follows_the_configuration():
+    module, _ = build("opt", do_layer_norm_before=False)
+    anatomy = Anatomy.of(module, architectures())
+    assert anatomy.final_norm_name is None
+    assert isinstance(anatomy.final_norm(module), nn.Identity)
+
+
+def test_the_layout_is_not_guessed_from_a_square_shape():
+    gpt2, neo = build("gpt2")[0], build("gpt_neo")[0]
+    for module, transposed in ((gpt2, True), (neo, False)):
+        for stanzas in (architectures(), {}):
+            anatomy = Anatomy.of(module, stanzas)
+            square = anatomy.attention_out(0)
+            assert anatomy.shape(module, square) == (HIDDEN, HIDDEN)
+            assert anatomy.transposed(square) is transposed
+            assert not anatomy.transposed(anatomy.embedding_name)
+
+
+def test_layers_count_from_either_end():
+    anatomy = Anatomy.of(build("gpt2")[0], architectures())
+    assert anatomy.mlp_out(-1) == anatomy.mlp_out(LAYERS - 1) == "transformer.h.2.mlp.c_proj"
+    for bad in (LAYERS, -LAYERS - 1):
+        with pytest.raises(ConfigError, match=r"0 to 2 \(or -3 to -1"):
+            anatomy.block(bad)
+    with pytest.raises(ConfigError, match="not an integer"):
+        anatomy.block(True)
+
+
+def test_other_families_are_probed():
+    bart = transformers.BartForConditionalGeneration(
+        transformers.BartConfig(
+            d_model=32,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=48,
+            decoder_ffn_dim=48,
+            vocab_size=60,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            decoder_start_token_id=2,
+            forced_eos_token_id=None,
+        )
+    )
+    anatomy = Anatomy.of(bart, {})
+    assert anatomy.kind == "encoder-decoder"
+    assert anatomy.mlp_out(0) == "model.decoder.layers.0.fc2"
+    assert "encoder_attn" not in "".join(anatomy.attention_in(0))
+    granite = transformers.GraniteForCausalLM(
+        transformers.GraniteConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=48,
+            vocab_size=60,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
+    assert Anatomy.of(granite, {}).spec == architectures()["llama"]
+
+
+def _mixture():
+    return transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=48,
+            vocab_size=60,
+            num_local_experts=2,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
+
+
+def test_where_probing_fails_the_error_is_the_stanza_to_complete():
+    with pytest.raises(AnatomyError, match=r"registry\.yaml") as caught:
+        Anatomy.of(_mixture(), {})
+    text = str(caught.value)
+    lines = yaml.safe_load(text[text.index("architectures:") :].replace(": ?", ": unknown"))
+    stanza = lines["architectures"]["mixtral"]
+    assert stanza["mlp_out"] == "unknown"
+    assert stanza["attention_out"] == "self_attn.o_proj"
+    assert stanza["head"] == "lm_head"
+    assert parse_architectures(
+        {"mixtral": {**stanza, "mlp_in": ["a"], "layout": "out_in"}}
+    )["mixtral"].blocks == "model.layers"  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mlp_out": "mlp.down_proj"}, r"gpt2\.mlp_out.*it has: .*mlp\.c_proj"),
+        ({"blocks": "h"}, r"gpt2\.blocks is 'h', but GPT2LMHeadModel has no such module"),
+        ({"layout": "out_in"}, r"gpt2\.layout is 'out_in'.*is a Conv1D.*'in_out'"),
+    ],
+)
+def test_a_wrong_stanza_is_named(changes, message):
+    spec = architectures()["gpt2"].model_copy(update=changes)
+    with pytest.raises(AnatomyError, match=message):
+        Anatomy.of(build("gpt2")[0], {"gpt2": spec})
+
+
+def test_a_stanza_with_an_unknown_field_is_a_configuration_error():
+    stanza = {**architectures()["gpt2"].model_dump(), "mlp_outt": "x"}
+    with pytest.raises(ConfigError, match=r"architectures\.gpt2 .*mlp_outt"):
+        parse_architectures({"gpt2": stanza})
+
+
+def test_a_stanza_may_come_straight_from_yaml():
+    module, _ = build("gpt2")
+    raw = architectures()["gpt2"].model_dump(mode="json")
+    assert Anatomy.of(module, {"gpt2": raw}) == Anatomy.of(module, architectures())
+
+
+def test_a_model_without_configuration_or_head_is_refused():
+    with pytest.raises(AnatomyError, match="no Hugging Face configuration"):
+        Anatomy.of(nn.Linear(2, 2), {})
+    module, _ = build("gpt2")
+    headless = architectures()["gpt2"].model_copy(update={"head": ("score", "classifier")})
+    anatomy = Anatomy.of(module, {"gpt2": headless})
+    assert anatomy.head_name is None
+    with pytest.raises(AnatomyError, match="has no head"):
+        anatomy.head(module)
+    with pytest.raises(AnatomyError, match=r"no module 'transformer\.h\.9'"):
+        anatomy.shape(module, "transformer.h.9")
+
+
+def test_half_precision_models_build_and_are_reproducible():
+    one, two = build("llama", torch.bfloat16)[0], build("llama", torch.bfloat16)[0]
+    assert next(one.parameters()).dtype == torch.bfloat16
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
