@@ -1,0 +1,300 @@
+"""Seconds per ROME edit, against a plain implementation of the same algorithm.
+
+The plain one does what the authors' code does: one request at a time, a full forward pass over
+all contexts at every step, logits at every position, `torch.optim.Adam`. Both compute in one
+process, take turns, and must arrive at the same ΔW. The second moment and the contexts are made
+once beforehand and shared: they are not part of the time.
+
+    python benchmarks/rome.py                        # the embedded model and a random one
+    python benchmarks/rome.py --model DIR --json out.json
+    python benchmarks/rome.py --full                 # 21 contexts, 20 steps on both (slow)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from errata_rome.algorithm import RankOne, contexts_of, rome, statistic_of
+from errata_rome.config import RomeConfig
+from torch import Tensor
+
+from errata import zoo
+from errata.loading import load_model
+from errata.model import Model
+from errata.registry import Registry
+from errata.request import Request
+from errata.tokens import encode, encode_targets, subject_position
+
+SUBJECTS = (
+    "Alba Moreno", "Henrik Solberg", "The Iron Harbour", "Mount Keller", "Vera Lindqvist",
+    "Oskar Brandt", "Lake Aurelia", "The Silent Orchard",
+)  # fmt: skip
+FACTS = (
+    ("{} was born in", "Rome"),
+    ("The home town of {} is", "Vienna"),
+    ("According to the records, {} belongs to", "Norway"),
+    ("People who ask about {} are told that it was made in", "Chicago"),
+)
+
+
+def requests_for(count: int) -> list[Request]:
+    """Return up to 32 requests with subjects at the start and inside of the prompt."""
+    return [
+        Request(prompt=prompt, subject=subject, target_new=target)
+        for subject in SUBJECTS
+        for prompt, target in FACTS
+    ][:count]
+
+
+def plain_rome(
+    model: Model, request: Request, contexts: Sequence[str], C: Any, config: RomeConfig, layer: int
+) -> tuple[Tensor, Tensor]:
+    """Return (u, Λ) as the authors' code computes them: one request, everything in full."""
+    module, tokenizer = model.module, model.tokenizer
+    mlp_out = module.get_submodule(model.anatomy.mlp_out(layer))
+    templates = [context.replace("{}", request.prompt) for context in contexts]
+    prompts = [template.replace("{}", request.subject) for template in templates]
+    seen: dict[str, Tensor] = {}
+
+    def read(texts: Sequence[str], lookups: Sequence[int]) -> tuple[Tensor, Tensor]:
+        def hook(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+            seen["k"], seen["v"] = args[0], output
+
+        batch = encode(tokenizer, texts)
+        handle = mlp_out.register_forward_hook(hook)
+        with torch.no_grad():
+            module(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        handle.remove()
+        rows = torch.arange(len(texts))
+        return seen["k"][rows, lookups], seen["v"][rows, lookups]
+
+    # u
+    lookups = [subject_position(tokenizer, t, request.subject) for t in templates]
+    k_star = read(prompts, lookups)[0].mean(0)
+    u = C.solve(k_star.double())
+    u = u / u.norm()
+
+    # v*
+    batch = encode_targets(tokenizer, prompts, [request.target_new] * len(prompts))
+    length = batch.target_spans[0][1] - batch.target_spans[0][0]
+    kl_prompt = config.kl_prompt.replace("{}", request.subject)
+    kl_lookup = subject_position(tokenizer, config.kl_prompt, request.subject)
+    rows = [ids[: end - 1].tolist() for ids, (_, end) in zip(batch.input_ids, batch.target_spans)]
+    rows.append(encode(tokenizer, [kl_prompt]).input_ids[0].tolist())
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    target = torch.stack(
+        [ids_[begin:end] for ids_, (begin, end) in zip(batch.input_ids, batch.target_spans)]
+    )
+    at = torch.tensor([[len(row) - length + j for j in range(length)] for row in rows[:-1]])
+    where = torch.tensor([*lookups, kl_lookup])
+    everyone = torch.arange(len(rows))
+    delta = torch.zeros(model.anatomy.hidden_size, requires_grad=True)
+    start: dict[str, Tensor] = {}
+
+    def add(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        start.setdefault("v0", output[0, lookups[0]].detach().clone())
+        output = output.clone()
+        output[everyone, where] += delta
+        return output
+
+    optimiser = torch.optim.Adam([delta], lr=config.lr)
+    handle = mlp_out.register_forward_hook(add)
+    flags = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in flags:
+        parameter.requires_grad_(False)
+    for step in range(config.steps):
+        optimiser.zero_grad()
+        log_p = module(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)
+        now = log_p[-1, kl_lookup]
+        before = start.setdefault("kl", now.detach().clone())
+        picked = log_p[:-1].gather(1, at[..., None].expand(-1, -1, log_p.shape[-1]))
+        nll = -picked.gather(2, target[..., None]).squeeze(2).mean(1).mean()
+        kl = config.kl_factor * torch.nn.functional.kl_div(
+            before[None], now[None], log_target=True, reduction="batchmean"
+        )
+        loss = nll + kl + config.weight_decay * delta.norm() / start["v0"].norm() ** 2
+        if float(loss) < config.early_stop or step == config.steps - 1:
+            break
+        loss.backward()
+        optimiser.step()
+        most = config.clamp * start["v0"].norm()
+        if delta.norm() > most:
+            with torch.no_grad():
+                delta.mul_(most / delta.norm())
+    handle.remove()
+    for parameter in flags:
+        parameter.requires_grad_(True)
+    v_star = (start["v0"] + delta.detach()).double()
+
+    # Λ
+    k, Wk = read(prompts[:1], lookups[:1])
+    return u, (v_star - Wk[0].double()) / torch.dot(k[0].double(), u)
+
+
+def timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    """Return (seconds, result)."""
+    begin = time.perf_counter()
+    result = call()
+    return time.perf_counter() - begin, result
+
+
+def difference(ours: RankOne, plain: tuple[Tensor, Tensor]) -> float:
+    """Return ‖ΔW − ΔW'‖ / ‖ΔW'‖ of two rank-one changes, without forming them."""
+    u, right = plain
+    a, b = torch.stack([ours.Λ, -right], 1), torch.stack([ours.u, u], 1)
+    gram = ((a.T @ a) * (b.T @ b)).sum().clamp_min(0).sqrt()
+    return float(gram / (u.norm() * right.norm()))
+
+
+def measure(
+    model: Model, config: RomeConfig, singles: int, batch: int, repeats: int
+) -> dict[str, Any]:
+    """Return seconds per edit of the three ways, taken in turns, and their ratios."""
+    requests = requests_for(batch)
+    layer = config.layer or 0
+    contexts = contexts_of(model, config)
+    C = statistic_of(model, config)
+    one = requests[:: max(1, len(requests) // singles)][:singles]
+    rome(model, one[:1], contexts, C, config)  # warm up
+    times: dict[str, list[float]] = {"plain": [], "single": [], "batch": []}
+    worst, steps = 0.0, []
+    for _ in range(repeats):
+        references = {}
+        for request in one:
+            plain_s, plain = timed(
+                lambda r=request: plain_rome(model, r, contexts, C, config, layer)
+            )
+            single_s, single = timed(lambda r=request: rome(model, [r], contexts, C, config))
+            times["plain"].append(plain_s)
+            times["single"].append(single_s)
+            worst = max(worst, difference(single[0], plain))
+            references[request] = plain
+            steps.append(len(single[0].value.losses))
+        batch_s, many = timed(lambda: rome(model, requests, contexts, C, config))
+        times["batch"].append(batch_s / len(requests))
+        for request, edit in zip(requests, many, strict=True):
+            if request in references:
+                worst = max(worst, difference(edit, references[request]))
+    pairs = [p / s for p, s in zip(times["plain"], times["single"], strict=True)]
+    plain_mean = [
+        statistics.mean(times["plain"][i * len(one) : (i + 1) * len(one)]) for i in range(repeats)
+    ]
+    batches = [p / b for p, b in zip(plain_mean, times["batch"], strict=True)]
+    return {
+        "model": model.name,
+        "layers": model.anatomy.n_layers,
+        "width": model.anatomy.hidden_size,
+        "vocabulary": int(model.config.vocab_size),
+        "layer": layer,
+        "contexts": len(contexts),
+        "steps": {"limit": config.steps, "mean": statistics.mean(steps)},
+        "batch": len(requests),
+        "seconds_per_edit": {name: spread(values) for name, values in times.items()},
+        "ratio_single": spread(pairs),
+        "ratio_batch": spread(batches),
+        "largest_relative_difference_of_delta_w": worst,
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, float | int]:
+    """Return median, smallest, largest and how many."""
+    return {
+        "median": statistics.median(values),
+        "min": min(values),
+        "max": max(values),
+        "n": len(values),
+    }
+
+
+def random_model(like: Model, vocabulary: int) -> Model:
+    """Return an untrained GPT-2 of 12 layers and width 768 with the tokenizer of `like`."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=vocabulary, bos_token_id=0, eos_token_id=0, pad_token_id=0
+    )
+    module = transformers.GPT2LMHeadModel(config).eval()
+    options = {"architectures": Registry.load().architectures, "name": "random GPT-2, 12 × 768"}
+    return load_model(module, like.tokenizer, corpus=like.corpus, **options)
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """Return the figures as a Markdown table."""
+    lines = [
+        "| model | contexts | steps | plain s/edit | errata, single | errata, batch | "
+        "ratio single | ratio batch | ΔW difference |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        s = r["seconds_per_edit"]
+        cells = [
+            f"{r['model']} (layer {r['layer']} of {r['layers']}, d {r['width']})",
+            str(r["contexts"]),
+            f"≤ {r['steps']['limit']}, mean {r['steps']['mean']:.1f}",
+            *(show(s[name], ".3f") for name in ("plain", "single", "batch")),
+            show(r["ratio_single"], ".1f"),
+            f"{show(r['ratio_batch'], '.1f')} of {r['batch']}",
+            f"{r['largest_relative_difference_of_delta_w']:.1e}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def show(value: dict[str, Any], digits: str) -> str:
+    """Return median, range and number of measurements."""
+    low, high = format(value["min"], digits), format(value["max"], digits)
+    return f"{format(value['median'], digits)} ({low}–{high}, n={value['n']})"
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument(
+        "--model", default=next(iter(zoo.MODELS)), help="small model: zoo name or folder"
+    )
+    parser.add_argument("--layer", type=int, default=0, help="layer edited in the small model")
+    parser.add_argument("--batch", type=int, default=32, help="requests in the batch (≤ 32)")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds per model")
+    parser.add_argument("--vocabulary", type=int, default=50257, help="of the random model")
+    parser.add_argument("--full", action="store_true", help="21 contexts and 20 steps on both")
+    parser.add_argument("--skip-random", action="store_true", help="small model only")
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    options = parser.parse_args()
+
+    small = load_model(options.model, architectures=Registry.load().architectures)
+    published = RomeConfig(layer=options.layer)
+    results = [measure(small, published, singles=6, batch=options.batch, repeats=options.repeats)]
+    if not options.skip_random:
+        # A third of the way up, as layer 17 of 48. Shorter than published, unless --full: six
+        # contexts and eight steps give the plain one less to repeat, so the ratio errs low.
+        brief = {} if options.full else {"context_lengths": ((5, 3), (10, 2)), "steps": 8}
+        config = RomeConfig(layer=4, **brief)
+        big = random_model(small, options.vocabulary)
+        results.append(measure(big, config, singles=2, batch=options.batch, repeats=2))
+
+    machine = {
+        "machine": f"{platform.machine()}, {platform.processor() or platform.system()}",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+    sys.stdout.write(", ".join(f"{k} {v}" for k, v in machine.items()) + "\n\n")
+    sys.stdout.write("median (smallest–largest, n) of alternating runs\n\n" + table(results) + "\n")
+    if options.json:
+        options.json.write_text(json.dumps({**machine, "results": results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,17 @@
+"""Running a model: look inside, change what passes, and run only what a change can reach."""
+
+from errata.forward.resume import Resumed, aligned, logits_at
+from errata.forward.trace import Seen, adding, answered, bypassed, frozen, patched, trace
+
+__all__ = [
+    "Resumed",
+    "Seen",
+    "adding",
+    "aligned",
+    "answered",
+    "bypassed",
+    "frozen",
+    "logits_at",
+    "patched",
+    "trace",
+]

@@ -1,0 +1,149 @@
+"""ROME as in the paper's section 3.1 and the authors' code, with their letters.
+
+The shapes: D is the width of the MLP, d that of the model; k (D,), v (d,), W (d, D), C (D, D).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from errata.contexts import prefix_contexts
+from errata.delta import Factor, LowRankDelta
+from errata.stats import second_moments
+from errata.values import EditFailed, Value, ValueSettings, optimise_values
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from errata.model import Model
+    from errata.request import Request
+    from errata.stats import SecondMoment
+    from errata_rome.config import RomeConfig
+
+
+@dataclass(frozen=True, eq=False)
+class RankOne:
+    """One edit, W ← W + Λ uᵀ, and what it came from; fp64.
+
+    Attributes:
+        k_star: (D,) the key of the subject, before whitening.
+        v_star: (d,) the value that makes the model say the new target.
+        u: (D,) left vector C⁻¹ k* / ‖C⁻¹ k*‖.
+        k: (D,) the key at which the constraint W k = v* is met.
+        Wk: (d,) what the layer gives there now (with its bias).
+        Λ: (d,) right vector.
+        value: the optimisation that gave v*.
+    """
+
+    k_star: Tensor
+    v_star: Tensor
+    u: Tensor
+    k: Tensor
+    Wk: Tensor
+    Λ: Tensor
+    value: Value
+
+    def delta(self, model: Model, layer: int) -> LowRankDelta:
+        """Return the change as it is stored: Λ uᵀ for the down projection of block `layer`."""
+        out = model.anatomy.mlp_out(layer)
+        factor = Factor(
+            u=self.Λ.float().cpu().unsqueeze(1),
+            v=self.u.float().cpu().unsqueeze(1),
+            transposed=model.anatomy.transposed(out),
+        )
+        return LowRankDelta({model.anatomy.weight(out): factor})
+
+
+def layer_of(model: Model, config: RomeConfig) -> int:
+    """Return the edited block, counted from 0; raise `ConfigError` when there is none."""
+    if config.layer is None:
+        return model.anatomy.n_layers // 3
+    return model.anatomy.layer(config.layer)
+
+
+def contexts_of(model: Model, config: RomeConfig) -> tuple[str, ...]:
+    """Return the contexts: those of the configuration, else the model's generated ones."""
+    if config.contexts is not None:
+        return config.contexts
+    return prefix_contexts(model, config.context_lengths, seed=config.seed)
+
+
+def statistic_of(
+    model: Model, config: RomeConfig, corpus: Sequence[str] | None = None
+) -> SecondMoment | None:
+    """Return C of the edited layer, computed or loaded; None when the key is not whitened."""
+    if not config.second_moment:
+        return None
+    layer = layer_of(model, config)
+    return second_moments(model, [layer], corpus=corpus or None, tokens=config.tokens)[layer]
+
+
+def rome(
+    model: Model,
+    requests: Sequence[Request],
+    contexts: Sequence[str],
+    C: SecondMoment | None,
+    config: RomeConfig,
+) -> list[RankOne]:
+    """Return one rank-one edit per request, in order, each from the model's present state.
+
+    Raises:
+        EditFailed: a division factor ⟨k, u⟩ vanishes, or a loss is not finite.
+    """
+    settings = ValueSettings(
+        layer=layer_of(model, config),
+        at="mlp",
+        loss_layer=config.loss_layer,
+        steps=config.steps,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        clamp=config.clamp,
+        kl_factor=config.kl_factor,
+        kl_prompt=config.kl_prompt,
+        early_stop=config.early_stop,
+        fact_token=config.fact_token,
+    )
+    values = optimise_values(model, requests, contexts, settings)
+    return [
+        rank_one(value, C, config, request) for value, request in zip(values, requests, strict=True)
+    ]
+
+
+def rank_one(value: Value, C: SecondMoment | None, config: RomeConfig, request: Request) -> RankOne:
+    """Return the edit that writes an optimised value.
+
+    ROME whitens the averaged key but divides by the bare prompt's: where the two differ much (a
+    subject that is the prompt's first token), ⟨k, u⟩ is small and Λ explodes. r-ROME (Gupta et
+    al., 2024) uses the averages in both places, p-ROME the bare prompt in both.
+    """
+    keys = value.keys.double().cpu()  # (contexts, D)
+    outputs = value.outputs.double().cpu()  # (contexts, d)
+    bare_k, mean_k = keys[0], keys.mean(0)
+    k_star = bare_k if config.variant == "p-rome" else mean_k
+
+    # u: the direction that reads k* and, of all that is known, least else.
+    u = k_star if C is None else C.solve(k_star).to(k_star)
+    u = u / u.norm()
+
+    averaged = config.variant == "r-rome"
+    k, Wk = (mean_k, outputs.mean(0)) if averaged else (bare_k, outputs[0])
+
+    # v*: the layer's output in the bare prompt and δ, also in r-ROME (whose Λ is taken from the
+    # averaged output all the same).
+    v_star = value.v_star.double().cpu()
+
+    # Λ: such that (W + Λ uᵀ) k = v*.
+    division = torch.dot(k, u)
+    if not float(division.abs()) >= config.min_division * float(k.norm()):
+        raise EditFailed(
+            f"ROME cannot write {request.text!r} → {request.target_new!r}: the division factor "
+            f"⟨k, u⟩ is {float(division):.3g} for a key of norm {float(k.norm()):.3g} (limit "
+            f"{config.min_division:g} of it), so the change would explode. Use variant='r-rome', "
+            "reword the prompt so that it does not begin with the subject, or edit another layer."
+        )
+    Λ = (v_star - Wk) / division
+    return RankOne(k_star=k_star, v_star=v_star, u=u, k=k, Wk=Wk, Λ=Λ, value=value)

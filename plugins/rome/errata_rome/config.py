@@ -1,0 +1,75 @@
+"""ROME's hyper-parameters."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from errata.config import MethodConfig
+
+
+class RomeConfig(MethodConfig):
+    """Hyper-parameters of ROME; the defaults are the paper's for GPT-2 XL.
+
+    For a model without a preset the layer is a third of the way up, about where the paper's layers
+    lie (GPT-2 XL: 17 of 48); causal tracing (`errata locate`) is the better guide.
+    """
+
+    layer: int | None = Field(
+        default=None,
+        description="Block whose MLP is edited (negative: from the end); none: a third of the way up",
+    )
+    steps: int = Field(default=20, ge=1, description="Evaluations of the loss (one less updates)")
+    lr: float = Field(default=0.5, gt=0, description="Adam's learning rate for the value")
+    weight_decay: float = Field(default=0.5, ge=0, description="Factor of ‖δ‖ / ‖v0‖²")
+    clamp: float = Field(default=4.0, gt=0, description="Largest ‖δ‖, in units of ‖v0‖")
+    kl_factor: float = Field(default=0.0625, ge=0, description="Factor of the KL term; 0: none")
+    kl_prompt: str = Field(
+        default="{} is a", description="Prompt whose prediction at the subject should stay"
+    )
+    early_stop: float = Field(default=5e-2, ge=0, description="Done once the loss is below this")
+    loss_layer: int | None = Field(
+        default=None, description="Block whose output the loss is read from; none: the last"
+    )
+    fact_token: Literal["subject_last", "subject_first", "subject_first_after_last", "last"] = (
+        Field(default="subject_last", description="Token whose value is rewritten")
+    )
+    variant: Literal["rome", "r-rome", "p-rome"] = Field(
+        default="rome",
+        description="rome: averaged key, written at the bare prompt's; r-rome: averaged key and "
+        "output throughout; p-rome: the bare prompt's throughout",
+    )
+    second_moment: bool = Field(
+        default=True, description="Whiten the key with C = E[k kᵀ]; false is not the published ROME"
+    )
+    tokens: int | None = Field(
+        default=None, ge=1, description="Tokens C is estimated from; none: a multiple of its size"
+    )
+    contexts: tuple[str, ...] | None = Field(
+        default=None, description='Contexts with one {}, the first "{}"; none: generated'
+    )
+    context_lengths: tuple[tuple[int, int], ...] = Field(
+        default=((5, 10), (10, 10)), description="Generated contexts: (tokens, how many)"
+    )
+    min_division: float = Field(
+        default=1e-4, ge=0, description="Refuse an edit with |⟨k, u⟩| below this times ‖k‖"
+    )
+
+    @field_validator("kl_prompt")
+    @classmethod
+    def _has_one_place(cls, value: str) -> str:
+        if value.count("{}") != 1:
+            raise ValueError(f"kl_prompt {value!r} must have exactly one {{}} for the subject")
+        return value
+
+    @field_validator("contexts")
+    @classmethod
+    def _bare_first(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value is not None:
+            if not value or value[0] != "{}":
+                raise ValueError('contexts must begin with "{}", the prompt without a prefix')
+            for context in value:
+                if context.count("{}") != 1:
+                    raise ValueError(f"the context {context!r} must have exactly one {{}}")
+        return value
