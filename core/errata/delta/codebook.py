@@ -126,7 +126,7 @@ class CodebookDelta(Delta):
         require(key.ndim == 1, f"A codebook key has shape {tuple(key.shape)}; it must be (d_in,).")
         require(
             value is None or value.ndim == 1,
-            f"A codebook value has shape {tuple(getattr(value, 'shape', ()))}; it must be (d_out,).",
+            "A codebook value must have the shape (d_out,).",
         )
         require(
             label.ndim == 1 and label.numel() > 0 and not label.is_floating_point(),
@@ -165,10 +165,12 @@ class CodebookDelta(Delta):
     # -- storage ---------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
+        """Return key, label and, unless the entry is void, value."""
         stored = {"key": self.key, "label": self.label}
         return stored if self.value is None else {**stored, "value": self.value}
 
     def metadata(self) -> dict[str, Any]:
+        """Return module, settings, label for people and notes."""
         return {
             "module": self.module,
             "settings": asdict(self.settings),
@@ -179,6 +181,7 @@ class CodebookDelta(Delta):
 
     @classmethod
     def from_parts(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Self:
+        """Rebuild an entry; raise `IntegrityError` for anything that does not fit."""
         require(
             set(tensors) in ({"key", "label"}, {"key", "label", "value"}),
             f"A codebook delta must hold key, label and value, not {sorted(tensors)}.",
@@ -215,6 +218,7 @@ class CodebookDelta(Delta):
         return (f"{self.module}.weight",)
 
     def check(self, model: Model) -> None:
+        """Raise `IntegrityError` unless it is finite and fits the module's widths."""
         super().check(model)
         d_out, d_in = model.anatomy.shape(model.module, self.module)
         width = d_out if self.value is None else self.value.numel()

@@ -347,9 +347,7 @@ def _host(root: nn.Module, path: str) -> str:
     return ""
 
 
-def _window(
-    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Window:
+def _window(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Window:
     """Read from a forward call's arguments what it covers."""
     names = list(signature.parameters)[1:]  # without self
     given = {**dict(zip(names, args, strict=False)), **kwargs}

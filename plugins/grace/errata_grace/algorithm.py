@@ -1,0 +1,254 @@
+"""Algorithm 1 of the GRACE paper: where an edit looks, and the value it trains.
+
+Against the authors' code (grace/editors/grace.py): the key position is the last prompt token of
+each row; only the value at hand is optimised (theirs hands Adam every parameter, and all others
+have no gradient); early stopping works; cosine distance is one (theirs reads the option and takes
+the Euclidean distance); `only_when_wrong` compares token by token for every kind of model (theirs
+generates for question answering and edits without asking in language modelling).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional
+
+from errata.delta.codebook import CodebookDelta, CodebookSettings
+from errata.delta.codebook_runtime import CodebookRuntime
+from errata.errors import ConfigError
+from errata.forward import Resumed, frozen, trace
+from errata.values import EditFailed
+from errata_grace.cases import Case, case_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from errata.model import Model
+    from errata.request import Request
+    from errata_grace.config import GraceConfig
+
+logger = logging.getLogger("errata")
+
+Entries = Sequence[tuple[str, CodebookDelta]]
+
+DRAFT = "draft"
+"""Stands for the id of the entry that is being made."""
+
+_HALF_SCALE = 1024.0  # fp16 gradients underflow, and Adam's steps do not depend on the scale
+
+
+@dataclass(frozen=True)
+class Grace:
+    """One run of the algorithm on one model.
+
+    Attributes:
+        model: the model; it is not changed.
+        config: the hyper-parameters.
+        module: path of the module beside which the codebook lies.
+    """
+
+    model: Model
+    config: GraceConfig
+    module: str
+
+    @classmethod
+    def on(cls, model: Model, config: GraceConfig) -> Grace:
+        """Return the algorithm for a model; raise `ConfigError` for a module that will not do."""
+        return cls(model, config, module_of(model, config))
+
+    @property
+    def settings(self) -> CodebookSettings:
+        """How the entries are filed."""
+        config = self.config
+        return CodebookSettings(
+            distance=config.distance,
+            replacement=config.replacement,
+            eps=config.eps,
+            label_match=config.label_match,
+            index=config.index,
+            faiss_from=config.faiss_from,
+        )
+
+    def edit(self, requests: Sequence[Request]) -> list[CodebookDelta]:
+        """Return one entry per request; each is made with those before it in force."""
+        active = self.model.active(CodebookDelta.kind)
+        entries = [(name, delta) for name, delta in active if isinstance(delta, CodebookDelta)]
+        made: list[CodebookDelta] = []
+        for request in requests:
+            made.append(self.entry(case_of(self.model, request), entries))
+            entries.append((f"{DRAFT} {len(made)}", made[-1]))
+        return made
+
+    def entry(self, case: Case, entries: Entries) -> CodebookDelta:
+        """Return the entry for one case, with `entries` in force before it."""
+        with self._trial(entries, case):
+            key, logits = self._observe(case)
+        if self.config.only_when_wrong and torch.equal(logits.argmax(-1), case.labels):
+            logger.info("%r is what the model says already: a void entry", case.text)
+            return self._delta(case, key, None, {"operation": "void"})
+        draft = self._delta(case, key, self.start_value(case, entries), {})
+        with self._trial([*entries, (DRAFT, draft)], case) as runtime:
+            step = runtime.book(draft.book).log[-1]
+            # A key that stays keeps its value as the start, as published.
+            start = draft if step.former_step < 0 else (
+                runtime.book(draft.book).log[step.former_step].delta
+            )  # fmt: skip
+            value, losses = self._train(case, runtime, draft, step.row, start)
+        notes: dict[str, object] = {
+            "operation": step.operation,
+            "distance": step.distance if math.isfinite(step.distance) else None,
+            "loss": losses[-1],
+            "losses": losses[:-1],
+        }
+        logger.info("%s for %r: loss %.4f", step.operation, case.text, losses[-1])
+        return self._delta(case, key, value, notes)
+
+    def start_value(self, case: Case, entries: Entries) -> Tensor:
+        """Return the start (d_out) of a new value: U[0, 1) (cold) or the module's output (warm)."""
+        if self.config.init == "cold":
+            generator = torch.Generator().manual_seed(self.config.seed)
+            width, _ = self.model.anatomy.shape(self.model.module, self.module)
+            return torch.rand(width, generator=generator)
+        others = [(name, delta) for name, delta in entries if delta.module != self.module]
+        with self._trial(others, case), torch.no_grad():
+            with trace(self.model.module, self.module) as seen:
+                case.logits(self.model)
+            output = seen[self.module].output
+            assert output is not None
+            return output.reshape(-1, output.shape[-1])[self._column(case)].float()
+
+    # -- how -------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _trial(self, entries: Entries, case: Case) -> Iterator[CodebookRuntime]:
+        """Run the model with these entries in force, in place of what is attached."""
+        model = self.model
+        with (
+            CodebookRuntime.of(model).trial(entries) as runtime,
+            model.prompts([case.end]),
+            frozen(model.module),
+        ):
+            yield runtime
+
+    def _column(self, case: Case) -> int:
+        """Return the column of the key position among the tokens that the module sees."""
+        rule = CodebookRuntime.of(self.model).key_rule(self.module)
+        last = case.inputs["input_ids"].shape[1] - 1
+        return {"prompt": case.end, "first": 0, "last": last}[rule]
+
+    @torch.no_grad()
+    def _observe(self, case: Case) -> tuple[Tensor, Tensor]:
+        """Return the query (d_in) and the logits (n, vocabulary) of the model as it stands."""
+        with trace(self.model.module, self.module, inputs=True, outputs=False) as seen:
+            logits = case.logits(self.model)
+        states = seen[self.module].input
+        assert states is not None
+        return states.reshape(-1, states.shape[-1])[self._column(case)].float(), logits
+
+    def _train(
+        self,
+        case: Case,
+        runtime: CodebookRuntime,
+        draft: CodebookDelta,
+        row: int,
+        start: CodebookDelta,
+    ) -> tuple[Tensor, list[float]]:
+        """Return the trained value and the losses: before each step, then of the result."""
+        assert start.value is not None
+        value = start.value.to(runtime.book(draft.book).device, copy=True).requires_grad_()
+        runtime.train(draft.book, row, value)
+        optimizer = torch.optim.Adam([value], lr=self.config.lr)
+        scale = _HALF_SCALE if self.model.dtype == torch.float16 else 1.0
+        logits = self._runner(case)
+        losses: list[float] = []
+        with torch.enable_grad():
+            for _ in range(self.config.steps):
+                loss = _nll(logits(), case.labels)
+                losses.append(float(loss.detach()))
+                if not math.isfinite(losses[-1]) or losses[-1] < self.config.early_stop:
+                    break
+                (gradient,) = torch.autograd.grad(loss * scale, value)
+                value.grad = gradient / scale
+                optimizer.step()
+        with torch.no_grad():
+            losses.append(float(_nll(logits(), case.labels)))
+        if not math.isfinite(losses[-1]):
+            raise EditFailed(
+                f"The loss of {case.text!r} became {losses[-1]}: lower lr ({self.config.lr:g}) "
+                "or choose another module."
+            )
+        return value.detach(), losses
+
+    def _runner(self, case: Case) -> Callable[[], Tensor]:
+        """Return what gives the logits under the present value, running only what it reaches."""
+        anatomy = self.model.anatomy
+        inside = (
+            layer
+            for layer in range(anatomy.n_layers)
+            if self.module.startswith(f"{anatomy.block(layer)}.")
+        )
+        layer = next(inside, None)
+        if layer is None or case.columns is None:
+            # In the encoder of an encoder-decoder, or under a head that is no language model's.
+            return lambda: case.logits(self.model)
+        first = min(self._column(case), int(case.columns.min()))
+        resumed = Resumed(
+            self.model,
+            case.inputs,
+            layer=layer,
+            start=first if self.config.replacement == "replace_last" else 0,
+            rows=case.rows,
+            columns=case.columns,
+        )
+        return resumed.logits
+
+    def _delta(
+        self, case: Case, key: Tensor, value: Tensor | None, notes: dict[str, object]
+    ) -> CodebookDelta:
+        return CodebookDelta(
+            self.module,
+            key,
+            value,
+            case.labels,
+            self.settings,
+            ignored=case.ignored,
+            label_text=case.text,
+            notes=notes,
+        )
+
+
+def module_of(model: Model, config: GraceConfig) -> str:
+    """Return the path of the module that the configuration means.
+
+    Raises `ConfigError` when it is not there, has no weight matrix, or is ambiguous.
+    """
+    anatomy = model.anatomy
+    if config.module not in ("mlp_in", "mlp_out"):
+        weight = model.parameters.get(f"{config.module}.weight")
+        if weight is None or weight.ndim != 2:
+            raise ConfigError(
+                f"module={config.module!r} is no linear map of {model.name}: give 'mlp_in', "
+                f"'mlp_out' or a path such as {anatomy.mlp_out(0)!r}."
+            )
+        return config.module
+    anatomy = anatomy.encoder or anatomy  # where the authors put it, and all of the prompt is
+    # 35 of 48, 4 of 6: the authors' layers.
+    layer = round(0.75 * (anatomy.n_layers - 1)) if config.layer is None else config.layer
+    names = anatomy.mlp_in(layer) if config.module == "mlp_in" else (anatomy.mlp_out(layer),)
+    if len(names) > 1:
+        raise ConfigError(
+            f"module='mlp_in' means {len(names)} modules in this model: give one of "
+            f"{', '.join(names)}, or 'mlp_out'."
+        )
+    return names[0]
+
+
+def _nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean −log P of the labels in nats, in fp32."""
+    return functional.cross_entropy(logits.float(), labels.to(logits.device))
