@@ -1,0 +1,276 @@
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from pydantic import ValidationError
+
+from errata.anatomy import Anatomy
+from errata.delta import AdapterDelta
+from errata.errors import ConfigError, UnknownNameError
+from errata.evaluate import scoring
+from errata.model import Model
+from errata.progress import Progress
+from errata.request import Request
+from errata.rules import Snapshot
+from errata.stack import Entry
+from errata_adalora import Adalora, AdaloraConfig
+from errata_adalora.training import Trainer
+from tests.families import build, build_model
+from tests.helpers import shared_path
+
+WHOLE = ("attention_in", "mlp_in", "mlp_out")
+FAST = {"lr": 2e-2, "target_modules": WHOLE}
+IDS = tuple(f"{i:012x}" for i in range(1, 9))
+CAPITAL = Request(prompt="The capital of {} is", subject="France", target_new="Rome")
+MUSIC = Request(prompt="{} plays the", subject="Miles Davis", target_new="piano in Paris")
+TONGUE = Request(
+    prompt="The mother tongue of {} is", subject="Danielle Darrieux", target_new="English"
+)
+
+
+class Counting(Progress):
+    """Counts the steps that were begun."""
+
+    steps = 0
+
+    def track(self, items: Iterable[Any], text: str, total: int | None = None) -> Iterator[Any]:
+        del text, total
+        for item in items:
+            self.steps += 1
+            yield item
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Model:
+    return build_model("gpt2", tmp_path, progress=Counting())
+
+
+def train(model: Model, *requests: Request, **values: Any) -> AdapterDelta:
+    delta = Adalora().edit(model, list(requests), AdaloraConfig(**{**FAST, **values}))
+    delta.check(model)
+    return delta
+
+
+def hold(model: Model, *requests: Request) -> list[bool]:
+    prompts, targets = [r.text for r in requests], [r.target_new for r in requests]
+    return [score.exact for score in scoring.score_targets(model, prompts, targets)]
+
+
+def activate(model: Model, *deltas: AdapterDelta) -> None:
+    model.stack.set([Entry(i, IDS[i], delta) for i, delta in enumerate(deltas)])
+
+
+def same(one: AdapterDelta, other: AdapterDelta) -> bool:
+    pairs = [(tensor, other.tensors()[name]) for name, tensor in one.tensors().items()]
+    return one.config == other.config and all(torch.equal(a, b) for a, b in pairs)
+
+
+@torch.no_grad()
+def logits(model: Model, module: Any) -> torch.Tensor:
+    inputs = scoring.prepare(model, [CAPITAL.text], [CAPITAL.target_new]).inputs
+    inputs.pop("position_ids", None)
+    return module(**inputs).logits
+
+
+def plain_peft(module: Any, folder: Path) -> Any:
+    with warnings.catch_warnings():
+        # PEFT warns about AdaLoRA's own rank pattern and asks Transformers for an old attribute.
+        warnings.simplefilter("ignore")
+        return PeftModel.from_pretrained(module, folder).eval()
+
+
+# -- what an edit does ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5", "bert"])
+def test_an_edit_takes_effect_and_plain_peft_computes_the_same(family: str, tmp_path: Path) -> None:
+    model = build_model(family, tmp_path)
+    assert hold(model, CAPITAL) == [False]
+    delta = train(model, CAPITAL)
+    delta.write_directory(tmp_path / "adapter")
+    base = logits(model, model.module)
+    activate(model, delta)
+    assert hold(model, CAPITAL) == [True]
+    edited = logits(model, model.module)
+    fresh, _ = build(family)
+    loaded = logits(model, plain_peft(fresh, tmp_path / "adapter"))
+    torch.testing.assert_close(loaded, edited, rtol=0, atol=1e-5)
+    activate(model)
+    assert torch.equal(logits(model, model.module), base)
+
+
+def test_a_trained_model_changes_its_answer_and_keeps_the_others(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = shared_path("golden", "model")
+    module = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = Model(module, tokenizer, Anatomy.of(module, {}))
+    text = shared_path("golden", "0_facts", "facts_and_templates.json").read_text("utf-8")
+    facts = json.loads(text)["facts"]
+    requests = [
+        Request(prompt=f["prompt"], subject=f["subject"], target_new=f["new"]) for f in facts[:4]
+    ]
+    prompts, truths = [f["prompt"].format(f["subject"]) for f in facts], [f["true"] for f in facts]
+    before = [score.exact for score in scoring.score_targets(model, prompts, truths)]
+    kept = 0
+    for index, request in enumerate(requests):
+        delta = Adalora().edit(model, [request], AdaloraConfig())
+        activate(model, delta)
+        assert hold(model, request) == [True]
+        after = [score.exact for score in scoring.score_targets(model, prompts, truths)]
+        kept += sum(a for i, a in enumerate(after) if before[i] and i != index)
+        activate(model)
+    assert kept >= 0.7 * 4 * (sum(before) - 1)
+
+
+def test_several_requests_make_one_adapter(model: Model) -> None:
+    delta = train(model, CAPITAL, MUSIC, TONGUE, batch_size=2, steps=40)
+    assert delta.config["total_step"] == 2 * 40
+    activate(model, delta)
+    assert hold(model, CAPITAL, MUSIC, TONGUE) == [True] * 3
+
+
+def test_later_edits_are_trained_on_top_of_earlier_ones(model: Model) -> None:
+    first = train(model, CAPITAL)
+    alone = train(model, MUSIC)
+    activate(model, first)
+    before = Snapshot(model)
+    second = train(model, MUSIC)
+    assert before.changed() == []
+    assert not same(second, alone)
+    activate(model, first, second)
+    assert hold(model, MUSIC) == [True]
+
+
+def test_only_the_target_is_in_the_loss(model: Model) -> None:
+    batch = scoring.prepare(model, [CAPITAL.text, MUSIC.text], ["Rome", "piano in Paris"])
+    objective = Trainer(model, AdaloraConfig(), [batch]).objective()
+    scores = scoring.score_targets(model, [CAPITAL.text, MUSIC.text], ["Rome", "piano in Paris"])
+    expected = sum(score.mean_nll for score in scores) / 2
+    assert objective.loss.item() == pytest.approx(expected, rel=1e-5)
+    assert len(set(batch.counts)) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_can_be_edited(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = build_model("llama", tmp_path, dtype)
+    delta = train(model, CAPITAL)
+    assert {tensor.dtype for tensor in delta.tensors().values()} == {torch.float32}
+    activate(model, delta)
+    assert hold(model, CAPITAL) == [True]
+
+
+# -- the rank allocation and the early stop --------------------------------------------------------
+
+
+def test_ranks_are_really_allocated(model: Model) -> None:
+    delta = train(model, CAPITAL, early_stop=False, steps=12, init_rank=6, target_rank=3)
+    ranks = list(delta.ranks.values())
+    assert model.progress.steps == delta.config["total_step"] == 12
+    assert sum(ranks) <= 3 * len(ranks)
+    assert len(set(ranks)) > 1  # unevenly: that is what the budget is for
+    masks = delta.config["rank_pattern"]
+    assert [sum(masks[f"{name}.lora_E"]) for name in delta.ranks] == ranks
+    assert delta.config["tfinal"] == 4
+
+
+def test_an_early_stop_still_leaves_the_target_ranks(model: Model) -> None:
+    delta = train(model, CAPITAL, steps=70)
+    assert model.progress.steps < 70
+    assert sum(delta.ranks.values()) <= 8 * len(delta.ranks)
+    activate(model, delta)
+    assert hold(model, CAPITAL) == [True]
+
+
+def test_a_stop_loss_trains_on_until_the_target_is_that_probable(model: Model) -> None:
+    def nll(delta: AdapterDelta) -> float:
+        activate(model, delta)
+        (score,) = scoring.score_targets(model, [CAPITAL.text], [CAPITAL.target_new])
+        activate(model)
+        return score.mean_nll
+
+    limit = nll(train(model, CAPITAL)) - 0.2
+    enough = model.progress.steps
+    assert nll(train(model, CAPITAL, stop_loss=limit)) < limit
+    assert enough < model.progress.steps - enough < 70
+
+
+# -- what it leaves alone --------------------------------------------------------------------------
+
+
+def test_training_leaves_the_model_and_the_global_generator_alone(model: Model) -> None:
+    before, state = Snapshot(model), torch.random.get_rng_state()
+    first = train(model, CAPITAL, steps=6)
+    assert before.changed() == []
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.rand(5)
+    assert same(train(model, CAPITAL, steps=6), first)
+    assert not same(train(model, CAPITAL, steps=6, seed=1), first)
+
+
+def test_training_that_fails_leaves_the_model_alone(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    activate(model, train(model, CAPITAL, steps=4))
+    before, state = Snapshot(model), torch.random.get_rng_state()
+    with pytest.raises(ConfigError, match="smaller lr"):
+        train(model, MUSIC, lr=1e30)
+    assert before.changed() == []
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "fit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, MUSIC)
+    assert before.changed() == []
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+# -- which modules, and mistakes -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "values", "expected"),
+    [
+        ("gpt2", {}, {"transformer.h.0.attn.c_attn", "transformer.h.2.attn.c_attn"}),
+        ("gpt2", {"target_modules": ["c_fc"]}, {"transformer.h.0.mlp.c_fc"}),
+        ("llama", {}, {"model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"}),
+        ("llama", {"target_modules": ["mlp_out"]}, {"model.layers.0.mlp.down_proj"}),
+        ("gptj", {}, {"transformer.h.0.attn.q_proj", "transformer.h.0.attn.v_proj"}),
+        ("t5", {}, {"encoder.block.0.layer.0.SelfAttention.q"}),
+    ],
+)
+def test_target_modules_are_found_through_the_anatomy(
+    family: str, values: dict[str, Any], expected: set[str], tmp_path: Path
+) -> None:
+    model = build_model(family, tmp_path)
+    delta = Adalora().edit(model, [CAPITAL], AdaloraConfig(steps=3, early_stop=False, **values))
+    assert expected <= set(delta.modules)
+    assert not any(".k" in name for name in delta.modules)
+
+
+def test_layers_are_counted_from_both_ends(model: Model) -> None:
+    delta = train(model, CAPITAL, layers=(-1,), steps=3)
+    assert {name.split(".")[2] for name in delta.modules} == {"2"}
+    with pytest.raises(ConfigError, match="layer"):
+        train(model, CAPITAL, layers=(9,))
+
+
+def test_mistakes_are_named(model: Model) -> None:
+    with pytest.raises(UnknownNameError, match=r"Did you mean 'attn\.c_attn'"):
+        train(model, CAPITAL, target_modules=("attn.c_atn",))
+    with pytest.raises(ValidationError, match="nothing to allocate"):
+        AdaloraConfig(init_rank=8, target_rank=8)
+    with pytest.raises(ConfigError, match="tinit=5"):
+        train(model, CAPITAL, steps=6, tinit=5, tfinal=1)
+    with pytest.raises(ConfigError, match="empty"):
+        train(model, CAPITAL, layers=())
