@@ -1,0 +1,23 @@
+"""Measuring what an edit did: every number with its protocol, sample size and interval."""
+
+from errata.evaluate.baseline import Baseline
+from errata.evaluate.generation import contained_match, exact_match, generate
+from errata.evaluate.measurement import Measurement
+from errata.evaluate.metrics import PROTOCOLS, CoreMetrics, Protocol
+from errata.evaluate.scoring import TargetScore, score_targets
+from errata.evaluate.text import canary_texts, perplexity
+
+__all__ = [
+    "PROTOCOLS",
+    "Baseline",
+    "CoreMetrics",
+    "Measurement",
+    "Protocol",
+    "TargetScore",
+    "canary_texts",
+    "contained_match",
+    "exact_match",
+    "generate",
+    "perplexity",
+    "score_targets",
+]

@@ -1,0 +1,56 @@
+"""The location: where a model keeps what a request would change, with the evidence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Location:
+    """One place in the model, and why.
+
+    Attributes:
+        layer: index of the block, from 0.
+        module: path of the module in the model.
+        token: the token of the prompt, as text.
+        token_index: its index in the prompt, from 0, special tokens in front included.
+        score: the score of this place.
+        protocol: "name: how the scores were measured".
+        scores: score of every place, [token][layer].
+        evidence: what else the locator knows: plain JSON values.
+    """
+
+    layer: int
+    module: str
+    token: str
+    token_index: int
+    score: float
+    protocol: str
+    scores: tuple[tuple[float, ...], ...] = ()
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain JSON data; scores that are not finite become None."""
+        return {
+            "layer": self.layer,
+            "module": self.module,
+            "token": self.token,
+            "token_index": self.token_index,
+            "score": _finite(self.score),
+            "protocol": self.protocol,
+            "scores": [[_finite(score) for score in row] for row in self.scores],
+            "evidence": dict(self.evidence),
+        }
+
+    def __str__(self) -> str:
+        return (
+            f"layer {self.layer} ({self.module}) at token {self.token_index} {self.token!r}: "
+            f"{self.score:.4g} ({self.protocol})"
+        )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
