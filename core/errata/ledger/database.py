@@ -46,6 +46,10 @@ class Database:
             self.close()
             raise
 
+    def __del__(self) -> None:
+        if hasattr(self, "_connection"):
+            self.close()
+
     def close(self) -> None:
         """Close the connection; closing twice is fine."""
         with self._lock:

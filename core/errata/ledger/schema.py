@@ -136,8 +136,8 @@ def connect(folder: Path | None, timeout: float, readonly: bool) -> sqlite3.Conn
                 connection = _open(file.absolute().as_uri() + "?mode=rwc", timeout)
     try:
         with translated(where, timeout):
-            _configure(connection, timeout, readonly)
-            _check(connection, where, create=not readonly)
+            _configure(connection, timeout, folder is not None and readonly)
+            _check(connection, where, create=folder is None or not readonly)
         if folder is not None and not readonly:
             try:
                 sync_folder(folder)
