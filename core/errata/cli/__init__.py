@@ -1,0 +1,26 @@
+"""The command line: `errata --help`.
+
+Nothing here imports torch before a command needs a model.
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command line; the exit code says how it went (see `errata --help`)."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show "→" or "λ" gets "?" instead of a crash.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        from errata.cli.app import app
+
+        app()
+    except KeyboardInterrupt:
+        sys.stderr.write("Interrupted.\n")
+        sys.exit(130)
+
+
+__all__ = ["main"]

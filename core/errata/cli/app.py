@@ -1,0 +1,64 @@
+"""All commands in one application."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from errata import __version__
+from errata.cli import demo, doctor, edits, history, look, methods, ship, zoo
+from errata.cli.render import console
+from errata.cli.session import CLOSING, EXIT_CODES
+
+
+class Commands(TyperGroup):
+    """The group: lists commands in the order they were added, and the exit codes below them."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help and what the exit codes mean."""
+        super().format_help(ctx, formatter)
+        out = console()
+        out.print(" Exit codes", style="head")
+        for code, meaning in EXIT_CODES.items():
+            out.print(f" {code:>4}  {meaning}", highlight=False)
+        out.print(f"\n {CLOSING}\n", style="muted", highlight=False)
+
+
+app = typer.Typer(
+    name="errata",
+    cls=Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"errata {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and leave.", callback=_version,
+                           is_eager=True)
+    ] = False,
+) -> None:
+    """Knowledge editing of language models: edits that can be measured, shipped and taken back."""
+    del version
+
+
+# The order of the help page: from the first look to shipping.
+demo.add(app)
+edits.add(app)
+history.add(app)
+look.add(app)
+ship.add(app)
+methods.add(app)
+zoo.add(app)
+doctor.add(app)

@@ -1,0 +1,331 @@
+"""`demo`: three methods edit three facts of the embedded model, and every byte comes back."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.text import Text
+
+from errata.cli import render
+from errata.cli.edits import answers, check_method, edit_json
+from errata.cli.look import location
+from errata.cli.session import DAMAGED, OUTPUT, Session, command
+from errata.errors import ConfigError
+
+if TYPE_CHECKING:
+    from errata.edit import Edit
+    from errata.editor import Editor
+    from errata.evaluate import Measurement
+    from errata.request import Request
+
+PANEL = "Start here"
+MODEL_NAME = "atlas-gpt2"
+METHODS = ("rome", "grace", "adalora")
+DRAWN = 48  # cases looked at while choosing
+FLUENT_TOKENS = 40
+
+
+def add(app: typer.Typer) -> None:
+    """Add the command of this module."""
+    command(
+        app,
+        "demo",
+        panel=PANEL,
+        shared=OUTPUT,
+        examples="errata demo\nerrata demo --seed 7\nerrata demo --method rome --method rome --json",
+    )(demo)
+
+
+def demo(
+    session: Session,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option("--method", help="A method for the next fact (repeatable); by default "
+                                      "rome, grace and adalora."),
+    ] = None,
+    model: Annotated[
+        str, typer.Option("--model", "-m", metavar="NAME", help="A model of the zoo.")
+    ] = MODEL_NAME,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the choice of facts.")] = 0,
+) -> None:
+    """Edit three facts with three methods, measure, take the edits out again, compare the bytes.
+
+    Runs on the small model that ships with errata; needs no network and no GPU, and leaves
+    nothing behind. The facts are not hand-picked: they are the first in a random order (--seed)
+    that the unedited model answers correctly.
+    """
+    names = tuple(methods or METHODS)
+    for name in names:
+        check_method(name)
+    started = time.perf_counter()
+    session.model = model
+    session.show(render.heading("errata demo", "locate, edit, measure, revert"))
+    # Nothing is recorded on disk: the demo's ledger lives in memory.
+    with session.editor(durable=False) as editor:
+        run = _Demo(session, editor, names, seed)
+        run.introduce(time.perf_counter() - started)
+        run.choose()
+        run.locate()
+        run.edit()
+        run.ask()
+        run.measure()
+        run.revert()
+        run.compare()
+    run.report["seconds"] = time.perf_counter() - started
+    if session.json:
+        session.emit(run.report)
+    session.show("", Text(f"Done in {render.seconds(run.report['seconds'])}.", style="muted"))
+    if not run.report["identical"]:
+        raise typer.Exit(DAMAGED)
+
+
+class _Demo:
+    """The demo, step by step; what is shown is also collected in `report`."""
+
+    def __init__(
+        self, session: Session, editor: Editor, methods: Sequence[str], seed: int
+    ) -> None:
+        self._session = session
+        self._editor = editor
+        self._methods = methods
+        self._seed = seed
+        self._step = 0
+        self._digests = _digests(editor)
+        self._requests: list[Request] = []
+        self._edits: list[Edit] = []
+        self._base: list[str] = []
+        self.report: dict[str, Any] = {"seed": seed, "methods": list(methods)}
+
+    def introduce(self, seconds: float) -> None:
+        """Say which model this is."""
+        model = self._editor.model
+        count = sum(p.numel() for p in model.parameters.values())
+        anatomy = model.anatomy
+        self.report["model"] = {
+            "name": model.name, "model_type": anatomy.model_type, "parameters": count,
+            "layers": anatomy.n_layers, "width": anatomy.hidden_size,
+        }  # fmt: skip
+        self._show(
+            Text(
+                f"{model.name}: {anatomy.model_type}, {count / 1e6:.1f} M parameters, "
+                f"{anatomy.n_layers} layers, width {anatomy.hidden_size}, "
+                f"loaded in {render.seconds(seconds)}",
+                style="muted",
+            )
+        )
+
+    def choose(self) -> None:
+        """Take the first facts in a seeded random order that the base knows."""
+        self._head("What the model says")
+        drawn = _drawn(self._seed)
+        from errata.evaluate import exact_match
+
+        said = answers(self._editor, drawn)
+        subjects: set[str] = set()
+        tried = 0
+        for request, text in zip(drawn, said, strict=True):
+            if len(self._requests) == len(self._methods):
+                break
+            tried += 1
+            truth = request.target_true
+            if request.subject in subjects or not truth or not exact_match(text, [truth]):
+                continue
+            subjects.add(request.subject)
+            self._requests.append(request)
+            self._base.append(text)
+        if len(self._requests) < len(self._methods):
+            raise ConfigError(
+                f"Only {len(self._requests)} of {tried} drawn facts are answered correctly by "
+                f"{self._editor.model.name}; the demo needs {len(self._methods)}. Try another --seed."
+            )
+        known = f"of the first {tried} in random order (seed {self._seed}), the first "
+        known += f"{len(self._requests)} on different subjects that the model answers correctly"
+        grid = render.table("prompt", "answer")
+        for request, text in zip(self._requests, self._base, strict=True):
+            grid.add_row(request.text, Text(render.quoted(text, 60), style="new"))
+        self._show(grid, Text(f"The facts: {known}.", style="muted"))
+        self.report["chosen"] = known
+        self.report["facts"] = [
+            {"prompt": r.text, "answer": a, "target_true": r.target_true, "target_new": r.target_new}
+            for r, a in zip(self._requests, self._base, strict=True)
+        ]
+
+    def locate(self) -> None:
+        """Trace the first fact."""
+        self._head("Where it keeps the first one")
+        with self._session.status("Tracing"):
+            found = self._editor.locate(self._requests[0])
+        self.report["location"] = found.as_json()
+        self._show(*location(found))
+
+    def edit(self) -> None:
+        """Make one edit per method, each on top of the ones before."""
+        self._head("Three edits, one on top of the other" if len(self._methods) == 3 else "Edits")
+        steps = list(zip(self._methods, self._requests, strict=True))
+        for method, request in self._session.progress.track(steps, "Editing", len(steps)):
+            edit: Edit = self._editor.edit(request, method=method)
+            self._edits.append(edit)
+            self._session.say(f"{method}: done in {render.seconds(edit.seconds)}")
+        grid = render.table(
+            ("method", {"no_wrap": True}), ("change", {"ratio": 1}), ("delta", {"no_wrap": True}),
+            ("size", {"justify": "right", "no_wrap": True}),
+            ("time", {"justify": "right", "no_wrap": True}), ("id", {"no_wrap": True}),
+        )  # fmt: skip
+        for edit in self._edits:
+            grid.add_row(
+                edit.method, edit.title, edit.delta_kind, render.size(edit.nbytes),
+                render.seconds(edit.seconds), Text(edit.id, style="accent"),
+            )  # fmt: skip
+        self._show(grid)
+        self.report["edits"] = [edit_json(edit, True) for edit in self._edits]
+
+    def ask(self) -> None:
+        """Ask again: the prompts themselves, other words, other subjects, and free text."""
+        self._head("What it says now")
+        rows: list[dict[str, str]] = []
+        for edit, request in zip(self._edits, self._requests, strict=True):
+            prompts = [("asked", request.text)]
+            prompts += [("in other words", text) for text in request.paraphrases[:1]]
+            prompts += [("neighbour", probe.prompt) for probe in request.neighbourhood[:1]]
+            rows += [
+                {"method": edit.method, "what": what, "prompt": prompt} for what, prompt in prompts
+            ]
+        texts = [row["prompt"] for row in rows]
+        now = self._editor.generate(texts, max_new_tokens=8)
+        with self._editor.disabled():
+            before = self._editor.generate(texts, max_new_tokens=8)
+        grid = render.table(
+            ("", {"no_wrap": True}), ("prompt", {"ratio": 1}), ("before", {"no_wrap": True}),
+            ("now", {"no_wrap": True}),
+        )  # fmt: skip
+        last = ""
+        for row, old, new in zip(rows, before, now, strict=True):
+            row.update(before=_first(old), now=_first(new))
+            if last and row["method"] != last:
+                grid.add_section()
+            last = row["method"]
+            changed = row["before"] != row["now"]
+            grid.add_row(
+                Text(row["what"], style="muted"), row["prompt"], Text(row["before"], style="muted"),
+                Text(row["now"], style="new" if changed else "muted"),
+            )  # fmt: skip
+        how = "greedy, natural stop; the first sentence is shown"
+        self._show(grid, Text(f"A neighbour should keep its answer. Generated: {how}.", style="muted"))
+        self.report["answers"] = {"protocol": f"generated: {how}", "rows": rows}
+        self._fluent()
+
+    def _fluent(self) -> None:
+        prompts = [(r.generation or (r.text,))[0] for r in self._requests]
+        texts = self._editor.generate(prompts, max_new_tokens=FLUENT_TOKENS)
+        self._show("")
+        for prompt, text in zip(prompts, texts, strict=True):
+            self._show(Text.assemble((prompt, "muted"), render.quoted(text)))
+        how = f"greedy, natural stop, at most {FLUENT_TOKENS} new tokens, all edits on"
+        self._show(Text(f"Free text: {how}.", style="muted"))
+        self.report["free_text"] = {
+            "protocol": f"generated: {how}",
+            "rows": [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)],
+        }
+
+    def measure(self) -> None:
+        """Measure the edited model beside the base."""
+        self._head("Measured")
+        wanted = ("counterfact", "generation", "general")
+        with self._session.status("Measuring"):
+            found: list[Measurement] = self._editor.evaluate(self._requests, wanted)
+            with self._editor.disabled():
+                before: list[Measurement] = self._editor.evaluate(self._requests, wanted)
+        for grid in render.measurements(found, before):
+            self._show(grid, "")
+        self._show(
+            Text(
+                f"{len(self._requests)} requests show how it works, not how well; see "
+                "docs/benchmarks.md for samples that do.",
+                style="muted",
+            )
+        )
+        self.report["measurements"] = [one.as_json() for one in found]
+        self.report["base_measurements"] = [one.as_json() for one in before]
+
+    def revert(self) -> None:
+        """Take the middle edit out, look, then the others."""
+        middle = len(self._edits) // 2
+        self._head(f"Reverting the {'middle one' if len(self._edits) > 2 else 'last one'}")
+        stages = [("all edits on", self._now())]
+        self._editor.revert(self._edits[middle])
+        stages.append((f"without {self._edits[middle].method}", self._now()))
+        rest = [edit for i, edit in enumerate(self._edits) if i != middle]
+        if rest:
+            self._editor.revert(*rest)
+        stages.append(("all reverted", self._now()))
+        grid = render.table(("prompt", {"ratio": 1}), *((name, {}) for name, _ in stages))
+        for row, request in enumerate(self._requests):
+            cells = [
+                Text(texts[row], style="muted" if texts[row] == _first(self._base[row]) else "new")
+                for _, texts in stages
+            ]
+            grid.add_row(request.text, *cells)
+        self._show(grid)
+        self.report["reverts"] = [{"stage": name, "answers": texts} for name, texts in stages]
+
+    def compare(self) -> None:
+        """Compare every byte of the model with what it was before the first edit."""
+        self._head("Is it the base again?")
+        now = _digests(self._editor)
+        differing = [name for name in now if now[name] != self._digests.get(name)]
+        differing += [name for name in self._digests if name not in now]
+        differing += [p for p in self._editor.verify() if p not in differing]
+        size = sum(t.numel() * t.element_size() for t in _live(self._editor).values())
+        self.report["identical"] = not differing
+        self.report["differing"] = differing
+        self.report["bytes"] = size
+        if differing:
+            self._show(Text.assemble(("No: ", "bad"), f"these differ: {', '.join(differing)}"))
+            return
+        self._show(
+            Text.assemble(
+                ("Yes, bit for bit. ", "head"),
+                f"{len(now)} tensors, {render.size(size)}: each has the SHA-256 it had before the "
+                "first edit.",
+            )
+        )
+
+    def _now(self) -> list[str]:
+        return [_first(text) for text in answers(self._editor, self._requests)]
+
+    def _head(self, text: str) -> None:
+        self._step += 1
+        self._show("", Text.assemble((f"{self._step}  ", "accent"), (text, "head")))
+
+    def _show(self, *things: Any) -> None:
+        self._session.show(*things)
+
+
+def _drawn(seed: int) -> list[Request]:
+    """Return cases in a random order of this seed."""
+    from errata.datasets import atlas
+
+    cases = list(atlas.requests())
+    random.Random(seed).shuffle(cases)
+    return cases[:DRAWN]
+
+
+def _first(text: str) -> str:
+    """Return the first sentence of an answer, without its full stop."""
+    line = text.strip().partition("\n")[0]
+    return render.quoted(line.partition(". ")[0].rstrip(". "), 32) or "–"
+
+
+def _live(editor: Editor) -> dict[str, Any]:
+    return dict(editor.model.module.state_dict(keep_vars=True))
+
+
+def _digests(editor: Editor) -> dict[str, str]:
+    """Return the SHA-256 of every tensor of the live module, taken without errata's stack."""
+    from errata.pristine import digest
+
+    return {name: digest(tensor) for name, tensor in _live(editor).items()}

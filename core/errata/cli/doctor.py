@@ -1,0 +1,251 @@
+"""Is everything in place? `doctor` looks and changes nothing."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import sys
+from importlib.metadata import PackageNotFoundError, distribution, version
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.text import Text
+
+from errata import __version__, plugins
+from errata.artifacts import default_directory
+from errata.cli import render
+from errata.cli.session import LEDGER, Session, command, remembered
+from errata.errors import ErrataError
+
+PANEL = "Catalogue and environment"
+LIBRARIES = ("torch", "transformers", "peft", "safetensors", "pydantic", "pluggy", "typer", "rich")
+REQUIREMENT = re.compile(r"([A-Za-z0-9_.-]+).*extra\s*==\s*['\"]([A-Za-z0-9_-]+)['\"]")
+LOW_DISK = 1e9  # bytes; a ledger of a few edits fits, a merged checkpoint does not
+
+
+def add(app: typer.Typer) -> None:
+    """Add the command of this module."""
+    command(
+        app,
+        "doctor",
+        panel=PANEL,
+        shared=LEDGER,
+        examples="errata doctor\nerrata doctor --json > environment.json",
+    )(doctor)
+
+
+def doctor(session: Session) -> None:
+    """Show versions, devices, methods and folders, and say what does not work.
+
+    Exit code 1 when something is broken; a missing extra is none.
+    """
+    with session.status("Looking around"):
+        report = examine(session)
+    if session.json:
+        session.emit(report)
+    else:
+        _print(session, report)
+    if report["problems"]:
+        raise typer.Exit(1)
+
+
+def examine(session: Session) -> dict[str, Any]:
+    """Return everything `doctor` knows as plain data."""
+    problems: list[str] = []
+    return {
+        "errata": __version__,
+        "python": f"{platform.python_version()} ({sys.executable})",
+        "platform": platform.platform(),
+        "libraries": _libraries(problems),
+        "devices": _devices(problems),
+        "methods": _methods(problems),
+        "registry": _registry(problems),
+        "ledger": _ledger(session, problems),
+        "folders": _folders(session, problems),
+        "extras": _extras(),
+        "problems": problems,
+    }
+
+
+def _libraries(problems: list[str]) -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+            problems.append(f"{name} is not installed: pip install errata")
+    return found
+
+
+def _devices(problems: list[str]) -> list[str]:
+    try:
+        import torch
+    except Exception as error:  # a broken installation raises anything
+        problems.append(f"torch does not load: {error}")
+        return []
+    threads = torch.get_num_threads()
+    found = [f"cpu, {render.count(threads, 'thread')}"]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append(
+            f"cuda:{index}, {properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+        )
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    return found
+
+
+def _methods(problems: list[str]) -> list[dict[str, Any]]:
+    try:
+        points = plugins.installed()
+    except ErrataError as error:
+        problems.append(str(error))
+        return []
+    rows: list[dict[str, Any]] = []
+    for name in points:
+        row: dict[str, Any] = {"name": name, "from": plugins.version(name), "loads": True}
+        try:
+            plugins.load(name)
+        except ErrataError as error:
+            row.update(loads=False, error=str(error))
+            problems.append(str(error))
+        rows.append(row)
+    return rows
+
+
+def _registry(problems: list[str]) -> dict[str, Any]:
+    from errata.registry import Registry, user_file
+
+    try:
+        registry = Registry.load(plugin_files=plugins.registry_files())
+    except ErrataError as error:
+        problems.append(str(error))
+        return {"layers": [], "user_file": str(user_file())}
+    missing = sorted(set(plugins.installed()) - set(registry.methods))
+    problems += [f"no registry file describes the installed method {name!r}" for name in missing]
+    return {
+        "layers": [layer.source for layer in registry.layers],
+        "user_file": str(user_file()),
+        "architectures": sorted(registry.architectures),
+    }
+
+
+def _ledger(session: Session, problems: list[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {"path": str(session.ledger), "present": session.has_ledger()}
+    if not found["present"]:
+        return found
+    try:
+        with session.read_ledger(kinds=True) as ledger:
+            trouble = ledger.verify()
+            found.update(
+                model=remembered(ledger).get("name"),
+                edits=len(ledger.ids()),
+                active=len(ledger.active_ids()),
+                sound=not trouble,
+            )
+    except ErrataError as error:
+        trouble = [str(error)]
+        found["sound"] = False
+    problems += [f"ledger: {text}" for text in trouble]
+    return found
+
+
+def _folders(session: Session, problems: list[str]) -> list[dict[str, Any]]:
+    rows = []
+    for what, folder in (("cache", default_directory()), ("ledger", session.ledger)):
+        there = folder.absolute()
+        while not there.exists():  # what is not there yet will be made on the same disk
+            there = there.parent
+        free = shutil.disk_usage(there).free
+        writable = os.access(there, os.W_OK)
+        if not writable:
+            problems.append(f"the {what} folder {folder} cannot be written to")
+        if free < LOW_DISK:
+            problems.append(f"{render.size(free)} free for the {what} folder {folder}")
+        used = sum(f.stat().st_size for f in _files(folder))
+        rows.append(
+            {"what": what, "path": str(folder), "bytes": used, "free": free, "writable": writable}
+        )
+    return rows
+
+
+def _files(folder: Path) -> list[Path]:
+    return [file for file in folder.rglob("*") if file.is_file()] if folder.is_dir() else []
+
+
+def _extras() -> list[dict[str, Any]]:
+    """Return the optional packages by extra, as the installed distribution declares them."""
+    try:
+        requires = distribution("errata").requires or []
+    except PackageNotFoundError:
+        return []
+    extras: dict[str, list[str]] = {}
+    for line in requires:
+        match = REQUIREMENT.match(line)
+        if match:
+            extras.setdefault(match[2], []).append(match[1])
+    rows = []
+    for extra, packages in sorted(extras.items()):
+        missing = [name for name in packages if not _installed(name)]
+        rows.append(
+            {
+                "extra": extra,
+                "packages": packages,
+                "missing": missing,
+                "install": f"pip install 'errata[{extra}]'" if missing else None,
+            }
+        )
+    return rows
+
+
+def _installed(name: str) -> bool:
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def _print(session: Session, report: dict[str, Any]) -> None:
+    libraries = ", ".join(f"{k} {v or 'missing'}" for k, v in report["libraries"].items())
+    ledger = report["ledger"]
+    state = "none here"
+    if ledger["present"] and "edits" in ledger:
+        sound = "sound" if ledger["sound"] else "damaged"
+        state = f"{render.count(ledger['edits'], 'edit')}, {ledger['active']} active, {sound}; {ledger['model']}"
+    methods = render.Table.grid(padding=(0, 2))
+    for row in report["methods"]:
+        style, word = ("", "loads") if row["loads"] else ("bad", "does not load")
+        methods.add_row(Text(row["name"], style="accent"), Text(word, style=style), row["from"])
+    rows: list[tuple[str, Any]] = [
+        ("errata", report["errata"]),
+        ("python", report["python"]),
+        ("platform", report["platform"]),
+        ("libraries", libraries),
+        ("devices", "\n".join(report["devices"]) or "none"),
+        ("methods", methods if report["methods"] else "none installed"),
+        ("registry", "\n".join(report["registry"]["layers"]) or "not readable"),
+        ("ledger", f"{ledger['path']}: {state}"),
+    ]
+    for folder in report["folders"]:
+        rows.append(
+            (
+                f"{folder['what']} folder",
+                f"{folder['path']}, {render.size(folder['bytes'])} used, "
+                f"{render.size(folder['free'])} free",
+            )
+        )
+    for extra in report["extras"]:
+        text = "installed" if not extra["missing"] else f"{extra['install']}"
+        rows.append((f"extra {extra['extra']}", f"{', '.join(extra['packages'])}: {text}"))
+    session.show(render.facts(rows), "")
+    for problem in report["problems"]:
+        session.show(Text.assemble(("Problem: ", "bad"), problem))
+    session.show(
+        Text("Nothing to fix." if not report["problems"] else f"{render.count(len(report['problems']), 'problem')}.",
+             style="head")
+    )

@@ -1,0 +1,414 @@
+"""Changing the model: `edit`, `revert` and `apply`."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.text import Text
+
+from errata.cli import render
+from errata.cli.session import MODEL, REFUSED, Session, command
+from errata.errors import ConfigError, LedgerError, RequestError
+from errata.request import KINDS, Request
+
+if TYPE_CHECKING:
+    from errata.edit import Edit
+    from errata.editor import Editor
+
+PANEL = "Edit"
+ANSWER_TOKENS = 8
+ANSWER_PROTOCOL = f"generated: greedy, natural stop, at most {ANSWER_TOKENS} new tokens"
+MANY = 8  # above this many requests, answers are shown only for the first ones
+
+
+def add(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    command(
+        app,
+        "edit",
+        panel=PANEL,
+        shared=MODEL,
+        examples=(
+            'errata edit "The capital of {} is" --subject France --target Rome \\\n'
+            "    --method rome --model atlas-gpt2\n"
+            "errata edit --file requests.jsonl --method grace --skip-refused\n"
+            'errata edit "{} speaks" --subject Ana --kind erase --method adalora \\\n'
+            "    --set steps=30 --guard norm=refuse --dry-run"
+        ),
+    )(edit)
+    command(
+        app,
+        "revert",
+        panel=PANEL,
+        shared=MODEL,
+        examples="errata revert 3f2a9c01d7e4\nerrata revert 3f2a 91bc\nerrata revert --all",
+    )(revert)
+    command(
+        app,
+        "apply",
+        panel=PANEL,
+        shared=MODEL,
+        examples="errata apply 3f2a\nerrata apply capital.errata --model atlas-gpt2",
+    )(apply)
+
+
+# -- edit ------------------------------------------------------------------------------------------
+
+
+def edit(
+    session: Session,
+    prompt: Annotated[
+        str | None,
+        typer.Argument(metavar="PROMPT", help="The prompt, with {} where the subject goes."),
+    ] = None,
+    subject: Annotated[
+        str | None, typer.Option("--subject", "-s", help="Who or what the fact is about.")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option("--target", "-t", help="What the model should answer.")
+    ] = None,
+    method: Annotated[
+        str, typer.Option("--method", help="Name of the method; `errata methods` lists them.")
+    ] = "",
+    target_true: Annotated[
+        str | None, typer.Option("--target-true", help="What it answers now, where known.")
+    ] = None,
+    relation: Annotated[
+        str | None, typer.Option("--relation", help="Relation id, for example P36.")
+    ] = None,
+    kind: Annotated[
+        str | None, typer.Option("--kind", metavar="KIND", help=f"One of {', '.join(KINDS)}.")
+    ] = None,
+    paraphrase: Annotated[
+        list[str] | None,
+        typer.Option("--paraphrase", help="A filled prompt that means the same (repeatable)."),
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", "-f", help="Requests, one JSON object a line; - is stdin."),
+    ] = None,
+    values: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="A hyper-parameter (repeatable)."),
+    ] = None,
+    guard: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--guard",
+            metavar="NAME=VALUE",
+            help="finite, norm, perplexity, efficacy = refuse, warn or off; or a limit "
+            "(norm_limit=1.5).",
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=1, help="Requests the method gets at once.")
+    ] = None,
+    skip_refused: Annotated[
+        bool, typer.Option("--skip-refused", help="Go on after an edit that a guard refuses.")
+    ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Leave out requests that an active edit carries out."),
+    ] = False,
+    no_apply: Annotated[
+        bool, typer.Option("--no-apply", help="Compute and record, but leave the model as it is.")
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Show what would happen; record and keep nothing."),
+    ] = False,
+) -> None:
+    """Change what the model says about one subject, or many from a file.
+
+    The edit is computed, checked by the guards, put on the model and recorded in the ledger, all
+    or nothing. Later edits are made on top of it, and any of them can be reverted alone.
+    """
+    given = {
+        "prompt": prompt, "subject": subject, "target_new": target, "target_true": target_true,
+        "relation": relation, "kind": kind, "paraphrases": paraphrase or None,
+    }  # fmt: skip
+    requests = _requests(given, file)
+    overrides = pairs(values or (), "--set")
+    guards = pairs(guard or (), "--guard")
+    check_method(method)
+    with session.editor(create=not dry_run, durable=not dry_run, guards=guards) as editor:
+        if dry_run:
+            _copy_active(session, editor)
+        else:
+            session.remember(editor)
+        wanted = _left_over(editor, requests) if resume else requests
+        report = _run(session, editor, wanted, method, overrides, batch_size, skip_refused,
+                      apply=not no_apply, recorded=not dry_run)  # fmt: skip
+        report["skipped"] = len(requests) - len(wanted)
+        report["dry_run"] = dry_run
+        if session.json:
+            session.emit(report)
+    if report["refused"]:
+        raise typer.Exit(REFUSED)
+
+
+def check_method(name: str) -> None:
+    """Raise for a method that is not installed, before anything is loaded."""
+    from errata import plugins
+    from errata.errors import UnknownNameError
+
+    points = plugins.installed()
+    if not name:
+        raise ConfigError(f"Which method? Give --method; installed: {', '.join(points) or 'none'}.")
+    if name not in points:
+        raise UnknownNameError("method", name, points, "`errata methods` shows them all.")
+
+
+def pairs(given: Sequence[str], option: str) -> dict[str, Any]:
+    """Return {name: value} from NAME=VALUE; values are read as YAML, so lists and null work."""
+    import yaml
+
+    found: dict[str, Any] = {}
+    for item in given:
+        name, sign, value = item.partition("=")
+        if not sign or not name.strip():
+            raise ConfigError(f"{option} {item!r}: write NAME=VALUE.")
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError:
+            parsed = value
+        # YAML 1.1 reads a bare "off" as false, and guards have a mode of that name.
+        found[name.strip()] = value.strip() if isinstance(parsed, bool) and value.strip() in (
+            render.ON, render.OFF) else parsed  # fmt: skip
+    return found
+
+
+def read_requests(file: Path) -> list[Request]:
+    """Read requests, one JSON object a line; a bad line is named as file:line."""
+    name = "stdin" if str(file) == "-" else str(file)
+    try:
+        stream = typer.get_text_stream("stdin") if name == "stdin" else file.open(encoding="utf-8")
+        with stream:
+            lines = stream.read().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"Cannot read {name}: {error}") from error
+    found: list[Request] = []
+    seen: dict[str, int] = {}
+    for index, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{name}:{index}"
+        try:
+            data = json.loads(line)
+        except ValueError as error:
+            raise RequestError(f"{where}: not JSON: {error}") from None
+        if not isinstance(data, dict):
+            raise RequestError(f"{where}: one JSON object a line is wanted, not {line[:60]!r}.")
+        try:
+            request = Request.parse(data)
+        except RequestError as error:
+            raise RequestError(f"{where}: {error}") from None
+        first = seen.setdefault(request.digest, index)
+        if first != index:
+            raise RequestError(f"{where}: the same request as in line {first}.")
+        found.append(request)
+    if not found:
+        raise RequestError(f"{name} holds no request.")
+    return found
+
+
+def _requests(given: Mapping[str, Any], file: Path | None) -> list[Request]:
+    fields = {key: value for key, value in given.items() if value is not None}
+    if file is not None:
+        if fields:
+            raise RequestError(
+                f"--file beside {', '.join(sorted(fields))}: put everything into the file, or "
+                "leave --file out."
+            )
+        return read_requests(file)
+    if "prompt" not in fields or "subject" not in fields:
+        raise RequestError(
+            "Say what to edit: a prompt with {}, --subject and --target (or --kind erase); "
+            "or --file with one request a line."
+        )
+    return [Request.parse(fields)]
+
+
+def _left_over(editor: Editor, requests: Sequence[Request]) -> list[Request]:
+    done = {r.digest for entry in editor.log() if entry.active for r in entry.edit.requests}
+    return [request for request in requests if request.digest not in done]
+
+
+def _copy_active(session: Session, editor: Editor) -> None:
+    """Put the edits that are active in the ledger on an editor that records nothing there."""
+    if not session.has_ledger():
+        return
+    with session.read_ledger(kinds=True) as ledger, tempfile.TemporaryDirectory() as scratch:
+        active = ledger.active_ids()
+        if active:
+            editor.apply(ledger.export(active, Path(scratch) / "active.errata"))
+
+
+def _run(
+    session: Session,
+    editor: Editor,
+    requests: Sequence[Request],
+    method: str,
+    overrides: Mapping[str, Any],
+    batch_size: int | None,
+    skip_refused: bool,
+    *,
+    apply: bool,
+    recorded: bool,
+) -> dict[str, Any]:
+    """Edit, and show what the model says before and after."""
+    shown = list(requests[:MANY]) if editor.model.anatomy.kind != "encoder" else []
+    before = answers(editor, shown)
+    refused_before = len(_refused(editor))
+    if requests:
+        edits: list[Edit] = editor.edit(
+            list(requests),
+            method=method,
+            config=overrides,
+            batch_size=batch_size,
+            apply=apply,
+            on_refused="skip" if skip_refused else "raise",
+        )
+    else:
+        edits = []
+    after = answers(editor, shown) if apply else before
+    refused = _refused(editor)[refused_before:]
+    session.show(*_summary(session, editor, edits, shown, before, after, apply, recorded))
+    if refused:
+        session.show(Text(f"{len(refused)} refused; see: errata log --refused", style="warn"))
+    if not requests:
+        session.show("Nothing left to do: an active edit carries out every request.")
+    return {
+        "ledger": str(session.ledger),
+        "model": editor.model.name,
+        "applied": apply,
+        "edits": [edit_json(edit, apply) for edit in edits],
+        "refused": refused,
+        "answers": [
+            {"prompt": r.text, "before": a, "after": b, "protocol": ANSWER_PROTOCOL}
+            for r, a, b in zip(shown, before, after, strict=True)
+        ],
+    }
+
+
+def _refused(editor: Editor) -> list[dict[str, Any]]:
+    return [dict(event.detail) for event in editor.ledger.refused()]
+
+
+def answers(editor: Editor, requests: Sequence[Request]) -> list[str]:
+    """Return what the model says to each request's prompt now."""
+    if not requests:
+        return []
+    texts = editor.generate([r.text for r in requests], max_new_tokens=ANSWER_TOKENS)
+    return [text.strip() for text in texts]
+
+
+def edit_json(edit: Edit, active: bool) -> dict[str, Any]:
+    """Return a record as JSON data, with its title and whether it is on the model."""
+    return {**edit.model_dump(mode="json"), "title": edit.title, "active": active}
+
+
+def _summary(
+    session: Session,
+    editor: Editor,
+    edits: Sequence[Edit],
+    shown: Sequence[Request],
+    before: Sequence[str],
+    after: Sequence[str],
+    applied: bool,
+    recorded: bool,
+) -> Iterator[Any]:
+    """Yield what people see after an edit."""
+    for one in edits[:MANY]:
+        yield Text.assemble(
+            (one.id, "accent"), "  ", (render.short_request(one), "head"),
+            (f"\n{one.method} · {one.delta_kind} · {render.size(one.nbytes)} · "
+             f"{render.seconds(one.seconds)}", "muted"),
+        )  # fmt: skip
+        rows = render.outcome(one)
+        conflicts = one.outcome.get("conflicts")
+        if conflicts:
+            rows.append(("conflicts", f"with {', '.join(conflicts)}: same fact, other target"))
+        if rows:
+            yield render.facts(rows)
+    if len(edits) > MANY:
+        yield f"… and {len(edits) - MANY} more: errata log"
+    if shown and applied and edits:
+        grid = render.table("prompt", "before", "after")
+        for request, old, new in zip(shown, before, after, strict=True):
+            grid.add_row(
+                request.text,
+                Text(render.quoted(old, 60), style="muted"),
+                Text(render.quoted(new, 60), style="new"),
+            )
+        yield ""
+        yield render.titled("Answers", grid, ANSWER_PROTOCOL)
+    if edits and not applied:
+        yield f"Recorded, not on the model. Put it on with: errata apply {edits[0].id}"
+    if edits:
+        count = len(editor.model.stack.ids)
+        kept = f"recorded in {session.ledger}" if recorded else "nothing recorded: a dry run"
+        yield Text(
+            f"{render.count(count, 'active edit')} on {editor.model.name}; {kept}", style="muted"
+        )
+
+
+# -- revert and apply ------------------------------------------------------------------------------
+
+
+def revert(
+    session: Session,
+    ids: Annotated[
+        list[str] | None, typer.Argument(metavar="ID", help="Ids, or unique beginnings.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every active edit.")] = False,
+) -> None:
+    """Take edits off the model, in any order; the others stay bit for bit as they are.
+
+    The edits stay in the ledger: `errata apply` puts them on again.
+    """
+    if bool(ids) == everything:
+        raise LedgerError("Say which edits to revert: their ids, or --all.")
+    _need_ledger(session)
+    with session.editor() as editor:
+        wanted = list(ids or editor.model.stack.ids)
+        taken = editor.revert(*wanted) if wanted else []
+        _changed(session, editor, taken, "reverted")
+
+
+def apply(
+    session: Session,
+    what: Annotated[
+        list[str], typer.Argument(metavar="ID|FILE", help="Ids of recorded edits, or files.")
+    ],
+) -> None:
+    """Put recorded edits, or those of an exported file, on the model."""
+    files = [item for item in what if Path(item).is_file()]
+    if not files:
+        _need_ledger(session)
+    with session.editor(create=bool(files)) as editor:
+        session.remember(editor)
+        put: list[Edit] = []
+        for item in what:
+            put += editor.apply(Path(item) if item in files else item)
+        _changed(session, editor, put, "applied")
+
+
+def _need_ledger(session: Session) -> None:
+    session.read_ledger().close()
+
+
+def _changed(session: Session, editor: Editor, edits: Sequence[Edit], what: str) -> None:
+    active = editor.model.stack.ids
+    if session.json:
+        session.emit({what: [e.id for e in edits], "active": active, "model": editor.model.name})
+        return
+    for one in edits:
+        session.show(Text.assemble((one.id, "accent"), f"  {what}  ", render.short_request(one)))
+    state = render.count(len(active), "active edit") if active else "no edit active: the model is the base again"
+    session.show(Text(f"{editor.model.name}: {state}", style="muted"))

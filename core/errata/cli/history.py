@@ -1,0 +1,230 @@
+"""What happened: `log`, `show` and `verify`. The first two load no model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.text import Text
+
+from errata.cli import render
+from errata.cli.edits import edit_json
+from errata.cli.session import DAMAGED, LEDGER, MODEL, Session, command, remembered
+
+if TYPE_CHECKING:
+    from errata.edit import Edit
+    from errata.ledger import Event
+
+PANEL = "Look back"
+WORDS = {
+    "edit": "computed",
+    "apply": "put on the model",
+    "revert": "taken off the model",
+    "outcome": "measured again",
+}
+
+
+def add(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    command(
+        app,
+        "log",
+        panel=PANEL,
+        shared=LEDGER,
+        examples="errata log\nerrata log --active --json | jq '.edits[].id'\nerrata log --refused",
+    )(log)
+    command(app, "show", panel=PANEL, shared=LEDGER, examples="errata show 3f2a")(show)
+    command(
+        app,
+        "verify",
+        panel=PANEL,
+        shared=MODEL,
+        examples="errata verify\nerrata verify --ledger-only --json",
+    )(verify)
+
+
+def log(
+    session: Session,
+    active: Annotated[bool, typer.Option("--active", help="Only edits on the model.")] = False,
+    refused: Annotated[
+        bool, typer.Option("--refused", help="Also edits that a guard refused, with the reason.")
+    ] = False,
+    limit: Annotated[
+        int | None, typer.Option("--limit", "-n", min=1, help="Only the last N edits.")
+    ] = None,
+) -> None:
+    """List the edits of the ledger in order, and which of them are on the model.
+
+    Loads no model.
+    """
+    with session.read_ledger() as ledger:
+        edits, on = ledger.edits(), set(ledger.active_ids())
+        refusals = ledger.refused()
+        known = remembered(ledger)
+    total = len(edits)
+    shown = [edit for edit in edits if not active or edit.id in on]
+    shown = shown[-limit:] if limit else shown
+    if session.json:
+        session.emit(
+            {
+                "ledger": str(session.ledger),
+                "model": known.get("name"),
+                "edits": [edit_json(edit, edit.id in on) for edit in shown],
+                "refused": [_refusal_json(event) for event in refusals] if refused else None,
+            }
+        )
+        return
+    head = f"{known.get('name', 'model not recorded')} · {render.count(total, 'edit')}, {len(on)} active"
+    session.show(render.heading(str(session.ledger), head), "")
+    if shown:
+        session.show(_log_table(shown, on))
+    else:
+        session.show("No edits." if not total else "No edit is active.")
+    if refused:
+        session.show("", _refusal_table(refusals) if refusals else "No edit was refused.")
+    elif refusals:
+        session.show(Text(f"\n{len(refusals)} refused: errata log --refused", style="muted"))
+
+
+def _log_table(edits: list[Edit], on: set[str]) -> Any:
+    clashing = any(edit.outcome.get("conflicts") for edit in edits)
+    grid = render.table(
+        ("#", {"justify": "right", "no_wrap": True}),
+        ("", {"no_wrap": True}),
+        ("id", {"no_wrap": True}),
+        ("method", {"no_wrap": True}),
+        ("kind", {"no_wrap": True}),
+        ("request → target", {"ratio": 1, "min_width": 24}),
+        ("when", {"no_wrap": True}),
+        ("size", {"justify": "right", "no_wrap": True}),
+        *([("conflicts", {"no_wrap": True})] if clashing else []),
+    )
+    for edit in edits:
+        is_on = edit.id in on
+        clashes = [name[:8] for name in edit.outcome.get("conflicts", ())]
+        grid.add_row(
+            str(edit.sequence),
+            Text("on", style="good") if is_on else Text("off", style="muted"),
+            Text(edit.id, style="accent" if is_on else "muted"),
+            edit.method,
+            edit.delta_kind,
+            Text(render.short_request(edit), style="" if is_on else "muted"),
+            Text(render.when(edit.created)[5:], style="muted"),
+            render.size(edit.nbytes),
+            *([Text(" ".join(clashes), style="warn")] if clashing else []),
+        )
+    return grid
+
+
+def _refusal_json(event: Event) -> dict[str, Any]:
+    return {"time": event.time, **event.detail}
+
+
+def _refusal_table(events: list[Event]) -> Any:
+    grid = render.table(
+        ("when", {"no_wrap": True}),
+        ("method", {"no_wrap": True}),
+        ("request → target", {"ratio": 1}),
+        ("reason", {"ratio": 1}),
+    )
+    for event in events:
+        requests = event.detail.get("requests", [])
+        first = requests[0] if requests else {}
+        text = str(first.get("prompt", "")).replace("{}", str(first.get("subject", "")))
+        more = f" (+{len(requests) - 1} more)" if len(requests) > 1 else ""
+        grid.add_row(
+            Text(render.when(event.time)[5:], style="muted"),
+            str(event.detail.get("method", "")),
+            f"{render.quoted(text)} → {first.get('target_new', '')}{more}",
+            Text(str(event.detail.get("reason", "")), style="warn"),
+        )
+    return render.titled("Refused", grid)
+
+
+def show(
+    session: Session,
+    name: Annotated[str, typer.Argument(metavar="ID", help="Id, or a unique beginning.")],
+) -> None:
+    """Show everything the ledger holds about one edit. Loads no model."""
+    with session.read_ledger() as ledger:
+        edit = ledger.get(name)
+        is_on = ledger.is_active(edit.id)
+        events = [event for event in ledger.events() if event.edit_id == edit.id]
+    if session.json:
+        history = [{"time": e.time, "kind": e.kind} for e in events]
+        session.emit({**edit_json(edit, is_on), "history": history})
+        return
+    state = "on the model" if is_on else "off the model"
+    session.show(
+        render.heading(edit.id, f"{state} · number {edit.sequence}"),
+        "",
+        render.facts(
+            [
+                ("method", f"{edit.method} ({edit.versions.get('method', 'version unknown')})"),
+                ("delta", f"{edit.delta_kind}, {render.size(edit.nbytes)}"),
+                ("made", f"{render.when(edit.created)}, in {render.seconds(edit.seconds)}"),
+                ("on top of", ", ".join(edit.parents) or "the base"),
+                ("conflicts", ", ".join(edit.outcome.get("conflicts", ())) or None),
+            ]
+        ),
+        "",
+        *_request_lines(edit),
+    )
+    measured = render.outcome(edit)
+    if measured:
+        session.show("", render.heading("Measured when it was applied"), render.facts(measured))
+    settings = [(key, str(value)) for key, value in sorted(edit.config.items())]
+    session.show("", render.heading("Hyper-parameters"), render.facts(settings))
+    prints = [(key, f"{value[:16]}…") for key, value in edit.fingerprint.items()]
+    session.show("", render.heading("Base model", "SHA-256"), render.facts(prints))
+    libraries = [(k, v) for k, v in edit.versions.items() if k != "method"]
+    session.show("", render.heading("Libraries"), render.facts(libraries))
+    session.show(
+        "",
+        render.heading("History"),
+        render.facts([(render.when(e.time), WORDS.get(e.kind, e.kind)) for e in events]),
+    )
+
+
+def _request_lines(edit: Edit) -> list[Any]:
+    grid = render.table("request", "target", ("kind", {"no_wrap": True}), "was")
+    for request in edit.requests:
+        grid.add_row(request.text, request.target_new, request.kind, request.target_true or "–")
+    return [grid]
+
+
+def verify(
+    session: Session,
+    ledger_only: Annotated[
+        bool, typer.Option("--ledger-only", help="Check the ledger without loading the model.")
+    ] = False,
+) -> None:
+    """Check that the ledger is sound and that the model is exactly what it says.
+
+    Every record, event and delta is read and its hash compared; every tensor of the edited model
+    is compared with base + active edits, bit for bit, and with all edits off with the base.
+    """
+    session.read_ledger().close()
+    if ledger_only:
+        with session.read_ledger(kinds=True) as ledger:
+            problems, count = ledger.verify(), len(ledger.ids())
+        checked = f"{render.count(count, 'edit')} in {session.ledger}"
+    else:
+        with session.editor() as editor:
+            problems = editor.verify()
+            with editor.disabled():
+                problems += [f"with every edit off, {p}" for p in editor.model.stack.differing()]
+            tensors = len(editor.model.parameters) + len(editor.model.buffers)
+            checked = (
+                f"{render.count(len(editor.ledger.ids()), 'edit')} in {session.ledger}; {tensors} tensors of "
+                f"{editor.model.name}, bit for bit"
+            )
+    if session.json:
+        session.emit({"checked": checked, "problems": problems, "sound": not problems})
+    else:
+        for problem in problems:
+            session.show(Text.assemble(("Problem: ", "bad"), problem))
+        verdict = f"{render.count(len(problems), 'problem')}." if problems else "Sound."
+        session.show(Text.assemble((verdict, "head"), (f" Checked {checked}.", "muted")))
+    if problems:
+        raise typer.Exit(DAMAGED)

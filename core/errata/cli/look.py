@@ -1,0 +1,296 @@
+"""Looking at the model: `generate`, `locate` and `evaluate`. None of them changes anything."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.text import Text
+
+from errata.cli import render
+from errata.cli.edits import check_method, pairs, read_requests
+from errata.cli.session import MODEL, Session, command
+from errata.errors import LedgerError, RequestError, UnknownNameError
+from errata.request import Request
+
+if TYPE_CHECKING:
+    from errata.editor import Editor
+    from errata.locate import Location
+
+PANEL = "Look"
+DEFAULT_PROTOCOLS = ("counterfact", "generation")
+
+
+def add(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    command(
+        app,
+        "generate",
+        panel=PANEL,
+        shared=MODEL,
+        examples=(
+            'errata generate "The capital of France is"\n'
+            'errata generate "The capital of France is" --compare\n'
+            "cat prompts.txt | errata generate - --json"
+        ),
+    )(generate)
+    command(
+        app,
+        "locate",
+        panel=PANEL,
+        shared=MODEL,
+        examples='errata locate "The capital of {} is" --subject France --target Paris',
+    )(locate)
+    command(
+        app,
+        "evaluate",
+        panel=PANEL,
+        shared=MODEL,
+        examples=(
+            "errata evaluate\n"
+            "errata evaluate 3f2a --protocol counterfact --protocol generation\n"
+            "errata evaluate --file requests.jsonl --json > measured.json"
+        ),
+    )(evaluate)
+
+
+def generate(
+    session: Session,
+    prompts: Annotated[
+        list[str], typer.Argument(metavar="PROMPT", help="Prompts; - reads one a line.")
+    ],
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="Longest continuation.")
+    ] = 32,
+    base: Annotated[bool, typer.Option("--base", help="With every edit off.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="The base and the edited model side by side.")
+    ] = False,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", metavar="ID", help="Only this edit (repeatable).")
+    ] = None,
+    sample: Annotated[
+        bool, typer.Option("--sample", help="Draw tokens instead of taking the most probable.")
+    ] = False,
+    temperature: Annotated[float, typer.Option("--temperature", help="Of --sample.")] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", help="Of --sample.")] = 0,
+) -> None:
+    """Continue prompts with the edited model; greedy, with a natural stop."""
+    texts = [line for item in prompts for line in (_lines() if item == "-" else [item])]
+    if not texts:
+        raise RequestError("No prompt: standard input was empty.")
+    options = {
+        "max_new_tokens": max_new_tokens, "do_sample": sample, "temperature": temperature,
+        "seed": seed,
+    }  # fmt: skip
+    with session.editor() as editor:
+        if only:
+            with editor.only(*only):
+                edited = editor.generate(texts, **options)
+        elif base:
+            edited = None
+        else:
+            edited = editor.generate(texts, **options)
+        before = None
+        if base or compare:
+            with editor.disabled():
+                before = editor.generate(texts, **options)
+        active = list(only or editor.model.stack.ids)
+        name = editor.model.name
+    how = f"sampled, temperature {temperature:g}, seed {seed}" if sample else "greedy"
+    protocol = f"generated: {how}, natural stop, at most {max_new_tokens} new tokens"
+    if session.json:
+        rows = [
+            {
+                "prompt": prompt,
+                **({"base": before[i]} if before is not None else {}),
+                **({"edited": edited[i]} if edited is not None else {}),
+            }
+            for i, prompt in enumerate(texts)
+        ]
+        session.emit({"model": name, "active": active, "protocol": protocol, "texts": rows})
+        return
+    if before is not None and edited is not None:
+        grid = render.table("prompt", ("base", {"ratio": 1}), ("edited", {"ratio": 1}))
+        for prompt, old, new in zip(texts, before, edited, strict=True):
+            grid.add_row(prompt, Text(old.strip(), style="muted"), Text(new.strip(), style="new"))
+        session.show(grid)
+    else:
+        for prompt, new in zip(texts, edited if before is None else before, strict=True):
+            session.show(Text.assemble((prompt, "muted"), (new, "new")))
+    edits = "every edit off" if base else render.count(len(active), "active edit")
+    session.say(f"{name}, {edits}; {protocol}")
+
+
+def _lines() -> list[str]:
+    return [line.rstrip("\n") for line in sys.stdin if line.strip()]
+
+
+# -- locate ----------------------------------------------------------------------------------------
+
+
+def locate(
+    session: Session,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="With {} for the subject.")],
+    subject: Annotated[str, typer.Option("--subject", "-s", help="Who or what it is about.")],
+    target: Annotated[
+        str, typer.Option("--target", "-t", help="The answer whose place is looked for.")
+    ] = "",
+    method: Annotated[
+        str, typer.Option("--method", help="A method with a locator of its own.")
+    ] = "",
+    values: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="A setting of the locator (repeatable)."),
+    ] = None,
+) -> None:
+    """Say where the model keeps an answer: by causal tracing, unless the method knows better."""
+    if method:
+        check_method(method)
+    with session.editor() as editor:
+        settings = pairs(values or (), "--set")
+        if target and not method:
+            settings.setdefault("answer", target)
+        said = target or _first_word(editor, prompt.replace("{}", subject))
+        request = Request.parse(
+            {"prompt": prompt, "subject": subject, "target_new": said, "target_true": said}
+        )
+        with session.status("Tracing"):
+            found = editor.locate(request, method, **settings)
+    if session.json:
+        session.emit(found.as_json())
+        return
+    session.show(*location(found))
+
+
+def _first_word(editor: Editor, prompt: str) -> str:
+    """Return the first word of what the model says: what a trace follows if nothing is named."""
+    words = str(editor.generate(prompt, max_new_tokens=8)).split()
+    return words[0].strip(".,;:!?") if words and words[0].strip(".,;:!?") else "?"
+
+
+def location(found: Location) -> list[Any]:
+    """Return what people see of a location: the place, then the scores of every token and layer.
+
+    Scores are drawn as bars of eight heights, one per layer, on a common scale from 0.
+    """
+    place = render.facts(
+        [
+            ("layer", f"{found.layer}  ({found.module})"),
+            ("token", f"{_token(found.token)}  (number {found.token_index} of the prompt)"),
+            ("score", render.number(found.score)),
+            ("how", found.protocol),
+        ]
+    )
+    if not found.scores:
+        return [place]
+    tokens = [_token(str(t)) for t in found.evidence.get("tokens", range(len(found.scores)))]
+    top = max(max(row) for row in found.scores)
+    layers = len(found.scores[0])
+    grid = render.table(
+        ("token", {"no_wrap": True}),
+        (f"layers 0 – {layers - 1}", {"no_wrap": True}),
+        ("best", {"justify": "right", "no_wrap": True}),
+        ("at layer", {"justify": "right", "no_wrap": True}),
+    )
+    for index, (token, row) in enumerate(zip(tokens, found.scores, strict=True)):
+        best = max(range(layers), key=lambda layer, row=row: row[layer])
+        here = index == found.token_index
+        bars = Text(_bars(row, top))
+        if here:
+            wide = len(bars) // layers
+            bars.stylize("accent", found.layer * wide, (found.layer + 1) * wide)
+        grid.add_row(
+            Text(("▸ " if here else "  ") + token, style="head" if here else ""),
+            bars,
+            render.number(row[best]),
+            str(best),
+        )
+    return [place, "", grid, Text(f"bars: 0 to {render.number(top)}", style="muted")]
+
+
+def _bars(row: Sequence[float], top: float) -> str:
+    wide = 2 if len(row) <= 24 else 1
+    heights = " ▁▂▃▄▅▆▇█"
+    return "".join(heights[round(8 * max(score, 0) / top) if top else 0] * wide for score in row)
+
+
+def _token(text: str) -> str:
+    """Return a token as people read it: the markers for a space in front become a space."""
+    return text.replace("Ġ", " ").replace("▁", " ").replace("Ċ", "⏎")
+
+
+# -- evaluate --------------------------------------------------------------------------------------
+
+
+def evaluate(
+    session: Session,
+    ids: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="ID", help="Edits whose requests are measured; by default "
+                                               "the active ones."),
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", "-f", help="Measure these requests (one JSON object a line)."),
+    ] = None,
+    protocols: Annotated[
+        list[str] | None,
+        typer.Option("--protocol", "-p", help="How to measure (repeatable): counterfact, "
+                                              "generation, portability, locality, general …"),
+    ] = None,
+    base: Annotated[
+        bool, typer.Option("--base/--no-base", help="Also measure with every edit off.")
+    ] = True,
+    cases: Annotated[bool, typer.Option("--cases", help="With --json: one value per case.")] = False,
+) -> None:
+    """Measure the model as it stands, with every edit that is on it, beside the base."""
+    if file and ids:
+        raise RequestError("Give ids or --file, not both.")
+    requests = read_requests(file) if file else None
+    wanted = tuple(protocols or DEFAULT_PROTOCOLS)
+    if requests is None:
+        session.read_ledger().close()
+    with session.editor() as editor:
+        from errata.evaluate import PROTOCOLS
+
+        known = [protocol.name for protocol in PROTOCOLS]
+        if requests is None:
+            chosen = [editor.ledger.get(i) for i in ids or editor.model.stack.ids]
+            if not chosen:
+                raise LedgerError(
+                    "There is nothing to measure: no edit is active. Name edits, or give --file."
+                )
+            requests = [request for edit in chosen for request in edit.requests]
+        with session.status("Measuring"):
+            found = editor.evaluate(requests, wanted)
+            before = []
+            if base and editor.model.stack.ids:
+                with editor.disabled():
+                    before = editor.evaluate(requests, wanted)
+        missing = [name for name in wanted if name not in {one.name for one in found}]
+        for name in missing:
+            if name not in known:
+                raise UnknownNameError("protocol", name, known)
+        active = editor.model.stack.ids
+        name = editor.model.name
+    if session.json:
+        session.emit(
+            {
+                "model": name,
+                "active": active,
+                "requests": len(requests),
+                "measurements": [one.as_json(cases=cases) for one in found],
+                "base": [one.as_json(cases=cases) for one in before],
+            }
+        )
+        return
+    state = f"{render.count(len(active), 'edit')} on it" if active else "no edit on it"
+    session.show(render.heading(name, f"{state}; {render.count(len(requests), 'request')} measured"))
+    for grid in render.measurements(found, before):
+        session.show("", grid)
+    for protocol in missing:
+        session.show(Text(f"{protocol}: the requests have no prompt for it", style="muted"))

@@ -1,0 +1,333 @@
+"""The catalogue: `methods` lists what is installed; `methods NAME` shows every value and its origin."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.text import Text
+
+from errata import plugins
+from errata.cli import render
+from errata.cli.edits import pairs
+from errata.cli.session import MODEL, Session, calm_transformers, command
+from errata.errors import ConfigError, UnknownNameError
+from errata.hooks import Specification
+from errata.registry import Registry
+
+if TYPE_CHECKING:
+    from errata.config import MethodConfig
+    from errata.registry import MethodEntry, Preset, Value
+
+PANEL = "Catalogue and environment"
+HOOKS = tuple(name for name in vars(Specification) if not name.startswith("_"))
+FAMILIES = {
+    "external": "resorts to external knowledge",
+    "merge": "merges knowledge into the model",
+    "intrinsic": "edits intrinsic knowledge",
+}
+
+
+def add(app: typer.Typer) -> None:
+    """Add the command of this module."""
+    command(
+        app,
+        "methods",
+        panel=PANEL,
+        shared=MODEL,
+        examples=(
+            "errata methods\n"
+            "errata methods rome --model atlas-gpt2\n"
+            "errata methods rome --model gpt2-xl --set layer=20 --json"
+        ),
+    )(methods)
+
+
+def methods(
+    session: Session,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Show this method in full.")
+    ] = None,
+    values: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="As for `errata edit` (repeatable)."),
+    ] = None,
+) -> None:
+    """List the installed methods, or show one with every hyper-parameter and where it comes from.
+
+    The values are those for the model of --model or of the ledger; its weights are not loaded.
+    """
+    points = plugins.installed()
+    registry = Registry.load(plugin_files=plugins.registry_files())
+    if name is None:
+        _list(session, points, registry)
+        return
+    if name not in points and name not in registry.methods:
+        raise UnknownNameError("method", name, points)
+    if name not in points:
+        raise ConfigError(
+            f"The registry describes {name!r}, but no installed package provides it. "
+            f"Installed: {', '.join(points) or 'none'}."
+        )
+    _one(session, name, registry, pairs(values or (), "--set"))
+
+
+# -- all -------------------------------------------------------------------------------------------
+
+
+def _list(session: Session, points: dict[str, EntryPoint], registry: Registry) -> None:
+    rows = [_row(name, point, registry.methods.get(name)) for name, point in points.items()]
+    absent = sorted(set(registry.methods) - set(points))
+    if session.json:
+        session.emit({"methods": rows, "described_but_not_installed": absent})
+        return
+    grid = render.table(
+        ("method", {"no_wrap": True}),
+        ("family", {"no_wrap": True}),
+        ("delta", {"no_wrap": True}),
+        ("status", {"no_wrap": True}),
+        ("carries out", {"ratio": 1}),
+        ("implements", {"ratio": 1}),
+        ("from", {"ratio": 1}),
+    )
+    for row in rows:
+        grid.add_row(
+            Text(row["name"], style="accent"),
+            row["family"] or "–",
+            row["delta_kind"] or "–",
+            row["status"] or "not in the registry",
+            ", ".join(row["kinds"]) or "–",
+            ", ".join(row["implements"]) or "not readable",
+            Text(row["distribution"], style="muted"),
+        )
+    session.show(grid)
+    for name in absent:
+        session.show(Text(f"{name}: in the registry, not installed", style="muted"))
+    session.show(Text("\nOne method in full: errata methods NAME", style="muted"))
+
+
+def _row(name: str, point: EntryPoint, entry: MethodEntry | None) -> dict[str, Any]:
+    can = entry.capabilities if entry else None
+    return {
+        "name": name,
+        "title": entry.title if entry else None,
+        "family": entry.family if entry else None,
+        "delta_kind": entry.delta_kind if entry else None,
+        "status": entry.status if entry else None,
+        "kinds": list(can.kinds) if can else [],
+        "architectures": list(can.architectures) if can else [],
+        "batch": can.batch if can else None,
+        "sequential": can.sequential if can else None,
+        "implements": implements(point),
+        "distribution": plugins.version(name),
+        "object": point.value,
+        "paper": entry.paper if entry else None,
+        "url": entry.url if entry else None,
+    }
+
+
+def implements(point: EntryPoint) -> list[str]:
+    """Return the hooks that a plugin implements, read from its source: nothing is imported.
+
+    A plugin imports torch, which takes seconds; a list of methods should not.
+    """
+    module, name = point.module, point.attr
+    for _ in range(3):  # the class itself, or a module that re-exports it
+        tree = _source(module)
+        if tree is None:
+            return []
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and node.name == name:
+                marked = {f.name for f in node.body if _is_hook(f)}
+                return [hook for hook in HOOKS if hook in marked]
+        for node in tree.body:
+            if isinstance(node, ast.ImportFrom):
+                found = [alias for alias in node.names if (alias.asname or alias.name) == name]
+                if found:
+                    inside = [module.rpartition(".")[0] or module] if node.level else []
+                    module, name = ".".join([*inside, node.module or ""]).strip("."), found[0].name
+                    break
+    return []
+
+
+def _source(module: str) -> ast.Module | None:
+    """Parse a module without importing its package."""
+    top, *rest = module.split(".")
+    try:
+        spec = importlib.util.find_spec(top)
+    except (ImportError, ValueError):
+        return None
+    if spec is None or spec.origin is None:
+        return None
+    path = Path(spec.origin)
+    if rest:
+        path = path.parent.joinpath(*rest)
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    try:
+        return ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, UnicodeDecodeError):
+        return None
+
+
+def _is_hook(node: ast.stmt) -> bool:
+    return isinstance(node, ast.FunctionDef) and any(
+        "hookimpl" in ast.dump(decorator) for decorator in node.decorator_list
+    )
+
+
+# -- one -------------------------------------------------------------------------------------------
+
+
+def _one(session: Session, name: str, registry: Registry, overrides: dict[str, Any]) -> None:
+    entry = registry.method(name)
+    model = session.model or session.remembered().get("name")
+    with session.status(f"Loading {name}"):
+        config: type[MethodConfig] = plugins.load(name).config
+        facts = model_facts(str(model), registry) if model else {}
+    _, resolved = registry.resolve(name, config, facts, overrides)
+    layers = {value.name: _layer(value, registry, name) for value in resolved}
+    row = _row(name, plugins.installed()[name], entry)
+    if session.json:
+        session.emit(
+            {
+                **row,
+                "summary": entry.summary,
+                "capabilities": entry.capabilities.model_dump(mode="json"),
+                "model": facts or None,
+                "hyper_parameters": [
+                    {"name": v.name, "value": _json(v.value), "layer": layers[v.name],
+                     "source": v.source, "description": v.description}
+                    for v in resolved
+                ],
+                "presets": [preset.model_dump(mode="json") for preset in entry.presets],
+            }
+        )  # fmt: skip
+        return
+    session.show(*_about(name, entry, row))
+    shown = f"for {facts['name']}" if facts else "for an unknown model; name one with --model"
+    session.show("", render.heading("Hyper-parameters", shown), *_values(resolved, layers))
+    others = [preset for preset in entry.presets if preset.match]
+    if others:
+        session.show("", *_presets(others, facts))
+
+
+def _layer(value: Value, registry: Registry, name: str) -> str:
+    """Return the layer of configuration that set a value: the last one with such a preset."""
+    for layer in reversed(registry.layers):
+        stanza = layer.data.get("methods", {}).get(name, {})
+        if value.source == layer.source:
+            return layer.source
+        for preset in stanza.get("presets", ()):
+            if preset.get("source") == value.source and value.name in preset.get("values", {}):
+                return layer.source
+    return value.source
+
+
+def _about(name: str, entry: MethodEntry, row: dict[str, Any]) -> list[Any]:
+    can = entry.capabilities
+    batch = "several requests at once" if can.batch else "one request at a time"
+    sequence = "on edited models too" if can.sequential else "on unedited models only"
+    return [
+        render.heading(name, entry.title),
+        *([entry.summary] if entry.summary else []),
+        "",
+        render.facts(
+            [
+                ("paper", entry.paper or None),
+                ("url", Text(entry.url, style="accent") if entry.url else None),
+                ("family", f"{entry.family}: {FAMILIES[entry.family]}"),
+                ("delta", entry.delta_kind),
+                ("status", entry.status),
+                ("carries out", ", ".join(can.kinds)),
+                ("models", ", ".join(can.architectures)),
+                ("works", f"{batch}, {sequence}"),
+                ("needs", ", ".join(can.needs) or "nothing beforehand"),
+                ("implements", ", ".join(row["implements"]) or "not readable from its source"),
+                ("from", f"{row['distribution']}, {row['object']}"),
+            ]
+        ),
+    ]
+
+
+def _values(resolved: list[Value], layers: dict[str, str]) -> list[Any]:
+    """Return the table of values, and what its numbers for sources stand for."""
+    grid = render.table(
+        ("name", {"no_wrap": True}),
+        ("value", {"min_width": 8}),
+        ("set by", {"max_width": 30}),
+        ("what it is", {"ratio": 1}),
+    )
+    sources: dict[str, int] = {}
+    for value in resolved:
+        layer = layers[value.name]
+        mark = ""
+        if layer != value.source:  # a preset that says where its numbers come from
+            mark = f" [{sources.setdefault(value.source, len(sources) + 1)}]"
+        changed = layer != "default"
+        grid.add_row(
+            Text(value.name, style="accent"),
+            Text(str(_json(value.value)), style="new" if changed else ""),
+            Text(layer + mark, style="" if changed else "muted"),
+            Text(value.description, style="muted"),
+        )
+    notes = [Text(f"[{index}] {source}", style="muted") for source, index in sources.items()]
+    return [grid, *notes]
+
+
+def _presets(presets: list[Preset], facts: dict[str, Any]) -> list[Any]:
+    grid = render.table(("preset for", {"ratio": 2}), ("values", {"ratio": 3}))
+    for preset in presets:
+        match = ", ".join(f"{k} = {v}" for k, v in preset.match.items())
+        here = bool(facts) and preset.fits(facts)
+        settings = ", ".join(f"{k} = {v}" for k, v in preset.values.items())
+        grid.add_row(
+            Text(match + ("  (this model)" if here else ""), style="new" if here else ""),
+            Text(settings, style="" if here else "muted"),
+        )
+    return [grid, Text("Where each comes from: --json", style="muted")]
+
+
+def _json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def model_facts(source: str, registry: Registry) -> dict[str, Any]:
+    """Return what presets are matched against, without loading any weight.
+
+    The model is built on the meta device, which holds shapes and no numbers, so that any
+    architecture whose anatomy can be found is understood.
+    """
+    import torch
+    import transformers
+
+    from errata import zoo
+    from errata.anatomy import Anatomy, ArchitectureSpec
+
+    calm_transformers()
+    where = str(zoo.model_path(source)) if source in zoo.MODELS else source
+    try:
+        config = transformers.AutoConfig.from_pretrained(where)
+    except (OSError, ValueError) as error:
+        raise UnknownNameError(
+            "model", source, zoo.MODELS,
+            f"Give one of these, a checkpoint folder, or a hub name ({str(error)[:200]})",
+        ) from error  # fmt: skip
+    loader = transformers.AutoModelForCausalLM
+    if config.is_encoder_decoder:
+        loader = transformers.AutoModelForSeq2SeqLM
+    elif any("MaskedLM" in name for name in config.architectures or ()):
+        loader = transformers.AutoModelForMaskedLM
+    with torch.device("meta"):
+        module = loader.from_config(config)
+    specs = {key: ArchitectureSpec(**value) for key, value in registry.architectures.items()}
+    anatomy = Anatomy.of(module, specs)
+    return {
+        "model_type": anatomy.model_type,
+        "n_layers": anatomy.n_layers,
+        "hidden_size": anatomy.hidden_size,
+        "name": source,
+    }

@@ -1,0 +1,216 @@
+"""How things look: one calm style for every command, readable without colour."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import IO, TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+from rich.theme import Theme
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from errata.edit import Edit
+    from errata.evaluate import Measurement
+
+# Blue against orange, never red against green; and no meaning rests on colour alone.
+THEME = Theme(
+    {
+        "head": "bold",
+        "accent": "cyan",
+        "muted": "bright_black",
+        "good": "cyan",
+        "warn": "yellow",
+        "bad": "bold red",
+        "new": "bold",
+    }
+)
+PIPED_WIDTH = 100
+ON, OFF = "on", "off"
+
+
+def console(stderr: bool = False, file: IO[str] | None = None) -> Console:
+    """Return a console in the house style; where nobody looks on, 100 columns and no colour."""
+    stream = file or (sys.stderr if stderr else sys.stdout)
+    terminal = bool(getattr(stream, "isatty", lambda: False)())
+    width = None if terminal or "COLUMNS" in os.environ else PIPED_WIDTH
+    return Console(file=stream, theme=THEME, width=width, highlight=False, emoji=False)
+
+
+def table(*columns: str | tuple[str, dict[str, Any]]) -> Table:
+    """Return an empty table: a rule under the header and nothing else."""
+    made = Table(
+        box=box.SIMPLE_HEAD,
+        header_style="muted",
+        pad_edge=False,
+        show_edge=False,
+        padding=(0, 1),
+    )
+    for column in columns:
+        name, options = (column, {}) if isinstance(column, str) else column
+        made.add_column(name, **{"overflow": "fold", **options})
+    return made
+
+
+def titled(title: str, body: RenderableType, note: str = "") -> Group:
+    """Return a heading over a table. (A table's own title would be wrapped at its width.)"""
+    return Group(heading(title, note), body)
+
+
+def facts(rows: Iterable[tuple[str, RenderableType | None]]) -> Table:
+    """Return a two-column list of names and values, leaving out those that are None."""
+    made = Table.grid(padding=(0, 2))
+    made.add_column(style="muted", no_wrap=True)
+    made.add_column(overflow="fold")
+    for name, value in rows:
+        if value is not None:
+            made.add_row(name, Text(value) if isinstance(value, str) else value)
+    return made
+
+
+def heading(text: str, note: str = "") -> Text:
+    """Return a section's heading with an optional remark."""
+    return Text.assemble((text, "head"), (f"  {note}" if note else "", "muted"))
+
+
+def quoted(text: str, limit: int = 0) -> str:
+    """Return text on one line: line breaks shown as ⏎, cut at `limit` characters."""
+    line = text.strip().replace("\n", " ⏎ ")
+    return line if not limit or len(line) <= limit else line[: limit - 1].rstrip() + "…"
+
+
+def count(number: int, what: str) -> str:
+    """Return a number with its noun.
+
+    >>> count(1, "edit"), count(0, "edit")
+    ('1 edit', '0 edits')
+    """
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def size(count: float) -> str:
+    """Return a number of bytes for people (1 kB = 1000 bytes).
+
+    >>> size(999), size(12_345), size(3_400_000)
+    ('999 B', '12.3 kB', '3.4 MB')
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            break
+        count /= 1000
+    return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+
+
+def seconds(value: float) -> str:
+    """Return a duration for people."""
+    if value < 10:
+        return f"{value:.2f} s"
+    return f"{value:.0f} s" if value < 120 else f"{value / 60:.1f} min"
+
+
+def when(stamp: str) -> str:
+    """Return an ISO 8601 time in the local time zone, to the minute."""
+    try:
+        return datetime.fromisoformat(stamp).astimezone().strftime("%Y-%m-%d %H:%M")
+    except ValueError:
+        return stamp
+
+
+def number(value: float) -> str:
+    """Return a number with three significant digits, without an exponent where it is short."""
+    if value != value:
+        return "n/a"
+    return f"{value:.3f}" if 0.001 <= abs(value) < 10 or value == 0 else f"{value:.3g}"
+
+
+def measurements(found: Sequence[Measurement], base: Sequence[Measurement] = ()) -> list[Group]:
+    """Return one table per protocol, with how each number was measured.
+
+    Args:
+        found: the numbers.
+        base: the same numbers of the unedited model, shown in a column of their own.
+    """
+    groups: dict[str, list[Measurement]] = {}
+    for one in found:
+        groups.setdefault(one.name, []).append(one)
+    before = {(one.metric, one.protocol): one.value for one in base}
+    return [_protocol_table(name, group, before) for name, group in groups.items()]
+
+
+def _protocol_table(
+    name: str, group: Sequence[Measurement], before: Mapping[tuple[str, str], float]
+) -> Group:
+    details = [one.protocol.partition(":")[2].strip() for one in group]
+    shared = _shared_start(details)
+    right: dict[str, Any] = {"justify": "right", "no_wrap": True}
+    made = table(
+        ("metric", {"no_wrap": True}),
+        *([("base", right)] if before else []),
+        ("edited" if before else "value", right),
+        ("95 % interval", right),
+        ("n", right),
+        ("how", {"ratio": 1}),
+    )
+    for one, detail in zip(group, details, strict=True):
+        interval = f"{number(one.interval[0])} – {number(one.interval[1])}" if one.interval else "–"
+        old = before.get((one.metric, one.protocol))
+        made.add_row(
+            one.metric,
+            *([Text("–" if old is None else number(old), style="muted")] if before else []),
+            Text(number(one.value), style="new"),
+            interval,
+            str(one.n),
+            Text(detail[len(shared) :].lstrip(" ;,") or one.unit, style="muted"),
+        )
+    return titled(name, made, shared)
+
+
+def _shared_start(texts: Sequence[str]) -> str:
+    """Return the clauses that all texts begin with: they go into the title, once."""
+    if len(texts) < 2:
+        return texts[0] if texts else ""
+    start = os.path.commonprefix(list(texts))
+    if all(text == start for text in texts):
+        return start
+    cut = max(start.rfind("; "), start.rfind(", "))
+    return start[:cut] if cut > 0 else ""
+
+
+def outcome(edit: Edit) -> list[tuple[str, str]]:
+    """Return what the guards measured when an edit was applied, as (name, text)."""
+    found = edit.outcome
+    rows: list[tuple[str, str]] = []
+    efficacy = found.get("efficacy")
+    if efficacy:
+        chances = [float(p) for p in efficacy.get("probability", ())]
+        mean = f", mean probability {sum(chances) / len(chances):.3f}" if chances else ""
+        hits = round(efficacy["value"] * efficacy["n"])
+        rows.append(
+            ("takes effect", f"{hits} of {efficacy['n']}{mean} ({efficacy['protocol']})")
+        )
+    norm = found.get("relative_norm")
+    if norm:
+        rows.append(("norm", f"‖Δ‖ is {float(norm['value']):.3g} × ‖W‖ of {norm['parameter']}"))
+    perplexity = found.get("perplexity")
+    if perplexity:
+        rows.append(
+            (
+                "perplexity",
+                f"{float(perplexity['value']):.4g} on the canary text, "
+                f"{float(perplexity['ratio_to_base']):.3f} × the base's",
+            )
+        )
+    rows += [("warning", str(text)) for text in found.get("warnings", ())]
+    return rows
+
+
+def short_request(edit: Edit) -> str:
+    """Return "filled prompt → target" of an edit, and how many more requests it has."""
+    return quoted(edit.title)

@@ -1,0 +1,463 @@
+"""What every command shares: its options, where errors go, and the model that belongs to a ledger."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
+
+import typer
+from rich.text import Text
+from typer.core import TyperCommand
+
+from errata.cli.progress import ConsoleProgress
+from errata.cli.render import console
+from errata.errors import ConfigError, EditRefused, ErrataError, LedgerError, UnknownNameError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from errata.delta import Delta
+    from errata.editor import Editor
+    from errata.ledger import Ledger
+
+OK, FAILED, USAGE, REFUSED, DAMAGED, INTERRUPTED = 0, 1, 2, 3, 4, 130
+EXIT_CODES = {
+    OK: "done",
+    FAILED: "an error: what was asked cannot be done; the message says why",
+    USAGE: "the command line itself is wrong",
+    REFUSED: "a guard refused an edit; nothing of it is on the model",
+    DAMAGED: "verification found a problem",
+    INTERRUPTED: "interrupted; everything is as after the last finished step",
+}
+CLOSING = "Each command has examples: errata COMMAND --help. Documentation: docs/cli.md"
+
+DEFAULT_LEDGER = Path("errata-ledger")
+MODEL_NOTE = "model"  # the ledger's notes of this kind say which model it belongs to
+
+Shared = {
+    "ledger": (
+        Annotated[
+            Path,
+            typer.Option("--ledger", "-l", envvar="ERRATA_LEDGER", metavar="FOLDER",
+                         help="Where edits are kept.", rich_help_panel="Shared options"),
+        ],
+        DEFAULT_LEDGER,
+    ),
+    "model": (
+        Annotated[
+            str | None,
+            typer.Option("--model", "-m", envvar="ERRATA_MODEL", metavar="NAME|FOLDER",
+                         help="Zoo name, checkpoint folder or hub name; by default the one that "
+                              "the ledger belongs to.",
+                         rich_help_panel="Shared options"),
+        ],
+        None,
+    ),
+    "device": (
+        Annotated[
+            str | None,
+            typer.Option("--device", metavar="DEVICE", envvar="ERRATA_DEVICE",
+                         help="cpu, cuda, cuda:1 …", rich_help_panel="Shared options"),
+        ],
+        None,
+    ),
+    "dtype": (
+        Annotated[
+            str | None,
+            typer.Option("--dtype", metavar="DTYPE",
+                         help="fp32, bf16 …; by default the checkpoint's.",
+                         rich_help_panel="Shared options"),
+        ],
+        None,
+    ),
+    "json": (
+        Annotated[
+            bool,
+            typer.Option("--json", help="Print one JSON object instead of tables.",
+                         rich_help_panel="Shared options"),
+        ],
+        False,
+    ),
+    "quiet": (
+        Annotated[
+            bool,
+            typer.Option("--quiet", "-q", help="No progress and no warnings.",
+                         rich_help_panel="Shared options"),
+        ],
+        False,
+    ),
+    "debug": (
+        Annotated[
+            bool,
+            typer.Option("--debug", envvar="ERRATA_DEBUG",
+                         help="Show log messages, and the traceback of an error.",
+                         rich_help_panel="Shared options"),
+        ],
+        False,
+    ),
+}  # fmt: skip
+METAVARS: dict[Any, str] = {bool: "", str: "TEXT", int: "N", float: "X", Path: "PATH"}
+OUTPUT = ("json", "quiet", "debug")
+LEDGER = ("ledger", *OUTPUT)
+MODEL = ("ledger", "model", "device", "dtype", *OUTPUT)
+
+
+@dataclass
+class Session:
+    """One run of one command: its shared options and its two consoles."""
+
+    ledger: Path = DEFAULT_LEDGER
+    model: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    json: bool = False
+    quiet: bool = False
+    debug: bool = False
+    _notes: dict[str, Any] = field(default_factory=dict)
+
+    # -- output ----------------------------------------------------------------------------------
+
+    @cached_property
+    def out(self) -> Console:
+        """Standard output: results."""
+        return console()
+
+    @cached_property
+    def err(self) -> Console:
+        """Standard error: progress, warnings and errors."""
+        return console(stderr=True)
+
+    @cached_property
+    def progress(self) -> ConsoleProgress:
+        """Where the library reports how far it is."""
+        return ConsoleProgress(self.err, self.quiet)
+
+    def emit(self, data: Any) -> None:
+        """Print the JSON of a result."""
+        typer.echo(json.dumps(_finite(data), indent=2, ensure_ascii=False))
+
+    def show(self, *things: Any) -> None:
+        """Print text and tables for people, unless JSON was asked for."""
+        if not self.json:
+            for thing in things:
+                self.out.print(thing)
+
+    def say(self, text: str, style: str = "muted") -> None:
+        """Print one remark on standard error."""
+        if not self.quiet:
+            self.err.print(Text(text, style=style))
+
+    # -- ledger and model ------------------------------------------------------------------------
+
+    def has_ledger(self) -> bool:
+        """Say whether there is a ledger in the folder."""
+        from errata.ledger.schema import DATABASE
+
+        return (self.ledger / DATABASE).is_file()
+
+    def read_ledger(self, kinds: bool = False) -> Ledger:
+        """Open the ledger for reading, without a model; deltas can be read only with `kinds`."""
+        from errata.ledger import Ledger
+
+        if not self.has_ledger():
+            raise LedgerError(
+                f"There is no ledger in {str(self.ledger)!r}: the first `errata edit` makes one; "
+                "name another folder with --ledger or the environment variable ERRATA_LEDGER."
+            )
+        return Ledger.open(self.ledger, kinds=delta_kinds() if kinds else {}, readonly=True)
+
+    def remembered(self) -> dict[str, Any]:
+        """Return what the ledger says about its model: name and dtype; empty if nothing."""
+        if not self.has_ledger():
+            return {}
+        with self.read_ledger() as ledger:
+            return remembered(ledger)
+
+    def model_name(self) -> str:
+        """Return the model to load: the one asked for, else the ledger's."""
+        known = self.remembered()
+        name = self.model or known.get("name")
+        if not name:
+            raise ConfigError(
+                "Which model? Give --model (atlas-gpt2 ships with errata; or a checkpoint folder "
+                "or hub name), or set ERRATA_MODEL."
+            )
+        if self.dtype is None and name == known.get("name"):
+            self.dtype = known.get("dtype")
+        return str(name)
+
+    @contextmanager
+    def editor(
+        self,
+        *,
+        create: bool = False,
+        durable: bool = True,
+        guards: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Iterator[Editor]:
+        """Open the editor on the ledger; without a ledger there, in memory unless `create`.
+
+        Args:
+            create: make the ledger when there is none.
+            durable: False keeps everything in memory even if there is a ledger.
+            guards: passed on.
+            **options: other arguments of `errata.Editor`.
+        """
+        name = self.model_name()
+        with self.status(f"Loading {name}"):
+            calm_transformers()
+            from errata.editor import Editor
+
+            folder = self.ledger if durable and (create or self.has_ledger()) else None
+            editor = Editor(
+                name,
+                ledger=folder,
+                device=self.device,
+                dtype=self.dtype,
+                guards=guards,
+                progress=self.progress,
+                **options,
+            )
+        with editor:
+            yield editor
+
+    def remember(self, editor: Editor) -> None:
+        """Write the model's name into the ledger, so that later commands need not say it."""
+        name = editor.model.name
+        if Path(name).is_dir():
+            name = str(Path(name).resolve())
+        note = {"name": name, "dtype": self.dtype}
+        if remembered(editor.ledger) != note:
+            editor.ledger.note(MODEL_NOTE, note)
+
+    @contextmanager
+    def status(self, text: str) -> Iterator[None]:
+        """Show what is going on while a block without countable steps runs."""
+        if self.quiet or not self.err.is_terminal:
+            yield
+            return
+        with self.err.status(Text(text, style="muted"), spinner="line", spinner_style="muted"):
+            yield
+
+    # -- errors ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def reporting(self) -> Iterator[None]:
+        """Turn errors into one message and an exit code; show the library's warnings."""
+        handler = _Warnings(self)
+        logger = logging.getLogger("errata")
+        level = logger.level
+        logger.addHandler(handler)
+        logger.setLevel(logging.DEBUG if self.debug else logging.WARNING)
+        try:
+            with warnings.catch_warnings():
+                if not self.debug and not sys.warnoptions:
+                    warnings.simplefilter("ignore")
+                yield
+        except ErrataError as error:
+            self._fail(error)
+            raise typer.Exit(REFUSED if isinstance(error, EditRefused) else FAILED) from None
+        except KeyboardInterrupt:
+            self.err.print(
+                "Interrupted. The model and the ledger are as after the last finished step."
+            )
+            raise typer.Exit(INTERRUPTED) from None
+        except OSError as error:
+            if isinstance(error, BrokenPipeError):  # `errata log | head`: nobody reads any more
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                raise typer.Exit(OK) from None
+            self._fail(error)
+            raise typer.Exit(FAILED) from None
+        except (typer.Exit, typer.Abort, *_usage_errors()):
+            raise
+        except Exception as error:  # a bug, here or in a plugin
+            self._fail(error)
+            raise typer.Exit(FAILED) from None
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+
+    def _fail(self, error: Exception) -> None:
+        if self.debug:
+            self.err.print_exception(show_locals=False)
+        if self.json:
+            typer.echo(json.dumps(_finite({"error": describe(error)}), ensure_ascii=False), err=True)
+            return
+        label, message = "Error: ", str(error)
+        if isinstance(error, EditRefused):
+            label, message = "Refused: ", message.removeprefix("Edit refused: ")
+        elif not isinstance(error, (ErrataError, OSError)):
+            label = f"Unexpected {type(error).__name__}: "
+            message += " (a bug in errata or in a plugin; --debug shows where)"
+        self.err.print(Text.assemble((label, "bad"), message))
+
+
+def describe(error: Exception) -> dict[str, Any]:
+    """Return an error as JSON data: type, message, and what the type carries besides."""
+    data: dict[str, Any] = {"type": type(error).__name__, "message": str(error)}
+    if isinstance(error, UnknownNameError):
+        data.update(what=error.what, name=error.name, known=error.known)
+    if isinstance(error, EditRefused):
+        data.update(reason=error.reason, measured=error.measured)
+    done = getattr(error, "done", None)
+    if done:
+        data["done"] = [edit.id for edit in done]
+    return data
+
+
+def _usage_errors() -> tuple[type[Exception], ...]:
+    """Return the root of what typer raises for a wrong command line (its versions differ)."""
+    return (typer.BadParameter.__mro__[2],)  # BadParameter, UsageError, ClickException
+
+
+def remembered(ledger: Ledger) -> dict[str, Any]:
+    """Return the last note about the ledger's model."""
+    notes = [event for event in ledger.events() if event.kind == MODEL_NOTE]
+    return dict(notes[-1].detail) if notes else {}
+
+
+def delta_kinds() -> Mapping[str, type[Delta]]:
+    """Return every delta kind: the core's, and those of the installed methods that load."""
+    from errata import plugins
+    from errata.builtin import CoreEditing
+    from errata.errors import PluginError
+
+    loaded = []
+    for name in plugins.installed():
+        try:
+            loaded.append(plugins.load(name))
+        except PluginError as error:
+            logging.getLogger("errata").warning("%s", error)
+    return plugins.Manager("", [CoreEditing(), *loaded]).delta_kinds()
+
+
+def calm_transformers() -> None:
+    """Keep transformers' loading bars and advice off the terminal of this process."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+
+
+# -- commands --------------------------------------------------------------------------------------
+
+
+class Command(TyperCommand):
+    """A command whose help page ends with examples, one a line."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help and the examples."""
+        examples, self.epilog = self.epilog, None
+        try:
+            super().format_help(ctx, formatter)
+        finally:
+            self.epilog = examples
+        if examples:
+            out = console()
+            out.print(" Examples", style="head")
+            for line in examples.splitlines():
+                out.print(Text(f"   {line}"), soft_wrap=True)
+            out.print()
+
+
+def command(
+    app: typer.Typer, name: str, *, panel: str, shared: Sequence[str], examples: str
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a function `f(session, **options)` as a command with the shared options.
+
+    Args:
+        app: where.
+        name: of the command.
+        panel: heading it stands under on the help page.
+        shared: names of the shared options it has.
+        examples: command lines for its help page, one a line.
+    """
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(function, include_extras=True)
+        own = list(inspect.signature(function).parameters.values())[1:]
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        parameters = [
+            p.replace(annotation=_with_metavar(hints[p.name]), kind=keyword) for p in own
+        ]
+        for key in shared:
+            annotation, default = Shared[key]
+            parameters.append(
+                inspect.Parameter(
+                    key, keyword, default=default, annotation=_with_metavar(annotation)
+                )
+            )
+
+        def run(**values: Any) -> None:
+            session = Session(**{key: values.pop(key) for key in shared})
+            with session.reporting():
+                function(session, **values)
+
+        run.__name__ = function.__name__
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        app.command(
+            name, cls=Command, help=_help(function), epilog=examples, rich_help_panel=panel
+        )(run)
+        return function
+
+    return register
+
+
+def _help(function: Callable[..., None]) -> str:
+    """Return a docstring with each paragraph on one line, square brackets shown as they are."""
+    paragraphs = inspect.cleandoc(function.__doc__ or "").split("\n\n")
+    return "\n\n".join(" ".join(lines.split()) for lines in paragraphs).replace("[", "\\[")
+
+
+def _with_metavar(annotation: Any) -> Any:
+    """Name what an option takes: versions of typer differ in what they show by themselves."""
+    kind, *metadata = get_args(annotation)
+    inner = {kind, *get_args(kind)}  # `list[str] | None` has two layers
+    inner |= {part for item in tuple(inner) for part in get_args(item)}
+    name = next((METAVARS[k] for k in METAVARS if k in inner), None)
+    named = []
+    for item in metadata:
+        if getattr(item, "metavar", "") is None and name is not None:
+            item = copy(item)
+            item.metavar = name
+        named.append(item)
+    return Annotated[(kind, *named)]
+
+
+class _Warnings(logging.Handler):
+    """Shows the library's warnings (with --debug everything) on standard error."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__()
+        self._session = session
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one message."""
+        if self._session.quiet and record.levelno < logging.ERROR:
+            return
+        style = "warn" if record.levelno >= logging.WARNING else "muted"
+        label = f"{record.levelname.capitalize()}: "
+        self._session.err.print(Text.assemble((label, style), record.getMessage()))
+
+
+def _finite(value: Any) -> Any:
+    """Return JSON data in which NaN and infinities are null: strict parsers refuse them."""
+    if isinstance(value, float) and (value != value or abs(value) == float("inf")):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value

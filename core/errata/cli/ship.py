@@ -1,0 +1,133 @@
+"""Moving edits and models: `export`, `import` and `merge`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from errata.cli import render
+from errata.cli.edits import edit_json
+from errata.cli.session import MODEL, Session, command
+from errata.errors import LedgerError
+
+PANEL = "Ship"
+
+
+def add(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    command(
+        app,
+        "export",
+        panel=PANEL,
+        shared=MODEL,
+        examples=(
+            "errata export --out all.errata\n"
+            "errata export 3f2a 91bc --out two.errata\n"
+            "errata export 3f2a --format peft --out adapter/"
+        ),
+    )(export)
+    command(
+        app,
+        "import",
+        panel=PANEL,
+        shared=MODEL,
+        examples="errata import two.errata\nerrata import two.errata --apply --model atlas-gpt2",
+    )(import_)
+    command(app, "merge", panel=PANEL, shared=MODEL, examples="errata merge --out edited/")(merge)
+
+
+def export(
+    session: Session,
+    out: Annotated[Path, typer.Option("--out", "-o", help="File or folder to write.")],
+    ids: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="ID", help="Which edits; by default the active ones."),
+    ] = None,
+    format: Annotated[
+        str,
+        typer.Option(
+            "--format", help="errata: one file for `errata apply`; peft: a folder for PeftModel."
+        ),
+    ] = "errata",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+) -> None:
+    """Write edits to one file that another errata can apply, or as a PEFT adapter."""
+    if format == "errata":  # needs no model
+        with session.read_ledger(kinds=True) as ledger:
+            chosen = [ledger.resolve(name) for name in ids or ()] or ledger.active_ids()
+            if not chosen:
+                raise LedgerError(
+                    "There is nothing to export: no edit is active and none was named."
+                )
+            path = ledger.export(chosen, out, overwrite=overwrite)
+    else:
+        session.read_ledger().close()
+        with session.editor() as editor:
+            chosen = [editor.ledger.resolve(name) for name in ids or editor.model.stack.ids]
+            path = editor.export(out, *chosen, format=format, overwrite=overwrite)
+    size = sum(f.stat().st_size for f in path.rglob("*")) if path.is_dir() else path.stat().st_size
+    if session.json:
+        session.emit({"path": str(path), "format": format, "edits": chosen, "bytes": size})
+        return
+    session.show(
+        Text.assemble((str(path), "head"), f"  {render.count(len(chosen), 'edit')}, {render.size(size)}"),
+        Text(f"format {format}: {', '.join(chosen)}", style="muted"),
+    )
+
+
+def import_(
+    session: Session,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file from `errata export`.")],
+    apply: Annotated[bool, typer.Option("--apply", help="Put them on the model too.")] = False,
+) -> None:
+    """Take the edits of a file into the ledger, if they were made for this model."""
+    if not file.is_file():
+        raise LedgerError(f"There is no file {str(file)!r} to import.")
+    with session.editor(create=True) as editor:
+        edits = editor.import_(file)
+        session.remember(editor)
+        if apply:
+            active = set(editor.model.stack.ids)
+            for edit in edits:
+                if edit.id not in active:
+                    editor.apply(edit)
+        on = set(editor.model.stack.ids)
+    if session.json:
+        session.emit(
+            {
+                "ledger": str(session.ledger),
+                "edits": [edit_json(edit, edit.id in on) for edit in edits],
+            }
+        )
+        return
+    for edit in edits:
+        state = "on the model" if edit.id in on else "off the model"
+        session.show(
+            Text.assemble((edit.id, "accent"), f"  {state}  ", render.short_request(edit))
+        )
+    session.show(Text(f"{render.count(len(edits), 'edit')} in {session.ledger}", style="muted"))
+
+
+def merge(
+    session: Session,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+) -> None:
+    """Write the edited model as a plain Hugging Face checkpoint, tokenizer included.
+
+    Anything that loads checkpoints loads it; errata is not needed any more.
+    """
+    session.read_ledger().close()
+    with session.editor() as editor:
+        active = editor.model.stack.ids
+        path = editor.merge(out, overwrite=overwrite)
+    if session.json:
+        session.emit({"path": str(path), "edits": active})
+        return
+    session.show(
+        Text.assemble((str(path), "head"), f"  {render.count(len(active), 'edit')} merged"),
+        Text(f'load it with AutoModelForCausalLM.from_pretrained("{path}")', style="muted"),
+    )

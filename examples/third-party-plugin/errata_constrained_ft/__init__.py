@@ -1,0 +1,75 @@
+"""Constrained fine-tuning: train one MLP projection, never further than ε from where it was.
+
+Zhu et al., "Modifying Memories in Transformer Models" (2020), in the form that Meng et al. (2022)
+use as the baseline FT-L: Adam on the down-projection W of one layer, and after each step every
+entry is put back into the box |W − W₀| ≤ ε. Unlike that baseline's published code, the loss is
+the ordinary language-model loss over the target's tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from pydantic import Field
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+
+from errata import MethodConfig, Model, Request, hookimpl
+from errata.delta import DenseDelta
+from errata.tokens import encode_targets
+
+
+class ConstrainedFineTuningConfig(MethodConfig):
+    """Hyper-parameters."""
+
+    layer: int = Field(default=0, description="Block whose MLP down-projection is trained")
+    steps: int = Field(default=25, ge=1, description="Optimiser steps")
+    lr: float = Field(default=5e-4, gt=0, description="Adam's learning rate")
+    epsilon: float = Field(default=5e-4, gt=0, description="Largest change of an entry (L∞)")
+    early_stop: float = Field(default=1e-2, ge=0, description="Stop below this loss (nats)")
+
+
+class ConstrainedFineTuning:
+    """The plugin: a name, a configuration class, and the `edit` hook."""
+
+    name = "constrained-ft"
+    config = ConstrainedFineTuningConfig
+
+    @hookimpl
+    def edit(
+        self, model: Model, requests: Sequence[Request], config: ConstrainedFineTuningConfig
+    ) -> DenseDelta:
+        """Train a copy of W on all requests together; return how it differs."""
+        batch = encode_targets(
+            model.tokenizer,
+            [request.text for request in requests],
+            [request.target_new for request in requests],
+            device=model.device,
+        )
+        labels = torch.full_like(batch.input_ids, -100)
+        for row, (start, end) in enumerate(batch.target_spans):
+            for index in range(start, end):
+                column = batch.column(row, index)
+                labels[row, column] = batch.input_ids[row, column]
+
+        name = model.anatomy.weight(model.anatomy.mlp_out(config.layer))
+        start_from = model.parameter(name).detach().float()
+        weight = start_from.clone().requires_grad_()
+        optimiser = torch.optim.Adam([weight], lr=config.lr)
+        for _ in model.progress.track(range(config.steps), "Training"):
+            # functional_call runs the module with our copy in place of W: W is never written.
+            output = functional_call(
+                model.module,
+                {name: weight.to(model.dtype)},
+                (),
+                {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask},
+            )
+            loss = cross_entropy(output.logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
+            if loss.item() < config.early_stop:
+                break
+            (weight.grad,) = torch.autograd.grad(loss, [weight])
+            optimiser.step()
+            with torch.no_grad():
+                weight.clamp_(start_from - config.epsilon, start_from + config.epsilon)
+        return DenseDelta({name: (weight.detach() - start_from).cpu()})
