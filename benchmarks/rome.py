@@ -19,13 +19,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from errata_rome.algorithm import RankOne, contexts_of, rome, statistic_of
-from errata_rome.config import RomeConfig
 from torch import Tensor
 
 from errata import zoo
@@ -34,7 +33,10 @@ from errata.model import Model
 from errata.registry import Registry
 from errata.request import Request
 from errata.tokens import encode, encode_targets, subject_position
+from errata_rome.algorithm import RankOne, contexts_of, rome, statistic_of
+from errata_rome.config import RomeConfig
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 SUBJECTS = (
     "Alba Moreno", "Henrik Solberg", "The Iron Harbour", "Mount Keller", "Vera Lindqvist",
     "Oskar Brandt", "Lake Aurelia", "The Silent Orchard",
@@ -42,8 +44,8 @@ SUBJECTS = (
 FACTS = (
     ("{} was born in", "Rome"),
     ("The home town of {} is", "Vienna"),
-    ("According to the records, {} belongs to", "Norway"),
-    ("People who ask about {} are told that it was made in", "Chicago"),
+    ("{} is located in", "Norway"),
+    ("The official language of {} is", "French"),
 )
 
 
@@ -89,13 +91,14 @@ def plain_rome(
     length = batch.target_spans[0][1] - batch.target_spans[0][0]
     kl_prompt = config.kl_prompt.replace("{}", request.subject)
     kl_lookup = subject_position(tokenizer, config.kl_prompt, request.subject)
-    rows = [ids[: end - 1].tolist() for ids, (_, end) in zip(batch.input_ids, batch.target_spans)]
+    spans = batch.target_spans
+    rows = [row[: end - 1].tolist() for row, (_, end) in zip(batch.input_ids, spans, strict=True)]
     rows.append(encode(tokenizer, [kl_prompt]).input_ids[0].tolist())
     width = max(map(len, rows))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
     target = torch.stack(
-        [ids_[begin:end] for ids_, (begin, end) in zip(batch.input_ids, batch.target_spans)]
+        [row[begin:end] for row, (begin, end) in zip(batch.input_ids, spans, strict=True)]
     )
     at = torch.tensor([[len(row) - length + j for j in range(length)] for row in rows[:-1]])
     where = torch.tensor([*lookups, kl_lookup])
@@ -125,7 +128,7 @@ def plain_rome(
             before[None], now[None], log_target=True, reduction="batchmean"
         )
         loss = nll + kl + config.weight_decay * delta.norm() / start["v0"].norm() ** 2
-        if float(loss) < config.early_stop or step == config.steps - 1:
+        if float(loss.detach()) < config.early_stop or step == config.steps - 1:
             break
         loss.backward()
         optimiser.step()
@@ -143,11 +146,11 @@ def plain_rome(
     return u, (v_star - Wk[0].double()) / torch.dot(k[0].double(), u)
 
 
-def timed(call: Callable[[], Any]) -> tuple[float, Any]:
+def timed(call: Callable[[], Any], clock: Callable[[], float]) -> tuple[float, Any]:
     """Return (seconds, result)."""
-    begin = time.perf_counter()
+    begin = clock()
     result = call()
-    return time.perf_counter() - begin, result
+    return clock() - begin, result
 
 
 def difference(ours: RankOne, plain: tuple[Tensor, Tensor]) -> float:
@@ -159,7 +162,13 @@ def difference(ours: RankOne, plain: tuple[Tensor, Tensor]) -> float:
 
 
 def measure(
-    model: Model, config: RomeConfig, singles: int, batch: int, repeats: int
+    model: Model,
+    config: RomeConfig,
+    *,
+    singles: int,
+    batch: int,
+    repeats: int,
+    clock: Callable[[], float],
 ) -> dict[str, Any]:
     """Return seconds per edit of the three ways, taken in turns, and their ratios."""
     requests = requests_for(batch)
@@ -173,16 +182,15 @@ def measure(
     for _ in range(repeats):
         references = {}
         for request in one:
-            plain_s, plain = timed(
-                lambda r=request: plain_rome(model, r, contexts, C, config, layer)
-            )
-            single_s, single = timed(lambda r=request: rome(model, [r], contexts, C, config))
+            plain_call = partial(plain_rome, model, request, contexts, C, config, layer)
+            plain_s, plain = timed(plain_call, clock)
+            single_s, single = timed(partial(rome, model, [request], contexts, C, config), clock)
             times["plain"].append(plain_s)
             times["single"].append(single_s)
             worst = max(worst, difference(single[0], plain))
             references[request] = plain
             steps.append(len(single[0].value.losses))
-        batch_s, many = timed(lambda: rome(model, requests, contexts, C, config))
+        batch_s, many = timed(partial(rome, model, requests, contexts, C, config), clock)
         times["batch"].append(batch_s / len(requests))
         for request, edit in zip(requests, many, strict=True):
             if request in references:
@@ -267,25 +275,36 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="requests in the batch (≤ 32)")
     parser.add_argument("--repeats", type=int, default=3, help="rounds per model")
     parser.add_argument("--vocabulary", type=int, default=50257, help="of the random model")
+    parser.add_argument("--threads", type=int, help="torch threads (default: torch's own)")
+    parser.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="cpu: with --threads 1 on a machine that others use, too",
+    )
     parser.add_argument("--full", action="store_true", help="21 contexts and 20 steps on both")
     parser.add_argument("--skip-random", action="store_true", help="small model only")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
 
     small = load_model(options.model, architectures=Registry.load().architectures)
     published = RomeConfig(layer=options.layer)
-    results = [measure(small, published, singles=6, batch=options.batch, repeats=options.repeats)]
+    run = {"batch": options.batch, "clock": CLOCKS[options.clock]}
+    results = [measure(small, published, singles=6, repeats=options.repeats, **run)]
     if not options.skip_random:
         # A third of the way up, as layer 17 of 48. Shorter than published, unless --full: six
         # contexts and eight steps give the plain one less to repeat, so the ratio errs low.
         brief = {} if options.full else {"context_lengths": ((5, 3), (10, 2)), "steps": 8}
         config = RomeConfig(layer=4, **brief)
         big = random_model(small, options.vocabulary)
-        results.append(measure(big, config, singles=2, batch=options.batch, repeats=2))
+        results.append(measure(big, config, singles=2, repeats=2, **run))
 
     machine = {
         "machine": f"{platform.machine()}, {platform.processor() or platform.system()}",
         "threads": torch.get_num_threads(),
+        "clock": options.clock,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),

@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+# Tiny models gain nothing from threads, and several test processes share the cores.
+torch.set_num_threads(1)
 
 TOYS = Path(__file__).parent / "toys"
 

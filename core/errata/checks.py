@@ -70,7 +70,7 @@ def check_prompts(model: Model, requests: Sequence[Request]) -> None:
 
 
 def check_fingerprint(model: Model, edit: Edit) -> None:
-    """Raise `FingerprintError`, naming both fingerprints, unless the edit was made for this base."""
+    """Raise `FingerprintError`, naming both, unless the edit was made for this base."""
     names = [name for name in edit.fingerprint if name != "config"]
     missing = [name for name in names if name not in model.pristine]
     if missing:

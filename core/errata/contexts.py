@@ -1,4 +1,4 @@
-"""Prefix contexts: short generated texts that stand in front of a prompt while an edit is fitted."""
+"""Prefix contexts: short generated texts in front of a prompt, for an edit to hold behind them."""
 
 from __future__ import annotations
 

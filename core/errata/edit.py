@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
 
-from errata.errors import IntegrityError, LedgerError
+from errata.errors import IntegrityError, LedgerError, RequestError
 from errata.request import Request
 
 if TYPE_CHECKING:
@@ -88,3 +89,14 @@ class Edit(BaseModel):
         first = self.requests[0]
         more = f" (+{len(self.requests) - 1} more)" if len(self.requests) > 1 else ""
         return f"{first.text} → {first.target_new}{more}"
+
+
+def requests_of(items: Request | Edit | Iterable[Request | Edit]) -> list[Request]:
+    """Return the requests among requests and edits; raise `RequestError` when there are none."""
+    many = [items] if isinstance(items, (Request, Edit)) else list(items)
+    requests: list[Request] = []
+    for item in many:
+        requests += item.requests if isinstance(item, Edit) else [Request.parse(item)]
+    if not requests:
+        raise RequestError("There is no request here: no edit is active and none was named.")
+    return requests

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from errata import plugins, shipping
 from errata.artifacts import Artifacts
-from errata.builtin import CoreEditing
 from errata.checks import (
     check_capabilities,
     check_fingerprint,
@@ -20,15 +19,15 @@ from errata.checks import (
     conflicts,
     library_versions,
 )
-from errata.edit import Edit
-from errata.errors import EditRefused, ErrataError, LedgerError, RequestError
-from errata.evaluate import CoreMetrics, generation
+from errata.edit import Edit, requests_of
+from errata.errors import EditRefused, ErrataError, LedgerError, UnknownNameError
+from errata.evaluate import PROTOCOLS, generation
 from errata.ledger import Ledger
 from errata.loading import load_model
-from errata.locate import CoreLocator
+from errata.methods import Methods
 from errata.registry import Registry, Value
 from errata.request import Request, parse_arguments
-from errata.rules import GuardPolicy, Guards, Purity
+from errata.rules import GuardPolicy, Guards
 from errata.stack import Entry
 
 if TYPE_CHECKING:
@@ -58,12 +57,16 @@ class LogEntry(NamedTuple):
 class Editor:
     """A model, its ledger and the methods that edit it.
 
-    >>> import errata
-    >>> editor = errata.Editor("atlas-gpt2")
-    >>> prompt, subject = "The capital of {} is", "Veldonia"  # doctest: +SKIP
-    >>> edit = editor.edit(prompt, subject=subject, target_new="Paris", method="rome")
-    ... # doctest: +SKIP
-    >>> editor.revert(edit)  # doctest: +SKIP
+    >>> from errata.datasets import atlas
+    >>> editor = Editor("atlas-gpt2")
+    >>> fact = atlas.requests()[0]
+    >>> before = editor.generate(fact.text)
+    >>> edit = editor.edit(fact, method="rome")
+    >>> fact.target_new in editor.generate(fact.text)
+    True
+    >>> _ = editor.revert(edit)
+    >>> editor.generate(fact.text) == before
+    True
 
     Args:
         model: a zoo name, a directory, a hub name, or a transformers module in memory.
@@ -99,9 +102,7 @@ class Editor:
     ) -> None:
         self.registry = registry or Registry.load(plugin_files=plugins.registry_files())
         self._guards = Guards(GuardPolicy.parse(guards))
-        self._observers = tuple(observers)
-        self._managers: dict[str, plugins.Manager] = {}
-        self._plugins: dict[str, Any] = {}
+        self._methods = Methods(self._guards, observers)
         self._prepared: set[tuple[str, str]] = set()
         self._suspended = 0
         self.model: Model = load_model(
@@ -116,7 +117,7 @@ class Editor:
             artifacts=Artifacts(artifacts),
             progress=progress,
         )
-        self._kinds: dict[str, type[Delta]] = dict(self._manager("").delta_kinds())
+        self._kinds: dict[str, type[Delta]] = dict(self._methods.manager("").delta_kinds())
         self.ledger = Ledger.open(ledger, kinds=self._kinds)
         try:
             self._reconcile()
@@ -175,7 +176,9 @@ class Editor:
         single, requests, overrides = parse_arguments(request, config or {}, fields)
         self._not_suspended("edit")
         entry = self.registry.method(method) if method in self.registry.methods else None
-        manager = self._manager(method)  # raises with a suggestion when there is no such method
+        manager = self._methods.manager(
+            method
+        )  # raises with a suggestion when there is no such method
         if entry is None:
             raise ErrataError(
                 f"The method {method!r} is installed but no registry file describes it: ship a "
@@ -266,7 +269,7 @@ class Editor:
             "hidden_size": anatomy.hidden_size,
             "name": self.model.name,
         }
-        config = self._plugin(method).config
+        config = self._methods.plugin(method).config
         return self.registry.resolve(method, config, facts, overrides)
 
     # -- what is on the model --------------------------------------------------------------------
@@ -293,7 +296,7 @@ class Editor:
         with self._all_or_nothing([edit.id for edit in wanted]):
             with self.model.stack.deferred():
                 for edit in wanted:
-                    self._manager_of(edit).revert(self.model, edit)
+                    self._methods.manager_of(edit).revert(self.model, edit)
             self.ledger.deactivate([edit.id for edit in wanted])
         return wanted
 
@@ -309,7 +312,7 @@ class Editor:
         with self._all_or_nothing([edit.id for edit in wanted]):
             for edit in wanted:
                 check_fingerprint(self.model, edit)
-                self._manager_of(edit).apply(self.model, edit)
+                self._methods.manager_of(edit).apply(self.model, edit)
             self.ledger.activate([edit.id for edit in wanted])
         return wanted
 
@@ -357,8 +360,15 @@ class Editor:
         protocols: Sequence[str] = ("counterfact", "generation"),
     ) -> list[Measurement]:
         """Measure the model as it stands; by default on the requests of the active edits."""
-        wanted = self._requests(requests)
-        return self._measuring().evaluate(self.model, wanted, tuple(protocols))
+        if requests is None:
+            requests = [entry.edit for entry in self.log() if entry.active]
+        wanted = requests_of(requests)
+        found = self._methods.measuring().evaluate(self.model, wanted, tuple(protocols))
+        known = {protocol.name for protocol in PROTOCOLS}
+        for name in protocols:
+            if name not in known and not any(m.protocol.startswith(name) for m in found):
+                raise UnknownNameError("protocol", name, known)
+        return found
 
     def locate(
         self, request: Request | Mapping[str, Any], method: str = "", **config: Any
@@ -369,7 +379,7 @@ class Editor:
         """
         wanted = Request.parse(request)
         settings = self.configure(method, config)[0] if method else (config or None)
-        found = self._manager(method).locate(self.model, wanted, settings)
+        found = self._methods.manager(method).locate(self.model, wanted, settings)
         if found is None:
             raise ErrataError("No plugin could locate this request.")
         return found
@@ -413,29 +423,6 @@ class Editor:
 
     # -- inside ----------------------------------------------------------------------------------
 
-    def _plugin(self, method: str) -> Any:
-        if method not in self._plugins:
-            self._plugins[method] = plugins.load(method)
-        return self._plugins[method]
-
-    def _manager(self, method: str) -> plugins.Manager:
-        if method not in self._managers:
-            own = [self._plugin(method), Purity(method)] if method else []
-            self._managers[method] = plugins.Manager(
-                method,
-                [CoreEditing(), CoreLocator(), CoreMetrics(), *self._observers, *own, self._guards],
-            )
-        return self._managers[method]
-
-    def _manager_of(self, edit: Edit) -> plugins.Manager:
-        """Return the manager of an edit's method, or the core's when it is not installed."""
-        known = edit.method in self._managers or edit.method in plugins.installed()
-        return self._manager(edit.method if known else "")
-
-    def _measuring(self) -> plugins.Manager:
-        loaded = [plugin for plugin in self._plugins.values() if hasattr(plugin, "evaluate")]
-        return plugins.Manager("", [CoreMetrics(), *self._observers, *loaded])
-
     def _prepare(self, method: str, manager: plugins.Manager, settings: MethodConfig) -> None:
         key = (method, json.dumps(settings.model_dump(mode="json"), sort_keys=True))
         if key in self._prepared:
@@ -448,7 +435,7 @@ class Editor:
         """Return an edit of this ledger with its delta, by record, id or unique prefix."""
         found = self.ledger.get(edit.id if isinstance(edit, Edit) else edit)
         if found.delta_kind not in self._kinds:
-            self._kinds.update(self._manager(found.method).delta_kinds())
+            self._kinds.update(self._methods.manager(found.method).delta_kinds())
         return found.bind(self.ledger.delta(found.id))
 
     def _reconcile(self) -> None:
@@ -505,14 +492,3 @@ class Editor:
             raise LedgerError(
                 f"{names}: {what}. Active now: {', '.join(self.model.stack.ids) or 'none'}."
             )
-
-    def _requests(self, given: Request | Edit | Iterable[Request | Edit] | None) -> list[Request]:
-        if given is None:
-            given = [entry.edit for entry in self.log() if entry.active]
-        many = [given] if isinstance(given, (Request, Edit)) else list(given)
-        requests: list[Request] = []
-        for item in many:
-            requests += item.requests if isinstance(item, Edit) else [Request.parse(item)]
-        if not requests:
-            raise RequestError("There is nothing to evaluate: no edit is active, no request given.")
-        return requests

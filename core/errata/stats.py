@@ -39,6 +39,7 @@ RIDGES = (1e-10, 1e-8, 1e-6, 1e-4)
 """What is added to a singular C, relative to its mean diagonal: the first that is enough."""
 
 _CONTEXT = 1024  # longest piece of a document for a model without a bound of its own
+_LONGEST = 4096  # and for one with a long context: attention is quadratic, keys hardly differ
 _WINDOW_DOCUMENTS = 64  # documents between two chances to save; sorted by length within
 _WINDOW_CHARACTERS = 200_000
 _ORDER_SEED = 0
@@ -131,8 +132,9 @@ def second_moments(
 
     Every real token counts, a BOS that the tokenizer adds too, and padding never. Documents are
     visited in a fixed pseudo-random order, so that few tokens stand for the whole text; one that
-    is longer than the model's context is split into pieces, not cut off. The decoder of an
-    encoder-decoder reads the second half of each document after the encoder read the first.
+    is longer than the model's context (or 4096 tokens) is split into pieces, not cut off. The
+    decoder of an encoder-decoder reads the second half of each document, after the encoder has
+    read the first.
 
     Args:
         model: the model; measuring needs it without active edits.
@@ -140,7 +142,7 @@ def second_moments(
         corpus: documents; by default `model.corpus`, else the text that ships with errata.
         tokens: how many to measure, exactly, while the text lasts; "all" for the whole text;
             by default `TOKENS_PER_DIMENSION` times D.
-        batch_tokens: tokens per forward pass, padding included.
+        batch_tokens: tokens per forward pass, padding included (one piece at least).
         save_seconds: least time between two saves of the partial sums.
 
     Raises:
@@ -296,7 +298,7 @@ class _Pass:
         """Tokenise documents and split those that are too long."""
         anatomy = self.model.anatomy
         decoder = anatomy.kind == "decoder"
-        limit = min(anatomy.context or _CONTEXT, max(self.batch_tokens, 8))
+        limit = min(anatomy.context or _CONTEXT, _LONGEST)
         for row in tokenise(self.model.tokenizer, window, keep_end=not decoder):
             head, tail = row.ids[: row.begin], row.ids[row.stop :]
             body = row.ids[row.begin : row.stop]

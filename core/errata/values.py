@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch.nn import functional
 
+from errata.batch import padding_id
 from errata.errors import CapabilityError, ErrataError, RequestError
 from errata.forward import Resumed, adding, aligned, bypassed, frozen, patched
-from errata.tokens import encode, encode_targets, padding_id, subject_position
+from errata.tokens import encode, encode_targets, subject_position
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -251,10 +252,18 @@ class _Problem:
                 rows=row,
                 columns=column + shift[row],
                 start=self.column,
+                known=self._known(),
                 watch=tuple(dict.fromkeys((out, self.where))),
             )
         self.reference = self._log_p(self.run.reference[self.target < 0])  # at the KL positions
         self._read_out(parts, first, out)
+
+    def _known(self) -> tuple[str, ...]:
+        """Name the modules of the edited block that stand before δ: all but norms and gates."""
+        if self.settings.at == "block":
+            return ()
+        anatomy, layer = self.model.anatomy, self.layer
+        return (anatomy.attention(layer), *anatomy.mlp_in(layer), anatomy.mlp_out(layer))
 
     def _read_out(self, parts: Sequence[_Rows], first: Sequence[int], out: str) -> None:
         """Take keys, outputs and ‖v0‖ from the recorded run."""
@@ -354,7 +363,8 @@ class _Problem:
         first.lerp_(gradient, 0.1)
         second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
         scaled = second.sqrt() / (1 - 0.999**step) ** 0.5 + 1e-8
-        return self.settings.lr / (1 - 0.9**step) * first / scaled
+        update: Tensor = self.settings.lr / (1 - 0.9**step) * first / scaled
+        return update
 
     def _clamped(self, delta: Tensor) -> Tensor:
         """Project each δ onto the ball of radius clamp · ‖v0‖."""

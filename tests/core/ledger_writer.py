@@ -1,4 +1,4 @@
-"""A process that writes to a ledger and may be killed; and the small edits that tests write.
+"""A process that writes to a ledger and may be killed.
 
 Run as a script it imports everything once, then forks one child for each line of JSON on stdin:
 it answers with the child's process id, and when that has ended with its exit code.
@@ -17,36 +17,12 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 import errata.blobs
-from errata.delta import DenseDelta, Factor, LowRankDelta
-from errata.edit import Edit
 from errata.ledger import Ledger
 from errata.ledger.database import Database
+from tests.core.ledger_helpers import KINDS, small_delta, small_edit
 
-KINDS = {"low_rank": LowRankDelta, "dense": DenseDelta}
 POINTS = ("before rename", "after rename", "before commit", "after commit")
-
-
-def small_delta(seed: int, kind: str = "low_rank") -> LowRankDelta | DenseDelta:
-    generator = torch.Generator().manual_seed(seed)
-    if kind == "dense":
-        return DenseDelta({"w": torch.randn(4, 3, generator=generator)})
-    u, v = torch.randn(4, 1, generator=generator), torch.randn(3, 1, generator=generator)
-    return LowRankDelta({"w": Factor(u, v, transposed=seed % 2 == 1)})
-
-
-def small_edit(subject: str = "Veldonia", kind: str = "low_rank", **fields: object) -> Edit:
-    request = {"prompt": "The capital of {} is", "subject": subject, "target_new": "Rome"}
-    return Edit(
-        method="rome",
-        delta_kind=kind,
-        requests=(request,),
-        config={"layer": 3, "rate": 0.5},
-        fingerprint={"w": "0" * 64},
-        **fields,
-    )
 
 
 def write(ledger: str, report: str, seed: int, die: str | None = None) -> None:

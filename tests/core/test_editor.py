@@ -45,7 +45,7 @@ def editor() -> Editor:
         yield editor
 
 
-# -- what the user gets wrong ------------------------------------------------------------------------
+# -- what the user gets wrong --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_names_and_ids_that_do_not_exist(editor: Editor) -> None:
         Editor("atlas-gpt")
 
 
-# -- what is on the model is what the log says ------------------------------------------------------
+# -- what is on the model is what the log says ---------------------------------------------------
 
 
 def test_one_request_gives_an_edit_and_many_give_a_list(editor: Editor) -> None:
@@ -225,7 +225,7 @@ def test_two_answers_to_one_question_are_reported(
     assert second.outcome["conflicts"] == [first.id]
 
 
-# -- guards -----------------------------------------------------------------------------------------
+# -- guards --------------------------------------------------------------------------------------
 
 
 def test_a_guard_refuses_records_and_leaves_no_trace(tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_guards_measure_what_they_warn_about(caplog: pytest.LogCaptureFixture) -
     assert edit.outcome["warnings"]
 
 
-# -- interruptions ------------------------------------------------------------------------------------
+# -- interruptions -------------------------------------------------------------------------------
 
 
 class Interrupting:

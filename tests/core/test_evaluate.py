@@ -332,6 +332,11 @@ def test_long_texts_are_read_in_windows(tiny: Model) -> None:
     assert perplexity(tiny, [text]) == pytest.approx(math.exp(total / (ids.shape[1] - 1)), rel=1e-6)
 
 
+@pytest.mark.parametrize("family", ["opt", "bert", "roberta", "gpt_neo", "llama"])
+def test_no_window_is_longer_than_the_model_takes(family: str, cache: Path) -> None:
+    assert math.isfinite(perplexity(build_model(family, cache), [" ".join(PROMPTS * 20)]))
+
+
 def test_perplexity_needs_text(tiny: Model) -> None:
     with pytest.raises(ConfigError, match="No texts"):
         perplexity(tiny, [])
@@ -478,7 +483,7 @@ def test_words_are_split_by_treebank_conventions() -> None:
 def test_ge_measures_sampled_texts_and_is_repeatable(tiny: Model) -> None:
     request = Request(
         prompt="{} is in", subject="Rome", target_new="Spain", target_true="Italy",
-        generation=["Rome is", "In Rome there is a"],
+        generation=["Rome is"],
     )  # fmt: skip
     one = by_metric(CoreMetrics().evaluate(tiny, [request], ["counterfact"]))["GE"]
     two = by_metric(CoreMetrics().evaluate(tiny, [request], ["counterfact"]))["GE"]
@@ -559,11 +564,13 @@ def test_the_metrics_come_in_through_the_hook(tiny: Model) -> None:
 def test_a_model_is_compared_with_its_base_and_never_with_itself(cache: Path) -> None:
     model = build_model("gpt2", cache)
     requests = [known_request()]
-    unedited = CoreMetrics(Baseline.capture(model, requests)).evaluate(model, requests, ALL)
+    unedited = CoreMetrics(Baseline.capture(model, requests, texts=TEXTS)).evaluate(
+        model, requests, ALL
+    )
     relative = {"neighbourhood_unchanged", "locality_unchanged", "perplexity_ratio"}
     assert not relative & set(by_metric(unedited))  # no edit is active
     model.stack.set([an_edit(model)])
-    baseline = Baseline.capture(model, requests)  # taken with the edit off …
+    baseline = Baseline.capture(model, requests, texts=TEXTS)  # taken with the edit off …
     assert model.stack.ids == ["1" * 12]  # … which is on again
     base = {m.metric: m.value for m in unedited}
     edited = by_metric(CoreMetrics(baseline).evaluate(model, requests, ALL))
@@ -574,7 +581,8 @@ def test_a_model_is_compared_with_its_base_and_never_with_itself(cache: Path) ->
     prompt = requests[0].neighbourhood[0].prompt
     same = generate(model, [prompt])[0].strip() == baseline.generations[prompt].strip()
     assert edited["neighbourhood_unchanged"].value == float(same)
-    assert not relative & set(by_metric(CoreMetrics().evaluate(model, requests, ALL)))
+    alone = CoreMetrics(texts=TEXTS).evaluate(model, requests, ALL)
+    assert not relative & set(by_metric(alone))  # there is nothing to compare with
 
 
 def test_a_baseline_of_another_model_is_refused(cache: Path) -> None:
@@ -587,6 +595,5 @@ def test_a_baseline_of_another_model_is_refused(cache: Path) -> None:
 
 def test_measuring_leaves_the_model_as_it_was(any_model: Model) -> None:
     before = Snapshot(any_model)
-    request = known_request(generation=["Rome is"])
-    CoreMetrics(max_new_tokens=3, texts=TEXTS).evaluate(any_model, [request], ALL)
+    CoreMetrics(max_new_tokens=3, texts=TEXTS).evaluate(any_model, [known_request()], ALL)
     assert before.changed() == []

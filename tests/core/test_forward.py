@@ -61,14 +61,24 @@ def under_change(
     return logits.detach(), gradient
 
 
+def before_the_change(model: Model, layer: int) -> tuple[str, ...]:
+    """Name what stands before the MLP's output in a block."""
+    anatomy = model.anatomy
+    return (anatomy.attention(layer), *anatomy.mlp_in(layer), anatomy.mlp_out(layer))
+
+
 def check_all_layers(model: Model, *, reuse: bool, tolerance: float = 1e-5) -> None:
     """Compare resumed and full runs, changed and unchanged, at every layer and past the last."""
     inputs, columns, column = batch_of(model)
     before = Snapshot(model)
     last = model.anatomy.n_layers
     for layer in range(last + 1):
-        run = Resumed(model, inputs, layer=layer, rows=ROWS, columns=columns, start=column)
+        known = () if layer == last else before_the_change(model, layer)
+        run = Resumed(
+            model, inputs, layer=layer, rows=ROWS, columns=columns, start=column, known=known
+        )
         assert run.layer == layer
+        assert run.known == known
         assert run.start == (column if reuse else 0)
         name = model.anatomy.block(layer - 1) if layer == last else model.anatomy.mlp_out(layer)
         vectors = torch.randn(4, 32, generator=torch.Generator().manual_seed(layer))
@@ -268,7 +278,7 @@ def test_hooks_come_off_when_the_pass_fails(tmp_path: Path) -> None:
 def test_an_unknown_module_is_named(tmp_path: Path) -> None:
     model = build_model("gpt2", tmp_path)
     with (
-        pytest.raises(AnatomyError, match="transformer.h.9"),
+        pytest.raises(AnatomyError, match=r"transformer\.h\.9"),
         trace(model.module, "transformer.h.9"),
     ):
         pass

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import pickle
 import shutil
 import sqlite3
 import struct
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,54 +18,24 @@ from hypothesis import strategies as st
 
 from errata import blobs
 from errata.delta import DenseDelta, Factor, LowRankDelta
-from errata.edit import Edit
-from errata.errors import (
-    ErrataError,
-    IntegrityError,
-    LedgerError,
-    StorageError,
-    UnknownNameError,
+from errata.errors import ErrataError, IntegrityError, LedgerError, StorageError, UnknownNameError
+from errata.ledger import content
+from tests.core.ledger_helpers import (
+    IDS,
+    KINDS,
+    content_of,
+    open_,
+    small_delta,
+    small_edit,
+    three_edits,
+    unchanged,
 )
-from errata.ledger import Ledger, content, read_export
-from tests.core.ledger_writer import KINDS, small_delta, small_edit
-
-IDS = ["aaaa00000001", "bbbb00000002", "cccc00000003"]
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A closed ledger with three edits, the second of them reverted."""
-    path = tmp_path / "ledger"
-    with Ledger.open(path, kinds=KINDS) as ledger:
-        for seed, name in enumerate(IDS):
-            ledger.commit(small_edit(f"Land {seed}", id=name), small_delta(seed))
-        ledger.deactivate([IDS[1]])
-    return path
-
-
-def open_(path: Path, **options: Any) -> Ledger:
-    return Ledger.open(path, kinds=KINDS, **options)
-
-
-def content_of(ledger: Ledger) -> tuple[Any, ...]:
-    return ledger.edits(), ledger.active_ids(), ledger.events()
-
-
-@contextmanager
-def unchanged(folder: Path) -> Iterator[Ledger]:
-    """Give the ledger to a block that must fail with one of our errors and change nothing."""
-    with open_(folder) as ledger:
-        before = content_of(ledger)
-        files = sorted((folder / "blobs").rglob("*"))
-        yield ledger
-        assert content_of(ledger) == before
-    with open_(folder) as ledger:
-        assert content_of(ledger) == before
-        assert ledger.verify() == []
-    assert sorted(p for p in (folder / "blobs").rglob("*") if p.is_file()) == [
-        p for p in files if p.is_file()
-    ]
-    assert not list((folder / "tmp").iterdir())
+    return three_edits(tmp_path / "ledger")
 
 
 def blob_file(folder: Path, name: str = IDS[1]) -> Path:
@@ -400,250 +366,3 @@ def test_a_damaged_database_raises_only_our_errors(folder: Path, data: st.DataOb
     shutil.copytree(folder, other)
     (other / "ledger.sqlite").write_bytes(bytes(damaged[:length]))
     survives(other, before)
-
-
-# -- disks -----------------------------------------------------------------------------------------
-
-
-def changes(ledger: Ledger) -> list[Callable[[], Any]]:
-    return [
-        lambda: ledger.commit(small_edit(), small_delta(70)),
-        lambda: ledger.deactivate([IDS[0]]),
-        lambda: ledger.activate([IDS[1]]),
-        lambda: ledger.set_outcome(IDS[0], {"x": 1.0}),
-        lambda: ledger.note("x", {"text": "y" * 50_000}),
-    ]
-
-
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
-@pytest.mark.parametrize("step", ["open", "fsync", "replace"])
-def test_a_disk_that_refuses_a_blob(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, step: str, code: int
-) -> None:
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise OSError(code, os.strerror(code))
-
-    with unchanged(folder) as ledger:
-        owner = blobs if step == "open" else blobs.os
-        with monkeypatch.context() as patch:
-            patch.setattr(owner, step, refuse, raising=False)
-            with pytest.raises(StorageError, match=os.strerror(code)):
-                ledger.commit(small_edit(), small_delta(71))
-
-
-@pytest.mark.parametrize("pragma", ["max_page_count = 1", "query_only = ON"])
-def test_a_database_that_cannot_grow_or_be_written(folder: Path, pragma: str) -> None:
-    with unchanged(folder) as ledger:
-        ledger._database.rows(f"PRAGMA {pragma}")  # stands for a full or read-only disk
-        uses = changes(ledger) if "query_only" in pragma else changes(ledger)[-1:]
-        for use in uses:
-            with pytest.raises(StorageError, match="Nothing was written"):
-                use()
-        ledger._database.rows("PRAGMA query_only = OFF")
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of one megabyte, where this process may mount one."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
-    try:
-        allowed = subprocess.run(mount, capture_output=True, check=False).returncode == 0
-    except OSError:
-        allowed = False
-    if not allowed:
-        pytest.skip("mounting a small file system is not permitted here")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
-
-
-def test_a_disk_that_is_really_full(small_disk: Path) -> None:
-    folder = small_disk / "ledger"
-    filler = small_disk / "filler"
-    with open_(folder) as ledger:
-        for seed, name in enumerate(IDS):
-            ledger.commit(small_edit(f"Land {seed}", id=name), small_delta(seed))
-        before = content_of(ledger)
-        with pytest.raises(OSError, match="No space"):
-            filler.write_bytes(bytes(2**20))
-        with pytest.raises(StorageError):
-            ledger.commit(small_edit(), small_delta(73))
-        with pytest.raises(StorageError):
-            ledger.note("x", {"text": "y" * 200_000})
-        with pytest.raises(StorageError):
-            ledger.export([IDS[0]], small_disk / "x.errata")
-        assert content_of(ledger) == before
-        assert ledger.verify() == []
-        filler.unlink()
-        ledger.commit(small_edit(), small_delta(73))
-    with open_(folder) as ledger:
-        assert ledger.verify() == []
-        assert len(ledger.edits()) == 4
-    assert {path.name for path in small_disk.iterdir()} == {"ledger"}
-
-
-def test_a_disk_that_is_really_read_only(small_disk: Path, folder: Path) -> None:
-    copy = small_disk / "ledger"
-    shutil.copytree(folder, copy)
-    remount = ["mount", "-o", "remount,ro", str(small_disk)]
-    subprocess.run(remount, check=True, capture_output=True)
-    for path in (copy, small_disk / "new"):
-        with pytest.raises(StorageError):
-            open_(path)
-    with open_(folder) as ledger, open_(copy, readonly=True) as reader:
-        assert content_of(reader) == content_of(ledger)
-        assert reader.verify() == []
-        with pytest.raises(StorageError):
-            ledger.export(IDS, small_disk / "x.errata")
-
-
-def test_an_interrupt_in_the_middle_of_a_change(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    for target in ("flush", "write"):
-        with unchanged(folder) as ledger:
-            with monkeypatch.context() as patch:
-                patch.setattr(ledger._database.files, target, interrupt)
-                with pytest.raises(KeyboardInterrupt):
-                    ledger.commit(small_edit(), small_delta(74))
-            assert not ledger._database.ready().in_transaction
-
-
-def test_an_interrupt_right_after_the_change_is_stored_keeps_it(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with open_(folder) as ledger:
-        database = ledger._database
-        original = database.rows
-
-        def interrupt(query: str, *values: Any) -> Any:
-            result = original(query, *values)
-            if query == "COMMIT":
-                raise KeyboardInterrupt
-            return result
-
-        with monkeypatch.context() as patch:
-            patch.setattr(database, "rows", interrupt)
-            with pytest.raises(KeyboardInterrupt):
-                ledger.commit(small_edit(), small_delta(75))
-        assert len(ledger.edits()) == 4
-        assert ledger.verify() == []
-        ledger.deactivate([IDS[0]])  # its own change is none by another process
-
-
-# -- exported files --------------------------------------------------------------------------------
-
-
-def exported() -> tuple[bytes, list[tuple[Edit, Any]]]:
-    edits = [
-        (small_edit("A", id=IDS[0]), small_delta(1)),
-        (small_edit("B", "dense", id=IDS[1]), small_delta(2, "dense")),
-    ]
-    with tempfile.TemporaryDirectory() as scratch, Ledger.open(None, kinds=KINDS) as ledger:
-        for edit, delta in edits:
-            ledger.commit(edit, delta)
-        path = ledger.export(IDS[:2], Path(scratch) / "x.errata")
-        return path.read_bytes(), read_export(path, KINDS)
-
-
-EXPORT, PAIRS = exported()
-
-
-def read_back(folder: Path, data: bytes) -> None:
-    """Only our errors come; what is believed is what was written."""
-    path = folder / "hostile.errata"
-    path.write_bytes(data)
-    try:
-        pairs = read_export(path, KINDS)
-    except ErrataError:
-        return
-    assert [edit for edit, _ in pairs] == [edit for edit, _ in PAIRS]
-    for (_, found), (_, wanted) in zip(pairs, PAIRS, strict=True):
-        assert content.digest(content.take(found)) == content.digest(content.take(wanted))
-
-
-QUICK = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@QUICK
-@given(st.binary(max_size=300))
-def test_random_bytes_as_an_export(tmp_path: Path, data: bytes) -> None:
-    read_back(tmp_path, data)
-
-
-@QUICK
-@given(st.lists(st.integers(0, len(EXPORT) * 8 - 1), max_size=3), st.integers(1, len(EXPORT)))
-def test_flipped_bits_and_truncations_of_an_export(
-    tmp_path: Path, positions: list[int], length: int
-) -> None:
-    damaged = bytearray(EXPORT)
-    for position in positions:
-        damaged[position // 8] ^= 1 << position % 8
-    read_back(tmp_path, bytes(damaged))
-    read_back(tmp_path, bytes(damaged[:length]))
-
-
-def forged_export(change: Callable[[list[Any], dict[str, Any], dict[str, Any]], None]) -> bytes:
-    """Return the export with its records, tensors or header changed, and hashes that fit."""
-    tensors, header = blobs.from_bytes(EXPORT)
-    entries = blobs.parse_json(tensors["records"].numpy().tobytes())
-    change(entries, tensors, header)
-    text = blobs.canonical(entries).encode()
-    tensors["records"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    return blobs.to_bytes(tensors, {**header, "records": blobs.sha256(text)})
-
-
-def drop_tensor(entries: list[Any], tensors: dict[str, Any], header: dict[str, Any]) -> None:
-    del tensors["1/w"]
-
-
-def nan_with_its_hash(entries: list[Any], tensors: dict[str, Any], header: Any) -> None:
-    tensors["1/w"] = torch.full((4, 3), float("nan"))
-    entries[1]["content"] = content.digest(content.Parts("dense", {}, {"w": tensors["1/w"]}))
-
-
-HOSTILE: dict[str, Callable[[list[Any], dict[str, Any], dict[str, Any]], Any]] = {
-    "traversal in an id": lambda e, t, h: e[0]["record"].update(id="../../../x"),
-    "traversal in a blob": lambda e, t, h: e[0]["record"].update(blob="../../../x"),
-    "one id twice": lambda e, t, h: e[1]["record"].update(id=IDS[0]),
-    "record changed": lambda e, t, h: e[0]["record"].update(unknown=1),
-    "size changed": lambda e, t, h: e[0]["record"].update(nbytes=1),
-    "no record": lambda e, t, h: e[0].pop("record"),
-    "no list": lambda e, t, h: e[0].update(tensors={"w": 1}),
-    "tensor names": lambda e, t, h: e[0].update(tensors=["../w", 5]),
-    "tensor missing": drop_tensor,
-    "tensor left over": lambda e, t, h: t.update({"2/w": torch.ones(1)}),
-    "tensor exchanged": lambda e, t, h: t.update({"1/w": torch.ones(4, 3)}),
-    "NaN": nan_with_its_hash,
-    "fewer than announced": lambda e, t, h: e.pop(),
-    "no export": lambda e, t, h: h.update(format="other"),
-    "no version": lambda e, t, h: h.update(version="1"),
-}
-
-
-@pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE.keys())
-def test_a_forged_export_is_refused_whole(folder: Path, change: Any, tmp_path: Path) -> None:
-    path = tmp_path / "forged.errata"
-    path.write_bytes(forged_export(change))
-    with unchanged(folder) as ledger, pytest.raises(IntegrityError, match=r"forged\.errata"):
-        ledger.import_(path)
-
-
-def test_an_export_of_another_kind_version_or_place(folder: Path, tmp_path: Path) -> None:
-    path = tmp_path / "x.errata"
-    path.write_bytes(EXPORT)
-    with pytest.raises(UnknownNameError, match="dense"):
-        read_export(path, {"low_rank": LowRankDelta})
-    path.write_bytes(forged_export(lambda e, t, h: h.update(version=2)))
-    with unchanged(folder) as ledger:
-        with pytest.raises(LedgerError, match="Upgrade"):
-            ledger.import_(path)
-        for missing in (tmp_path / "none.errata", tmp_path):
-            with pytest.raises(StorageError, match="Cannot read"):
-                ledger.import_(missing)
-        with pytest.raises(IntegrityError):
-            ledger.import_(blob_file(folder))

@@ -118,16 +118,19 @@ def test_the_noise_level_is_that_of_the_authors_code(recorded: Model) -> None:
 # -- against a plain loop, on every family -------------------------------------------------------
 
 
+SHORT = Request(prompt="Jazz: {} plays", subject="Miles Davis", target_new="the piano")
+
+
 def plainly(model: Model, kind: str, window: int, noise: torch.Tensor) -> torch.Tensor:
     """One restoration at a time, every block run, by hooks of its own."""
-    found = trace(model, REQUEST, noise=noise)
+    found = trace(model, SHORT, noise=noise)
     first, last = found.subject_span
     module, anatomy = model.module, model.anatomy
     names = [
         {"hidden": anatomy.block, "mlp": anatomy.mlp, "attn": anatomy.attention}[kind](layer)
         for layer in range(anatomy.n_layers)
     ]
-    ids = model.tokenizer(REQUEST.text, return_tensors="pt")["input_ids"]
+    ids = model.tokenizer(SHORT.text, return_tensors="pt")["input_ids"]
     length, samples = ids.shape[1], len(noise)
     ids = ids.expand(samples + 1, -1)
 
@@ -166,16 +169,15 @@ def plainly(model: Model, kind: str, window: int, noise: torch.Tensor) -> torch.
 @pytest.mark.parametrize("family", DECODERS)
 def test_stacked_restorations_equal_single_ones(family: str, cache: Path) -> None:
     model = build_model(family, cache, torch.float64)
-    first, last = trace(model, REQUEST, samples=1).subject_span
+    first, last = trace(model, SHORT, samples=1).subject_span
     width = model.anatomy.embedding(model.module)(torch.tensor([[0]])).shape[-1]
     generator = torch.Generator().manual_seed(3)
     noise = torch.randn(2, last + 1 - first, width, generator=generator, dtype=torch.float64)
     for kind, window in (("hidden", 1), ("mlp", 2), ("attn", 3)):
         expected = plainly(model, kind, window, noise)
-        for rows in (1, 256):
-            found = trace(model, REQUEST, kind=kind, window=window, noise=noise, batch_rows=rows)
-            # Some families compute rotations and softmax in fp32 whatever their dtype.
-            torch.testing.assert_close(found.scores, expected, atol=1e-6, rtol=1e-5)
+        found = trace(model, SHORT, kind=kind, window=window, noise=noise, batch_rows=6)
+        # Some families compute rotations and softmax in fp32 whatever their dtype.
+        torch.testing.assert_close(found.scores, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_runtime_edits_do_not_run_on_recorded_states(

@@ -52,6 +52,23 @@ def model(tmp_path: Path) -> Model:
     return build_model("gpt2", tmp_path, progress=Counting())
 
 
+def golden() -> tuple[Model, list[Request]]:
+    """Return the recorded trained model and facts that it knows, with other answers wanted."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = shared_path("golden", "model")
+    text = shared_path("golden", "0_facts", "facts_and_templates.json").read_text("utf-8")
+    module = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    requests = [
+        Request(
+            prompt=f["prompt"], subject=f["subject"], target_new=f["new"], target_true=f["true"]
+        )
+        for f in json.loads(text)["facts"]
+    ]
+    return Model(module, tokenizer, Anatomy.of(module, {}), progress=Counting()), requests
+
+
 def train(model: Model, *requests: Request, **values: Any) -> AdapterDelta:
     delta = Adalora().edit(model, list(requests), AdaloraConfig(**{**FAST, **values}))
     delta.check(model)
@@ -106,29 +123,18 @@ def test_an_edit_takes_effect_and_plain_peft_computes_the_same(family: str, tmp_
     assert torch.equal(logits(model, model.module), base)
 
 
-def test_a_trained_model_changes_its_answer_and_keeps_the_others(tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = shared_path("golden", "model")
-    module = AutoModelForCausalLM.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = Model(module, tokenizer, Anatomy.of(module, {}))
-    text = shared_path("golden", "0_facts", "facts_and_templates.json").read_text("utf-8")
-    facts = json.loads(text)["facts"]
-    requests = [
-        Request(prompt=f["prompt"], subject=f["subject"], target_new=f["new"]) for f in facts[:4]
-    ]
-    prompts, truths = [f["prompt"].format(f["subject"]) for f in facts], [f["true"] for f in facts]
+def test_a_trained_model_changes_its_answer_and_keeps_the_others() -> None:
+    model, requests = golden()
+    prompts, truths = [r.text for r in requests], [str(r.target_true) for r in requests]
     before = [score.exact for score in scoring.score_targets(model, prompts, truths)]
     kept = 0
-    for index, request in enumerate(requests):
-        delta = Adalora().edit(model, [request], AdaloraConfig())
-        activate(model, delta)
+    for index, request in enumerate(requests[:3]):
+        activate(model, Adalora().edit(model, [request], AdaloraConfig()))
         assert hold(model, request) == [True]
         after = [score.exact for score in scoring.score_targets(model, prompts, truths)]
         kept += sum(a for i, a in enumerate(after) if before[i] and i != index)
         activate(model)
-    assert kept >= 0.7 * 4 * (sum(before) - 1)
+    assert kept >= 0.7 * 3 * (sum(before) - 1)
 
 
 def test_several_requests_make_one_adapter(model: Model) -> None:
@@ -190,17 +196,15 @@ def test_an_early_stop_still_leaves_the_target_ranks(model: Model) -> None:
     assert hold(model, CAPITAL) == [True]
 
 
-def test_a_stop_loss_trains_on_until_the_target_is_that_probable(model: Model) -> None:
-    def nll(delta: AdapterDelta) -> float:
-        activate(model, delta)
-        (score,) = scoring.score_targets(model, [CAPITAL.text], [CAPITAL.target_new])
-        activate(model)
-        return score.mean_nll
-
-    limit = nll(train(model, CAPITAL)) - 0.2
-    enough = model.progress.steps
-    assert nll(train(model, CAPITAL, stop_loss=limit)) < limit
-    assert enough < model.progress.steps - enough < 70
+def test_a_stop_loss_trains_on_until_the_target_is_that_probable() -> None:
+    model, facts = golden()
+    (request, *_), limit = facts, 0.1
+    (score,) = scoring.score_targets(model, [request.text], [request.target_new])
+    assert score.mean_nll > 1
+    activate(model, Adalora().edit(model, [request], AdaloraConfig(stop_loss=limit)))
+    (score,) = scoring.score_targets(model, [request.text], [request.target_new])
+    assert score.mean_nll < limit
+    assert model.progress.steps < 70
 
 
 # -- what it leaves alone --------------------------------------------------------------------------

@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from errata_rome import Rome, RomeConfig
-from errata_rome.algorithm import RankOne, contexts_of, rome, statistic_of
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -29,6 +27,8 @@ from errata.stack import Entry
 from errata.stats import SecondMoment
 from errata.tokens import encode, encode_targets, subject_position
 from errata.values import EditFailed, ValueSettings, optimise_values
+from errata_rome import Rome, RomeConfig
+from errata_rome.algorithm import RankOne, contexts_of, rome, statistic_of
 from tests.families import DECODERS, SENTENCES, architectures, build_model
 from tests.helpers import shared_path
 
@@ -285,7 +285,8 @@ def test_contexts_are_reproducible_and_belong_to_the_model(tmp_path: Path) -> No
     again = prefix_contexts(build_model("gpt2", tmp_path / "b"), ((5, 4), (10, 3)), seed=3)
     torch.random.set_rng_state(state)
     assert made == again
-    assert made[0] == "{}" and len(made) == 8
+    assert made[0] == "{}"
+    assert len(made) == 8
     assert all(text.endswith(". {}") and text.count("{") == 1 for text in made[1:])
     assert prefix_contexts(first, ((5, 4), (10, 3)), seed=4) != made
     other = build_model("gpt2", tmp_path / "a", seed=1)

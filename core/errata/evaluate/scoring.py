@@ -157,10 +157,13 @@ def check_length(model: Model, length: int) -> None:
 
 def context_limit(model: Model) -> int | None:
     """Return how many tokens the model has learned positions for; None when they are computed."""
-    if model.anatomy.spec.position_embedding is None:
-        return None
+    embedding = model.anatomy.position_embedding(model.module)
     limit: int | None = getattr(model.config, "max_position_embeddings", None)
-    return limit
+    if embedding is None or limit is None:
+        return None
+    # RoBERTa counts positions from behind the padding's own: its first ones are never used.
+    padding: int | None = getattr(embedding, "padding_idx", None)
+    return limit if padding is None else limit - padding - 1
 
 
 def takes_positions(model: Model) -> bool:
@@ -197,7 +200,3 @@ def run(model: Model, batch: Scored) -> list[TargetScore]:
         scores.append(TargetScore(tuple(ids[part]), tuple(logprobs[part]), tuple(predicted[part])))
         at += count
     return scores
-
-
-def _index(model: Model, values: Sequence[Any]) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64, device=model.device)

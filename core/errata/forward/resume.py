@@ -4,6 +4,8 @@ An edit at block L, column p reads nothing below L twice and nothing before p tw
 
 * blocks below L *answer from memory*: the model's own forward runs, but each of these blocks
   returns what the recorded run got out of block L-1 (`errata.forward.trace.answered`);
+* modules of block L that stand before the change (its attention, its projections) do so, too,
+  where the caller names them as `known`;
 * columns before p keep the keys and values of the recorded run, in a cache that hands out
   (kept, new) without storing the new ones, so that gradients flow and steps repeat;
 * the head sees the chosen positions only.
@@ -21,6 +23,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,7 +46,7 @@ _PLAIN_ATTENTION = frozenset({"full_attention", "sliding_attention", "attention"
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
-class _KeptLayer(DynamicLayer):
+class _KeptLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not typed here
     """Keys and values of the columns before the resumed ones; `update` stores nothing."""
 
     def __init__(self, keys: Tensor | None, values: Tensor | None, length: int) -> None:
@@ -56,7 +59,8 @@ class _KeptLayer(DynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         """Return (kept, new) keys and values."""
         del args, kwargs
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         return (
             torch.cat([self.keys, key_states], dim=-2),
             torch.cat([self.values, value_states], dim=-2),
@@ -65,6 +69,47 @@ class _KeptLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         """Return the number of columns kept (also in layers that are never asked for them)."""
         return self._length
+
+
+@dataclass(frozen=True, eq=False)
+class _Memory:
+    """What a module returned in the recorded run; called in its place, it returns that again.
+
+    Attributes:
+        value: the output, its first tensor as (rows, columns, width).
+        rows: number of rows.
+        flat: the first tensor is really (rows · columns, width), as in OPT's MLP.
+    """
+
+    value: Any
+    rows: int
+    flat: bool
+
+    @classmethod
+    def of(cls, output: Any, rows: int) -> _Memory:
+        first = first_tensor(output)
+        shaped = first.clone().view(rows, -1, first.shape[-1])
+        return cls(with_first(output, shaped), rows, first.ndim == 2)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return a copy of the first tensor: what comes next may write into it."""
+        del args, kwargs
+        first = first_tensor(self.value).clone()
+        return with_first(self.value, first.flatten(0, 1) if self.flat else first)
+
+    def quietly(self, *args: Any, **kwargs: Any) -> Any:
+        """Return something of the right structure that nobody will look into."""
+        del args, kwargs
+        return self.value
+
+    def cut(self, start: int) -> _Memory:
+        """Return the columns from `start` on."""
+        first = first_tensor(self.value)[:, start:]
+        return replace(self, value=with_first(self.value, first))
+
+    def pick(self, rows: Tensor) -> _Memory:
+        """Return some rows."""
+        return replace(self, value=_pick(self.value, rows, self.rows), rows=len(rows))
 
 
 @contextmanager
@@ -85,8 +130,10 @@ def chosen(head: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[None]:
 
 
 def accepted(module: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those inputs that the module's forward has a parameter for (BLOOM has no
-    `position_ids`: it counts the mask)."""
+    """Return those inputs that the module's forward has a parameter for.
+
+    BLOOM, for one, has none for `position_ids`: it counts the mask.
+    """
     known = inspect.signature(type(module).forward).parameters
     return {name: value for name, value in inputs.items() if name in known}
 
@@ -163,18 +210,22 @@ class Resumed:
         columns: (n,) their columns, in the coordinates of `inputs`.
         start: first column to be run again. Everything that will differ, and every chosen
             position, must lie at or after it.
+        known: modules of block `layer` that will return what they returned in the recorded run
+            (hooks may still change it): they answer from memory.
         watch: modules whose input and output in the recorded run are kept in `seen`.
 
     Attributes:
         layer: the block it resumes from (0 after falling back).
         start: the column it resumes from: 0 where keys and values are not reused. Hooks on
             resumed modules see column c of `inputs` at c - start.
+        known: the modules of block `layer` that answer from memory.
         reference: (n, vocabulary) logits of the recorded run.
         seen: module path → `Seen` of the watched modules, all columns.
     """
 
     layer: int
     start: int
+    known: tuple[str, ...]
     reference: Tensor
     seen: dict[str, Seen]
 
@@ -187,6 +238,7 @@ class Resumed:
         rows: Tensor,
         columns: Tensor,
         start: int = 0,
+        known: tuple[str, ...] = (),
         watch: tuple[str, ...] = (),
     ) -> None:
         self._model = model
@@ -194,24 +246,29 @@ class Resumed:
         reuse = start > 0 and reuses_keys(model)
         full = _inputs_of(model, inputs)
         cache = DynamicCache() if reuse else None
-        self._below: Any = None
-        self._recorded: Any = None
-        self._record(full, cache, layer, watch)
+        below = (model.anatomy.block(layer - 1),) if layer > 0 else ()
+        recorded = self._record(full, cache, (*below, *known), watch)
+        plans: tuple[tuple[int, int, tuple[str, ...]], ...]
+        column = start if reuse else 0
         # Each plan reuses less than the one before it; the last is the plain run.
-        for self.layer, self.start in ((layer, start if reuse else 0), (layer, 0), (0, 0)):
-            self._prepare(full, cache)
+        plans = ((layer, column, known), (layer, column, ()), (layer, 0, ()), (0, 0, ()))
+        for self.layer, self.start, self.known in plans:
+            names = (*(below if self.layer else ()), *self.known)
+            self._prepare(full, cache, {name: recorded[name] for name in names})
             if self._agrees():
                 break
-            logger.info("resuming at layer %d, column %d differs from the full run of %s: "
-                        "reusing less", self.layer, self.start, model.anatomy.model_type)  # fmt: skip
-        self._recorded = None
+            logger.info(
+                "Resuming %s at layer %d, column %d differs from its full run: reusing less.",
+                model.anatomy.model_type, self.layer, self.start,
+            )  # fmt: skip
 
     def logits(self) -> Tensor:
         """Return the logits (n, vocabulary) at the chosen positions, under the present hooks."""
         module, anatomy = self._model.module, self._model.anatomy
-        answers = {anatomy.block(index): self._answer for index in range(self.layer)}
-        if answers:
-            answers[anatomy.block(self.layer - 1)] = self._fresh
+        # What the last block below `layer` says counts; those before it need only be quiet.
+        answers: dict[str, Callable[..., Any]] = dict(self._memory)
+        for index in range(self.layer - 1):
+            answers[anatomy.block(index)] = self._memory[anatomy.block(self.layer - 1)].quietly
         with (
             answered(module, answers),
             chosen(anatomy.head(module), self._rows, self._columns - self.start),
@@ -226,12 +283,13 @@ class Resumed:
         """
         size = self.size
         small = object.__new__(Resumed)
-        small._model, small.layer, small.start = self._model, self.layer, self.start
+        small._model, small.known = self._model, self.known
+        small.layer, small.start = self.layer, self.start
         held = torch.isin(self._rows, rows)
         small._rows = torch.searchsorted(rows, self._rows[held])
         small._columns = self._columns[held]
         small._inputs = {name: _pick(v, rows, size) for name, v in self._inputs.items()}
-        small._below = _pick(self._below, rows, size)
+        small._memory = {name: value.pick(rows) for name, value in self._memory.items()}
         small.reference, small.seen = self.reference[held], {}
         return small
 
@@ -242,45 +300,47 @@ class Resumed:
 
     # -- how -------------------------------------------------------------------------------------
 
-    def _answer(self, *args: Any, **kwargs: Any) -> Any:
-        """Stand in for the blocks below `layer`: what matters is what the last of them says."""
-        del args, kwargs
-        return self._below
-
-    def _fresh(self, *args: Any, **kwargs: Any) -> Any:
-        """Stand in for that last one, with a copy: the next block may write into what it gets."""
-        del args, kwargs
-        return with_first(self._below, first_tensor(self._below).clone())
-
     def _record(
-        self, inputs: dict[str, Any], cache: Cache | None, layer: int, watch: tuple[str, ...]
-    ) -> None:
-        """Run the whole batch once, keeping what resuming needs."""
-        module, anatomy = self._model.module, self._model.anatomy
+        self,
+        inputs: dict[str, Any],
+        cache: Cache | None,
+        names: tuple[str, ...],
+        watch: tuple[str, ...],
+    ) -> dict[str, Any]:
+        """Run the whole batch once; return what the named modules returned."""
+        module, head = self._model.module, self._model.anatomy.head(self._model.module)
+        rows = inputs["input_ids"].shape[0]
+        recorded: dict[str, _Memory] = {}
 
-        def remember(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            del block, args
-            self._recorded = with_first(output, first_tensor(output).clone())
+        def remember(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+                del module, args
+                recorded[name] = _Memory.of(output, rows)
+
+            return hook
 
         with ExitStack() as undo:
             undo.enter_context(torch.no_grad())
-            if layer > 0:
+            for name in names:
                 # In front of other hooks: they will see the answer again and act on it again.
-                below = submodule(module, anatomy.block(layer - 1))
-                undo.callback(below.register_forward_hook(remember, prepend=True).remove)
+                handle = submodule(module, name).register_forward_hook(remember(name), prepend=True)
+                undo.callback(handle.remove)
             self.seen = undo.enter_context(trace(module, watch, inputs=True))
-            undo.enter_context(chosen(anatomy.head(module), self._rows, self._columns))
+            undo.enter_context(chosen(head, self._rows, self._columns))
             extra = {"use_cache": cache is not None, "past_key_values": cache}
             output = module(**inputs, **accepted(module, extra))
         self.reference = output.logits[0]
         # The encoder of an encoder-decoder stands below every block that is edited.
         self._encoded = getattr(output, "encoder_last_hidden_state", None)
+        return recorded
 
-    def _prepare(self, inputs: dict[str, Any], cache: Cache | None) -> None:
+    def _prepare(
+        self, inputs: dict[str, Any], cache: Cache | None, memory: dict[str, _Memory]
+    ) -> None:
         """Cut the recorded run down to what `layer` and `start` need."""
         start = self.start
+        self._memory = {name: value.cut(start) for name, value in memory.items()}
         self._inputs = accepted(self._model.module, {**inputs, "use_cache": False})
-        self._below = self._recorded if self.layer > 0 else None
         if self._encoded is not None:
             self._inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=self._encoded)
         if start == 0 or cache is None:
@@ -291,18 +351,15 @@ class Resumed:
             else _KeptLayer(None, None, start)
             for index, layer in enumerate(cache.layers)
         ]
-        self._inputs |= {
-            # The mask covers kept and new columns; ids and positions are those of the new ones.
-            **{n: inputs[n][:, start:] for n in ("input_ids", "position_ids") if n in inputs},
-            "past_key_values": Cache(layers=kept),
-            "use_cache": True,
-        }
-        if self._below is not None:
-            self._below = with_first(self._below, first_tensor(self._below)[:, start:])
+        # The mask covers kept and new columns; ids and positions are those of the new ones.
+        self._inputs.update(past_key_values=Cache(layers=kept), use_cache=True)
+        for name in ("input_ids", "position_ids"):
+            if name in inputs:
+                self._inputs[name] = inputs[name][:, start:]
 
     def _agrees(self) -> bool:
         """Return whether the resumed run gives the recorded logits (free of charge when plain)."""
-        if self.layer == 0 and self.start == 0:
+        if not self._memory and self.start == 0:
             return True
         try:
             with torch.no_grad():

@@ -14,7 +14,6 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -24,7 +23,7 @@ from errata.errors import CapabilityError, ConfigError, UnknownNameError
 from errata.forward import Seen, adding, answered, logits_at, patched
 from errata.forward import trace as capture
 from errata.forward.trace import first_tensor, submodule, with_first
-from errata.locate.location import Location
+from errata.locate.result import KINDS, STATES, CausalTrace, Kind
 from errata.request import Request
 from errata.tokens import encode, subject_span
 
@@ -34,110 +33,6 @@ if TYPE_CHECKING:
     from errata.model import Model
 
 logger = logging.getLogger("errata")
-
-Kind = Literal["hidden", "mlp", "attn"]
-KINDS: tuple[Kind, ...] = ("hidden", "mlp", "attn")
-STATES = {"hidden": "block output", "mlp": "MLP outputs", "attn": "attention outputs"}
-
-
-@dataclass(frozen=True, eq=False)
-class CausalTrace:
-    """What tracing one prompt found.
-
-    Attributes:
-        prompt: the filled prompt.
-        subject: the subject in it.
-        tokens: the prompt's tokens as text.
-        subject_span: first and last token of the subject (both inclusive).
-        answer: the token whose probability is followed; the clean run's best unless it was given.
-        answer_id: its id.
-        scores: (tokens, layers) probability of the answer after restoring there, on the CPU.
-        low: probability in the corrupted runs, nothing restored.
-        high: probability in the clean run.
-        kind: what is restored: "hidden" (one block's output), "mlp" or "attn" (a window).
-        window: number of layers restored together (1 for "hidden").
-        noise_level: standard deviation of the noise; NaN when the noise itself was given.
-        noise_source: what the level was taken from.
-        samples: number of corrupted runs.
-        seed: of the noise.
-        severed: None, or whose outputs ("mlp", "attn") were held at their corrupted values.
-        modules: path of the restored module of each layer.
-    """
-
-    prompt: str
-    subject: str
-    tokens: tuple[str, ...]
-    subject_span: tuple[int, int]
-    answer: str
-    answer_id: int
-    scores: Tensor
-    low: float
-    high: float
-    kind: Kind
-    window: int
-    noise_level: float
-    noise_source: str
-    samples: int
-    seed: int
-    severed: Literal["mlp", "attn"] | None
-    modules: tuple[str, ...]
-
-    @property
-    def protocol(self) -> str:
-        """How the scores were measured."""
-        what = STATES[self.kind]
-        if self.kind != "hidden":
-            what = f"{what} of {self.window} layers"
-        noise = (
-            "given noise"
-            if math.isnan(self.noise_level)
-            else f"noise of std {self.noise_level:.4g} ({self.noise_source}, seed {self.seed})"
-        )
-        severed = f", {STATES[self.severed]} severed" if self.severed else ""
-        return (
-            f"causal trace: P({self.answer!r}) after restoring {what} at one token{severed}, "
-            f"mean over {self.samples} runs with {noise} on the subject's embeddings"
-        )
-
-    def at(self, token: int, layer: int) -> Location:
-        """Return one place as a location, with the whole trace as evidence."""
-        return Location(
-            layer=layer,
-            module=self.modules[layer],
-            token=self.tokens[token],
-            token_index=token,
-            score=float(self.scores[token, layer]),
-            protocol=self.protocol,
-            scores=tuple(map(tuple, self.scores.tolist())),
-            evidence={
-                "prompt": self.prompt,
-                "subject": self.subject,
-                "answer": self.answer,
-                "low": self.low,
-                "high": self.high,
-                "kind": self.kind,
-                "window": self.window,
-                "severed": self.severed,
-                "tokens": list(self.tokens),
-                "subject_span": list(self.subject_span),
-                "noise_level": None if math.isnan(self.noise_level) else self.noise_level,
-                "samples": self.samples,
-                "seed": self.seed,
-            },
-        )
-
-    @property
-    def best(self) -> Location:
-        """The highest score among the subject's tokens (the paper's early site).
-
-        Later tokens are left out: at the last one, restoring the last layer restores the answer
-        itself. Equal scores: the lower layer, then the later token.
-        """
-        first, last = self.subject_span
-        layers = range(self.scores.shape[1])
-        places = [(token, layer) for token in range(first, last + 1) for layer in layers]
-        token, layer = max(places, key=lambda p: (float(self.scores[p]), -p[1], p[0]))
-        return self.at(token, layer)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ class RomeConfig(MethodConfig):
 
     layer: int | None = Field(
         default=None,
-        description="Block whose MLP is edited (negative: from the end); none: a third of the way up",
+        description="Block whose MLP is edited (negative: from the end); none: a third from below",
     )
     steps: int = Field(default=20, ge=1, description="Evaluations of the loss (one less updates)")
     lr: float = Field(default=0.5, gt=0, description="Adam's learning rate for the value")

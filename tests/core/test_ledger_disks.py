@@ -1,0 +1,162 @@
+"""Disks that are full, read-only or slow to answer, and Ctrl-C: reported, and nothing changed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from errata import blobs
+from errata.errors import StorageError
+from errata.ledger import Ledger
+from tests.core.ledger_helpers import (
+    IDS,
+    content_of,
+    open_,
+    small_delta,
+    small_edit,
+    three_edits,
+    unchanged,
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A closed ledger with three edits, the second of them reverted."""
+    return three_edits(tmp_path / "ledger")
+
+
+def changes(ledger: Ledger) -> list[Callable[[], Any]]:
+    return [
+        lambda: ledger.commit(small_edit(), small_delta(70)),
+        lambda: ledger.deactivate([IDS[0]]),
+        lambda: ledger.activate([IDS[1]]),
+        lambda: ledger.set_outcome(IDS[0], {"x": 1.0}),
+        lambda: ledger.note("x", {"text": "y" * 50_000}),
+    ]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+@pytest.mark.parametrize("step", ["open", "fsync", "replace"])
+def test_a_disk_that_refuses_a_blob(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, step: str, code: int
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise OSError(code, os.strerror(code))
+
+    with unchanged(folder) as ledger:
+        owner = blobs if step == "open" else blobs.os
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, step, refuse, raising=False)
+            with pytest.raises(StorageError, match=os.strerror(code)):
+                ledger.commit(small_edit(), small_delta(71))
+
+
+@pytest.mark.parametrize("pragma", ["max_page_count = 1", "query_only = ON"])
+def test_a_database_that_cannot_grow_or_be_written(folder: Path, pragma: str) -> None:
+    with unchanged(folder) as ledger:
+        ledger._database.rows(f"PRAGMA {pragma}")  # stands for a full or read-only disk
+        uses = changes(ledger) if "query_only" in pragma else changes(ledger)[-1:]
+        for use in uses:
+            with pytest.raises(StorageError, match="Nothing was written"):
+                use()
+        ledger._database.rows("PRAGMA query_only = OFF")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of one megabyte, where this process may mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    try:
+        allowed = subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    except OSError:
+        allowed = False
+    if not allowed:
+        pytest.skip("mounting a small file system is not permitted here")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_disk_that_is_really_full(small_disk: Path) -> None:
+    folder = small_disk / "ledger"
+    filler = small_disk / "filler"
+    with open_(folder) as ledger:
+        for seed, name in enumerate(IDS):
+            ledger.commit(small_edit(f"Land {seed}", id=name), small_delta(seed))
+        before = content_of(ledger)
+        with pytest.raises(OSError, match="No space"):
+            filler.write_bytes(bytes(2**20))
+        with pytest.raises(StorageError):
+            ledger.commit(small_edit(), small_delta(73))
+        with pytest.raises(StorageError):
+            ledger.note("x", {"text": "y" * 200_000})
+        with pytest.raises(StorageError):
+            ledger.export([IDS[0]], small_disk / "x.errata")
+        assert content_of(ledger) == before
+        assert ledger.verify() == []
+        filler.unlink()
+        ledger.commit(small_edit(), small_delta(73))
+    with open_(folder) as ledger:
+        assert ledger.verify() == []
+        assert len(ledger.edits()) == 4
+    assert {path.name for path in small_disk.iterdir()} == {"ledger"}
+
+
+def test_a_disk_that_is_really_read_only(small_disk: Path, folder: Path) -> None:
+    copy = small_disk / "ledger"
+    shutil.copytree(folder, copy)
+    remount = ["mount", "-o", "remount,ro", str(small_disk)]
+    subprocess.run(remount, check=True, capture_output=True)
+    for path in (copy, small_disk / "new"):
+        with pytest.raises(StorageError):
+            open_(path)
+    with open_(folder) as ledger, open_(copy, readonly=True) as reader:
+        assert content_of(reader) == content_of(ledger)
+        assert reader.verify() == []
+        with pytest.raises(StorageError):
+            ledger.export(IDS, small_disk / "x.errata")
+
+
+def test_an_interrupt_in_the_middle_of_a_change(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for target in ("flush", "write"):
+        with unchanged(folder) as ledger:
+            with monkeypatch.context() as patch:
+                patch.setattr(ledger._database.files, target, interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    ledger.commit(small_edit(), small_delta(74))
+            assert not ledger._database.ready().in_transaction
+
+
+def test_an_interrupt_right_after_the_change_is_stored_keeps_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_(folder) as ledger:
+        database = ledger._database
+        original = database.rows
+
+        def interrupt(query: str, *values: Any) -> Any:
+            result = original(query, *values)
+            if query == "COMMIT":
+                raise KeyboardInterrupt
+            return result
+
+        with monkeypatch.context() as patch:
+            patch.setattr(database, "rows", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                ledger.commit(small_edit(), small_delta(75))
+        assert len(ledger.edits()) == 4
+        assert ledger.verify() == []
+        ledger.deactivate([IDS[0]])  # its own change is none by another process

@@ -1,0 +1,363 @@
+"""GRACE: parity with the authors' code, and what it does on models of every kind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import BertForSequenceClassification, GPT2LMHeadModel
+
+from errata.anatomy import Anatomy
+from errata.delta.codebook import CodebookDelta
+from errata.delta.codebook_runtime import CodebookRuntime
+from errata.errors import ConfigError, RequestError
+from errata.evaluate.generation import generate
+from errata.evaluate.scoring import score_targets
+from errata.model import Model
+from errata.request import Request
+from errata.rules import Snapshot
+from errata.stack import Entry
+from errata_grace import Grace, GraceConfig
+from errata_grace import algorithm as grace
+from errata_grace.cases import Case, case_of
+from tests.families import architectures, build, build_model
+from tests.helpers import shared_path
+
+PLUGIN = Grace()
+
+REQUESTS = [
+    Request(prompt="The capital of {} is", subject="France", target_new="Rome"),
+    Request(prompt="{} was born in", subject="Miles Davis", target_new="Berlin"),
+    Request(prompt="Once upon a time {} lived in", subject="the king", target_new="Madrid, Spain"),
+]
+
+
+def put(model: Model, deltas: list[CodebookDelta]) -> None:
+    model.stack.set([Entry(n, f"{n}", delta) for n, delta in enumerate(deltas)])
+
+
+def edit(model: Model, *requests: Request, **config: Any) -> list[CodebookDelta]:
+    settings = GraceConfig(**{"steps": 20, **config})
+    return PLUGIN.edit(model=model, requests=list(requests), config=settings)
+
+
+# -- parity with the authors' code ---------------------------------------------------------------
+
+
+class Recorded:
+    """One file of golden set 6, with the model it was made on."""
+
+    def __init__(self, name: str) -> None:
+        folder = shared_path("golden", "6_grace")
+        self.tensors = load_file(folder / f"{name}.safetensors")
+        self.json = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        source = shared_path("golden", "model")
+        module = GPT2LMHeadModel.from_pretrained(source)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        self.model = Model(module, tokenizer, Anatomy.of(module, architectures()))
+        self.config = GraceConfig(
+            layer=2,
+            module="mlp_in",
+            steps=self.json["hparams"]["n_iter"],
+            lr=self.json["hparams"]["edit_lr"],
+            eps=self.json["hparams"]["eps"],
+            replacement=self.json["hparams"]["replacement"],
+            label_match="upstream",
+            only_when_wrong=False,
+        )
+
+    def case(self, index: int) -> Case:
+        """The recorded tokens of an edit, and the position that was used as key."""
+        labels = self.tensors[f"e{index}.labels"][0]
+        places = (labels != -100).nonzero()[:, 0]
+        return Case(
+            {n: self.tensors[f"e{index}.{n}"] for n in ("input_ids", "attention_mask")},
+            self.json["edits"][index]["key_token_index"],
+            labels[places],
+            places - 1,
+            int((labels == -100).sum()),
+            self.json["sequence"][index][1],
+        )
+
+    def algorithm(self, index: int) -> grace.Grace:
+        """The algorithm with the recorded start value in the place of a drawn one."""
+        start = self.tensors[f"e{index}.init_value"][0]
+
+        class Injected(grace.Grace):
+            def start_value(self, case: Case, entries: grace.Entries) -> Tensor:
+                del case, entries
+                return start
+
+        return Injected.on(self.model, self.config)
+
+
+@pytest.mark.parametrize(
+    "name", ["plain_replace_last", "plain_replace_prompt", "upstream_tokenize_replace_prompt"]
+)
+def test_six_edits_agree_with_the_authors_code(name: str) -> None:
+    recorded = Recorded(name)
+    trained_once = {}
+    deltas: list[CodebookDelta] = []
+    loose = 5e-3 if name.startswith("upstream") else 7e-4  # of values trained a second time
+    for index, expected in enumerate(recorded.json["edits"]):
+        before = [(f"{n}", delta) for n, delta in enumerate(deltas)]
+        delta = recorded.algorithm(index).entry(recorded.case(index), before)
+        deltas.append(delta)
+        put(recorded.model, deltas)
+        book = CodebookRuntime.of(recorded.model).book(delta.book)
+        row = book.rows[str(index)]
+        trained_once[row] = row not in trained_once
+
+        def close(got: Tensor, name: str, index: int = index, **tolerance: float) -> bool:
+            wanted = recorded.tensors[f"e{index}.{name}"].view_as(got)
+            return torch.allclose(got, wanted, **tolerance)
+
+        assert close(delta.key, "query", atol=1e-5)
+        assert close(book.keys, "keys", atol=1e-5)
+        assert close(book.radii, "epsilons", atol=2e-6)
+        losses = torch.tensor(delta.notes["losses"])
+        assert close(losses, "losses", atol=1e-5 if trained_once[row] else loose)
+        for r, once in trained_once.items():
+            if once:
+                wanted = recorded.tensors[f"e{index}.values"][r]
+                assert (book.values[r] - wanted).norm() <= 1e-4 * wanted.norm()
+        for other, seen in enumerate(expected["eval_after"]):
+            case = recorded.case(other)
+            with torch.no_grad(), recorded.model.prompts([case.end]):
+                logits = case.logits(recorded.model)
+            logprobs = torch.log_softmax(logits, -1).gather(1, case.labels[:, None])[:, 0]
+            atol = 1e-4 if trained_once.get(seen["chosen_key"]) or not seen["active"] else loose
+            assert -logprobs.mean().item() == pytest.approx(seen["loss"], abs=atol)
+            match = book.look_up(recorded.tensors[f"e{other}.query"], 1e-5)
+            assert match.rows.item() == seen["chosen_key"]
+            assert match.inside.item() == seen["active"]
+            assert match.distances.item() == pytest.approx(min(seen["dist"]), abs=1e-5)
+
+
+def test_the_plain_cases_are_what_the_plugin_makes_of_the_requests() -> None:
+    recorded = Recorded("plain_replace_last")
+    for index, (text, target) in enumerate(recorded.json["sequence"]):
+        subject = text.split()[0]
+        request = Request.parse(prompt=text, subject=subject, target_new=target)
+        made, wanted = case_of(recorded.model, request), recorded.case(index)
+        assert (made.end, made.ignored) == (wanted.end, wanted.ignored)
+        assert torch.equal(made.labels, wanted.labels)
+        assert made.columns is not None
+        assert torch.equal(made.columns, wanted.columns)
+        assert torch.equal(made.inputs["input_ids"], wanted.inputs["input_ids"])
+
+
+def test_taking_out_the_split_restores_the_recorded_radii() -> None:
+    recorded = Recorded("plain_replace_last")
+    deltas: list[CodebookDelta] = []
+    for index in range(4):
+        before = [(f"{n}", delta) for n, delta in enumerate(deltas)]
+        deltas.append(recorded.algorithm(index).entry(recorded.case(index), before))
+    assert [d.notes["operation"] for d in deltas] == ["add", "add", "expand", "split"]
+    model = recorded.model
+
+    def radii() -> Tensor:
+        return CodebookRuntime.of(model).book(deltas[0].book).radii
+
+    put(model, deltas)
+    assert radii().tolist() == pytest.approx(recorded.json["edits"][3]["epsilons"], abs=2e-6)
+    model.stack.remove("3")
+    assert radii().tolist() == pytest.approx(recorded.json["edits"][2]["epsilons"], abs=2e-6)
+    model.stack.remove("2")
+    assert radii().tolist() == [1.0, 1.0]
+    model.stack.set([Entry(n, f"{n}", deltas[n]) for n in (1, 2, 3)])  # the first never was
+    assert len(radii()) == 3
+    assert radii()[1:].tolist() == pytest.approx([radii()[2] - 1e-5, radii()[2]], abs=1e-7)
+
+
+# -- models of every kind ------------------------------------------------------------------------
+
+FAMILIES = ["gpt2", "gptj", "gpt_neox", "llama", "opt", "bloom", "gemma2", "t5", "bert", "roberta"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("replacement", ["replace_last", "replace_prompt", "replace_all"])
+def test_an_edit_lowers_the_loss_is_pure_and_goes_without_trace(
+    family: str, replacement: str, tmp_path: Path
+) -> None:
+    model = build_model(family, tmp_path)
+    texts, targets = [r.text for r in REQUESTS], [r.target_new for r in REQUESTS]
+    base = score_targets(model, texts, targets)
+    before = Snapshot(model)
+    (delta,) = edit(model, REQUESTS[0], replacement=replacement, init="warm", eps=0.01)
+    assert before.changed() == []
+    delta.check(model)
+    assert delta.notes["loss"] < delta.notes["losses"][0]
+    put(model, [delta])
+    edited = score_targets(model, texts, targets)  # in a padded batch with two others
+    assert edited[0].mean_nll < base[0].mean_nll - 0.05
+    assert edited[0].mean_nll == pytest.approx(
+        score_targets(model, texts[:1], targets[:1])[0].mean_nll, abs=1e-4
+    )
+    assert [s.logprobs for s in edited[1:]] == [s.logprobs for s in base[1:]]
+    model.stack.set([])
+    assert before.changed() == []
+    assert score_targets(model, texts, targets) == base
+
+
+def test_the_loss_that_was_trained_is_the_loss_that_is_scored(tmp_path: Path) -> None:
+    for family in ("gpt2", "llama", "bert"):
+        model = build_model(family, tmp_path)
+        deltas = edit(model, *REQUESTS, eps=0.01)
+        put(model, deltas)
+        scores = score_targets(model, [r.text for r in REQUESTS], [r.target_new for r in REQUESTS])
+        for delta, score in zip(deltas, scores, strict=True):
+            assert score.mean_nll == pytest.approx(delta.notes["loss"], abs=1e-3)
+
+
+def test_edits_show_in_generation(tmp_path: Path) -> None:
+    for family in ("gpt2", "t5"):
+        model = build_model(family, tmp_path)
+        request = REQUESTS[0]
+        put(model, edit(model, request, steps=60, eps=0.01))
+        prompts = [r.text for r in REQUESTS]
+        batched = generate(model, prompts, max_new_tokens=8)
+        assert batched[0].strip().startswith(request.target_new)
+        assert batched == [generate(model, [p], max_new_tokens=8)[0] for p in prompts]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = build_model("gpt2", tmp_path, dtype)
+    texts, targets = [r.text for r in REQUESTS], [r.target_new for r in REQUESTS]
+    (delta,) = edit(model, REQUESTS[0], steps=30)
+    assert delta.value is not None
+    assert delta.value.dtype == delta.key.dtype == torch.float32
+    base = score_targets(model, texts, targets)
+    put(model, [delta])
+    edited = score_targets(model, texts, targets)
+    assert edited[0].mean_nll < base[0].mean_nll - 0.5
+
+
+def test_a_classifier_learns_a_class(tmp_path: Path) -> None:
+    _, tokenizer = build("bert")
+    config = transformers.BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
+        intermediate_size=48, max_position_embeddings=128, pad_token_id=tokenizer.pad_token_id,
+        id2label={0: "criminal", 1: "economic", 2: "other"},
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = BertForSequenceClassification(config)
+    model = Model(module, tokenizer, Anatomy.of(module, architectures()))
+    texts = [r.text for r in REQUESTS]
+
+    def classes() -> list[int]:
+        batch = tokenizer(texts, padding=True, return_tensors="pt")
+        with torch.no_grad():
+            return [int(c) for c in model.module(**batch).logits.argmax(-1)]
+
+    base = classes()
+    wanted = (base[0] + 1) % 3
+    name = config.id2label[wanted]
+    request = REQUESTS[0].model_copy(update={"kind": "label", "target_new": name})
+    put(model, edit(model, request, eps=0.01, replacement="replace_all"))
+    assert classes() == [wanted, *base[1:]]
+    unknown = request.model_copy(update={"target_new": "maritime"})
+    with pytest.raises(RequestError, match=r"'maritime'.*criminal, economic, other"):
+        edit(model, unknown)
+
+
+# -- a sequence of edits -------------------------------------------------------------------------
+
+
+def test_edits_of_one_call_equal_edits_one_after_the_other(tmp_path: Path) -> None:
+    model = build_model("gpt2", tmp_path)
+    again = Request(prompt="The capital of {} is", subject="France", target_new="Paris")
+    requests = [*REQUESTS, again]
+    together = edit(model, *requests)
+    one_by_one: list[CodebookDelta] = []
+    for request in requests:
+        one_by_one += edit(model, request)
+        put(model, one_by_one)
+    for one, other in zip(together, one_by_one, strict=True):
+        assert one.metadata()["notes"]["operation"] == other.metadata()["notes"]["operation"]
+        assert all(torch.equal(t, other.tensors()[n]) for n, t in one.tensors().items())
+
+
+def test_the_last_answer_to_a_prompt_counts_and_the_first_comes_back(tmp_path: Path) -> None:
+    model = build_model("gpt2", tmp_path)
+    request = REQUESTS[0]
+    other = request.model_copy(update={"target_new": "Berlin"})
+    deltas = edit(model, request, other, steps=60, eps=0.01)
+    assert deltas[1].notes["operation"] == "supersede"
+    put(model, deltas)
+    assert score_targets(model, [request.text], ["Berlin"])[0].exact
+    model.stack.remove("1")
+    assert score_targets(model, [request.text], ["Rome"])[0].exact
+
+
+def test_what_the_model_says_already_gives_a_void_entry(tmp_path: Path) -> None:
+    model = build_model("gpt2", tmp_path)
+    put(model, edit(model, REQUESTS[0], steps=60))
+    (void,) = edit(model, REQUESTS[0])
+    assert void.value is None
+    assert void.notes == {"operation": "void"}
+    (trained,) = edit(model, REQUESTS[0], only_when_wrong=False)
+    assert trained.notes["operation"] == "retrain"
+
+
+def test_earlier_entries_at_another_module_stay_in_force_while_a_value_is_trained(
+    tmp_path: Path,
+) -> None:
+    model = build_model("gpt2", tmp_path)
+    first = edit(model, REQUESTS[0], layer=0, steps=60)
+    put(model, first)
+    same = Request(prompt="The capital of {} is", subject="France", target_new="Madrid")
+    (second,) = edit(model, same, layer=2)
+    put(model, [*first, second])
+    score = score_targets(model, [same.text], [same.target_new])[0]
+    assert score.mean_nll == pytest.approx(second.notes["loss"], abs=1e-4)
+
+
+def test_one_seed_gives_one_entry(tmp_path: Path) -> None:
+    model = build_model("gpt2", tmp_path)
+    state = torch.random.get_rng_state()
+    (one,), (other,) = edit(model, REQUESTS[0]), edit(model, REQUESTS[0])
+    (third,) = edit(model, REQUESTS[0], seed=1)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert one.value is not None
+    assert torch.equal(one.value, other.value)  # type: ignore[arg-type]
+    assert not torch.equal(one.value, third.value)  # type: ignore[arg-type]
+
+
+def test_early_stop(tmp_path: Path) -> None:
+    model = build_model("gpt2", tmp_path)
+    (delta,) = edit(model, REQUESTS[0], steps=200, early_stop=0.5)
+    losses = delta.notes["losses"]
+    assert losses[-1] < 0.5 <= min(losses[:-1])
+    assert len(losses) < 200
+
+
+# -- which module --------------------------------------------------------------------------------
+
+
+def test_the_module_is_found_by_role_or_path(tmp_path: Path) -> None:
+    gpt2, llama, t5 = (build_model(f, tmp_path) for f in ("gpt2", "llama", "t5"))
+
+    def found(model: Model, **config: Any) -> str:
+        return grace.module_of(model, GraceConfig(**config))
+
+    assert found(gpt2) == "transformer.h.2.mlp.c_proj"
+    assert found(gpt2, layer=-3, module="mlp_in") == "transformer.h.0.mlp.c_fc"
+    assert found(gpt2, module="transformer.h.1.attn.c_proj") == "transformer.h.1.attn.c_proj"
+    assert found(t5, layer=1) == "encoder.block.1.layer.1.DenseReluDense.wo"
+    for model, config, message in (
+        (gpt2, {"layer": 9}, "out of range"),
+        (gpt2, {"module": "transformer.h.1.mlp"}, "no linear map"),
+        (gpt2, {"module": "mlp_middle"}, "no linear map"),
+        (llama, {"module": "mlp_in"}, "up_proj"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            found(model, **config)
