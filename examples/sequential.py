@@ -18,9 +18,8 @@ from pathlib import Path
 import errata
 from errata.datasets import atlas
 
-METHODS = ("rome", "grace", "adalora")
 # An adapter costs time at every later forward pass, so most edits use the other two.
-SHARE = ("rome",) * 12 + ("grace",) * 7 + ("adalora",)
+SHARE = (*("rome", "grace") * 4, "adalora", *("rome", "grace", "rome") * 4)
 
 
 def write_requests(path: Path, n: int) -> None:
@@ -53,7 +52,9 @@ def main() -> int:
         write_requests(source, options.n)
     lines = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines() if line]
 
-    with errata.Editor(options.model, ledger=options.ledger, guards={"perplexity": "off"}) as editor:
+    with errata.Editor(
+        options.model, ledger=options.ledger, guards={"perplexity": "off"}
+    ) as editor:
         for number, line in enumerate(lines, 1):
             method = line.pop("method", "rome")
             request = errata.Request.parse(line)

@@ -165,6 +165,6 @@ def test_random_programs_are_exact(toys: None) -> None:
     assert Programs.steps >= 1000
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_many_random_programs_are_exact(toys: None) -> None:
     run(programs=10_000, steps=10)

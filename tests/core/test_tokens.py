@@ -34,7 +34,7 @@ PROPERTY = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
 )
 words = st.text(
-    st.sampled_from("abcdeinorstPLMZ0195éßüÅ'-.,&Ж東京🙂"), min_size=1, max_size=9
+    st.sampled_from("abcdeinorstPLMZ0195éßüÅ'-.,&Ж東京🙂ﬁ½İ가"), min_size=1, max_size=9
 )  # fmt: skip
 subjects = st.lists(words, min_size=1, max_size=3).map(" ".join)
 contexts = st.lists(words, max_size=4).map(" ".join)

@@ -65,7 +65,9 @@ class ConstrainedFineTuning:
                 (),
                 {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask},
             )
-            loss = cross_entropy(output.logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
+            loss = cross_entropy(
+                output.logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten()
+            )
             if loss.item() < config.early_stop:
                 break
             (weight.grad,) = torch.autograd.grad(loss, [weight])
