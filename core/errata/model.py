@@ -50,6 +50,7 @@ class Model:
         prompt_ends: for each row of the coming forward calls the column of the last prompt token
             (absolute: columns already in a KV cache count), or None when nobody said; set it
             with `prompts`. Kinds that decide per prompt (a codebook) read it.
+        memo: artifacts that were read already, so that they are read (and factored) once.
         runtimes: what runtime delta kinds keep between attachments, by kind; theirs alone.
     """
 
@@ -79,6 +80,7 @@ class Model:
         self.corpus = corpus
         self.prompt_ends: list[int] | None = None
         self.runtimes: dict[str, Any] = {}
+        self.memo: dict[Any, Any] = {}
         self.stack = Stack(self)
 
     def __repr__(self) -> str:
