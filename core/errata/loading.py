@@ -65,7 +65,7 @@ def load_model(
         module = _from_pretrained(location, torch_dtype, device_map)
         tokenizer = tokenizer if tokenizer is not None else location
     if device is not None:
-        module.to(_device(device))  # type: ignore[arg-type]  # transformers narrows Module.to
+        module.to(_device(device))
     if isinstance(tokenizer, (str, Path)):
         tokenizer = _tokenizer(str(tokenizer))
     options.setdefault("name", name)

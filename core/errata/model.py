@@ -95,7 +95,7 @@ class Model:
     @property
     def device(self) -> torch.device:
         """Where inputs go: the device of the token embedding."""
-        return self.anatomy.embedding(self.module).weight.device
+        return self.parameters[self.anatomy.weight(self.anatomy.embedding_name)].device
 
     @property
     def dtype(self) -> torch.dtype:

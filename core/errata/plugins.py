@@ -117,11 +117,12 @@ class Manager:
 
     def locate(self, model: Model, request: Request, config: Any) -> Location | None:
         """Ask for a location; the first plugin with an answer wins."""
-        return self._pm.hook.locate(model=model, request=request, config=config)
+        found: Location | None = self._pm.hook.locate(model=model, request=request, config=config)
+        return found
 
-    def prepare(self, model: Model, corpus: Sequence[str], config: Any) -> object | None:
+    def prepare(self, model: Model, corpus: Sequence[str], config: Any) -> None:
         """Let the method compute what it needs beforehand."""
-        return self._pm.hook.prepare(model=model, corpus=corpus, config=config)
+        self._pm.hook.prepare(model=model, corpus=corpus, config=config)
 
     def edit(self, model: Model, requests: Sequence[Request], config: Any) -> list[Delta]:
         """Compute deltas: one for all requests, or one per request in their order."""

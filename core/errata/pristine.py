@@ -23,7 +23,7 @@ def digest(tensor: Tensor) -> str:
     flat = tensor.detach().to("cpu").contiguous()
     sha = hashlib.sha256(f"{flat.dtype}{tuple(flat.shape)}".encode())
     if flat.numel():
-        sha.update(memoryview(flat.reshape(-1).view(torch.uint8).numpy()))
+        sha.update(flat.reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 

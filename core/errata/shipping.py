@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -13,6 +13,8 @@ from errata.delta import AdapterDelta
 from errata.errors import CapabilityError, ConfigError, StorageError, UnknownNameError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from errata.edit import Edit
     from errata.model import Model
 
@@ -66,7 +68,7 @@ def merge_checkpoint(model: Model, path: Path, overwrite: bool) -> Path:
                     state[name] = wide.to(state[name].dtype)
 
         def fill(folder: Path) -> None:
-            model.module.save_pretrained(folder, state_dict=state)
+            cast("PreTrainedModel", model.module).save_pretrained(folder, state_dict=state)
             model.tokenizer.save_pretrained(folder)
 
         return _folder(path, overwrite, fill)

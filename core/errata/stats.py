@@ -161,7 +161,7 @@ def second_moments(
         raise ConfigError(f"batch_tokens={batch_tokens!r} must be positive.")
     text = text_hash(documents)
     # Kept for the model's life, so that each edit of a sequence reuses the Cholesky factors.
-    held: dict[Any, Any] = vars(model).setdefault("memo", {})
+    held: dict[Any, Any] = model.memo
     found: dict[int, SecondMoment] = {}
     for layer in wanted:
         name = ("second_moment", layer, text, tokens)

@@ -17,7 +17,7 @@ def main() -> None:
     try:
         from errata.cli.app import app
 
-        app()
+        app(prog_name="errata")
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted.\n")
         sys.exit(130)

@@ -45,8 +45,10 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def root(
     version: Annotated[
-        bool, typer.Option("--version", help="Show the version and leave.", callback=_version,
-                           is_eager=True)
+        bool,
+        typer.Option(
+            "--version", help="Show the version and leave.", callback=_version, is_eager=True
+        ),
     ] = False,
 ) -> None:
     """Knowledge editing of language models: edits that can be measured, shipped and taken back."""

@@ -36,7 +36,7 @@ def add(app: typer.Typer) -> None:
         "demo",
         panel=PANEL,
         shared=OUTPUT,
-        examples="errata demo\nerrata demo --seed 7\nerrata demo --method rome --method rome --json",
+        examples="errata demo\nerrata demo --seed 7\nerrata demo --method rome --json",
     )(demo)
 
 
@@ -44,8 +44,10 @@ def demo(
     session: Session,
     methods: Annotated[
         list[str] | None,
-        typer.Option("--method", help="A method for the next fact (repeatable); by default "
-                                      "rome, grace and adalora."),
+        typer.Option(
+            "--method",
+            help="A method for the next fact (repeatable); by default rome, grace and adalora.",
+        ),
     ] = None,
     model: Annotated[
         str, typer.Option("--model", "-m", metavar="NAME", help="A model of the zoo.")
@@ -86,9 +88,7 @@ def demo(
 class _Demo:
     """The demo, step by step; what is shown is also collected in `report`."""
 
-    def __init__(
-        self, session: Session, editor: Editor, methods: Sequence[str], seed: int
-    ) -> None:
+    def __init__(self, session: Session, editor: Editor, methods: Sequence[str], seed: int) -> None:
         self._session = session
         self._editor = editor
         self._methods = methods
@@ -140,17 +140,25 @@ class _Demo:
         if len(self._requests) < len(self._methods):
             raise ConfigError(
                 f"Only {len(self._requests)} of {tried} drawn facts are answered correctly by "
-                f"{self._editor.model.name}; the demo needs {len(self._methods)}. Try another --seed."
+                f"{self._editor.model.name}; the demo needs {len(self._methods)}. Try another "
+                "--seed."
             )
-        known = f"of the first {tried} in random order (seed {self._seed}), the first "
-        known += f"{len(self._requests)} on different subjects that the model answers correctly"
+        known = (
+            f"the first {len(self._requests)} on different subjects, in random order (seed "
+            f"{self._seed}), that the model answers correctly; {tried} were tried"
+        )
         grid = render.table("prompt", "answer")
         for request, text in zip(self._requests, self._base, strict=True):
             grid.add_row(request.text, Text(render.quoted(text, 60), style="new"))
-        self._show(grid, Text(f"The facts: {known}.", style="muted"))
+        self._show(grid, Text(f"Not picked by hand: {known}.", style="muted"))
         self.report["chosen"] = known
         self.report["facts"] = [
-            {"prompt": r.text, "answer": a, "target_true": r.target_true, "target_new": r.target_new}
+            {
+                "prompt": r.text,
+                "answer": a,
+                "target_true": r.target_true,
+                "target_new": r.target_new,
+            }
             for r, a in zip(self._requests, self._base, strict=True)
         ]
 
@@ -165,11 +173,11 @@ class _Demo:
     def edit(self) -> None:
         """Make one edit per method, each on top of the ones before."""
         self._head("Three edits, one on top of the other" if len(self._methods) == 3 else "Edits")
-        steps = list(zip(self._methods, self._requests, strict=True))
-        for method, request in self._session.progress.track(steps, "Editing", len(steps)):
+        for method, request in zip(self._methods, self._requests, strict=True):
             edit: Edit = self._editor.edit(request, method=method)
             self._edits.append(edit)
-            self._session.say(f"{method}: done in {render.seconds(edit.seconds)}")
+            if not self._session.err.is_terminal:  # there, a live bar has shown it
+                self._session.say(f"{method}: {render.seconds(edit.seconds)}")
         grid = render.table(
             ("method", {"no_wrap": True}), ("change", {"ratio": 1}), ("delta", {"no_wrap": True}),
             ("size", {"justify": "right", "no_wrap": True}),
@@ -214,7 +222,9 @@ class _Demo:
                 Text(row["now"], style="new" if changed else "muted"),
             )  # fmt: skip
         how = "greedy, natural stop; the first sentence is shown"
-        self._show(grid, Text(f"A neighbour should keep its answer. Generated: {how}.", style="muted"))
+        self._show(
+            grid, Text(f"A neighbour should keep its answer. Generated: {how}.", style="muted")
+        )
         self.report["answers"] = {"protocol": f"generated: {how}", "rows": rows}
         self._fluent()
 
@@ -223,7 +233,7 @@ class _Demo:
         texts = self._editor.generate(prompts, max_new_tokens=FLUENT_TOKENS)
         self._show("")
         for prompt, text in zip(prompts, texts, strict=True):
-            self._show(Text.assemble((prompt, "muted"), render.quoted(text)))
+            self._show(Text.assemble((prompt, "muted"), " ", render.quoted(text)))
         how = f"greedy, natural stop, at most {FLUENT_TOKENS} new tokens, all edits on"
         self._show(Text(f"Free text: {how}.", style="muted"))
         self.report["free_text"] = {
@@ -243,8 +253,8 @@ class _Demo:
             self._show(grid, "")
         self._show(
             Text(
-                f"{len(self._requests)} requests show how it works, not how well; see "
-                "docs/benchmarks.md for samples that do.",
+                f"{len(self._requests)} requests show how it works, not how well: "
+                "`make bench` measures that.",
                 style="muted",
             )
         )

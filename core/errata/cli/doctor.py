@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from rich.table import Table
 from rich.text import Text
 
 from errata import __version__, plugins
@@ -91,9 +92,7 @@ def _devices(problems: list[str]) -> list[str]:
     found = [f"cpu, {render.count(threads, 'thread')}"]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        found.append(
-            f"cuda:{index}, {properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-        )
+        found.append(f"cuda:{index}, {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
     if torch.backends.mps.is_available():
         found.append("mps")
     return found
@@ -216,8 +215,9 @@ def _print(session: Session, report: dict[str, Any]) -> None:
     state = "none here"
     if ledger["present"] and "edits" in ledger:
         sound = "sound" if ledger["sound"] else "damaged"
-        state = f"{render.count(ledger['edits'], 'edit')}, {ledger['active']} active, {sound}; {ledger['model']}"
-    methods = render.Table.grid(padding=(0, 2))
+        edits = render.count(ledger["edits"], "edit")
+        state = f"{edits}, {ledger['active']} active, {sound}; {ledger['model']}"
+    methods = Table.grid(padding=(0, 2))
     for row in report["methods"]:
         style, word = ("", "loads") if row["loads"] else ("bad", "does not load")
         methods.add_row(Text(row["name"], style="accent"), Text(word, style=style), row["from"])
@@ -245,7 +245,5 @@ def _print(session: Session, report: dict[str, Any]) -> None:
     session.show(render.facts(rows), "")
     for problem in report["problems"]:
         session.show(Text.assemble(("Problem: ", "bad"), problem))
-    session.show(
-        Text("Nothing to fix." if not report["problems"] else f"{render.count(len(report['problems']), 'problem')}.",
-             style="head")
-    )
+    problems = render.count(len(report["problems"]), "problem")
+    session.show(Text(f"{problems}." if report["problems"] else "Nothing to fix.", style="head"))

@@ -410,5 +410,9 @@ def _changed(session: Session, editor: Editor, edits: Sequence[Edit], what: str)
         return
     for one in edits:
         session.show(Text.assemble((one.id, "accent"), f"  {what}  ", render.short_request(one)))
-    state = render.count(len(active), "active edit") if active else "no edit active: the model is the base again"
+    state = (
+        render.count(len(active), "active edit")
+        if active
+        else "no edit active: the model is the base again"
+    )
     session.show(Text(f"{editor.model.name}: {state}", style="muted"))

@@ -74,7 +74,8 @@ def log(
             }
         )
         return
-    head = f"{known.get('name', 'model not recorded')} · {render.count(total, 'edit')}, {len(on)} active"
+    state = f"{render.count(total, 'edit')}, {len(on)} active"
+    head = f"{known.get('name', 'model not recorded')} · {state}"
     session.show(render.heading(str(session.ledger), head), "")
     if shown:
         session.show(_log_table(shown, on))
@@ -215,8 +216,9 @@ def verify(
             with editor.disabled():
                 problems += [f"with every edit off, {p}" for p in editor.model.stack.differing()]
             tensors = len(editor.model.parameters) + len(editor.model.buffers)
+            count = len(editor.ledger.ids())
             checked = (
-                f"{render.count(len(editor.ledger.ids()), 'edit')} in {session.ledger}; {tensors} tensors of "
+                f"{render.count(count, 'edit')} in {session.ledger}; {tensors} tensors of "
                 f"{editor.model.name}, bit for bit"
             )
     if session.json:

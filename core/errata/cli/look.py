@@ -181,7 +181,7 @@ def location(found: Location) -> list[Any]:
         [
             ("layer", f"{found.layer}  ({found.module})"),
             ("token", f"{_token(found.token)}  (number {found.token_index} of the prompt)"),
-            ("score", render.number(found.score)),
+            ("score", f"{render.number(found.score)}{_range(found)}"),
             ("how", found.protocol),
         ]
     )
@@ -197,7 +197,7 @@ def location(found: Location) -> list[Any]:
         ("at layer", {"justify": "right", "no_wrap": True}),
     )
     for index, (token, row) in enumerate(zip(tokens, found.scores, strict=True)):
-        best = max(range(layers), key=lambda layer, row=row: row[layer])
+        best = row.index(max(row))
         here = index == found.token_index
         bars = Text(_bars(row, top))
         if here:
@@ -212,10 +212,18 @@ def location(found: Location) -> list[Any]:
     return [place, "", grid, Text(f"bars: 0 to {render.number(top)}", style="muted")]
 
 
+def _range(found: Location) -> str:
+    """Return the two scores that a trace's are to be read between."""
+    low, high = found.evidence.get("low"), found.evidence.get("high")
+    if low is None or high is None:
+        return ""
+    return f"  ({render.number(low)} corrupted, {render.number(high)} clean)"
+
+
 def _bars(row: Sequence[float], top: float) -> str:
     wide = 2 if len(row) <= 24 else 1
-    heights = " ▁▂▃▄▅▆▇█"
-    return "".join(heights[round(8 * max(score, 0) / top) if top else 0] * wide for score in row)
+    heights = "▁▂▃▄▅▆▇█"
+    return "".join(heights[round(7 * max(score, 0) / top) if top else 0] * wide for score in row)
 
 
 def _token(text: str) -> str:
@@ -230,8 +238,9 @@ def evaluate(
     session: Session,
     ids: Annotated[
         list[str] | None,
-        typer.Argument(metavar="ID", help="Edits whose requests are measured; by default "
-                                               "the active ones."),
+        typer.Argument(
+            metavar="ID", help="Edits whose requests are measured; by default the active ones."
+        ),
     ] = None,
     file: Annotated[
         Path | None,
@@ -239,13 +248,19 @@ def evaluate(
     ] = None,
     protocols: Annotated[
         list[str] | None,
-        typer.Option("--protocol", "-p", help="How to measure (repeatable): counterfact, "
-                                              "generation, portability, locality, general …"),
+        typer.Option(
+            "--protocol",
+            "-p",
+            help="How to measure (repeatable): counterfact, "
+            "generation, portability, locality, general …",
+        ),
     ] = None,
     base: Annotated[
         bool, typer.Option("--base/--no-base", help="Also measure with every edit off.")
     ] = True,
-    cases: Annotated[bool, typer.Option("--cases", help="With --json: one value per case.")] = False,
+    cases: Annotated[
+        bool, typer.Option("--cases", help="With --json: one value per case.")
+    ] = False,
 ) -> None:
     """Measure the model as it stands, with every edit that is on it, beside the base."""
     if file and ids:
@@ -289,7 +304,9 @@ def evaluate(
         )
         return
     state = f"{render.count(len(active), 'edit')} on it" if active else "no edit on it"
-    session.show(render.heading(name, f"{state}; {render.count(len(requests), 'request')} measured"))
+    session.show(
+        render.heading(name, f"{state}; {render.count(len(requests), 'request')} measured")
+    )
     for grid in render.measurements(found, before):
         session.show("", grid)
     for protocol in missing:

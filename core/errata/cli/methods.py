@@ -1,4 +1,4 @@
-"""The catalogue: `methods` lists what is installed; `methods NAME` shows every value and its origin."""
+"""The catalogue: `methods` lists what is installed, `methods NAME` every value and its origin."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def implements(point: EntryPoint) -> list[str]:
             return []
         for node in tree.body:
             if isinstance(node, ast.ClassDef) and node.name == name:
-                marked = {f.name for f in node.body if _is_hook(f)}
+                marked = {name for name in map(_hook_name, node.body) if name}
                 return [hook for hook in HOOKS if hook in marked]
         for node in tree.body:
             if isinstance(node, ast.ImportFrom):
@@ -173,10 +173,12 @@ def _source(module: str) -> ast.Module | None:
         return None
 
 
-def _is_hook(node: ast.stmt) -> bool:
-    return isinstance(node, ast.FunctionDef) and any(
-        "hookimpl" in ast.dump(decorator) for decorator in node.decorator_list
-    )
+def _hook_name(node: ast.stmt) -> str:
+    """Return the name of a method that is marked `@hookimpl`, or nothing."""
+    if not isinstance(node, ast.FunctionDef):
+        return ""
+    marked = any("hookimpl" in ast.dump(decorator) for decorator in node.decorator_list)
+    return node.name if marked else ""
 
 
 # -- one -------------------------------------------------------------------------------------------

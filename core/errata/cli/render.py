@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import IO, TYPE_CHECKING, Any
@@ -60,7 +61,7 @@ def table(*columns: str | tuple[str, dict[str, Any]]) -> Table:
 
 
 def titled(title: str, body: RenderableType, note: str = "") -> Group:
-    """Return a heading over a table. (A table's own title would be wrapped at its width.)"""
+    """Return a heading over a table; rich would wrap a table's own title at its width."""
     return Group(heading(title, note), body)
 
 
@@ -141,14 +142,16 @@ def measurements(found: Sequence[Measurement], base: Sequence[Measurement] = ())
     for one in found:
         groups.setdefault(one.name, []).append(one)
     before = {(one.metric, one.protocol): one.value for one in base}
-    return [_protocol_table(name, group, before) for name, group in groups.items()]
+    return [_protocol(name, group, before) for name, group in groups.items()]
 
 
-def _protocol_table(
+def _protocol(
     name: str, group: Sequence[Measurement], before: Mapping[tuple[str, str], float]
 ) -> Group:
-    details = [one.protocol.partition(":")[2].strip() for one in group]
-    shared = _shared_start(details)
+    """Return a protocol's table; clauses that several rows share stand below it, numbered."""
+    clauses = [one.protocol.partition(":")[2].strip().split("; ") for one in group]
+    often = Counter(clause for row in clauses for clause in row)
+    notes: dict[str, int] = {}
     right: dict[str, Any] = {"justify": "right", "no_wrap": True}
     made = table(
         ("metric", {"no_wrap": True}),
@@ -158,29 +161,25 @@ def _protocol_table(
         ("n", right),
         ("how", {"ratio": 1}),
     )
-    for one, detail in zip(group, details, strict=True):
+    for one, row in zip(group, clauses, strict=True):
         interval = f"{number(one.interval[0])} – {number(one.interval[1])}" if one.interval else "–"
         old = before.get((one.metric, one.protocol))
+        how = [
+            f"[{notes.setdefault(clause, len(notes) + 1)}]" if often[clause] > 1 else clause
+            for clause in row
+        ]
         made.add_row(
             one.metric,
             *([Text("–" if old is None else number(old), style="muted")] if before else []),
             Text(number(one.value), style="new"),
             interval,
             str(one.n),
-            Text(detail[len(shared) :].lstrip(" ;,") or one.unit, style="muted"),
+            Text(" ".join(how), style="muted"),
         )
-    return titled(name, made, shared)
-
-
-def _shared_start(texts: Sequence[str]) -> str:
-    """Return the clauses that all texts begin with: they go into the title, once."""
-    if len(texts) < 2:
-        return texts[0] if texts else ""
-    start = os.path.commonprefix(list(texts))
-    if all(text == start for text in texts):
-        return start
-    cut = max(start.rfind("; "), start.rfind(", "))
-    return start[:cut] if cut > 0 else ""
+    below = Table.grid(padding=(0, 1))
+    for clause, index in notes.items():
+        below.add_row(Text(f"[{index}]", style="muted"), Text(clause, style="muted"))
+    return Group(heading(name), made, *([below] if notes else []))
 
 
 def outcome(edit: Edit) -> list[tuple[str, str]]:
@@ -192,9 +191,7 @@ def outcome(edit: Edit) -> list[tuple[str, str]]:
         chances = [float(p) for p in efficacy.get("probability", ())]
         mean = f", mean probability {sum(chances) / len(chances):.3f}" if chances else ""
         hits = round(efficacy["value"] * efficacy["n"])
-        rows.append(
-            ("takes effect", f"{hits} of {efficacy['n']}{mean} ({efficacy['protocol']})")
-        )
+        rows.append(("takes effect", f"{hits} of {efficacy['n']}{mean} ({efficacy['protocol']})"))
     norm = found.get("relative_norm")
     if norm:
         rows.append(("norm", f"‖Δ‖ is {float(norm['value']):.3g} × ‖W‖ of {norm['parameter']}"))

@@ -1,4 +1,4 @@
-"""What every command shares: its options, where errors go, and the model that belongs to a ledger."""
+"""What every command shares: its options, where errors go, and the model of a ledger."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -241,14 +241,9 @@ class Session:
         if remembered(editor.ledger) != note:
             editor.ledger.note(MODEL_NOTE, note)
 
-    @contextmanager
-    def status(self, text: str) -> Iterator[None]:
+    def status(self, text: str) -> AbstractContextManager[None]:
         """Show what is going on while a block without countable steps runs."""
-        if self.quiet or not self.err.is_terminal:
-            yield
-            return
-        with self.err.status(Text(text, style="muted"), spinner="line", spinner_style="muted"):
-            yield
+        return self.progress.busy(text)
 
     # -- errors ----------------------------------------------------------------------------------
 
@@ -279,7 +274,7 @@ class Session:
                 raise typer.Exit(OK) from None
             self._fail(error)
             raise typer.Exit(FAILED) from None
-        except (typer.Exit, typer.Abort, *_usage_errors()):
+        except (typer.Exit, typer.Abort):
             raise
         except Exception as error:  # a bug, here or in a plugin
             self._fail(error)
@@ -292,7 +287,9 @@ class Session:
         if self.debug:
             self.err.print_exception(show_locals=False)
         if self.json:
-            typer.echo(json.dumps(_finite({"error": describe(error)}), ensure_ascii=False), err=True)
+            typer.echo(
+                json.dumps(_finite({"error": describe(error)}), ensure_ascii=False), err=True
+            )
             return
         label, message = "Error: ", str(error)
         if isinstance(error, EditRefused):
@@ -314,11 +311,6 @@ def describe(error: Exception) -> dict[str, Any]:
     if done:
         data["done"] = [edit.id for edit in done]
     return data
-
-
-def _usage_errors() -> tuple[type[Exception], ...]:
-    """Return the root of what typer raises for a wrong command line (its versions differ)."""
-    return (typer.BadParameter.__mro__[2],)  # BadParameter, UsageError, ClickException
 
 
 def remembered(ledger: Ledger) -> dict[str, Any]:
@@ -388,9 +380,7 @@ def command(
         hints = get_type_hints(function, include_extras=True)
         own = list(inspect.signature(function).parameters.values())[1:]
         keyword = inspect.Parameter.KEYWORD_ONLY
-        parameters = [
-            p.replace(annotation=_with_metavar(hints[p.name]), kind=keyword) for p in own
-        ]
+        parameters = [p.replace(annotation=_with_metavar(hints[p.name]), kind=keyword) for p in own]
         for key in shared:
             annotation, default = Shared[key]
             parameters.append(

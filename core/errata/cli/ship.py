@@ -73,7 +73,9 @@ def export(
         session.emit({"path": str(path), "format": format, "edits": chosen, "bytes": size})
         return
     session.show(
-        Text.assemble((str(path), "head"), f"  {render.count(len(chosen), 'edit')}, {render.size(size)}"),
+        Text.assemble(
+            (str(path), "head"), f"  {render.count(len(chosen), 'edit')}, {render.size(size)}"
+        ),
         Text(f"format {format}: {', '.join(chosen)}", style="muted"),
     )
 
@@ -105,9 +107,7 @@ def import_(
         return
     for edit in edits:
         state = "on the model" if edit.id in on else "off the model"
-        session.show(
-            Text.assemble((edit.id, "accent"), f"  {state}  ", render.short_request(edit))
-        )
+        session.show(Text.assemble((edit.id, "accent"), f"  {state}  ", render.short_request(edit)))
     session.show(Text(f"{render.count(len(edits), 'edit')} in {session.ledger}", style="muted"))
 
 

@@ -22,9 +22,9 @@ def add(app: typer.Typer) -> None:
         rich_markup_mode="rich",
     )
     command(group, "list", panel="Commands", shared=OUTPUT, examples="errata zoo list")(list_)
-    command(
-        group, "path", panel="Commands", shared=OUTPUT, examples="errata zoo path atlas-gpt2"
-    )(path)
+    command(group, "path", panel="Commands", shared=OUTPUT, examples="errata zoo path atlas-gpt2")(
+        path
+    )
     command(
         group,
         "train",
@@ -100,9 +100,7 @@ def path(
 
 def train(
     session: Session,
-    architecture: Annotated[
-        str, typer.Argument(metavar="ARCHITECTURE", help="gpt2 or llama.")
-    ],
+    architecture: Annotated[str, typer.Argument(metavar="ARCHITECTURE", help="gpt2 or llama.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
     steps: Annotated[
         int | None, typer.Option("--steps", min=1, help="By default the recipe's.")

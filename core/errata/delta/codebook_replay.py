@@ -291,7 +291,8 @@ class Codebook:
         vectors = vectors.float()
         if self.name.distance == "euclidean":
             return vectors
-        return vectors / vectors.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+        lengths: Tensor = vectors.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+        return vectors / lengths
 
     def _scaled(self, distances: Tensor) -> Tensor:
         """Euclidean distances as they are; for unit vectors 1 − cos = ‖a − b‖²/2."""

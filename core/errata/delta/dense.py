@@ -22,7 +22,9 @@ class DenseDelta(Delta):
     def __init__(self, differences: Mapping[str, Tensor]) -> None:
         require(bool(differences), "A dense delta needs at least one parameter.")
         for name, tensor in differences.items():
-            require(tensor.is_floating_point(), f"The difference of {name!r} is not floating point.")
+            require(
+                tensor.is_floating_point(), f"The difference of {name!r} is not floating point."
+            )
         self.differences = dict(differences)
 
     def tensors(self) -> dict[str, Tensor]:

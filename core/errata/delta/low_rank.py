@@ -113,9 +113,8 @@ class LowRankDelta(Delta):
     @classmethod
     def fold(cls, name: str, accumulator: Tensor, deltas: Sequence[Self]) -> None:
         factors = [delta.factors[name] for delta in deltas]
-        where = {"device": accumulator.device, "dtype": accumulator.dtype}
-        u = torch.cat([factor.u.to(**where) for factor in factors], dim=1)
-        v = torch.cat([factor.v.to(**where) for factor in factors], dim=1)
+        u = torch.cat([factor.u.to(accumulator) for factor in factors], dim=1)
+        v = torch.cat([factor.v.to(accumulator) for factor in factors], dim=1)
         if factors[0].transposed:
             u, v = v, u
         accumulator.addmm_(u, v.T)
