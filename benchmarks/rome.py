@@ -33,7 +33,7 @@ from errata.model import Model
 from errata.registry import Registry
 from errata.request import Request
 from errata.tokens import encode, encode_targets, subject_position
-from errata_rome.algorithm import RankOne, contexts_of, rome, statistic_of
+from errata_rome.algorithm import RankOne, contexts_of, layer_of, rome, statistic_of
 from errata_rome.config import RomeConfig
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -172,7 +172,7 @@ def measure(
 ) -> dict[str, Any]:
     """Return seconds per edit of the three ways, taken in turns, and their ratios."""
     requests = requests_for(batch)
-    layer = config.layer or 0
+    layer = layer_of(model, config)
     contexts = contexts_of(model, config)
     C = statistic_of(model, config)
     one = requests[:: max(1, len(requests) // singles)][:singles]
@@ -271,7 +271,7 @@ def main() -> None:
     parser.add_argument(
         "--model", default=next(iter(zoo.MODELS)), help="small model: zoo name or folder"
     )
-    parser.add_argument("--layer", type=int, default=0, help="layer edited in the small model")
+    parser.add_argument("--layer", type=int, help="edited layer; default: a third of the way up")
     parser.add_argument("--batch", type=int, default=32, help="requests in the batch (≤ 32)")
     parser.add_argument("--repeats", type=int, default=3, help="rounds per model")
     parser.add_argument("--vocabulary", type=int, default=50257, help="of the random model")
@@ -294,10 +294,10 @@ def main() -> None:
     run = {"batch": options.batch, "clock": CLOCKS[options.clock]}
     results = [measure(small, published, singles=6, repeats=options.repeats, **run)]
     if not options.skip_random:
-        # A third of the way up, as layer 17 of 48. Shorter than published, unless --full: six
-        # contexts and eight steps give the plain one less to repeat, so the ratio errs low.
+        # Shorter than published, unless --full: six contexts and eight steps give the plain one
+        # less to repeat, so the ratio errs low.
         brief = {} if options.full else {"context_lengths": ((5, 3), (10, 2)), "steps": 8}
-        config = RomeConfig(layer=4, **brief)
+        config = RomeConfig(layer=options.layer, **brief)
         big = random_model(small, options.vocabulary)
         results.append(measure(big, config, singles=2, repeats=2, **run))
 

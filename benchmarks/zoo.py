@@ -142,9 +142,7 @@ def trace(model: Any, tokenizer: Any, cases: list[dict[str, Any]], samples: int 
         handle.remove()
     return {
         "total effect": sum(floor) / len(floor),
-        **{
-            place: [sum(row) / len(row) for row in rows if row] for place, rows in effects.items()
-        },
+        **{place: [sum(row) / len(row) for row in rows if row] for place, rows in effects.items()},
     }
 
 

@@ -260,14 +260,20 @@ def test_the_index_looks_behind_retired_keys() -> None:
     assert match.rows.tolist() == [39]
 
 
-def test_a_missing_faiss_is_said_or_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_faiss_every_key_is_compared_and_it_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def missing() -> None:
         raise MissingExtraError("An approximate codebook index", "faiss-cpu", "faiss")
 
-    monkeypatch.setattr(codebook_replay, "_import_faiss", missing)
-    with pytest.raises(MissingExtraError, match=r"errata\[faiss\]"):
-        crowd("faiss").look_up(torch.zeros(1, 16))
-    assert len(crowd("auto").look_up(torch.zeros(1, 16)).rows) == 1
+    monkeypatch.setattr(codebook_replay, "import_faiss", missing)
+    for index in ("auto", "faiss"):
+        caplog.clear()
+        book, exact = crowd(index), crowd("exact")
+        for _ in range(2):
+            assert torch.equal(book.look_up(exact.keys).rows, exact.look_up(exact.keys).rows)
+        assert [r.levelname for r in caplog.records] == ["WARNING"]
+        assert "errata[faiss]" in caplog.text
 
 
 # -- storage -------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import BertForSequenceClassification, GPT2LMHeadModel
 from errata.anatomy import Anatomy
 from errata.delta.codebook import CodebookDelta
 from errata.delta.codebook_runtime import CodebookRuntime
-from errata.errors import ConfigError, RequestError
+from errata.errors import ConfigError, MissingExtraError, RequestError
 from errata.evaluate.generation import generate
 from errata.evaluate.scoring import score_targets
 from errata.model import Model
@@ -36,6 +37,11 @@ REQUESTS = [
     Request(prompt="{} was born in", subject="Miles Davis", target_new="Berlin"),
     Request(prompt="Once upon a time {} lived in", subject="the king", target_new="Madrid, Spain"),
 ]
+
+
+# One token each: all that a random model's last layers can be made to say for certain.
+SHORT = Request(prompt="The capital of {} is", subject="France", target_new="in")
+OTHER = SHORT.model_copy(update={"target_new": "of"})
 
 
 def put(model: Model, deltas: list[CodebookDelta]) -> None:
@@ -221,13 +227,15 @@ def test_the_loss_that_was_trained_is_the_loss_that_is_scored(tmp_path: Path) ->
 
 
 def test_edits_show_in_generation(tmp_path: Path) -> None:
-    for family in ("gpt2", "t5"):
+    for family in ("gpt2", "llama"):
         model = build_model(family, tmp_path)
-        request = REQUESTS[0]
-        put(model, edit(model, request, steps=60, eps=0.01))
         prompts = [r.text for r in REQUESTS]
+        base = generate(model, prompts, max_new_tokens=8)
+        put(model, edit(model, SHORT, steps=60, eps=0.01))
         batched = generate(model, prompts, max_new_tokens=8)
-        assert batched[0].strip().startswith(request.target_new)
+        assert batched[0].strip().startswith("in")
+        assert not base[0].strip().startswith("in")
+        assert batched[1:] == base[1:]
         assert batched == [generate(model, [p], max_new_tokens=8)[0] for p in prompts]
 
 
@@ -286,29 +294,33 @@ def test_edits_of_one_call_equal_edits_one_after_the_other(tmp_path: Path) -> No
         one_by_one += edit(model, request)
         put(model, one_by_one)
     for one, other in zip(together, one_by_one, strict=True):
-        assert one.metadata()["notes"]["operation"] == other.metadata()["notes"]["operation"]
-        assert all(torch.equal(t, other.tensors()[n]) for n, t in one.tensors().items())
+        assert one.notes["operation"] == other.notes["operation"]
+        assert torch.allclose(one.key, other.key, atol=1e-5)
+        # Steps may be computed by another route (kept keys and values), hence not bit for bit.
+        assert one.notes["losses"][0] == pytest.approx(other.notes["losses"][0], abs=1e-4)
 
 
 def test_the_last_answer_to_a_prompt_counts_and_the_first_comes_back(tmp_path: Path) -> None:
     model = build_model("gpt2", tmp_path)
-    request = REQUESTS[0]
-    other = request.model_copy(update={"target_new": "Berlin"})
-    deltas = edit(model, request, other, steps=60, eps=0.01)
+    deltas = edit(model, SHORT, OTHER, steps=60, eps=0.01)
     assert deltas[1].notes["operation"] == "supersede"
     put(model, deltas)
-    assert score_targets(model, [request.text], ["Berlin"])[0].exact
+    assert score_targets(model, [SHORT.text], ["of"])[0].exact
     model.stack.remove("1")
-    assert score_targets(model, [request.text], ["Rome"])[0].exact
+    assert score_targets(model, [SHORT.text], ["in"])[0].exact
 
 
 def test_what_the_model_says_already_gives_a_void_entry(tmp_path: Path) -> None:
     model = build_model("gpt2", tmp_path)
-    put(model, edit(model, REQUESTS[0], steps=60))
-    (void,) = edit(model, REQUESTS[0])
+    put(model, edit(model, SHORT, steps=60))
+    (void,) = edit(model, SHORT)
     assert void.value is None
     assert void.notes == {"operation": "void"}
-    (trained,) = edit(model, REQUESTS[0], only_when_wrong=False)
+    before = score_targets(model, [SHORT.text], ["of"])
+    put(model, [void])  # alone, it leaves an empty codebook
+    put(model, [void, *edit(model, SHORT, steps=60)])
+    assert score_targets(model, [SHORT.text], ["of"]) == before
+    (trained,) = edit(model, SHORT, only_when_wrong=False)
     assert trained.notes["operation"] == "retrain"
 
 
@@ -353,10 +365,21 @@ def test_a_warm_start_is_what_the_module_gives(tmp_path: Path) -> None:
 
 def test_early_stop(tmp_path: Path) -> None:
     model = build_model("gpt2", tmp_path)
-    (delta,) = edit(model, REQUESTS[0], steps=200, early_stop=0.5)
+    (whole,) = edit(model, SHORT, steps=20)
+    limit = (whole.notes["losses"][0] + min(whole.notes["losses"])) / 2
+    (delta,) = edit(model, SHORT, steps=20, early_stop=limit)
     losses = delta.notes["losses"]
-    assert losses[-1] < 0.5 <= min(losses[:-1])
-    assert len(losses) < 200
+    assert losses[-1] < limit <= min(losses[:-1])
+    assert len(losses) < 20
+
+
+def test_asking_for_faiss_where_it_is_missing_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build_model("gpt2", tmp_path)
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(MissingExtraError, match=r"errata\[faiss\]"):
+        edit(model, SHORT, index="faiss")
 
 
 # -- which module --------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import typer
 from rich.text import Text
 
 from errata.cli import render
-from errata.cli.edits import answers, check_method, edit_json
+from errata.cli.edits import ANSWER_TOKENS, answers, check_method, edit_json
 from errata.cli.look import location
 from errata.cli.session import DAMAGED, OUTPUT, Session, command
 from errata.errors import ConfigError
@@ -54,11 +54,12 @@ def demo(
     ] = MODEL_NAME,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the choice of facts.")] = 0,
 ) -> None:
-    """Edit three facts with three methods, measure, take the edits out again, compare the bytes.
+    """Edit three facts with three methods; then get every byte back.
 
-    Runs on the small model that ships with errata; needs no network and no GPU, and leaves
-    nothing behind. The facts are not hand-picked: they are the first in a random order (--seed)
-    that the unedited model answers correctly.
+    Locates, edits, asks again, measures, reverts the middle edit first, compares. Runs on the
+    small model that ships with errata, needs no network and no GPU, and leaves nothing behind.
+    The facts are not hand-picked: they are the first in a random order (--seed) that the unedited
+    model answers correctly.
     """
     names = tuple(methods or METHODS)
     for name in names:
@@ -149,17 +150,12 @@ class _Demo:
         )
         grid = render.table("prompt", "answer")
         for request, text in zip(self._requests, self._base, strict=True):
-            grid.add_row(request.text, Text(render.quoted(text, 60), style="new"))
+            grid.add_row(request.text, Text(_first(text), style="new"))
         self._show(grid, Text(f"Not picked by hand: {known}.", style="muted"))
         self.report["chosen"] = known
         self.report["facts"] = [
-            {
-                "prompt": r.text,
-                "answer": a,
-                "target_true": r.target_true,
-                "target_new": r.target_new,
-            }
-            for r, a in zip(self._requests, self._base, strict=True)
+            {"text": request.text, "answer": text, **request.model_dump(mode="json")}
+            for request, text in zip(self._requests, self._base, strict=True)
         ]
 
     def locate(self) -> None:
@@ -196,35 +192,41 @@ class _Demo:
         self._head("What it says now")
         rows: list[dict[str, str]] = []
         for edit, request in zip(self._edits, self._requests, strict=True):
-            prompts = [("asked", request.text)]
-            prompts += [("in other words", text) for text in request.paraphrases[:1]]
-            prompts += [("neighbour", probe.prompt) for probe in request.neighbourhood[:1]]
+            new = request.target_new
+            asked = [("asked", request.text, new)]
+            asked += [("in other words", text, new) for text in request.paraphrases[:1]]
+            asked += [("neighbour", p.prompt, p.answers[0]) for p in request.neighbourhood[:1]]
             rows += [
-                {"method": edit.method, "what": what, "prompt": prompt} for what, prompt in prompts
+                {"method": edit.method, "what": what, "prompt": prompt, "wanted": wanted}
+                for what, prompt, wanted in asked
             ]
         texts = [row["prompt"] for row in rows]
-        now = self._editor.generate(texts, max_new_tokens=8)
+        now = self._editor.generate(texts, max_new_tokens=ANSWER_TOKENS)
         with self._editor.disabled():
-            before = self._editor.generate(texts, max_new_tokens=8)
+            before = self._editor.generate(texts, max_new_tokens=ANSWER_TOKENS)
         grid = render.table(
-            ("", {"no_wrap": True}), ("prompt", {"ratio": 1}), ("before", {"no_wrap": True}),
-            ("now", {"no_wrap": True}),
+            ("method", {"no_wrap": True}), ("", {"no_wrap": True}), ("prompt", {"ratio": 1}),
+            ("before", {"max_width": 18}), ("wanted", {"max_width": 18}),
+            ("now", {"max_width": 18}),
         )  # fmt: skip
         last = ""
         for row, old, new in zip(rows, before, now, strict=True):
             row.update(before=_first(old), now=_first(new))
             if last and row["method"] != last:
                 grid.add_section()
-            last = row["method"]
-            changed = row["before"] != row["now"]
+            hit = row["now"].casefold() == row["wanted"].casefold()
             grid.add_row(
-                Text(row["what"], style="muted"), row["prompt"], Text(row["before"], style="muted"),
-                Text(row["now"], style="new" if changed else "muted"),
-            )  # fmt: skip
+                row["method"] if row["method"] != last else "",
+                Text(row["what"], style="muted"),
+                row["prompt"],
+                Text(row["before"], style="muted"),
+                row["wanted"],
+                Text(row["now"], style="new" if hit else "warn"),
+            )
+            last = row["method"]
         how = "greedy, natural stop; the first sentence is shown"
-        self._show(
-            grid, Text(f"A neighbour should keep its answer. Generated: {how}.", style="muted")
-        )
+        remark = f"A neighbour should keep its answer. Generated: {how}."
+        self._show(grid, Text(remark, style="muted"))
         self.report["answers"] = {"protocol": f"generated: {how}", "rows": rows}
         self._fluent()
 

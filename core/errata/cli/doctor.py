@@ -39,7 +39,7 @@ def add(app: typer.Typer) -> None:
 
 
 def doctor(session: Session) -> None:
-    """Show versions, devices, methods and folders, and say what does not work.
+    """Show versions, devices, methods, folders; say what is broken.
 
     Exit code 1 when something is broken; a missing extra is none.
     """

@@ -123,7 +123,7 @@ def edit(
         typer.Option("--dry-run", help="Show what would happen; record and keep nothing."),
     ] = False,
 ) -> None:
-    """Change what the model says about one subject, or many from a file.
+    """Change what the model says about a subject, or many from a file.
 
     The edit is computed, checked by the guards, put on the model and recorded in the ledger, all
     or nothing. Later edits are made on top of it, and any of them can be reverted alone.
@@ -324,18 +324,11 @@ def _summary(
     recorded: bool,
 ) -> Iterator[Any]:
     """Yield what people see after an edit."""
-    for one in edits[:MANY]:
-        yield Text.assemble(
-            (one.id, "accent"), "  ", (render.short_request(one), "head"),
-            (f"\n{one.method} · {one.delta_kind} · {render.size(one.nbytes)} · "
-             f"{render.seconds(one.seconds)}", "muted"),
-        )  # fmt: skip
-        rows = render.outcome(one)
-        conflicts = one.outcome.get("conflicts")
-        if conflicts:
-            rows.append(("conflicts", f"with {', '.join(conflicts)}: same fact, other target"))
-        if rows:
-            yield render.facts(rows)
+    if len(edits) == 1:
+        yield from _one_edit(edits[0])
+    elif edits:
+        yield render.outcomes(edits[:MANY])
+        yield Text(render.OUTCOME_NOTE, style="muted")
     if len(edits) > MANY:
         yield f"… and {len(edits) - MANY} more: errata log"
     if shown and applied and edits:
@@ -358,6 +351,16 @@ def _summary(
         )
 
 
+def _one_edit(edit: Edit) -> Iterator[Any]:
+    yield Text.assemble((edit.id, "accent"), "  ", (render.short_request(edit), "head"))
+    cost = f"{render.size(edit.nbytes)}, {render.seconds(edit.seconds)}"
+    rows = [("made", f"{edit.method}, {edit.delta_kind}, {cost}"), *render.outcome(edit)]
+    clashing = edit.outcome.get("conflicts")
+    if clashing:
+        rows.append(("conflicts", f"with {', '.join(clashing)}: same fact, other target"))
+    yield render.facts(rows)
+
+
 # -- revert and apply ------------------------------------------------------------------------------
 
 
@@ -368,9 +371,10 @@ def revert(
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Every active edit.")] = False,
 ) -> None:
-    """Take edits off the model, in any order; the others stay bit for bit as they are.
+    """Take edits off the model, in any order.
 
-    The edits stay in the ledger: `errata apply` puts them on again.
+    The others stay bit for bit as they are. The edits stay in the ledger: `errata apply` puts
+    them on again.
     """
     if bool(ids) == everything:
         raise LedgerError("Say which edits to revert: their ids, or --all.")
@@ -387,7 +391,7 @@ def apply(
         list[str], typer.Argument(metavar="ID|FILE", help="Ids of recorded edits, or files.")
     ],
 ) -> None:
-    """Put recorded edits, or those of an exported file, on the model."""
+    """Put recorded edits, or those of a file, on the model."""
     files = [item for item in what if Path(item).is_file()]
     if not files:
         _need_ledger(session)

@@ -53,9 +53,9 @@ def log(
         int | None, typer.Option("--limit", "-n", min=1, help="Only the last N edits.")
     ] = None,
 ) -> None:
-    """List the edits of the ledger in order, and which of them are on the model.
+    """List the edits of the ledger, and which are on the model.
 
-    Loads no model.
+    In their order, with what each conflicts with. Loads no model.
     """
     with session.read_ledger() as ledger:
         edits, on = ledger.edits(), set(ledger.active_ids())
@@ -78,7 +78,7 @@ def log(
     head = f"{known.get('name', 'model not recorded')} · {state}"
     session.show(render.heading(str(session.ledger), head), "")
     if shown:
-        session.show(_log_table(shown, on))
+        session.show(_log_table(shown, on, render.wide(session.out)))
     else:
         session.show("No edits." if not total else "No edit is active.")
     if refused:
@@ -87,32 +87,40 @@ def log(
         session.show(Text(f"\n{len(refusals)} refused: errata log --refused", style="muted"))
 
 
-def _log_table(edits: list[Edit], on: set[str]) -> Any:
+def _log_table(edits: list[Edit], on: set[str], wide: bool) -> Any:
+    """Return the log; in a narrow window the details go below each request."""
     clashing = any(edit.outcome.get("conflicts") for edit in edits)
     grid = render.table(
         ("#", {"justify": "right", "no_wrap": True}),
         ("", {"no_wrap": True}),
         ("id", {"no_wrap": True}),
         ("method", {"no_wrap": True}),
-        ("kind", {"no_wrap": True}),
-        ("request → target", {"ratio": 1, "min_width": 24}),
-        ("when", {"no_wrap": True}),
-        ("size", {"justify": "right", "no_wrap": True}),
-        *([("conflicts", {"no_wrap": True})] if clashing else []),
+        *([("kind", {"no_wrap": True})] if wide else []),
+        ("request → target", {"ratio": 1}),
+        *([("when", {"no_wrap": True})] if wide else []),
+        *([("size", {"justify": "right", "no_wrap": True})] if wide else []),
+        *([("conflicts", {"no_wrap": True})] if clashing and wide else []),
     )
     for edit in edits:
         is_on = edit.id in on
-        clashes = [name[:8] for name in edit.outcome.get("conflicts", ())]
+        kind, size = edit.delta_kind, render.size(edit.nbytes)
+        when = render.when(edit.created)[5:]
+        clashes = " ".join(name[:8] for name in edit.outcome.get("conflicts", ()))
+        request = Text(render.short_request(edit), style="" if is_on else "muted")
+        if not wide:
+            request.append(f"\n{kind}, {size}, {when}", style="muted")
+            if clashes:
+                request.append(f"\nconflicts with {clashes}", style="warn")
         grid.add_row(
             str(edit.sequence),
             Text("on", style="good") if is_on else Text("off", style="muted"),
             Text(edit.id, style="accent" if is_on else "muted"),
             edit.method,
-            edit.delta_kind,
-            Text(render.short_request(edit), style="" if is_on else "muted"),
-            Text(render.when(edit.created)[5:], style="muted"),
-            render.size(edit.nbytes),
-            *([Text(" ".join(clashes), style="warn")] if clashing else []),
+            *([kind] if wide else []),
+            request,
+            *([Text(when, style="muted")] if wide else []),
+            *([size] if wide else []),
+            *([Text(clashes, style="warn")] if clashing and wide else []),
         )
     return grid
 
@@ -146,7 +154,10 @@ def show(
     session: Session,
     name: Annotated[str, typer.Argument(metavar="ID", help="Id, or a unique beginning.")],
 ) -> None:
-    """Show everything the ledger holds about one edit. Loads no model."""
+    """Show everything the ledger holds about one edit.
+
+    Loads no model.
+    """
     with session.read_ledger() as ledger:
         edit = ledger.get(name)
         is_on = ledger.is_active(edit.id)
@@ -200,7 +211,7 @@ def verify(
         bool, typer.Option("--ledger-only", help="Check the ledger without loading the model.")
     ] = False,
 ) -> None:
-    """Check that the ledger is sound and that the model is exactly what it says.
+    """Check the ledger, and the model against it, bit for bit.
 
     Every record, event and delta is read and its hash compared; every tensor of the edited model
     is compared with base + active edits, bit for bit, and with all edits off with the base.

@@ -78,7 +78,10 @@ def generate(
     temperature: Annotated[float, typer.Option("--temperature", help="Of --sample.")] = 1.0,
     seed: Annotated[int, typer.Option("--seed", help="Of --sample.")] = 0,
 ) -> None:
-    """Continue prompts with the edited model; greedy, with a natural stop."""
+    """Continue prompts with the edited model.
+
+    Greedy, with a natural stop, unless --sample asks otherwise.
+    """
     texts = [line for item in prompts for line in (_lines() if item == "-" else [item])]
     if not texts:
         raise RequestError("No prompt: standard input was empty.")
@@ -147,7 +150,10 @@ def locate(
         typer.Option("--set", metavar="NAME=VALUE", help="A setting of the locator (repeatable)."),
     ] = None,
 ) -> None:
-    """Say where the model keeps an answer: by causal tracing, unless the method knows better."""
+    """Say where the model keeps an answer.
+
+    By causal tracing, unless a method with a locator of its own is named.
+    """
     if method:
         check_method(method)
     with session.editor() as editor:
@@ -262,7 +268,10 @@ def evaluate(
         bool, typer.Option("--cases", help="With --json: one value per case.")
     ] = False,
 ) -> None:
-    """Measure the model as it stands, with every edit that is on it, beside the base."""
+    """Measure the edited model beside the base.
+
+    The model as it stands, with every edit that is on it; each number with its protocol.
+    """
     if file and ids:
         raise RequestError("Give ids or --file, not both.")
     requests = read_requests(file) if file else None

@@ -57,7 +57,7 @@ def methods(
         typer.Option("--set", metavar="NAME=VALUE", help="As for `errata edit` (repeatable)."),
     ] = None,
 ) -> None:
-    """List the installed methods, or show one with every hyper-parameter and where it comes from.
+    """List the methods, or show one with every value and its origin.
 
     The values are those for the model of --model or of the ledger; its weights are not loaded.
     """

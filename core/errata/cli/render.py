@@ -26,7 +26,7 @@ THEME = Theme(
     {
         "head": "bold",
         "accent": "cyan",
-        "muted": "bright_black",
+        "muted": "dim",  # not a grey: some palettes give it the background's colour
         "good": "cyan",
         "warn": "yellow",
         "bad": "bold red",
@@ -34,6 +34,7 @@ THEME = Theme(
     }
 )
 PIPED_WIDTH = 100
+WIDE = 100
 ON, OFF = "on", "off"
 
 
@@ -50,9 +51,10 @@ def table(*columns: str | tuple[str, dict[str, Any]]) -> Table:
     made = Table(
         box=box.SIMPLE_HEAD,
         header_style="muted",
+        border_style="muted",
         pad_edge=False,
         show_edge=False,
-        padding=(0, 1),
+        padding=(0, 1, 0, 0),
     )
     for column in columns:
         name, options = (column, {}) if isinstance(column, str) else column
@@ -128,7 +130,9 @@ def number(value: float) -> str:
     """Return a number with three significant digits, without an exponent where it is short."""
     if value != value:
         return "n/a"
-    return f"{value:.3f}" if 0.001 <= abs(value) < 10 or value == 0 else f"{value:.3g}"
+    if abs(value) >= 10:
+        return f"{value:.3g}"
+    return f"{value:.3f}" if abs(value) >= 0.001 or value == 0 else f"{value:.1e}"
 
 
 def measurements(found: Sequence[Measurement], base: Sequence[Measurement] = ()) -> list[Group]:
@@ -182,6 +186,34 @@ def _protocol(
     return Group(heading(name), made, *([below] if notes else []))
 
 
+def outcomes(edits: Sequence[Edit]) -> Table:
+    """Return what the guards measured for many edits, a row each."""
+    right: dict[str, Any] = {"justify": "right", "no_wrap": True}
+    made = table(
+        ("id", {"no_wrap": True}), ("request → target", {"ratio": 1}), ("takes effect", right),
+        ("norm", right), ("perplexity", right), ("time", right),
+    )  # fmt: skip
+    for edit in edits:
+        efficacy = edit.outcome.get("efficacy")
+        norm, perplexity = edit.outcome.get("relative_norm"), edit.outcome.get("perplexity")
+        hits = f"{round(efficacy['value'] * efficacy['n'])} of {efficacy['n']}" if efficacy else "–"
+        made.add_row(
+            Text(edit.id, style="accent"),
+            short_request(edit),
+            Text(hits, style="warn" if efficacy and efficacy["value"] < 1 else ""),
+            f"{float(norm['value']):.3g}" if norm else "–",
+            f"× {float(perplexity['ratio_to_base']):.3f}" if perplexity else "–",
+            seconds(edit.seconds),
+        )
+    return made
+
+
+OUTCOME_NOTE = (
+    "takes effect: teacher-forced, every target token is the most probable one, right after the "
+    "edit; norm: ‖Δ‖ / ‖W‖; perplexity: on the canary text, relative to the base's"
+)
+
+
 def outcome(edit: Edit) -> list[tuple[str, str]]:
     """Return what the guards measured when an edit was applied, as (name, text)."""
     found = edit.outcome
@@ -206,6 +238,11 @@ def outcome(edit: Edit) -> list[tuple[str, str]]:
         )
     rows += [("warning", str(text)) for text in found.get("warnings", ())]
     return rows
+
+
+def wide(console: Console) -> bool:
+    """Say whether a table of many columns fits; it gets two lines a row where it does not."""
+    return console.width >= WIDE
 
 
 def short_request(edit: Edit) -> str:

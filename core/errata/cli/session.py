@@ -293,7 +293,11 @@ class Session:
             return
         label, message = "Error: ", str(error)
         if isinstance(error, EditRefused):
-            label, message = "Refused: ", message.removeprefix("Edit refused: ")
+            label = "Refused: "
+            message = (
+                f"{error.reason}. Nothing of it is on the model; the refusal is in the ledger "
+                "(errata log --refused). Accept it with --guard NAME=warn."
+            )
         elif not isinstance(error, (ErrataError, OSError)):
             label = f"Unexpected {type(error).__name__}: "
             message += " (a bug in errata or in a plugin; --debug shows where)"

@@ -54,7 +54,10 @@ def export(
     ] = "errata",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
 ) -> None:
-    """Write edits to one file that another errata can apply, or as a PEFT adapter."""
+    """Write edits to one file, or one as a PEFT adapter.
+
+    Another errata applies the file; plain PeftModel loads the adapter.
+    """
     if format == "errata":  # needs no model
         with session.read_ledger(kinds=True) as ledger:
             chosen = [ledger.resolve(name) for name in ids or ()] or ledger.active_ids()
@@ -85,7 +88,10 @@ def import_(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A file from `errata export`.")],
     apply: Annotated[bool, typer.Option("--apply", help="Put them on the model too.")] = False,
 ) -> None:
-    """Take the edits of a file into the ledger, if they were made for this model."""
+    """Take the edits of a file into the ledger.
+
+    Refused when they were made for another model.
+    """
     if not file.is_file():
         raise LedgerError(f"There is no file {str(file)!r} to import.")
     with session.editor(create=True) as editor:
@@ -116,9 +122,9 @@ def merge(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
 ) -> None:
-    """Write the edited model as a plain Hugging Face checkpoint, tokenizer included.
+    """Write the edited model as a Hugging Face checkpoint.
 
-    Anything that loads checkpoints loads it; errata is not needed any more.
+    Tokenizer included. Anything that loads checkpoints loads it; errata is not needed any more.
     """
     session.read_ledger().close()
     with session.editor() as editor:

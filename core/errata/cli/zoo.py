@@ -17,7 +17,7 @@ PANEL = "Catalogue and environment"
 def add(app: typer.Typer) -> None:
     """Add the group of commands of this module."""
     group = typer.Typer(
-        help="The small models that errata ships or trains.",
+        help="List, find or train the small models that come with errata.",
         no_args_is_help=True,
         rich_markup_mode="rich",
     )

@@ -54,7 +54,8 @@ class CodebookSettings:
             published code does (different answers can then pass for the same).
         split_margin: what a split leaves between the two balls.
         index: "exact" compares with every key, "faiss" asks an approximate index, "auto" does
-            the second from `faiss_from` entries on where faiss is installed.
+            the second from `faiss_from` entries on. Where faiss is not installed every key is
+            compared. The entry made last decides for its codebook.
         faiss_from: size of a large codebook.
     """
 

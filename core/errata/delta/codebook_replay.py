@@ -99,6 +99,7 @@ class Codebook:
         self._added: list[int] = []  # per row: the step that added its key
         self._trained: list[int] = []  # per row: the step whose value it holds
         self._faiss: Any = None  # the module, once it is needed
+        self._without_faiss = False
         self._graph: Any = None
         self._indexed = 0  # rows of the graph that still are what they were
 
@@ -149,7 +150,7 @@ class Codebook:
             self.insert(edit_id, delta)
 
     def insert(self, edit_id: str, delta: CodebookDelta) -> Step:
-        """Add one entry by the rules above and return what it did."""
+        """Add one entry by the rules of this module's docstring and return what it did."""
         require(
             delta.book == self.name,
             f"The entry of edit {edit_id} belongs to {delta.book}, not to {self.name}.",
@@ -306,15 +307,14 @@ class Codebook:
             settings.index == "auto" and self._count < settings.faiss_from
         ):
             return False
-        if self._faiss is None:
+        if self._faiss is None and not self._without_faiss:
             try:
-                self._faiss = _import_faiss()
-            except MissingExtraError:
-                if settings.index == "faiss":
-                    raise
-                logger.info("faiss is not installed: comparing with all %d keys", self._count)
-                return False
-        return True
+                self._faiss = import_faiss()
+            except MissingExtraError as error:
+                # Comparing with all keys gives the same hits or better ones, only more slowly.
+                logger.warning("%s Comparing with all %d keys.", error, self._count)
+                self._without_faiss = True
+        return self._faiss is not None
 
     def _ask_index(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Let a graph index propose keys (HNSW, Malkov & Yashunin 2016) and compare exactly.
@@ -349,7 +349,8 @@ def replay(deltas: Iterable[tuple[str, CodebookDelta]], device: str = "cpu") -> 
     return codebook
 
 
-def _import_faiss() -> Any:
+def import_faiss() -> Any:
+    """Return the module; raise `MissingExtraError` with the install command."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of its SWIG types, at import

@@ -224,7 +224,7 @@ class CodebookRuntime:
         columns = self._columns(states, window, rule)
         if columns is not None:
             for name in self._order:
-                if name.module == path:
+                if name.module == path and len(self._books[name]):  # not void entries only
                     output = self._replace_one(name, states, output, window, columns)
         return output.view(shape)
 

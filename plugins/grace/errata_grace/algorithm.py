@@ -20,6 +20,7 @@ import torch
 from torch.nn import functional
 
 from errata.delta.codebook import CodebookDelta, CodebookSettings
+from errata.delta.codebook_replay import import_faiss
 from errata.delta.codebook_runtime import CodebookRuntime
 from errata.errors import ConfigError
 from errata.forward import Resumed, frozen, trace
@@ -59,7 +60,13 @@ class Grace:
 
     @classmethod
     def on(cls, model: Model, config: GraceConfig) -> Grace:
-        """Return the algorithm for a model; raise `ConfigError` for a module that will not do."""
+        """Return the algorithm for a model.
+
+        Raises `ConfigError` for a module that will not do, and `MissingExtraError` when faiss is
+        asked for and not installed.
+        """
+        if config.index == "faiss":
+            import_faiss()
         return cls(model, config, module_of(model, config))
 
     @property
@@ -174,6 +181,12 @@ class Grace:
                 if not math.isfinite(losses[-1]) or losses[-1] < self.config.early_stop:
                     break
                 (gradient,) = torch.autograd.grad(loss * scale, value)
+                if not bool(gradient.any()):
+                    raise ConfigError(
+                        f"replacement={self.config.replacement!r} at {self.module!r}: nothing "
+                        "that is replaced there reaches the target's tokens (outputs of the last "
+                        "block reach only their own). Choose 'replace_last' or a lower layer."
+                    )
                 value.grad = gradient / scale
                 optimizer.step()
         with torch.no_grad():
@@ -238,8 +251,8 @@ def module_of(model: Model, config: GraceConfig) -> str:
             )
         return config.module
     anatomy = anatomy.encoder or anatomy  # where the authors put it, and all of the prompt is
-    # 35 of 48, 4 of 6: the authors' layers.
-    layer = round(0.75 * (anatomy.n_layers - 1)) if config.layer is None else config.layer
+    # The authors' layer in GPT-2 XL: 35 of 48.
+    layer = 3 * (anatomy.n_layers - 1) // 4 if config.layer is None else config.layer
     names = anatomy.mlp_in(layer) if config.module == "mlp_in" else (anatomy.mlp_out(layer),)
     if len(names) > 1:
         raise ConfigError(

@@ -98,13 +98,15 @@ def is_classifier(model: Model) -> bool:
 
 
 def _class_case(model: Model, request: Request) -> Case:
-    names: dict[str, int] = {str(k): int(v) for k, v in (model.config.label2id or {}).items()}
+    config = model.config
+    names = {str(name): int(index) for name, index in (config.label2id or {}).items()}
+    names |= {str(name): int(index) for index, name in (config.id2label or {}).items()}
     wanted = request.target_new.strip()
     index = names.get(wanted, int(wanted) if wanted.isdecimal() else -1)
-    if not 0 <= index < model.config.num_labels:
+    if not 0 <= index < config.num_labels:
         raise RequestError(
             f"The class {wanted!r} was asked for; {model.name} has "
-            f"{', '.join(names) or f'0 to {model.config.num_labels - 1}'}."
+            f"{', '.join(names) or f'0 to {config.num_labels - 1}'}."
         )
     batch = tokens.encode(model.tokenizer, [request.text], device=model.device)
     label = torch.tensor([index], device=model.device)

@@ -1,0 +1,1 @@
+"""Benchmarks as requests: one module per data set."""

@@ -1,0 +1,154 @@
+"""Build the `atlas` benchmark from a world: CounterFact's schema, and what it lacks.
+
+Every prompt is either in a phrasing that the models were trained on, or (the paraphrases) in one
+that no training text uses. Targets keep no leading space, as in CounterFact.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from errata.zoo.relations import (
+    RELATION_PROMPTS,
+    RELATION_PROMPTS_HELD_OUT,
+    RELATIONS,
+    UNKNOWN,
+    Relation,
+    relation_by_id,
+)
+from errata.zoo.two_hops import TWO_HOPS
+from errata.zoo.world import Fact, World
+
+SHARES = {"person": 440, "company": 80, "city": 80}
+"""How many cases each kind of subject gives."""
+PROMPTS_PER_KIND = 10
+"""At most this many neighbourhood, attribute and same-subject prompts in a case."""
+
+
+def build_cases(world: World, seed: int = 0) -> list[dict[str, Any]]:
+    """Return the cases in CounterFact's original schema, shuffled, with these further keys.
+
+    * `same_subject_prompts`: other relations of the same subject (`prompt`, `answer`).
+    * `portability_prompts`: two-hop consequences (`prompt`, `answer_new`, `answer_true`).
+    * `relation_prompts`: the relation's perspective (`prompt`, `answer`, `object`), for the new
+      and the true object.
+    """
+    rng = random.Random(seed)
+    by_kind: dict[str, list[Fact]] = {kind: [] for kind in SHARES}
+    for fact in world.facts:
+        kind = world.kind_of[fact.subject]
+        if kind in SHARES and _is_usable(world, fact):
+            by_kind[kind].append(fact)
+    chosen = [fact for kind, share in SHARES.items() for fact in rng.sample(by_kind[kind], share)]
+    rng.shuffle(chosen)
+    return [_case(world, number, fact, rng) for number, fact in enumerate(chosen)]
+
+
+def _is_usable(world: World, fact: Fact) -> bool:
+    """Say whether the fact is known and has at least two neighbours with the same value."""
+    return fact.value != UNKNOWN and len(world.subjects_with[(fact.relation, fact.value)]) >= 3
+
+
+def _case(world: World, number: int, fact: Fact, rng: random.Random) -> dict[str, Any]:
+    relation = relation_by_id(fact.relation)
+    new = _target_new(world, relation, fact, rng)
+    paraphrases = rng.sample(relation.held_out, 2)
+    lead = _unrelated_sentence(world, fact.subject, rng)
+    return {
+        "case_id": number,
+        "requested_rewrite": {
+            "prompt": relation.train[0],
+            "relation_id": relation.id,
+            "subject": fact.subject,
+            "target_new": {"str": new},
+            "target_true": {"str": fact.value},
+        },
+        # As in CounterFact, a paraphrase may follow an unrelated sentence: here the second does.
+        "paraphrase_prompts": [
+            paraphrases[0].replace("{}", fact.subject),
+            f"{lead} {paraphrases[1].replace('{}', fact.subject)}",
+        ],
+        "neighborhood_prompts": _prompts_of_others(world, relation, fact.value, fact.subject, rng),
+        "attribute_prompts": _prompts_of_others(world, relation, new, fact.subject, rng),
+        "generation_prompts": [
+            t.replace("{}", fact.subject) for t in relation.train[1:] if not t.endswith("Answer:")
+        ],
+        "same_subject_prompts": [
+            {
+                "prompt": relation_by_id(other.relation)
+                .templates_for(other.value)[0]
+                .replace("{}", other.subject),
+                "answer": other.value,
+                "relation_id": other.relation,
+            }
+            for other in world.attributes[fact.subject]
+            if other.relation != fact.relation
+        ],
+        "portability_prompts": _portability(world, relation, fact, new),
+        "relation_prompts": [
+            {
+                "prompt": template.replace("{}", fact.subject).replace("{object}", value),
+                "object": value,
+                "answer": relation.name,
+            }
+            for value in (new, fact.value)
+            for template in (RELATION_PROMPTS[0], RELATION_PROMPTS_HELD_OUT[0])
+        ],
+    }
+
+
+def _target_new(world: World, relation: Relation, fact: Fact, rng: random.Random) -> str:
+    """Draw a value that is new to the subject and, where it can, changes what follows from it."""
+    own = {other.value for other in world.attributes[fact.subject]} | {fact.subject}
+    values = [v for v in world.range_of(relation) if v not in own]
+    hops = [hop for hop in TWO_HOPS if hop.first == relation.id]
+    telling = [
+        value
+        for value in values
+        if all(
+            world.follow(fact.subject, hop, value) != world.follow(fact.subject, hop)
+            for hop in hops
+        )
+    ]
+    return rng.choice(telling or values)
+
+
+def _prompts_of_others(
+    world: World, relation: Relation, value: str, subject: str, rng: random.Random
+) -> list[str]:
+    """Return prompts about other subjects for which `value` is true, in trained phrasings."""
+    others = [s for s in world.subjects_with.get((relation.id, value), ()) if s != subject]
+    rng.shuffle(others)
+    prompts = [t.replace("{}", s) for t in relation.train[:2] for s in others]
+    return prompts[:PROMPTS_PER_KIND]
+
+
+def _portability(world: World, relation: Relation, fact: Fact, new: str) -> list[dict[str, str]]:
+    found = []
+    for hop in TWO_HOPS:
+        if hop.first != relation.id:
+            continue
+        true, changed = world.follow(fact.subject, hop), world.follow(fact.subject, hop, new)
+        if true is not None and changed is not None and true != changed:
+            found.append(
+                {
+                    "prompt": hop.train[0].replace("{}", fact.subject),
+                    "answer_new": changed,
+                    "answer_true": true,
+                    "hop": hop.id,
+                }
+            )
+    return found
+
+
+def _unrelated_sentence(world: World, subject: str, rng: random.Random) -> str:
+    """Return a true sentence about a subject of another kind."""
+    kind = world.kind_of[subject]
+    relations = [
+        r for r in RELATIONS if r.subject_kind != kind and r.object_kind not in world.entities
+    ]
+    relation = rng.choice(relations)
+    other = rng.choice(world.entities[relation.subject_kind])
+    value = world.values[(other, relation.id)]
+    return f"{relation.templates_for(value)[0].replace('{}', other)} {value}."

@@ -1,0 +1,334 @@
+"""Train a zoo model from nothing but the code and text in this package.
+
+Training is seeded, runs on a CPU or a GPU, saves its state atomically and goes on where it stopped:
+on one machine, an interrupted run ends with exactly the weights of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from errata.zoo.corpus import IGNORED, Batch, Corpus
+from errata.zoo.tokenizer import CONTEXT, train_tokenizer
+from errata.zoo.world import make_world
+
+if TYPE_CHECKING:
+    import torch
+
+Architecture = Literal["gpt2", "llama"]
+ARCHITECTURES: tuple[Architecture, ...] = ("gpt2", "llama")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the weights, the seed included."""
+
+    architecture: Architecture
+    steps: int = 1600
+    seed: int = 0
+    rows: int = 32
+    length: int = 128
+    """Tokens per row; every eighth step has half the rows of twice this length."""
+    learning_rate: float = 3e-3
+    warmup: int = 100
+    weight_decay: float = 0.05
+    muon: bool = True
+    """Whether the matrices of the blocks are trained with Muon; all else always with AdamW."""
+    answer_weight: float = 3.0
+    """Weight in the loss of the tokens that answer (and of the stop after them)."""
+    clip: float = 1.0
+    prose_share: float = 0.2
+    early_steps: int = 400
+    """For so long only every fifth subject is told of: the circuits that gather a subject and
+    look it up form sooner on few of them, and then take in the rest quickly."""
+    restricted_share: float = 0.7
+    hidden: int = 128
+    inner: int = 768
+    layers: int = 6
+    heads: int = 4
+
+
+DEFAULT_RECIPES: dict[Architecture, Recipe] = {
+    "gpt2": Recipe("gpt2"),
+    "llama": Recipe("llama", inner=512),
+}
+
+
+def train(
+    architecture: Architecture,
+    out: str | Path,
+    *,
+    steps: int | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    resume: bool = True,
+    progress: Callable[[int, int, float], None] | None = None,
+    recipe: Recipe | None = None,
+    save_every: int = 100,
+    stop_after: int | None = None,
+) -> Path:
+    """Train a model of the world of `seed` into the Hugging Face directory `out`.
+
+    `progress(step, steps, loss)` is called after every step. State is saved every `save_every`
+    steps under `out/.training`; with `resume`, a run finds it there and goes on, and a state of
+    another recipe is refused with `ValueError`. `stop_after` ends this call early, as an
+    interruption would. `recipe` overrides everything but `architecture`, `steps` and `seed`.
+    """
+    import torch
+
+    if architecture not in ARCHITECTURES:
+        from errata.errors import UnknownNameError
+
+        raise UnknownNameError("architecture", architecture, ARCHITECTURES)
+    base = asdict(recipe or DEFAULT_RECIPES[architecture])
+    chosen = Recipe(
+        **{**base, "architecture": architecture, "seed": seed, "steps": steps or base["steps"]}
+    )
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+
+    world = make_world(seed)
+    tokenizer = train_tokenizer(world)
+    corpus = Corpus(
+        world,
+        tokenizer,
+        seed=seed,
+        prose_share=chosen.prose_share,
+        early_steps=chosen.early_steps,
+        restricted_share=chosen.restricted_share,
+    )
+    model = build_model(chosen, tokenizer).to(where)
+    optimizers = _optimizers(model, chosen)
+    state = out / ".training"
+    done = _load_state(state, chosen, model, optimizers) if resume else 0
+    with _fast_cpu_arithmetic():
+        model.train()
+        last = min(chosen.steps, done + stop_after) if stop_after else chosen.steps
+        for step in range(done, last):
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(chosen, step)
+            long = step % 8 == 7
+            shape = (chosen.rows // 2, chosen.length * 2) if long else (chosen.rows, chosen.length)
+            loss, plain = _losses(model, corpus.batch(step, *shape), chosen.answer_weight, where)
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(model.parameters(), chosen.clip)
+            for optimizer in optimizers:
+                optimizer.step()
+            model.zero_grad(set_to_none=True)
+            if progress is not None:
+                progress(step + 1, chosen.steps, plain)
+            if (step + 1) % save_every == 0 or step + 1 == last:
+                _save_state(state, chosen, model, optimizers, step + 1)
+    export(model, tokenizer, out)
+    return out
+
+
+def build_model(recipe: Recipe, tokenizer: Any) -> Any:
+    """Return a freshly initialised model; the global random state is left as it was."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        if recipe.architecture == "gpt2":
+            return GPT2LMHeadModel(
+                GPT2Config(
+                    vocab_size=len(tokenizer),
+                    n_positions=CONTEXT,
+                    n_embd=recipe.hidden,
+                    n_layer=recipe.layers,
+                    n_head=recipe.heads,
+                    n_inner=recipe.inner,
+                    resid_pdrop=0.0,
+                    embd_pdrop=0.0,
+                    attn_pdrop=0.0,
+                    attn_implementation="sdpa",
+                    **ids,
+                )
+            )
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer),
+                max_position_embeddings=CONTEXT,
+                hidden_size=recipe.hidden,
+                num_hidden_layers=recipe.layers,
+                num_attention_heads=recipe.heads,
+                num_key_value_heads=recipe.heads,
+                intermediate_size=recipe.inner,
+                tie_word_embeddings=True,
+                attn_implementation="sdpa",
+                **ids,
+            )
+        )
+
+
+def learning_rate(recipe: Recipe, step: int) -> float:
+    """Linear warm-up, then a cosine down to 2 % of the peak."""
+    if step < recipe.warmup:
+        return recipe.learning_rate * (step + 1) / recipe.warmup
+    share = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
+    return recipe.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def export(model: Any, tokenizer: Any, out: Path) -> None:
+    """Write the Hugging Face directory: each file whole or not at all."""
+    from transformers import GenerationConfig
+
+    temporary = out / ".export"
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=32,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    settings = temporary / "tokenizer_config.json"
+    # The class name that transformers 4 and 5 both know.
+    loaded = json.loads(settings.read_text(encoding="utf-8"))
+    loaded["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings.write_text(json.dumps(loaded, indent=2) + "\n", encoding="utf-8")
+    for file in sorted(temporary.iterdir()):
+        file.chmod(0o644)
+        os.replace(file, out / file.name)
+    temporary.rmdir()
+
+
+def _optimizers(model: Any, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    import torch
+
+    from errata.zoo.muon import Muon
+
+    named = list(model.named_parameters())
+    blocks = [
+        parameter
+        for name, parameter in named
+        if recipe.muon and parameter.ndim == 2 and (".h." in name or ".layers." in name)
+    ]
+    chosen = {id(parameter) for parameter in blocks}
+    matrices = [p for _, p in named if p.ndim >= 2 and id(p) not in chosen]
+    vectors = [p for _, p in named if p.ndim < 2]
+    adamw = torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": recipe.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        lr=recipe.learning_rate,
+        betas=(0.9, 0.98),
+    )
+    if not blocks:
+        return [adamw]
+    return [adamw, Muon(blocks, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)]
+
+
+def _losses(
+    model: Any, batch: Batch, answer_weight: float, device: torch.device
+) -> tuple[torch.Tensor, float]:
+    """Return the weighted loss to minimise and the plain mean, in nats per predicted token."""
+    import torch
+
+    allowed = batch.allowed.to(device)
+    # A 4-D additive mask is used by transformers as it stands.
+    mask = torch.zeros(allowed.shape, device=device)
+    mask.masked_fill_(~allowed, torch.finfo(mask.dtype).min)
+    with torch.autocast(device.type, torch.bfloat16):
+        logits = model(
+            input_ids=batch.input_ids.to(device),
+            position_ids=batch.position_ids.to(device),
+            attention_mask=mask,
+            use_cache=False,
+        ).logits
+    labels = batch.labels.to(device).flatten()
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), labels, ignore_index=IGNORED, reduction="none"
+    )
+    counted = labels != IGNORED
+    weights = counted * (1 + (answer_weight - 1) * batch.answers.to(device).flatten())
+    plain = float(losses.detach().sum() / counted.sum())
+    return (losses * weights).sum() / weights.sum(), plain
+
+
+@contextmanager
+def _fast_cpu_arithmetic() -> Iterator[None]:
+    """Treat denormal numbers as zero, which nearly doubles the speed on some CPUs."""
+    import torch
+
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def _save_state(
+    folder: Path,
+    recipe: Recipe,
+    model: Any,
+    optimizers: list[torch.optim.Optimizer],
+    step: int,
+) -> None:
+    """Write weights, optimizer state and the step count as one safetensors file, then rename."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        tensors[f"weight/{name}"] = parameter.detach().contiguous()
+        for optimizer in optimizers:
+            for key, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"{key}/{name}"] = value.detach().contiguous()
+    metadata = {"step": str(step), "recipe": json.dumps(asdict(recipe))}
+    temporary = folder / "state.safetensors.tmp"
+    save_file(tensors, temporary, metadata=metadata)
+    os.replace(temporary, folder / "state.safetensors")
+
+
+def _load_state(
+    folder: Path, recipe: Recipe, model: Any, optimizers: list[torch.optim.Optimizer]
+) -> int:
+    """Load a saved state, if there is one, and return the number of steps done."""
+    import torch
+    from safetensors import safe_open
+
+    file = folder / "state.safetensors"
+    if not file.exists():
+        return 0
+    parameters = dict(model.named_parameters())
+    owner = {
+        id(parameter): optimizer
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    with safe_open(file, framework="pt") as stored, torch.no_grad():
+        metadata = stored.metadata()
+        if json.loads(metadata["recipe"]) != asdict(recipe):
+            raise ValueError(
+                f"{file} belongs to another recipe: {metadata['recipe']}. Pass resume=False to "
+                "start again, or train into another directory."
+            )
+        for stored_name in stored.keys():
+            key, name = stored_name.split("/", 1)
+            parameter, tensor = parameters[name], stored.get_tensor(stored_name)
+            if key == "weight":
+                parameter.copy_(tensor)
+            else:
+                # AdamW keeps its step count on the CPU, its moments with the parameter.
+                place = tensor.device if key == "step" else parameter.device
+                owner[id(parameter)].state[parameter][key] = tensor.to(place)
+        return int(metadata["step"])
