@@ -7,7 +7,7 @@ once beforehand and shared: they are not part of the time.
 
     python benchmarks/rome.py                        # the embedded model and a random one
     python benchmarks/rome.py --model DIR --json out.json
-    python benchmarks/rome.py --full                 # 21 contexts, 20 steps on both (slow)
+    python benchmarks/rome.py --full                 # 21 contexts on both (slow)
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import transformers
 from torch import Tensor
 
 from errata import zoo
+from errata.datasets import atlas
 from errata.loading import load_model
 from errata.model import Model
 from errata.registry import Registry
@@ -37,25 +38,6 @@ from errata_rome.algorithm import RankOne, contexts_of, layer_of, rome, statisti
 from errata_rome.config import RomeConfig
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-SUBJECTS = (
-    "Alba Moreno", "Henrik Solberg", "The Iron Harbour", "Mount Keller", "Vera Lindqvist",
-    "Oskar Brandt", "Lake Aurelia", "The Silent Orchard",
-)  # fmt: skip
-FACTS = (
-    ("{} was born in", "Rome"),
-    ("The home town of {} is", "Vienna"),
-    ("{} is located in", "Norway"),
-    ("The official language of {} is", "French"),
-)
-
-
-def requests_for(count: int) -> list[Request]:
-    """Return up to 32 requests with subjects at the start and inside of the prompt."""
-    return [
-        Request(prompt=prompt, subject=subject, target_new=target)
-        for subject in SUBJECTS
-        for prompt, target in FACTS
-    ][:count]
 
 
 def plain_rome(
@@ -171,7 +153,7 @@ def measure(
     clock: Callable[[], float],
 ) -> dict[str, Any]:
     """Return seconds per edit of the three ways, taken in turns, and their ratios."""
-    requests = requests_for(batch)
+    requests = atlas.requests(batch)
     layer = layer_of(model, config)
     contexts = contexts_of(model, config)
     C = statistic_of(model, config)
@@ -271,8 +253,8 @@ def main() -> None:
     parser.add_argument(
         "--model", default=next(iter(zoo.MODELS)), help="small model: zoo name or folder"
     )
-    parser.add_argument("--layer", type=int, help="edited layer; default: a third of the way up")
-    parser.add_argument("--batch", type=int, default=32, help="requests in the batch (≤ 32)")
+    parser.add_argument("--layer", type=int, help="edited in the small model; default: the preset")
+    parser.add_argument("--batch", type=int, default=32, help="requests in the batch")
     parser.add_argument("--repeats", type=int, default=3, help="rounds per model")
     parser.add_argument("--vocabulary", type=int, default=50257, help="of the random model")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own)")
@@ -282,24 +264,30 @@ def main() -> None:
         default="wall",
         help="cpu: with --threads 1 on a machine that others use, too",
     )
-    parser.add_argument("--full", action="store_true", help="21 contexts and 20 steps on both")
+    parser.add_argument("--full", action="store_true", help="21 contexts on both")
     parser.add_argument("--skip-random", action="store_true", help="small model only")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
 
-    small = load_model(options.model, architectures=Registry.load().architectures)
-    published = RomeConfig(layer=options.layer)
+    registry = Registry.load()
+    small = load_model(options.model, architectures=registry.architectures)
+    facts = {
+        "model_type": small.anatomy.model_type,
+        "n_layers": small.anatomy.n_layers,
+        "hidden_size": small.anatomy.hidden_size,
+        "name": small.name,
+    }
+    given = {} if options.layer is None else {"layer": options.layer}
+    preset, _ = registry.resolve("rome", RomeConfig, facts, given)
     run = {"batch": options.batch, "clock": CLOCKS[options.clock]}
-    results = [measure(small, published, singles=6, repeats=options.repeats, **run)]
+    results = [measure(small, preset, singles=6, repeats=options.repeats, **run)]
     if not options.skip_random:
-        # Shorter than published, unless --full: six contexts and eight steps give the plain one
-        # less to repeat, so the ratio errs low.
-        brief = {} if options.full else {"context_lengths": ((5, 3), (10, 2)), "steps": 8}
-        config = RomeConfig(layer=options.layer, **brief)
+        # Six contexts, unless --full: with 21 one plain edit takes half a minute on two cores.
+        brief = {} if options.full else {"context_lengths": ((5, 3), (10, 2))}
         big = random_model(small, options.vocabulary)
-        results.append(measure(big, config, singles=2, repeats=2, **run))
+        results.append(measure(big, RomeConfig(**brief), singles=2, repeats=2, **run))
 
     machine = {
         "machine": f"{platform.machine()}, {platform.processor() or platform.system()}",

@@ -118,6 +118,7 @@ def _grown(
         inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
         logits = logits_at(model, inputs, torch.arange(len(grown)), last).float().cpu()
         logits[:, special] = -torch.inf
+        logits[:, len(model.tokenizer) :] = -torch.inf  # rows that only pad the embedding
         best, index = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
         drawn = torch.multinomial(best.softmax(-1), 1, generator=generator)
         for row, token in zip(grown, index.gather(1, drawn).squeeze(1).tolist(), strict=True):

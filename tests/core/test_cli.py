@@ -652,7 +652,7 @@ def test_ctrl_c_leaves_everything_consistent(
     path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [
         sys.executable, "-m", "errata.cli", "edit", "--file", str(file), "--method", "nudge",
-        "--model", str(checkpoint), "--set", f"marker={marker}", "--set", "pause=1.5", *OFF,
+        "--model", str(checkpoint), "--set", f"marker={marker}", "--set", "pause=1", *OFF,
     ]  # fmt: skip
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -673,6 +673,25 @@ def test_ctrl_c_leaves_everything_consistent(
     assert run_json("verify")["sound"]
     report = run_json("edit", "--file", file, "--method", "nudge", "--resume")
     assert (report["skipped"], len(report["edits"])) == (1, 2)
+
+
+@pytest.mark.parametrize("words", [["log"], ["log", "--json"]])
+def test_a_reader_that_stops_reading_is_no_error(
+    words: list[str], run: Run, checkpoint: Path
+) -> None:
+    edit(run, checkpoint)
+    with subprocess.Popen(
+        [sys.executable, "-m", "errata.cli", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        stderr = process.stderr.read()
+        assert process.wait(timeout=120) == 0
+    assert b"Error" not in stderr
+    assert b"Traceback" not in stderr
 
 
 def test_output_without_a_terminal_has_no_control_characters(run: Run, checkpoint: Path) -> None:

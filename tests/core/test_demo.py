@@ -30,6 +30,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What `errata demo --json` says."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ERRATA_CACHE", str(tmp_path_factory.getbasetemp() / "errata-cache"))
+        patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("no-user-config")))
         patch.chdir(tmp_path_factory.mktemp("demo"))
         found: dict[str, Any] = json.loads(run("--json").stdout)
         assert list(Path.cwd().iterdir()) == []  # it leaves nothing behind
@@ -57,6 +58,7 @@ def test_each_method_edits_one_fact_on_top_of_the_others(report: dict[str, Any])
 def test_it_asks_in_other_words_and_about_a_neighbour(report: dict[str, Any]) -> None:
     rows = report["answers"]["rows"]
     assert {row["what"] for row in rows} == {"asked", "in other words", "neighbour"}
+    assert all(row["before"] and row["now"] and row["wanted"] for row in rows)
     assert len(report["free_text"]["rows"]) == len(METHODS)
     for part in ("answers", "free_text"):
         assert report[part]["protocol"].startswith("generated: greedy")

@@ -45,6 +45,7 @@ OTHER = SHORT.model_copy(update={"target_new": "of"})
 
 
 def put(model: Model, deltas: list[CodebookDelta]) -> None:
+    model.stack.set([])  # the ids are used again, and the stack goes by ids
     model.stack.set([Entry(n, f"{n}", delta) for n, delta in enumerate(deltas)])
 
 
@@ -318,6 +319,7 @@ def test_what_the_model_says_already_gives_a_void_entry(tmp_path: Path) -> None:
     assert void.notes == {"operation": "void"}
     before = score_targets(model, [SHORT.text], ["of"])
     put(model, [void])  # alone, it leaves an empty codebook
+    assert len(CodebookRuntime.of(model).book(void.book)) == 0
     put(model, [void, *edit(model, SHORT, steps=60)])
     assert score_targets(model, [SHORT.text], ["of"]) == before
     (trained,) = edit(model, SHORT, only_when_wrong=False)

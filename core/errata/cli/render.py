@@ -38,12 +38,24 @@ WIDE = 100
 ON, OFF = "on", "off"
 
 
+class QuietConsole(Console):
+    """A console that goes on in silence when nobody reads any more (`errata log | head -1`).
+
+    rich would end the process with exit code 1, which says that something failed.
+    """
+
+    def on_broken_pipe(self) -> None:
+        """Send the rest nowhere; the command's own exit code stands."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def console(stderr: bool = False, file: IO[str] | None = None) -> Console:
     """Return a console in the house style; where nobody looks on, 100 columns and no colour."""
     stream = file or (sys.stderr if stderr else sys.stdout)
     terminal = bool(getattr(stream, "isatty", lambda: False)())
     width = None if terminal or "COLUMNS" in os.environ else PIPED_WIDTH
-    return Console(file=stream, theme=THEME, width=width, highlight=False, emoji=False)
+    return QuietConsole(file=stream, theme=THEME, width=width, highlight=False, emoji=False)
 
 
 def table(*columns: str | tuple[str, dict[str, Any]]) -> Table:

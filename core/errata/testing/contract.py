@@ -41,14 +41,16 @@ class MethodContract:
     # -- what the tests stand on -----------------------------------------------------------------
 
     @pytest.fixture(scope="class")
-    def cache(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    @classmethod
+    def cache(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
         """One artifact folder, so that statistics are computed once per class."""
         return tmp_path_factory.mktemp("artifacts")
 
     @pytest.fixture(scope="class")
-    def shared_editor(self, cache: Path) -> Iterator[Editor]:
+    @classmethod
+    def shared_editor(cls, cache: Path) -> Iterator[Editor]:
         """One editor for the class; `editor` gives it out clean."""
-        with Editor(self.model, guards=QUIET, artifacts=cache) as editor:
+        with Editor(cls.model, guards=QUIET, artifacts=cache) as editor:
             yield editor
 
     @pytest.fixture
@@ -60,7 +62,8 @@ class MethodContract:
             shared_editor.revert(*active)
 
     @pytest.fixture(scope="class")
-    def base(self, shared_editor: Editor) -> dict[str, torch.Tensor]:
+    @classmethod
+    def base(cls, shared_editor: Editor) -> dict[str, torch.Tensor]:
         """Every tensor of the base model."""
         with shared_editor.disabled():
             return state_of(shared_editor.model)
