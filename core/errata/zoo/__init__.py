@@ -63,7 +63,7 @@ def model_path(name: str) -> Path:
     """Return the directory of a shipped model, for `from_pretrained`.
 
     Raises `errata.errors.UnknownNameError` for a name that is not in `MODELS`, and
-    `FileNotFoundError`, naming the command that makes them, where the weights are missing.
+    `StorageError`, naming the command that makes them, where the weights are missing.
     """
     if name not in MODELS:
         from errata.errors import UnknownNameError
@@ -71,7 +71,9 @@ def model_path(name: str) -> Path:
         raise UnknownNameError("zoo model", name, MODELS)
     model = MODELS[name]
     if not model.is_present:
-        raise FileNotFoundError(
+        from errata.errors import StorageError
+
+        raise StorageError(
             f"The weights of {name!r} are not at {model.path}. Train them with: "
             f"errata zoo train {model.architecture}"
         )

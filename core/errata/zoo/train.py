@@ -31,7 +31,7 @@ class Recipe:
     """Everything that decides the weights, the seed included."""
 
     architecture: Architecture
-    steps: int = 1600
+    steps: int = 2000
     seed: int = 0
     rows: int = 32
     length: int = 128
