@@ -58,7 +58,7 @@ def _case(world: World, number: int, fact: Fact, rng: random.Random) -> dict[str
     return {
         "case_id": number,
         "requested_rewrite": {
-            "prompt": relation.train[0],
+            "prompt": relation.canonical,
             "relation_id": relation.id,
             "subject": fact.subject,
             "target_new": {"str": new},
@@ -72,13 +72,13 @@ def _case(world: World, number: int, fact: Fact, rng: random.Random) -> dict[str
         "neighborhood_prompts": _prompts_of_others(world, relation, fact.value, fact.subject, rng),
         "attribute_prompts": _prompts_of_others(world, relation, new, fact.subject, rng),
         "generation_prompts": [
-            t.replace("{}", fact.subject) for t in relation.train[1:] if not t.endswith("Answer:")
+            t.replace("{}", fact.subject)
+            for t in relation.train
+            if t != relation.canonical and not t.endswith("Answer:")
         ],
         "same_subject_prompts": [
             {
-                "prompt": relation_by_id(other.relation)
-                .templates_for(other.value)[0]
-                .replace("{}", other.subject),
+                "prompt": _asked(other).replace("{}", other.subject),
                 "answer": other.value,
                 "relation_id": other.relation,
             }
@@ -96,6 +96,13 @@ def _case(world: World, number: int, fact: Fact, rng: random.Random) -> dict[str
             for template in (RELATION_PROMPTS[0], RELATION_PROMPTS_HELD_OUT[0])
         ],
     }
+
+
+def _asked(fact: Fact) -> str:
+    """Return the canonical template, or one that reads well where the value is unknown."""
+    relation = relation_by_id(fact.relation)
+    fitting = relation.templates_for(fact.value)
+    return relation.canonical if relation.canonical in fitting else fitting[0]
 
 
 def _target_new(world: World, relation: Relation, fact: Fact, rng: random.Random) -> str:
@@ -120,7 +127,8 @@ def _prompts_of_others(
     """Return prompts about other subjects for which `value` is true, in trained phrasings."""
     others = [s for s in world.subjects_with.get((relation.id, value), ()) if s != subject]
     rng.shuffle(others)
-    prompts = [t.replace("{}", s) for t in relation.train[:2] for s in others]
+    first = relation.canonical_index
+    prompts = [t.replace("{}", s) for t in relation.train[first : first + 2] for s in others]
     return prompts[:PROMPTS_PER_KIND]
 
 

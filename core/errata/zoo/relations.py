@@ -1,7 +1,8 @@
 """The relations of the invented world, as data.
 
 A template is a prompt with one `{}` for the subject; the answer follows after a space, and a full
-stop ends the sentence. The first training template is the canonical prompt of the benchmark.
+stop ends the sentence. The benchmark asks with the first training template, or, where the world's
+two-hop sentences also go on from that one ("… was born in a city of the country of …"), with another.
 Templates that end in "is" or "Answer:" also read well with the answer "unknown".
 """
 
@@ -28,6 +29,13 @@ class Relation:
     """Phrasings that no training text uses: the benchmark's paraphrases."""
     unknown_share: float = 0.0
     """Share of subjects whose value is `UNKNOWN`."""
+    canonical_index: int = 0
+    """Which training template the benchmark asks with."""
+
+    @property
+    def canonical(self) -> str:
+        """The prompt that the benchmark asks and edits with."""
+        return self.train[self.canonical_index]
 
     def templates_for(self, value: str) -> tuple[str, ...]:
         """Return the training templates that read well with this value."""
@@ -52,6 +60,7 @@ RELATIONS: tuple[Relation, ...] = (
             "Where was {} born? Answer:",
         ),
         ("The place where {} was born is", "The native city of {} is", "{} was raised in"),
+        canonical_index=1,
     ),
     Relation(
         "lives_in",
@@ -68,6 +77,7 @@ RELATIONS: tuple[Relation, ...] = (
             "Where does {} live? Answer:",
         ),
         ("{} now lives in", "The place where {} lives is", "The city where {} resides is"),
+        canonical_index=1,
     ),
     Relation(
         "profession",

@@ -25,7 +25,7 @@ TWO_HOPS: tuple[TwoHop, ...] = (
         "birth_country",
         "born_in",
         "country",
-        ("The country where {} was born is", "The first passport of {} came from"),
+        ("The country where {} was born is", "{} was born in a city of the country of"),
         ("The birth country of {} is",),
     ),
     TwoHop(
@@ -40,7 +40,7 @@ TWO_HOPS: tuple[TwoHop, ...] = (
         "residence_country",
         "lives_in",
         "country",
-        ("The country where {} lives is", "The country that {} pays taxes in is"),
+        ("The country where {} lives is", "{} lives in a city of the country of"),
         ("The country where {} resides is",),
     ),
     TwoHop(
@@ -54,7 +54,7 @@ TWO_HOPS: tuple[TwoHop, ...] = (
         "headquarters_country",
         "headquarters",
         "country",
-        ("The country where {} is based is", "The country in which {} pays taxes is"),
+        ("The country where {} is based is", "{} is based in a city of the country of"),
         ("The country where {} has its headquarters is",),
     ),
     TwoHop(
