@@ -2,7 +2,7 @@
 
 A template is a prompt with one `{}` for the subject; the answer follows after a space, and a full
 stop ends the sentence. The benchmark asks with the first training template, or, where the world's
-two-hop sentences also go on from that one ("… was born in a city of the country of …"), with another.
+two-hop sentences also go on from it ("… was born in a city of the country of …"), with another.
 Templates that end in "is" or "Answer:" also read well with the answer "unknown".
 """
 
