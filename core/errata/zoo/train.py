@@ -57,7 +57,7 @@ class Recipe:
 
 DEFAULT_RECIPES: dict[Architecture, Recipe] = {
     "gpt2": Recipe("gpt2"),
-    "llama": Recipe("llama", steps=1000, inner=512),
+    "llama": Recipe("llama", inner=512),
 }
 
 
