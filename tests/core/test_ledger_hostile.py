@@ -348,6 +348,14 @@ def survives(path: Path, before: tuple[Any, ...]) -> None:
         pass
 
 
+@pytest.mark.parametrize("length", [1, 15, 99, 511])
+def test_a_database_cut_to_a_stump_is_not_taken_for_a_new_one(folder: Path, length: int) -> None:
+    database = folder / "ledger.sqlite"
+    database.write_bytes(database.read_bytes()[:length])
+    with pytest.raises(IntegrityError, match="cut off"):
+        open_(folder)
+
+
 @settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

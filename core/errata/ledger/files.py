@@ -90,14 +90,19 @@ class DeltaFiles:
         return folder / "blobs" / digest[:2] / f"{digest}.safetensors"
 
 
+SMALLEST = 512
+"""Bytes of the smallest page, and so of the smallest file, that SQLite writes."""
+
+
 def refuse_lost_database(folder: Path) -> None:
     """Never start an empty ledger over the deltas of one whose database is gone."""
     database = folder / DATABASE
     if database.exists() and not database.is_file():
         raise IntegrityError(f"{database} is not a file: {folder} is no ledger.")
-    if (not database.exists() or not database.stat().st_size) and any(
-        (folder / "blobs").glob("*/*.safetensors")
-    ):
+    size = database.stat().st_size if database.exists() else 0
+    if 0 < size < SMALLEST:  # SQLite takes such a stump for a new, empty database
+        raise IntegrityError(f"{database} was cut off: restore that file from a copy.")
+    if not size and any((folder / "blobs").glob("*/*.safetensors")):
         raise IntegrityError(
             f"{folder} has deltas but no {DATABASE}: restore that file from a copy, or give "
             "another folder."
