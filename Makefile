@@ -27,6 +27,7 @@ test-slow: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/rome.py
 	$(BIN)/python benchmarks/zoo.py
+	$(BIN)/python benchmarks/editing.py
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

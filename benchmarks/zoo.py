@@ -1,7 +1,7 @@
-"""What the zoo models know, and how well they can be edited: the record behind docs/zoo.md.
+"""What the zoo models know: the record behind docs/zoo.md.
 
-    python benchmarks/zoo.py                          # recall, perplexity, tracing, ROME
-    python benchmarks/zoo.py --model atlas-llama --cases 60 --no-edits
+    python benchmarks/zoo.py                          # recall, perplexity, tracing
+    python benchmarks/zoo.py --model DIR --cases 60
     python benchmarks/zoo.py --model DIR --json out.json
     python benchmarks/zoo.py --write-atlas            # rebuild the benchmark from world 0
 
@@ -9,8 +9,8 @@ Protocols. *Recall*: greedy generation from the canonical prompt, right when the
 full stop is the answer. *Perplexity*: exp of the mean negative log-likelihood per token of
 `heldout.txt`, each paragraph on its own, cut after 128 tokens. *Tracing*: mean indirect effect on
 the probability of the answer's first token when the hidden state of one token after one block is
-restored in a run whose subject embeddings carry noise of 3 standard deviations. *ES, PS, NS*: as
-in the ROME paper, single edits, each on the pristine model.
+restored in a run whose subject embeddings carry noise of 3 standard deviations. How well it can be
+edited: `benchmarks/editing.py`.
 """
 
 from __future__ import annotations
@@ -146,28 +146,11 @@ def trace(model: Any, tokenizer: Any, cases: list[dict[str, Any]], samples: int 
     }
 
 
-def edits(folder: Path, count: int, method: str) -> dict[str, float]:
-    """Return the mean of every measured number after single edits, by protocol and metric."""
-    import errata
-
-    totals: dict[str, list[float]] = {}
-    with errata.Editor(str(folder)) as editor:
-        for request in atlas.requests(count):
-            edit = editor.edit(request, method=method)
-            for item in editor.evaluate(request):
-                if math.isfinite(item.value):
-                    totals.setdefault(f"{item.name}.{item.metric}", []).append(item.value)
-            editor.revert(edit)
-    return {name: sum(values) / len(values) for name, values in sorted(totals.items())}
-
-
 def main() -> None:
     """Run what the arguments ask for and print one JSON object."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--model", default="atlas-gpt2", help="a name of the zoo, or a directory")
     parser.add_argument("--cases", type=int, default=200)
-    parser.add_argument("--method", default="rome")
-    parser.add_argument("--no-edits", action="store_true")
     parser.add_argument("--no-trace", action="store_true")
     parser.add_argument("--write-atlas", action="store_true")
     parser.add_argument("--json", type=Path)
@@ -201,8 +184,6 @@ def main() -> None:
         )
     if not args.no_trace:
         report["tracing"] = trace(model, tokenizer, cases[:40])
-    if not args.no_edits:
-        report[args.method] = edits(folder, args.cases, args.method)
     text = json.dumps(report, indent=1)
     print(text)
     if args.json:
