@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from pydantic import Field
-from torch.func import functional_call
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from errata import MethodConfig, Model, Request, hookimpl
@@ -40,7 +40,7 @@ class ConstrainedFineTuning:
     def edit(
         self, model: Model, requests: Sequence[Request], config: ConstrainedFineTuningConfig
     ) -> DenseDelta:
-        """Train a copy of W on all requests together; return how it differs."""
+        """Train how W differs, on all requests together; return the difference."""
         batch = encode_targets(
             model.tokenizer,
             [request.text for request in requests],
@@ -53,25 +53,32 @@ class ConstrainedFineTuning:
                 column = batch.column(row, index)
                 labels[row, column] = batch.input_ids[row, column]
 
-        name = model.anatomy.weight(model.anatomy.mlp_out(config.layer))
-        start_from = model.parameter(name).detach().float()
-        weight = start_from.clone().requires_grad_()
-        optimiser = torch.optim.Adam([weight], lr=config.lr)
-        for _ in model.progress.track(range(config.steps), "Training"):
-            # functional_call runs the module with our copy in place of W: W is never written.
-            output = functional_call(
-                model.module,
-                {name: weight.to(model.dtype)},
-                (),
-                {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask},
-            )
-            loss = cross_entropy(
-                output.logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten()
-            )
-            if loss.item() < config.early_stop:
-                break
-            (weight.grad,) = torch.autograd.grad(loss, [weight])
-            optimiser.step()
-            with torch.no_grad():
-                weight.clamp_(start_from - config.epsilon, start_from + config.epsilon)
-        return DenseDelta({name: (weight.detach() - start_from).cpu()})
+        path = model.anatomy.mlp_out(config.layer)
+        name = model.anatomy.weight(path)
+        # We train the difference W − W₀ (as W is stored) and never write W itself: a hook adds its
+        # effect to the module's output. That also works where an adapter wraps the module.
+        difference = torch.zeros(model.parameter(name).shape, device=model.device)
+        difference.requires_grad_()
+
+        def add(module: torch.nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+            stored = difference if model.anatomy.transposed(path) else difference.T
+            return output + inputs[0] @ stored.to(output.dtype)
+
+        optimiser = torch.optim.Adam([difference], lr=config.lr)
+        hook = model.module.get_submodule(path).register_forward_hook(add)
+        try:
+            for _ in model.progress.track(range(config.steps), "Training"):
+                output = model.module(
+                    input_ids=batch.input_ids, attention_mask=batch.attention_mask
+                )
+                logits = output.logits[:, :-1].float()
+                loss = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+                if loss.item() < config.early_stop:
+                    break
+                (difference.grad,) = torch.autograd.grad(loss, [difference])
+                optimiser.step()
+                with torch.no_grad():
+                    difference.clamp_(-config.epsilon, config.epsilon)
+        finally:
+            hook.remove()
+        return DenseDelta({name: difference.detach().cpu()})
