@@ -97,7 +97,7 @@ def test_the_third_party_plugin_installs_and_keeps_the_contract(
     )  # fmt: skip
     assert "epsilon" in listing.stdout
     done = subprocess.run(
-        [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", str(plugin / "tests")],
+        [str(python), "-m", "pytest", "-p", "no:cacheprovider", str(plugin / "tests")],
         cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
