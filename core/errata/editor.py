@@ -21,7 +21,7 @@ from errata.checks import (
 )
 from errata.edit import Edit, requests_of
 from errata.errors import EditRefused, ErrataError, LedgerError, UnknownNameError
-from errata.evaluate import PROTOCOLS, generation
+from errata.evaluate import generation
 from errata.ledger import Ledger
 from errata.loading import load_model
 from errata.methods import Methods
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from errata.config import MethodConfig
     from errata.delta import Delta
-    from errata.evaluate import Measurement
+    from errata.evaluate import Baseline, Measurement
     from errata.locate import Location
     from errata.model import Model
     from errata.progress import Progress
@@ -154,8 +154,7 @@ class Editor:
         """Compute edits, check them, put them on the model and record them.
 
         Args:
-            request: a request, a mapping with its fields, a prompt (the other request fields
-                then come as keywords), or a list of requests.
+            request: a request, a mapping of its fields, a prompt (then with keywords), or a list.
             method: name of an installed method.
             config: hyper-parameters; they may also be given as keywords.
             batch_size: how many requests the method gets at once; by default what it declares.
@@ -176,9 +175,7 @@ class Editor:
         single, requests, overrides = parse_arguments(request, config or {}, fields)
         self._not_suspended("edit")
         entry = self.registry.method(method) if method in self.registry.methods else None
-        manager = self._methods.manager(
-            method
-        )  # raises with a suggestion when there is no such method
+        manager = self._methods.manager(method)  # raises, with a suggestion, for a misspelt name
         if entry is None:
             raise ErrataError(
                 f"The method {method!r} is installed but no registry file describes it: ship a "
@@ -358,17 +355,26 @@ class Editor:
         self,
         requests: Request | Edit | Iterable[Request | Edit] | None = None,
         protocols: Sequence[str] = ("counterfact", "generation"),
+        *,
+        baseline: Baseline | None = None,
+        **settings: Any,
     ) -> list[Measurement]:
-        """Measure the model as it stands; by default on the requests of the active edits."""
+        """Measure the model as it stands; by default on the requests of the active edits.
+
+        Args:
+            requests: requests or edits.
+            protocols: how to measure.
+            baseline: what the base answers, if known.
+            **settings: fields of `errata.evaluate.MeasureSettings`, without a baseline.
+        """
         if requests is None:
             requests = [entry.edit for entry in self.log() if entry.active]
-        wanted = requests_of(requests)
-        found = self._methods.measuring().evaluate(self.model, wanted, tuple(protocols))
-        known = {protocol.name for protocol in PROTOCOLS}
+        manager = self._methods.measuring(baseline, **settings)
+        known = manager.protocols()
         for name in protocols:
-            if name not in known and not any(m.protocol.startswith(name) for m in found):
+            if name not in known:
                 raise UnknownNameError("protocol", name, known)
-        return found
+        return manager.evaluate(self.model, requests_of(requests), tuple(protocols))
 
     def locate(
         self, request: Request | Mapping[str, Any], method: str = "", **config: Any

@@ -62,6 +62,10 @@ class ImpureMethodError(PluginError):
         )
 
 
+class SelfComparisonError(ErrataError, RuntimeError):
+    """The base was to be measured but edits are on the model: it would be compared with itself."""
+
+
 class FingerprintError(ErrataError, ValueError):
     """An edit or artifact that was made for another model."""
 

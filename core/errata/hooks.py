@@ -1,4 +1,4 @@
-"""The plugin contract, whole: seven hooks, each a place where a stranger's code comes in.
+"""The plugin contract, whole: eight hooks, each a place where a stranger's code comes in.
 
 A plugin is an object (or class) with some of these methods, marked `@hookimpl`, published under
 its method's name in the entry point group "errata.methods". Arguments not needed may be left out.
@@ -14,7 +14,7 @@ import pluggy
 if TYPE_CHECKING:
     from errata.delta import Delta
     from errata.edit import Edit
-    from errata.evaluate import Measurement
+    from errata.evaluate import Measurement, Protocol
     from errata.locate import Location
     from errata.model import Model
     from errata.request import Request
@@ -56,6 +56,10 @@ class Specification:
         self, model: Model, requests: Sequence[Request], protocols: Sequence[str]
     ) -> Sequence[Measurement] | None:
         """Measure the model as it stands, for those protocols that this plugin knows."""
+
+    @hookspec
+    def protocols(self) -> Sequence[Protocol] | None:
+        """Return the protocols that the plugin's `evaluate` measures, so that they have names."""
 
     @hookspec(firstresult=True)
     def apply(self, model: Model, edit: Edit) -> bool | None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from errata import plugins
 from errata.builtin import CoreEditing
-from errata.evaluate import CoreMetrics
+from errata.evaluate import Baseline, CoreMetrics
 from errata.locate import CoreLocator
 from errata.plugins import Manager
 from errata.rules import Guards, Purity
@@ -52,7 +52,7 @@ class Methods:
         known = edit.method in self._managers or edit.method in plugins.installed()
         return self.manager(edit.method if known else "")
 
-    def measuring(self) -> Manager:
+    def measuring(self, baseline: Baseline | None = None, **settings: Any) -> Manager:
         """Return a manager for evaluation: the core's metrics, observers, methods with metrics."""
         own = [plugin for plugin in self._plugins.values() if hasattr(plugin, "evaluate")]
-        return Manager("", [CoreMetrics(), *self._observers, *own])
+        return Manager("", [CoreMetrics(baseline, **settings), *self._observers, *own])

@@ -18,7 +18,7 @@ from errata.hooks import GROUP, PROJECT, Specification
 if TYPE_CHECKING:
     from errata.delta import Delta
     from errata.edit import Edit
-    from errata.evaluate import Measurement
+    from errata.evaluate import Measurement, Protocol
     from errata.locate import Location
     from errata.model import Model
     from errata.request import Request
@@ -148,6 +148,15 @@ class Manager:
         """Collect the measurements of all plugins."""
         results = self._pm.hook.evaluate(model=model, requests=requests, protocols=protocols)
         return [item for result in reversed(results) for item in result]
+
+    def protocols(self) -> dict[str, Protocol]:
+        """Return every protocol by name; raise `PluginError` when two plugins claim one."""
+        found: dict[str, Protocol] = {}
+        for result in reversed(self._pm.hook.protocols()):
+            for protocol in result:
+                if found.setdefault(protocol.name, protocol) is not protocol:
+                    raise PluginError(f"Two plugins claim the protocol {protocol.name!r}.")
+        return found
 
     def apply(self, model: Model, edit: Edit) -> None:
         """Put an edit on the model."""

@@ -27,11 +27,39 @@ class Probe(_Frozen):
 
     `answers` keeps every alias; `type` names the sub-kind a benchmark gives it
     (for portability: "two_hop", "subject_alias"; for locality: "relation_specificity" …).
+    Probes with the same `group` are phrasings of one question (MQuAKE asks each three ways).
     """
 
     prompt: str
     answers: tuple[str, ...] = ()
     type: str = ""
+    group: str = ""
+
+
+class RelationView(_Frozen):
+    """The same change seen from the relation's side: which relation joins subject and object?
+
+    An edit (s, r, o → o*) also says that r now joins s and o*, and no longer s and o (RaKE, Wei
+    et al. 2023).
+    """
+
+    names: tuple[str, ...] = Field(min_length=1, description="Forms of the relation's name")
+    add: str = Field(description="Template naming s ({}) and o*: its answer becomes the relation")
+    remove: str = Field(description="Template naming s ({}) and o: the relation stops being it")
+    paraphrases: tuple[str, ...] = Field(default=(), description="Filled, same meaning as `add`")
+    remove_paraphrases: tuple[str, ...] = Field(default=(), description="Same, for `remove`")
+    specificity: tuple[Probe, ...] = Field(
+        default=(),
+        description='Must keep their answers: types "same_relation" (other pairs of this relation)'
+        ' and "same_pair" (other relations of this subject)',
+    )
+
+    @field_validator("add", "remove")
+    @classmethod
+    def _has_one_place(cls, value: str) -> str:
+        if value.count("{}") != 1:
+            raise ValueError(f"{value!r} needs exactly one {{}} for the subject")
+        return value
 
 
 class Request(_Frozen):
@@ -50,7 +78,10 @@ class Request(_Frozen):
     target_true: str | None = Field(default=None, description="What it says (or should say) now")
     relation: str | None = Field(default=None, description="Relation id, for example P27")
     kind: Kind = Field(default="modify", description="What sort of change this is")
-    case_id: str | None = Field(default=None, description="The benchmark's id of this case")
+    case_id: str | None = Field(
+        default=None,
+        description="The benchmark's id of this case; requests that share it are edited together",
+    )
     aliases: tuple[str, ...] = Field(default=(), description="Other right forms of target_new")
     paraphrases: tuple[str, ...] = Field(default=(), description="Filled prompts, same meaning")
     neighbourhood: tuple[Probe, ...] = Field(
@@ -63,13 +94,28 @@ class Request(_Frozen):
         default=(), description="What should follow from the change (two-hop, alias, reversal)"
     )
     generation: tuple[str, ...] = Field(default=(), description="Prompts for free generation")
+    attribute: tuple[Probe, ...] = Field(
+        default=(), description="Other subjects for which target_new is true already"
+    )
+    references: tuple[str, ...] = Field(
+        default=(), description="Texts about subjects with target_new, to compare generations with"
+    )
+    examples: tuple[str, ...] = Field(
+        default=(), description="Texts that show the wished behaviour (of a sentiment: replies)"
+    )
+    counterexamples: tuple[str, ...] = Field(
+        default=(), description="Texts that show the opposite of the wished behaviour"
+    )
+    relation_view: RelationView | None = Field(
+        default=None, description="The change seen from the relation's side"
+    )
 
     @field_validator("case_id", mode="before")
     @classmethod
     def _case_id_is_text(cls, value: Any) -> Any:
         return str(value) if isinstance(value, int) else value
 
-    @field_validator("neighbourhood", "locality", "portability", mode="before")
+    @field_validator("neighbourhood", "locality", "portability", "attribute", mode="before")
     @classmethod
     def _plain_prompts_are_probes(cls, value: Any) -> Any:
         if isinstance(value, (list, tuple)):

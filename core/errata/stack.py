@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -52,6 +52,11 @@ class Stack:
     def ids(self) -> list[str]:
         """The ids of the active edits in ledger order."""
         return [entry.edit_id for entry in self._entries]
+
+    @property
+    def touched(self) -> set[str]:
+        """The names of the tensors that the active edits change."""
+        return {n for e in self._entries if not e.delta.runtime for n in e.delta.parameters}
 
     def of_kind(self, kind: str) -> list[tuple[str, Delta]]:
         """Return (edit id, delta) of the active edits of one kind, in ledger order."""
@@ -121,12 +126,13 @@ class Stack:
         """Return what tensor `name` must be: the base with the active weight edits folded in."""
         return self._fold(name, self._entries)
 
-    def differing(self) -> list[str]:
-        """Return the names of live tensors that are not bit for bit what they must be."""
+    def differing(self, names: Collection[str] | None = None) -> list[str]:
+        """Return the names of live tensors (by default of all) that are not what they must be."""
         return [
             name
             for name, live in self._live().items()
-            if not torch.equal(live.detach(), self.expected(name).to(live.device))
+            if (names is None or name in names)
+            and not torch.equal(live.detach(), self.expected(name).to(live.device))
         ]
 
     # -- how -------------------------------------------------------------------------------------

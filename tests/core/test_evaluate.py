@@ -6,6 +6,8 @@ import copy
 import json
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,13 @@ from safetensors.torch import load_file
 
 from errata.anatomy import Anatomy
 from errata.delta.low_rank import Factor, LowRankDelta
-from errata.errors import CapabilityError, ConfigError, FingerprintError, RequestError
+from errata.errors import (
+    CapabilityError,
+    ConfigError,
+    FingerprintError,
+    RequestError,
+    SelfComparisonError,
+)
 from errata.evaluate import (
     PROTOCOLS,
     Baseline,
@@ -579,15 +587,47 @@ def test_a_model_is_compared_with_its_base_and_never_with_itself(cache: Path) ->
     assert edited["perplexity_ratio"].value == pytest.approx(ratio, rel=1e-6)
     assert ratio != pytest.approx(1.0, abs=1e-3)
     prompt = requests[0].neighbourhood[0].prompt
-    same = generate(model, [prompt])[0].strip() == baseline.generations[prompt].strip()
+    same = generate(model, [prompt])[0].strip() == baseline.memory.texts[prompt].strip()
     assert edited["neighbourhood_unchanged"].value == float(same)
-    alone = CoreMetrics(texts=TEXTS).evaluate(model, requests, ALL)
-    assert not relative & set(by_metric(alone))  # there is nothing to compare with
+    alone = by_metric(CoreMetrics(texts=TEXTS).evaluate(model, requests, ALL))
+    assert {m: alone[m].value for m in relative} == {m: edited[m].value for m in relative}
+    assert model.stack.ids == ["1" * 12]  # the base was asked in between
+
+
+def test_an_edited_model_is_never_taken_for_its_base(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The bug that has been published: the "base" is the edited object.
+    model = build_model("gpt2", cache)
+    model.stack.set([an_edit(model)])
+    monkeypatch.setattr(type(model), "base_state", lambda self: nullcontext())
+    with pytest.raises(SelfComparisonError, match="compared with itself"):
+        CoreMetrics(texts=TEXTS).evaluate(model, [known_request()], ["general"])
+    with pytest.raises(SelfComparisonError, match="compared with itself"):
+        Baseline.capture(model, [known_request()])
+
+
+def test_a_weight_left_from_an_edit_is_not_taken_for_the_base(cache: Path) -> None:
+    model = build_model("gpt2", cache)
+    edit = an_edit(model)
+    model.stack.set([edit])
+    temporarily = model.stack.temporarily
+
+    @contextmanager
+    def leaky(entries: list[Any]) -> Iterator[None]:
+        with temporarily(entries):
+            with torch.no_grad():
+                model.parameter(edit.delta.parameters[0]).add_(1e-3)
+            yield
+
+    model.stack.temporarily = leaky  # type: ignore[method-assign]
+    with pytest.raises(SelfComparisonError, match=edit.delta.parameters[0]):
+        CoreMetrics(texts=TEXTS).evaluate(model, [known_request()], ["general"])
 
 
 def test_a_baseline_of_another_model_is_refused(cache: Path) -> None:
     baseline = Baseline.capture(build_model("gpt2", cache), [known_request()], texts=())
-    assert baseline.nlls == {}
+    assert baseline.memory.nlls == {}
     other = build_model("gpt2", cache, seed=1)
     with pytest.raises(FingerprintError, match="The baseline is of base model"):
         CoreMetrics(baseline).evaluate(other, [known_request()], ["locality"])

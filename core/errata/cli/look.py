@@ -13,7 +13,7 @@ from rich.text import Text
 from errata.cli import render
 from errata.cli.edits import check_method, pairs, read_requests
 from errata.cli.session import MODEL, Session, command
-from errata.errors import LedgerError, RequestError, UnknownNameError
+from errata.errors import LedgerError, RequestError
 from errata.request import Request
 
 if TYPE_CHECKING:
@@ -279,9 +279,6 @@ def evaluate(
     if requests is None:
         session.read_ledger().close()
     with session.editor() as editor:
-        from errata.evaluate import PROTOCOLS
-
-        known = [protocol.name for protocol in PROTOCOLS]
         if requests is None:
             chosen = [editor.ledger.get(i) for i in ids or editor.model.stack.ids]
             if not chosen:
@@ -296,9 +293,6 @@ def evaluate(
                 with editor.disabled():
                     before = editor.evaluate(requests, wanted)
         missing = [name for name in wanted if name not in {one.name for one in found}]
-        for name in missing:
-            if name not in known:
-                raise UnknownNameError("protocol", name, known)
         active = editor.model.stack.ids
         name = editor.model.name
     if session.json:

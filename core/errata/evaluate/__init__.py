@@ -3,7 +3,10 @@
 from errata.evaluate.baseline import Baseline
 from errata.evaluate.generation import contained_match, exact_match, generate
 from errata.evaluate.measurement import Measurement
-from errata.evaluate.metrics import PROTOCOLS, CoreMetrics, Protocol
+from errata.evaluate.metrics import CoreMetrics
+from errata.evaluate.protocol import Protocol
+from errata.evaluate.protocols import PROTOCOLS
+from errata.evaluate.reader import MeasureSettings, Question, Reader
 from errata.evaluate.scoring import TargetScore, score_targets
 from errata.evaluate.text import canary_texts, perplexity
 
@@ -11,8 +14,11 @@ __all__ = [
     "PROTOCOLS",
     "Baseline",
     "CoreMetrics",
+    "MeasureSettings",
     "Measurement",
     "Protocol",
+    "Question",
+    "Reader",
     "TargetScore",
     "canary_texts",
     "contained_match",

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from errata.errors import FingerprintError
-from errata.evaluate.generation import generate
-from errata.evaluate.text import canary_texts, text_nlls
+from errata.evaluate.protocols import PROTOCOLS
+from errata.evaluate.reader import MeasureSettings, Memory, Reader
 
 if TYPE_CHECKING:
+    from errata.evaluate.measurement import Measurement
     from errata.model import Model
     from errata.request import Request
 
@@ -21,52 +22,39 @@ class Baseline:
 
     Attributes:
         fingerprint: of the base model.
-        max_new_tokens: length limit of the generations.
-        generations: prompt → greedy generation (natural stop) of the base.
-        nlls: text → (summed negative log-probability in nats, tokens) of the base.
+        settings: how it was asked; whoever compares asks the same way.
+        memory: its answers. What is missing is asked with every edit off when it is needed.
+        measurements: the base's own numbers by the protocols it was captured for.
     """
 
     fingerprint: str
-    max_new_tokens: int
-    generations: Mapping[str, str] = field(default_factory=dict)
-    nlls: Mapping[str, tuple[float, int]] = field(default_factory=dict)
+    settings: MeasureSettings
+    memory: Memory = field(default_factory=Memory)
+    measurements: tuple[Measurement, ...] = ()
 
     @classmethod
     def capture(
         cls,
         model: Model,
-        requests: Sequence[Request],
-        *,
-        texts: Sequence[str] | None = None,
-        max_new_tokens: int = 32,
-        batch_size: int = 32,
+        requests: Sequence[Request] = (),
+        protocols: Sequence[str] = ("counterfact", "generation", "locality", "general"),
+        **settings: Any,
     ) -> Baseline:
         """Measure the base: every edit is off while this runs and on again afterwards.
 
         Args:
             model: the model, edited or not.
-            requests: whose neighbourhood and locality prompts are answered.
-            texts: for perplexity; by default the canary texts, () for none.
-            max_new_tokens: length limit; the evaluator that compares must use the same.
-            batch_size: rows per forward.
+            requests: whose prompts are answered.
+            protocols: what is measured.
+            **settings: fields of `MeasureSettings`.
         """
-        prompts = list(
-            dict.fromkeys(p.prompt for r in requests for p in (*r.neighbourhood, *r.locality))
-        )
-        texts = canary_texts() if texts is None else list(texts)
-        with model.base_state():
-            answers = (
-                generate(model, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
-                if prompts and model.anatomy.kind != "encoder"
-                else []
-            )
-            nlls = text_nlls(model, texts) if texts else []
-        return cls(
-            model.fingerprint,
-            max_new_tokens,
-            dict(zip(prompts, answers, strict=False)),
-            dict(zip(texts, nlls, strict=True)),
-        )
+        asked = MeasureSettings(**settings)
+        memory = Memory()
+        reader = Reader(model, requests, asked, memory, of_base=True)
+        wanted = [protocol for protocol in PROTOCOLS if protocol.name in protocols]
+        with reader.state():
+            found = [item for protocol in wanted for item in protocol.measure(reader)]
+        return cls(model.fingerprint, asked, memory, tuple(found))
 
     def check(self, model: Model) -> None:
         """Raise `FingerprintError` unless this is the baseline of the model's own base."""

@@ -15,7 +15,8 @@ import numpy as np
 from errata.evaluate.fluency import weighted_entropy, words
 from errata.evaluate.generation import Sampling, decode_after, generate_tokens
 from errata.evaluate.measurement import Measurement, bootstrap
-from errata.evaluate.questions import Reader, per_case
+from errata.evaluate.protocol import Protocol
+from errata.evaluate.reader import Reader, per_case
 from errata.evaluate.scoring import context_limit
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ Pairs = list[tuple[int, float, float]]
 """(request, mean negative log-probability of the new target, of the true one) per prompt."""
 
 
-def measure(reader: Reader, seed: int = 0) -> list[Measurement]:
+def measure(reader: Reader) -> list[Measurement]:
     """Return ES, EM, PS, PM, NS, NM, Score and GE, each where the requests have its prompts.
 
     Requests without a true target have nothing to compare with and are left out.
@@ -72,7 +73,7 @@ def measure(reader: Reader, seed: int = 0) -> list[Measurement]:
     if len(success) == 3:
         measured.append(_score(reader, success))
     if reader.generates and any(request.generation for request in requests):
-        measured.append(generation_entropy(reader, seed))
+        measured.append(generation_entropy(reader, reader.settings.seed))
     return measured
 
 
@@ -168,3 +169,12 @@ def _paraphrases(request: Request) -> Sequence[str]:
 
 def _neighbourhood(request: Request) -> Sequence[str]:
     return [probe.prompt for probe in request.neighbourhood]
+
+
+PROTOCOL = Protocol(
+    "counterfact",
+    "ES, PS, NS, their magnitudes, Score and GE: teacher-forced probability of the new against "
+    "the true target",
+    "Meng et al. 2022, Locating and Editing Factual Associations in GPT, section 3.4",
+    measure,
+)
