@@ -56,6 +56,7 @@ class Preset(_Stanza):
     match: dict[str, str | int] = Field(default_factory=dict)
     values: dict[str, Any]
     source: str = Field(default="", description="Where the numbers come from")
+    layer: str = Field(default="", description="The registry file it stands in; set when merging")
 
     def fits(self, facts: Mapping[str, Any]) -> bool:
         """Say whether a model with these facts is meant."""
@@ -96,12 +97,21 @@ class Layer:
 
 @dataclass(frozen=True)
 class Value:
-    """One resolved hyper-parameter."""
+    """One resolved hyper-parameter.
+
+    Attributes:
+        name: of the hyper-parameter.
+        value: what it is.
+        source: where the number comes from, as its preset says; else the layer.
+        description: what it means.
+        layer: the layer of configuration that set it: "default", a registry file, "argument".
+    """
 
     name: str
     value: Any
     source: str
     description: str
+    layer: str
 
 
 @dataclass(frozen=True)
@@ -146,12 +156,17 @@ class Registry:
             for name, stanza in _mapping(layer, "methods").items():
                 _known_keys(stanza, MethodEntry.model_fields, f"{layer.source}: methods.{name}")
                 presets = [
-                    {**preset, "source": preset.get("source") or layer.source}
+                    {
+                        **preset,
+                        "source": preset.get("source") or layer.source,
+                        "layer": layer.source,
+                    }
                     for preset in stanza.get("presets", [])
                 ]
                 defaults = stanza.get("defaults", {})
                 if defaults:
-                    presets.insert(0, {"match": {}, "values": defaults, "source": layer.source})
+                    every = {"match": {}, "source": layer.source, "layer": layer.source}
+                    presets.insert(0, {**every, "values": defaults})
                 former = methods.setdefault(name, {})
                 former.update({k: v for k, v in stanza.items() if k not in ("presets", "defaults")})
                 former["presets"] = [*former.get("presets", []), *presets]
@@ -186,15 +201,18 @@ class Registry:
         """
         values: dict[str, Any] = {}
         sources: dict[str, str] = {}
+        layers: dict[str, str] = {}
         for preset in self.method(name).presets:
             if preset.fits(facts):
                 _known_fields(preset.values, config, name, preset.source)
                 values.update(preset.values)
                 sources.update(dict.fromkeys(preset.values, preset.source))
+                layers.update(dict.fromkeys(preset.values, preset.layer))
         given = dict(overrides or {})
         _known_fields(given, config, name, "the arguments")
         values.update(given)
         sources.update(dict.fromkeys(given, "argument"))
+        layers.update(dict.fromkeys(given, "argument"))
         try:
             resolved = config(**values)
         except ValidationError as error:
@@ -205,7 +223,13 @@ class Registry:
             )
             raise ConfigError(f"Bad hyper-parameters for {name}: {problems}") from None
         table = [
-            Value(key, getattr(resolved, key), sources.get(key, "default"), info.description or "")
+            Value(
+                key,
+                getattr(resolved, key),
+                sources.get(key, "default"),
+                info.description or "",
+                layers.get(key, "default"),
+            )
             for key, info in config.model_fields.items()
         ]
         return resolved, table

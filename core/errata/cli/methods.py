@@ -191,7 +191,6 @@ def _one(session: Session, name: str, registry: Registry, overrides: dict[str, A
         config: type[MethodConfig] = plugins.load(name).config
         facts = model_facts(str(model), registry) if model else {}
     _, resolved = registry.resolve(name, config, facts, overrides)
-    layers = {value.name: _layer(value, registry, name) for value in resolved}
     row = _row(name, plugins.installed()[name], entry)
     if session.json:
         session.emit(
@@ -201,7 +200,7 @@ def _one(session: Session, name: str, registry: Registry, overrides: dict[str, A
                 "capabilities": entry.capabilities.model_dump(mode="json"),
                 "model": facts or None,
                 "hyper_parameters": [
-                    {"name": v.name, "value": _json(v.value), "layer": layers[v.name],
+                    {"name": v.name, "value": _json(v.value), "layer": v.layer,
                      "source": v.source, "description": v.description}
                     for v in resolved
                 ],
@@ -211,22 +210,10 @@ def _one(session: Session, name: str, registry: Registry, overrides: dict[str, A
         return
     session.show(*_about(name, entry, row))
     shown = f"for {facts['name']}" if facts else "for an unknown model; name one with --model"
-    session.show("", render.heading("Hyper-parameters", shown), *_values(resolved, layers))
+    session.show("", render.heading("Hyper-parameters", shown), *_values(resolved))
     others = [preset for preset in entry.presets if preset.match]
     if others:
         session.show("", *_presets(others, facts))
-
-
-def _layer(value: Value, registry: Registry, name: str) -> str:
-    """Return the layer of configuration that set a value: the last one with such a preset."""
-    for layer in reversed(registry.layers):
-        stanza = layer.data.get("methods", {}).get(name, {})
-        if value.source == layer.source:
-            return layer.source
-        for preset in stanza.get("presets", ()):
-            if preset.get("source") == value.source and value.name in preset.get("values", {}):
-                return layer.source
-    return value.source
 
 
 def _about(name: str, entry: MethodEntry, row: dict[str, Any]) -> list[Any]:
@@ -255,7 +242,7 @@ def _about(name: str, entry: MethodEntry, row: dict[str, Any]) -> list[Any]:
     ]
 
 
-def _values(resolved: list[Value], layers: dict[str, str]) -> list[Any]:
+def _values(resolved: list[Value]) -> list[Any]:
     """Return the table of values, and what its numbers for sources stand for."""
     grid = render.table(
         ("name", {"no_wrap": True}),
@@ -265,15 +252,14 @@ def _values(resolved: list[Value], layers: dict[str, str]) -> list[Any]:
     )
     sources: dict[str, int] = {}
     for value in resolved:
-        layer = layers[value.name]
         mark = ""
-        if layer != value.source:  # a preset that says where its numbers come from
+        if value.layer != value.source:  # a preset that says where its numbers come from
             mark = f" [{sources.setdefault(value.source, len(sources) + 1)}]"
-        changed = layer != "default"
+        changed = value.layer != "default"
         grid.add_row(
             Text(value.name, style="accent"),
             Text(str(_json(value.value)), style="new" if changed else ""),
-            Text(layer + mark, style="" if changed else "muted"),
+            Text(value.layer + mark, style="" if changed else "muted"),
             Text(value.description, style="muted"),
         )
     notes = [Text(f"[{index}] {source}", style="muted") for source, index in sources.items()]
