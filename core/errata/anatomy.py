@@ -190,6 +190,8 @@ class Anatomy:
                 _fetch(module, "", path, model_type, field)
         blocks = _fetch(module, "", spec.blocks, model_type, "blocks")
         n_layers = len(list(blocks.children()))
+        if n_layers:
+            spec = _as_stored(spec, blocks, model_type)
         for layer in range(n_layers):
             block = f"{spec.blocks}.{layer}"
             for field, path in spec.paths():
@@ -375,6 +377,15 @@ def _fetch(module: nn.Module, base: str, path: str, model_type: str, field: str)
         f"module; it has: {', '.join(there[:24]) or 'nothing'}. Correct the stanza, or load the "
         "model with the class that it describes (a language-model class, not the backbone)."
     )
+
+
+def _as_stored(spec: ArchitectureSpec, blocks: nn.Module, model_type: str) -> ArchitectureSpec:
+    """Return the stanza for a quantised model: what quantises puts (out, in) in Conv1D's place."""
+    first = next(iter(blocks.children()))
+    weight = getattr(_fetch(first, "", spec.mlp_out, model_type, "mlp_out"), "weight", None)
+    if weight is None or weight.is_floating_point() or spec.layout == "out_in":
+        return spec
+    return ArchitectureSpec(**{**spec.model_dump(), "layout": "out_in"})
 
 
 def _check_layout(projection: nn.Module, path: str, layout: Layout, model_type: str) -> None:

@@ -78,6 +78,8 @@ class Editor:
         observers: plugin objects that see every hook call (and may add metrics).
         keep: where the pristine tensors are kept: "auto", "clone" or "checkpoint".
         corpus: paragraphs for second-moment statistics; None: the text that ships with errata.
+        branch: run weight edits beside the weights, which stay untouched; None: where the weights
+            are quantised.
         artifacts: cache folder; None: $ERRATA_CACHE or the platform's.
         registry: a merged registry; None reads shipped, plugin, user and project layers.
         progress: where long work reports to.
@@ -96,6 +98,7 @@ class Editor:
         observers: Sequence[object] = (),
         keep: str = "auto",
         corpus: Sequence[str] | None = None,
+        branch: bool | None = None,
         artifacts: str | Path | None = None,
         registry: Registry | None = None,
         progress: Progress | None = None,
@@ -114,6 +117,7 @@ class Editor:
             device_map=device_map,
             keep=keep,
             corpus=corpus,
+            branch=branch,
             artifacts=Artifacts(artifacts),
             progress=progress,
         )
@@ -393,24 +397,29 @@ class Editor:
     # -- moving edits ----------------------------------------------------------------------------
 
     def export(
-        self, path: str | Path, *edits: EditLike, format: str = "errata", overwrite: bool = False
+        self,
+        path: str | Path,
+        *edits: EditLike,
+        format: str = "errata",
+        overwrite: bool = False,
+        **options: Any,
     ) -> Path:
-        """Write edits (by default the active ones) as one file, or as a PEFT directory.
+        """Write edits (by default the active ones) as one file, or as a PEFT LoRA adapter.
 
         Args:
             path: the file ("errata") or directory ("peft") to write.
             *edits: which edits.
             format: "errata" for `apply` and `import_` anywhere; "peft" for plain PeftModel.
-            overwrite: replace an existing file.
+            overwrite: replace what is there.
+            **options: of "peft": `rank` and `error`, see `errata.shipping.export_peft`.
         """
-        chosen = [self._get(edit) for edit in edits] or [
-            self._get(edit_id) for edit_id in self.model.stack.ids
-        ]
+        shipping.check_format(format, options)
+        chosen = [self._get(edit) for edit in edits or self.model.stack.ids]
         if not chosen:
             raise LedgerError("There is nothing to export: no edit is active and none was named.")
         if format == "errata":
             return self.ledger.export([e.id for e in chosen], Path(path), overwrite=overwrite)
-        return shipping.export_peft(self.model, chosen, Path(path), format, overwrite)
+        return shipping.export_peft(self.model, chosen, Path(path), overwrite, **options)
 
     def import_(self, path: str | Path) -> list[Edit]:
         """Take the edits of an exported file into the ledger, inactive.

@@ -44,7 +44,7 @@ def load_model(
         device: where to put the model ("cpu", "cuda", "cuda:1").
         dtype: "bf16", "fp16", "fp32", "fp64" or a torch dtype; by default the checkpoint's.
         device_map: passed to transformers, to spread a model over several devices.
-        options: `name`, `keep`, `artifacts`, `progress`, `corpus` of `Model`.
+        options: `name`, `keep`, `artifacts`, `progress`, `corpus`, `branch` of `Model`.
 
     Raises:
         ConfigError: a device, dtype or tokenizer that cannot be used.

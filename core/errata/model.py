@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from errata.artifacts import Artifacts
-from errata.errors import AnatomyError
+from errata.errors import AnatomyError, CapabilityError, UnknownNameError
 from errata.pristine import Pristine
 from errata.progress import Progress
 from errata.stack import Stack
@@ -52,6 +53,9 @@ class Model:
             with `prompts`. Kinds that decide per prompt (a codebook) read it.
         memo: artifacts that were read already, so that they are read (and factored) once.
         runtimes: what runtime delta kinds keep between attachments, by kind; theirs alone.
+        branch: weight edits run beside the weights (y = W x + U Vᵀ x) instead of in them.
+        row_edits: for each row of the coming forward calls the ids of the edits that it takes, or
+            None for all active ones; set it with `rows`.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class Model:
         artifacts: Artifacts | None = None,
         progress: Progress | None = None,
         corpus: Sequence[str] | None = None,
+        branch: bool | None = None,
     ) -> None:
         module.eval()
         self.module = module
@@ -79,6 +84,10 @@ class Model:
         self.progress = progress or Progress()
         self.corpus = corpus
         self.prompt_ends: list[int] | None = None
+        self.row_edits: list[frozenset[str]] | None = None
+        # Nothing can be folded into quantised weights.
+        quantised = any(not p.is_floating_point() for p in self.parameters.values())
+        self.branch = quantised if branch is None else branch
         self.runtimes: dict[str, Any] = {}
         self.memo: dict[Any, Any] = {}
         self.stack = Stack(self)
@@ -108,6 +117,39 @@ class Model:
             raise AnatomyError(f"The model {self.name} has no parameter {name!r}.")
         return self.parameters[name]
 
+    def weight_shape(self, name: str, transposed: bool) -> tuple[int, int]:
+        """Return (d_out, d_in) of a weight, also where it is quantised and stored packed."""
+        shape = self.parameter(name).shape
+        if self.parameters[name].is_floating_point():
+            rows, columns = shape
+            return (int(columns), int(rows)) if transposed else (int(rows), int(columns))
+        return self.anatomy.shape(self.module, name.removesuffix(".weight"))
+
+    def weight_norm(self, name: str) -> float:
+        """Return the Frobenius norm of a base weight."""
+        base = self.pristine[name]
+        if base.is_floating_point():
+            return float(base.float().norm())
+        key = ("weight_norm", name)
+        if key not in self.memo:
+            self.memo[key] = self._quantised_norm(name.removesuffix(".weight"))
+        return float(self.memo[key])
+
+    @torch.no_grad()
+    def _quantised_norm(self, path: str, chunk: int = 1024) -> float:
+        """Return the norm of what a quantised module does to the unit vectors, bias left out."""
+        module = self.module.get_submodule(path)
+        _, d_in = self.anatomy.shape(self.module, path)
+        total = 0.0
+        with self.base_state():
+            nothing = module(torch.zeros(1, d_in, device=self.device))
+            for start in range(0, d_in, chunk):
+                size = min(chunk, d_in - start)
+                unit = torch.zeros(size, d_in, device=self.device)
+                unit[torch.arange(size), start + torch.arange(size)] = 1.0
+                total += float((module(unit) - nothing).double().square().sum())
+        return math.sqrt(total)
+
     def active(self, kind: str) -> list[tuple[str, Delta]]:
         """Return the active deltas of one kind as (edit id, delta), in ledger order."""
         return self.stack.of_kind(kind)
@@ -136,6 +178,37 @@ class Model:
             yield
         finally:
             self.prompt_ends = former
+
+    @contextmanager
+    def rows(self, edits: Sequence[Collection[str]]) -> Iterator[None]:
+        """Say which of the active edits each row of the forward calls in the block takes.
+
+        Args:
+            edits: one collection of edit ids per row. A batch with k times as many rows (beams)
+                takes each entry k times.
+
+        Raises:
+            CapabilityError: the edits are folded into the weights, or one acts by itself at run
+                time (a codebook, an adapter): neither can differ from row to row.
+            UnknownNameError: an id that is not active.
+        """
+        named = {edit_id for row in edits for edit_id in row}
+        for edit_id in sorted(named - set(self.stack.ids)):
+            raise UnknownNameError("active edit", edit_id, self.stack.ids)
+        runtime = [e.edit_id for e in self.stack.entries if e.delta.runtime]
+        if runtime or not self.branch:
+            raise CapabilityError(
+                f"Rows cannot take different edits: {', '.join(runtime)} act on every row."
+                if runtime
+                else "Rows cannot take different edits while these are folded into the weights: "
+                "open the model with Editor(…, branch=True)."
+            )
+        former = self.row_edits
+        self.row_edits = [frozenset(row) for row in edits]
+        try:
+            yield
+        finally:
+            self.row_edits = former
 
     # -- identity --------------------------------------------------------------------------------
 

@@ -3,46 +3,98 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from errata.delta import AdapterDelta
 from errata.errors import CapabilityError, ConfigError, StorageError, UnknownNameError
+from errata.factors import Change, changes
+from errata.stack import Entry
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from errata.edit import Edit
     from errata.model import Model
 
 
+FORMATS = {"errata": (), "peft": ("rank", "error")}
+"""The formats that edits leave in, and the options of each."""
+
+
+def check_format(format: str, options: Mapping[str, Any]) -> None:
+    """Raise `UnknownNameError` for a format, or an option of it, that there is not."""
+    if format not in FORMATS:
+        raise UnknownNameError("export format", format, FORMATS)
+    for option in options:
+        if option not in FORMATS[format]:
+            raise UnknownNameError(f"option of format {format!r}", option, FORMATS[format])
+
+
 def export_peft(
-    model: Model, edits: Sequence[Edit], path: Path, format: str, overwrite: bool
+    model: Model,
+    edits: Sequence[Edit],
+    path: Path,
+    overwrite: bool = False,
+    *,
+    rank: int | None = None,
+    error: float | None = None,
 ) -> Path:
-    """Write one adapter edit as a PEFT directory that plain `PeftModel` loads.
+    """Write edits as one PEFT directory that plain `PeftModel` loads on the base.
+
+    A single adapter edit is written as it is. Any other set of edits becomes one LoRA adapter
+    with the scale one: what the edits, folded together, add to each weight, as B A.
+
+    Args:
+        model: the model that the edits are for.
+        edits: which, in ledger order.
+        path: directory to write.
+        overwrite: replace what is there.
+        rank: keep at most this many directions per weight; None keeps all.
+        error: keep as few directions as leave this relative (Frobenius) error per weight.
 
     Raises:
-        UnknownNameError: a format other than "errata" and "peft".
-        CapabilityError: more than one edit, or an edit of another kind.
+        CapabilityError: an edit that acts at run time only (a codebook), or one that changes
+            what is no linear module's weight (an embedding).
+        ConfigError: a bad rank or error.
     """
-    del model
-    if format != "peft":
-        raise UnknownNameError("export format", format, ("errata", "peft"))
-    if len(edits) != 1 or not isinstance(edits[0].delta, AdapterDelta):
-        kinds = ", ".join(f"{edit.id} ({edit.delta_kind})" for edit in edits)
-        raise CapabilityError(
-            f"A PEFT directory holds one adapter edit; asked for {kinds}. Name one adapter edit, "
-            "export as format='errata', or write a checkpoint with merge()."
-        )
-    delta = edits[0].delta
+    only = edits[0].delta
+    if len(edits) == 1 and isinstance(only, AdapterDelta) and rank is None and error is None:
+        return _folder(path, overwrite, only.write_directory)
+    entries = [Entry(edit.sequence, edit.id, edit.delta) for edit in edits]
+    entries.sort(key=lambda entry: entry.sequence)
+    found = changes(model, entries, rank=rank, error=error)
+    return _folder(path, overwrite, lora(model, found).write_directory)
 
-    def fill(folder: Path) -> None:
-        delta.write_directory(folder)
 
-    return _folder(path, overwrite, fill)
+def lora(model: Model, found: Sequence[Change]) -> AdapterDelta:
+    """Return changes of weights as a LoRA adapter of scale one: B = U, A = Vᵀ, alpha = r."""
+    tensors: dict[str, Tensor] = {}
+    for change in found:
+        prefix = f"base_model.model.{change.module}"
+        tensors[f"{prefix}.lora_A.weight"] = change.v.T.float().contiguous().cpu()
+        tensors[f"{prefix}.lora_B.weight"] = change.u.float().contiguous().cpu()
+    ranks = {change.module: change.rank for change in found}
+    usual = max(ranks.values(), key=list(ranks.values()).count)
+    other = {module: rank for module, rank in ranks.items() if rank != usual}
+    tasks = {"decoder": "CAUSAL_LM", "encoder-decoder": "SEQ_2_SEQ_LM", "encoder": None}
+    config = {
+        "peft_type": "LORA",
+        "task_type": tasks[model.anatomy.kind],
+        "r": usual,
+        "lora_alpha": usual,
+        "rank_pattern": other,
+        "alpha_pattern": other,
+        "target_modules": sorted(ranks),
+        "fan_in_fan_out": any(change.transposed for change in found),
+        "bias": "none",
+        "inference_mode": True,
+    }
+    return AdapterDelta(config, tensors)
 
 
 def merge_checkpoint(model: Model, path: Path, overwrite: bool) -> Path:
@@ -61,6 +113,8 @@ def merge_checkpoint(model: Model, path: Path, overwrite: bool) -> Path:
     adapters = [e.delta for e in entries if isinstance(e.delta, AdapterDelta)]
     with model.stack.temporarily([e for e in entries if not e.delta.runtime]):
         state = {name: tensor.detach() for name, tensor in model.module.state_dict().items()}
+        for name in model.stack.touched if model.branch else ():
+            state[name] = model.stack.folded(name)
         with torch.no_grad():
             for delta in adapters:
                 for name, difference in delta.differences(model).items():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from errata.errors import IntegrityError
+from errata.errors import CapabilityError, IntegrityError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +33,9 @@ class Stack:
     of the active edits in ledger order, accumulated in fp32 (or wider) and cast once; kinds are
     folded one after the other in the order of their names, so the result depends on the set of
     active edits and on nothing that happened before.
+
+    Where the model takes its edits as a side branch (`model.branch`) the weights stay the base's
+    and weight edits are hung beside them, computed from the same set of edits.
     """
 
     def __init__(self, model: Model) -> None:
@@ -124,6 +127,10 @@ class Stack:
 
     def expected(self, name: str) -> Tensor:
         """Return what tensor `name` must be: the base with the active weight edits folded in."""
+        return self._fold(name, [] if self._model.branch else self._entries)
+
+    def folded(self, name: str) -> Tensor:
+        """Return the base with the active weight edits folded in, wherever they are now."""
         return self._fold(name, self._entries)
 
     def differing(self, names: Collection[str] | None = None) -> list[str]:
@@ -148,15 +155,16 @@ class Stack:
 
     def _move(self, before: Sequence[Entry], after: Sequence[Entry], force: bool = False) -> None:
         """Bring the model from one set of active edits to another."""
-        runtime_before = [e for e in before if e.delta.runtime]
-        runtime_after = [e for e in after if e.delta.runtime]
-        rehang = force or [e.edit_id for e in runtime_before] != [e.edit_id for e in runtime_after]
+        beside = self._model.branch
+        hung_before = [e.edit_id for e in before if e.delta.runtime or beside]
+        hung_after = [e.edit_id for e in after if e.delta.runtime or beside]
+        rehang = force or hung_before != hung_after
         # Any change of the stack's make-up for a parameter means folding it again, whole.
         changed = {e.edit_id for e in before} ^ {e.edit_id for e in after}
         touched = {
             name
             for e in (*before, *after)
-            if not e.delta.runtime and (force or e.edit_id in changed)
+            if not (e.delta.runtime or beside) and (force or e.edit_id in changed)
             for name in e.delta.parameters
         }
         folded = {name: self._fold(name, after) for name in sorted(touched)}
@@ -177,6 +185,11 @@ class Stack:
                 kinds[entry.delta.kind].append(entry.delta)
         if not kinds:
             return base
+        if not base.is_floating_point():
+            raise CapabilityError(
+                f"{name!r} is stored as {base.dtype} (quantised): nothing can be folded into it. "
+                "Run the edits beside the weights: Editor(…, branch=True)."
+            )
         live = self._model.parameters[name]
         wide = torch.promote_types(base.dtype, torch.float32)
         # On the parameter's own device: folding a 7B model's matrices on the CPU takes seconds.
@@ -189,6 +202,11 @@ class Stack:
         return folded
 
     def _attach(self, entries: Sequence[Entry]) -> None:
+        if self._model.branch:
+            from errata import branch
+
+            weights = [entry for entry in entries if not entry.delta.runtime]
+            self._undo.append(branch.attach(self._model, weights))
         kinds: dict[str, list[tuple[str, Delta]]] = defaultdict(list)
         for entry in entries:
             if entry.delta.runtime:

@@ -26,7 +26,8 @@ def add(app: typer.Typer) -> None:
         examples=(
             "errata export --out all.errata\n"
             "errata export 3f2a 91bc --out two.errata\n"
-            "errata export 3f2a --format peft --out adapter/"
+            "errata export --format peft --out adapter/\n"
+            "errata export 3f2a --format peft --error 0.01 --out small-adapter/"
         ),
     )(export)
     command(
@@ -49,16 +50,28 @@ def export(
     format: Annotated[
         str,
         typer.Option(
-            "--format", help="errata: one file for `errata apply`; peft: a folder for PeftModel."
+            "--format",
+            help="errata: one file for `errata apply`; peft: a LoRA adapter for PeftModel.",
         ),
     ] = "errata",
+    rank: Annotated[
+        int | None,
+        typer.Option("--rank", metavar="N", help="peft: at most this many directions per weight."),
+    ] = None,
+    error: Annotated[
+        float | None,
+        typer.Option(
+            "--error", metavar="E", help="peft: as few directions as leave this relative error."
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
 ) -> None:
-    """Write edits to one file, or one as a PEFT adapter.
+    """Write edits to one file, or as one LoRA adapter.
 
-    Another errata applies the file; plain PeftModel loads the adapter.
+    Another errata applies the file; plain PeftModel loads the adapter, whatever the methods were.
     """
-    if format == "errata":  # needs no model
+    options = {k: v for k, v in (("rank", rank), ("error", error)) if v is not None}
+    if format == "errata" and not options:  # needs no model
         with session.read_ledger(kinds=True) as ledger:
             chosen = [ledger.resolve(name) for name in ids or ()] or ledger.active_ids()
             if not chosen:
@@ -70,7 +83,7 @@ def export(
         session.read_ledger().close()
         with session.editor() as editor:
             chosen = [editor.ledger.resolve(name) for name in ids or editor.model.stack.ids]
-            path = editor.export(out, *chosen, format=format, overwrite=overwrite)
+            path = editor.export(out, *chosen, format=format, overwrite=overwrite, **options)
     size = sum(f.stat().st_size for f in path.rglob("*")) if path.is_dir() else path.stat().st_size
     if session.json:
         session.emit({"path": str(path), "format": format, "edits": chosen, "bytes": size})

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
+
 from errata.delta.adapter_config import PARTS, canonical, layer_alpha, module_of
 from errata.delta.adapter_layers import (
     Piece,
@@ -175,6 +177,12 @@ class AdapterDelta(Delta):
         return out
 
     # -- effect ----------------------------------------------------------------------------------
+
+    @classmethod
+    def joint_factors(cls, name: str, deltas: Sequence[Self]) -> tuple[Tensor, Tensor]:
+        """Return what merging the adapters would add, exact up to rounding."""
+        parts = [delta.pieces[name.removesuffix(".weight")].factors() for delta in deltas]
+        return torch.cat([u for u, _ in parts], dim=1), torch.cat([v for _, v in parts], dim=1)
 
     @classmethod
     def attach(cls, model: Model, deltas: Sequence[tuple[str, Self]]) -> Undo:

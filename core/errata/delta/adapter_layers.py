@@ -51,10 +51,18 @@ class Piece:
 
     def difference(self) -> Tensor:
         """Return (alpha / divisor) · B (E ∘ A), (d_out, d_in), in fp32."""
-        if self.e is None:
-            return self.alpha / self.divisor * (self.b.float() @ self.a.float())
-        scaled = self.alpha / (self.divisor + 1e-5)  # PEFT's guard against rank zero
-        return scaled * (self.b.float() @ (self.a.float() * self.e.float()))
+        return self._scale() * (self.b.float() @ self._rows())
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return U (d_out, r) and V (d_in, r) with U Vᵀ = `difference()`, in fp32."""
+        return self._scale() * self.b.float(), self._rows().T
+
+    def _scale(self) -> float:
+        # The small number is PEFT's guard against rank zero, in AdaLoRA only.
+        return self.alpha / (self.divisor if self.e is None else self.divisor + 1e-5)
+
+    def _rows(self) -> Tensor:
+        return self.a.float() if self.e is None else self.a.float() * self.e.float()
 
 
 def skeleton(

@@ -92,6 +92,17 @@ class Delta(ABC):
         raise NotImplementedError(f"{cls.__name__} is a runtime kind")
 
     @classmethod
+    def joint_factors(cls, name: str, deltas: Sequence[Self]) -> tuple[Tensor, Tensor] | None:
+        """Return what folding all `deltas` adds to parameter `name` as factors, where it has any.
+
+        U (d_out, r) and V (d_in, r) with U Vᵀ the change in the orientation (d_out, d_in), exact
+        up to rounding. They let edits run beside the weights and leave as LoRA adapters. None
+        (the default): the change is only known whole.
+        """
+        del name, deltas
+        return None
+
+    @classmethod
     def attach(cls, model: Model, deltas: Sequence[tuple[str, Self]]) -> Undo:
         """Hang all `deltas`, as (edit id, delta) in ledger order, on the live module.
 

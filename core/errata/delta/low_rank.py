@@ -97,8 +97,7 @@ class LowRankDelta(Delta):
         super().check(model)
         for name, factor in self.factors.items():
             given = (factor.u.shape[0], factor.v.shape[0])
-            shape = tuple(model.parameter(name).shape)
-            expected = shape[::-1] if factor.transposed else shape
+            expected = model.weight_shape(name, factor.transposed)
             require(
                 given == expected,
                 f"A low_rank delta for {name!r} has shape {given}; this model's is {expected}.",
@@ -106,15 +105,20 @@ class LowRankDelta(Delta):
 
     def norms(self, model: Model) -> dict[str, float]:
         return {
-            name: factor.norm() / max(float(model.pristine[name].float().norm()), 1e-30)
+            name: factor.norm() / max(model.weight_norm(name), 1e-30)
             for name, factor in self.factors.items()
         }
 
     @classmethod
     def fold(cls, name: str, accumulator: Tensor, deltas: Sequence[Self]) -> None:
-        factors = [delta.factors[name] for delta in deltas]
-        u = torch.cat([factor.u.to(accumulator) for factor in factors], dim=1)
-        v = torch.cat([factor.v.to(accumulator) for factor in factors], dim=1)
-        if factors[0].transposed:
+        u, v = (part.to(accumulator) for part in cls.joint_factors(name, deltas))
+        if deltas[0].factors[name].transposed:
             u, v = v, u
         accumulator.addmm_(u, v.T)
+
+    @classmethod
+    def joint_factors(cls, name: str, deltas: Sequence[Self]) -> tuple[Tensor, Tensor]:
+        own = [delta.factors[name] for delta in deltas]
+        device = own[0].u.device
+        u = torch.cat([factor.u.to(device) for factor in own], dim=1)
+        return u, torch.cat([factor.v.to(device) for factor in own], dim=1)
