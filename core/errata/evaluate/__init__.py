@@ -1,8 +1,9 @@
 """Measuring what an edit did: every number with its protocol, sample size and interval."""
 
 from errata.evaluate.baseline import Baseline
+from errata.evaluate.failures import ERROR_TYPES, classify_failure, count_failures
 from errata.evaluate.generation import contained_match, exact_match, generate
-from errata.evaluate.measurement import Measurement
+from errata.evaluate.measurement import Answer, Measurement, pool
 from errata.evaluate.metrics import CoreMetrics
 from errata.evaluate.protocol import Protocol
 from errata.evaluate.protocols import PROTOCOLS
@@ -11,7 +12,9 @@ from errata.evaluate.scoring import TargetScore, score_targets
 from errata.evaluate.text import canary_texts, perplexity
 
 __all__ = [
+    "ERROR_TYPES",
     "PROTOCOLS",
+    "Answer",
     "Baseline",
     "CoreMetrics",
     "MeasureSettings",
@@ -21,9 +24,12 @@ __all__ = [
     "Reader",
     "TargetScore",
     "canary_texts",
+    "classify_failure",
     "contained_match",
+    "count_failures",
     "exact_match",
     "generate",
     "perplexity",
+    "pool",
     "score_targets",
 ]

@@ -18,6 +18,7 @@ _JOINED = re.compile(
     r"(?i)\b(can)(not)\b|\b(gon)(na)\b|\b(got)(ta)\b|\b(wan)(na)\b|\b(gim)(me)\b|\b(lem)(me)\b"
     r"|(?<!\S)('t)(is|was)\b"
 )
+_MARKS = re.compile(r"[!?;。！？…]|\.{2,}")
 _ABBREVIATIONS = frozenset(
     "mr mrs ms dr prof st jr sr vs etc inc ltd co corp gen rep sen gov capt lt col sgt no vol "
     "fig jan feb mar apr jun jul aug sep sept oct nov dec e.g i.e".split()
@@ -41,6 +42,18 @@ def words(text: str) -> list[str]:
     text = _CLITIC.sub(r" \1", text)
     text = _JOINED.sub(lambda found: " ".join(part for part in found.groups() if part), text)
     return text.split()
+
+
+def first_sentence(text: str) -> str:
+    """Return a text's first sentence without its end mark: of its first line that is not blank.
+
+    >>> first_sentence(" St. Louis, Missouri. It lies")
+    'St. Louis, Missouri'
+    """
+    line = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    stops = [f.start() for f in _SENTENCE_END.finditer(line) if _split_stop(f) != f.group()]
+    marks = [found.start() for found in _MARKS.finditer(line)]
+    return line[: min((at for at in (*stops, *marks) if at), default=len(line))].strip()
 
 
 def n_gram_entropy(tokens: Sequence[str], n: int) -> float:

@@ -5,19 +5,18 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.modeling_outputs import BaseModelOutput
 
 from errata import tokens
 from errata.errors import CapabilityError, ConfigError
-from errata.evaluate.scoring import (
-    check_length,
-    context_limit,
-    decoder_start,
-    takes_positions,
-)
+from errata.evaluate import prefix
+from errata.evaluate.scoring import check_length
+from errata.forward.inputs import context_limit, decoder_start, takes_positions
 from errata.forward.resume import accepted
 
 if TYPE_CHECKING:
@@ -119,6 +118,7 @@ def generate_tokens(
     """Return new texts and new token ids (end tokens left out); see `generate`.
 
     `natural_stop=False` goes on past the model's end tokens, as the ROME authors' code does.
+    Without sampling a prompt that is given several times is continued once.
     """
     if model.anatomy.kind == "encoder":
         raise CapabilityError(
@@ -128,11 +128,14 @@ def generate_tokens(
     sampling = sampling or Sampling()
     generator = torch.Generator().manual_seed(sampling.seed)
     ends = end_tokens(model) if natural_stop else frozenset()
+    distinct = list(prompts) if sampling.do_sample else list(dict.fromkeys(prompts))
     found: dict[int, tuple[str, list[int]]] = {}
-    for chosen in _batches(model, prompts, batch_size):
-        run = _Run(model, [prompts[i] for i in chosen], tuple(stop), ends)
+    for chosen in _batches(model, distinct, batch_size):
+        run = _Run(model, [distinct[i] for i in chosen], tuple(stop), ends)
         found.update(zip(chosen, run.to_end(max_new_tokens, sampling, generator), strict=True))
-    return [found[i][0] for i in range(len(prompts))], [found[i][1] for i in range(len(prompts))]
+    places = {prompt: i for i, prompt in enumerate(distinct)}
+    order = range(len(prompts)) if sampling.do_sample else [places[prompt] for prompt in prompts]
+    return [found[i][0] for i in order], [list(found[i][1]) for i in order]
 
 
 def _batches(model: Model, prompts: Sequence[str], batch_size: int) -> Iterator[list[int]]:
@@ -165,7 +168,12 @@ def end_tokens(model: Model) -> frozenset[int]:
 
 
 class _Run:
-    """One batch being continued."""
+    """One batch being continued; rows that have ended are taken out of it on the way.
+
+    Attributes:
+        _new, _done: the new tokens of each prompt, and whether it has ended.
+        _rows: which prompts the running batch still has.
+    """
 
     def __init__(
         self, model: Model, prompts: Sequence[str], stop: tuple[str, ...], ends: frozenset[int]
@@ -180,6 +188,7 @@ class _Run:
         self._started = _decoder_prefix(model) if self._two else []
         self._new: list[list[int]] = [[] for _ in prompts]
         self._done = [False for _ in prompts]
+        self._rows = list(range(len(prompts)))
 
     @torch.no_grad()
     def to_end(
@@ -192,19 +201,47 @@ class _Run:
             used = len(self._started) if self._two else self._width
             limit = min(limit, context - used)
         pad = model.tokenizer.pad_token_id or 0
-        with model.prompts([self._width - 1] * len(self._new)):  # padded on the left
+        # Each row's draw depends on how many there are; what looks at prompts wants all of them.
+        narrows = not sampling.do_sample and prefix.may_share(model)
+        with ExitStack() as told:
+            self._tell(told)
             state = self._first()
             for _ in range(limit):
-                output = model.module(**accepted(model.module, state))
+                output = model.module(**accepted(model.module, {**state, "logits_to_keep": 1}))
                 chosen = sampling.choose(output.logits[:, -1], generator).tolist()
-                for row, token in enumerate(chosen):
+                for row, token in zip(self._rows, chosen, strict=True):
                     self._take(row, token)
                 if all(self._done):
                     break
-                following = [pad if done else t for t, done in zip(chosen, self._done, strict=True)]
+                following = [
+                    pad if self._done[row] else token
+                    for row, token in zip(self._rows, chosen, strict=True)
+                ]
                 column = torch.tensor(following, device=model.device)[:, None]
                 state = self._next(state, output, column)
+                if narrows:
+                    state = self._narrowed(state, told)
         return [(self._text(row), new) for row, new in enumerate(self._new)]
+
+    def _tell(self, told: ExitStack) -> None:
+        """Say where the prompts of the running batch end: it is padded on the left."""
+        told.enter_context(self._model.prompts([self._width - 1] * len(self._rows)))
+
+    def _narrowed(self, state: dict[str, Any], told: ExitStack) -> dict[str, Any]:
+        """Take out the rows that have ended, once they are a quarter of the batch."""
+        left = [place for place, row in enumerate(self._rows) if not self._done[row]]
+        past = state["past_key_values"]
+        if 4 * len(left) > 3 * len(self._rows) or not hasattr(past, "batch_select_indices"):
+            return state
+        index = torch.tensor(left, device=self._model.device)
+        past.batch_select_indices(index)
+        self._rows = [self._rows[place] for place in left]
+        self._tell(told)
+        small = {n: v[index] if isinstance(v, torch.Tensor) else v for n, v in state.items()}
+        if "encoder_outputs" in state:
+            hidden = state["encoder_outputs"].last_hidden_state
+            small["encoder_outputs"] = BaseModelOutput(last_hidden_state=hidden[index])
+        return small
 
     def _take(self, row: int, token: int) -> None:
         if self._done[row]:

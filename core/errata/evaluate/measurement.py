@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -20,19 +21,55 @@ Direction = Literal["higher", "lower", ""]
 
 
 @dataclass(frozen=True)
+class Answer:
+    """What a model answered to one question, and whether it was right.
+
+    Attributes:
+        case_id: of the case that the question belongs to.
+        prompt: the question.
+        expected: every answer that counts as right.
+        text: what the model generated.
+        right: whether it matches, by the rule that the measurement's protocol states.
+        metric: the metric that counts it, for example "rewrite_exact".
+        type: the benchmark's name for this sort of question.
+        error: which of `errata.evaluate.ERROR_TYPES` a wrong answer is; "" when it is right.
+    """
+
+    case_id: str
+    prompt: str
+    expected: tuple[str, ...]
+    text: str
+    right: bool
+    metric: str
+    type: str = ""
+    error: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        return {**asdict(self), "expected": list(self.expected)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Answer:
+        """Return the answer that `as_json` wrote."""
+        return cls(**{**data, "expected": tuple(data["expected"])})
+
+
+@dataclass(frozen=True)
 class Measurement:
     """One number, and how it was measured.
 
     Attributes:
         metric: short name, for example "ES" or "rewrite_exact".
         value: the number.
-        n: sample size, in `cases` (requests, or texts for perplexity).
+        n: sample size, in `cases` (requests or what shares a case_id; texts for perplexity).
         protocol: "name: how", for example "counterfact: mean-token log-probability …".
         interval: 95 % interval of `value`, None where it makes no sense (one continuous case).
         cases: one value per case, in the order of `case_ids`.
         case_ids: which request each case is: its case_id, else the first digits of its digest.
         unit: "share", "probability", "bits", "perplexity" …
         direction: which way is better.
+        answers: the single answers behind a generated metric (those named `…_exact`).
+        of: the metrics of the same protocol whose harmonic mean this one is, () for all others.
     """
 
     metric: str
@@ -44,6 +81,8 @@ class Measurement:
     case_ids: tuple[str, ...] = ()
     unit: str = "share"
     direction: Direction = "higher"
+    answers: tuple[Answer, ...] = ()
+    of: tuple[str, ...] = ()
 
     @classmethod
     def mean(
@@ -55,6 +94,7 @@ class Measurement:
         case_ids: Sequence[str] = (),
         unit: str = "share",
         direction: Direction = "higher",
+        answers: Sequence[Answer] = (),
     ) -> Measurement:
         """Return the mean of per-case values with its interval.
 
@@ -71,6 +111,7 @@ class Measurement:
             tuple(case_ids),
             unit,
             direction,
+            tuple(answers),
         )
 
     @property
@@ -78,8 +119,38 @@ class Measurement:
         """Name of the protocol: what stands before the colon."""
         return self.protocol.partition(":")[0]
 
+    @property
+    def is_mean(self) -> bool:
+        """Whether the value is the mean of the cases, so that more cases can be joined to it."""
+        if not self.cases or self.of:
+            return False
+        mean = math.fsum(self.cases) / len(self.cases)
+        # Not a number is a mean like any other: of cases with one that is none.
+        both = math.isnan(mean) and math.isnan(self.value)
+        return both or math.isclose(mean, self.value, rel_tol=1e-9, abs_tol=1e-12)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Measurement:
+        """Return the measurement that `as_json` wrote, without its answers.
+
+        Numbers that were not finite are written as None and come back as NaN.
+        """
+        low_high = data["interval"]
+        return cls(
+            data["metric"],
+            _number(data["value"]),
+            int(data["n"]),
+            data["protocol"],
+            None if low_high is None else (_number(low_high[0]), _number(low_high[1])),
+            tuple(map(_number, data.get("cases", ()))),
+            tuple(data.get("case_ids", ())),
+            data["unit"],
+            data["direction"],
+            of=tuple(data.get("of", ())),
+        )
+
     def as_json(self, *, cases: bool = True) -> dict[str, Any]:
-        """Return plain JSON data; numbers that are not finite become None."""
+        """Return plain JSON data; numbers that are not finite become None. Without `answers`."""
         data: dict[str, Any] = {
             "metric": self.metric,
             "value": _finite(self.value),
@@ -88,6 +159,7 @@ class Measurement:
             "interval": None if self.interval is None else [_finite(end) for end in self.interval],
             "unit": self.unit,
             "direction": self.direction,
+            "of": list(self.of),
         }
         if cases:
             data["cases"] = [_finite(value) for value in self.cases]
@@ -97,6 +169,119 @@ class Measurement:
     def __str__(self) -> str:
         low_high = f" [{self.interval[0]:.4g}, {self.interval[1]:.4g}]" if self.interval else ""
         return f"{self.metric} = {self.value:.4g}{low_high} (n={self.n}; {self.protocol})"
+
+
+def harmonic(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the harmonic mean of the last axis; 0 where a value is 0."""
+    positive = (values > 0).all(axis=-1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        means = values.shape[-1] / (1 / values).sum(axis=-1)
+    return np.where(positive, means, 0.0)
+
+
+def harmonic_mean(metric: str, parts: Sequence[Measurement], protocol: str) -> list[Measurement]:
+    """Return the harmonic mean of several means, over the cases that all of them have.
+
+    Nothing where no case has them all. It is a number about all cases together and has none of
+    its own; `of` names the parts, so that `pool` can compute it anew.
+    """
+    rows = _joined(parts)
+    names = tuple(part.metric for part in parts)
+    return [_harmonic(metric, rows, names, protocol, parts[0].unit)] if rows else []
+
+
+def pool(groups: Iterable[Sequence[Measurement]]) -> list[Measurement]:
+    """Join the measurements of many evaluations (one per case, say) into one table.
+
+    Measurements of one metric by one protocol become one. A mean is the mean over the cases of
+    all evaluations; a harmonic mean (`of`) is computed anew from the joined cases; any other
+    number (perplexity) becomes the mean over the evaluations, each of which is then one case.
+    Cases keep their ids, metrics their order, and answers come along.
+
+    >>> one, two = (Measurement.mean("ES", [hit], "counterfact: …") for hit in (1, 0))
+    >>> pool([[one], [two]])[0].cases
+    (1.0, 0.0)
+    """
+    found: dict[tuple[str, str], list[Measurement]] = {}
+    order: list[tuple[str, str]] = []
+    rows: dict[tuple[str, str], list[tuple[float, ...]]] = {}
+    for group in groups:
+        by_name = {(one.name, one.metric): one for one in group}
+        known = [order.index(key) for key in map(_key, group) if key in found]
+        place = known[0] if known else len(order)
+        for one in group:
+            key = _key(one)
+            if key not in found:  # behind what it stands behind in its own evaluation
+                order.insert(place, key)
+            place = order.index(key) + 1
+            found.setdefault(key, []).append(one)
+            parts = [by_name.get((one.name, metric)) for metric in one.of]
+            rows.setdefault(key, []).extend(_joined(parts))
+    pooled: list[Measurement] = []
+    for key in order:
+        first = found[key][0]
+        if len(found[key]) == 1:
+            pooled.append(first)
+        elif not first.of:
+            pooled.append(_pooled(found[key]))
+        elif rows[key]:
+            pooled.append(_harmonic(first.metric, rows[key], first.of, first.protocol, first.unit))
+    return pooled
+
+
+def _key(one: Measurement) -> tuple[str, str]:
+    return one.metric, one.protocol
+
+
+def _pooled(many: Sequence[Measurement]) -> Measurement:
+    """Return the mean over all cases, or over the evaluations where it is no mean of cases."""
+    first = many[0]
+    joins = all(one.is_mean for one in many)
+    named = joins and all(one.case_ids for one in many)
+    return Measurement.mean(
+        first.metric,
+        [value for one in many for value in (one.cases if joins else (one.value,))],
+        first.protocol if joins else f"{first.protocol}; mean over evaluations",
+        case_ids=[name for one in many for name in one.case_ids] if named else (),
+        unit=first.unit,
+        direction=first.direction,
+        answers=[answer for one in many for answer in one.answers],
+    )
+
+
+def _joined(parts: Sequence[Measurement | None]) -> list[tuple[float, ...]]:
+    """Return the values of the cases that every part has: a row per case, a column per part."""
+    columns = []
+    for part in parts:
+        if part is None or len(part.case_ids) != len(part.cases):
+            return []
+        before: Counter[str] = Counter()
+        column = {}
+        for name, value in zip(part.case_ids, part.cases, strict=True):
+            column[name, before[name]] = value
+            before[name] += 1
+        columns.append(column)
+    shared = (
+        [name for name in columns[0] if all(name in column for column in columns)]
+        if columns
+        else []
+    )
+    return [tuple(column[name] for column in columns) for name in shared]
+
+
+def _harmonic(
+    metric: str,
+    rows: Sequence[tuple[float, ...]],
+    of: tuple[str, ...],
+    protocol: str,
+    unit: str,
+) -> Measurement:
+    # Exact sums: the value does not depend on the order of the cases.
+    means = np.array([math.fsum(column) / len(rows) for column in zip(*rows, strict=True)])
+    interval = bootstrap(np.array(rows, dtype=np.float64), harmonic)
+    return Measurement(
+        metric, float(harmonic(means)), len(rows), protocol, interval, unit=unit, of=of
+    )
 
 
 def mean_interval(cases: Sequence[float]) -> tuple[float, float] | None:
@@ -157,6 +342,10 @@ def bootstrap(
         return None
     low, high = np.quantile(values, (0.025, 0.975))
     return float(low), float(high)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
 
 
 def _finite(value: float) -> float | None:

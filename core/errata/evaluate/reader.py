@@ -3,31 +3,50 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from errata.errors import SelfComparisonError
+from errata.evaluate.failures import classify_failure
 from errata.evaluate.generation import NORMALISATION, contained_match, exact_match, generate
-from errata.evaluate.measurement import Measurement
+from errata.evaluate.measurement import Answer, Measurement
+from errata.evaluate.sampled import sampled_texts
 from errata.evaluate.scoring import TargetScore, score_targets
 from errata.evaluate.text import text_nlls
 
 if TYPE_CHECKING:
+    from errata.evaluate.classifiers import SentimentClassifier, TopicClassifier
     from errata.model import Model
     from errata.request import Probe, Request
+
+Case = TypeVar("Case", int, str)
 
 
 @dataclass(frozen=True)
 class Question:
-    """One prompt, the answers that count as right, and the request it belongs to."""
+    """One prompt, the answers that count as right, and the request it belongs to.
+
+    Attributes:
+        request: index of the request.
+        prompt: the question.
+        answers: every answer that counts as right.
+        type: the benchmark's name for this sort of question.
+        group: questions of one case with the same group are phrasings of one question.
+        other: the fact's other answer (the old one, or the new one where the old must stay): what
+            a wrong answer is compared with to say what sort of mistake it is.
+        case: name of the case, for a question that belongs to no request.
+    """
 
     request: int
     prompt: str
     answers: tuple[str, ...]
     type: str = ""
+    group: str = ""
+    other: tuple[str, ...] = ()
+    case: str = ""
 
 
 @dataclass(frozen=True)
@@ -40,6 +59,10 @@ class MeasureSettings:
         seed: of what is sampled (the texts of GE).
         texts: held-out texts for perplexity; None for the canary texts.
         retain: probes of the dataset as a whole that no edit may change.
+        references: texts that the word weights of RS are fitted on; the requests' own when empty.
+        sentiment: a `SentimentClassifier` or "package.module:name"; None for VADER.
+        topic: a `TopicClassifier` or "package.module:name"; None for tf-idf and the topic's name.
+        harness_tasks: lm-evaluation-harness tasks that `general` runs, by name or YAML file.
     """
 
     max_new_tokens: int = 32
@@ -47,6 +70,10 @@ class MeasureSettings:
     seed: int = 0
     texts: tuple[str, ...] | None = None
     retain: tuple[Probe, ...] = ()
+    references: tuple[str, ...] = ()
+    sentiment: SentimentClassifier | str | None = None
+    topic: TopicClassifier | str | None = None
+    harness_tasks: tuple[str, ...] = ()
 
 
 @dataclass
@@ -57,11 +84,13 @@ class Memory:
         texts: prompt → greedy generation, with a natural stop.
         scores: (prompt, target) → teacher-forced score.
         nlls: text → (summed negative log-probability in nats, tokens).
+        samples: (seed, prompts sampled together) → their texts, prompts included.
     """
 
     texts: dict[str, str] = field(default_factory=dict)
     scores: dict[tuple[str, str], TargetScore] = field(default_factory=dict)
     nlls: dict[str, tuple[float, int]] = field(default_factory=dict)
+    samples: dict[tuple[int, tuple[str, ...]], list[str]] = field(default_factory=dict)
 
 
 class Reader:
@@ -75,6 +104,7 @@ class Reader:
         settings: how to ask.
         baseline: the base's answers that are known already.
         of_base: ask the base: every edit is off while something runs.
+        memory: what the model as it stands is known to answer (of the base: see `baseline`).
     """
 
     def __init__(
@@ -85,13 +115,14 @@ class Reader:
         baseline: Memory | None = None,
         *,
         of_base: bool = False,
+        memory: Memory | None = None,
     ) -> None:
         self.model = model
         self.requests = requests
         self.settings = settings
         self._of_base = of_base
         self._baseline = Memory() if baseline is None else baseline
-        self._memory = self._baseline if of_base else Memory()
+        self._memory = self._baseline if of_base else memory or Memory()
 
     @cached_property
     def base(self) -> Reader | None:
@@ -167,40 +198,138 @@ class Reader:
                 known.update(zip(new, text_nlls(self.model, new), strict=True))
         return [known[text] for text in texts]
 
+    def samples(self, prompts: Sequence[str]) -> list[str]:
+        """Return a sampled text for each prompt of one request, with the prompt before it."""
+        key, known = (self.settings.seed, tuple(prompts)), self._memory.samples
+        if key not in known:
+            with self.state():
+                known[key] = sampled_texts(self.model, prompts, self.settings.seed)
+        return known[key]
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Name of the case that each request belongs to; requests of one case share it."""
+        return tuple(request.case_id or request.digest[:12] for request in self.requests)
+
     def case_ids(self, cases: Iterable[int]) -> tuple[str, ...]:
         """Return the names of these requests, as measurements carry them."""
-        return tuple(self.requests[i].case_id or self.requests[i].digest[:12] for i in cases)
+        return tuple(self.names[i] for i in cases)
+
+    def mean(
+        self, metric: str, values: Iterable[tuple[int | str, float]], protocol: str, **more: Any
+    ) -> Measurement:
+        """Return the mean over cases of the mean over each case's values.
+
+        Args:
+            metric: its name.
+            values: (request index or name of a case, value) pairs.
+            protocol: how the values were measured.
+            **more: further arguments of `Measurement.mean`.
+        """
+        cases = per_case(
+            (case if isinstance(case, str) else self.names[case], value) for case, value in values
+        )
+        ranks = {name: rank for rank, name in reversed(list(enumerate(self.names)))}
+        order = sorted(
+            cases, key=lambda case: ranks.get(case, len(self.names))
+        )  # the requests' order
+        return Measurement.mean(
+            metric, [cases[case] for case in order], protocol, case_ids=order, **more
+        )
 
     def ask(self, protocol: str, metric: str, questions: Sequence[Question]) -> list[Measurement]:
         """Measure questions: exact, contained, teacher-forced; in all and per type.
 
-        A case is a request: its value is the mean over its questions.
+        A question asked in several phrasings (one `group`) is right if any of them is. A case's
+        value is the mean over its questions. The exact metric carries the answers, one for each
+        question.
 
         Args:
             protocol: name of the protocol.
             metric: stem of the metrics' names.
             questions: those without answers are left out.
         """
-        asked = [question for question in questions if question.answers]
+        asked = self.grouped([question for question in questions if question.answers])
         if not asked:
             return []
-        measured: list[tuple[str, list[bool], str]] = []
+        measured: list[Measurement] = []
         if self.generates:
-            texts = self.texts(question.prompt for question in asked)
             how = f"{protocol}: {self.greedy}; "
             for name, match, rule in (
                 ("exact", exact_match, "the answer and nothing after it in its sentence"),
                 ("contained", contained_match, "the answer anywhere, as whole words"),
             ):
-                hits = [match(t, q.answers) for t, q in zip(texts, asked, strict=True)]
-                measured.append((name, hits, f"{how}{name} match: {rule} ({NORMALISATION})"))
-        how = f"{protocol}: teacher-forced, every token of one accepted answer is the most probable"
-        measured.append(("teacher_forced", self._forced(asked), how))
-        return [
-            item
-            for name, hits, how in measured
-            for item in self.by_type(f"{metric}_{name}", how, asked, hits)
+                answers = self.answers(
+                    f"{metric}_{name}",
+                    asked,
+                    accepting(match),
+                )
+                measured += self.by_type(
+                    f"{metric}_{name}",
+                    f"{how}{name} match: {rule} ({NORMALISATION})",
+                    [phrasings[0] for phrasings in asked],
+                    [answer.right for answer in answers],
+                    answers if name == "exact" else (),
+                )
+        measured += self.by_type(
+            f"{metric}_teacher_forced",
+            f"{protocol}: teacher-forced, every token of one accepted answer is the most probable",
+            [phrasings[0] for phrasings in asked],
+            self.forced(asked),
+        )
+        return measured
+
+    def answers(
+        self,
+        metric: str,
+        asked: Sequence[Sequence[Question]],
+        match: Callable[[str, Question], bool],
+    ) -> list[Answer]:
+        """Return the generated answer to each question, asked in one or more phrasings.
+
+        Of several phrasings the first whose text matches, else the first.
+        """
+        texts = iter(self.texts(q.prompt for phrasings in asked for q in phrasings))
+        found = []
+        for phrasings in asked:
+            said = [(question, next(texts)) for question in phrasings]
+            hits = [match(text, question) for question, text in said]
+            right = any(hits)
+            question, text = said[hits.index(True) if right else 0]
+            found.append(
+                Answer(
+                    self.case(question),
+                    question.prompt,
+                    question.answers,
+                    text,
+                    right,
+                    metric,
+                    question.type,
+                    "" if right else classify_failure(text, question.answers, question.other),
+                )
+            )
+        return found
+
+    def forced(self, asked: Sequence[Sequence[Question]]) -> list[bool]:
+        """Return whether each question is answered with gold tokens before every token."""
+        pairs = [
+            (q.prompt, answer) for phrasings in asked for q in phrasings for answer in q.answers
         ]
+        scores = iter(self.scores(pairs))
+        # A list, not a generator: every score of a question must be taken off the iterator.
+        return [any([next(scores).exact for q in ps for _ in q.answers]) for ps in asked]
+
+    def grouped(self, questions: Sequence[Question]) -> list[list[Question]]:
+        """Return the phrasings of each question; a question without a group stands alone."""
+        found: dict[Any, list[Question]] = {}
+        for index, question in enumerate(questions):
+            named = (self.case(question), question.type, question.group)
+            found.setdefault(named if question.group else index, []).append(question)
+        return list(found.values())
+
+    def case(self, question: Question) -> str:
+        """Return the name of the case that a question belongs to."""
+        return question.case or self.names[question.request]
 
     def unchanged(
         self, protocol: str, metric: str, questions: Sequence[Question]
@@ -215,55 +344,62 @@ class Reader:
         return self.by_type(metric, how, questions, hits)
 
     def by_type(
-        self, metric: str, protocol: str, questions: Sequence[Question], hits: Sequence[bool]
+        self,
+        metric: str,
+        protocol: str,
+        questions: Sequence[Question],
+        values: Sequence[float],
+        answers: Sequence[Answer] = (),
+        **more: Any,
     ) -> list[Measurement]:
-        """Return the share of hits over all questions, and over each type when there are any."""
-        types = sorted({question.type for question in questions} - {""})
-        found = []
-        for only in (None, *types):
-            cases = per_case(
-                (question.request, float(hit))
-                for question, hit in zip(questions, hits, strict=True)
-                if only in (None, question.type)
-            )
-            found.append(
-                Measurement.mean(
-                    metric if only is None else f"{metric}.{only}",
-                    list(cases.values()),
-                    protocol,
-                    case_ids=self.case_ids(cases),
-                )
-            )
+        """Return the mean value over all questions, and over each type when there are any.
+
+        `answers` go with the first alone; `more` are further arguments of `Measurement.mean`.
+        """
+        cases = [self.case(question) for question in questions]
+        pairs = zip(cases, values, strict=True)
+        found = [self.mean(metric, pairs, protocol, answers=answers, **more)]
+        for only in sorted({question.type for question in questions} - {""}):
+            some = [
+                (case, value)
+                for case, value, question in zip(cases, values, questions, strict=True)
+                if question.type == only
+            ]
+            found.append(self.mean(f"{metric}.{only}", some, protocol, **more))
         return found
 
-    def _forced(self, questions: Sequence[Question]) -> list[bool]:
-        scores = iter(self.scores((q.prompt, answer) for q in questions for answer in q.answers))
-        # A list, not a generator: every score of a question must be taken off the iterator.
-        return [any([next(scores).exact for _ in q.answers]) for q in questions]
 
-
-def per_case(values: Iterable[tuple[int, float]]) -> dict[int, float]:
-    """Return the mean per case of (case, value) pairs."""
-    collected: dict[int, list[float]] = {}
+def per_case(values: Iterable[tuple[Case, float]]) -> dict[Case, float]:
+    """Return the mean per case of (case, value) pairs, in the order of first appearance."""
+    collected: dict[Case, list[float]] = {}
     for case, value in values:
-        collected.setdefault(case, []).append(value)
-    return {case: math.fsum(found) / len(found) for case, found in sorted(collected.items())}
+        collected.setdefault(case, []).append(float(value))
+    return {case: math.fsum(found) / len(found) for case, found in collected.items()}
+
+
+def accepting(match: Callable[[str, Sequence[str]], bool]) -> Callable[[str, Question], bool]:
+    """Return whether a text matches any of a question's answers, as a rule for `Reader.answers`."""
+    return lambda text, question: match(text, question.answers)
 
 
 def of_requests(requests: Sequence[Request]) -> list[Question]:
     """Return the rewrite prompt of each request with its new target and aliases."""
-    return [Question(i, r.text, _targets(r)) for i, r in enumerate(requests)]
+    return [Question(i, r.text, targets(r), other=old_answers(r)) for i, r in enumerate(requests)]
 
 
 def of_paraphrases(requests: Sequence[Request]) -> list[Question]:
     """Return every paraphrase with the new target and its aliases."""
-    return [Question(i, p, _targets(r)) for i, r in enumerate(requests) for p in r.paraphrases]
+    return [
+        Question(i, p, targets(r), other=old_answers(r))
+        for i, r in enumerate(requests)
+        for p in r.paraphrases
+    ]
 
 
 def of_neighbourhood(requests: Sequence[Request]) -> list[Question]:
     """Return every neighbourhood prompt with its answers (default: the request's true target)."""
     return [
-        Question(i, p.prompt, p.answers or ((r.target_true,) if r.target_true else ()), p.type)
+        of_probe(i, p, p.answers or old_answers(r), (r.target_new,))
         for i, r in enumerate(requests)
         for p in r.neighbourhood
     ]
@@ -272,7 +408,7 @@ def of_neighbourhood(requests: Sequence[Request]) -> list[Question]:
 def of_portability(requests: Sequence[Request]) -> list[Question]:
     """Return every portability probe."""
     return [
-        Question(i, p.prompt, p.answers, p.type)
+        of_probe(i, p, p.answers, old_answers(r))
         for i, r in enumerate(requests)
         for p in r.portability
     ]
@@ -281,9 +417,32 @@ def of_portability(requests: Sequence[Request]) -> list[Question]:
 def of_locality(requests: Sequence[Request]) -> list[Question]:
     """Return every locality probe."""
     return [
-        Question(i, p.prompt, p.answers, p.type) for i, r in enumerate(requests) for p in r.locality
+        of_probe(i, p, p.answers, (r.target_new,))
+        for i, r in enumerate(requests)
+        for p in r.locality
     ]
 
 
-def _targets(request: Request) -> tuple[str, ...]:
+def of_retain(settings: MeasureSettings) -> list[Question]:
+    """Return the dataset's probes that no edit may change; each question is a case of its own."""
+    return [
+        Question(-1, p.prompt, p.answers, p.type, p.group, case=f"retain-{p.group or i}")
+        for i, p in enumerate(settings.retain)
+    ]
+
+
+def of_probe(
+    request: int, probe: Probe, answers: tuple[str, ...], other: tuple[str, ...]
+) -> Question:
+    """Return a probe of a request as a question."""
+    return Question(request, probe.prompt, answers, probe.type, probe.group, other)
+
+
+def targets(request: Request) -> tuple[str, ...]:
+    """Return every right form of the new target."""
     return (request.target_new, *request.aliases)
+
+
+def old_answers(request: Request) -> tuple[str, ...]:
+    """Return the true target, where there is one."""
+    return (request.target_true,) if request.target_true else ()

@@ -5,18 +5,41 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from errata import tokens
 from errata.errors import RequestError
+from errata.evaluate import prefix
+from errata.evaluate.prefix import Row, wide
 from errata.forward import logits_at
+from errata.forward.inputs import context_limit, decoder_start, takes_positions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from errata.model import Model
+
+
+__all__ = [
+    "Places",
+    "Scored",
+    "TargetScore",
+    "check_length",
+    "context_limit",
+    "decoder_start",
+    "encoded",
+    "logits",
+    "places_of",
+    "prepare",
+    "read",
+    "run",
+    "score_targets",
+    "takes_positions",
+]
+
+_ENCODED = 1024  # pairs that are tokenised (and padded) together
 
 
 @dataclass(frozen=True)
@@ -82,20 +105,29 @@ class Scored:
 
 @torch.no_grad()
 def score_targets(
-    model: Model, prompts: Sequence[str], targets: Sequence[str], batch_size: int = 64
+    model: Model,
+    prompts: Sequence[str],
+    targets: Sequence[str],
+    batch_size: int = 64,
+    *,
+    share: bool = True,
 ) -> list[TargetScore]:
     """Score each target after its prompt, teacher-forced.
 
-    Decoder: prompt and target joined by a space, padded on the right. Encoder-decoder: the prompt
-    in the encoder, the target in the decoder (its end token is not scored). Encoder: the target's
-    place filled with as many mask tokens, all predicted at once. Batching changes a score by
-    rounding only.
+    Decoder: prompt and target joined by a space. Encoder-decoder: the prompt in the encoder, the
+    target in the decoder (its end token is not scored). Encoder: the target's place filled with
+    as many mask tokens, all predicted at once.
+
+    What several rows have in common is run once: a prompt with several targets, the beginning
+    that prompts share, an encoder's states (`errata.evaluate.prefix`). Batching and sharing change
+    a score by rounding only.
 
     Args:
         model: the model as it stands.
         prompts: filled prompts.
         targets: one per prompt, without a leading space.
         batch_size: rows per forward.
+        share: False runs every row whole.
 
     Raises:
         RequestError: lists of unequal length, or a text longer than the model takes.
@@ -104,32 +136,82 @@ def score_targets(
         raise RequestError(
             f"{len(prompts)} prompts and {len(targets)} targets were given: give one target each."
         )
-    # Rows of like length together: less padding. The order of the results is the caller's.
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(targets[i]))
-    results: dict[int, TargetScore] = {}
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch = prepare(model, [prompts[i] for i in chosen], [targets[i] for i in chosen])
-        results.update(zip(chosen, run(model, batch), strict=True))
-    return [results[i] for i in range(len(prompts))]
+    asked = [
+        places
+        for start in range(0, len(prompts), _ENCODED)
+        for places in places_of(
+            model, prompts[start : start + _ENCODED], targets[start : start + _ENCODED]
+        )
+    ]
+    # (row, column) → where the caller wants the probabilities that are predicted there.
+    wanted: dict[prefix.Place, list[tuple[int, int]]] = {}
+    whole = prefix.covering(model, [one.row for one in asked])
+    for index, one in enumerate(asked):
+        for k, column in enumerate(one.columns):
+            wanted.setdefault((whole[one.row], column), []).append((index, k))
+    logprobs = [[0.0] * len(one.labels) for one in asked]
+    predicted = [[0] * len(one.labels) for one in asked]
+    for groups, table in prefix.run(model, list(wanted), batch_size, share=share):
+        found = [
+            (n, *where)
+            for n, group in enumerate(groups)
+            for place in group
+            for where in wanted[place]
+        ]
+        labels = [asked[index].labels[k] for _, index, k in found]
+        values, best = read(table, [n for n, _, _ in found], labels)
+        for (_, index, k), value, token in zip(found, values, best, strict=True):
+            logprobs[index][k], predicted[index][k] = value, token
+    return [
+        TargetScore(one.labels, tuple(values), tuple(best))
+        for one, values, best in zip(asked, logprobs, predicted, strict=True)
+    ]
+
+
+class Places(NamedTuple):
+    """Where one target is predicted: `labels[i]` by the logits of `row` at `columns[i]`."""
+
+    row: Row
+    columns: tuple[int, ...]
+    labels: tuple[int, ...]
+
+
+def places_of(model: Model, prompts: Sequence[str], targets: Sequence[str]) -> list[Places]:
+    """Return the row of each prompt and target, and the columns that predict the target."""
+    batch = encoded(model, prompts, targets)
+    found = []
+    if isinstance(batch, tokens.Seq2SeqBatch):
+        check_length(model, max(batch.source.input_ids.shape[1], batch.labels.shape[1]))
+        sources: list[list[int]] = batch.source.input_ids.tolist()
+        rows: list[list[int]] = batch.decoder_input_ids.tolist()
+        for index, ids in enumerate(rows):
+            columns = tuple(batch.logit_columns(index))
+            source = tuple(sources[index][: batch.source.lengths[index]])
+            row = Row(tuple(ids[: columns[-1] + 1]), len(source) - 1, source)
+            found.append(Places(row, columns, tuple(batch.target_ids[index])))
+        return found
+    check_length(model, batch.input_ids.shape[1])
+    masked = isinstance(batch, tokens.MaskedBatch)
+    rows = batch.input_ids.tolist()
+    for index, (ids, (start, end)) in enumerate(zip(rows, batch.target_spans, strict=True)):
+        columns = tuple(range(start, end)) if masked else tuple(range(start - 1, end - 1))
+        # What comes after the last token that predicts a target is not run, but in an encoder.
+        stop = batch.lengths[index] if masked else columns[-1] + 1
+        row = Row(tuple(ids[:stop]), start - 1)
+        found.append(Places(row, columns, tuple(batch.target_ids[index])))
+    return found
 
 
 def prepare(model: Model, prompts: Sequence[str], targets: Sequence[str]) -> Scored:
     """Return the batch that scores these targets, for the model's kind of transformer."""
-    kind, tokenizer, device = model.anatomy.kind, model.tokenizer, model.device
-    if kind == "encoder-decoder":
-        two = tokens.encode_seq2seq(
-            tokenizer, prompts, targets, device=device, decoder_start=decoder_start(model)
-        )
-        batch: tokens.TargetBatch | tokens.Seq2SeqBatch = two
-        inputs = two.inputs()
-        ends = [two.source.column(row, -1) for row in range(len(two))]
+    device = model.device
+    batch = encoded(model, prompts, targets, device)
+    if isinstance(batch, tokens.Seq2SeqBatch):
+        inputs = batch.inputs()
+        ends = [batch.source.column(row, -1) for row in range(len(batch))]
     else:
-        encode = tokens.encode_masked if kind == "encoder" else tokens.encode_targets
-        one: tokens.TargetBatch = encode(tokenizer, prompts, targets, device=device)
-        batch = one
-        inputs = one.inputs(positions=takes_positions(model))
-        ends = [one.column(row, length - 1) for row, length in enumerate(one.prompt_lengths)]
+        inputs = batch.inputs(positions=takes_positions(model))
+        ends = [batch.column(row, length - 1) for row, length in enumerate(batch.prompt_lengths)]
     check_length(model, max(value.shape[1] for value in inputs.values()))
     columns = [batch.logit_columns(row) for row in range(len(batch))]
 
@@ -146,6 +228,22 @@ def prepare(model: Model, prompts: Sequence[str], targets: Sequence[str]) -> Sco
     )
 
 
+def encoded(
+    model: Model,
+    prompts: Sequence[str],
+    targets: Sequence[str],
+    device: torch.device | str | None = None,
+) -> tokens.TargetBatch | tokens.Seq2SeqBatch:
+    """Tokenise prompts with their targets for the model's kind of transformer."""
+    kind, tokenizer = model.anatomy.kind, model.tokenizer
+    if kind == "encoder-decoder":
+        return tokens.encode_seq2seq(
+            tokenizer, prompts, targets, device=device, decoder_start=decoder_start(model)
+        )
+    encode = tokens.encode_masked if kind == "encoder" else tokens.encode_targets
+    return encode(tokenizer, prompts, targets, device=device)
+
+
 def check_length(model: Model, length: int) -> None:
     """Raise `RequestError` when a text has more tokens than the model has positions for."""
     limit = context_limit(model)
@@ -155,48 +253,39 @@ def check_length(model: Model, length: int) -> None:
         )
 
 
-def context_limit(model: Model) -> int | None:
-    """Return how many tokens the model has learned positions for; None when they are computed."""
-    embedding = model.anatomy.position_embedding(model.module)
-    limit: int | None = getattr(model.config, "max_position_embeddings", None)
-    if embedding is None or limit is None:
-        return None
-    # RoBERTa counts positions from behind the padding's own: its first ones are never used.
-    padding: int | None = getattr(embedding, "padding_idx", None)
-    return limit if padding is None else limit - padding - 1
-
-
-def takes_positions(model: Model) -> bool:
-    """Say whether position_ids are passed. Encoders count by themselves: from 2, in RoBERTa."""
-    return model.anatomy.kind == "decoder" and model.anatomy.spec.position_ids
-
-
-def forward_inputs(batch: tokens.Batch) -> dict[str, Tensor]:
-    """Return an unpadded batch as keyword tensors of a forward; the model counts positions."""
-    return batch.inputs(positions=False)
-
-
-def decoder_start(model: Model) -> int | None:
-    """Return the token that the decoder of an encoder-decoder starts from, None if unsaid."""
-    for holder in (getattr(model.module, "generation_config", None), model.config):
-        value: Any = getattr(holder, "decoder_start_token_id", None)
-        if isinstance(value, int):
-            return value
-    return None
-
-
 def run(model: Model, batch: Scored) -> list[TargetScore]:
     """Run a prepared batch and return one score per row (empty for a row without targets)."""
-    with model.prompts(batch.ends):
-        logits = logits_at(model, batch.inputs, batch.rows, batch.columns)
-    # At least fp32: a bf16 log-softmax has three digits.
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    labels = batch.labels.to(logits.device)
-    logprobs = torch.log_softmax(logits, dim=-1).gather(1, labels[:, None])[:, 0].tolist()
-    predicted, ids = logits.argmax(dim=-1).tolist(), labels.tolist()
+    ids = batch.labels.tolist()
+    logprobs, predicted = read(logits(model, batch), list(range(len(ids))), ids)
     scores, at = [], 0
     for count in batch.counts:
         part = slice(at, at + count)
         scores.append(TargetScore(tuple(ids[part]), tuple(logprobs[part]), tuple(predicted[part])))
         at += count
     return scores
+
+
+def logits(model: Model, batch: Scored) -> Tensor:
+    """Run a prepared batch; return its logits (n, vocabulary), fp32 at least."""
+    with model.prompts(batch.ends):
+        return wide(logits_at(model, batch.inputs, batch.rows, batch.columns))
+
+
+def read(
+    table: Tensor, places: Sequence[int], labels: Sequence[int]
+) -> tuple[list[float], list[int]]:
+    """Return the log-probability of `labels[i]` at `places[i]`, and the most probable token.
+
+    Args:
+        table: logits (n, vocabulary), fp32 at least.
+        places: rows of the table.
+        labels: one token per place.
+    """
+    if not labels:
+        return [], []
+    at = torch.tensor(places, device=table.device)
+    chosen = table[at, torch.tensor(labels, device=table.device)]
+    values = chosen - table.logsumexp(dim=-1)[at]
+    best: list[int] = table.argmax(dim=-1)[at].tolist()
+    logprobs: list[float] = values.tolist()
+    return logprobs, best

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib import resources
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -50,7 +51,7 @@ def text_nlls(model: Model, texts: Sequence[str], batch_size: int = 8) -> list[t
         raise ConfigError("No texts were given: perplexity needs at least one.")
     totals = [0.0] * len(texts)
     counts = [0] * len(texts)
-    for owners, batch in _batches(model, texts, batch_size):
+    for owners, batch in batches(model, texts, batch_size):
         for owner, score in zip(owners, scoring.run(model, batch), strict=True):
             totals[owner] += -score.logprob
             counts[owner] += len(score.logprobs)
@@ -66,28 +67,45 @@ def canary_texts(n: int = 16) -> list[str]:
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")][:n]
 
 
-def _batches(
-    model: Model, texts: Sequence[str], batch_size: int
+def batches(
+    model: Model, texts: Sequence[str], batch_size: int, *, last: bool = False
 ) -> Iterator[tuple[list[int], Scored]]:
-    """Yield (which text each row belongs to, batch), rows of like length together."""
+    """Yield (which text each row belongs to, batch), rows of like length together.
+
+    Args:
+        model: the model.
+        texts: plain texts.
+        batch_size: most rows in a batch.
+        last: also what comes after a text's last token. Nobody knows that token: its label says
+            nothing.
+    """
     if model.anatomy.kind == "encoder-decoder":
         yield from _halves(model, texts, batch_size)
+        if last:
+            yield from _afterwards(model, texts, batch_size)
         return
-    rows = [(i, ids) for i, text in enumerate(texts) for ids in _windows(model, text)]
-    rows.sort(key=lambda row: len(row[1]))
+    rows = [(i, part) for i, text in enumerate(texts) for part in _windows(model, text, last)]
+    rows.sort(key=lambda row: len(row[1].ids))
     vocabulary = int(model.config.vocab_size)
     while rows:
         # The last row fitting in is the longest of its batch: it decides the logits' size.
         size = 1
         while size < min(batch_size, len(rows)) and (
-            (size + 1) * len(rows[size][1]) * vocabulary <= _LOGITS
+            (size + 1) * len(rows[size][1].ids) * vocabulary <= _LOGITS
         ):
             size += 1
         chosen, rows = rows[:size], rows[size:]
-        yield [i for i, _ in chosen], _padded(model, [ids for _, ids in chosen])
+        yield [i for i, _ in chosen], _padded(model, [part for _, part in chosen])
 
 
-def _windows(model: Model, text: str) -> list[list[int]]:
+class _Window(NamedTuple):
+    """Part of a text: its tokens, and how many columns predict something."""
+
+    ids: list[int]
+    predicting: int
+
+
+def _windows(model: Model, text: str, last: bool) -> list[_Window]:
     """Return a text's tokens in windows that overlap by one, so that each is predicted once."""
     if not text.strip():
         return []
@@ -95,25 +113,33 @@ def _windows(model: Model, text: str) -> list[list[int]]:
     ids: list[int] = batch.input_ids[0].tolist()
     limit = scoring.context_limit(model)
     window = WINDOW if limit is None else min(WINDOW, limit)
-    # A single token predicts nothing: the range is empty.
-    return [ids[at : at + window] for at in range(0, len(ids) - 1, window - 1)]
+    # A single token predicts none of the text.
+    starts = range(0, max(len(ids) - 1, 1 if last else 0), window - 1)
+    parts = [ids[at : at + window] for at in starts]
+    ends = [len(part) - 1 for part in parts]
+    if last:
+        ends[-1] += 1
+    return [_Window(part, end) for part, end in zip(parts, ends, strict=True)]
 
 
-def _padded(model: Model, rows: Sequence[list[int]]) -> Scored:
+def _padded(model: Model, windows: Sequence[_Window]) -> Scored:
     """Return right-padded rows with every predictable token as a target."""
     masked = model.anatomy.kind == "encoder"
+    rows = [window.ids for window in windows]
     width = max(map(len, rows))
     pad = model.tokenizer.pad_token_id or 0
-    ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], dtype=torch.int64)
+    # One more column: the label of what comes after the longest text.
+    padded = torch.tensor([[*row, *[pad] * (width + 1 - len(row))] for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    targets = [_masked_places(model, row) if masked else list(range(1, len(row))) for row in rows]
-    row_index = torch.tensor(
-        [r for r, places in enumerate(targets) for _ in places], dtype=torch.int64
-    )
-    columns = torch.tensor([p for places in targets for p in places], dtype=torch.int64)
-    labels = ids[row_index, columns]
+    places = [
+        _masked_places(model, window.ids) if masked else list(range(window.predicting))
+        for window in windows
+    ]
+    row_index = torch.tensor([r for r, columns in enumerate(places) for _ in columns]).long()
+    columns = torch.tensor([c for columns in places for c in columns]).long()
+    labels = padded[row_index, columns if masked else columns + 1]
+    ids = padded[:, :width].clone()
     if masked:
-        ids = ids.clone()
         ids[row_index, columns] = model.tokenizer.mask_token_id
     inputs = {"input_ids": ids, "attention_mask": mask}
     if scoring.takes_positions(model):
@@ -121,9 +147,9 @@ def _padded(model: Model, rows: Sequence[list[int]]) -> Scored:
     return Scored(
         {name: value.to(model.device) for name, value in inputs.items()},
         row_index.to(model.device),
-        (columns if masked else columns - 1).to(model.device),
+        columns.to(model.device),
         labels.to(model.device),
-        tuple(map(len, targets)),
+        tuple(map(len, places)),
         [len(row) - 1 for row in rows],
     )
 
@@ -149,4 +175,27 @@ def _halves(
         yield (
             [i for i, _, _ in chosen],
             scoring.prepare(model, [p for _, p, _ in chosen], [t for _, _, t in chosen]),
+        )
+
+
+def _afterwards(
+    model: Model, texts: Sequence[str], batch_size: int
+) -> Iterator[tuple[list[int], Scored]]:
+    """Yield batches for an encoder-decoder: the first token given the whole text."""
+    owners = [i for i, text in enumerate(texts) if text.strip()]
+    for start in range(0, len(owners), batch_size):
+        chosen = owners[start : start + batch_size]
+        given = [texts[i] for i in chosen]
+        # Any target does: only the column before its first token is read.
+        batch = scoring.prepare(model, given, [text.split()[0] for text in given])
+        first = batch.columns == 0
+        yield (
+            chosen,
+            replace(
+                batch,
+                rows=batch.rows[first],
+                columns=batch.columns[first],
+                labels=batch.labels[first],
+                counts=(1,) * len(chosen),
+            ),
         )

@@ -1,13 +1,30 @@
 """The protocols that come with errata, one file each (or one for a close pair)."""
 
 from errata.evaluate.protocol import Protocol
-from errata.evaluate.protocols import counterfact, general, generation, probes
+from errata.evaluate.protocols import (
+    counterfact,
+    easyedit,
+    general,
+    generation,
+    ke,
+    knowedit,
+    lifelong,
+    mquake,
+    probes,
+    rake,
+)
 
 PROTOCOLS: tuple[Protocol, ...] = (
     counterfact.PROTOCOL,
     generation.PROTOCOL,
     probes.PORTABILITY,
     probes.LOCALITY,
+    knowedit.PROTOCOL,
+    rake.PROTOCOL,
+    mquake.PROTOCOL,
+    ke.PROTOCOL,
+    lifelong.PROTOCOL,
+    easyedit.PROTOCOL,
     general.PROTOCOL,
 )
 

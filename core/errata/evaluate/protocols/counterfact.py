@@ -1,162 +1,242 @@
-"""The `counterfact` protocol: ES, PS, NS, their magnitudes, Score and GE, as the ROME paper's code.
+"""The `counterfact` protocol: ES, PS, NS, their magnitudes, Score, GE and RS, as the ROME paper.
 
-Probabilities are length-normalised, exp of the mean log-probability per target token. A case is a
-request: PS and NS are first averaged over a request's prompts, then over requests.
+Probabilities are length-normalised, exp of the mean log-probability per target token. PS and NS
+are first averaged over a case's prompts, then over cases.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from errata.errors import MissingExtraError
 from errata.evaluate.fluency import weighted_entropy, words
-from errata.evaluate.generation import Sampling, decode_after, generate_tokens
-from errata.evaluate.measurement import Measurement, bootstrap
+from errata.evaluate.measurement import Measurement, harmonic_mean
 from errata.evaluate.protocol import Protocol
-from errata.evaluate.reader import Reader, per_case
-from errata.evaluate.scoring import context_limit
+from errata.evaluate.sampled import TOP_K, sampled_length
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from errata.model import Model
+    from errata.evaluate.reader import Reader
     from errata.request import Request
 
-HOW = "counterfact: mean-token log-probability, new vs true, teacher-forced; "
-GENERATED_TOKENS = 100
-"""Length of GE's texts, prompt included."""
-TOP_K = 5
+logger = logging.getLogger("errata")
 
-Pairs = list[tuple[int, float, float]]
-"""(request, mean negative log-probability of the new target, of the true one) per prompt."""
+HOW = "mean-token log-probability, new vs true, teacher-forced"
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Two sides after one prompt: the first should be more probable than the second.
+
+    Attributes:
+        request: index of the request, or the name of a case.
+        prompt: what both sides are read after.
+        first: forms of which the most probable one counts.
+        second: the same for the other side.
+        type: sort of prompt.
+    """
+
+    request: int | str
+    prompt: str
+    first: tuple[str, ...]
+    second: tuple[str, ...]
+    type: str = ""
 
 
 def measure(reader: Reader) -> list[Measurement]:
-    """Return ES, EM, PS, PM, NS, NM, Score and GE, each where the requests have its prompts.
+    """Return what the authors' code returns, each where the requests have its prompts.
 
     Requests without a true target have nothing to compare with and are left out.
     """
-    requests = reader.requests
+    return [
+        *entity_view(reader, "counterfact", "", "Score"),
+        *_attributes(reader),
+        *fluency(reader, "counterfact", "GE", _generation),
+        *_consistency(reader),
+    ]
+
+
+def entity_view(
+    reader: Reader,
+    protocol: str,
+    prefix: str,
+    score: str,
+    only: Callable[[Request], bool] = lambda request: True,
+) -> list[Measurement]:
+    """Return success and magnitude on rewrite, paraphrase and neighbourhood, and their Score.
+
+    Args:
+        reader: asks the model.
+        protocol: name of the protocol.
+        prefix: before the names of the metrics.
+        score: name of the harmonic mean of the three successes.
+        only: which requests; those without a true target are left out in any case.
+    """
     measured: list[Measurement] = []
-    success: dict[str, dict[int, float]] = {}
-    for letter, what, sign, prompts_of in (
-        ("E", "rewrite prompt", 1, _rewrite),
-        ("P", "paraphrases", 1, _paraphrases),
-        ("N", "neighbourhood prompts", -1, _neighbourhood),
+    for letter, what, keeps, prompts_of in (
+        ("E", "rewrite prompt", False, _rewrite),
+        ("P", "paraphrases", False, _paraphrases),
+        ("N", "neighbourhood prompts", True, _neighbourhood),
     ):
-        pairs = likelihoods(reader, prompts_of)
-        if not pairs:
-            continue
-        better, worse = ("new", "true") if sign > 0 else ("true", "new")
-        shares = per_case((i, float((true - new) * sign > 0)) for i, new, true in pairs)
-        margins = per_case((i, (math.exp(-new) - math.exp(-true)) * sign) for i, new, true in pairs)
-        success[letter] = shares
-        ids = reader.case_ids(shares)
-        measured += [
-            Measurement.mean(
-                f"{letter}S",
-                list(shares.values()),
-                f"{HOW}{what}, share with P({better}) > P({worse})",
-                case_ids=ids,
-            ),
-            Measurement.mean(
-                f"{letter}M",
-                list(margins.values()),
-                f"{HOW}{what}, mean of P({better}) - P({worse})",
-                case_ids=ids,
-                unit="probability",
-            ),
+        better, worse = ("true", "new") if keeps else ("new", "true")
+        asked = [
+            Contest(i, prompt, *_sides(request, keeps))
+            for i, request in enumerate(reader.requests)
+            if request.target_true and only(request)
+            for prompt in prompts_of(request)
         ]
-    if len(success) == 3:
-        measured.append(_score(reader, success))
-    if reader.generates and any(request.generation for request in requests):
-        measured.append(generation_entropy(reader, reader.settings.seed))
+        names = (f"{prefix}{letter}S", f"{prefix}{letter}M")
+        how = (f"{protocol}: {HOW}; {what}, ", f"P({better})", f"P({worse})")
+        measured += contests(reader, names, asked, how)
+    successes = [one for one in measured if one.metric.endswith("S")]
+    if len(successes) == 3:
+        e, p, n = (one.metric for one in successes)
+        how_score = f"{protocol}: {HOW}; harmonic mean of {e}, {p} and {n}"
+        measured += harmonic_mean(score, successes, how_score)
     return measured
 
 
-def likelihoods(reader: Reader, prompts_of: Callable[[Request], Sequence[str]]) -> Pairs:
-    """Return how likely both targets are after each of the requests' prompts of one sort."""
+def contests(
+    reader: Reader,
+    names: tuple[str, str],
+    asked: Sequence[Contest],
+    how: tuple[str, str, str],
+) -> list[Measurement]:
+    """Return the share of contests that the first side wins, and its mean lead; in all, by type.
+
+    Args:
+        reader: asks the model.
+        names: of the share and of the lead.
+        asked: the contests; nothing is returned without any.
+        how: the protocol up to the comparison, and what both sides are called in it.
+    """
+    if not asked:
+        return []
+    best = iter(_best(reader, [side for one in asked for side in ((one, True), (one, False))]))
+    won = [(one, next(best), next(best)) for one in asked]
+    start, first, second = how
+    found = []
+    for only in (None, *sorted({one.type for one in asked} - {""})):
+        some = [entry for entry in won if only in (None, entry[0].type)]
+        suffix = "" if only is None else f".{only}"
+        found += [
+            reader.mean(
+                f"{names[0]}{suffix}",
+                ((one.request, float(ahead > behind)) for one, ahead, behind in some),
+                f"{start}share with {first} > {second}",
+            ),
+            reader.mean(
+                f"{names[1]}{suffix}",
+                ((one.request, math.exp(a) - math.exp(b)) for one, a, b in some),
+                f"{start}mean of {first} - {second}",
+                unit="probability",
+            ),
+        ]
+    return found
+
+
+def _best(reader: Reader, sides: Iterable[tuple[Contest, bool]]) -> list[float]:
+    """Return the mean log-probability per token of each side's most probable form, in nats."""
+    listed = [(one.prompt, one.first if first else one.second) for one, first in sides]
+    scores = iter(reader.scores((prompt, form) for prompt, forms in listed for form in forms))
+    return [max([-next(scores).mean_nll for _ in forms]) for _, forms in listed]
+
+
+def _attributes(reader: Reader) -> list[Measurement]:
+    """Return how improbable both targets are where the new one is true already.
+
+    The authors' code records these numbers and compares them with nothing.
+    """
     asked = [
-        (i, prompt, request.target_new, request.target_true)
+        (i, probe.prompt, request.target_new, request.target_true)
         for i, request in enumerate(reader.requests)
         if request.target_true
-        for prompt in prompts_of(request)
+        for probe in request.attribute
     ]
-    scores = reader.scores(
-        [(p, new) for _, p, new, _ in asked] + [(p, true) for _, p, _, true in asked]
-    )
-    half = len(asked)
-    return [
-        (i, new.mean_nll, true.mean_nll)
-        for (i, *_), new, true in zip(asked, scores[:half], scores[half:], strict=True)
+    measured: list[Measurement] = []
+    for place, name in ((2, "new"), (3, "true")) if asked else ():
+        scores = reader.scores((str(one[1]), str(one[place])) for one in asked)
+        measured.append(
+            reader.mean(
+                f"attribute_nll_{name}",
+                ((one[0], score.mean_nll) for one, score in zip(asked, scores, strict=True)),
+                f"counterfact: mean-token log-probability, teacher-forced; attribute prompts, "
+                f"mean of -log P({name})",
+                unit="nats",
+                direction="",
+            )
+        )
+    return measured
+
+
+def fluency(
+    reader: Reader,
+    protocol: str,
+    metric: str,
+    prompts_of: Callable[[Request], Sequence[str]],
+) -> list[Measurement]:
+    """Return the n-gram entropy of sampled texts, averaged per case, then over cases."""
+    if not reader.generates:
+        return []
+    entropies = [
+        (i, weighted_entropy(words(text)))
+        for i, request in enumerate(reader.requests)
+        if prompts_of(request)
+        for text in reader.samples(prompts_of(request))
     ]
+    if not entropies:
+        return []
+    how = f"{protocol}: mean of 2/3 H2 and 4/3 H3 of word n-grams, {sampling(reader)}"
+    return [reader.mean(metric, entropies, how, unit="bits")]
 
 
-def harmonic(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the harmonic mean of the last axis; 0 where a value is 0."""
-    positive = (values > 0).all(axis=-1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        means = values.shape[-1] / (1 / values).sum(axis=-1)
-    return np.where(positive, means, 0.0)
-
-
-def _score(reader: Reader, success: dict[str, dict[int, float]]) -> Measurement:
-    """Return the harmonic mean of ES, PS and NS over the requests that have all three."""
-    cases = sorted(set.intersection(*(set(shares) for shares in success.values())))
-    table = np.array([[success[letter][i] for letter in "EPN"] for i in cases]).reshape(-1, 3)
-    value = float(harmonic(table.mean(axis=0))) if cases else math.nan
-    return Measurement(
-        "Score",
-        value,
-        len(cases),
-        f"{HOW}harmonic mean of ES, PS and NS",
-        bootstrap(table, harmonic),
+def sampling(reader: Reader) -> str:
+    """Return how texts are sampled, as protocols say it."""
+    return (
+        f"texts of {sampled_length(reader.model)} tokens with prompt, sampled from the top "
+        f"{TOP_K}, seed {reader.settings.seed}"
     )
 
 
-def generation_entropy(reader: Reader, seed: int = 0) -> Measurement:
-    """Return GE: the n-gram entropy of sampled texts, averaged per request, then over requests.
-
-    As in the authors' code a text is the prompt and its continuation, 100 tokens together,
-    each token drawn from the five most probable, going on past end tokens.
-    """
-    asked = [(i, p) for i, request in enumerate(reader.requests) for p in request.generation]
-    texts, length = sampled_texts(reader.model, [prompt for _, prompt in asked], seed)
-    cases = per_case(
-        (i, weighted_entropy(words(text))) for (i, _), text in zip(asked, texts, strict=True)
-    )
-    return Measurement.mean(
-        "GE",
-        list(cases.values()),
-        f"counterfact: mean of 2/3 H2 and 4/3 H3 of word n-grams, texts of {length} tokens with "
-        f"prompt, sampled from the top {TOP_K}, seed {seed}",
-        case_ids=reader.case_ids(cases),
-        unit="bits",
-    )
-
-
-def sampled_texts(model: Model, prompts: Sequence[str], seed: int) -> tuple[list[str], int]:
-    """Return prompt and continuation for each prompt, and their length in tokens."""
-    context = context_limit(model)
-    length = GENERATED_TOKENS if context is None else min(GENERATED_TOKENS, context)
-    heads: list[list[int]] = [[] for _ in prompts]  # the decoder of two starts from nothing
-    if model.anatomy.kind == "decoder":
-        heads = [model.tokenizer(prompt)["input_ids"] for prompt in prompts]
-    _, new = generate_tokens(
-        model,
-        prompts,
-        max_new_tokens=max(length - min(map(len, heads)), 0),
-        sampling=Sampling(do_sample=True, top_k=TOP_K, seed=seed),
-        natural_stop=False,
-    )
-    texts = [
-        prompt + decode_after(model, head, ids[: max(length - len(head), 0)])
-        for prompt, head, ids in zip(prompts, heads, new, strict=True)
+def _consistency(reader: Reader) -> list[Measurement]:
+    """Return RS: the cosine of tf-idf vectors of the sampled texts and of the references."""
+    asked = [
+        (i, request)
+        for i, request in enumerate(reader.requests)
+        if request.generation and request.references
     ]
-    return texts, length
+    if not asked or not reader.generates:
+        return []
+    try:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+    except ImportError:
+        logger.warning("%s", MissingExtraError("RS, which is left out,", "scikit-learn", "measure"))
+        return []
+    given = reader.settings.references
+    vectoriser = TfidfVectorizer()
+    try:
+        vectoriser.fit(given or [text for _, request in asked for text in request.references])
+    except ValueError:  # no word in any of them
+        return []
+    values = []
+    for i, request in asked:
+        texts = " ".join(reader.samples(request.generation))
+        vectors = vectoriser.transform([texts, " ".join(request.references)])
+        values.append((i, float((vectors[0] @ vectors[1].T).sum())))  # rows have length 1
+    fitted = "the texts given" if given else "all references"
+    how = (
+        f"counterfact: cosine of tf-idf vectors of generated and reference texts, weights fitted "
+        f"on {fitted}; {sampling(reader)}"
+    )
+    return [reader.mean("RS", values, how, unit="cosine")]
+
+
+def _sides(request: Request, keeps: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    new, true = (request.target_new,), (request.target_true or "",)
+    return (true, new) if keeps else (new, true)
 
 
 def _rewrite(request: Request) -> Sequence[str]:
@@ -171,10 +251,14 @@ def _neighbourhood(request: Request) -> Sequence[str]:
     return [probe.prompt for probe in request.neighbourhood]
 
 
+def _generation(request: Request) -> Sequence[str]:
+    return request.generation
+
+
 PROTOCOL = Protocol(
     "counterfact",
-    "ES, PS, NS, their magnitudes, Score and GE: teacher-forced probability of the new against "
-    "the true target",
+    "ES, PS, NS, their magnitudes, Score, GE and RS: teacher-forced probability of the new "
+    "against the true target",
     "Meng et al. 2022, Locating and Editing Factual Associations in GPT, section 3.4",
     measure,
 )

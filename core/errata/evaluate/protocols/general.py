@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from errata.evaluate.divergence import text_kls
+from errata.evaluate.harness import harness_measurements
 from errata.evaluate.measurement import Measurement, bootstrap
 from errata.evaluate.protocol import Protocol
 from errata.evaluate.text import canary_texts, pooled
@@ -18,18 +21,28 @@ if TYPE_CHECKING:
 
 
 def measure(reader: Reader) -> list[Measurement]:
-    """Return perplexity on held-out text, and its ratio to the base's."""
+    """Return perplexity on held-out text, its ratio to the base's, and the KL from the base.
+
+    The KL divergence is that of the edited model's next-token distribution from the base's, KL(base
+    ‖ edited), averaged over all tokens of the texts. What is relative to the base is left out for
+    an unedited model. Tasks of the lm-evaluation-harness follow where the settings name some.
+    """
     texts = canary_texts() if reader.settings.texts is None else list(reader.settings.texts)
-    if not texts:
-        return []
+    found = _of_texts(reader, texts) if texts else []
+    return found + harness_measurements(reader, reader.settings.harness_tasks, "general")
+
+
+def _of_texts(reader: Reader, texts: Sequence[str]) -> list[Measurement]:
     nlls = reader.nlls(texts)
     total = sum(count for _, count in nlls)
     how = f"general: exp of the mean negative log-probability per token, {total} tokens"
     found = [_perplexity("perplexity", nlls, how, [(0.0, 0)] * len(nlls), "perplexity")]
-    if reader.base is not None:
-        how = f"general: perplexity relative to the unedited model, {total} tokens"
-        reference = reader.base.nlls(texts)
-        found.append(_perplexity("perplexity_ratio", nlls, how, reference, "ratio"))
+    if reader.base is None:
+        return found
+    how = f"general: perplexity relative to the unedited model, {total} tokens"
+    reference = reader.base.nlls(texts)
+    found.append(_perplexity("perplexity_ratio", nlls, how, reference, "ratio"))
+    found.append(_divergence(reader, [text for text in texts if text.strip()]))
     return found
 
 
@@ -50,21 +63,47 @@ def _perplexity(
         values: NDArray[np.float64] = np.exp((means[:, 0] - means[:, 2]) / means[:, 1])
         return values
 
+    counted = [(i, o - r, c) for i, (o, c, r) in enumerate(table.tolist()) if c]
     return Measurement(
         metric,
-        pooled([(own - other, count) for own, count, other in table.tolist()]),
+        pooled([(nats, count) for _, nats, count in counted]),
         len(nlls),
         how,
         bootstrap(table, statistic),
-        tuple(pooled([(o - r, c)]) for o, c, r in table.tolist() if c),
+        tuple(pooled([(nats, count)]) for _, nats, count in counted),
+        tuple(f"text-{i}" for i, _, _ in counted),
         unit=unit,
+        direction="lower",
+    )
+
+
+def _divergence(reader: Reader, texts: Sequence[str]) -> Measurement:
+    """Return the mean KL per token with a bootstrap interval over texts."""
+    kls = text_kls(reader, texts)
+    total = sum(count for _, count in kls)
+
+    def statistic(means: NDArray[np.float64]) -> NDArray[np.float64]:
+        values: NDArray[np.float64] = means[:, 0] / means[:, 1]
+        return values
+
+    return Measurement(
+        "kl_to_base",
+        math.fsum(nats for nats, _ in kls) / total,
+        len(kls),
+        f"general: mean over {total} next-token distributions of KL(unedited || edited), whole "
+        "vocabulary",
+        bootstrap(np.array(kls, dtype=np.float64), statistic),
+        tuple(nats / count for nats, count in kls),
+        tuple(f"text-{i}" for i in range(len(kls))),
+        unit="nats",
         direction="lower",
     )
 
 
 PROTOCOL = Protocol(
     "general",
-    "perplexity on held-out text, and its ratio to the base's",
+    "held-out perplexity and its ratio to the base's, KL from the base on the same text, and "
+    "lm-evaluation-harness tasks where the settings name some",
     "Gupta et al. 2024, Model Editing at Scale leads to Gradual and Catastrophic Forgetting",
     measure,
 )

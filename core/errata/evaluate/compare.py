@@ -1,0 +1,247 @@
+"""Is one better than the other? Two measurements of the same cases, compared case by case."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from errata.errors import ComparisonError, MissingExtraError, UnknownNameError
+from errata.evaluate.measurement import Measurement, bootstrap
+
+MCNEMAR = "McNemar's exact test"
+WILCOXON = "Wilcoxon's signed-rank test"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What two measurements of the same cases differ by.
+
+    Attributes:
+        metric: what was measured.
+        a: label of the first.
+        b: label of the second.
+        n: cases that both have.
+        value_a: mean of the first over these cases.
+        value_b: mean of the second.
+        difference: `value_a - value_b`.
+        interval: 95 % interval of the difference, by bootstrap over the pairs; None with fewer
+            than two cases or where something is infinite.
+        p: two-sided p-value of `test`.
+        test: which test it is. McNemar's (exact binomial) where every case is 0 or 1, else
+            Wilcoxon's (cases without a difference are left out of the ranks).
+        higher: cases with a higher value in the first.
+        lower: cases with a lower one.
+        protocol: how both were measured.
+        direction: which way is better.
+        adjusted: the p-value after Holm's correction, where several were compared.
+    """
+
+    metric: str
+    a: str
+    b: str
+    n: int
+    value_a: float
+    value_b: float
+    difference: float
+    interval: tuple[float, float] | None
+    p: float
+    test: str
+    higher: int
+    lower: int
+    protocol: str
+    direction: str = "higher"
+    adjusted: float | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain JSON data; numbers that are not finite become None."""
+        data = dict(vars(self))
+        for name in ("value_a", "value_b", "difference"):
+            data[name] = data[name] if math.isfinite(data[name]) else None
+        data["interval"] = None if self.interval is None else list(self.interval)
+        return data
+
+    def __str__(self) -> str:
+        low_high = "" if self.interval is None else " [{:.4g}, {:.4g}]".format(*self.interval)
+        holm = "" if self.adjusted is None else f", Holm {self.adjusted:.3g}"
+        return (
+            f"{self.metric}: {self.a} {self.value_a:.4g}, {self.b} {self.value_b:.4g}, difference "
+            f"{self.difference:+.4g}{low_high}, p = {self.p:.3g}{holm} "
+            f"({self.test}, n={self.n}; {self.protocol})"
+        )
+
+
+def compare(
+    a: Measurement, b: Measurement, *, shared: bool = False, labels: tuple[str, str] = ("a", "b")
+) -> Comparison:
+    """Compare two measurements of one metric, case by case.
+
+    A case that occurs k times in both (several requests of one case) is paired in its order.
+
+    Args:
+        a: the first.
+        b: the second.
+        shared: compare the cases that both have and leave out the others.
+        labels: what the two are called in the result.
+
+    Raises:
+        ComparisonError: another metric or protocol, no values per case, different cases, or a
+            case that is not a number.
+        MissingExtraError: scipy is not installed.
+
+    >>> a = Measurement.mean("ES", [1, 1, 1, 1, 0, 1], "p: x", case_ids=list("abcdef"))
+    >>> b = Measurement.mean("ES", [0, 0, 1, 0, 0, 0], "p: x", case_ids=list("abcdef"))
+    >>> result = compare(a, b)
+    >>> round(result.difference, 3), result.p, result.higher
+    (0.667, 0.125, 4)
+    """
+    if (a.metric, a.protocol) != (b.metric, b.protocol):
+        raise ComparisonError(
+            f"{a.metric!r} ({a.protocol}) and {b.metric!r} ({b.protocol}) are not the same thing: "
+            "compare one metric, measured by one protocol with one set of settings."
+        )
+    first, second = _paired(a, b, shared, labels)
+    differences = first - second
+    if bool(np.isnan(differences).any()):
+        raise ComparisonError(
+            f"{int(np.isnan(differences).sum())} of the {len(first)} cases of {a.metric!r} are "
+            "not numbers or infinite in both: they cannot be compared."
+        )
+    binary = all(value in (0.0, 1.0) for value in (*first.tolist(), *second.tolist()))
+    higher, lower = int((differences > 0).sum()), int((differences < 0).sum())
+    return Comparison(
+        metric=a.metric,
+        a=labels[0],
+        b=labels[1],
+        n=len(first),
+        value_a=float(first.mean()),
+        value_b=float(second.mean()),
+        difference=float(differences.mean()),
+        interval=bootstrap(differences[:, None], lambda means: means[:, 0]),
+        p=_mcnemar(higher, lower) if binary else _wilcoxon(differences),
+        test=MCNEMAR if binary else WILCOXON,
+        higher=higher,
+        lower=lower,
+        protocol=a.protocol,
+        direction=a.direction,
+    )
+
+
+def compare_all(
+    tables: Mapping[str, Iterable[Measurement]], reference: str, *, shared: bool = False
+) -> list[Comparison]:
+    """Compare every table with one of them, on every metric that both have case by case.
+
+    `adjusted` is Holm's correction over the tables that one metric was compared for: with k
+    methods against a reference, k questions are asked of each metric. It does not correct for
+    looking at several metrics.
+
+    Args:
+        tables: measurements by label.
+        reference: the label that all others are compared with (the `b` of each comparison).
+        shared: as in `compare`.
+
+    Raises:
+        UnknownNameError: no table is called `reference`.
+        ComparisonError: as `compare`, or no table has a metric of the reference's.
+    """
+    if reference not in tables:
+        raise UnknownNameError("table", reference, tables)
+    by_label = {label: _comparable(table) for label, table in tables.items()}
+    base = by_label.pop(reference)
+    found: list[Comparison] = []
+    for key, other in base.items():
+        group = [
+            compare(table[key], other, shared=shared, labels=(label, reference))
+            for label, table in by_label.items()
+            if key in table
+        ]
+        adjusted = holm([comparison.p for comparison in group])
+        found += [replace(c, adjusted=p) for c, p in zip(group, adjusted, strict=True)]
+    if not found:
+        raise ComparisonError(
+            f"There is nothing to compare with {reference!r}: no other table has one of its "
+            f"metrics with values per case ({', '.join(metric for _, metric in base) or 'none'})."
+        )
+    return found
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values corrected for having asked several questions (Holm 1979).
+
+    >>> [round(p, 3) for p in holm([0.01, 0.04, 0.03])]
+    [0.03, 0.06, 0.06]
+    """
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    adjusted = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def _comparable(table: Iterable[Measurement]) -> dict[tuple[str, str], Measurement]:
+    """Return the measurements with values per case by (protocol's name, metric)."""
+    return {(item.name, item.metric): item for item in table if item.cases and item.case_ids}
+
+
+def _paired(a: Measurement, b: Measurement, shared: bool, labels: tuple[str, str]) -> Any:
+    """Return the values (n,) of both on the same cases, in the first one's order."""
+    first, second = _by_case(a, labels[0]), _by_case(b, labels[1])
+    common = [case for case in first if case in second]
+    if not common or (not shared and not len(common) == len(first) == len(second)):
+        hint = (
+            "compare(…, shared=True) compares those."
+            if common
+            else "Measure both on the same requests."
+        )
+        raise ComparisonError(
+            f"{a.metric!r}: {labels[0]} has {len(first)} cases and {labels[1]} {len(second)}; "
+            f"{len(common)} are shared. {hint}"
+        )
+    return (
+        np.array([first[case] for case in common], dtype=np.float64),
+        np.array([second[case] for case in common], dtype=np.float64),
+    )
+
+
+def _by_case(item: Measurement, label: str) -> dict[tuple[str, int], float]:
+    """Return the values by (case id, how many of this id came before)."""
+    if not item.cases or len(item.cases) != len(item.case_ids):
+        raise ComparisonError(
+            f"{item.metric!r} of {label} has {len(item.cases)} values and {len(item.case_ids)} "
+            "case ids: only what was measured case by case can be compared in pairs."
+        )
+    before: Counter[str] = Counter()
+    values = {}
+    for case, value in zip(item.case_ids, item.cases, strict=True):
+        values[case, before[case]] = value
+        before[case] += 1
+    return values
+
+
+def _mcnemar(higher: int, lower: int) -> float:
+    stats = _scipy_stats()
+    if not higher + lower:
+        return 1.0
+    return float(stats.binomtest(higher, higher + lower, 0.5).pvalue)
+
+
+def _wilcoxon(differences: Any) -> float:
+    stats = _scipy_stats()
+    moved = differences[differences != 0]
+    # scipy: exact for few pairs, the normal approximation for many.
+    return float(stats.wilcoxon(moved).pvalue) if len(moved) else 1.0
+
+
+def _scipy_stats() -> Any:
+    try:
+        from scipy import stats
+    except ImportError as error:
+        raise MissingExtraError("Comparing measurements", "scipy", "measure") from error
+    return stats

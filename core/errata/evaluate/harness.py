@@ -1,0 +1,183 @@
+"""Tasks of EleutherAI's lm-evaluation-harness, run on the live model with its edits."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import logging
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+
+from errata.errors import ConfigError, MissingExtraError
+from errata.evaluate.measurement import Z95, Measurement
+
+if TYPE_CHECKING:
+    from errata.evaluate.measurement import Direction
+    from errata.evaluate.reader import Reader
+
+logger = logging.getLogger("errata")
+
+
+def harness_measurements(reader: Reader, tasks: Sequence[str], protocol: str) -> list[Measurement]:
+    """Run harness tasks; return every metric as "task/metric", with its values per document.
+
+    The harness brings its own prompts, few-shot examples and data (which it may have to download).
+    It pads and scores by itself: an edit that decides at a prompt's last token (a codebook) takes
+    a text's last token for that. Global random states are left as they were.
+
+    Args:
+        reader: asks the model.
+        tasks: names of tasks, groups or tags, or paths of YAML files. Such a file may name Python
+            code to be run.
+        protocol: name of the protocol.
+
+    Raises:
+        MissingExtraError: lm-eval is not installed.
+        ConfigError: an encoder; an unknown task; or one that the harness cannot load.
+    """
+    if not tasks:
+        return []
+    lm_eval = _harness()
+    model = reader.model
+    if not reader.generates:
+        raise ConfigError(
+            f"{model.name} is an encoder: the lm-evaluation-harness measures models that continue "
+            "texts. Leave harness_tasks out."
+        )
+    if any(d.runtime and not getattr(d, "pointwise", False) for _, _, d in model.stack.entries):
+        logger.warning(
+            "The harness does not say where prompts end: edits that decide there take the last "
+            "token of each text."
+        )
+    with reader.state(), _own_randomness(), _as_it_is(model.module):
+        loaded = _load(lm_eval, tasks)
+        wrapped = lm_eval.models.huggingface.HFLM(
+            pretrained=model.module,
+            # It adds a padding token where there is none.
+            tokenizer=copy.deepcopy(model.tokenizer),
+            backend="seq2seq" if model.anatomy.kind == "encoder-decoder" else "causal",
+            batch_size=reader.settings.batch_size,
+        )
+        results: Mapping[str, Any] = lm_eval.evaluator.evaluate(
+            lm=wrapped, task_dict=loaded, log_samples=True, bootstrap_iters=0
+        )
+    version = lm_eval.__version__
+    return [
+        item for task in results["results"] for item in _metrics(results, task, protocol, version)
+    ]
+
+
+def _harness() -> Any:
+    try:
+        import lm_eval
+        import lm_eval.evaluator
+        import lm_eval.models.huggingface
+        import lm_eval.tasks
+    except ImportError as error:
+        raise MissingExtraError("settings.harness_tasks", "lm-eval", "harness") from error
+    return lm_eval
+
+
+def _load(lm_eval: Any, tasks: Sequence[str]) -> Any:
+    """Return the harness's task objects; say what is wrong with a name."""
+    manager = lm_eval.tasks.TaskManager()
+    for name in tasks:
+        if not name.endswith((".yaml", ".yml")) and name not in manager.task_index:
+            close = difflib.get_close_matches(name, manager.all_tasks, n=3)
+            hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+            raise ConfigError(
+                f"The lm-evaluation-harness has no task {name!r}.{hint} `lm-eval ls tasks` lists "
+                "them; a file of your own is named by its path, ending in .yaml."
+            )
+    try:
+        return manager.load(list(tasks))
+    except Exception as error:  # the data set's library raises errors of its own
+        raise ConfigError(
+            f"The lm-evaluation-harness could not load {', '.join(tasks)}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _metrics(
+    results: Mapping[str, Any], task: str, protocol: str, version: str
+) -> Iterator[Measurement]:
+    """Yield the metrics of one task (or group of tasks, then without single documents)."""
+    row = results["results"][task]
+    samples = results.get("samples", {}).get(task, [])
+    shots = results.get("n-shot", {}).get(task)
+    how = (
+        f"{protocol}: lm-evaluation-harness {version}, task {task}, version "
+        f"{results.get('versions', {}).get(task, 'unknown')}"
+        + (f", {shots} examples in the prompt" if shots is not None else "")
+    )
+    for key, value in row.items():
+        metric, _, variant = key.partition(",")
+        if metric.endswith("_stderr") or not variant or not isinstance(value, (int, float)):
+            continue
+        name = f"{task}/{metric}" + ("" if variant == "none" else f".{variant}")
+        text = how + ("" if variant == "none" else f", filter {variant}")
+        upward = results.get("higher_is_better", {}).get(task, {}).get(metric)
+        direction = cast("Direction", {True: "higher", False: "lower", None: ""}[upward])
+        cases = _cases(samples, metric, variant)
+        found = Measurement.mean(
+            name, list(cases.values()), text,
+            case_ids=[f"{task}-{document}" for document in cases],
+            unit="", direction=direction,
+        )  # fmt: skip
+        if cases and math.isclose(found.value, value, rel_tol=1e-9, abs_tol=1e-12):
+            yield found
+        else:  # not a mean over documents: perplexity, F1, a group
+            error = row.get(f"{metric}_stderr,{variant}")
+            half = Z95 * error if isinstance(error, (int, float)) else None
+            yield Measurement(
+                name, float(value), _size(results, task, len(samples)), text,
+                None if half is None else (value - half, value + half),
+                unit="", direction=direction,
+            )  # fmt: skip
+
+
+def _cases(samples: Sequence[Mapping[str, Any]], metric: str, variant: str) -> dict[Any, float]:
+    """Return a metric's value for each document, where it is a number."""
+    return {
+        sample["doc_id"]: float(sample[metric])
+        for sample in samples
+        if sample.get("filter", variant) == variant
+        and isinstance(sample.get(metric), (int, float, bool, np.floating, np.integer))
+    }
+
+
+def _size(results: Mapping[str, Any], task: str, samples: int) -> int:
+    counted = results.get("n-samples", {}).get(task, {}).get("effective")
+    return samples if counted is None else int(counted)
+
+
+@contextmanager
+def _own_randomness() -> Iterator[None]:
+    """Give the block seeds of its own, and put the global random states back after it."""
+    # The harness and its metrics draw from the global generators.
+    python, numpy_state, state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(state)
+
+
+@contextmanager
+def _as_it_is(module: Any) -> Iterator[None]:
+    """Keep the harness from tying the weights of an edited model anew."""
+    module.tie_weights = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        del module.tie_weights

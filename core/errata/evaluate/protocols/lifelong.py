@@ -1,0 +1,98 @@
+"""The `lifelong` protocol: GRACE's ERR and TRR of the model as it stands.
+
+It looks at one state: which edits were made so far, and when to look, is the caller's business.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from errata.evaluate import reader as questions
+from errata.evaluate.protocol import Protocol
+from errata.evaluate.protocols.easyedit import RIGHT, token_accuracy
+
+if TYPE_CHECKING:
+    from errata.evaluate.measurement import Measurement
+    from errata.evaluate.reader import Question, Reader
+
+NAME = "lifelong"
+
+
+def measure(reader: Reader) -> list[Measurement]:
+    """Return ERR over the requests and TRR over the retained probes, in four ways each."""
+    retained = questions.of_retain(reader.settings)
+    return [
+        *_rate(reader, "ERR", questions.of_requests(reader.requests)),
+        *_text_perplexity(reader),
+        *_rate(reader, "TRR", retained),
+        *reader.unchanged(NAME, "TRR_unchanged", retained),
+    ]
+
+
+def _rate(reader: Reader, metric: str, questions_: Sequence[Question]) -> list[Measurement]:
+    """Return token accuracy, F1 and whole answers on these questions."""
+    asked = reader.grouped([question for question in questions_ if question.answers])
+    if not asked:
+        return []
+    firsts = [phrasings[0] for phrasings in asked]
+    values = token_accuracy(reader, asked)
+    measured = reader.by_type(metric, f"{NAME}: {RIGHT}", firsts, values)
+    if reader.generates:
+        how = f"{NAME}: {reader.greedy}; F1 of the sets of token ids of the text and of the answer"
+        measured += reader.by_type(f"{metric}_f1", how, firsts, _f1(reader, asked), unit="F1")
+    flat = [question for phrasings in asked for question in phrasings]
+    return [*measured, *reader.ask(NAME, metric, flat)]
+
+
+def _f1(reader: Reader, asked: Sequence[Sequence[Question]]) -> list[float]:
+    """Return the best F1 of a question's phrasings and answers, on token ids as GRACE's code."""
+    texts = iter(reader.texts(q.prompt for phrasings in asked for q in phrasings))
+    found = []
+    for phrasings in asked:
+        values = []
+        for question in phrasings:
+            said = _token_set(reader, next(texts))
+            values += [token_f1(said, _token_set(reader, a)) for a in question.answers]
+        found.append(max(values))
+    return found
+
+
+def token_f1(said: frozenset[int], wanted: frozenset[int]) -> float:
+    """Return the harmonic mean of precision and recall of two sets; 0 without a common member."""
+    common = len(said & wanted)
+    return 2 * common / (len(said) + len(wanted)) if common else 0.0
+
+
+def _token_set(reader: Reader, text: str) -> frozenset[int]:
+    """Return the ids of a text as it is read after a prompt: with a space before it."""
+    tokenizer = reader.model.tokenizer
+    return frozenset(tokenizer(f" {text.strip()}", add_special_tokens=False)["input_ids"])
+
+
+def _text_perplexity(reader: Reader) -> list[Measurement]:
+    """Return the perplexity of long targets, which GRACE's hallucination task measures."""
+    asked = [(i, request) for i, request in enumerate(reader.requests) if request.kind == "text"]
+    if not asked:
+        return []
+    scores = reader.scores((request.text, request.target_new) for _, request in asked)
+    return [
+        reader.mean(
+            "ERR_perplexity",
+            ((i, math.exp(score.mean_nll)) for (i, _), score in zip(asked, scores, strict=True)),
+            f"{NAME}: exp of the mean negative log-probability per target token, teacher-forced; "
+            "mean over requests",
+            unit="perplexity",
+            direction="lower",
+        )
+    ]
+
+
+PROTOCOL = Protocol(
+    NAME,
+    "ERR, accuracy on the edits so far, and TRR, accuracy on the retained probes: token-level, "
+    "F1 and generated",
+    "Hartvigsen et al. 2023, Aging with GRACE, section 3.1",
+    measure,
+)

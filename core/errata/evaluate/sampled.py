@@ -1,0 +1,46 @@
+"""Texts sampled as the ROME authors sample them, and how repetitive they are (fluency, GE)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from errata.evaluate.generation import Sampling, decode_after, generate_tokens
+from errata.evaluate.scoring import context_limit
+
+if TYPE_CHECKING:
+    from errata.model import Model
+
+GENERATED_TOKENS = 100
+"""Length of a sampled text, prompt included."""
+TOP_K = 5
+
+
+def sampled_length(model: Model) -> int:
+    """Return how many tokens a sampled text has with its prompt."""
+    context = context_limit(model)
+    return GENERATED_TOKENS if context is None else min(GENERATED_TOKENS, context)
+
+
+def sampled_texts(model: Model, prompts: Sequence[str], seed: int) -> list[str]:
+    """Return prompt and continuation for each prompt.
+
+    As in the authors' code a text is the prompt and its continuation, 100 tokens together, each
+    token drawn from the five most probable, going on past end tokens. What is drawn depends on
+    all the prompts given: give those of one request at a time.
+    """
+    length = sampled_length(model)
+    heads: list[list[int]] = [[] for _ in prompts]  # the decoder of two starts from nothing
+    if model.anatomy.kind == "decoder":
+        heads = [model.tokenizer(prompt)["input_ids"] for prompt in prompts]
+    _, new = generate_tokens(
+        model,
+        prompts,
+        max_new_tokens=max(length - min(map(len, heads), default=0), 0),
+        sampling=Sampling(do_sample=True, top_k=TOP_K, seed=seed),
+        natural_stop=False,
+    )
+    return [
+        prompt + decode_after(model, head, ids[: max(length - len(head), 0)])
+        for prompt, head, ids in zip(prompts, heads, new, strict=True)
+    ]

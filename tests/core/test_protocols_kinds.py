@@ -1,0 +1,289 @@
+"""`rake` and `knowedit` on models whose answers are given: every number is computed by hand."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import pytest
+
+from errata.evaluate.protocols import knowedit, rake
+from errata.evaluate.protocols.convsent import wishes_positive
+from errata.evaluate.protocols.rake import rivals
+from errata.evaluate.protocols.sanitation import is_refusal
+from errata.evaluate.reader import Memory
+from errata.request import Probe, RelationView, Request
+from tests.core.protocol_stub import ask, score, values
+
+
+def approx(found: dict[str, float]) -> Any:
+    return pytest.approx(found, abs=1e-12)
+
+
+# -- rake ----------------------------------------------------------------------------------------
+
+VIEW = RelationView(
+    names=("capital", "capital city"),
+    add="{} has with Rome the relation",
+    remove="{} has with Paris the relation",
+    paraphrases=("a1", "a2"),
+    remove_paraphrases=("d1",),
+    specificity=(
+        Probe(prompt="k1", answers=("Capital",), type="same_relation"),
+        Probe(prompt="k2", answers=("river",), type="same_pair"),
+        Probe(prompt="k3", answers=("river", "stream"), type="same_pair"),
+    ),
+)
+FRANCE = Request(
+    prompt="The capital of {} is", subject="France", target_new="Rome", target_true="Paris",
+    paraphrases=["p"], neighbourhood=["n"], relation_view=VIEW, case_id="1",
+)  # fmt: skip
+ADD, REMOVE = "France has with Rome the relation", "France has with Paris the relation"
+
+
+def rake_answers() -> dict[str, Any]:
+    p = {
+        (FRANCE.text, "Rome"): 0.5, (FRANCE.text, "Paris"): 0.2,
+        ("p", "Rome"): 0.5, ("p", "Paris"): 0.1, ("n", "Paris"): 0.5, ("n", "Rome"): 0.2,
+        (ADD, "capital"): 0.6, (ADD, "None"): 0.1,
+        ("a1", "capital"): 0.3, ("a1", "None"): 0.1, ("a2", "capital"): 0.1, ("a2", "None"): 0.2,
+        (REMOVE, "capital"): 0.4, (REMOVE, "None"): 0.3,
+        ("d1", "capital"): 0.1, ("d1", "None"): 0.4,
+        ("k1", "Capital"): 0.5, ("k1", "None"): 0.1,
+        ("k2", "river"): 0.4, ("k2", "None"): 0.1, ("k2", "capital"): 0.5,
+        ("k3", "river"): 0.1, ("k3", "stream"): 0.3, ("k3", "None"): 0.2, ("k3", "capital"): 0.1,
+        (ADD, "capital city"): 0.1, ("a1", "capital city"): 0.1, ("a2", "capital city"): 0.6,
+    }  # fmt: skip
+    texts = {ADD: " capital", "a1": " the capital city", "a2": " None", REMOVE: " Capital of",
+             "d1": " None", "k1": " capital", "k2": " capital", "k3": " stream"}  # fmt: skip
+    return {"scores": {pair: score(value) for pair, value in p.items()}, "texts": texts}
+
+
+def test_rake_by_hand() -> None:
+    found = ask(rake.PROTOCOL, [FRANCE], **rake_answers())
+    got = values(found)
+    entity = {name: got[name] for name in got if name.startswith("E-")}
+    assert entity == approx({
+        "E-ES": 1, "E-EM": 0.3, "E-PS": 1, "E-PM": 0.4, "E-NS": 1, "E-NM": 0.3, "E-Score": 1,
+    })  # fmt: skip
+    relation = {name: got[name] for name in got if name.startswith("R-")}
+    assert relation == approx({
+        "R-ES": 1, "R-EM": 0.5, "R-PS": 0.5, "R-PM": (0.2 - 0.1) / 2,
+        "R-DS": 0, "R-DM": -0.1, "R-DPS": 1, "R-DPM": 0.3,
+        "R-NS": 2 / 3, "R-NM": (0.4 - 0.1 + 0.1) / 3,
+        "R-NS.same_relation": 1, "R-NM.same_relation": 0.4,
+        "R-NS.same_pair": 0.5, "R-NM.same_pair": 0.0,
+        "R-Score": 3 / (1 + 2 + 1.5),
+    })  # fmt: skip
+    assert got["Score"] == pytest.approx(5 / (1 + 1 + 1 + 1 + 2))  # the authors' five
+    assert found["Score"].of == ("E-ES", "E-PS", "E-NS", "R-ES", "R-PS")
+    generated = {name: got[name] for name in got if name.startswith("relation_")}
+    assert generated == approx({
+        "relation_add_exact": 1 / 3, "relation_add_contained": 2 / 3,
+        "relation_add_teacher_forced": 2 / 3,  # a2 by its second name
+        "relation_removed": 0.5,
+        "relation_kept_exact": 2 / 3, "relation_kept_exact.same_pair": 0.5,
+        "relation_kept_exact.same_relation": 1,
+        "relation_kept_contained": 2 / 3, "relation_kept_contained.same_pair": 0.5,
+        "relation_kept_contained.same_relation": 1,
+        "relation_kept_teacher_forced": 1 / 3, "relation_kept_teacher_forced.same_pair": 0,
+        "relation_kept_teacher_forced.same_relation": 1,
+    })  # fmt: skip
+
+
+def test_rake_looks_only_at_requests_with_a_relation_view() -> None:
+    plain = FRANCE.model_copy(update={"relation_view": None, "subject": "Spain", "case_id": "2"})
+    assert ask(rake.PROTOCOL, [plain]) == {}
+    found = ask(rake.PROTOCOL, [FRANCE, plain], **rake_answers())
+    assert found["E-ES"].case_ids == ("1",)
+
+
+def test_a_kept_relation_is_not_its_own_rival() -> None:
+    assert rivals(("river",), VIEW) == ("None", "capital")
+    assert rivals(("CAPITAL CITY",), VIEW) == ("None",)
+
+
+# -- knowedit: facts -----------------------------------------------------------------------------
+
+
+def test_knowedit_by_hand() -> None:
+    yes, no = True, False
+    request = Request(
+        prompt="The capital of {} is", subject="France", target_new="Rome", target_true="Paris",
+        case_id="1",
+        portability=[
+            Probe(prompt="a1", answers=("Rome",), type="subject_alias"),
+            Probe(prompt="r1", answers=("Tiber", "the Tiber"), type="reasoning"),
+            Probe(prompt="r2", answers=("lira",), type="reasoning"),
+        ],
+        locality=[Probe(prompt="f", answers=("Italy",), type="forgetfulness"), Probe(prompt="g")],
+        neighbourhood=[Probe(prompt="n", answers=("Madrid",))],
+    )  # fmt: skip
+    scores = {
+        (request.text, "Rome"): score(0.1, 0.1, right=[yes, no]),
+        ("a1", "Rome"): score(0.1, right=[yes]),
+        ("r1", "Tiber"): score(0.1, right=[no]),
+        ("r1", "the Tiber"): score(0.1, 0.1, right=[yes, no]),  # the best alias counts
+        ("r2", "lira"): score(0.1, right=[no]),
+        ("f", "Italy"): score(0.1, 0.1, right=[yes, no]),
+        ("n", "Madrid"): score(0.1, right=[no]),
+    }
+    texts = {request.text: " Rome", "a1": " Rome", "r1": " the Tiber", "r2": " euro",
+             "f": " Italy", "g": " x", "n": " Oslo"}  # fmt: skip
+    samples = {(request.text,): ["a a a"]}
+    alone = ask(knowedit.PROTOCOL, [request], scores=scores, texts=texts, samples=samples)
+    got = values(alone)
+    assert {n: got[n] for n in ("edit_success", "edit_success_exact")} == {
+        "edit_success": 0.5, "edit_success_exact": 1,
+    }  # fmt: skip
+    assert got["portability.subject_alias"] == 1
+    assert got["portability.reasoning"] == 0.25
+    assert got["portability"] == pytest.approx((1 + 0.25) / 2)  # types weigh alike
+    assert got["portability_success_exact"] == pytest.approx(2 / 3)
+    assert got["fluency"] == 0  # one bigram, one trigram
+    assert not any(name.startswith("locality") for name in got)  # there is nothing to compare with
+    base = Memory(
+        {"f": " Italy", "g": " y", "n": " Madrid"},
+        {
+            ("f", "Italy"): score(0.1, 0.1, right=[yes, yes]),
+            ("n", "Madrid"): score(0.1, right=[no]),
+        },
+    )
+    got = values(ask(knowedit.PROTOCOL, [request], scores=scores, texts=texts, samples=samples,
+                     base=base))  # fmt: skip
+    assert {name: got[name] for name in got if name.startswith("locality")} == approx({
+        "locality": 0.75, "locality.forgetfulness": 0.5, "locality.neighbourhood": 1,
+        "locality_unchanged": 1 / 3, "locality_unchanged.forgetfulness": 1,
+        "locality_unchanged.neighbourhood": 0,
+    })  # fmt: skip
+
+
+# -- knowedit: sentiment -------------------------------------------------------------------------
+
+
+class Fixed:
+    """A classifier of both sorts that has its numbers from a table."""
+
+    TABLE: ClassVar = {"good": 0.9, "bad": 0.2, "so so": 0.5}
+
+    def positive(self, texts: Sequence[str]) -> list[float]:
+        return [self.TABLE[text] for text in texts]
+
+    def on_topic(self, texts: Sequence[str], topics: Sequence[str]) -> list[float]:
+        return [0.5 if topic == "Lyon" else 0.0 for topic in topics]
+
+
+def opinion(wish: str = "positive", **more: Any) -> Request:
+    fields: dict[str, Any] = {
+        "prompt": "What of {}?", "subject": "Lyon", "target_new": "good", "kind": "sentiment",
+        "relation": wish, "paraphrases": ["How is Lyon?"], "case_id": "1", **more,
+    }  # fmt: skip
+    return Request(**fields)
+
+
+def test_sentiment_of_generated_replies() -> None:
+    texts = {"What of Lyon?": " good", "How is Lyon?": " bad\n"}
+    for wish, sentiment in (("positive", (0.9 + 0.2) / 2), ("negative", (0.1 + 0.8) / 2)):
+        found = ask(knowedit.PROTOCOL, [opinion(wish)], texts=texts, sentiment=Fixed(),
+                    topic=Fixed())  # fmt: skip
+        assert values(found) == approx({
+            "z_sentiment_generated": sentiment, "z_topic_generated": 0.5,
+            "sentiment_success_generated": sentiment * 0.5,
+        })  # fmt: skip
+        assert "Fixed" in found["z_sentiment_generated"].protocol
+
+
+def test_sentiment_by_likelihood_is_seracs() -> None:
+    request = opinion(examples=["good", "so so"], counterexamples=["bad"])
+    scores = {
+        ("What of Lyon?", "good"): score(math.exp(-1), math.exp(-3)),
+        ("How is Lyon?", "so so"): score(
+            math.exp(-2)
+        ),  # the second reply after the second phrasing
+        ("What of Lyon?", "bad"): score(math.exp(-4)),
+    }
+    z_sentiment = 1 / (1 + math.exp(-(-2 - -4)))
+    alone = values(ask(knowedit.PROTOCOL, [request], scores=scores, kind="encoder"))
+    assert alone == approx({"z_sentiment_likelihood": z_sentiment})
+    for before, z_topic in ((-1.5, math.exp(-0.5)), (-3.0, 1.0)):
+        base = Memory({}, {
+            ("What of Lyon?", "good"): score(math.exp(before), math.exp(before)),
+            ("How is Lyon?", "so so"): score(math.exp(before)),
+        })  # fmt: skip
+        found = values(ask(knowedit.PROTOCOL, [request], scores=scores, base=base, kind="encoder"))
+        assert found == approx({
+            "z_sentiment_likelihood": z_sentiment, "z_topic_likelihood": z_topic,
+            "sentiment_success_likelihood": z_sentiment * z_topic,
+        })  # fmt: skip
+
+
+def test_which_sentiment_is_wished() -> None:
+    judge = Fixed()
+    assert wishes_positive(opinion("positive"), judge)
+    assert not wishes_positive(opinion("negative"), judge)
+    assert not wishes_positive(opinion("", target_new="Negative"), judge)
+    assert wishes_positive(opinion("", target_new="good"), judge)
+    assert not wishes_positive(opinion("", examples=["bad"], counterexamples=["good"]), judge)
+
+
+def test_without_a_classifier_the_likelihood_is_still_there(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
+    request = opinion(examples=["good"], counterexamples=["bad"])
+    scores = {("What of Lyon?", reply): score(0.5) for reply in ("good", "bad")}
+    with caplog.at_level(logging.WARNING, "errata"):
+        found = ask(knowedit.PROTOCOL, [request], scores=scores)
+    assert values(found) == approx({"z_sentiment_likelihood": 0.5})
+    assert "vaderSentiment" in caplog.text
+
+
+# -- knowedit: erasing ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "refuses"),
+    [
+        (" I don't know.", True),
+        (" I don’t know. It may be one thing or the other.", True),
+        (" Sorry, I do not know the answer", True),
+        ("\n unknown", True),
+        (" Nobody can say", True),  # the request's own alias
+        (" Birds. I don't know", False),  # what was erased is said
+        (" Fish. I don't know", False),  # another answer is given first
+        (" I know", False),
+        ("", False),
+        (" The unknowns", False),
+    ],
+)
+def test_refusals(text: str, refuses: bool) -> None:
+    assert is_refusal(text, ["I don't know.", "Nobody can say"], ["Birds"]) is refuses
+
+
+def test_sanitation_by_hand() -> None:
+    one = Request(prompt="What is {}?", subject="a tit", target_new="I don't know.",
+                  target_true="a bird", kind="erase", paraphrases=["p"], case_id="1")  # fmt: skip
+    two = Request(prompt="Who is {}?", subject="he", kind="erase", case_id="2")
+    retain = (Probe(prompt="r1", answers=("Oslo",)), Probe(prompt="r2", answers=("Rome",)))
+    texts = {one.text: " I have no idea.", two.text: " a man", "p": " A bird, I don't know",
+             "r1": " Oslo", "r2": " unknown"}  # fmt: skip
+    scores = {
+        (one.text, "I don't know."): score(0.9), ("p", "I don't know."): score(0.1),
+        (two.text, "unknown"): score(0.1), ("r1", "Oslo"): score(0.9), ("r2", "Rome"): score(0.1),
+    }  # fmt: skip
+    base = Memory({"r1": " Oslo", "r2": " Rome"})
+    found = ask(knowedit.PROTOCOL, [one, two], texts=texts, scores=scores, base=base,
+                retain=retain)  # fmt: skip
+    assert values(found) == approx({
+        "refusal": 0.5, "refusal_leak": 0, "refusal_teacher_forced": 0.5,
+        "refusal_paraphrase": 0, "refusal_paraphrase_leak": 1,
+        "refusal_paraphrase_teacher_forced": 0,
+        "retention_exact": 0.5, "retention_contained": 0.5, "retention_teacher_forced": 0.5,
+        "retention_unchanged": 0.5,
+    })  # fmt: skip
+    assert found["refusal_leak"].n == 1  # where it is known what was erased
+    assert found["refusal_leak"].direction == "lower"
+    assert [answer.right for answer in found["refusal"].answers] == [True, False]
