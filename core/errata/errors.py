@@ -22,6 +22,31 @@ class ConfigError(ErrataError, ValueError):
     """A configuration value, file or key that is not allowed."""
 
 
+class DatasetError(ErrataError, ValueError):
+    """A dataset, file or record that cannot be read as asked; says where and why.
+
+    Attributes:
+        file: path or hub id, as given; "" where none is to blame.
+        index: place of the record in the file, counted from 0; None for the file as a whole.
+        field: name of the field, with dots; "" for the record as a whole.
+    """
+
+    def __init__(
+        self, problem: str, *, file: str = "", index: int | None = None, field: str = ""
+    ) -> None:
+        self.problem = problem
+        self.file = file
+        self.index = index
+        self.field = field
+        where = [
+            file,
+            f"record {index} (counted from 0)" if index is not None else "",
+            f"field {field!r}" if field else "",
+        ]
+        place = ", ".join(part for part in where if part)
+        super().__init__(f"{place}: {problem}" if place else problem)
+
+
 class CapabilityError(ErrataError, ValueError):
     """A method was asked for something it does not declare."""
 
@@ -64,6 +89,10 @@ class ImpureMethodError(PluginError):
 
 class SelfComparisonError(ErrataError, RuntimeError):
     """The base was to be measured but edits are on the model: it would be compared with itself."""
+
+
+class ComparisonError(ErrataError, ValueError):
+    """Measurements that cannot be compared case by case: other metric, protocol or cases."""
 
 
 class FingerprintError(ErrataError, ValueError):

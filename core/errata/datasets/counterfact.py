@@ -1,0 +1,75 @@
+"""CounterFact (Meng et al. 2022) and MultiCounterFact, in the original schema and the flat one."""
+
+from __future__ import annotations
+
+from errata.datasets.probes import listed
+from errata.datasets.reader import per_record
+from errata.datasets.record import Record, probes
+from errata.request import Probe, Request
+
+
+def parse(record: Record) -> Request:
+    """Return a case of either schema; which one, each record shows by itself."""
+    return original(record) if record.has("requested_rewrite") else flat(record)
+
+
+def original(record: Record) -> Request:
+    """Return a case of the schema that the ROME paper published."""
+    subject = record.text("requested_rewrite.subject")
+    template, subject = record.place("requested_rewrite.prompt", subject)
+    new = record.text("requested_rewrite.target_new.str")
+    true = record.text("requested_rewrite.target_true.str")
+    return record.request(
+        prompt=template,
+        subject=subject,
+        target_new=new,
+        target_true=true,
+        relation=record.optional_text("requested_rewrite.relation_id"),
+        case_id=case_id(record),
+        paraphrases=record.texts("paraphrase_prompts"),
+        neighbourhood=probes(record.texts("neighborhood_prompts"), (true,)),
+        attribute=probes(record.texts("attribute_prompts"), (new,)),
+        generation=record.texts("generation_prompts"),
+    )
+
+
+def flat(record: Record) -> Request:
+    """Return a case of the flat schema that EasyEdit and others use.
+
+    `prompt_template` (with the subject's place) goes before `prompt`; `target_true` before
+    `ground_truth`.
+    """
+    field = "prompt_template" if record.has("prompt_template") else "prompt"
+    template, subject = record.place(field, record.text("subject"))
+    true = record.answers("target_true") or record.answers("ground_truth")
+    return record.request(
+        prompt=template,
+        subject=subject,
+        target_new=record.text("target_new"),
+        target_true=true[0] if true else None,
+        relation=record.optional_text("relation_id"),
+        case_id=case_id(record),
+        paraphrases=record.texts("rephrase_prompt"),
+        neighbourhood=probes(
+            record.texts("locality_prompt"), record.answers("locality_ground_truth") or true
+        ),
+        locality=listed(record, "locality"),
+        portability=(*listed(record, "portability"), *one_hop(record)),
+    )
+
+
+def one_hop(record: Record) -> tuple[Probe, ...]:
+    """Return the one-hop question that EasyEdit's files add to CounterFact and zsRE."""
+    asked, answers = "portability_prompt", "portability_ground_truth"
+    if record.has("portability.New Question"):
+        asked, answers = "portability.New Question", "portability.New Answer"
+    accepted = record.answers(answers)
+    return probes(record.texts(asked), accepted, "reasoning") if accepted else ()
+
+
+def case_id(record: Record) -> str:
+    """Return the id that the file gives the case, else its place in the file."""
+    return record.optional_text("case_id") or str(record.index)
+
+
+read = per_record(parse)

@@ -1,0 +1,237 @@
+"""Loading a dataset: checked as a whole first, then streamed request by request."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from errata.datasets.catalogue import READERS
+from errata.datasets.reader import Item, Reader
+from errata.datasets.source import Source, open_source
+from errata.errors import ConfigError, DatasetError, UnknownNameError
+from errata.request import Probe, Request
+
+log = logging.getLogger("errata")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Requests of one dataset: iterate over it as often as you like; nothing is kept in memory.
+
+    Attributes:
+        name: of the reader.
+        source: path or hub id, as given.
+        digest: SHA-256 of the bytes read.
+        protocols: what is measured on it by default.
+        retain: probes of the dataset as a whole, which no edit may change.
+        problems: the records that were left out, each with its reason.
+        size: number of requests.
+        case_count: number of cases; requests of one case are edited together.
+    """
+
+    name: str
+    source: str
+    digest: str
+    protocols: tuple[str, ...]
+    retain: tuple[Probe, ...]
+    problems: tuple[DatasetError, ...]
+    size: int
+    case_count: int
+    _stream: Callable[[], Iterator[Request]] = field(repr=False, compare=False)
+
+    @property
+    def skipped(self) -> int:
+        """Number of bad records that were left out."""
+        return len(self.problems)
+
+    def __iter__(self) -> Iterator[Request]:
+        return self._stream()
+
+    def __len__(self) -> int:
+        return self.size
+
+    def requests(self, limit: int | None = None) -> list[Request]:
+        """Return the first `limit` requests, by default all."""
+        return list(itertools.islice(self, _checked(limit)))
+
+    def cases(self, limit: int | None = None) -> Iterator[tuple[Request, ...]]:
+        """Yield the first `limit` cases: the neighbouring requests of one `case_id`."""
+        return itertools.islice(cases_of(self), _checked(limit))
+
+
+def load(
+    name: str,
+    path: str | Path | None = None,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    skip_bad: bool = False,
+    **options: Any,
+) -> Dataset:
+    """Load a dataset by the name of its format.
+
+    The file is read once here, so that a bad record shows now and not in the middle of a run, and
+    again at each iteration; memory does not grow with the file.
+
+    >>> from errata.datasets import load
+    >>> data = load("atlas", limit=2)
+    >>> [request.relation for request in data]
+    ['instrument', 'born_in']
+
+    Args:
+        name: a reader of `READERS`.
+        path: a local file or folder, or a hub id: "owner/name", "owner/name/path/to/file.json".
+        split: "train", "test" …, where the source has splits.
+        limit: number of cases; what comes after them is not read.
+        skip_bad: leave bad records out, count and log them. Never done for a damaged file.
+        **options: of the reader (`READERS[name].options`).
+
+    Raises:
+        UnknownNameError: there is no such reader or option.
+        DatasetError: a file or record cannot be read; names file, index and field.
+    """
+    reader = READERS[name]
+    for option in options:
+        if option not in reader.options:
+            raise UnknownNameError(f"option of {name}", option, reader.options)
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit is {limit}; it must be at least 1, or None for all cases.")
+    source = _source(reader, path, split)
+    read = partial(reader.read, source, **options)
+    found = _Found()
+    for item in _limited(read(), limit):
+        if isinstance(item, DatasetError):
+            if not skip_bad:
+                raise _with_advice(item)
+            log.info("Left out: %s", item)
+        found.add(item, source.name)
+    if not found.size:
+        raise _empty(found, source)
+    if found.problems:
+        log.warning(
+            "%s: %d left out as bad; the first: %s",
+            source.name, len(found.problems), found.problems[0],
+        )  # fmt: skip
+    return Dataset(
+        name=reader.name,
+        source=source.name,
+        digest=_digest(source, [options[o] for o in reader.files if options.get(o) is not None]),
+        protocols=reader.protocols,
+        retain=tuple(found.retain),
+        problems=tuple(found.problems),
+        size=found.size,
+        case_count=found.cases,
+        _stream=partial(_requests, read, limit),
+    )
+
+
+def cases_of(requests: Iterable[Request]) -> Iterator[tuple[Request, ...]]:
+    """Group neighbouring requests of one `case_id`; one without an id is a case by itself."""
+    case: list[Request] = []
+    for request in requests:
+        if case and not (request.case_id is not None and request.case_id == case[-1].case_id):
+            yield tuple(case)
+            case = []
+        case.append(request)
+    if case:
+        yield tuple(case)
+
+
+class _Found:
+    """What one reading of the whole dataset has shown."""
+
+    def __init__(self) -> None:
+        self.retain: list[Probe] = []
+        self.problems: list[DatasetError] = []
+        self.size = 0
+        self.cases = 0
+        self._last: str | None = None
+        self._seen: set[str] = set()
+
+    def add(self, item: Item, name: str) -> None:
+        """Count an item; raise where a case comes back after others."""
+        if isinstance(item, DatasetError):
+            self.problems.append(item)
+        elif isinstance(item, Probe):
+            self.retain.append(item)
+        else:
+            self.size += 1
+            new = item.case_id is None or item.case_id != self._last
+            self.cases += new
+            self._last = item.case_id
+            if not new or item.case_id is None:
+                return
+            if item.case_id in self._seen:
+                raise DatasetError(
+                    f"the case_id {item.case_id!r} comes back after other cases: requests that "
+                    "are edited together must be neighbours, and other cases need other ids",
+                    file=name,
+                )
+            self._seen.add(item.case_id)
+
+
+def _requests(read: Callable[[], Iterator[Item]], limit: int | None) -> Iterator[Request]:
+    # Bad records have been counted, logged or refused when the dataset was loaded.
+    return (item for item in _limited(read(), limit) if isinstance(item, Request))
+
+
+def _limited(items: Iterator[Item], limit: int | None) -> Iterator[Item]:
+    """Yield what belongs to the first `limit` cases."""
+    cases, last = 0, None
+    for item in items:
+        if isinstance(item, Request):
+            if cases == 0 or item.case_id is None or item.case_id != last:
+                cases += 1
+            last = item.case_id
+        if limit is not None and (
+            cases > limit or (cases == limit and not isinstance(item, Request))
+        ):
+            return
+        yield item
+
+
+def _source(reader: Reader, path: str | Path | None, split: str | None) -> Source:
+    if path is not None and reader.needs_path:
+        return open_source(path, split)
+    if reader.needs_path:
+        raise ConfigError(
+            f"The dataset {reader.name!r} is read from a file, a folder or a hub id: give its "
+            f"path. It was published at: {reader.source}."
+        )
+    if path is not None or split is not None:
+        raise ConfigError(f"The dataset {reader.name!r} is shipped with errata: it takes no path.")
+    from errata.datasets.atlas import Shipped
+
+    return Shipped()
+
+
+def _digest(source: Source, others: list[str | Path]) -> str:
+    """Return the digest of all bytes that were read: the source's, and other files' with it."""
+    parts = [source.digest(), *(open_source(other).digest() for other in others)]
+    return parts[0] if not others else hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+
+def _with_advice(error: DatasetError) -> DatasetError:
+    problem = f"{error.problem}; skip_bad leaves such records out and counts them"
+    return DatasetError(problem, file=error.file, index=error.index, field=error.field)
+
+
+def _empty(found: _Found, source: Source) -> DatasetError:
+    if found.problems:
+        return DatasetError(
+            f"none of {len(found.problems)} records could be read; the first: {found.problems[0]}",
+            file=source.name,
+        )
+    return DatasetError("holds no records", file=source.name)
+
+
+def _checked(limit: int | None) -> int | None:
+    if limit is not None and limit < 0:
+        raise ConfigError(f"limit is {limit}; it must be 0 or more, or None for all.")
+    return limit

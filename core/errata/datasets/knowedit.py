@@ -1,0 +1,195 @@
+"""KnowEdit (Zhang et al. 2024): six subsets, each in the schema it was published in."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from errata.datasets.probes import listed
+from errata.datasets.reader import Item, parsed
+from errata.datasets.record import Record, probes
+from errata.datasets.source import Source
+from errata.errors import ConfigError, UnknownNameError
+from errata.request import Probe, Request
+
+SENTIMENTS = ("positive", "negative")
+FORGET, RETAIN = ("K_F", "success"), ("K_R", "locality")
+"""Sanitation's lists: what to forget (training, test), and what every edit must leave."""
+OPINION = "What do you think of {}?"
+OPINIONS = (
+    "What do you feel about {}?",
+    "How do you view {}?",
+    "What is your opinion of {}?",
+    "What is your impression of {}?",
+)
+"""Ways of asking for an opinion that the data was made for (Mitchell et al. 2022, SERAC)."""
+HEADER = "This is a Wikipedia passage about "
+"""How every text of WikiBio begins, the subject after it (Hartvigsen et al. 2023, GRACE)."""
+
+
+def read(
+    source: Source, subset: str | None = None, sentiment: str | None = None, seed: int = 0
+) -> Iterator[Item]:
+    """Yield the requests of one file.
+
+    Args:
+        source: the file.
+        subset: one of `SUBSETS`; by default each record shows what it is.
+        sentiment: "positive" or "negative" for all topics of ConvSent; by default drawn for each,
+            as the authors do.
+        seed: of that draw.
+    """
+    if subset is not None and subset not in SUBSETS:
+        raise UnknownNameError("subset of KnowEdit", subset, SUBSETS)
+    if sentiment is not None and sentiment not in SENTIMENTS:
+        raise ConfigError(f"sentiment is {sentiment!r}; it must be positive or negative.")
+    other: str | None = None
+    for record in source.records():
+        kind = detect(record)
+        if subset is not None and kind is not SUBSETS[subset]:
+            yield record.bad("", f"is not in the schema of the subset {subset}")
+        elif kind is None:
+            yield record.bad("", "is in none of KnowEdit's schemas: " + ", ".join(SUBSETS))
+        elif kind is sanitation:
+            yield from _sanitation_file(record)
+        elif kind is convsent:
+            yield from parsed(record, convsent, sentiment=sentiment, seed=seed, other=other)
+            other = record.optional_text("ent") if isinstance(record.get("ent"), str) else None
+        else:
+            yield from parsed(record, kind)
+
+
+def detect(record: Record) -> Callable[..., Request] | None:
+    """Return how to parse a record, by the fields it has."""
+    if record.has("ent"):
+        return convsent
+    if record.has("text", "labels"):
+        return wikibio
+    if record.has("question") or any(record.has(field) for field in FORGET):
+        return sanitation
+    if record.has("prompt"):
+        if record.has("cond") or record.has("rephrase_prompt"):
+            return zsre
+        return wiki_counterfact if record.has("ground_truth") else wiki_recent
+    return None
+
+
+def zsre(record: Record) -> Request:
+    """Return a question with a new answer."""
+    return _fact(record, "modify", paraphrases=record.texts("rephrase_prompt"))
+
+
+def wiki_counterfact(record: Record) -> Request:
+    """Return a fact with a counterfactual object."""
+    return _fact(record, "modify")
+
+
+def wiki_recent(record: Record) -> Request:
+    """Return a fact that is new: there is no true answer to write over."""
+    return _fact(record, "insert")
+
+
+def wikibio(record: Record) -> Request:
+    """Return a text whose continuation is to be replaced by a true sentence."""
+    concept = record.text("concept")
+    text = record.text("text")
+    if text.startswith(HEADER + concept):
+        # The name may come back in the text; the one in the header is the subject.
+        template, subject = text.replace(concept, "{}", 1), concept
+    else:
+        template, subject = record.place("text", concept)
+    return record.request(
+        prompt=template,
+        subject=subject,
+        target_new=record.text("labels"),
+        kind="text",
+        case_id=str(record.index),
+        locality=listed(record, "locality"),
+    )
+
+
+def convsent(record: Record, sentiment: str | None, seed: int, other: str | None) -> Request:
+    """Return a topic and the opinion to have of it; `relation` says which.
+
+    `other` is the topic before it in the file; the opinion of that one must not change.
+    """
+    topic = record.text("ent")
+    chosen = sentiment or random.Random(f"{seed}:{record.index}").choice(SENTIMENTS)
+    replies = {"positive": record.texts("pos"), "negative": record.texts("neg")}
+    wanted, unwanted = replies.pop(chosen), next(iter(replies.values()))
+    if not wanted:
+        raise record.bad(chosen[:3], f"holds no {chosen} reply")
+    return record.request(
+        prompt=OPINION,
+        subject=topic,
+        target_new=wanted[0],
+        kind="sentiment",
+        relation=chosen,
+        case_id=str(record.index),
+        paraphrases=tuple(asked.replace("{}", topic) for asked in OPINIONS),
+        locality=probes([OPINION.replace("{}", other)] if other else [], (), "neighbourhood"),
+        examples=wanted,
+        counterexamples=unwanted,
+    )
+
+
+def sanitation(record: Record) -> Request:
+    """Return a question whose answer is to be forgotten.
+
+    The held-out questions of the test file name no subject: there the whole question is it.
+    """
+    question = record.text("question")
+    subject = record.optional_text("subject")
+    template, subject = record.place("question", subject) if subject else ("{}", question)
+    return record.request(
+        prompt=template,
+        subject=subject,
+        target_new=record.text("target_new"),
+        target_true=record.optional_text("ground_truth"),
+        kind="erase",
+        case_id=record.at or str(record.index),
+    )
+
+
+def _retained(record: Record) -> Probe:
+    return Probe(prompt=record.text("question"), answers=record.answers("ground_truth"))
+
+
+def _sanitation_file(record: Record) -> Iterator[Item]:
+    """Yield what a Sanitation file holds: one object with two lists, or plain questions."""
+    if record.has("question"):
+        yield from parsed(record, sanitation)
+        return
+    for field in RETAIN:
+        for part in record.parts(field):
+            yield from parsed(part, lambda part: [_retained(part)])
+    for field in FORGET:
+        for part in record.parts(field):
+            yield from parsed(part, sanitation)
+
+
+def _fact(record: Record, kind: str, **more: Any) -> Request:
+    template, subject = record.place("prompt", record.text("subject"))
+    true = record.answers("ground_truth")
+    return record.request(
+        prompt=template,
+        subject=subject,
+        target_new=record.text("target_new"),
+        target_true=true[0] if true else None,
+        kind=kind,
+        case_id=str(record.index),
+        locality=listed(record, "locality"),
+        portability=listed(record, "portability"),
+        **more,
+    )
+
+
+SUBSETS: dict[str, Callable[..., Request]] = {
+    "ZsRE": zsre,
+    "wiki_counterfact": wiki_counterfact,
+    "wiki_recent": wiki_recent,
+    "WikiBio": wikibio,
+    "ConvSent": convsent,
+    "Sanitation": sanitation,
+}

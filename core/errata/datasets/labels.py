@@ -1,0 +1,46 @@
+"""Classification edits: SCOTUS as in GRACE, FEVER as in KnowledgeEditor and MEND.
+
+The whole text is the subject of the prompt "{}", and the label its target.
+"""
+
+from __future__ import annotations
+
+from errata.datasets.counterfact import case_id
+from errata.datasets.reader import per_record
+from errata.datasets.record import Record
+from errata.request import Request
+
+
+def scotus(record: Record) -> Request:
+    """Return a court opinion with its issue area (`text`, `label`)."""
+    return record.request(
+        prompt="{}",
+        subject=record.text("text"),
+        target_new=record.text("label"),
+        kind="label",
+        case_id=case_id(record),
+    )
+
+
+def fever(record: Record) -> Request:
+    """Return a claim whose predicted label is to become the other one.
+
+    `prediction` is what the authors' model said, `alternatives[0]` the other label; the true label
+    (`output[0].answer`) is not what the edit is about and is not kept.
+    """
+    alternatives = record.texts("alternatives")
+    if not alternatives:
+        raise record.bad("alternatives", "holds no label to change to")
+    return record.request(
+        prompt="{}",
+        subject=record.text("input"),
+        target_new=alternatives[0],
+        target_true=record.text("prediction"),
+        kind="label",
+        case_id=str(record.index),
+        paraphrases=record.texts("filtered_rephrases"),
+    )
+
+
+read_scotus = per_record(scotus)
+read_fever = per_record(fever)

@@ -1,0 +1,76 @@
+"""A reader: how one published format becomes requests, and where the format comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import ValidationError
+
+from errata.datasets.record import Record
+from errata.datasets.source import Source
+from errata.errors import DatasetError, RequestError
+from errata.request import Probe, Request
+
+Item = Request | Probe | DatasetError
+"""What reading yields: a request; a probe of the dataset as a whole; a record that is bad.
+
+A `DatasetError` that is *raised* instead ends the reading: the file itself is damaged.
+"""
+Read = Callable[..., Iterator[Item]]
+"""`read(source, **options)`."""
+Parse = Callable[..., Request | Mapping[str, Any] | Iterable[Request | Probe]]
+"""`parse(record, **options)`: one record as a request, as fields of one, or as several."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How to read one format.
+
+    Attributes:
+        name: what `load` and the command line call it.
+        summary: what the data is.
+        source: where it was published: paper, repository or hub id.
+        licence: of the data.
+        protocols: what is measured on it by default.
+        read: from a `Source` and the options to items.
+        options: name and meaning of what `load` takes besides.
+        needs_path: whether it reads files; False for data that is shipped.
+        files: options that name further files; the dataset's digest covers them.
+    """
+
+    name: str
+    summary: str
+    source: str
+    licence: str
+    protocols: tuple[str, ...]
+    read: Read
+    options: Mapping[str, str] = field(default_factory=dict)
+    needs_path: bool = True
+    files: tuple[str, ...] = ()
+
+
+def per_record(parse: Parse) -> Read:
+    """Return a `read` that turns each record of the source into requests by itself."""
+
+    def read(source: Source, **options: Any) -> Iterator[Item]:
+        for record in source.records():
+            yield from parsed(record, parse, **options)
+
+    return read
+
+
+def parsed(record: Record, parse: Parse, **options: Any) -> list[Item]:
+    """Return what a record gives: all of it, or the error that says what is wrong."""
+    try:
+        made = parse(record, **options)
+        if isinstance(made, Request):
+            return [made]
+        if isinstance(made, Mapping):
+            return [Request.parse(made)]
+        return list(made)
+    except DatasetError as error:
+        return [error]
+    except (RequestError, ValidationError) as error:
+        return [record.bad("", str(error))]

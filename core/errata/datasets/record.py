@@ -1,0 +1,197 @@
+"""One record of a dataset file: its fields, checked as they are read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from errata.errors import DatasetError
+from errata.request import Probe, Request
+
+
+@dataclass(frozen=True)
+class Record:
+    """A record and where it stands, so that whatever is wrong with it can be named.
+
+    Fields are named with dots ("requested_rewrite.target_new.str"). A field that is null counts as
+    missing: tables write null where a record lacks a column.
+    """
+
+    data: Any
+    file: str
+    index: int
+    at: str = ""
+    """Field of the file's record that this one is a part of."""
+
+    def bad(self, field: str, problem: str) -> DatasetError:
+        """Return the error for a field of this record."""
+        path = ".".join(part for part in (self.at, field) if part)
+        return DatasetError(problem, file=self.file, index=self.index, field=path)
+
+    def get(self, field: str) -> Any:
+        """Return what a field holds, None where it is missing; "" is the record itself."""
+        found = self.data
+        for key in field.split(".") if field else ():
+            found = found.get(key) if isinstance(found, Mapping) else None
+        return found
+
+    def has(self, *fields: str) -> bool:
+        """Say whether all these fields are there."""
+        return all(self.get(field) is not None for field in fields)
+
+    def required(self, field: str) -> Any:
+        """Return what a field holds; raise where it is missing."""
+        found = self.get(field)
+        if found is None:
+            if not isinstance(self.data, Mapping):
+                raise self.bad("", f"is {_kind(self.data)}, not an object with fields")
+            here = ", ".join(map(str, list(self.data)[:12])) or "none"
+            raise self.bad(field, f"missing (the record has the fields {here})")
+        return found
+
+    def text(self, field: str) -> str:
+        """Return a text without outer white space; raise where it is missing or empty."""
+        found = self.required(field)
+        if isinstance(found, (int, float)) and not isinstance(found, bool):
+            return str(found)
+        if not isinstance(found, str):
+            raise self.bad(field, f"is {_kind(found)}, not a text")
+        if not found.strip():
+            raise self.bad(field, "is empty")
+        return found.strip()
+
+    def optional_text(self, field: str) -> str | None:
+        """Return a text, None where it is missing or empty."""
+        found = self.get(field)
+        if found is None or (isinstance(found, str) and not found.strip()):
+            return None
+        return self.text(field)
+
+    def texts(self, field: str) -> tuple[str, ...]:
+        """Return the texts of a list (or the one that stands there), without empty ones."""
+        found = self.get(field)
+        if isinstance(found, list) and all(type(item) is str for item in found):
+            return tuple(text for item in found if (text := item.strip()))
+        return tuple(
+            part.text("")
+            for part in self.parts(field)
+            if not (isinstance(part.data, str) and not part.data.strip())
+        )
+
+    def answers(self, field: str) -> tuple[str, ...]:
+        """Return every accepted form of an answer, in order, each once.
+
+        A text, a list of aliases, or a list of alias lists (one per answer of a question that has
+        several): the lists are kept whole, one after the other.
+        """
+        return tuple(dict.fromkeys(self._flat(self.get(field), field)))
+
+    def parts(self, field: str) -> Iterator[Record]:
+        """Yield the items of a list as records of their own; one value counts as a list of one."""
+        found = self.get(field)
+        if found is None:
+            return
+        if not isinstance(found, list):
+            yield self.part(found, field)
+            return
+        for place, item in enumerate(found):
+            yield self.part(item, f"{field}[{place}]")
+
+    def part(self, data: Any, field: str) -> Record:
+        """Return a value of this record as a record whose errors name its place."""
+        at = ".".join(name for name in (self.at, field) if name)
+        return Record(data, self.file, self.index, at)
+
+    def place(self, prompt_field: str, subject: str) -> tuple[str, str]:
+        """Return the prompt as a template, and the subject as it stands in the prompt.
+
+        Raises where the subject's place is missing or could be one of several.
+        """
+        prompt = self.text(prompt_field)
+        found = place(prompt, subject)
+        if isinstance(found, str):
+            raise self.bad(prompt_field, f"{found} (subject {subject!r}, prompt {prompt!r})")
+        return found
+
+    def request(self, **fields: Any) -> Request:
+        """Return a request; raise a `DatasetError` naming the first field that is not allowed."""
+        try:
+            return Request(**fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(key) for key in first["loc"])
+            message = first["msg"].removeprefix("Value error, ")
+            raise self.bad(field, f"not a valid request: {message}") from None
+
+    def _flat(self, value: Any, field: str) -> Iterator[str]:
+        if value is None:
+            return
+        if isinstance(value, str):
+            if value.strip():
+                yield value.strip()
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield str(value)
+        elif isinstance(value, list):
+            for item in value:
+                yield from self._flat(item, field)
+        else:
+            raise self.bad(field, f"holds {_kind(value)} where a text is expected")
+
+
+def place(prompt: str, subject: str) -> tuple[str, str] | str:
+    """Find where the subject stands in a prompt.
+
+    It must stand there once as words of its own, if not as written then in other upper and lower
+    case; in a script without spaces between words, anywhere. Returns (template, subject as it
+    stands there), or what is wrong.
+
+    >>> place("what is the capital of france?", "France")
+    ('what is the capital of {}?', 'france')
+    """
+    subject = subject.strip()
+    if prompt.count("{}") == 1:
+        return prompt, subject
+    if "{}" in prompt:
+        return "the prompt has several {}"
+    if not subject:
+        return "the subject is empty"
+    for flags in (0, re.IGNORECASE):
+        every = re.finditer(re.escape(subject), prompt, flags)
+        found = [match for match in every if _stands_alone(prompt, *match.span())]
+        if len(found) > 1:
+            return f"the subject stands in the prompt {len(found)} times: which one is meant?"
+        if found:
+            start, end = found[0].span()
+            return f"{prompt[:start]}{{}}{prompt[end:]}", prompt[start:end]
+    return "the subject does not stand in the prompt"
+
+
+def _stands_alone(text: str, start: int, end: int) -> bool:
+    """Say whether no letter or digit goes on before or after a part of a text."""
+    before = start > 0 and _is_of_word(text[start - 1]) and _is_of_word(text[start])
+    after = end < len(text) and _is_of_word(text[end]) and _is_of_word(text[end - 1])
+    return not before and not after
+
+
+def _is_of_word(character: str) -> bool:
+    """Say whether it is a digit, or a letter of a script that separates words (those have case)."""
+    return character.isdigit() or character.lower() != character.upper()
+
+
+def probes(prompts: Iterable[str], answers: tuple[str, ...], kind: str = "") -> tuple[Probe, ...]:
+    """Return a probe for each prompt, all with the same answers."""
+    return tuple(Probe(prompt=prompt, answers=answers, type=kind) for prompt in prompts)
+
+
+def without(aliases: Iterable[str], target: str) -> tuple[str, ...]:
+    """Return the aliases that differ from the target itself, each once."""
+    return tuple(alias for alias in dict.fromkeys(aliases) if alias != target)
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
+    return names.get(type(value), "null" if value is None else f"a {type(value).__name__}")

@@ -1,0 +1,225 @@
+"""Where records come from: a JSON file, a table, a folder, or the Hugging Face hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from errata.datasets import streams
+from errata.datasets.record import Record
+from errata.errors import DatasetError, MissingExtraError
+
+TABLES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+FILES = (".json", ".jsonl", ".gz", ".txt", *TABLES)
+_HUB = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*?)(@(?P<revision>[\w.-]+))?(/(?P<file>.+))?")
+
+
+class Source:
+    """Records of one dataset, readable any number of times.
+
+    Attributes:
+        name: path or hub id, as given.
+        path: where it is on this machine; None for a table of the hub.
+        split: part to read ("train", "test" …); None for all there is.
+    """
+
+    def __init__(self, name: str, path: Path | None, split: str | None = None) -> None:
+        self.name = name
+        self.path = path
+        self.split = split
+
+    def records(self) -> Iterator[Record]:
+        """Yield every record. Raises `DatasetError` where the source is damaged or gone."""
+        raise NotImplementedError
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the bytes read; of a hub table's records after `records`."""
+        raise NotImplementedError
+
+
+class JsonFile(Source):
+    """A JSON array or JSON lines, plain or gzip, as it was published.
+
+    `split` picks the records whose own field "split" says so.
+    """
+
+    def __init__(self, name: str, path: Path, split: str | None = None) -> None:
+        super().__init__(name, path, split)
+        self._path = path
+        self._state = _state(path)
+
+    def records(self) -> Iterator[Record]:
+        """Yield every record, reading the file once more."""
+        if _state(self._path) != self._state:
+            raise DatasetError("the file has changed since it was loaded", file=self.name)
+        for index, data in enumerate(streams.read_json(self._path, self.name)):
+            record = Record(data, self.name, index)
+            if self.split is None or self._is_of_split(record):
+                yield record
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the file's bytes."""
+        return streams.digest(self._path)
+
+    def _is_of_split(self, record: Record) -> bool:
+        if not record.has("split"):
+            raise DatasetError(
+                f"split={self.split!r} was asked for, but the records have no field 'split'",
+                file=self.name,
+                index=record.index,
+            )
+        return bool(record.get("split") == self.split)
+
+
+class Table(Source):
+    """Rows read by the `datasets` library: CSV, Parquet or Arrow files, a folder, or a hub id."""
+
+    def __init__(self, name: str, path: Path | None, split: str | None = None) -> None:
+        super().__init__(name, path, split)
+        self._rows = hashlib.sha256()
+
+    def records(self) -> Iterator[Record]:
+        """Yield every row."""
+        rows = hashlib.sha256()
+        with _explained(self.name, hub=self.path is None):
+            for index, row in enumerate(self._open()):
+                rows.update(json.dumps(row, sort_keys=True, default=str).encode())
+                yield Record(row, self.name, index)
+        self._rows = rows
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the file, of a folder's files, or of the rows that were read."""
+        if self.path is None:
+            return self._rows.hexdigest()
+        if self.path.is_file():
+            return streams.digest(self.path)
+        return digest_of_folder(self.path)
+
+    def _open(self) -> Any:
+        if find_spec("datasets") is None:
+            raise MissingExtraError(f"Reading {self.name!r}", "datasets", "data")
+        import datasets
+
+        if self.path is None:
+            return self._one(datasets.load_dataset(self.name, split=self.split))
+        if self.path.is_file():
+            kind = TABLES[self.path.suffix.lower()]
+            options = {"sep": "\t"} if self.path.suffix.lower() == ".tsv" else {}
+            # One file is one split, whatever its name says.
+            return datasets.load_dataset(
+                kind, data_files=str(self.path), split="train", streaming=True, **options
+            )
+        if (self.path / "state.json").exists() or (self.path / "dataset_dict.json").exists():
+            return self._one(datasets.load_from_disk(str(self.path)))
+        return self._one(datasets.load_dataset(str(self.path), split=self.split, streaming=True))
+
+    def _one(self, loaded: Any) -> Any:
+        """Return the one split that is meant."""
+        if not isinstance(loaded, dict):
+            return loaded
+        if self.split is None and len(loaded) == 1:
+            return next(iter(loaded.values()))
+        if self.split not in loaded:
+            raise DatasetError(
+                f"has the splits {', '.join(loaded)}: choose one with split=…"
+                + (f" ({self.split!r} is not among them)" if self.split else ""),
+                file=self.name,
+            )
+        return loaded[self.split]
+
+
+def open_source(path: str | Path, split: str | None = None) -> Source:
+    """Return the source for a local path, or for an id of the Hugging Face hub.
+
+    A hub id is "owner/name" (read as a table by the `datasets` library) or
+    "owner/name/path/to/file.json" (that file, as published); "owner/name@revision" pins it.
+
+    Raises:
+        DatasetError: there is no such file, and it does not look like a hub id.
+    """
+    given = str(path)
+    if not given.strip():
+        raise DatasetError("the path is empty: give a file, a folder or a hub id")
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return Table(given, local, split)
+    if local.exists():
+        kind = Table if local.suffix.lower() in TABLES else JsonFile
+        if kind is Table and split is not None:
+            raise DatasetError(f"a single table has no split {split!r}: leave it out", file=given)
+        return kind(given, local, split)
+    match = _HUB.fullmatch(given)
+    if isinstance(path, Path) or match is None or not _may_be_hub(given, match):
+        raise DatasetError(
+            "no such file or folder (a dataset on the Hugging Face hub is named owner/name, or "
+            "owner/name/path/to/file.json)",
+            file=given,
+        )
+    if match["file"] is None:
+        if match["revision"]:
+            raise DatasetError(
+                "a revision can only be given with a file: owner/name@revision/path/to/file.json",
+                file=given,
+            )
+        return Table(given, None, split)
+    return JsonFile(given, _download(given, match), split)
+
+
+def digest_of_folder(path: Path) -> str:
+    """Return the SHA-256 over the names and bytes of a folder's files."""
+    found = hashlib.sha256()
+    for file in sorted(item for item in path.rglob("*") if item.is_file()):
+        found.update(f"{file.relative_to(path).as_posix()} {streams.digest(file)}\n".encode())
+    return found.hexdigest()
+
+
+def _may_be_hub(given: str, match: re.Match[str]) -> bool:
+    """Say whether a path that does not exist here is meant for the hub."""
+    first = Path(given).parts[0]
+    is_file_name = match["file"] is None and Path(given).suffix.lower() in FILES
+    return not is_file_name and not Path(first).is_dir()
+
+
+def _download(given: str, match: re.Match[str]) -> Path:
+    if find_spec("huggingface_hub") is None:
+        raise MissingExtraError(f"Reading {given!r}", "huggingface_hub", "data")
+    from huggingface_hub import hf_hub_download
+
+    with _explained(given, hub=True):
+        return Path(
+            hf_hub_download(
+                match["repo"], match["file"], repo_type="dataset", revision=match["revision"]
+            )
+        )
+
+
+@contextmanager
+def _explained(name: str, *, hub: bool) -> Iterator[None]:
+    """Turn whatever the libraries raise into an error that says what to do."""
+    try:
+        yield
+    except (DatasetError, MissingExtraError, GeneratorExit):
+        raise
+    except Exception as error:
+        text = str(error).strip()
+        said = f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
+        advice = (
+            "; if this machine is offline, download the data elsewhere and give its local path"
+            if hub
+            else ""
+        )
+        raise DatasetError(f"could not be read ({said}){advice}", file=name) from error
+
+
+def _state(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise DatasetError(f"cannot be read: {error}", file=str(path)) from error
+    return found.st_size, found.st_mtime_ns

@@ -1,0 +1,187 @@
+"""Tables, folders and the hub: read by the `datasets` library, offline, from local copies."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from errata.datasets import load, source
+from errata.errors import DatasetError, MissingExtraError
+from tests.helpers import ROOT
+
+SAMPLES = ROOT / "tests" / "data" / "datasets"
+COMMIT = "0" * 40
+
+needs_library = pytest.mark.skipif(
+    not source.find_spec("datasets"), reason="the extra 'data' is not installed"
+)
+
+
+@pytest.fixture
+def offline(tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
+    """Load datasets in a process without network and with an empty hub cache.
+
+    Takes (name, path, options) of each, and code to run before; returns what each gave.
+    """
+    home = tmp_path / "hf"
+
+    def run(*loads: tuple[str, Path | str, dict[str, Any]], first: str = "") -> list[Any]:
+        environment = {
+            **os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1",
+            "HF_DATASETS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
+        }  # fmt: skip
+        environment.pop("HF_HUB_CACHE", None)
+        environment.pop("HF_DATASETS_CACHE", None)
+        asked = json.dumps([(name, str(path), options) for name, path, options in loads])
+        done = subprocess.run(
+            [sys.executable, "-c", f"{first}\n{SCRIPT}", asked],
+            env=environment, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+        return found
+
+    return run
+
+
+SCRIPT = """
+import json, sys
+from errata.datasets import load
+
+def show(name, path, options):
+    try:
+        data = load(name, path, **options)
+        requests = data.requests()
+        assert requests == list(data) and len(requests) == len(data)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    return {"digest": data.digest, "requests": [r.model_dump(mode="json") for r in requests]}
+
+print(json.dumps([show(*asked) for asked in json.loads(sys.argv[1])]))
+"""
+
+
+def cached(home: Path, repository: str, file: str, content: bytes) -> None:
+    """Lay a file into the hub's cache as a download would."""
+    folder = home / "hub" / f"datasets--{repository.replace('/', '--')}"
+    path = folder / "snapshots" / COMMIT / file
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(COMMIT)
+
+
+@needs_library
+def test_tables_and_folders_of_them(
+    tmp_path: Path, offline: Callable[..., list[dict[str, Any]]]
+) -> None:
+    # Arrow gives every record all columns: what a record lacks is null, which counts as missing.
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    make = (
+        "import datasets\n"
+        f"table = datasets.Dataset.from_json({str(SAMPLES / 'mquake.json')!r})\n"
+        f"table.to_parquet({str(tmp_path / 'one.parquet')!r})\n"
+        f"table.to_parquet({str(folder / 'train.parquet')!r})\n"
+        f"table.select([1]).to_parquet({str(folder / 'test.parquet')!r})\n"
+        f"table.save_to_disk({str(tmp_path / 'saved')!r})\n"
+    )
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1 cut")
+    csv, file, train, saved, test, unsaid, unknown, cut = offline(
+        ("scotus", SAMPLES / "scotus.csv", {}),
+        ("mquake", tmp_path / "one.parquet", {}),
+        ("mquake", folder, {"split": "train"}),
+        ("mquake", tmp_path / "saved", {}),
+        ("mquake", folder, {"split": "test"}),
+        ("mquake", folder, {}),
+        ("mquake", folder, {"split": "edit"}),
+        ("scotus", tmp_path / "cut.parquet", {}),
+        first=make,
+    )
+    assert [r["target_new"] for r in csv["requests"]] == ["12", "3"]
+    assert csv["requests"][0]["subject"] == "The question, before us, is one of taxes."
+    expected = [
+        r.model_dump(mode="json") for r in load("mquake", SAMPLES / "mquake.json").requests()
+    ]
+    assert file["requests"] == train["requests"] == saved["requests"] == expected
+    assert len({found["digest"] for found in (file, train, saved)}) == 3
+    assert test["requests"] == expected[2:]
+    assert "has the splits" in unsaid["error"]
+    assert "'train'" in unknown["error"] or "splits" in unknown["error"]
+    assert cut["error"].startswith(f"DatasetError: {tmp_path / 'cut.parquet'}: could not be read")
+    assert "offline" not in cut["error"]
+
+
+@needs_library
+def test_tables_of_the_hub_have_a_digest_of_their_rows(
+    offline: Callable[..., list[dict[str, Any]]],
+) -> None:
+    hub = (
+        "import datasets\n"
+        "def part(*labels):\n"
+        "    return datasets.Dataset.from_list([{'text': 'Taxes.', 'label': n} for n in labels])\n"
+        "tables = datasets.DatasetDict(train=part(1, 2), test=part(1, 3))\n"
+        "datasets.load_dataset = lambda name, split=None: tables[split] if split else tables\n"
+    )
+    train, test, again, unsaid = offline(
+        ("scotus", "somebody/tables", {"split": "train"}),
+        ("scotus", "somebody/tables", {"split": "test"}),
+        ("scotus", "somebody/tables", {"split": "train"}),
+        ("scotus", "somebody/tables", {}),
+        first=hub,
+    )
+    assert [r["target_new"] for r in test["requests"]] == ["1", "3"]
+    assert train == again
+    assert train["digest"] != test["digest"]
+    assert "has the splits train, test: choose one" in unsaid["error"]
+
+
+@needs_library
+def test_files_of_the_hub_are_read_as_published_and_offline_the_error_says_so(
+    tmp_path: Path, offline: Callable[..., list[dict[str, Any]]]
+) -> None:
+    content = (SAMPLES / "knowedit_sanitation.json").read_bytes()
+    cached(tmp_path / "hf", "somebody/Some-Data", "benchmark/trivia.json", content)
+    local = load("knowedit", SAMPLES / "knowedit_sanitation.json")
+    plain, pinned, *absent = offline(
+        ("knowedit", "somebody/Some-Data/benchmark/trivia.json", {}),
+        ("knowedit", f"somebody/Some-Data@{COMMIT}/benchmark/trivia.json", {}),
+        ("counterfact", "somebody/Nothing", {}),
+        ("counterfact", "somebody/Nothing/file.json", {}),
+    )
+    for found in (plain, pinned):
+        assert found["requests"] == [r.model_dump(mode="json") for r in local]
+        assert found["digest"] == local.digest
+    for found in absent:
+        assert found["error"].startswith("DatasetError: somebody/Nothing")
+        assert "could not be read" in found["error"]
+        assert "offline, download the data elsewhere and give its local path" in found["error"]
+
+
+def test_without_the_extra_the_install_command_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "find_spec", lambda name: None)
+    for path in (SAMPLES / "scotus.csv", "somebody/Some-Data", "somebody/Some-Data/a.json"):
+        with pytest.raises(MissingExtraError, match=r"pip install 'errata\[data\]'"):
+            load("scotus", path)
+
+
+def test_what_can_be_no_hub_id_is_a_missing_file(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for path in (
+        "./some/data", "../data", "/a/b", "counterfact.json", "data/counterfact.json",
+        tmp_path / "data", str(tmp_path / "there" / "data"), "a b/c",
+    ):  # fmt: skip
+        with pytest.raises(DatasetError, match="no such file"):
+            load("counterfact", path)
+    with pytest.raises(DatasetError, match="the path is empty"):
+        load("counterfact", "")
+    with pytest.raises(DatasetError, match="with a file"):
+        load("counterfact", "somebody/data@main")
+    with pytest.raises(DatasetError, match="a single table has no split"):
+        load("scotus", SAMPLES / "scotus.csv", split="test")
