@@ -179,3 +179,10 @@ def test_numbers_that_are_none_stay_visible() -> None:
 def test_metrics_keep_their_order() -> None:
     groups = [[mean(m, [1], "a") for m in row] for row in ("AD", "ABD", "BCD", "E")]
     assert [m.metric for m in pool(groups)] == ["A", "B", "C", "D", "E"]
+
+
+def test_only_a_share_of_successes_has_wilsons_interval() -> None:
+    share = Measurement.mean("ES", [1.0, 1.0], "counterfact: share")
+    assert share.interval == pytest.approx((0.342, 1.0), abs=1e-3)
+    ratio = Measurement.mean("perplexity_ratio", [1.0, 1.0], "general: ratio", unit="ratio")
+    assert ratio.interval == (1.0, 1.0)

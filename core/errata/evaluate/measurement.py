@@ -106,7 +106,7 @@ class Measurement:
             math.fsum(values) / len(values) if values else math.nan,
             len(values),
             protocol,
-            mean_interval(values),
+            mean_interval(values, shares=unit == "share"),
             values,
             tuple(case_ids),
             unit,
@@ -284,9 +284,12 @@ def _harmonic(
     )
 
 
-def mean_interval(cases: Sequence[float]) -> tuple[float, float] | None:
-    """Return the 95 % interval of a mean: Wilson for 0/1 cases, else bootstrap over cases."""
-    if cases and all(value in (0.0, 1.0) for value in cases):
+def mean_interval(cases: Sequence[float], *, shares: bool) -> tuple[float, float] | None:
+    """Return the 95 % interval of a mean: Wilson for shares of 0 and 1, else bootstrap over cases.
+
+    A ratio or a probability that happens to be 1 in every case is no proportion of successes.
+    """
+    if shares and cases and all(value in (0.0, 1.0) for value in cases):
         return wilson(int(sum(cases)), len(cases))
     return bootstrap(np.asarray(cases, dtype=np.float64)[:, None], lambda means: means[:, 0])
 

@@ -1,0 +1,99 @@
+"""Reading what `errata bench` wrote: `report`. It needs no model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from errata.cli.render import count
+from errata.cli.session import OUTPUT, Session, command
+from errata.errors import ConfigError
+
+PANEL = "Measure"
+
+
+def add(app: typer.Typer) -> None:
+    """Add the command."""
+    command(
+        app,
+        "report",
+        panel=PANEL,
+        shared=OUTPUT,
+        examples=(
+            "errata report runs/first\n"
+            "errata report runs/seed-0 runs/seed-1 --html report.html\n"
+            "errata report runs/* --reference r-rome --markdown report.md --plots figures"
+        ),
+    )(report)
+
+
+def report(
+    session: Session,
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs.")],
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write one page that works alone.")
+    ] = None,
+    markdown: Annotated[
+        Path | None,
+        typer.Option("--markdown", metavar="FILE", help="Write the tables as Markdown."),
+    ] = None,
+    csv: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="Write every number as a row.")
+    ] = None,
+    plots: Annotated[
+        Path | None,
+        typer.Option("--plots", metavar="FOLDER", help="Draw curves and bars as PNG and SVG."),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            "--reference", metavar="COLUMN", help="Test differences from it; by default the base."
+        ),
+    ] = None,
+    cases: Annotated[
+        int | None,
+        typer.Option(
+            "--cases", min=0, help="With --html: at most so many cases of each table, not all."
+        ),
+    ] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave damaged lines out; the report names them.")
+    ] = False,
+) -> None:
+    """Show what runs of `errata bench` found, as tables, a page or figures.
+
+    Runs of one configuration with different seeds are pooled; different configurations stand side
+    by side. A run that is not finished is reported as far as it is.
+    """
+    from errata.report import read
+
+    if cases is not None and html is None:
+        raise ConfigError("--cases says how many cases the page holds: give --html FILE too.")
+    with session.status("Reading the results"):
+        found = read(*runs, reference=reference, skip_bad=skip_bad)
+    written: list[Path] = []
+    with session.status("Writing the report"):
+        for target, text in (
+            (html, html and found.html(cases=cases)),
+            (markdown, markdown and found.markdown()),
+            (csv, csv and found.csv()),
+        ):
+            if target is not None:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_text(str(text), encoding="utf-8", newline="")
+                written.append(target)
+        if plots is not None:
+            written += found.plots(plots)
+    if session.json:
+        session.emit({**found.as_json(), "written": [str(path) for path in written]})
+        return
+    if not written:
+        session.show(found.terminal(session.out.width))
+        return
+    for target in written[: 8 if len(written) > 9 else None]:
+        session.show(Text(str(target)))
+    if len(written) > 9:
+        session.show(Text(f"… {count(len(written), 'file')} in all", style="muted"))
