@@ -27,7 +27,7 @@ test-slow: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/rome.py
 	$(BIN)/python benchmarks/zoo.py
-	$(BIN)/python benchmarks/editing.py
+	$(BIN)/errata bench examples/bench/atlas-single.yaml
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

@@ -8,13 +8,14 @@ import re
 
 import pytest
 
+import errata.bench
 import errata.editor
 import errata.request
 from errata.hooks import Specification
 from tests.helpers import ROOT
 
 
-@pytest.mark.parametrize("module", [errata.editor, errata.request])
+@pytest.mark.parametrize("module", [errata.bench, errata.editor, errata.request])
 def test_the_examples_in_docstrings_run(module: object) -> None:
     results = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
     assert results.attempted > 0

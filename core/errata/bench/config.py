@@ -1,0 +1,242 @@
+"""What a benchmark run is: model × methods × datasets × regime × seeds, from YAML and flags."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from errata.errors import ConfigError, UnknownNameError
+
+Regime = Literal["single", "batch", "sequential", "continual", "cross-domain"]
+STREAMS = ("sequential", "continual")
+"""Regimes in which edits stay on the model while the next ones are made."""
+
+BASE = "base"
+"""Column of the unedited model; no variant may be called so."""
+
+CHECKPOINTS = (1, 10, 100, 500, 1000)
+GUARDS = {"norm": "off", "perplexity": "off", "efficacy": "off"}
+MAX_BYTES = 2**20
+_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+=()-]{0,63}")
+
+
+class _Stanza(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _named(key: str) -> BeforeValidator:
+    """Let a bare name stand for a mapping that says only the name."""
+    return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, (str, int, Mapping)) else value
+
+
+def _modes(value: Any) -> Any:
+    """Return guards with the modes that YAML reads as a truth value (`off`) as words."""
+    if not isinstance(value, Mapping):
+        return value
+    return {**GUARDS, **{k: "off" if v is False else v for k, v in value.items()}}
+
+
+Listed = BeforeValidator(_listed)
+
+
+class Variant(_Stanza):
+    """One column of the results: a method with its hyper-parameters.
+
+    The label is the method's name unless `variant` says otherwise; it must be unique.
+    """
+
+    method: str = Field(description="Name of an installed method")
+    variant: str = Field(default="", description="Label of the column")
+    config: dict[str, Any] = Field(
+        default_factory=dict, description="Hyper-parameters that differ from the registry's"
+    )
+
+    @property
+    def label(self) -> str:
+        """What the column is called."""
+        return self.variant or self.method
+
+
+class DatasetSpec(_Stanza):
+    """Which cases of which dataset."""
+
+    name: str = Field(description="Name of a dataset; `errata.datasets.READERS` lists them")
+    label: str = Field(default="", description="What it is called in the results")
+    path: str | None = Field(default=None, description="File or folder, where it is not shipped")
+    split: str | None = Field(default=None, description="Split, where it has several")
+    limit: int | None = Field(default=None, ge=1, description="Use the first so many cases")
+    view: Literal["entity", "relation"] = Field(
+        default="entity",
+        description="Edit the fact, or its relation (needs cases with a relation view, as rake's); "
+        "what is measured is the same",
+    )
+    distinct_subjects: bool = Field(
+        default=False, description="Of several cases about one subject keep the first"
+    )
+    skip_bad: bool = Field(default=False, description="Leave out records that cannot be read")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="Options of this dataset's reader"
+    )
+
+    @property
+    def title(self) -> str:
+        """What it is called in the results."""
+        return self.label or self.name
+
+
+class BenchConfig(_Stanza):
+    """Everything about a run that changes its numbers."""
+
+    name: str = Field(default="bench", description="What the run is called")
+    model: str = Field(description="Zoo name, checkpoint folder or hub name")
+    device: str | None = Field(default=None, description="cpu, cuda, cuda:1 …")
+    dtype: str | None = Field(default=None, description="fp32, bf16 …; none: the checkpoint's")
+    corpus: str | None = Field(
+        default=None,
+        description="Text file for second moments, blank lines between documents; "
+        "none: the text that ships with errata",
+    )
+    methods: Annotated[tuple[Annotated[Variant, _named("method")], ...], Listed] = Field(
+        min_length=1, description="The columns"
+    )
+    datasets: Annotated[tuple[Annotated[DatasetSpec, _named("name")], ...], Listed] = Field(
+        min_length=1, description="Where the cases come from"
+    )
+    regime: Regime = Field(default="single", description="How cases follow one another")
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Listed] = Field(
+        default=(0,), min_length=1, description="The run is repeated with each"
+    )
+    protocols: Annotated[tuple[str, ...], Listed] | None = Field(
+        default=None, description="How a case is measured; none: what each dataset asks for"
+    )
+    state: Annotated[tuple[str, ...], Listed] | None = Field(
+        default=None,
+        description="How the model as a whole is measured; none: general (lifelong too in a "
+        "stream), and nothing after single edits",
+    )
+    settings: dict[str, Any] = Field(
+        default_factory=dict, description="Fields of errata.evaluate.MeasureSettings"
+    )
+    guards: Annotated[dict[str, Any], BeforeValidator(_modes)] = Field(
+        default=GUARDS,
+        description="Guards of each edit; all but `finite` are off unless set: the run measures "
+        "what they would",
+    )
+    limit: int | None = Field(
+        default=None, ge=1, description="Cases per dataset that sets no limit of its own"
+    )
+    shuffle: bool = Field(default=False, description="Put each dataset's cases in a seeded order")
+    batch_size: int | None = Field(
+        default=None, ge=1, description="Cases edited at once in the regime batch"
+    )
+    checkpoints: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Listed] = Field(
+        default=CHECKPOINTS,
+        description="After how many cases of a stream all earlier ones are measured again; "
+        "its end always is one",
+    )
+    mix: Literal["interleave", "shuffle", "concatenate"] = Field(
+        default="interleave", description="How a continual stream mixes its datasets"
+    )
+    train: Annotated[DatasetSpec, _named("name")] | None = Field(
+        default=None, description="Dataset that methods are trained on in the regime cross-domain"
+    )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> BenchConfig:
+        _unique("variant", [variant.label for variant in self.methods])
+        _unique("dataset", [spec.title for spec in self.datasets])
+        _unique("seed", list(map(str, self.seeds)))
+        if BASE in (variant.label for variant in self.methods):
+            raise ValueError(f"a variant is called {BASE!r}: that is the unedited model's column")
+        if (self.regime == "batch") != (self.batch_size is not None):
+            raise ValueError("batch_size belongs to the regime batch, which needs it")
+        if (self.regime == "cross-domain") != (self.train is not None):
+            raise ValueError("train names the training data of the regime cross-domain")
+        if self.regime == "cross-domain" and self.corpus is not None:
+            raise ValueError("corpus is what `train` gives in the regime cross-domain")
+        if self.regime == "continual" and len(self.datasets) < 2:
+            raise ValueError("a continual stream mixes several datasets: name two or more")
+        return self
+
+    @classmethod
+    def parse(cls, given: BenchConfig | Mapping[str, Any]) -> BenchConfig:
+        """Return a configuration from one, or from a mapping of its fields.
+
+        Raises `ConfigError` naming each field that is unknown (with a suggestion) or wrong.
+        """
+        if isinstance(given, BenchConfig):
+            return given
+        try:
+            return cls(**given)
+        except ValidationError as error:
+            raise ConfigError(f"Bad run configuration: {_explain(error)}") from None
+        except TypeError:
+            raise ConfigError(
+                f"A run configuration is a mapping of names to values, not {given!r}."
+            ) from None
+
+
+def read_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> BenchConfig:
+    """Read a run file; overrides replace its fields.
+
+    Raises `ConfigError` for a file that is no plain YAML mapping or has a wrong field.
+    """
+    return BenchConfig.parse({**read_fields(path), **(overrides or {})})
+
+
+def read_fields(path: str | Path) -> dict[str, Any]:
+    """Return the fields of a run file, not yet validated; its name is the file's by default."""
+    file = Path(path)
+    try:
+        if file.stat().st_size > MAX_BYTES:
+            raise ConfigError(f"{file} is larger than {MAX_BYTES} bytes: this is no run file.")
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"Cannot read the run file {file}: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file} is not plain YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise ConfigError(f"{file} must be a mapping with model, methods, datasets …")
+    return {"name": file.stem, **data}
+
+
+def _unique(what: str, names: list[str]) -> None:
+    """Refuse labels that occur twice or cannot be part of a file's name."""
+    for name in names:
+        if not _LABEL.fullmatch(name):
+            raise ValueError(
+                f"{what} label {name!r}: use letters, digits, spaces and ._+=()- (at most 64), "
+                "beginning with a letter or digit"
+            )
+        if names.count(name) > 1:
+            hint = {"variant": " (set `variant`)", "dataset": " (set `label`)"}.get(what, "")
+            raise ValueError(f"the {what} {name!r} is there twice: give each its own label{hint}")
+
+
+_NESTED: dict[str, type[BaseModel]] = {
+    "methods": Variant, "datasets": DatasetSpec, "train": DatasetSpec,
+}  # fmt: skip
+
+
+def _explain(error: ValidationError) -> str:
+    parts = []
+    for item in error.errors():
+        where = [str(part) for part in item["loc"] if not str(part).startswith("function-")]
+        if item["type"] == "extra_forbidden":
+            model = _NESTED.get(where[0], BenchConfig) if len(where) > 1 else BenchConfig
+            unknown = UnknownNameError("key", where[-1], model.model_fields)
+            parts.append(f"{'.'.join(where[:-1])}: {unknown}" if len(where) > 1 else str(unknown))
+            continue
+        message = item["msg"].removeprefix("Value error, ")
+        given = "" if item["type"] in ("missing", "value_error") else f" (given: {item['input']!r})"
+        parts.append(f"{'.'.join(where)}: {message}{given}" if where else message)
+    return "; ".join(parts)

@@ -1,0 +1,136 @@
+"""Carrying out one case's edit: all of it, or nothing and the reason."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from errata.delta.adapter_layers import no_randomness
+from errata.errors import EditRefused, LedgerError, SelfComparisonError, StorageError
+
+if TYPE_CHECKING:
+    from errata.editor import Editor
+    from errata.request import Request
+
+logger = logging.getLogger("errata")
+
+FATAL = (StorageError, LedgerError, SelfComparisonError)
+"""Errors that are about the run, not about one case: they end it."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a case's edit.
+
+    Attributes:
+        ids: the edits that carry it out.
+        seconds: time the method took to compute them.
+        nbytes: bytes of their deltas.
+        refused: why a guard refused it; None where none did.
+        error: why it could not be carried out; None where it could.
+        wall: wall-clock time of the whole transaction: computing, applying, guards, recording.
+    """
+
+    ids: tuple[str, ...] = ()
+    seconds: float = 0.0
+    nbytes: int = 0
+    refused: str | None = None
+    error: str | None = None
+    wall: float = 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        return {**asdict(self), "ids": list(self.ids)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Outcome:
+        """Return the outcome that `as_json` wrote."""
+        return cls(**{**data, "ids": tuple(data["ids"])})
+
+
+def edit_case(
+    editor: Editor,
+    requests: Sequence[Request],
+    *,
+    method: str,
+    config: Mapping[str, Any],
+    seed: str,
+    before: Sequence[str] = (),
+) -> Outcome:
+    """Edit the model with requests that belong together; leave it alone if any of them fails.
+
+    Args:
+        editor: whose model is edited.
+        requests: of one case, or of a batch of cases.
+        method: name of the method.
+        config: its hyper-parameters.
+        seed: what the global random generators start from while it runs.
+        before: ids of edits that carry out some of the requests already: a run that was killed
+            between two of them goes on there.
+
+    Raises:
+        StorageError, LedgerError: the run cannot go on.
+    """
+    former = [edit_id for edit_id in editor.model.stack.ids if edit_id not in before]
+    known = [editor.ledger.get(edit_id) for edit_id in before]
+    there = {request.digest for edit in known for request in edit.requests}
+    wanted = [request for request in requests if request.digest not in there]
+    started = time.perf_counter()
+    refused = error = None
+    try:
+        if wanted:
+            can = editor.registry.method(method).capabilities
+            size = len(wanted) if can.batch and len(wanted) > 1 else None
+            with repeatable(seed):
+                known += editor.edit(wanted, method=method, config=config, batch_size=size)
+    except EditRefused as problem:
+        refused = problem.reason
+    except FATAL:
+        raise
+    except Exception as problem:
+        logger.debug("A case failed", exc_info=True)
+        error = describe(problem)
+    wall = time.perf_counter() - started
+    if refused is not None or error is not None:
+        left = [edit_id for edit_id in editor.model.stack.ids if edit_id not in former]
+        if left:
+            editor.revert(*left)
+        return Outcome(refused=refused, error=error, wall=wall)
+    return Outcome(
+        ids=tuple(edit.id for edit in known),
+        seconds=sum(edit.seconds for edit in known),
+        nbytes=sum(edit.nbytes for edit in known),
+        wall=wall,
+    )
+
+
+def describe(error: BaseException) -> str:
+    """Return an error in one line: its type and what it says."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+
+
+@contextmanager
+def repeatable(seed: str) -> Iterator[None]:
+    """Start the global random generators from a seed for the block, and put them back after it.
+
+    Methods seed generators of their own from their configuration. One that draws from the global
+    ones all the same then gives the same edit for a case in whatever order and process it runs.
+    """
+    number = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:4], "big")
+    python, numpy = random.getstate(), np.random.get_state()
+    with no_randomness(number):
+        random.seed(number)
+        np.random.seed(number)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

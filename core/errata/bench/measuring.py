@@ -1,0 +1,187 @@
+"""Measuring many cases at once on a model in one state, told apart again; the base's answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from errata.bench.job import Case, name_of
+from errata.blobs import write_bytes
+from errata.errors import IntegrityError, StorageError
+from errata.evaluate import PROTOCOLS, Baseline, Measurement, Reader, TargetScore
+from errata.evaluate.measurement import harmonic_mean
+from errata.evaluate.reader import Memory
+
+if TYPE_CHECKING:
+    from errata.editor import Editor
+    from errata.evaluate import MeasureSettings
+    from errata.request import Request
+
+SCHEMA = 1
+
+
+def measure(
+    editor: Editor, cases: Sequence[Case], protocols: Sequence[str], baseline: Baseline
+) -> list[list[Measurement]]:
+    """Measure the model as it stands on several cases together; return each case's own numbers.
+
+    Numbers that are about no case (perplexity) are left out where there are several cases.
+    """
+    if not protocols:
+        return [[] for _ in cases]
+    found = editor.evaluate(requests_of(cases), protocols, baseline=baseline)
+    return [found] if len(cases) == 1 else split(found, cases)
+
+
+def measure_base(
+    editor: Editor, cases: Sequence[Case], protocols: Sequence[str], settings: MeasureSettings
+) -> tuple[list[list[Measurement]], Memory]:
+    """Measure the unedited model; return each case's numbers and everything it answered."""
+    memory = Memory()
+    found = capture(editor, requests_of(cases), protocols, settings, memory)
+    return ([found] if len(cases) == 1 else split(found, cases)), memory
+
+
+def capture(
+    editor: Editor,
+    requests: Sequence[Request],
+    protocols: Sequence[str],
+    settings: MeasureSettings,
+    memory: Memory,
+) -> list[Measurement]:
+    """Measure the model with every edit off by any protocols, the core's and others.
+
+    What it answers is added to `memory`; what is known there is not asked again.
+    """
+    model = editor.model
+    core = {protocol.name: protocol for protocol in PROTOCOLS}
+    reader = Reader(model, requests, settings, memory, of_base=True)
+    base = Baseline(model.fingerprint, settings, memory)
+    found: list[Measurement] = []
+    with reader.state():
+        for name in protocols:
+            if name in core:
+                found += core[name].measure(reader)
+            else:
+                found += editor.evaluate(requests, [name], baseline=base)
+    probes = [p for r in requests for p in (*r.neighbourhood, *r.locality) if not p.answers]
+    if probes and protocols and reader.generates:
+        # Nobody asked the base what it says here, but "as the base" will be asked of an edit.
+        reader.texts(probe.prompt for probe in probes)
+    return found
+
+
+def split(found: Sequence[Measurement], cases: Sequence[Case]) -> list[list[Measurement]]:
+    """Return the measurements of each case by itself, as if it had been measured alone."""
+    names = [name_of(case) for case in cases]
+    own: dict[str, list[Measurement]] = {name: [] for name in names}
+    for item in found:
+        if item.of:
+            for mine in own.values():
+                there = {(one.name, one.metric): one for one in mine}
+                parts = [there.get((item.name, metric)) for metric in item.of]
+                known = [part for part in parts if part is not None]
+                if len(known) == len(parts):
+                    mine += harmonic_mean(item.metric, known, item.protocol)
+            continue
+        values: dict[str, list[float]] = {}
+        for name, value in zip(item.case_ids, item.cases, strict=False):
+            values.setdefault(name, []).append(value)
+        for name, some in values.items():
+            if name not in own:  # about a text or a retained probe, not about a case
+                continue
+            own[name].append(
+                Measurement.mean(
+                    item.metric,
+                    some,
+                    item.protocol,
+                    case_ids=[name] * len(some),
+                    unit=item.unit,
+                    direction=item.direction,
+                    answers=[answer for answer in item.answers if answer.case_id == name],
+                )
+            )
+    return [own[name] for name in names]
+
+
+def requests_of(cases: Iterable[Case]) -> list[Request]:
+    """Return the requests of cases in their order."""
+    return [request for case in cases for request in case]
+
+
+def apart(cases: Sequence[Case]) -> bool:
+    """Say whether cases can be told apart by their names."""
+    return len({name_of(case) for case in cases}) == len(cases)
+
+
+# -- what the base answered, on disk ---------------------------------------------------------------
+
+
+def save_memory(path: Path, memory: Memory, fingerprint: str) -> None:
+    """Write what the base answered; floats come back bit for bit."""
+    data = {
+        "schema": SCHEMA,
+        "fingerprint": fingerprint,
+        "texts": list(memory.texts.items()),
+        "scores": [
+            [prompt, target, score.token_ids, score.logprobs, score.predicted]
+            for (prompt, target), score in memory.scores.items()
+        ],
+        "nlls": list(memory.nlls.items()),
+        "samples": [[*key, texts] for key, texts in memory.samples.items()],
+    }
+    write_bytes(path, json.dumps(data).encode())
+
+
+def load_memory(path: Path, fingerprint: str) -> Memory:
+    """Read what the base answered; an empty memory where nothing was kept.
+
+    Raises `IntegrityError` for a file that is damaged or of another model.
+    """
+    try:
+        data: dict[str, Any] = json.loads(path.read_bytes())
+        if data["schema"] != SCHEMA or data["fingerprint"] != fingerprint:
+            raise ValueError("it is of another model or another version of errata")
+        return Memory(
+            texts={prompt: text for prompt, text in data["texts"]},
+            scores={
+                (prompt, target): TargetScore(tuple(ids), tuple(logprobs), tuple(predicted))
+                for prompt, target, ids, logprobs, predicted in data["scores"]
+            },
+            nlls={text: (float(nll), int(count)) for text, (nll, count) in data["nlls"]},
+            samples={(seed, tuple(asked)): texts for seed, asked, texts in data["samples"]},
+        )
+    except FileNotFoundError:
+        return Memory()
+    except OSError as error:
+        raise StorageError(f"Cannot read {path}: {error.strerror or error}.") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise IntegrityError(
+            f"{path} is damaged: {error}. Delete it: what it held is asked again when needed."
+        ) from None
+
+
+def added(memory: Memory, known: Memory) -> Memory:
+    """Return what a memory has beyond another."""
+    return Memory(
+        texts={k: v for k, v in memory.texts.items() if k not in known.texts},
+        scores={k: v for k, v in memory.scores.items() if k not in known.scores},
+        nlls={k: v for k, v in memory.nlls.items() if k not in known.nlls},
+        samples={k: v for k, v in memory.samples.items() if k not in known.samples},
+    )
+
+
+def copied(memories: Iterable[Memory]) -> Memory:
+    """Return one memory of several; what is added to it stays out of them.
+
+    Each measurement gets its own copy, so that what one case adds changes no other's batches.
+    """
+    whole = Memory()
+    for memory in reversed(list(memories)):  # of several answers the first one given is kept
+        whole.texts.update(memory.texts)
+        whole.scores.update(memory.scores)
+        whole.nlls.update(memory.nlls)
+        whole.samples.update(memory.samples)
+    return whole

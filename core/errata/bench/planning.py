@@ -1,0 +1,307 @@
+"""Before a run: whether it can be done, how much there is to do, and what it may cost."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from errata import plugins
+from errata.bench.config import BASE, STREAMS, BenchConfig
+from errata.bench.job import Case, Job
+from errata.bench.results import load, read_info
+from errata.bench.tasks import Task, base_state_tasks, base_tasks, edit_tasks, keys_of, left_over
+from errata.errors import CapabilityError, ConfigError
+from errata.registry import Registry
+
+if TYPE_CHECKING:
+    from errata.bench.worker import Worker
+    from errata.registry import Capabilities
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one case of a column takes, in seconds.
+
+    Attributes:
+        edit: of making and recording the edit.
+        measure: of measuring it.
+        n: how many cases that was learnt from.
+    """
+
+    edit: float
+    measure: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Column:
+    """What is to be done for one variant (or the base), all datasets and seeds together.
+
+    Attributes:
+        label: of the variant.
+        method: its name.
+        cases: cases in all.
+        edits: requests that are edited.
+        measured: how many times a case is measured.
+        states: how many times the model as a whole is measured.
+        done: lines that are written already.
+        cannot: cases whose kind of request the method does not declare: they become failures.
+        seconds: estimated time for what is left, None where nothing is known.
+    """
+
+    label: str
+    method: str
+    cases: int
+    edits: int
+    measured: int
+    states: int
+    done: int
+    cannot: int = 0
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run amounts to.
+
+    Attributes:
+        config: the run.
+        columns: the base, then the variants.
+        protocols: dataset → how its cases are measured, and the model as a whole.
+        estimate: where the times come from; "" where there are none.
+    """
+
+    config: BenchConfig
+    columns: tuple[Column, ...]
+    protocols: Mapping[str, Mapping[str, tuple[str, ...]]]
+    estimate: str = ""
+
+    @property
+    def seconds(self) -> float | None:
+        """Estimated time of the whole run in one process; None where a column has none."""
+        each = [column.seconds for column in self.columns]
+        return None if None in each else sum(s for s in each if s is not None)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        return {
+            "name": self.config.name,
+            "model": self.config.model,
+            "regime": self.config.regime,
+            "seeds": list(self.config.seeds),
+            "columns": [asdict(column) for column in self.columns],
+            "protocols": {k: {m: list(n) for m, n in v.items()} for k, v in self.protocols.items()},
+            "seconds": self.seconds,
+            "estimate": self.estimate,
+        }
+
+
+def plan(
+    config: BenchConfig | Mapping[str, Any],
+    directory: str | Path | None = None,
+    *,
+    probe: int = 0,
+) -> Plan:
+    """Say what a run would do, without doing it.
+
+    Args:
+        config: the run, or a mapping of its fields.
+        directory: of the run: what is done already is counted, and its times give the estimate.
+        probe: carry out so many cases per variant, keeping nothing, to learn how long one takes.
+
+    Raises:
+        ConfigError, UnknownNameError, CapabilityError: it cannot be run.
+    """
+    job = Job(BenchConfig.parse(config), None if directory is None else Path(directory))
+    entries = check(job)
+    kinds: dict[str, str] = {}
+    costs: dict[str, Cost] = {}
+    source = ""
+    if directory is not None and read_info(Path(directory)) is not None:
+        there = load(directory)
+        kinds, costs = there.kinds, known_costs(there)
+        source = f"the cases that {directory} holds" if costs else ""
+    if probe:
+        costs.update(probed(job, probe))
+        source = f"{probe} timed case{'s' if probe > 1 else ''} per variant"
+    tasks = {label: [] for label in (BASE, *(v.label for v in job.config.methods))}  # type: ignore[var-annotated]
+    for task in [*base_tasks(job), *base_state_tasks(job), *edit_tasks(job)]:
+        tasks[job.label(task.variant)].append(task)
+    columns = tuple(
+        _column(job, label, mine, entries.get(label), kinds, costs.get(label))
+        for label, mine in tasks.items()
+    )
+    protocols = {
+        job.title(i): {"cases": job.protocols(i), "state": job.whole(i)}
+        for i in range(len(job.config.datasets))
+    }
+    return Plan(job.config, columns, protocols, source)
+
+
+def _column(
+    job: Job,
+    label: str,
+    tasks: list[Task],
+    can: Capabilities | None,
+    kinds: Mapping[str, str],
+    cost: Cost | None,
+) -> Column:
+    keys = [key for task in tasks for key in keys_of(job, task)]
+    states = sum("|state" in key for key in keys)
+    items = [(item, task.seed) for task in tasks for item in task.items]
+    edited = [job.edited(item, seed) for item, seed in items]
+    left = [key for task in left_over(job, tasks, kinds) for key in keys_of(job, task)
+            if key not in task.done]  # fmt: skip
+    to_edit = [key for key in left if "|checkpoint|" not in key and "|state" not in key]
+    to_measure = [key for key in left if "|state" not in key]
+    is_base = label == BASE
+    seconds = None
+    if cost is not None:
+        seconds = cost.measure * len(to_measure) + (0 if is_base else cost.edit * len(to_edit))
+    return Column(
+        label=label,
+        method=BASE if is_base else next(v.method for v in job.config.methods if v.label == label),
+        cases=len(items),
+        edits=0 if is_base else sum(map(len, edited)),
+        measured=len(keys) - states,
+        states=states,
+        done=len(keys) - len(left),
+        cannot=0 if can is None else sum(not _fits(can, case) for case in edited),
+        seconds=seconds,
+    )
+
+
+# -- can it be done --------------------------------------------------------------------------------
+
+
+def check(job: Job) -> dict[str, Capabilities]:
+    """Raise for what cannot be run; return each variant's declared capabilities by its label.
+
+    Needs no model: methods, hyper-parameters, datasets, protocols and the regime are looked at.
+    """
+    config = job.config
+    registry = Registry.load(plugin_files=plugins.registry_files())
+    entries: dict[str, Capabilities] = {}
+    for number, variant in enumerate(config.methods):
+        loaded = plugins.load(variant.method)
+        registry.resolve(variant.method, loaded.config, {}, job.overrides(number, config.seeds[0]))
+        can = entries[variant.label] = registry.method(variant.method).capabilities
+        _check_regime(config, variant.label, variant.method, can)
+    for number in range(len(config.datasets)):
+        for seed in config.seeds:
+            cases = [job.edited(item, seed) for item in job.stream(number, seed)]
+        for label, can in entries.items():
+            if not any(_fits(can, case) for case in cases):
+                kinds = sorted({request.kind for case in cases for request in case})
+                raise CapabilityError(
+                    f"{label} carries out requests of kind {', '.join(can.kinds)}; those of "
+                    f"{job.title(number)!r} are of kind {', '.join(kinds)}. Leave one of them out."
+                )
+        if not (*job.protocols(number), *job.whole(number)):
+            raise ConfigError(
+                f"Nothing would be measured on {job.title(number)!r}: name protocols. Known: "
+                f"{', '.join(sorted(job.known))}."
+            )
+        job.settings(number, config.seeds[0])
+    _ = job.corpus
+    return entries
+
+
+def _check_regime(config: BenchConfig, label: str, method: str, can: Capabilities) -> None:
+    if config.regime in STREAMS and not can.sequential:
+        raise CapabilityError(
+            f"{label}: {method} edits unedited models only, and in the regime {config.regime} "
+            "edits follow one another. Leave it out, or choose single or batch."
+        )
+    if config.regime == "batch" and (config.batch_size or 0) > 1 and not can.batch:
+        raise CapabilityError(
+            f"{label}: {method} takes one request at a time, and the regime batch gives it "
+            f"{config.batch_size}. Leave it out, or choose sequential."
+        )
+    if config.regime == "cross-domain" and "training" not in can.needs:
+        raise CapabilityError(
+            f"{label}: {method} does not train (it needs {', '.join(can.needs) or 'nothing'} "
+            "beforehand), so there is no domain to cross. Leave it out, or choose single."
+        )
+
+
+def _fits(can: Capabilities, case: Case) -> bool:
+    return all(request.kind in can.kinds for request in case)
+
+
+# -- what it may cost ------------------------------------------------------------------------------
+
+
+def known_costs(results: Any) -> dict[str, Cost]:
+    """Return what the median case of each column took, from the lines of a run."""
+    found: dict[str, list[tuple[str, float, float]]] = {}
+    for line in results.cases():
+        spent = line["seconds"]
+        found.setdefault(line["variant"], []).append(
+            (line["stage"], float(spent["edit"]), float(spent["measure"]))
+        )
+    return {
+        label: Cost(
+            edit=statistics.median([e for s, e, _ in many if s != "checkpoint"] or [0.0]),
+            measure=statistics.fmean([m for _, _, m in many]),
+            n=len(many),
+        )
+        for label, many in found.items()
+    }
+
+
+def probed(job: Job, count: int) -> dict[str, Cost]:
+    """Carry out a few cases of each variant on the base; return what they took."""
+    from errata.bench.worker import Worker
+
+    worker = Worker(job)
+    seed = job.config.seeds[0]
+    costs: dict[str, list[tuple[float, float]]] = {}
+    try:
+        for variant in range(-1, len(job.config.methods)):
+            for task in _probes(job, variant, seed, count):
+                costs.setdefault(job.label(variant), []).append(_timed(worker, task))
+    finally:
+        worker.close()
+    return {
+        label: Cost(
+            edit=statistics.fmean([edit for edit, _ in many]),
+            measure=statistics.fmean([measure for _, measure in many]),
+            n=len(many),
+        )
+        for label, many in costs.items()
+    }
+
+
+def _probes(job: Job, variant: int, seed: int, count: int) -> list[Task]:
+    items = job.stream(0, seed)[:count]
+    return [Task("single", variant, 0, seed, (item,)) for item in items]
+
+
+def _timed(worker: Worker, task: Task) -> tuple[float, float]:
+    """Return the seconds that editing and measuring one case takes."""
+    from errata.bench import measuring
+    from errata.evaluate import Baseline
+
+    job, editor = worker.job, worker.editor
+    case = job.case(task.items[0], task.seed)
+    protocols = job.protocols(task.dataset)
+    settings = job.settings(task.dataset, task.seed)
+    if task.variant < 0:
+        started = time.perf_counter()
+        measuring.measure_base(editor, [case], protocols, settings)
+        return 0.0, time.perf_counter() - started
+    worker.prepare(task.variant, task.seed)
+    base = measuring.measure_base(editor, [case], protocols, settings)[1]
+    outcome = worker.edit(task.variant, task.seed, task.items)
+    started = time.perf_counter()
+    baseline = Baseline(editor.model.fingerprint, settings, base)
+    measuring.measure(editor, [case], protocols, baseline)
+    spent = time.perf_counter() - started
+    if outcome.ids:
+        editor.revert(*outcome.ids)
+    return outcome.wall, spent

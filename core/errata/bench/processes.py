@@ -1,0 +1,150 @@
+"""Workers in processes of their own on this machine, each with its own copy of the model."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Sequence
+from multiprocessing.connection import Connection, wait
+from typing import TYPE_CHECKING, Any
+
+from errata.bench.config import BenchConfig
+from errata.bench.engines import Handle, Message, Pool, described, threads_each
+from errata.bench.job import Job
+from errata.errors import ErrataError
+
+if TYPE_CHECKING:
+    from multiprocessing.context import SpawnProcess
+    from pathlib import Path
+
+    from errata.bench.tasks import Task
+
+logger = logging.getLogger("errata")
+FINISH = 60.0  # seconds for the last check of a model
+
+
+class ProcessEngine(Pool):
+    """Several spawned processes; lines come back through pipes.
+
+    A program that uses it must be importable: as everywhere with spawned processes, start it
+    under `if __name__ == "__main__":`.
+
+    Args:
+        jobs: how many processes.
+        threads: of each; None divides what one process would have.
+    """
+
+    def __init__(self, jobs: int, threads: int | None = None) -> None:
+        super().__init__(jobs)
+        self._threads = threads
+
+    def _start(self, job: Job) -> Handle:
+        if self._threads is None:
+            self._threads = threads_each(self.jobs, os.environ)
+        return _Process(job, self._threads)
+
+    def _wait(self, handles: Sequence[Handle]) -> list[tuple[Handle, Message]]:
+        processes = [handle for handle in handles if isinstance(handle, _Process)]
+        ready = set(wait([process.connection for process in processes]))
+        return [(one, one.receive()) for one in processes if one.connection in ready]
+
+
+class _Process:
+    """One process."""
+
+    def __init__(self, job: Job, threads: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self._process: SpawnProcess = context.Process(
+            target=_serve,
+            args=(theirs, job.config, job.directory, threads, logger.getEffectiveLevel()),
+            daemon=True,
+        )
+        self._process.start()
+        theirs.close()  # so that its end is seen when it dies
+
+    def send(self, task: Task) -> None:
+        try:
+            self.connection.send(task)
+        except OSError:  # it died while it was idle: `receive` says so
+            logger.debug("A worker was gone before its task")
+
+    def receive(self) -> Message:
+        try:
+            message: Message = self.connection.recv()
+        except (EOFError, OSError):
+            self._process.join(5)
+            code = self._process.exitcode
+            if code is not None and code < 0:
+                return Message("gone", f"killed by {signal.Signals(-code).name}")
+            return Message("gone", f"exit code {code}")
+        return message
+
+    def stop(self) -> None:
+        if self._process.is_alive():
+            self._process.kill()
+        self._process.join()
+        self.connection.close()
+        self._process.close()
+
+    def finish(self) -> Message:
+        last = Message("gone")
+        try:
+            self.connection.send(None)
+            if self.connection.poll(FINISH):
+                last = self.receive()
+        except OSError:
+            logger.debug("A worker was gone before it was asked to end")
+        self._process.join(5)
+        self.stop()
+        return last
+
+
+def _serve(
+    connection: Connection[Any, Any],
+    config: BenchConfig,
+    directory: Path | None,
+    threads: int,
+    level: int,
+) -> None:
+    """Carry out tasks until there are no more or nobody listens."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    _end_with_the_parent()
+    logger.setLevel(level)
+    try:
+        import torch
+        import transformers
+
+        from errata.bench.worker import Worker
+
+        transformers.utils.logging.disable_progress_bar()
+        torch.set_num_threads(threads)
+        worker = Worker(Job(config, directory))
+        while (task := connection.recv()) is not None:
+            for line in worker.carry_out(task):
+                connection.send(Message("line", line))
+            connection.send(Message("done"))
+        worker.close()
+        connection.send(Message("done"))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        os._exit(1)  # the parent is gone
+    except Exception as error:
+        if not isinstance(error, ErrataError):
+            logger.error("A worker failed", exc_info=True)
+        connection.send(Message("error", described(error)))
+
+
+def _end_with_the_parent() -> None:
+    """End this process within a moment when its parent is killed: it must not go on editing."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch(sentinel: int) -> None:
+        wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()

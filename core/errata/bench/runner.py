@@ -1,0 +1,113 @@
+"""Running a benchmark: the base first, then everything else, every finished case on the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+from errata.bench.config import BenchConfig
+from errata.bench.engines import Engine, SerialEngine
+from errata.bench.job import Job
+from errata.bench.planning import check
+from errata.bench.results import INFO, RESULTS, Line, Results, Run, load, read_info, write_info
+from errata.bench.tasks import (
+    Task,
+    base_state_tasks,
+    base_tasks,
+    edit_tasks,
+    keys_of,
+    left_over,
+    prepare_tasks,
+)
+from errata.errors import IntegrityError
+from errata.progress import Progress
+
+
+def run(
+    config: BenchConfig | Mapping[str, Any],
+    directory: str | Path,
+    *,
+    engine: Engine | None = None,
+    progress: Progress | None = None,
+    on_line: Callable[[Line], None] | None = None,
+) -> Run:
+    """Carry out a run, or what is left of it, and return its results.
+
+    Killed at any instant it loses no finished case: the same call goes on where it was, and ends
+    with the results that an uninterrupted run has, timings aside.
+
+    Args:
+        config: the run, or a mapping of its fields.
+        directory: where results are kept; made when missing.
+        engine: where cases are carried out; None: in this process. It is closed at the end.
+        progress: where long work reports to.
+        on_line: called with each line after it is on the disk.
+
+    Raises:
+        ConfigError: a bad configuration, or the directory holds another run.
+        UnknownNameError: a method, dataset or protocol that does not exist.
+        CapabilityError: a method cannot do what the regime asks.
+        StorageError: the disk refuses; everything finished is kept.
+    """
+    job = Job(BenchConfig.parse(config), Path(directory).resolve())
+    progress = progress or Progress()
+    engine = engine or SerialEngine(progress)
+    try:
+        check(job)
+        made = _run(job, engine, progress, on_line)
+    except BaseException:
+        with suppress(Exception):  # the error that is on its way says more
+            engine.close()
+        raise
+    engine.close()
+    return made
+
+
+def _run(
+    job: Job, engine: Engine, progress: Progress, on_line: Callable[[Line], None] | None
+) -> Run:
+    from errata.bench.identity import check_same, info_of
+
+    folder = job.folder()
+    with closing(Results.open(folder)) as results:
+        (description,) = engine.run(job, [Task("describe")])
+        info = info_of(job, description)
+        there = read_info(folder)
+        if there is None:
+            if (folder / RESULTS).stat().st_size:
+                raise IntegrityError(
+                    f"{folder} has results but no {INFO} that says what they are: restore it, or "
+                    "give another folder."
+                )
+            write_info(folder, info)
+        else:
+            check_same(folder, there, info)
+        kinds = load(folder).kinds
+        edits = left_over(job, edit_tasks(job), kinds)
+        phases = [
+            ("Measuring the base", left_over(job, base_tasks(job), kinds)),
+            ("Measuring the base as a whole", left_over(job, base_state_tasks(job), kinds)),
+            ("Preparing", prepare_tasks(job, edits)),
+            ("Editing and measuring", edits),
+        ]
+        for text, tasks in phases:
+            with closing(_lines(job, engine, tasks, progress, text)) as lines:
+                for line in lines:
+                    results.add(line)
+                    if on_line is not None:
+                        on_line(line)
+    return load(folder)
+
+
+def _lines(
+    job: Job, engine: Engine, tasks: Sequence[Task], progress: Progress, text: str
+) -> Generator[Line, None, None]:
+    """Yield the lines of tasks, telling how many of them are there."""
+    if not tasks:
+        return
+    total = sum(1 for task in tasks for key in keys_of(job, task) if key not in task.done)
+    lines = engine.run(job, tasks)
+    with closing(lines):
+        yield from progress.track(lines, text, total) if total else lines

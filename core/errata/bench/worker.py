@@ -1,0 +1,415 @@
+"""The worker: one process with one model that carries out tasks and yields their lines."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from errata import plugins
+from errata.bench import measuring
+from errata.bench.editing import FATAL, Outcome, describe, edit_case
+from errata.bench.job import CHUNK, Case, Item, Job, name_of
+from errata.bench.lines import Place, case_line, failure_line, state_line
+from errata.bench.results import Line
+from errata.bench.streams import run_stream
+from errata.bench.tasks import Task, key_of, state_of_batch
+from errata.builtin import CoreEditing
+from errata.checks import check_capabilities, check_prompts
+from errata.editor import Editor
+from errata.errors import IntegrityError
+from errata.evaluate import Baseline
+
+if TYPE_CHECKING:
+    from errata.evaluate import Measurement
+    from errata.evaluate.reader import Memory
+    from errata.progress import Progress
+
+logger = logging.getLogger("errata")
+HOLD = 2**31
+"""Bytes of reverted deltas after which the model is loaded anew, with an empty ledger."""
+
+
+class Worker:
+    """Carries out tasks of one run, one after the other, on one model.
+
+    Args:
+        job: the run.
+        progress: where long work inside a task reports to.
+    """
+
+    def __init__(self, job: Job, progress: Progress | None = None) -> None:
+        self.job = job
+        self._progress = progress
+        self.memory = lru_cache(maxsize=256)(self._memory)
+        self._editor: Editor | None = None
+        self._held = 0  # bytes of deltas in a ledger in memory
+
+    @property
+    def editor(self) -> Editor:
+        """The editor, by default with a ledger in memory; it loads the model when first needed."""
+        if self._editor is None:
+            self._editor = self._load(None)
+        return self._editor
+
+    @contextmanager
+    def ledger(self, folder: Path) -> Iterator[None]:
+        """Have an editor on a durable ledger for the block, with the edits that are active there.
+
+        The model is loaded anew: there is never more than one in memory.
+        """
+        self.close()
+        self._editor = self._load(folder)
+        try:
+            yield
+        finally:
+            editor, self._editor = self._editor, None
+            editor.close()
+
+    def _load(self, folder: Path | None) -> Editor:
+        config = self.job.config
+        self._held = 0
+        return Editor(
+            config.model,
+            ledger=folder,
+            device=config.device,
+            dtype=config.dtype,
+            guards=config.guards,
+            corpus=self.job.corpus,
+            progress=self._progress,
+        )
+
+    def close(self) -> None:
+        """Let go of the model; raise `IntegrityError` unless it is bit for bit the base again."""
+        editor, self._editor = self._editor, None
+        if editor is None:
+            return
+        with editor:
+            wrong = [*editor.model.stack.ids, *editor.model.stack.differing()]
+        if wrong:
+            raise IntegrityError(
+                f"After the run and with every edit off, the model is not its base: "
+                f"{', '.join(wrong[:5])} differ. The run's numbers cannot be trusted; a method or "
+                "delta kind breaks its contract."
+            )
+
+    def carry_out(self, task: Task) -> Iterator[Line]:
+        """Yield the lines of a task that are not written yet."""
+        if task.work == "describe":
+            yield {"kind": "model", **self._description()}
+        elif task.work == "prepare":
+            self.prepare(task.variant, task.seed)
+        elif task.work == "base":
+            yield from self._base(task)
+        elif task.work == "base-state":
+            yield from self._base_state(task)
+        elif task.work == "stream":
+            yield from run_stream(self, task)
+        else:
+            yield from self._together(task)
+
+    # -- before anything is edited ---------------------------------------------------------------
+
+    def _description(self) -> dict[str, Any]:
+        """Return what the run's identity takes from the model."""
+        model, job = self.editor.model, self.job
+        variants = []
+        for number, variant in enumerate(job.config.methods):
+            config, values = self.editor.configure(
+                variant.method, job.overrides(number, job.config.seeds[0])
+            )
+            check_capabilities(
+                variant.method, self.editor.registry.method(variant.method), (), model, None
+            )
+            dumped = config.model_dump(mode="json")
+            given = set(variant.config)
+            variants.append(
+                {
+                    "label": variant.label,
+                    "method": variant.method,
+                    "config": {
+                        value.name: {"value": dumped[value.name], "source": value.source}
+                        for value in values
+                        if value.name != "seed" or "seed" in given
+                    },
+                    "version": plugins.version(variant.method),
+                }
+            )
+        return {
+            "model": {
+                "name": model.name,
+                "fingerprint": model.fingerprint,
+                "model_type": model.anatomy.model_type,
+                "parameters": sum(p.numel() for p in model.parameters.values()),
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "device": str(model.device),
+            },
+            "variants": variants,
+        }
+
+    def prepare(self, variant: int, seed: int) -> None:
+        """Compute a method's statistics (or train it) now: no edit's time contains that."""
+        method = self.job.config.methods[variant].method
+        settings, _ = self.editor.configure(method, self.job.overrides(variant, seed))
+        manager = plugins.Manager(method, [CoreEditing(), plugins.load(method)])
+        model = self.editor.model
+        with model.base_state():
+            manager.prepare(model, model.corpus or (), settings)
+
+    def _base(self, task: Task) -> Iterator[Line]:
+        """Measure the unedited model on some cases and keep what it answers."""
+        job, (dataset, seed) = self.job, (task.dataset, task.seed)
+        protocols, settings = job.protocols(dataset), job.settings(dataset, seed)
+        items = [item for item in task.items if self._key(task, item) not in task.given_up]
+        cases = [job.case(item, seed) for item in items]
+        together = not task.careful and measuring.apart(cases)
+        groups = [list(range(len(cases)))] if together else [[i] for i in range(len(cases))]
+        kept: list[Memory] = []
+        while groups:
+            group = groups.pop(0)
+            mine = [cases[i] for i in group]
+            started = time.perf_counter()
+            try:
+                for case in mine:
+                    check_prompts(self.editor.model, case)
+                found, memory = measuring.measure_base(self.editor, mine, protocols, settings)
+            except FATAL:
+                raise
+            except Exception as error:
+                if len(group) > 1:  # find out which of them it is
+                    groups = [[i] for i in group] + groups
+                    continue
+                place = self._place(task, items[group[0]])
+                yield from self._unwritten(
+                    task, [failure_line(job, place, mine[0], describe(error))]
+                )
+                continue
+            kept.append(memory)
+            self._keep(dataset, seed, task.items[0].number // CHUNK, kept)
+            share = (time.perf_counter() - started) / len(group)
+            yield from self._unwritten(
+                task,
+                [
+                    case_line(job, self._place(task, items[i]), case, numbers, None, share)
+                    for i, case, numbers in zip(group, mine, found, strict=True)
+                ],
+            )
+        yield from self._given_up(task)
+
+    def _base_state(self, task: Task) -> Iterator[Line]:
+        """Measure the unedited model as a whole."""
+        job, (dataset, seed) = self.job, (task.dataset, task.seed)
+        place = Place(-1, dataset, seed, "base", 0, None)
+        started = time.perf_counter()
+        if task.given_up:
+            yield failure_line(job, place, None, next(iter(task.given_up.values())))
+            return
+        try:
+            items = [Item(dataset, number) for number in range(len(job.cases(dataset, seed)))]
+            known, baseline = self.baseline(seed, items), self.baseline(seed, items)
+            found = measuring.capture(
+                self.editor,
+                measuring.requests_of(job.cases(dataset, seed)),
+                job.whole(dataset),
+                baseline.settings,
+                baseline.memory,
+            )
+        except FATAL:
+            raise
+        except Exception as error:
+            yield failure_line(job, place, None, describe(error))
+            return
+        self._keep(dataset, seed, None, [measuring.added(baseline.memory, known.memory)])
+        yield state_line(job, place, found, time.perf_counter() - started)
+
+    def _keep(self, dataset: int, seed: int, chunk: int | None, memories: list[Memory]) -> None:
+        path = self._memory_path(dataset, seed, chunk)
+        measuring.save_memory(path, measuring.copied(memories), self.editor.model.fingerprint)
+        self.memory.cache_clear()
+
+    def _memory_path(self, dataset: int, seed: int, chunk: int | None) -> Any:
+        folder = self.job.folder("base", f"{self.job.title(dataset)}-seed{seed}")
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / ("state.json" if chunk is None else f"{chunk:06d}.json")
+
+    def _memory(self, dataset: int, seed: int, chunk: int | None) -> Memory:
+        path = self._memory_path(dataset, seed, chunk)
+        return measuring.load_memory(path, self.editor.model.fingerprint)
+
+    def baseline(self, seed: int, items: Sequence[Item], whole: bool = False) -> Baseline:
+        """Return what the base answers to these cases (of one dataset), in a copy of its own."""
+        dataset = items[0].dataset
+        chunks: list[int | None] = [None] if whole else []
+        chunks += sorted({item.number // CHUNK for item in items})
+        memories = [self.memory(dataset, seed, chunk) for chunk in chunks]
+        return Baseline(
+            self.editor.model.fingerprint,
+            self.job.settings(dataset, seed),
+            measuring.copied(memories),
+        )
+
+    # -- edit, measure, revert -------------------------------------------------------------------
+
+    def _together(self, task: Task) -> Iterator[Line]:
+        """Edit one case or a batch of them on the base, measure, take the edit off again."""
+        job, editor = self.job, self.editor
+        yield from self._given_up(task)
+        good: list[tuple[Item, Case]] = []
+        for item in task.items:
+            case = job.case(item, task.seed)
+            problem = self._problem(task, item)
+            if self._key(task, item) in task.given_up:
+                continue
+            if problem:
+                line = failure_line(job, self._place(task, item), case, problem)
+                yield from self._unwritten(task, [line])
+            else:
+                good.append((item, case))
+        if not good:
+            return
+        outcome = self.edit(task.variant, task.seed, [item for item, _ in good])
+        try:
+            if outcome.error is not None:
+                lines = [
+                    failure_line(job, self._place(task, item), case, outcome.error)
+                    for item, case in good
+                ]
+                yield from self._unwritten(task, lines)
+            else:
+                yield from self._measured(task, good, outcome)
+        finally:
+            if outcome.ids:
+                editor.revert(*outcome.ids)
+            if editor.model.stack.ids:
+                raise IntegrityError(
+                    f"Edits {', '.join(editor.model.stack.ids)} are on the model after all were "
+                    "taken off: the next case would not start from the base."
+                )
+        self._held += outcome.nbytes
+        if self._held > HOLD:  # a ledger in memory keeps the deltas of what was reverted
+            self.close()
+
+    def _measured(
+        self, task: Task, good: Sequence[tuple[Item, Case]], outcome: Outcome
+    ) -> Iterator[Line]:
+        """Yield the lines of cases whose edit is on the model."""
+        job = self.job
+        for chunk in job.chunks([item for item, _ in good]):
+            yield from self.measured(
+                task,
+                [(self._place(task, item), item, outcome) for item in chunk],
+                shared=len(good),
+            )
+        key = state_of_batch(job, task) if task.work == "batch" else ""
+        if key and job.whole(task.dataset) and key not in task.done:
+            place = self._place(task, task.items[0])
+            place = dataclasses.replace(place, key=key)
+            yield self.state(task, place, [item for item, _ in good])
+
+    def edit(
+        self, variant: int, seed: int, items: Sequence[Item], before: Sequence[str] = ()
+    ) -> Outcome:
+        """Edit the model with cases together."""
+        return edit_case(
+            self.editor,
+            [request for item in items for request in self.job.edited(item, seed)],
+            method=self.job.config.methods[variant].method,
+            config=self.job.overrides(variant, seed),
+            seed=f"{seed}:{name_of(self.job.case(items[0], seed))}",
+            before=before,
+        )
+
+    def measured(
+        self,
+        task: Task,
+        wanted: Sequence[tuple[Place, Item, Outcome]],
+        shared: int = 1,
+    ) -> Iterator[Line]:
+        """Measure cases of one dataset together on the model as it stands; yield their lines."""
+        job = self.job
+        items = [item for _, item, _ in wanted]
+        cases = [job.case(item, task.seed) for item in items]
+        protocols = job.protocols(items[0].dataset)
+        if len(cases) > 1 and (task.careful or not measuring.apart(cases)):
+            for one in wanted:
+                yield from self.measured(task, [one], shared)
+            return
+        started = time.perf_counter()
+        try:
+            baseline = self.baseline(task.seed, items)
+            found = measuring.measure(self.editor, cases, protocols, baseline)
+        except FATAL:
+            raise
+        except Exception as error:
+            if len(cases) > 1:  # find out which of them it is
+                for one in wanted:
+                    yield from self.measured(task, [one], shared)
+                return
+            line = failure_line(job, wanted[0][0], cases[0], describe(error))
+            yield from self._unwritten(task, [line])
+            return
+        share = (time.perf_counter() - started) / len(cases)
+        lines = [
+            case_line(job, place, case, numbers, outcome, share, shared)
+            for (place, _, outcome), case, numbers in zip(wanted, cases, found, strict=True)
+        ]
+        yield from self._unwritten(task, lines)
+
+    def state(self, task: Task, place: Place, items: Sequence[Item]) -> Line:
+        """Measure the model as a whole, as it stands after these cases (of one dataset)."""
+        job = self.job
+        started = time.perf_counter()
+        requests = measuring.requests_of(job.case(item, task.seed) for item in items)
+        try:
+            found: list[Measurement] = self.editor.evaluate(
+                requests,
+                job.whole(place.dataset),
+                baseline=self.baseline(task.seed, items, whole=True),
+            )
+        except FATAL:
+            raise
+        except Exception as error:
+            return failure_line(job, place, None, describe(error))
+        return state_line(job, place, found, time.perf_counter() - started)
+
+    # -- small things ----------------------------------------------------------------------------
+
+    def _problem(self, task: Task, item: Item) -> str:
+        """Return why a case cannot be carried out, before anything is computed; "" if it can."""
+        method = self.job.config.methods[task.variant].method
+        case = self.job.edited(item, task.seed)
+        entry = self.editor.registry.method(method)
+        try:
+            check_capabilities(method, entry, case, self.editor.model, None)
+            check_prompts(self.editor.model, case)
+        except Exception as error:
+            return describe(error)
+        return ""
+
+    def _place(self, task: Task, item: Item) -> Place:
+        step = {"base": 0, "single": 1}.get(task.work, len(task.items))
+        return Place(task.variant, item.dataset, task.seed, task.work, step, item.number)
+
+    def _key(self, task: Task, item: Item) -> str:
+        place = self._place(task, item)
+        return key_of(
+            self.job, task.variant, item.dataset, task.seed, task.work, place.step, item.number
+        )
+
+    def _given_up(self, task: Task) -> Iterator[Line]:
+        for item in task.items:
+            error = task.given_up.get(self._key(task, item))
+            if error is not None:
+                case = self.job.case(item, task.seed)
+                yield from self._unwritten(
+                    task, [failure_line(self.job, self._place(task, item), case, error)]
+                )
+
+    @staticmethod
+    def _unwritten(task: Task, lines: Sequence[Line]) -> Iterator[Line]:
+        return (line for line in lines if line["key"] not in task.done)

@@ -1,0 +1,382 @@
+"""Benchmark runs: `bench` measures methods on datasets, a line per case, resumable."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.text import Text
+
+from errata.cli import render
+from errata.cli.edits import pairs
+from errata.cli.session import FAILED, OUTPUT, Session, calm_transformers, command
+from errata.errors import ConfigError, UnknownNameError
+
+if TYPE_CHECKING:
+    from errata.bench import BenchConfig, Engine, Plan, Run
+    from errata.evaluate import Measurement
+
+PANEL = "Measure"
+ENGINES = ("serial", "processes", "ray")
+RUNS = Path("runs")
+
+
+def add(app: typer.Typer) -> None:
+    """Add the command of this module."""
+    command(
+        app,
+        "bench",
+        panel=PANEL,
+        shared=("device", "dtype", *OUTPUT),
+        examples=(
+            "errata bench examples/bench/atlas-single.yaml --limit 20\n"
+            "errata bench --model atlas-gpt2 --method rome --method grace --dataset atlas "
+            "--limit 20 --out runs/first\n"
+            "errata bench run.yaml --dry-run --probe 2\n"
+            "errata bench run.yaml --jobs 4"
+        ),
+    )(bench)
+
+
+def bench(
+    session: Session,
+    file: Annotated[
+        Path | None,
+        typer.Argument(metavar="RUN.yaml", help="A run file; the options below override it."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Folder of the results; by default runs/NAME."),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", help="What the run is called; by default as the file.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", metavar="NAME|FOLDER", help="Zoo name, checkpoint folder or hub name."
+        ),
+    ] = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option("--method", help="A method, or a label of the run file (repeatable)."),
+    ] = None,
+    values: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="LABEL.NAME=VALUE",
+            help="A hyper-parameter of one variant (repeatable).",
+        ),
+    ] = None,
+    datasets: Annotated[
+        list[str] | None,
+        typer.Option("--dataset", metavar="NAME[=PATH]", help="A dataset (repeatable)."),
+    ] = None,
+    corpus: Annotated[
+        str | None,
+        typer.Option(
+            "--corpus", metavar="FILE", help="Text for second moments; by default what ships."
+        ),
+    ] = None,
+    no_corpus: Annotated[
+        bool, typer.Option("--no-corpus", help="The text that ships, whatever the run file says.")
+    ] = False,
+    regime: Annotated[
+        str | None,
+        typer.Option("--regime", help="single, batch, sequential, continual or cross-domain."),
+    ] = None,
+    seeds: Annotated[
+        list[int] | None, typer.Option("--seed", min=0, help="Repeat with each (repeatable).")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", "-n", min=1, help="The first N cases of each dataset.")
+    ] = None,
+    protocols: Annotated[
+        list[str] | None,
+        typer.Option("--protocol", "-p", help="How a case is measured (repeatable)."),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=1, help="Of the regime batch.")
+    ] = None,
+    checkpoints: Annotated[
+        list[int] | None,
+        typer.Option("--checkpoint", min=1, help="Of a stream: measure all so far (repeatable)."),
+    ] = None,
+    jobs: Annotated[
+        int, typer.Option("--jobs", "-j", min=1, help="Worker processes, each with the model.")
+    ] = 1,
+    engine: Annotated[
+        str | None, typer.Option("--engine", help="serial, processes or ray.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")
+    ] = False,
+    probe: Annotated[
+        int,
+        typer.Option("--probe", min=0, help="With --dry-run: time so many cases per variant."),
+    ] = 0,
+) -> None:
+    """Measure methods on datasets: a line for each case, on the disk as soon as it is done.
+
+    The base is measured first, with every edit off. Give the same command again after an
+    interruption, however it came: it goes on where it was.
+    """
+    from errata.bench import plan, run
+
+    given: dict[str, Any] = {
+        "name": name, "model": model, "device": session.device, "dtype": session.dtype,
+        "corpus": corpus, "regime": regime, "seeds": seeds, "limit": limit, "protocols": protocols,
+        "batch_size": batch_size, "checkpoints": checkpoints,
+    }  # fmt: skip
+    config = _config(file, given, methods or (), datasets or (), values or ())
+    if no_corpus:
+        config = config.model_copy(update={"corpus": None})
+    folder = out or RUNS / config.name
+    if probe and not dry_run:
+        raise ConfigError("--probe belongs to --dry-run.")
+    if corpus and no_corpus:
+        raise ConfigError("Give --corpus or --no-corpus, not both.")
+    with session.status("Loading"):
+        calm_transformers()
+        chosen = None if dry_run else _engine(engine, jobs, session)
+    if dry_run:
+        with session.status("Planning"):
+            _show_plan(session, plan(config, folder if folder.exists() else None, probe=probe))
+        return
+    try:
+        done = run(config, folder, engine=chosen, progress=session.progress)
+    except KeyboardInterrupt:
+        session.say(f"Every finished case is in {folder}: the same command goes on from there.")
+        raise
+    _show_run(session, done)
+
+
+# -- the configuration -----------------------------------------------------------------------------
+
+
+def _config(
+    file: Path | None,
+    given: Mapping[str, Any],
+    methods: Sequence[str],
+    datasets: Sequence[str],
+    values: Sequence[str],
+) -> BenchConfig:
+    """Return the run file's configuration with the options that were given."""
+    from errata.bench import BenchConfig
+    from errata.bench.config import read_fields
+
+    fields = {} if file is None else read_fields(file)
+    there = BenchConfig.parse(fields) if file is not None and _complete(fields) else None
+    fields.update({key: value for key, value in given.items() if value is not None})
+    if given["limit"] is not None and there is not None:  # a dataset's own limit gives way
+        fields["datasets"] = [s.model_copy(update={"limit": None}) for s in there.datasets]
+    if given["regime"] is not None:  # what belongs to the run file's own regime
+        for key, belongs in (("batch_size", "batch"), ("train", "cross-domain")):
+            if given["regime"] != belongs and given.get(key) is None:
+                fields.pop(key, None)
+    if methods:
+        labelled = {v.label: v for v in there.methods} if there else {}
+        fields["methods"] = [labelled.get(label, {"method": label}) for label in methods]
+    if datasets:
+        fields["datasets"] = [_dataset(item) for item in datasets]
+        if fields.get("regime") == "continual" and len(datasets) == 1:
+            raise ConfigError("A continual run mixes datasets: give --dataset twice or more.")
+    missing = [option for key, option in
+               (("model", "--model"), ("methods", "--method"), ("datasets", "--dataset"))
+               if key not in fields]  # fmt: skip
+    if missing:
+        raise ConfigError(f"Give {', '.join(missing)}, or a run file that says it.")
+    config = BenchConfig.parse(fields)
+    return BenchConfig.parse({**fields, "methods": _set(config, values)}) if values else config
+
+
+def _complete(fields: Mapping[str, Any]) -> bool:
+    return {"model", "methods", "datasets"} <= fields.keys()
+
+
+def _dataset(item: str) -> dict[str, Any]:
+    name, sign, path = item.partition("=")
+    return {"name": name, **({"path": path} if sign else {})}
+
+
+def _set(config: BenchConfig, values: Sequence[str]) -> list[Any]:
+    """Return the variants with the hyper-parameters of --set."""
+    variants = {variant.label: variant for variant in config.methods}
+    for key, value in pairs(values, "--set").items():
+        label, sign, name = key.rpartition(".")
+        if not sign:
+            raise ConfigError(f"--set {key}={value}: write LABEL.NAME=VALUE.")
+        if label not in variants:
+            raise UnknownNameError("variant", label, variants)
+        former = variants[label]
+        variants[label] = former.model_copy(update={"config": {**former.config, name: value}})
+    return list(variants.values())
+
+
+def _engine(name: str | None, jobs: int, session: Session) -> Engine:
+    from errata.bench import ProcessEngine, RayEngine, SerialEngine
+
+    name = name or ("serial" if jobs == 1 else "processes")
+    if name not in ENGINES:
+        raise UnknownNameError("engine", name, ENGINES)
+    if name == "ray":
+        return RayEngine(jobs, address=os.environ.get("RAY_ADDRESS"))
+    if name == "processes":
+        return ProcessEngine(jobs)
+    if jobs > 1:
+        raise ConfigError(f"--engine serial is one process; --jobs {jobs} needs another engine.")
+    return SerialEngine(session.progress)
+
+
+# -- what is shown ---------------------------------------------------------------------------------
+
+
+def _show_plan(session: Session, plan: Plan) -> None:
+    if session.json:
+        session.emit(plan.as_json())
+        return
+    right: dict[str, Any] = {"justify": "right", "no_wrap": True}
+    grid = render.table(
+        ("variant", {"no_wrap": True}), ("method", {"no_wrap": True}), ("cases", right),
+        ("edits", right), ("measured", right), ("states", right), ("done", right),
+        ("left", right),
+    )  # fmt: skip
+    for column in plan.columns:
+        total = column.measured + column.states
+        spent = "–" if column.seconds is None else render.seconds(column.seconds)
+        grid.add_row(
+            Text(column.label, style="accent"), column.method, str(column.cases),
+            str(column.edits), str(column.measured), str(column.states),
+            f"{column.done} of {total}", spent,
+        )  # fmt: skip
+    config = plan.config
+    seeds = render.count(len(config.seeds), "seed")
+    session.show(render.heading(config.name, f"{config.model}, {config.regime}, {seeds}"), grid)
+    for title, how in plan.protocols.items():
+        whole = f"; the model as a whole: {', '.join(how['state'])}" if how["state"] else ""
+        session.show(Text(f"{title}: {', '.join(how['cases']) or 'no case'}{whole}", style="muted"))
+    for column in plan.columns:
+        if column.cannot:
+            session.show(
+                Text(
+                    f"{column.label} cannot carry out {column.cannot} of {column.cases} cases "
+                    "(their kind): they become failures",
+                    style="warn",
+                )
+            )
+    if plan.seconds is not None:
+        session.show(f"About {render.seconds(plan.seconds)} in one process, from {plan.estimate}.")
+    else:
+        session.show(Text("How long it takes is not known: time a few cases with --probe 2",
+                          style="muted"))  # fmt: skip
+
+
+def _show_run(session: Session, run: Run) -> None:
+    """Show what came of a run; leave with an error only if nothing could be carried out."""
+    counted = _counts(run)
+    tables = _tables(run)
+    if session.json:
+        session.emit(
+            {
+                "directory": str(run.directory),
+                "digest": run.info["digest"],
+                "columns": counted,
+                "measurements": [
+                    {"dataset": dataset, "stage": stage, "variant": label,
+                     **one.as_json(cases=False)}
+                    for (dataset, stage), columns in tables.items()
+                    for label, found in columns.items()
+                    for one in found
+                ],
+            }
+        )  # fmt: skip
+    for (dataset, stage), columns in tables.items():
+        session.show(render.titled(f"{dataset}, {stage}", _grid(columns)), "")
+    failed = [
+        f"{label}: {render.count(count['failures'], 'failure')}"
+        for label, count in counted.items()
+        if count["failures"]
+    ]
+    refused = [f"{k}: {c['refused']} refused" for k, c in counted.items() if c["refused"]]
+    for text in (*failed, *refused):
+        session.show(Text(text, style="warn"))
+    for line in list(run.failures())[:3]:
+        session.show(Text(f"  {line['key']}: {render.quoted(line['error'], 200)}", style="muted"))
+    session.show(
+        Text(f"{run.directory}: every case. Tables and figures: errata report {run.directory}",
+             style="muted")
+    )  # fmt: skip
+    edited = [count for label, count in counted.items() if label != "base"]
+    if edited and not any(count["cases"] for count in edited):
+        raise typer.Exit(FAILED)
+
+
+def _counts(run: Run) -> dict[str, dict[str, int]]:
+    found: dict[str, dict[str, int]] = {}
+    labels = ["base", *(variant["label"] for variant in run.info["variants"])]
+    for label in labels:
+        found[label] = {"cases": 0, "refused": 0, "failures": 0}
+    for line in run:
+        count = found[line["variant"]]
+        if line["kind"] == "failure":
+            count["failures"] += 1
+        elif line["kind"] == "case" and line["stage"] != "checkpoint":
+            count["cases"] += 1
+            count["refused"] += bool((line.get("edit") or {}).get("refused"))
+    return found
+
+
+Tables = dict[tuple[str, str], dict[str, "list[Measurement]"]]
+
+
+def _tables(run: Run) -> Tables:
+    """Return the pooled numbers by (dataset, stage) and column; of checkpoints the last one."""
+    from errata.evaluate import Measurement, pool
+
+    last: dict[tuple[str, str, int], int] = {}
+    groups: dict[tuple[str, str, str, int], list[list[Measurement]]] = {}
+    for line in run.cases():
+        place = (line["dataset"], line["variant"], line["seed"])
+        step = line["step"] if line["stage"] == "checkpoint" else 0
+        if step:
+            last[place] = max(step, last.get(place, 0))
+        key = (line["dataset"], line["stage"], line["variant"], step)
+        groups.setdefault(key, []).append(
+            [Measurement.from_json(one) for one in line["measurements"]]
+        )
+    final = {(dataset, variant, step) for (dataset, variant, _), step in last.items()}
+    pooled = {
+        (dataset, stage, variant): pool(many)
+        for (dataset, stage, variant, step), many in groups.items()
+        if not step or (dataset, variant, step) in final
+    }
+    tables: Tables = {}
+    for (dataset, stage, variant), found in pooled.items():
+        if stage != "base":
+            columns = tables.setdefault((dataset, stage), {})
+            columns.setdefault("base", pooled.get((dataset, "base", "base"), []))
+            columns[variant] = found
+    return tables
+
+
+def _grid(columns: Mapping[str, Sequence[Measurement]]) -> Any:
+    right: dict[str, Any] = {"justify": "right", "no_wrap": True}
+    grid = render.table(
+        ("metric", {"ratio": 1}), *((label, right) for label in columns), ("n", right)
+    )
+    cells: dict[tuple[str, str], dict[str, Measurement]] = {}
+    for label, found in columns.items():
+        for one in found:
+            cells.setdefault((one.name, one.metric), {})[label] = one
+    for (protocol, metric), row in cells.items():
+        some = next(reversed(row.values()))
+        grid.add_row(
+            Text.assemble(metric, (f"  {protocol}", "muted")),
+            *(render.number(row[label].value) if label in row else "–" for label in columns),
+            str(some.n),
+        )
+    return grid

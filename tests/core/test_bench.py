@@ -1,0 +1,418 @@
+"""Benchmark runs: configuration, plan, the regimes, and what their lines say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from errata import bench
+from errata.bench.job import Job
+from errata.datasets import atlas
+from errata.errors import CapabilityError, ConfigError, IntegrityError, UnknownNameError
+from errata.evaluate import Answer, Measurement
+from errata.request import Request
+from tests.core.bench_helpers import SUBJECTS, install, short, values
+
+Lines = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return install(tmp_path_factory.mktemp("site"))
+
+
+@pytest.fixture(autouse=True)
+def installed(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(site)
+
+
+def run(folder: Path, **changes: Any) -> Lines:
+    return {line["key"]: line for line in bench.run(short(**changes), folder)}
+
+
+def metric(line: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(one for one in line["measurements"] if one["metric"] == name)
+
+
+# -- configuration ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"modle": "x"}, "modle.*Did you mean 'model'"),
+        ({"methods": [{"method": "nudge", "confg": {}}]}, r"methods\.0.*confg.*'config'"),
+        ({"datasets": [{"name": "atlas", "limt": 3}]}, r"datasets\.0.*limt.*'limit'"),
+        ({"regime": "sequentially"}, "regime.*sequential"),
+        ({"limit": 0}, "limit"),
+        ({"methods": ["nudge", "nudge"]}, "'nudge' is there twice"),
+        ({"methods": [{"method": "nudge", "variant": "base"}]}, "unedited model's column"),
+        ({"methods": [{"method": "nudge", "variant": "../up"}]}, "variant label"),
+        ({"methods": []}, "methods"),
+        ({"seeds": [1, 1]}, "seed '1' is there twice"),
+        ({"regime": "batch"}, "batch_size"),
+        ({"batch_size": 4}, "batch_size"),
+        ({"regime": "continual"}, "name two or more"),
+        ({"regime": "cross-domain"}, "train"),
+    ],
+)
+def test_a_wrong_configuration_is_refused_with_its_place(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        bench.BenchConfig.parse(short(**changes))
+
+
+def test_a_run_file_is_plain_yaml_that_overrides_replace(tmp_path: Path) -> None:
+    file = tmp_path / "my-run.yaml"
+    file.write_text(
+        "model: atlas-gpt2\nmethods: nudge\ndatasets: atlas\nguards: {norm: off, finite: warn}\n"
+    )
+    config = bench.read_config(file, {"limit": 2})
+    assert (config.name, config.limit, config.methods[0].label) == ("my-run", 2, "nudge")
+    assert config.guards["norm"] == "off"  # which YAML reads as a truth value
+    assert config.guards["finite"] == "warn"
+    for text in ("- a list\n", "x: !!python/object:os.system {}\n", "a: [\n", "1: 2\n"):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match="my-run"):
+            bench.read_config(file)
+    with pytest.raises(ConfigError, match="Cannot read"):
+        bench.read_config(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"methods": ["nugde"]}, UnknownNameError, "nudge"),
+        ({"datasets": ["atlsa"]}, UnknownNameError, "atlas"),
+        ({"protocols": ["generatoin"]}, UnknownNameError, "generation"),
+        ({"state": ["generall"]}, UnknownNameError, "general"),
+        ({"settings": {"max_tokens": 3}}, UnknownNameError, "max_new_tokens"),
+        ({"settings": {"seed": 3}}, UnknownNameError, "run sets"),
+        ({"methods": [{"method": "nudge", "config": {"scael": 1}}]}, ConfigError, "'scale'"),
+        ({"methods": ["lone"], "regime": "sequential"}, CapabilityError, "follow one another"),
+        ({"methods": ["lone"], "regime": "batch", "batch_size": 2}, CapabilityError, "one request"),
+        ({"regime": "cross-domain", "train": "atlas"}, CapabilityError, "does not train"),
+        (
+            {"datasets": [{"name": "atlas", "options": {"kind": "erase"}}]},
+            CapabilityError,
+            "kind modify; those of 'atlas' are of kind erase",
+        ),
+        ({"protocols": []}, ConfigError, "Nothing would be measured"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_a_model_is_loaded(
+    changes: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        bench.run(short(model=str(tmp_path), **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# -- plan ------------------------------------------------------------------------------------------
+
+
+def test_the_plan_counts_what_each_regime_does() -> None:
+    def counted(**changes: Any) -> list[tuple[str, int, int, int, int]]:
+        columns = bench.plan(short(model="no-such-model", **changes)).columns
+        return [(c.label, c.cases, c.edits, c.measured, c.states) for c in columns]
+
+    assert counted(seeds=[0, 1]) == [("base", 6, 0, 6, 0), ("nudge", 6, 6, 6, 0)]
+    assert counted(regime="batch", batch_size=2, state=["general"]) == [
+        ("base", 3, 0, 3, 1),
+        ("nudge", 3, 3, 3, 2),
+    ]
+    # 5 at once, and 1 + 2 + 5 again at the checkpoints
+    sequence = counted(regime="sequential", limit=5, checkpoints=[1, 2, 70], state=None)
+    assert sequence[1] == ("nudge", 5, 5, 5 + 1 + 2 + 5, 3)
+
+
+def test_without_times_there_is_no_estimate_and_a_probe_gives_one() -> None:
+    assert bench.plan(short()).seconds is None
+    plan = bench.plan(short(limit=200), probe=1)
+    cost = {column.label: column.seconds for column in plan.columns}
+    assert plan.seconds == pytest.approx(sum(cost.values()))  # type: ignore[arg-type]
+    assert min(cost.values()) > 0  # type: ignore[type-var]
+    assert "1 timed case" in plan.estimate
+
+
+# -- single ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory, site: Path) -> Path:
+    """A run with a method that fails on one case, is refused on another, and edits a third."""
+    folder = tmp_path_factory.mktemp("bench") / "single"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(site)
+        patch.setenv("ERRATA_CACHE", str(folder.parent / "cache"))
+        config = {"fail_on": SUBJECTS[0], "refuse_on": SUBJECTS[1]}
+        variant = {"method": "nudge", "variant": "wild", "config": config}
+        bench.run(short(methods=[variant, "nudge"]), folder)
+    return folder
+
+
+def test_every_line_follows_the_schema(single: Path) -> None:
+    lines = [json.loads(line) for line in (single / "results.jsonl").read_text().splitlines()]
+    assert len({line["key"] for line in lines}) == len(lines) == 9
+    cases = {request.case_id: request for request in atlas.requests(3)}
+    for line in lines:
+        assert (line["schema"], line["seed"], line["regime"]) == (1, 0, "single")
+        assert line["stage"] == ("base" if line["variant"] == "base" else "single")
+        assert line["step"] == (0 if line["variant"] == "base" else 1)
+        assert [Request.parse(one) for one in line["requests"]] == [cases[line["case_id"]]]
+        assert line["dataset"] == "atlas"
+        if line["kind"] == "failure":
+            assert line["error"] == "ZeroDivisionError: on purpose"
+            continue
+        measured = [Measurement.from_json(one) for one in line["measurements"]]
+        assert {one.metric for one in measured} >= {"rewrite_exact", "paraphrase_exact"}
+        assert all(one.case_ids == (line["case_id"],) for one in measured)
+        answers = [Answer.from_json(one) for one in line["answers"]]
+        assert {one.case_id for one in answers} == {line["case_id"]}
+        assert line["seconds"]["measure"] > 0
+        assert (line["edit"] is None) == (line["variant"] == "base")
+    assert {(line["method"], line["variant"]) for line in lines} == {
+        ("base", "base"), ("nudge", "wild"), ("nudge", "nudge"),
+    }  # fmt: skip
+    assert [line["variant"] for line in lines[:3]] == ["base"] * 3
+
+
+def test_the_base_is_the_unedited_model(single: Path) -> None:
+    import errata
+
+    editor = errata.Editor("atlas-gpt2")
+    for line in bench.load(single):
+        if line["variant"] == "base":
+            request = Request.parse(line["requests"][0])
+            (said,) = (one for one in line["answers"] if one["metric"] == "rewrite_exact")
+            assert said["text"] == editor.generate(request.text, max_new_tokens=2)
+
+
+def test_a_refused_edit_is_measured_as_the_model_stands_and_flagged(single: Path) -> None:
+    lines = values(single)
+    refused = lines["wild|atlas|0|single|1|1"]
+    assert "finite" in refused["edit"]["refused"]
+    assert refused["edit"]["ids"] == 0
+    base = lines["base|atlas|0|base|0|1"]
+    assert refused["answers"] == base["answers"]
+    edited = lines["wild|atlas|0|single|1|2"]
+    assert edited["edit"]["refused"] is None
+    assert edited["edit"]["ids"] == 1
+    assert edited["answers"] != lines["base|atlas|0|base|0|2"]["answers"]
+    assert metric(refused, "neighbourhood_exact") == metric(base, "neighbourhood_exact")
+
+
+def test_a_case_gives_the_same_edit_whatever_was_edited_before_it(single: Path) -> None:
+    # One column edited all three cases, the other only the last one.
+    lines = values(single)
+    assert (
+        lines["wild|atlas|0|single|1|2"]["measurements"]
+        == lines["nudge|atlas|0|single|1|2"]["measurements"]
+    )
+
+
+def test_run_json_says_what_was_run(single: Path) -> None:
+    info = json.loads((single / "run.json").read_text())
+    assert info["schema"] == 1
+    assert {v["label"]: v["method"] for v in info["variants"]} == {"wild": "nudge",
+                                                                 "nudge": "nudge"}  # fmt: skip
+    assert info["variants"][0]["config"]["fail_on"] == {
+        "value": SUBJECTS[0], "source": "argument",
+    }  # fmt: skip
+    (dataset,) = info["datasets"]
+    assert (dataset["name"], dataset["cases"], dataset["skipped"]) == ("atlas", 3, 0)
+    assert len(dataset["digest"]) == len(info["digest"]) == len(info["model"]["fingerprint"]) == 64
+    assert info["protocols"] == ["generation"]
+    assert {"errata", "torch", "python", "method nudge"} <= info["versions"].keys()
+    assert info["config"]["limit"] == 3
+
+
+def test_the_same_run_gives_the_same_values_and_another_seed_others(
+    single: Path, tmp_path: Path
+) -> None:
+    bench.run(short(seeds=[0, 1], limit=2), tmp_path / "run")
+    again, before = values(tmp_path / "run"), values(single)
+    for index in (0, 1):
+        key = f"nudge|atlas|0|single|1|{index}"
+        assert again[key]["measurements"] == before[key]["measurements"]
+        assert again[key]["answers"] == before[key]["answers"]
+        other = f"nudge|atlas|1|single|1|{index}"
+        assert again[other]["answers"] != again[key]["answers"]
+
+
+def test_loading_refuses_what_is_no_run_or_damaged(single: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no run directory"):
+        bench.load(tmp_path)
+    (tmp_path / "run.json").write_bytes((single / "run.json").read_bytes())
+    text = (single / "results.jsonl").read_text()
+    for damaged, message in (
+        (text.replace('"schema":1', '"schema":2', 1), r":1: schema 2"),
+        (text.replace('"kind":"case"', '"kind":"cast"', 1), "kind 'cast'"),
+        (text.replace('"key"', '"kye"', 1), "key missing"),
+        ("[1]\n" + text, r":1 is damaged"),
+        (text + text.splitlines()[0] + "\n", "there twice"),
+    ):
+        (tmp_path / "results.jsonl").write_text(damaged)
+        with pytest.raises(IntegrityError, match=message):
+            list(bench.load(tmp_path))
+    (tmp_path / "results.jsonl").write_text(text + text[:40])
+    assert len(list(bench.load(tmp_path))) == 9
+
+
+# -- the other regimes -----------------------------------------------------------------------------
+
+
+def test_a_batch_is_edited_together_from_the_base(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    lines = run(
+        tmp_path / "run",
+        methods=[{"method": "nudge", "config": {"log": str(log), "fail_on": SUBJECTS[3]}}],
+        regime="batch",
+        batch_size=2,
+        limit=5,
+        state=["general"],
+    )
+    assert log.read_text().split("\n")[:3] == [
+        f"{SUBJECTS[0]}|{SUBJECTS[1]}", f"{SUBJECTS[2]}|{SUBJECTS[3]}", SUBJECTS[4],
+    ]  # fmt: skip
+    first = lines["nudge|atlas|0|batch|2|0"]
+    assert (first["stage"], first["step"], len(first["edit"]["ids"])) == ("batch", 2, 2)
+    assert first["edit"]["shared"] == 2
+    for index in (2, 3):  # one of them fails, and they are one edit
+        assert lines[f"nudge|atlas|0|batch|2|{index}"]["kind"] == "failure"
+    states = [line for line in lines.values() if line["kind"] == "state"]
+    assert [(line["stage"], line["index"]) for line in states] == [
+        ("base", None), ("batch", 0), ("batch", 4),
+    ]  # fmt: skip
+    assert all(line["case_id"] is None for line in states)
+    assert metric(states[1], "perplexity_ratio")["value"] != 1
+    # The last batch has one case: it is the single edit of that case.
+    alone = run(tmp_path / "single", limit=5)
+    assert (
+        lines["nudge|atlas|0|batch|1|4"]["measurements"]
+        == alone["nudge|atlas|0|single|1|4"]["measurements"]
+    )
+
+
+def test_a_sequence_is_measured_at_once_and_again_at_its_checkpoints(tmp_path: Path) -> None:
+    lines = run(tmp_path / "run", regime="sequential", checkpoints=[2], limit=3,
+                methods=[{"method": "nudge", "config": {"refuse_on": SUBJECTS[1]}}],
+                state=["general", "lifelong"])  # fmt: skip
+    edited = [line for line in lines.values() if line["variant"] == "nudge"]
+    assert [(line["kind"], line["stage"], line["step"], line["index"]) for line in edited] == [
+        ("case", "immediate", 1, 0),
+        ("case", "immediate", 2, 1),
+        ("case", "checkpoint", 2, 0),
+        ("case", "checkpoint", 2, 1),
+        ("state", "checkpoint", 2, None),
+        ("case", "immediate", 3, 2),
+        ("case", "checkpoint", 3, 0),
+        ("case", "checkpoint", 3, 1),
+        ("case", "checkpoint", 3, 2),
+        ("state", "checkpoint", 3, None),
+    ]
+    assert edited[1]["edit"]["refused"]
+    assert edited[3]["edit"]["refused"]  # flagged again
+    at_two, at_three = edited[4], edited[9]
+    assert metric(at_two, "perplexity")["value"] != metric(at_three, "perplexity")["value"]
+    assert metric(at_three, "ERR")["n"] == 3
+    # After the second case, whose edit was refused, the model is as after the first.
+    assert edited[0]["answers"] == edited[2]["answers"]
+    assert edited[0]["edit"]["ids"] == edited[2]["edit"]["ids"] == edited[6]["edit"]["ids"]
+    assert (edited[2]["seconds"]["edit"], edited[0]["seconds"]["edit"] > 0) == (0.0, True)
+    # The first edit of a sequence is the single edit of that case.
+    alone = run(tmp_path / "single", limit=1)["nudge|atlas|0|single|1|0"]
+    assert edited[0]["measurements"] == alone["measurements"]
+
+
+def test_a_continual_stream_mixes_datasets_and_keeps_them_apart(tmp_path: Path) -> None:
+    datasets = [
+        {"name": "atlas", "label": "one", "limit": 3},
+        {"name": "atlas", "label": "two", "limit": 1, "distinct_subjects": True},
+    ]
+    config = bench.BenchConfig.parse(
+        short(regime="continual", datasets=datasets, state=["general"])
+    )
+    lines = list(bench.run(config, tmp_path / "run"))
+    at_once = [line for line in lines if line["stage"] == "immediate"]
+    assert [(line["dataset"], line["index"]) for line in at_once] == [
+        ("one", 0), ("one", 1), ("two", 2), ("one", 3),
+    ]  # fmt: skip
+    final = [line for line in lines if (line["stage"], line["step"]) == ("checkpoint", 4)]
+    assert [line["dataset"] for line in final if line["kind"] == "case"] == ["one"] * 3 + ["two"]
+    assert [line["dataset"] for line in final if line["kind"] == "state"] == ["one", "two"]
+    base = [line["dataset"] for line in lines if line["variant"] == "base"]
+    assert sorted(base) == ["one"] * 4 + ["two"] * 2
+
+
+def test_the_order_of_a_mixed_stream_depends_on_its_seed_alone() -> None:
+    datasets = [{"name": "atlas", "label": label, "limit": 6} for label in ("one", "two")]
+    opened = Job(bench.BenchConfig.parse(short(datasets=datasets))).datasets
+
+    def order(seed: int, mix: str) -> list[tuple[int, str | None]]:
+        fields = short(regime="continual", datasets=datasets, mix=mix, shuffle=True)
+        job = Job(bench.BenchConfig.parse(fields))
+        job.datasets = opened
+        stream = job.stream(-1, seed)
+        return [(item.dataset, job.case(item, seed)[0].case_id) for item in stream]
+
+    assert order(0, "shuffle") == order(0, "shuffle") != order(1, "shuffle")
+    assert [dataset for dataset, _ in order(0, "concatenate")] == [0] * 6 + [1] * 6
+    assert [dataset for dataset, _ in order(3, "interleave")] == [0, 1] * 6
+    assert sorted(order(0, "interleave")) == sorted(order(0, "concatenate"))
+
+
+def test_distinct_subjects_keeps_the_first_case_of_each() -> None:
+    spec = {"name": "atlas", "distinct_subjects": True}
+    job = Job(bench.BenchConfig.parse(short(datasets=[spec], limit=40)))
+    subjects = [case[0].subject for case in job.cases(0, 0)]
+    assert len(set(subjects)) == len(subjects) == 40
+    everyone = [request.subject for request in atlas.requests()]
+    assert subjects == list(dict.fromkeys(everyone))[:40]
+
+
+def test_across_domains_a_method_trains_on_one_dataset_and_edits_another(tmp_path: Path) -> None:
+    train = atlas.requests(9)[6:]
+    file = tmp_path / "train.jsonl"
+    file.write_text("\n".join(request.model_dump_json() for request in train))
+    seen = tmp_path / "seen"
+    lines = run(
+        tmp_path / "run",
+        regime="cross-domain",
+        train={"name": "jsonl", "path": str(file), "limit": 2},
+        methods=[{"method": "learner", "config": {"seen": str(seen)}}],
+        limit=2,
+    )
+    first, second = train[:2]
+    assert seen.read_text() == (
+        f"2: {first.text} {first.target_new}.: {first.target_new}, {second.target_new}"
+    )
+    assert {line["regime"] for line in lines.values()} == {"cross-domain"}
+    assert lines["learner|atlas|0|single|1|1"]["kind"] == "case"
+
+
+def test_cases_measured_together_are_told_apart(tmp_path: Path) -> None:
+    from errata import Editor
+    from errata.bench import measuring
+    from errata.evaluate import MeasureSettings
+
+    editor = Editor("atlas-gpt2")
+    cases = [(request,) for request in atlas.requests(3)]
+    settings = MeasureSettings(max_new_tokens=4)
+    protocols = ("counterfact", "generation", "portability")
+    together, memory = measuring.measure_base(editor, cases, protocols, settings)
+    for case, found in zip(cases, together, strict=True):
+        ((alone,), _) = measuring.measure_base(editor, [case], protocols, settings)
+        assert [one.metric for one in found] == [one.metric for one in alone]
+        for one, other in zip(found, alone, strict=True):
+            assert one.value == pytest.approx(other.value, rel=1e-4, abs=1e-6), one.metric
+            assert (one.n, one.case_ids, one.protocol) == (other.n, other.case_ids, other.protocol)
+            assert one.answers == other.answers
+    measuring.save_memory(tmp_path / "memory.json", memory, "f")
+    assert measuring.load_memory(tmp_path / "memory.json", "f") == memory
+    with pytest.raises(IntegrityError, match="another model"):
+        measuring.load_memory(tmp_path / "memory.json", "g")

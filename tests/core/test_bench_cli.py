@@ -1,0 +1,190 @@
+"""`errata bench`: options over run files, what it shows, its exit codes; and the run files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from errata import bench, plugins
+from errata.cli import bench as command
+from tests.core.bench_helpers import SUBJECTS, install, short
+from tests.helpers import ROOT
+
+Run = Callable[..., Any]
+EXAMPLES = sorted((ROOT / "examples" / "bench").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return install(tmp_path_factory.mktemp("site"))
+
+
+@pytest.fixture
+def run(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.syspath_prepend(site)
+    monkeypatch.chdir(tmp_path)
+    app = typer.Typer()
+    command.add(app)
+    app.callback()(lambda: None)
+
+    def call(*args: Any, code: int = 0) -> Any:
+        result = CliRunner().invoke(app, ["bench", *map(str, args)])
+        assert result.exit_code == code, f"{result.stdout}\n{result.stderr}\n{result.exception!r}"
+        return result
+
+    return call
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    methods = [{"method": "nudge", "variant": "far", "config": {"scale": 0.5}}, "nudge"]
+    path.write_text(yaml.safe_dump(short(methods=methods)))
+    return path
+
+
+def planned(run: Run, *args: Any) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(run(*args, "--dry-run", "--json").stdout)
+    return found
+
+
+def test_a_dry_run_says_what_would_be_done_and_does_nothing(
+    run: Run, file: Path, tmp_path: Path
+) -> None:
+    text = run(file, "--dry-run").stdout
+    assert "far" in text
+    assert "not known" in text
+    assert "--probe" in text
+    assert not (tmp_path / "runs").exists()
+
+
+def test_options_override_the_run_file(run: Run, file: Path) -> None:
+    plan = planned(run, file, "--limit", 2, "--seed", 3, "--seed", 4, "--method", "far",
+                   "--regime", "sequential", "--checkpoint", 1)  # fmt: skip
+    assert plan["seeds"] == [3, 4]
+    assert plan["regime"] == "sequential"
+    (base, far) = plan["columns"]
+    assert (base["cases"], far["label"], far["method"]) == (4, "far", "nudge")
+    assert far["measured"] == 2 * (2 + 1 + 2)
+
+
+def test_flags_alone_are_enough(run: Run) -> None:
+    plan = planned(run, "--model", "atlas-gpt2", "--method", "nudge", "--dataset", "atlas", "-n", 5)
+    assert [column["cases"] for column in plan["columns"]] == [5, 5]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--method", "nudge"], "Give --model, --dataset"),
+        (["absent.yaml"], "Cannot read the run file"),
+        (["tiny.yaml", "--method", "nugde"], "Did you mean 'nudge'"),
+        (["tiny.yaml", "--set", "scale=1"], "LABEL.NAME=VALUE"),
+        (["tiny.yaml", "--set", "fra.scale=1"], "Did you mean 'far'"),
+        (["tiny.yaml", "--set", "far.scael=1"], "Did you mean 'scale'"),
+        (["tiny.yaml", "--engine", "rya"], "Did you mean 'ray'"),
+        (["tiny.yaml", "--engine", "serial", "--jobs", "2"], "one process"),
+        (["tiny.yaml", "--probe", "2"], "--dry-run"),
+        (["tiny.yaml", "--dataset", "jsonl=absent.jsonl"], "absent.jsonl"),
+    ],
+)
+def test_what_a_user_gets_wrong(run: Run, file: Path, args: list[str], message: str) -> None:
+    assert message in " ".join(run(*args, code=1).stderr.split())
+
+
+def test_a_run_shows_its_numbers_and_going_on_costs_nothing(
+    run: Run, file: Path, tmp_path: Path
+) -> None:
+    args = (file, "--limit", 1, "--set", "far.scale=0.4")
+    text = run(*args).stdout
+    assert "rewrite_exact" in text
+    assert "errata report" in text
+    folder = tmp_path / "runs" / "tiny"
+    info = json.loads((folder / "run.json").read_text())
+    assert info["variants"][0]["config"]["scale"]["value"] == 0.4
+    before = (folder / "results.jsonl").read_bytes()
+    shown = json.loads(run(*args, "--json").stdout)
+    assert (folder / "results.jsonl").read_bytes() == before
+    assert shown["columns"]["far"] == {"cases": 1, "refused": 0, "failures": 0}
+    values = {(m["variant"], m["metric"]): m["value"] for m in shown["measurements"]}
+    assert ("base", "rewrite_exact") in values
+    assert planned(run, *args)["seconds"] == 0
+    assert "config.scale" in run(file, "--limit", 1, code=1).stderr
+
+
+def test_only_a_run_in_which_everything_failed_is_an_error(run: Run, file: Path) -> None:
+    all_fail = ("--method", "nudge", "--set", f"nudge.fail_on={SUBJECTS[0]}")
+    done = run(file, *all_fail, "--limit", 1, "--out", "all", code=1)
+    assert "nudge: 1 failure" in done.stdout
+    assert "ZeroDivisionError: on purpose" in " ".join(done.stdout.split())
+    assert "1 failure" in run(file, *all_fail, "--limit", 2, "--out", "some").stdout
+
+
+def test_ctrl_c_says_how_to_go_on(run: Run, file: Path, site: Path, tmp_path: Path) -> None:
+    script = (
+        "import typer; from errata.cli import bench; app = typer.Typer(); bench.add(app);"
+        "app.callback()(lambda: None); app()"
+    )
+    marker = tmp_path / "log"
+    args = ["bench", str(file), "--method", "nudge", "--set", "nudge.pause=60", "--set",
+            f"nudge.log={marker}", "--limit", "1", "--out", "out", "--jobs", "2"]  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *args],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(site), *sys.path])},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not marker.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to everyone
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "the same command goes on from there" in " ".join(said.split())
+    assert "Traceback" not in said
+    assert len(list(bench.load(tmp_path / "out"))) == 1
+
+
+def test_the_examples_of_the_help_are_valid_command_lines() -> None:
+    app = typer.Typer()
+    command.add(app)
+    made: Any = get_command(app)
+    for line in made.epilog.splitlines():
+        words = shlex.split(line)
+        assert words[:2] == ["errata", "bench"]
+        made.make_context("bench", words[2:]).close()
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_every_run_file_can_be_run_on_the_embedded_model(run: Run, path: Path) -> None:
+    config = bench.read_config(path)
+    there = [v.label for v in config.methods if v.method in plugins.installed()]
+    assert there
+    only = [word for label in there for word in ("--method", label)]
+    plan = planned(run, path, "--model", "atlas-gpt2", "--dataset", "atlas", "--no-corpus",
+                   "--limit", 3, *only)  # fmt: skip
+    assert [column["label"] for column in plan["columns"]] == ["base", *there]
+    assert plan["columns"][0]["cases"] == 3
+
+
+def test_the_page_about_run_files_shows_them_as_they_are() -> None:
+    page = (ROOT / "docs" / "bench.md").read_text(encoding="utf-8")
+    for path in EXAMPLES:
+        assert path.name in page
+    for name in bench.BenchConfig.model_fields:
+        assert f"`{name}`" in page, f"docs/bench.md does not explain {name}"

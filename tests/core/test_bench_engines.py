@@ -1,0 +1,234 @@
+"""Engines: several processes and Ray give what one process gives, and survive what kills them."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from errata import bench
+from errata.bench.engines import (
+    TRIES,
+    Handle,
+    Message,
+    Pool,
+    as_error,
+    described,
+    threads_each,
+)
+from errata.bench.job import Job
+from errata.bench.tasks import Task, keys_of
+from errata.errors import (
+    ConfigError,
+    EditRefused,
+    ErrataError,
+    IntegrityError,
+    MissingExtraError,
+    StorageError,
+    UnknownNameError,
+)
+from tests.core.bench_helpers import SUBJECTS, install, short, values
+
+STREAM = short(regime="sequential", limit=2, checkpoints=[1])
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return install(tmp_path_factory.mktemp("site"))
+
+
+@pytest.fixture(autouse=True)
+def installed(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(site)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def fatal(folder: Path, subject: str, once: bool) -> dict[str, Any]:
+    marker = str(folder / "died") if once else ""
+    return {"method": "nudge", "config": {"die_on": subject, "die_once": marker}}
+
+
+def same(folder: Path, other: Path, but: tuple[str, ...] = ()) -> bool:
+    """Compare two runs whose variants differ in the ways they die."""
+    one, two = values(folder), values(other)
+    return {k: v for k, v in one.items() if k not in but} == {
+        k: v for k, v in two.items() if k not in but
+    }
+
+
+def test_processes_give_what_one_process_gives_even_when_one_dies(tmp_path: Path) -> None:
+    bench.run(short(limit=4), tmp_path / "serial")
+    dying = [fatal(tmp_path, SUBJECTS[2], once=True)]
+    bench.run(short(limit=4, methods=dying), tmp_path / "processes", engine=bench.ProcessEngine(2))
+    assert (tmp_path / "died").exists()
+    assert same(tmp_path / "processes", tmp_path / "serial")
+
+
+@pytest.mark.slow
+def test_a_case_that_kills_every_worker_is_given_up_and_the_stream_goes_on(
+    tmp_path: Path,
+) -> None:
+    dying = [fatal(tmp_path, SUBJECTS[0], once=False), {"method": "nudge", "variant": "well"}]
+    run = bench.run({**STREAM, "methods": dying}, tmp_path, engine=bench.ProcessEngine(2))
+    (failure,) = run.failures()
+    assert failure["key"] == "nudge|atlas|0|immediate|1|0"
+    assert "ended 3 times over this case (killed by SIGKILL)" in failure["error"]
+    lines = values(tmp_path)
+    assert lines["nudge|atlas|0|checkpoint|2|1"]["edit"]["ids"] == 1
+    assert lines["well|atlas|0|checkpoint|2|0"]["kind"] == "case"
+    # Going on finds nothing to do, and starts no process that could die again.
+    assert len(list(bench.run({**STREAM, "methods": dying}, tmp_path))) == len(lines)
+
+
+def test_an_error_about_the_run_comes_back_from_a_worker(tmp_path: Path) -> None:
+    with pytest.raises(ErrataError, match="holds no model"):
+        bench.run(short(model=str(tmp_path)), tmp_path / "run", engine=bench.ProcessEngine(1))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra 'ray'")
+def test_ray_gives_what_one_process_gives_even_when_an_actor_dies(tmp_path: Path) -> None:
+    bench.run(STREAM, tmp_path / "serial")
+    dying = [fatal(tmp_path, SUBJECTS[1], once=True)]
+    engine = bench.RayEngine(2)
+    bench.run({**STREAM, "methods": dying}, tmp_path / "ray", engine=engine)
+    assert (tmp_path / "died").exists()
+    assert same(tmp_path / "ray", tmp_path / "serial")
+
+
+def test_without_ray_the_engine_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingExtraError, match=r"errata\[ray\]"):
+        bench.RayEngine(2)
+
+
+def test_no_job_makes_no_sense() -> None:
+    with pytest.raises(ConfigError, match="jobs=0"):
+        bench.ProcessEngine(0)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (StorageError("full"), StorageError),
+        (IntegrityError("bad"), IntegrityError),
+        (UnknownNameError("method", "x", ["y"]), ErrataError),
+        (EditRefused("no", {}), ErrataError),
+        (ZeroDivisionError("x"), ErrataError),
+    ],
+)
+def test_an_error_crosses_processes_with_its_message(
+    error: Exception, kind: type[Exception]
+) -> None:
+    there = as_error(described(error))
+    assert type(there) is kind
+    assert str(error) in str(there)
+
+
+def test_threads_are_divided() -> None:
+    assert threads_each(4, {"OMP_NUM_THREADS": "8"}) == 2
+    assert threads_each(4, {"OMP_NUM_THREADS": "2"}) == 1
+    assert threads_each(1, {}) >= 1
+
+
+# -- what a pool does about deaths, without processes ----------------------------------------------
+
+
+class Scripted(Pool):
+    """Workers that write every line at once, except that some keys kill them."""
+
+    def __init__(self, jobs: int, deadly: dict[str, int]) -> None:
+        super().__init__(jobs)
+        self.deadly = deadly  # key → how often it kills
+        self.started: list[Task] = []
+        self._said: dict[Handle, list[Message]] = {}
+
+    def _start(self, job: Job) -> Handle:
+        pool = self
+
+        class Puppet:
+            def send(self, task: Task) -> None:
+                pool.started.append(task)
+                pool._said[self] = list(pool.script(job, task))
+
+            def stop(self) -> None:
+                pool._said.pop(self, None)
+
+            def finish(self) -> Message:
+                return Message("done")
+
+        return Puppet()
+
+    def script(self, job: Job, task: Task) -> Iterator[Message]:
+        for key in keys_of(job, task):
+            if key in task.done:
+                continue
+            if key not in task.given_up and self.deadly.get(key, 0):
+                self.deadly[key] -= 1
+                yield Message("gone", "killed")
+                return
+            kind = "failure" if key in task.given_up else "case"
+            yield Message("line", {"key": key, "kind": kind})
+        yield Message("done")
+
+    def _wait(self, handles: Sequence[Handle]) -> list[tuple[Handle, Message]]:
+        return [(handle, self._said[handle].pop(0)) for handle in handles]
+
+
+@pytest.fixture(scope="module")
+def job(site: Path) -> Job:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(site)
+        made = Job(bench.BenchConfig.parse(short(regime="sequential", limit=3, checkpoints=[2])))
+        assert made.known
+    return made
+
+
+@given(
+    deadly=st.dictionaries(st.integers(0, 7), st.integers(1, 4), max_size=3),
+    jobs=st.integers(1, 3),
+)
+def test_however_workers_die_each_line_comes_once(
+    job: Job, deadly: dict[int, int], jobs: int
+) -> None:
+    task = Task("stream", 0, 0, 0, tuple(job.stream(0, 0)))
+    keys = list(keys_of(job, task))
+    assert len(keys) == 3 + 2 + 3
+    pool = Scripted(jobs, {keys[place]: times for place, times in deadly.items()})
+    lines = list(pool.run(job, [task]))
+    failed = {keys[place] for place, times in deadly.items() if times >= TRIES}
+    came = [line["key"] for line in lines]
+    # What fails at once is not looked for again at checkpoints.
+    assert len(set(came)) == len(came)
+    assert failed <= {line["key"] for line in lines if line["kind"] == "failure"} | (
+        set(keys) - set(came)
+    )
+    assert {line["key"] for line in lines if line["kind"] == "failure"} <= failed
+    assert set(keys) - set(came) <= {key for key in keys if "checkpoint" in key}
+    deaths = sum(min(times, TRIES) for times in deadly.values())
+    assert len(pool.started) <= deaths + 1
+
+
+def test_before_a_case_is_given_up_it_is_tried_with_care(job: Job) -> None:
+    task = Task("stream", 0, 0, 0, tuple(job.stream(0, 0)))
+    first = next(keys_of(job, task))
+    pool = Scripted(1, {first: 99})
+    lines = list(pool.run(job, [task]))
+    assert [started.careful for started in pool.started] == [False, False, True, False]
+    assert lines[0]["kind"] == "failure"
+    assert pool.started[-1].given_up[first].startswith("WorkerDied")
+
+
+def test_workers_that_all_die_at_once_end_the_run(job: Job) -> None:
+    class Stillborn(Scripted):
+        def script(self, job: Job, task: Task) -> Iterator[Message]:
+            yield Message("gone", "killed")
+
+    with pytest.raises(ErrataError, match=r"in a row.*fewer --jobs"):
+        list(Stillborn(2, {}).run(job, [Task("stream", 0, 0, 0, tuple(job.stream(0, 0)))] * 5))

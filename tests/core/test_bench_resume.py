@@ -1,0 +1,291 @@
+"""Runs that are killed, interrupted, run out of disk, or are given another configuration."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from errata import bench
+from errata.bench.results import Results
+from errata.errors import ConfigError, IntegrityError, LedgerBusyError, StorageError
+from errata.ledger import Ledger
+from tests.core.bench_helpers import SUBJECTS, Runner, install, runner, short, values
+
+STREAM = short(
+    regime="sequential",
+    limit=4,
+    checkpoints=[2],
+    state=["general"],
+    methods=[{"method": "nudge", "config": {"refuse_on": SUBJECTS[1], "fail_on": SUBJECTS[2]}}],
+)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return install(tmp_path_factory.mktemp("site"))
+
+
+@pytest.fixture(autouse=True)
+def installed(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(site)
+
+
+@pytest.fixture(scope="module")
+def runs(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
+    with runner(site, tmp_path_factory.mktemp("cache")) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def whole(runs: Runner, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """An uninterrupted run of the stream, and how long it took."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    started = time.monotonic()
+    runs.start(STREAM, folder)
+    assert runs.wait() == 0
+    return folder, time.monotonic() - started
+
+
+def lines_of(folder: Path) -> int:
+    file = folder / "results.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+# -- killed ----------------------------------------------------------------------------------------
+
+
+def test_a_stream_killed_at_random_instants_ends_as_if_it_had_not_been(
+    runs: Runner, whole: tuple[Path, float], tmp_path: Path
+) -> None:
+    reference, took = whole
+    folder, choose = tmp_path / "run", random.Random(1)
+    before: list[str] = []
+    for _ in range(5):
+        child = runs.start(STREAM, folder)
+        time.sleep(choose.uniform(0, took))
+        with_signal = signal.SIGKILL
+        try:
+            os.kill(child, with_signal)
+        except ProcessLookupError:
+            pass
+        runs.wait()
+        if (folder / "run.json").exists():
+            now = [line["key"] for line in bench.load(folder)]
+            assert now[: len(before)] == before  # nothing that was finished is lost or repeated
+            before = now
+    runs.start(STREAM, folder)
+    assert runs.wait() == 0
+    assert values(folder) == values(reference)
+    with Ledger.open(folder / "ledgers" / "nudge-atlas-seed0", readonly=True) as ledger:
+        subjects = [edit.requests[0].subject for edit in ledger.edits()]
+    assert subjects == [SUBJECTS[0], SUBJECTS[3]]  # each computed and recorded once
+
+
+@pytest.mark.parametrize("kept", range(0, 12, 2))
+def test_a_results_file_that_lost_its_end_is_completed(
+    whole: tuple[Path, float], tmp_path: Path, kept: int
+) -> None:
+    # As if the results were behind the ledger, which holds all edits of the stream already.
+    import shutil
+
+    folder = tmp_path / "run"
+    shutil.copytree(whole[0], folder)
+    lines = (whole[0] / "results.jsonl").read_bytes().splitlines(keepends=True)
+    half = lines[kept][: len(lines[kept]) // 2] if kept else b""
+    (folder / "results.jsonl").write_bytes(b"".join(lines[:kept]) + half)
+    bench.run(STREAM, folder)
+    assert values(folder) == values(whole[0])
+    assert (folder / "results.jsonl").read_bytes().startswith(b"".join(lines[:kept]))
+    with Ledger.open(folder / "ledgers" / "nudge-atlas-seed0", readonly=True) as ledger:
+        assert len(ledger.edits()) == 2
+
+
+def test_an_edit_that_was_recorded_but_not_noted_is_not_computed_again(
+    runs: Runner, whole: tuple[Path, float], tmp_path: Path
+) -> None:
+    # Killed between the edit's transaction and the note about it: the narrowest of gaps.
+    from errata.bench import streams
+
+    folder = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streams, "NOTE", "no such thing!")  # the ledger refuses this kind
+        with pytest.raises(Exception, match="no kind for a note"):
+            bench.run(STREAM, folder)
+    ledger = folder / "ledgers" / "nudge-atlas-seed0"
+    with Ledger.open(ledger, readonly=True) as opened:
+        (first,) = opened.ids()
+    bench.run(STREAM, folder)
+    assert values(folder) == values(whole[0])
+    with Ledger.open(ledger, readonly=True) as opened:
+        assert opened.ids()[0] == first
+        assert len(opened.ids()) == 2
+
+
+def test_single_edits_go_on_where_they_were(tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop_after(count: int) -> Any:
+        seen: list[str] = []
+
+        def on_line(line: dict[str, Any]) -> None:
+            seen.append(line["key"])
+            if len(seen) == count:
+                raise Stop
+
+        return on_line
+
+    log = tmp_path / "log"
+    config = short(methods=[{"method": "nudge", "config": {"log": str(log)}}])
+    for count in (2, 2, 1):
+        with pytest.raises(Stop):
+            bench.run(config, tmp_path / "run", on_line=stop_after(count))
+    assert lines_of(tmp_path / "run") == 5
+    bench.run(config, tmp_path / "run")
+    bench.run(config, tmp_path / "run")  # nothing is left to do
+    assert [line["index"] for line in bench.load(tmp_path / "run").cases()] == [0, 1, 2, 0, 1, 2]
+    assert log.read_text().split("\n")[:-1] == SUBJECTS[:3]
+
+
+def test_ctrl_c_leaves_whole_lines_and_the_lock_free(tmp_path: Path) -> None:
+    def interrupt(line: dict[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bench.run(short(limit=1), tmp_path, on_line=interrupt)
+    assert lines_of(tmp_path) == 1
+    bench.run(short(limit=1), tmp_path)
+    assert len(values(tmp_path)) == 2
+
+
+# -- other configurations --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small(runs: Runner, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("small") / "run"
+    runs.start(short(limit=1), folder)
+    assert runs.wait() == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"seeds": [1]}, r"config\.seeds"),
+        ({"limit": 2}, r"datasets\.atlas\.cases: 1 there, 2 here"),
+        ({"settings": {"max_new_tokens": 3}}, r"config\.settings\.max_new_tokens: 2 there, 3 here"),
+        ({"protocols": ["generation", "locality"]}, r"protocols\.atlas\.cases"),
+        (
+            {"methods": [{"method": "nudge", "config": {"scale": 0.3}}]},
+            r"variants\.nudge\.config\.scale: 0\.2 there, 0\.3 here",
+        ),
+        ({"methods": ["nudge", {"method": "nudge", "variant": "x"}]}, r"variants\.x: null there"),
+        ({"datasets": [{"name": "atlas", "options": {"kind": "modify"}}]}, r"config\.datasets"),
+        ({"dtype": "fp64"}, r"model\.dtype: \"float32\" there, \"float64\" here"),
+    ],
+)
+def test_results_of_different_runs_are_never_mixed(
+    small: Path, changes: dict[str, Any], named: str
+) -> None:
+    before = (small / "results.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match=named):
+        bench.run(short(**{"limit": 1, **changes}), small)
+    assert (small / "results.jsonl").read_bytes() == before
+
+
+def test_the_name_of_a_run_and_the_place_of_its_data_may_change(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = (small / "results.jsonl").read_bytes()
+    bench.run(short(limit=1, name="renamed"), small)
+    assert (small / "results.jsonl").read_bytes() == before
+
+
+def test_another_version_of_a_library_is_told(
+    small: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    info = json.loads((small / "run.json").read_text())
+    changed = {**info, "versions": {**info["versions"], "torch": "1.0"}}
+    (small / "run.json").write_text(json.dumps(changed))
+    bench.run(short(limit=1), small)
+    assert "begun with torch 1.0" in caplog.text
+    (small / "run.json").write_text(json.dumps(info))
+
+
+def test_a_ledger_of_another_stream_is_refused(whole: tuple[Path, float], tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "run"
+    shutil.copytree(whole[0], folder)
+    (folder / "results.jsonl").write_text("")
+    with Ledger.open(folder / "ledgers" / "nudge-atlas-seed0") as ledger:
+        for kind in ("bench-case",):
+            ledger.note(kind, {"position": 3, "case_id": "another", "ids": []})
+    with pytest.raises(IntegrityError, match="'another' as case 3"):
+        bench.run(STREAM, folder)
+
+
+# -- the disk --------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_stops_the_run_and_damages_nothing(
+    runs: Runner, whole: tuple[Path, float], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    size = (whole[0] / "results.jsonl").stat().st_size
+    runs.start(STREAM, folder, largest=max(size * 2 // 3, 1))
+    assert runs.wait() == 1
+    assert 0 < lines_of(folder) < lines_of(whole[0])
+    assert (folder / "results.jsonl").read_bytes().endswith(b"\n")
+    runs.start(STREAM, folder)
+    assert runs.wait() == 0
+    assert values(folder) == values(whole[0])
+
+
+def test_a_line_that_does_not_fit_is_taken_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = Results.open(tmp_path)
+    results.add({"key": "one"})
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda handle, data: write(handle, bytes(data)[:4]) and
+                        (_ for _ in ()).throw(OSError(28, "No space left on device")))  # fmt: skip
+    with pytest.raises(StorageError, match=r"No space left.*same command"):
+        results.add({"key": "two"})
+    monkeypatch.undo()
+    results.add({"key": "three"})
+    results.close()
+    assert (tmp_path / "results.jsonl").read_text() == '{"key":"one"}\n{"key":"three"}\n'
+
+
+def test_results_that_nothing_describes_are_not_added_to(tmp_path: Path) -> None:
+    (tmp_path / "results.jsonl").write_text("{}\n")
+    with pytest.raises(IntegrityError, match=r"no run\.json"):
+        bench.run(short(limit=1), tmp_path)
+    assert (tmp_path / "results.jsonl").read_text() == "{}\n"
+
+
+def test_two_processes_do_not_write_to_one_run(tmp_path: Path) -> None:
+    results = Results.open(tmp_path)
+    with pytest.raises(LedgerBusyError, match="at work"):
+        Results.open(tmp_path)
+    results.close()
+    Results.open(tmp_path).close()
+
+
+@pytest.mark.parametrize("text", ["", "one\n", "one\ntwo", "x" * 200_000, "a\n" + "x" * 200_000])
+def test_only_the_half_line_at_the_end_is_dropped(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "results.jsonl"
+    file.write_text(text)
+    Results.open(tmp_path).close()
+    assert file.read_text() == text[: text.rfind("\n") + 1]
