@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from errata import plugins
 from errata.builtin import CoreEditing
 from errata.evaluate import Baseline, CoreMetrics
+from errata.evaluate.protocols.cost import CoreCost
 from errata.locate import CoreLocator
 from errata.plugins import Manager
-from errata.rules import Guards, Purity
+from errata.rules import Guards, Meter, Purity
 
 if TYPE_CHECKING:
     from errata.edit import Edit
@@ -22,9 +23,20 @@ class Methods:
     Args:
         guards: the guards of the editor; they wrap every method's `apply`.
         observers: plugin objects that take part in every call.
+        active: returns the edits that are on the model, for the `cost` protocol.
+
+    Attributes:
+        meter: what computing the latest edits took, whichever method it was.
     """
 
-    def __init__(self, guards: Guards, observers: Sequence[object] = ()) -> None:
+    def __init__(
+        self,
+        guards: Guards,
+        observers: Sequence[object] = (),
+        active: Callable[[], Sequence[Edit]] = tuple,
+    ) -> None:
+        self.meter = Meter()
+        self._active = active
         self._guards = guards
         self._observers = tuple(observers)
         self._plugins: dict[str, Any] = {}
@@ -39,7 +51,7 @@ class Methods:
     def manager(self, name: str = "") -> Manager:
         """Return the manager that holds the core, one method ("" for none) and the observers."""
         if name not in self._managers:
-            own = [self.plugin(name), Purity(name)] if name else []
+            own = [self.plugin(name), Purity(name), self.meter] if name else []
             core = [CoreEditing(), CoreLocator(), CoreMetrics()]
             self._managers[name] = Manager(name, [*core, *self._observers, *own, self._guards])
         return self._managers[name]
@@ -55,4 +67,5 @@ class Methods:
     def measuring(self, baseline: Baseline | None = None, **settings: Any) -> Manager:
         """Return a manager for evaluation: the core's metrics, observers, methods with metrics."""
         own = [plugin for plugin in self._plugins.values() if hasattr(plugin, "evaluate")]
-        return Manager("", [CoreMetrics(baseline, **settings), *self._observers, *own])
+        core = [CoreMetrics(baseline, **settings), CoreCost(self._active)]
+        return Manager("", [*core, *self._observers, *own])

@@ -1,4 +1,4 @@
-"""Rules that hold for every method: the model is not touched, and an edit is guarded.
+"""Rules that hold for every method: it leaves the model alone, is metered, and guarded.
 
 They are hook wrappers, so they cover methods that nobody here has seen.
 """
@@ -21,6 +21,7 @@ from errata.errors import (
     UnknownNameError,
 )
 from errata.hooks import hookimpl
+from errata.memory import PeakMemory
 
 if TYPE_CHECKING:
     from errata.delta import Delta
@@ -125,6 +126,30 @@ class Purity:
         if changed:
             before.restore()
             raise ImpureMethodError(self._method, changed)
+        return result
+
+
+class Meter:
+    """Measures the memory that computing an edit takes, as `errata.memory.PeakMemory` defines it.
+
+    `findings` holds what was measured for the edits that were computed last, as their records
+    keep it: {"peak_memory": {"bytes": …, "how": …}}, empty where nothing could be read.
+    """
+
+    def __init__(self) -> None:
+        self.findings: dict[str, Any] = {}
+
+    @hookimpl(wrapper=True)
+    def edit(
+        self, model: Model, requests: Sequence[Request], config: Any
+    ) -> Generator[None, Any, Any]:
+        """Watch memory while the method computes."""
+        del requests, config
+        self.findings = {}
+        with PeakMemory(model) as peak:
+            result = yield
+        if peak.nbytes is not None:
+            self.findings = {"peak_memory": {"bytes": peak.nbytes, "how": peak.how}}
         return result
 
 

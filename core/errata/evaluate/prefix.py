@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import groupby, pairwise
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
@@ -27,6 +27,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from errata.batch import pad
+from errata.evaluate.trie import Path, Place, Row, beginnings, level
 from errata.forward.inputs import context_limit, takes_positions, vocabulary_size
 from errata.forward.resume import TOLERANCE, accepted, caches_keys, chosen, logits_at
 
@@ -42,7 +43,6 @@ LOGITS = 2**26
 KEPT = 2**29
 """Bytes of keys and values that are held, and that one batch gathers, as far as rows allow."""
 _TEXTS = 512  # texts among which beginnings are shared
-_CUTS = 2  # beginnings of beginnings: a template, a prompt, its targets
 # What a further forward takes whatever it runs, in tokens: only what saves more is worth one.
 # On a CPU a matter of Python (the smaller the model, the more tokens), measured on two GPT-2 with
 # one thread (benchmarks/scoring.py). On others a batch has to be large to take longer at all.
@@ -51,47 +51,8 @@ _FORWARD = 512
 _TRIED = 4
 
 Item = TypeVar("Item")
-Path = tuple[int, ...]
-"""A beginning of a text: its tokens from the first on."""
-
-
-class Row(NamedTuple):
-    """One text to be run. Equal rows are run once.
-
-    Attributes:
-        ids: its tokens as the model reads them (the decoder's, where there are two sequences).
-        end: index of the last prompt token (in `source`, where there is one).
-        source: tokens of the encoder of an encoder-decoder.
-    """
-
-    ids: Path
-    end: int
-    source: Path = ()
-
-
-Place = tuple[Row, int]
-"""A row and the column whose logits are wanted."""
 Found = Iterator[tuple[list[list[Place]], "Tensor"]]
 """The places that each line of a table of logits (n, vocabulary) is for, and the table."""
-
-
-def covering(model: Model, rows: Sequence[Row]) -> dict[Row, Row]:
-    """Return for each row one that starts with it and has the same prompt: run that instead."""
-    if model.anatomy.kind == "encoder":
-        return {row: row for row in rows}
-    covered: dict[Row, Row] = {}
-    following: Row | None = None
-    # Backwards: what a row is the beginning of stands right behind it.
-    for row in sorted(set(rows), key=lambda row: (row.source, row.end, row.ids), reverse=True):
-        if (
-            following is not None
-            and (row.source, row.end) == (following.source, following.end)
-            and following.ids[: len(row.ids)] == row.ids
-        ):
-            covered[row] = following
-        else:
-            covered[row] = following = row
-    return covered
 
 
 @torch.no_grad()
@@ -153,58 +114,7 @@ def wide(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-# -- what to share -------------------------------------------------------------------------------
-
-
-def beginnings(texts: Sequence[Path], cost: int) -> dict[Path, Path]:
-    """Return which beginnings are run once: from a text (or a beginning) to what it starts with.
-
-    Empty where less than `cost` tokens would be saved, which a further forward costs.
-    """
-    parents: dict[Path, Path] = {}
-    current = sorted(set(texts))
-    for _ in range(_CUTS):
-        lengths, saved = cut(current)
-        if saved < cost:
-            break
-        heads = [text[:length] or text for text, length in zip(current, lengths, strict=True)]
-        parents.update({t: h for t, h in zip(current, heads, strict=True) if h != t})
-        current = sorted(set(heads))
-    return parents
-
-
-def cut(texts: Sequence[Path]) -> tuple[list[int], int]:
-    """Choose a beginning of each text to share, none the start of another, so that most is saved.
-
-    Args:
-        texts: distinct, sorted.
-
-    Returns:
-        The length of each text's beginning, 0 where none is shared; and the tokens saved.
-
-    >>> cut([(1, 2, 3), (1, 2, 4), (1, 5, 6), (7,)])
-    ([2, 2, 0, 0], 2)
-    """
-    lengths = [0] * len(texts)
-    common = [_common(a, b) for a, b in pairwise(texts)]
-
-    def best(low: int, high: int) -> tuple[int, list[tuple[int, int, int]]]:
-        """Return (tokens saved, [(first, last + 1, length)]) for some neighbouring texts."""
-        if high - low < 2:
-            return 0, []
-        length = min(common[low : high - 1])
-        edges = [i + 1 for i in range(low, high - 1) if common[i] == length]
-        inner = [best(a, b) for a, b in zip([low, *edges], [*edges, high], strict=True)]
-        saved = sum(part for part, _ in inner)
-        together = length * (high - low - 1)
-        if together >= saved:
-            return together, [(low, high, length)] if length else []
-        return saved, [group for _, groups in inner for group in groups]
-
-    saved, groups = best(0, len(texts))
-    for low, high, length in groups:
-        lengths[low:high] = [length] * (high - low)
-    return lengths, saved
+# -- is it right, and is it worth it ---------------------------------------------------------------
 
 
 def agrees(model: Model, how: _Plan, columns: Mapping[Row, list[int]]) -> bool:
@@ -248,14 +158,6 @@ def _lines(places: list[list[Place]], table: Tensor) -> Iterator[tuple[Place, Te
     for group, line in zip(places, table, strict=True):
         for place in group:
             yield place, line
-
-
-def _common(a: Path, b: Path) -> int:
-    """Return how many first tokens two texts share."""
-    for index, (one, other) in enumerate(zip(a, b, strict=False)):
-        if one != other:
-            return index
-    return min(len(a), len(b))
 
 
 def _chunks(model: Model, rows: Sequence[Row]) -> Iterator[list[Row]]:
@@ -434,15 +336,11 @@ def _grown(
             needed.add(path)
     parents = {tree[path] for path in needed if path in tree}
     store = _Store()
-    by_level = sorted(needed, key=lambda path: _level(tree, path))
-    for _, level in groupby(by_level, key=lambda path: _level(tree, path)):
-        for batch in _fitting(model, list(level), tree, wanted, batch_size):
+    by_level = sorted(needed, key=lambda path: level(tree, path))
+    for _, together in groupby(by_level, key=lambda path: level(tree, path)):
+        for batch in _fitting(model, list(together), tree, wanted, batch_size):
             yield from _behind(model, batch, tree, wanted, parents, store)
         store.settle()
-
-
-def _level(tree: Mapping[Path, Path], path: Path) -> int:
-    return 1 + _level(tree, tree[path]) if path in tree else 0
 
 
 def _fitting(

@@ -12,7 +12,8 @@ import torch
 from errata import tokens
 from errata.errors import RequestError
 from errata.evaluate import prefix
-from errata.evaluate.prefix import Row, wide
+from errata.evaluate.prefix import wide
+from errata.evaluate.trie import Place, Row, covering
 from errata.forward import logits_at
 from errata.forward.inputs import context_limit, decoder_start, takes_positions
 
@@ -144,8 +145,8 @@ def score_targets(
         )
     ]
     # (row, column) → where the caller wants the probabilities that are predicted there.
-    wanted: dict[prefix.Place, list[tuple[int, int]]] = {}
-    whole = prefix.covering(model, [one.row for one in asked])
+    wanted: dict[Place, list[tuple[int, int]]] = {}
+    whole = covering(model, [one.row for one in asked])
     for index, one in enumerate(asked):
         for k, column in enumerate(one.columns):
             wanted.setdefault((whole[one.row], column), []).append((index, k))

@@ -43,10 +43,10 @@ logger = logging.getLogger("errata")
 _PLAIN_ATTENTION = frozenset({"full_attention", "sliding_attention", "attention"})
 
 # Largest difference of resumed to recorded logits, relative to the largest logit.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
-class _KeptLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not typed here
+class KeptLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not typed here
     """Keys and values of the columns before the resumed ones; `update` stores nothing."""
 
     def __init__(self, keys: Tensor | None, values: Tensor | None, length: int) -> None:
@@ -346,9 +346,9 @@ class Resumed:
         if start == 0 or cache is None:
             return
         kept = [
-            _KeptLayer(layer.keys[..., :start, :], layer.values[..., :start, :], start)
+            KeptLayer(layer.keys[..., :start, :], layer.values[..., :start, :], start)
             if index >= self.layer
-            else _KeptLayer(None, None, start)
+            else KeptLayer(None, None, start)
             for index, layer in enumerate(cache.layers)
         ]
         # The mask covers kept and new columns; ids and positions are those of the new ones.
@@ -371,18 +371,24 @@ class Resumed:
             return True
         scale = float(self.reference.abs().max().clamp_min(1e-30))
         error = float((again - self.reference).abs().max()) / scale
-        return error <= _TOLERANCE.get(self._model.dtype, 1e-4)
+        return error <= TOLERANCE.get(self._model.dtype, 1e-4)
 
 
 def reuses_keys(model: Model) -> bool:
     """Return whether keys and values of earlier columns may be reused for this model.
 
-    True for causal decoders with ordinary (also sliding-window) attention and no runtime edit on
-    them: a codebook may decide by a prompt's tokens, which it would not see.
+    True for those of `caches_keys` with no runtime edit on them: a codebook may decide by a
+    prompt's tokens, which it would not see.
+    """
+    return caches_keys(model) and not any(entry.delta.runtime for entry in model.stack.entries)
+
+
+def caches_keys(model: Model) -> bool:
+    """Return whether the model is a causal decoder with ordinary (also sliding-window) attention.
+
+    Then what it keeps of a token is that token's keys and values.
     """
     if model.anatomy.kind != "decoder":
-        return False
-    if any(entry.delta.runtime for entry in model.stack.entries):
         return False
     kinds = getattr(model.config, "layer_types", None) or ()
     return _PLAIN_ATTENTION.issuperset(kinds) and "past_key_values" in accepted(
@@ -408,8 +414,8 @@ def _pick(value: Any, rows: Tensor, size: int) -> Any:
     return _map(value, lambda t: t[rows.to(t.device)] if t.shape[:1] == (size,) else t)
 
 
-def _pick_layer(layer: Any, rows: Tensor) -> _KeptLayer:
+def _pick_layer(layer: Any, rows: Tensor) -> KeptLayer:
     if layer.keys is None:
-        return _KeptLayer(None, None, layer.get_seq_length())
+        return KeptLayer(None, None, layer.get_seq_length())
     index = rows.to(layer.keys.device)
-    return _KeptLayer(layer.keys[index], layer.values[index], layer.get_seq_length())
+    return KeptLayer(layer.keys[index], layer.values[index], layer.get_seq_length())

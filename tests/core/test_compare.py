@@ -1,0 +1,174 @@
+"""Comparing two measurements of the same cases."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from errata.errors import ComparisonError, MissingExtraError, UnknownNameError
+from errata.evaluate.compare import MCNEMAR, WILCOXON, compare, compare_all, holm
+from errata.evaluate.measurement import Measurement
+
+pytest.importorskip("scipy", reason="the extra 'measure' is not installed")
+
+
+def shares(values: list[float], ids: list[str] | None = None, **more: Any) -> Measurement:
+    names = [f"c{i}" for i in range(len(values))] if ids is None else ids
+    return Measurement.mean(more.pop("metric", "ES"), values, "p: how", case_ids=names, **more)
+
+
+def test_mcnemar_counts_the_cases_that_differ() -> None:
+    # 8 cases right in the first only, 1 in the second only, 11 alike: the p-value is
+    # 2 · (C(9,0) + C(9,1)) / 2⁹ = 20 / 512.
+    a = shares([1.0] * 8 + [0.0] + [1.0] * 6 + [0.0] * 5)
+    b = shares([0.0] * 8 + [1.0] + [1.0] * 6 + [0.0] * 5)
+    found = compare(a, b)
+    assert found.test == MCNEMAR
+    assert found.p == pytest.approx(20 / 512)
+    assert (found.higher, found.lower, found.n) == (8, 1, 20)
+    assert (found.value_a, found.value_b) == (0.7, 0.35)
+    assert found.difference == pytest.approx(0.35)
+    low, high = found.interval or (0, 0)
+    # The standard error of the paired difference: √((9 - 7²/20) / 20 / 20) = 0.128.
+    assert low == pytest.approx(0.35 - 1.96 * 0.128, abs=0.06)
+    assert high == pytest.approx(0.35 + 1.96 * 0.128, abs=0.06)
+
+
+def test_wilcoxon_ranks_the_differences() -> None:
+    # Only the smallest of six differences is negative: W⁻ = 1, and 2 of the 2⁶ signs give that
+    # or less, so that p = 2 · 2 / 64.
+    a = shares([0.1, 0.4, 0.5, 0.8, 0.9, 1.1], unit="nats", direction="lower")
+    b = shares([0.2, 0.2, 0.2, 0.4, 0.4, 0.5], unit="nats", direction="lower")
+    found = compare(a, b)
+    assert found.test == WILCOXON
+    assert found.p == pytest.approx(4 / 64)
+    assert (found.higher, found.lower, found.direction) == (5, 1, "lower")
+
+
+def test_wilcoxon_with_zeros_and_ties_is_exact_for_few_cases() -> None:
+    # Seven differences that are not zero, 1, 1, 2, 3, -1, 4, 5, have the ranks 2, 2, 4, 5, 2, 6, 7.
+    # W⁻ = 2: of the 2⁷ signs none negative, or one of the three that share rank 2, give no more.
+    a = shares([2.0, 3.0, 5.0, 7.0, 1.0, 9.0, 11.0, 4.0, 5.0], unit="bits")
+    b = shares([1.0, 2.0, 3.0, 4.0, 2.0, 5.0, 6.0, 4.0, 5.0], unit="bits")
+    assert compare(a, b).p == pytest.approx(2 * 4 / 128)
+
+
+def test_wilcoxon_of_many_cases_is_the_normal_approximation() -> None:
+    n = 300
+    signed = [rank * (-1.0 if rank % 5 in (0, 1) else 1.0) for rank in range(1, n + 1)]
+    negative = -sum(value for value in signed if value < 0)
+    z = (negative - n * (n + 1) / 4) / math.sqrt(n * (n + 1) * (2 * n + 1) / 24)
+    found = compare(shares(signed, unit="bits"), shares([0.0] * n, unit="bits"))
+    assert found.p == pytest.approx(math.erfc(abs(z) / math.sqrt(2)), rel=0.02)
+
+
+def test_equal_measurements_do_not_differ() -> None:
+    for values in ([1.0, 0.0, 1.0], [0.5, 0.25, 0.125]):
+        found = compare(shares(values), shares(values))
+        assert (found.p, found.difference, found.interval) == (1.0, 0.0, (0.0, 0.0))
+
+
+def test_cases_are_paired_by_name_and_not_by_place() -> None:
+    a = shares([1.0, 0.0, 0.5], ["x", "y", "z"])
+    b = shares([0.5, 1.0, 0.0], ["z", "x", "y"])
+    assert compare(a, b).difference == 0.0
+    assert compare(a, b).higher == 0
+
+
+def test_several_requests_of_one_case_are_paired_in_their_order() -> None:
+    a = shares([1.0, 0.0, 1.0], ["x", "x", "y"])
+    b = shares([1.0, 1.0, 1.0], ["x", "y", "x"])
+    found = compare(a, b)
+    assert (found.n, found.lower) == (3, 1)
+    with pytest.raises(ComparisonError, match="2 are shared"):
+        compare(a, shares([1.0, 1.0, 1.0], ["x", "y", "y"]))
+
+
+def test_other_cases_are_an_error_that_counts_them() -> None:
+    a, b = shares([1.0, 0.0, 1.0]), shares([1.0, 0.0], ["c1", "elsewhere"])
+    with pytest.raises(ComparisonError, match=r"a has 3 cases and b 2; 1 are shared.*shared=True"):
+        compare(a, b)
+    found = compare(a, b, shared=True)
+    assert (found.n, found.value_a, found.value_b) == (1, 0.0, 1.0)
+    assert found.interval is None
+    with pytest.raises(ComparisonError, match=r"0 are shared.* Measure both"):
+        compare(a, shares([1.0], ["elsewhere"]), shared=True)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (Measurement.mean("PS", [1.0, 1.0], "p: how", case_ids=["c0", "c1"]), "not the same thing"),
+        (Measurement.mean("ES", [1.0, 1.0], "p: why", case_ids=["c0", "c1"]), "not the same thing"),
+        (Measurement.mean("ES", [1.0, 1.0], "p: how"), "2 values and 0 case ids"),
+        (Measurement.mean("ES", [1.0, math.nan], "p: how", case_ids=["c0", "c1"]), "1 of the 2"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(other: Measurement, message: str) -> None:
+    with pytest.raises(ComparisonError, match=message):
+        compare(shares([1.0, 0.5]), other)
+
+
+def test_a_collapse_is_compared_though_its_mean_is_infinite() -> None:
+    names = ["c0", "c1", "c2"]
+    a = Measurement("perplexity", math.inf, 3, "p: how", None, (3.0, math.inf, 4.0), tuple(names))
+    b = Measurement("perplexity", 2.0, 3, "p: how", None, (2.0, 2.0, 2.0), tuple(names))
+    found = compare(a, b)
+    assert (found.higher, found.difference, found.interval) == (3, math.inf, None)
+    assert json.loads(json.dumps(found.as_json(), allow_nan=False))["difference"] is None
+
+
+def test_holm_against_the_definition() -> None:
+    # 4·0.005, 3·0.01, 2·0.03, 1·0.04 in order of size, each at least the one before.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+@given(st.lists(st.floats(0, 1), max_size=8))
+def test_holm_keeps_the_order_and_never_helps(values: list[float]) -> None:
+    adjusted = holm(values)
+    assert all(p <= q <= 1 for p, q in zip(values, adjusted, strict=True))
+    pairs = sorted(zip(values, adjusted, strict=True))
+    assert [q for _, q in pairs] == sorted(adjusted)
+
+
+def test_all_tables_are_compared_with_the_reference() -> None:
+    right, wrong = [1.0] * 10, [0.0] * 10
+    pooled = Measurement("Score", 0.5, 10, "p: harmonic")
+    tables = {
+        "base": [shares(wrong), shares(right, metric="NS"), pooled],
+        "one": [shares(right), shares(right, metric="NS"), pooled],
+        "two": [shares([1.0] * 5 + [0.0] * 5), shares(wrong, metric="PS")],
+    }
+    found = {(c.metric, c.a): c for c in compare_all(tables, "base")}
+    assert set(found) == {("ES", "one"), ("ES", "two"), ("NS", "one")}
+    assert all(c.b == "base" for c in found.values())
+    first, second = found["ES", "one"], found["ES", "two"]
+    assert (first.p, second.p) == pytest.approx((2 / 1024, 2 / 32))
+    assert (first.adjusted, second.adjusted) == pytest.approx((4 / 1024, 2 / 32))
+    assert found["NS", "one"].adjusted == 1.0
+    assert "Holm" in str(first)
+    with pytest.raises(UnknownNameError, match="Did you mean 'base'"):
+        compare_all(tables, "bas")
+    with pytest.raises(ComparisonError, match="nothing to compare"):
+        compare_all({"base": [pooled], "one": [shares(right)]}, "base")
+
+
+def test_without_scipy_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.startswith("scipy"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(MissingExtraError, match=r"errata\[measure\]"):
+        compare(shares([1.0, 0.0]), shares([0.0, 0.0]))
