@@ -26,6 +26,7 @@ test-slow: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/rome.py
+	$(BIN)/python benchmarks/scoring.py
 	$(BIN)/python benchmarks/zoo.py
 	$(BIN)/errata bench examples/bench/atlas-single.yaml
 

@@ -161,7 +161,7 @@ def commands() -> dict[str, Any]:
 def test_the_commands_are_these() -> None:
     assert set(commands()) == {
         "demo", "edit", "revert", "apply", "log", "show", "verify", "generate", "locate",
-        "evaluate", "export", "import", "merge", "methods", "zoo list", "zoo path", "zoo train",
+        "diff", "evaluate", "bench", "report", "datasets", "export", "import", "merge", "methods", "zoo list", "zoo path", "zoo train",
         "doctor",
     }  # fmt: skip
 

@@ -50,6 +50,7 @@ class AdapterDelta(Delta):
 
     kind: ClassVar[str] = "adapter"
     runtime: ClassVar[bool] = True
+    pointwise: ClassVar[bool] = True
 
     def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         self.config = canonical(config, tensors)

@@ -30,6 +30,9 @@ class Delta(ABC):
 
     kind: ClassVar[str]
     runtime: ClassVar[bool] = False
+    pointwise: ClassVar[bool] = False
+    """Of a runtime kind: what it does to a token depends on that token's own states alone, so the
+    keys and values of a common beginning may be used again."""
 
     # -- storage -------------------------------------------------------------------------------
 

@@ -1,6 +1,8 @@
 """Measuring what an edit did: every number with its protocol, sample size and interval."""
 
 from errata.evaluate.baseline import Baseline
+from errata.evaluate.compare import Comparison, compare, compare_all
+from errata.evaluate.divergence import kl_to_base
 from errata.evaluate.failures import ERROR_TYPES, classify_failure, count_failures
 from errata.evaluate.generation import contained_match, exact_match, generate
 from errata.evaluate.measurement import Answer, Measurement, pool
@@ -16,6 +18,7 @@ __all__ = [
     "PROTOCOLS",
     "Answer",
     "Baseline",
+    "Comparison",
     "CoreMetrics",
     "MeasureSettings",
     "Measurement",
@@ -25,10 +28,13 @@ __all__ = [
     "TargetScore",
     "canary_texts",
     "classify_failure",
+    "compare",
+    "compare_all",
     "contained_match",
     "count_failures",
     "exact_match",
     "generate",
+    "kl_to_base",
     "perplexity",
     "pool",
     "score_targets",

@@ -102,10 +102,7 @@ def may_share(model: Model) -> bool:
     """Return whether what is known of the model and its edits allows sharing."""
     if model.anatomy.kind == "encoder":
         return False
-    bound = any(
-        delta.runtime and not getattr(delta, "pointwise", False)
-        for _, _, delta in model.stack.entries
-    )
+    bound = any(delta.runtime and not delta.pointwise for _, _, delta in model.stack.entries)
     return not bound and (model.anatomy.kind == "encoder-decoder" or caches_keys(model))
 
 
