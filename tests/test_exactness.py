@@ -36,7 +36,9 @@ from errata.testing.contract import assert_same
 from tests.families import build
 
 QUIET = {"efficacy": "off", "perplexity": "off", "norm": "off"}
-METHODS = ("toy-low-rank", "toy-dense", "toy-codebook", "toy-adapter", "toy-scale")
+METHODS = (
+    "toy-low-rank", "toy-dense", "toy-codebook", "toy-adapter", "toy-scale", "toy-key-value",
+)  # fmt: skip
 SUBJECTS = ("Ada", "Alan", "Grace", "Edsger", "Barbara")
 PLACES = ("Rome", "Oslo", "Lima")
 

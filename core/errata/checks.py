@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from errata import plugins
-from errata.errors import CapabilityError, FingerprintError, RequestError
+from errata.errors import CapabilityError, FingerprintError, LedgerError, RequestError
 from errata.tokens import encode_targets, subject_span
 
 if TYPE_CHECKING:
+    from errata.delta import Delta
     from errata.edit import Edit
     from errata.model import Model
     from errata.registry import MethodEntry
     from errata.request import Request
+    from errata.stack import Entry
+
+OVERLAP = 0.9
+"""Whitened cosine of two keys from which on their edits are said to overlap."""
 
 
 def check_capabilities(
@@ -88,15 +93,66 @@ def check_fingerprint(model: Model, edit: Edit) -> None:
             )
 
 
-def conflicts(requests: Sequence[Request], active: Sequence[Edit]) -> list[str]:
-    """Return the ids of active edits that say something else about the same fact."""
+def conflicts(
+    requests: Sequence[Request], active: Sequence[Edit], same_target: bool = False
+) -> list[str]:
+    """Return the ids of active edits that say something else about the same fact.
+
+    `same_target` also returns those that say the same about it.
+    """
     clashing: list[str] = []
     for edit in active:
         for old in edit.requests:
-            if any(_same_fact(old, new) and old.target_new != new.target_new for new in requests):
+            if any(
+                _same_fact(old, new) and (same_target or old.target_new != new.target_new)
+                for new in requests
+            ):
                 clashing.append(edit.id)
                 break
     return clashing
+
+
+def overlaps(
+    delta: Delta, entries: Sequence[Entry], threshold: float = OVERLAP
+) -> dict[str, float]:
+    """Return the ids of active edits whose keys point the way of this delta's, with the cosine.
+
+    The cosine is taken in the metric that the edits are solved in, kᵀ M k' / (|k| |k'|), the
+    largest of any parameter and keys. Only for deltas that store keys, among those of one metric.
+    """
+    from errata.delta import KeyValueDelta
+
+    if not isinstance(delta, KeyValueDelta):
+        return {}
+    others = {
+        entry.edit_id: entry.delta
+        for entry in entries
+        if isinstance(entry.delta, KeyValueDelta) and entry.delta is not delta
+    }
+    cosines = delta.cosines(list(others.values()))
+    return {
+        name: round(cosine, 4)
+        for name, cosine in zip(others, cosines, strict=True)
+        if cosine >= threshold
+    }
+
+
+def check_superseded(old: Sequence[Edit], requests: Sequence[Request]) -> None:
+    """Raise `LedgerError` for an edit that would be superseded with only part of its requests."""
+    for edit in old:
+        kept = [r for r in edit.requests if not any(_same_fact(r, new) for new in requests)]
+        if kept:
+            raise LedgerError(
+                f"Edit {edit.id} holds {len(edit.requests)} requests that come off together, and "
+                f"only {len(edit.requests) - len(kept)} of them are superseded (not: "
+                f"{kept[0].text!r}). Revert it yourself and make the others again, or leave "
+                "supersede out."
+            )
+
+
+def is_stale(edit: Edit, active: Collection[str]) -> bool:
+    """Say whether an edit was computed on top of edits that are not on the model now."""
+    return any(parent not in active for parent in edit.parents)
 
 
 def library_versions(method: str) -> dict[str, str]:

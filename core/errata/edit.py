@@ -52,7 +52,9 @@ class Edit(BaseModel):
     fingerprint: dict[str, str] = Field(
         description="SHA-256 of the base's configuration and of each parameter it refers to"
     )
-    parents: tuple[str, ...] = Field(default=(), description="Ids active when it was computed")
+    parents: tuple[str, ...] = Field(
+        default=(), description="Ids active when it was computed, if it depends on what is active"
+    )
     versions: dict[str, str] = Field(default_factory=dict, description="Libraries and the method")
     blob: str = Field(default="", description="SHA-256 of the stored delta")
     nbytes: int = Field(default=0, ge=0, description="Bytes of delta tensors")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,15 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from errata import plugins, shipping
 from errata.artifacts import Artifacts
-from errata.checks import (
-    check_capabilities,
-    check_fingerprint,
-    check_prompts,
-    conflicts,
-    library_versions,
-)
+from errata.checks import check_capabilities, check_fingerprint, check_prompts, is_stale
 from errata.edit import Edit, requests_of
-from errata.errors import EditRefused, ErrataError, LedgerError, UnknownNameError
+from errata.errors import ConfigError, EditRefused, ErrataError, LedgerError, UnknownNameError
 from errata.evaluate import generation
 from errata.ledger import Ledger
 from errata.loading import load_model
@@ -29,6 +21,7 @@ from errata.registry import Registry, Value
 from errata.request import Request, parse_arguments
 from errata.rules import GuardPolicy, Guards
 from errata.stack import Entry
+from errata.transaction import Task, Transactions
 
 if TYPE_CHECKING:
     import torch
@@ -47,11 +40,21 @@ EditLike = Edit | str
 
 
 class LogEntry(NamedTuple):
-    """One line of the log: an edit, whether it is on the model, and what it conflicts with."""
+    """One line of the log.
+
+    Attributes:
+        edit: the edit.
+        active: it is on the model.
+        conflicts: ids of edits that say something else about the same fact.
+        overlaps: ids of edits whose keys hardly differ from its own.
+        stale: it is active, but was computed on top of an edit that is not (`Editor.rebase`).
+    """
 
     edit: Edit
     active: bool
     conflicts: tuple[str, ...]
+    overlaps: tuple[str, ...] = ()
+    stale: bool = False
 
 
 class Editor:
@@ -105,8 +108,9 @@ class Editor:
     ) -> None:
         self.registry = registry or Registry.load(plugin_files=plugins.registry_files())
         self._guards = Guards(GuardPolicy.parse(guards))
-        self._methods = Methods(self._guards, observers)
-        self._prepared: set[tuple[str, str]] = set()
+        self._methods = Methods(
+            self._guards, observers, active=lambda: [e.edit for e in self.log() if e.active]
+        )
         self._suspended = 0
         self.model: Model = load_model(
             model,
@@ -123,6 +127,9 @@ class Editor:
         )
         self._kinds: dict[str, type[Delta]] = dict(self._methods.manager("").delta_kinds())
         self.ledger = Ledger.open(ledger, kinds=self._kinds)
+        self._transactions = Transactions(
+            self.model, self.ledger, self._methods, self._guards, self._kinds
+        )
         try:
             self._reconcile()
         except BaseException:
@@ -152,6 +159,7 @@ class Editor:
         config: Mapping[str, Any] | None = None,
         batch_size: int | None = None,
         apply: bool = True,
+        supersede: bool = False,
         on_refused: Literal["raise", "skip"] = "raise",
         **fields: Any,
     ) -> Any:
@@ -163,6 +171,8 @@ class Editor:
             config: hyper-parameters; they may also be given as keywords.
             batch_size: how many requests the method gets at once; by default what it declares.
             apply: False computes and records the edits without putting them on the model.
+            supersede: take active edits about the same facts (subject and relation) off, as one
+                with putting the new ones on; `revert(edit, restore=True)` brings them back.
             on_refused: "raise" stops at the first edit that a guard refuses (`done` on the
                 error holds the edits made before it); "skip" goes on with the next batch.
             **fields: request fields (prompt, subject, target_new …) or hyper-parameters.
@@ -178,8 +188,10 @@ class Editor:
         """
         single, requests, overrides = parse_arguments(request, config or {}, fields)
         self._not_suspended("edit")
+        if supersede and not apply:
+            raise ConfigError("supersede=True takes edits off the model, apply=False leaves it.")
         entry = self.registry.method(method) if method in self.registry.methods else None
-        manager = self._methods.manager(method)  # raises, with a suggestion, for a misspelt name
+        self._methods.manager(method)  # raises, with a suggestion, for a misspelt name
         if entry is None:
             raise ErrataError(
                 f"The method {method!r} is installed but no registry file describes it: ship a "
@@ -188,13 +200,14 @@ class Editor:
         settings, _ = self.configure(method, overrides)
         check_capabilities(method, entry, requests, self.model, batch_size)
         check_prompts(self.model, requests)
-        self._prepare(method, manager, settings)
+        self._transactions.prepare(method, settings)
         size = batch_size or entry.capabilities.default_batch or len(requests)
         batches = [requests[i : i + size] for i in range(0, len(requests), size)]
         done: list[Edit] = []
         for batch in self.model.progress.track(batches, f"Editing with {method}", len(batches)):
+            task = Task(method, settings, batch)
             try:
-                done += self._edit_batch(method, manager, settings, batch, apply)
+                done += self._transactions.make(task, apply=apply, supersede=supersede)
             except EditRefused as error:
                 self.ledger.refuse(
                     method=method,
@@ -212,52 +225,29 @@ class Editor:
                 raise
         return done[0] if single and done else (None if single else done)
 
-    def _edit_batch(
-        self,
-        method: str,
-        manager: plugins.Manager,
-        settings: MethodConfig,
-        requests: Sequence[Request],
-        apply: bool,
-    ) -> list[Edit]:
-        """Carry out one transaction: compute, check, apply, record; or leave no trace."""
-        model = self.model
-        started = time.perf_counter()
-        deltas = manager.edit(model, requests, settings)
-        seconds = (time.perf_counter() - started) / len(deltas)
-        self._kinds.update(manager.delta_kinds())
-        groups = [[r] for r in requests] if len(deltas) == len(requests) else [list(requests)]
-        sequence = self.ledger.next_sequence
-        parents = tuple(model.stack.ids)
-        edits: list[Edit] = []
-        with self._all_or_nothing() as touched:
-            for index, (delta, group) in enumerate(zip(deltas, groups, strict=True)):
-                clashes = conflicts(group, [entry.edit for entry in self.log() if entry.active])
-                if clashes:
-                    logger.warning(
-                        "%r says something else than %s about the same fact; both are active.",
-                        group[0].text, ", ".join(clashes),
-                    )  # fmt: skip
-                record = Edit(
-                    sequence=sequence + index,
-                    method=method,
-                    delta_kind=delta.kind,
-                    requests=tuple(group),
-                    config=settings.model_dump(mode="json"),
-                    fingerprint=model.fingerprint_of(delta.parameters),
-                    parents=parents,
-                    versions=library_versions(method),
-                    seconds=seconds,
-                    outcome={"conflicts": clashes} if clashes else {},
-                ).bind(delta)
-                touched.append(record.id)
-                if apply:
-                    manager.apply(model, record)
-                    outcome = {**record.outcome, **self._guards.findings}
-                    record = record.bind(delta, outcome=outcome)
-                edits.append(record)
-            stored = self.ledger.commit_many([(e, e.delta, apply) for e in edits])
-        return [new.bind(old.delta) for new, old in zip(stored, edits, strict=True)]
+    def rebase(self, *edits: EditLike) -> list[Edit]:
+        """Compute active edits again on top of what is on the model now.
+
+        For edits whose effect depends on those that were active when they were computed (ROME in
+        sequence, adapters): after one of these was reverted they are `stale`. They are taken off
+        and computed again, in their order, from the same requests and hyper-parameters; the old
+        records stay in the ledger, reverted.
+
+        Args:
+            *edits: which; by default all that are stale.
+
+        Returns:
+            The new edits, in order. After any error the model and the ledger are as they were.
+        """
+        self._not_suspended("rebase")
+        log = self.log()
+        if edits:
+            wanted = sorted((self._get(edit) for edit in edits), key=lambda edit: edit.sequence)
+            on = {entry.edit.id for entry in log if entry.active}
+            self._require({edit.id for edit in wanted} <= on, wanted, "not active")
+        else:
+            wanted = [self._get(entry.edit) for entry in log if entry.stale]
+        return self._transactions.replay(wanted) if wanted else []
 
     def configure(
         self, method: str, overrides: Mapping[str, Any] | None = None
@@ -279,12 +269,22 @@ class Editor:
         """Return every edit of the ledger in order, and whether it is on the model now."""
         active = set(self.model.stack.ids)
         return [
-            LogEntry(edit, edit.id in active, tuple(edit.outcome.get("conflicts", ())))
+            LogEntry(
+                edit,
+                edit.id in active,
+                tuple(edit.outcome.get("conflicts", ())),
+                tuple(edit.outcome.get("overlaps", ())),
+                edit.id in active and is_stale(edit, active),
+            )
             for edit in self.ledger.edits()
         ]
 
-    def revert(self, *edits: EditLike) -> list[Edit]:
+    def revert(self, *edits: EditLike, restore: bool = False) -> list[Edit]:
         """Take edits off the model, in any order; the others stay exactly as they are.
+
+        Args:
+            *edits: which.
+            restore: put back on what these edits had superseded.
 
         Raises `UnknownNameError` for an id that is not in the ledger and `LedgerError` for an
         edit that is not active.
@@ -293,12 +293,12 @@ class Editor:
         wanted = [self._get(edit) for edit in edits]
         if not wanted:
             raise LedgerError("Say which edit to revert: revert(edit) or revert('id').")
-        self._require({e.id for e in wanted} <= set(self.model.stack.ids), wanted, "not active")
-        with self._all_or_nothing([edit.id for edit in wanted]):
-            with self.model.stack.deferred():
-                for edit in wanted:
-                    self._methods.manager_of(edit).revert(self.model, edit)
-            self.ledger.deactivate([edit.id for edit in wanted])
+        active = set(self.model.stack.ids)
+        self._require({e.id for e in wanted} <= active, wanted, "not active")
+        known = set(self.ledger.ids()) - active if restore else set()
+        names = [name for edit in wanted for name in edit.outcome.get("supersedes", ())]
+        back = [self._get(name) for name in dict.fromkeys(names) if name in known]
+        self._transactions.exchange(wanted, back)
         return wanted
 
     def apply(self, target: EditLike | Path) -> list[Edit]:
@@ -310,11 +310,7 @@ class Editor:
             wanted = [self._get(target)]
         active = set(self.model.stack.ids)
         self._require(not {e.id for e in wanted} & active, wanted, "already active")
-        with self._all_or_nothing([edit.id for edit in wanted]):
-            for edit in wanted:
-                check_fingerprint(self.model, edit)
-                self._methods.manager_of(edit).apply(self.model, edit)
-            self.ledger.activate([edit.id for edit in wanted])
+        self._transactions.exchange([], wanted)
         return wanted
 
     @contextmanager
@@ -438,14 +434,6 @@ class Editor:
 
     # -- inside ----------------------------------------------------------------------------------
 
-    def _prepare(self, method: str, manager: plugins.Manager, settings: MethodConfig) -> None:
-        key = (method, json.dumps(settings.model_dump(mode="json"), sort_keys=True))
-        if key in self._prepared:
-            return
-        with self.model.base_state():
-            manager.prepare(self.model, self.model.corpus or (), settings)
-        self._prepared.add(key)
-
     def _get(self, edit: EditLike) -> Edit:
         """Return an edit of this ledger with its delta, by record, id or unique prefix."""
         found = self.ledger.get(edit.id if isinstance(edit, Edit) else edit)
@@ -466,24 +454,6 @@ class Editor:
             edit.delta.check(self.model)
             entries.append(Entry(edit.sequence, edit.id, edit.delta))
         self.model.stack.set(entries)
-
-    @contextmanager
-    def _all_or_nothing(self, touched: list[str] | None = None) -> Iterator[list[str]]:
-        """Put the model back when the block fails; yields the list of edit ids it works on.
-
-        A Ctrl-C may come after the ledger's commit and before the block ends, so for the edits
-        that the block works on the ledger is asked; all others stay as they were.
-        """
-        ids = touched if touched is not None else []
-        former = self.model.stack.entries
-        try:
-            yield ids
-        except BaseException:
-            recorded = set(self.ledger.active_ids())
-            entries = {e.edit_id: e for e in (*self.model.stack.entries, *former)}
-            kept = {e.edit_id for e in former if e.edit_id not in ids} | (recorded & set(ids))
-            self.model.stack.set([entries[i] for i in kept if i in entries])
-            raise
 
     @contextmanager
     def _with_entries(self, entries: list[Entry]) -> Iterator[None]:

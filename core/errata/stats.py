@@ -23,6 +23,7 @@ import torch
 from errata.batch import pad, padding_id
 from errata.errors import ConfigError, StorageError
 from errata.forward.trace import trace
+from errata.pristine import digest
 from errata.tokens import tokenise
 
 if TYPE_CHECKING:
@@ -53,16 +54,23 @@ class SecondMoment:
         matrix: (D, D) fp64, mean of k kᵀ over tokens.
         count: tokens measured.
         layer: block it belongs to.
+        text: SHA-256 of the text it was measured on (`text_hash`), where known.
     """
 
     matrix: Tensor
     count: int
     layer: int
+    text: str = ""
 
     @property
     def size(self) -> int:
         """Width D of the key."""
         return int(self.matrix.shape[0])
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the matrix: edits that refer to one C say so by it."""
+        return digest(self.matrix)
 
     @property
     def cholesky(self) -> Tensor:
@@ -90,7 +98,7 @@ class SecondMoment:
 
     def to(self, device: torch.device | str) -> SecondMoment:
         """Return it on a device; factors are computed there."""
-        return SecondMoment(self.matrix.to(device), self.count, self.layer)
+        return SecondMoment(self.matrix.to(device), self.count, self.layer, self.text)
 
     @cached_property
     def _factor(self) -> tuple[Tensor, float]:
@@ -222,7 +230,7 @@ def _load(model: Model, layer: int, text: str, tokens: int | str) -> SecondMomen
         return None
     if matrix.dtype != torch.float64 or not bool(torch.isfinite(matrix).all()):
         return None
-    return SecondMoment(matrix, count, layer)
+    return SecondMoment(matrix, count, layer, text)
 
 
 class _Piece(NamedTuple):
@@ -409,7 +417,7 @@ class _Pass:
                 {"C": matrix},
                 {"count": self.count, "layer": layer},
             )
-            moments[layer] = SecondMoment(matrix, self.count, layer)
+            moments[layer] = SecondMoment(matrix, self.count, layer, self.text)
         self.model.artifacts.path(self.partial).unlink(missing_ok=True)
         return moments
 

@@ -8,9 +8,12 @@ request a vector δ is added to the output v0 of the MLP's down projection (ROME
            + kl_factor · KL(P_δ ‖ P_0)  at the subject's last token of "{} is a"
            + weight_decay · ‖δ‖ / ‖v0‖²
 
-is brought down with Adam, ‖δ‖ ≤ clamp · ‖v0‖. Many requests run together: rows are laid out so
-that all edited positions share one column, and every step runs only the blocks and columns that δ
-can reach (`errata.forward.Resumed`). Requests do not see each other, whatever the batch.
+is brought down with Adam, ‖δ‖ ≤ clamp · ‖v0‖. PMET adds a second δ, to the attention's output of
+the same block, which takes up what the MLP should not be made to say.
+
+Many requests run together: rows are laid out so that all edited positions share one column, and
+every step runs only the blocks and columns that δ can reach (`errata.forward.Resumed`). Requests
+do not see each other, whatever the batch.
 """
 
 from __future__ import annotations
@@ -40,13 +43,13 @@ logger = logging.getLogger("errata")
 
 FactToken = Literal["subject_last", "subject_first", "subject_first_after_last", "last"]
 
-# Our names of positions in `errata.tokens`.
-_WHICH = {
+FACT_TOKENS = {
     "subject_last": "last",
     "subject_first": "first",
     "subject_first_after_last": "first_after_last",
     "last": "last_of_prompt",
 }
+"""What `errata.tokens` calls these positions."""
 
 # On a CPU three requests at a time are faster than ten: what they work on stays in the cache.
 _ROWS_CPU, _ROWS_ACCELERATOR = 72, 768
@@ -65,7 +68,8 @@ class ValueSettings:
 
     Attributes:
         layer: block whose output is changed.
-        at: where δ is added: "mlp" (the output of the MLP's down projection) or "block".
+        at: where δ is added: "mlp" (the output of the MLP's down projection), "block", or
+            "attention+mlp" (one at each output; the MLP's is the value).
         loss_layer: read the loss from this block's output (final norm and head on top of it);
             None is the last block.
         steps: evaluations of the loss; one less updates.
@@ -76,13 +80,17 @@ class ValueSettings:
         kl_factor: factor of the KL term; 0 leaves its prompt out.
         kl_prompt: template that the KL term is read on, at the edited position itself.
         early_stop: a request is done once its total loss is below this.
+        top_steps: a request is done once every target token was the most probable one in all
+            contexts at so many evaluations in a row (MPES, 2502.01636); None: never.
+        top_factor: factor of the NLL while that is so (PMET: 0.1).
+        top_kl: a request is done when that is so and its KL term is at most this (PMET: 0.01).
         fact_token: the position that is edited.
         rows: most rows (requests times contexts) that run together; None: as many as suit the
             device.
     """
 
     layer: int
-    at: Literal["mlp", "block"] = "mlp"
+    at: Literal["mlp", "block", "attention+mlp"] = "mlp"
     loss_layer: int | None = None
     steps: int = 20
     lr: float = 0.5
@@ -92,6 +100,9 @@ class ValueSettings:
     kl_factor: float = 0.0625
     kl_prompt: str = "{} is a"
     early_stop: float = 5e-2
+    top_steps: int | None = None
+    top_factor: float = 1.0
+    top_kl: float | None = None
     fact_token: FactToken = "subject_last"
     rows: int | None = None
 
@@ -106,6 +117,7 @@ class Value:
         keys: (contexts, D) inputs of the MLP's down projection at the edited position.
         outputs: (contexts, d) outputs there, of what `ValueSettings.at` says.
         losses: per evaluation (total, NLL, KL term, weight-decay term, ‖δ‖).
+        top: every target token was the most probable one in all contexts at the last evaluation.
     """
 
     v0: Tensor
@@ -113,6 +125,7 @@ class Value:
     keys: Tensor
     outputs: Tensor
     losses: tuple[tuple[float, float, float, float, float], ...]
+    top: bool = False
 
     @property
     def v_star(self) -> Tensor:
@@ -160,12 +173,17 @@ def optimise_values(
         )
     rows = [_rows(model, request, contexts, settings) for request in requests]
     values: list[Value | None] = [None] * len(requests)
-    most = settings.rows or (_ROWS_CPU if model.device.type == "cpu" else _ROWS_ACCELERATOR)
+    most = settings.rows or row_limit(model)
     for chunk in _chunks(rows, most):
         found = _Problem(model, [rows[i] for i in chunk], settings).solve()
         for index, value in zip(chunk, found, strict=True):
             values[index] = value
     return [value for value in values if value is not None]
+
+
+def row_limit(model: Model) -> int:
+    """Return how many rows (requests times contexts) suit the model's device at a time."""
+    return _ROWS_CPU if model.device.type == "cpu" else _ROWS_ACCELERATOR
 
 
 def _chunks(rows: Sequence[_Rows], limit: int) -> Iterator[list[int]]:
@@ -186,7 +204,7 @@ def _rows(
     model: Model, request: Request, contexts: Sequence[str], settings: ValueSettings
 ) -> _Rows:
     """Tokenise one request in all contexts, without the tokens that nothing depends on."""
-    tokenizer, which = model.tokenizer, _WHICH[settings.fact_token]
+    tokenizer, which = model.tokenizer, FACT_TOKENS[settings.fact_token]
     templates = [context.replace("{}", request.prompt) for context in contexts]
     prompts = [template.replace("{}", request.subject) for template in templates]
     batch = encode_targets(tokenizer, prompts, [request.target_new] * len(prompts))
@@ -226,7 +244,12 @@ class _Problem:
         anatomy, device = model.anatomy, model.device
         self.layer = anatomy.layer(settings.layer)
         out = anatomy.mlp_out(self.layer)
-        self.where = out if settings.at == "mlp" else anatomy.block(self.layer)
+        # The value's place first, then those that δ is added at beside it.
+        self.places: tuple[str, ...] = {
+            "mlp": (out,),
+            "block": (anatomy.block(self.layer),),
+            "attention+mlp": (out, anatomy.attention(self.layer)),
+        }[settings.at]
 
         # Layout: every edited position in column `column`, so that all columns before it can be
         # kept and all rows resume at the same one. Rows of one request lie together.
@@ -247,12 +270,12 @@ class _Problem:
             self.run = Resumed(
                 model,
                 {name: tensor.to(device) for name, tensor in inputs.items()},
-                layer=self.layer if settings.at == "mlp" else self.layer + 1,
+                layer=self.layer + 1 if settings.at == "block" else self.layer,
                 rows=row,
                 columns=column + shift[row],
                 start=self.column,
                 known=self._known(),
-                watch=tuple(dict.fromkeys((out, self.where))),
+                watch=tuple(dict.fromkeys((out, *self.places))),
             )
         # Where the logits are; δ is where the edited layer is: a model may be spread over devices.
         home = self.run.reference.device
@@ -270,68 +293,85 @@ class _Problem:
         if self.settings.at == "block":
             return ()
         anatomy, layer = self.model.anatomy, self.layer
+        if self.settings.at == "attention+mlp":
+            # Where the MLP reads the block's input beside the attention (GPT-J) it is known, too;
+            # that is not told apart here.
+            return (anatomy.attention(layer),)
         return (anatomy.attention(layer), *anatomy.mlp_in(layer), anatomy.mlp_out(layer))
 
     def _read_out(self, parts: Sequence[_Rows], first: Sequence[int], out: str) -> None:
         """Take keys, outputs and ‖v0‖ from the recorded run."""
         size = len(self.row_owner)
         keys = _at(self.run.seen[out].input, size, self.column)
-        outputs = _at(self.run.seen[self.where].output, size, self.column)
+        seen = [_at(self.run.seen[place].output, size, self.column) for place in self.places]
+        outputs = torch.stack([output.to(seen[0].device) for output in seen], 1)  # (B, P, d)
         spans = [slice(f, f + part.contexts) for f, part in zip(first, parts, strict=True)]
         self.keys = [keys[span] for span in spans]
         self.outputs = [outputs[span] for span in spans]
-        self.v0 = torch.stack([output[0] for output in self.outputs])  # (N, d)
+        self.v0 = torch.stack([output[0] for output in self.outputs])  # (N, P, d)
         bare = self.settings.anchor == "bare"
         anchors = self.v0 if bare else torch.stack([o.mean(0) for o in self.outputs])
-        self.anchor = anchors.norm(dim=1)  # (N,)
+        self.anchor = anchors.norm(dim=2)  # (N, P)
         self.run.seen.clear()  # all columns of two modules
 
     def solve(self) -> list[Value]:
         """Run Adam on all δ together; a request that is done keeps its δ."""
         settings, count = self.settings, len(self.v0)
-        delta = torch.zeros_like(self.v0)  # (N, d), fp32 whatever the model's dtype
+        delta = torch.zeros_like(self.v0)  # (N, P, d), fp32 whatever the model's dtype
         first, second = torch.zeros_like(delta), torch.zeros_like(delta)
         losses: list[list[tuple[float, ...]]] = [[] for _ in range(count)]
         active = torch.ones(count, dtype=torch.bool)
+        top = torch.zeros(count, dtype=torch.long)  # evaluations in a row
         with torch.enable_grad(), frozen(self.model.module), self._truncated():
             for step in range(settings.steps):
                 delta.requires_grad_(True)
-                parts = self._loss(delta)  # (4, N)
+                parts, first_choice = self._loss(delta, top > 0)  # (4, N), (N,)
                 self._note(parts, delta, active, losses)
-                active = active & ~(parts[0].detach().cpu() < settings.early_stop)
+                top = torch.where(active, (top + 1) * first_choice, top)
+                active = active & ~self._done(parts.detach().cpu(), top)
                 if step == settings.steps - 1 or not bool(active.any()):
                     break
                 (gradient,) = torch.autograd.grad(parts[0].sum() * self._scale, delta)
                 delta = delta.detach()
                 update = self._adam(gradient / self._scale, first, second, step + 1)
                 moved = self._clamped(delta - update)
-                delta = torch.where(active.to(delta.device)[:, None], moved, delta)
+                delta = torch.where(active.to(delta.device)[:, None, None], moved, delta)
                 self._shed(active)
         delta = delta.detach()
         return [
             Value(
-                v0=self.v0[i],
-                delta=delta[i],
+                v0=self.v0[i, 0],
+                delta=delta[i, 0],
                 keys=self.keys[i],
-                outputs=self.outputs[i],
+                outputs=self.outputs[i][:, 0],
                 losses=tuple(losses[i]),  # type: ignore[arg-type]
+                top=bool(top[i]),
             )
             for i in range(count)
         ]
 
     # -- the loss --------------------------------------------------------------------------------
 
-    def _loss(self, delta: Tensor) -> Tensor:
-        """Return (total, NLL, KL term, weight-decay term) per request, (4, N), at δ (N, d)."""
+    def _loss(self, delta: Tensor, relaxed: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the losses at δ (N, P, d), and whether each request's target comes first.
+
+        The losses are (total, NLL, KL term, weight-decay term) per request, (4, N). `relaxed`
+        requests get their NLL times `top_factor`.
+        """
         settings = self.settings
-        added = delta[self.row_owner.to(delta.device)]  # (B, d)
-        change = adding(added, self.column - self.run.start)
-        with patched(self.model.module, {self.where: change}):
+        added = delta[self.row_owner.to(delta.device)]  # (B, P, d)
+        at = self.column - self.run.start
+        changes = {place: adding(added[:, i], at) for i, place in enumerate(self.places)}
+        with patched(self.model.module, changes):
             log_p = self._log_p(self.run.logits())  # (n, V)
         nothing = torch.zeros(len(delta), device=log_p.device)
         asked = self.target >= 0
-        picked = -log_p[asked].gather(1, self.target[asked, None]).squeeze(1)
-        nll = nothing.index_add(0, self.owner[asked], picked) * self.weight
+        owner, target = self.owner[asked], self.target[asked, None]
+        picked = -log_p[asked].gather(1, target).squeeze(1)
+        factor = torch.where(relaxed, settings.top_factor, 1.0).to(log_p.device)
+        nll = nothing.index_add(0, owner, picked) * self.weight * factor
+        missed = (log_p[asked].detach().argmax(1) != target.squeeze(1)).to(nothing)
+        first_choice = (nothing.index_add(0, owner, missed) == 0).cpu()
         # The published code gives `kl_div` the reference as input and the edited distribution as
         # target: KL(P_δ ‖ P_0).
         kl = nothing
@@ -339,14 +379,24 @@ class _Problem:
             pair = self.reference, log_p[~asked]
             each = functional.kl_div(*pair, log_target=True, reduction="none").sum(1)
             kl = settings.kl_factor * nothing.index_add(0, self.owner[~asked], each)
-        decay = (settings.weight_decay * delta.norm(dim=1) / self.anchor**2).to(nll.device)
-        return torch.stack([nll + kl + decay, nll, kl, decay])
+        decay = (settings.weight_decay * delta.norm(dim=2) / self.anchor**2).sum(1).to(nll.device)
+        return torch.stack([nll + kl + decay, nll, kl, decay]), first_choice
+
+    def _done(self, parts: Tensor, top: Tensor) -> Tensor:
+        """Return which requests have reached what they were to reach, (N,)."""
+        settings = self.settings
+        done = parts[0] < settings.early_stop
+        if settings.top_steps is not None:
+            done |= top >= settings.top_steps
+        if settings.top_kl is not None:
+            done |= (top > 0) & (parts[2] <= settings.top_kl)
+        return done
 
     def _note(
         self, parts: Tensor, delta: Tensor, active: Tensor, losses: list[list[tuple[float, ...]]]
     ) -> None:
         """Record the losses of active requests; raise `EditFailed` when one is not finite."""
-        norms = delta.detach().norm(dim=1)[None].cpu()
+        norms = delta.detach().flatten(1).norm(dim=1)[None].cpu()
         rows = torch.cat([parts.detach().cpu(), norms]).T  # (N, 5)
         for index in active.nonzero().flatten().tolist():
             if not bool(torch.isfinite(rows[index]).all()):
@@ -376,8 +426,8 @@ class _Problem:
 
     def _clamped(self, delta: Tensor) -> Tensor:
         """Project each δ onto the ball of radius clamp · ‖v0‖."""
-        norm, most = delta.norm(dim=1), self.settings.clamp * self.anchor
-        return torch.where((norm > most)[:, None], delta * (most / norm)[:, None], delta)
+        norm, most = delta.norm(dim=2), self.settings.clamp * self.anchor
+        return torch.where((norm > most)[..., None], delta * (most / norm)[..., None], delta)
 
     def _shed(self, active: Tensor) -> None:
         """Stop running the rows of finished requests once they are a quarter of the batch."""

@@ -4,9 +4,18 @@ from errata.delta.adapter import AdapterDelta
 from errata.delta.base import Delta, Undo
 from errata.delta.codebook import CodebookDelta
 from errata.delta.dense import DenseDelta
+from errata.delta.key_value import KeyValueDelta, KeyValues
 from errata.delta.low_rank import Factor, LowRankDelta
+from errata.delta.sparse_rows import Rows, SparseRowsDelta
 
-CORE_KINDS: tuple[type[Delta], ...] = (AdapterDelta, CodebookDelta, DenseDelta, LowRankDelta)
+CORE_KINDS: tuple[type[Delta], ...] = (
+    AdapterDelta,
+    CodebookDelta,
+    DenseDelta,
+    KeyValueDelta,
+    LowRankDelta,
+    SparseRowsDelta,
+)
 
 __all__ = [
     "CORE_KINDS",
@@ -15,6 +24,10 @@ __all__ = [
     "Delta",
     "DenseDelta",
     "Factor",
+    "KeyValueDelta",
+    "KeyValues",
     "LowRankDelta",
+    "Rows",
+    "SparseRowsDelta",
     "Undo",
 ]

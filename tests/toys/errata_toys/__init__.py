@@ -17,6 +17,8 @@ from errata.delta import (
     Delta,
     DenseDelta,
     Factor,
+    KeyValueDelta,
+    KeyValues,
     LowRankDelta,
 )
 from errata.delta.codebook import CodebookSettings
@@ -116,6 +118,40 @@ class ToyAdapter:
                 f"base_model.model.{path}.lora_B.weight": torch.randn(d_out, 2, generator=random),
             },
         )
+
+
+class ToyBaseConfig(ToyConfig):
+    @property
+    def on_base(self) -> bool:
+        return True
+
+
+class ToyKeyValue:
+    """One or two random keys, those of a subject, with random residuals; solved with all others."""
+
+    name = "toy-key-value"
+    config = ToyBaseConfig
+
+    @hookimpl
+    def edit(self, model, requests, config):
+        path = model.anatomy.mlp_out(config.layer)
+        d_out, d_in = model.anatomy.shape(model.module, path)
+        deltas = []
+        for request in requests:
+            about = request.model_copy(update={"prompt": "{}", "target_new": "x", "relation": None})
+            keys = torch.randn(
+                1 + len(request.subject) % 2, d_in, generator=generator(about, config)
+            )
+            wanted = torch.randn(len(keys), d_out, generator=generator(request, config))
+            pair = KeyValues(
+                k=keys,
+                w=keys.double(),
+                r=config.size * wanted,
+                s=torch.full((len(keys),), 2.0, dtype=torch.float64),
+                transposed=model.anatomy.transposed(path),
+            )
+            deltas.append(KeyValueDelta({model.anatomy.weight(path): pair}))
+        return deltas
 
 
 class ScaleDelta(Delta):

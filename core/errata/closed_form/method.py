@@ -1,0 +1,61 @@
+"""The plugin that closed-form methods share: what is stored, and what is computed beforehand."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+from errata.hooks import hookimpl
+
+if TYPE_CHECKING:
+    from errata.closed_form.config import ClosedFormConfig
+    from errata.closed_form.walk import Update
+    from errata.delta import Delta
+    from errata.metric import Metric
+    from errata.model import Model
+    from errata.request import Request
+
+
+class Found(NamedTuple):
+    """What a closed-form method found for some requests.
+
+    Attributes:
+        updates: what each layer is asked for.
+        metrics: M of each layer.
+        slack: how much a miss is tolerated, of every key.
+    """
+
+    updates: Sequence[Update]
+    metrics: Mapping[int, Metric]
+    slack: float
+
+
+class ClosedForm(ABC):
+    """One key-value delta per request (`history: joint`), or one low-rank delta for the batch."""
+
+    name: ClassVar[str]
+    config: ClassVar[type[ClosedFormConfig]]
+
+    @abstractmethod
+    def find(self, model: Model, requests: Sequence[Request], config: ClosedFormConfig) -> Found:
+        """Compute keys and residuals, as the method's paper says, from the present state."""
+
+    @hookimpl
+    def prepare(self, model: Model, corpus: Sequence[str], config: ClosedFormConfig) -> None:
+        """Compute what belongs to the base: contexts, second moments, the norm anchor."""
+        from errata.closed_form.statistics import prepare
+
+        prepare(model, corpus, config)
+
+    @hookimpl
+    def edit(
+        self, model: Model, requests: Sequence[Request], config: ClosedFormConfig
+    ) -> Delta | list[Delta]:
+        """Return the change, computed from the base (frozen) or the model's present state."""
+        from errata.closed_form.deltas import key_values, low_rank
+
+        updates, metrics, slack = self.find(model, requests, config)
+        if config.history == "none":
+            return low_rank(model, updates)
+        return [*key_values(model, updates, metrics, slack, config)]

@@ -1,0 +1,28 @@
+"""EMMET's hyper-parameters."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from errata.closed_form.config import ClosedFormConfig
+
+
+class EmmetConfig(ClosedFormConfig):
+    """Hyper-parameters of EMMET; the defaults are the authors' for GPT-2 XL, the layer excepted.
+
+    For a model without a preset the one edited layer is a third of the way up.
+    """
+
+    default_depth: ClassVar[int] = 1
+
+    second_moment_weight: float = Field(
+        default=1000.0, gt=0, description="λ, the factor of C; without a ridge it changes nothing"
+    )
+    ridge: float = Field(
+        default=0.1,
+        ge=0,
+        description="ε, added to Kᵀ (λC)⁻¹ K so that it can be inverted; with it EMMET is MEMIT at "
+        "λε. 0 meets every constraint exactly",
+    )

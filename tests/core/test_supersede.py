@@ -1,0 +1,263 @@
+"""Edits about one fact, keys that meet, and edits that were made on top of others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from errata import Editor, Request, hookimpl
+from errata.errors import ConfigError, EditRefused, LedgerError, UnknownNameError
+from errata.testing import state_of
+from errata.testing.contract import assert_same
+from tests.families import build
+
+pytestmark = pytest.mark.usefixtures("toys")
+QUIET = {"efficacy": "off", "perplexity": "off", "norm": "off"}
+
+
+def lives(subject: str, place: str) -> Request:
+    return Request(prompt="{} lives in", subject=subject, target_new=place, relation="P551")
+
+
+def open_editor(ledger: Path | None = None, **options: object) -> Editor:
+    module, tokenizer = build("gpt2")
+    return Editor(module, tokenizer, ledger=ledger, **{"guards": QUIET, **options})
+
+
+@pytest.fixture
+def editor() -> Editor:
+    with open_editor() as editor:
+        yield editor
+
+
+# -- supersede -----------------------------------------------------------------------------------
+
+
+def test_a_new_answer_takes_the_old_one_off(tmp_path: Path) -> None:
+    with open_editor(tmp_path) as editor:
+        base = state_of(editor.model)
+        old = editor.edit(lives("Ada", "Rome"), method="toy-low-rank")
+        with_old = state_of(editor.model)
+        other = editor.edit(lives("Alan", "Lima"), method="toy-low-rank")
+        new = editor.edit(lives("Ada", "Oslo"), method="toy-low-rank", supersede=True)
+        assert editor.model.stack.ids == [other.id, new.id]
+        assert new.outcome["supersedes"] == [old.id]
+        assert "conflicts" not in new.outcome
+        assert new.parents == (other.id,), "computed on the model that it is for"
+        kinds = [(event.kind, event.edit_id) for event in editor.ledger.events()][-4:]
+        assert kinds[0] == ("revert", old.id)
+        assert ("supersede", old.id) in kinds
+        assert editor.verify() == []
+        editor.revert(other)
+        editor.revert(new, restore=True)
+        assert editor.model.stack.ids == [old.id]
+        assert_same(state_of(editor.model), with_old)
+        assert editor.verify() == []
+        editor.revert(old)
+        assert_same(state_of(editor.model), base)
+    with open_editor(tmp_path) as again:
+        assert again.verify() == []
+        assert again.ledger.events()[-1].kind == "revert"
+
+
+def test_reverting_alone_leaves_what_was_superseded_off(editor: Editor) -> None:
+    base = state_of(editor.model)
+    editor.edit(lives("Ada", "Rome"), method="toy-low-rank")
+    new = editor.edit(lives("Ada", "Oslo"), method="toy-low-rank", supersede=True)
+    editor.revert(new)
+    assert editor.model.stack.ids == []
+    assert_same(state_of(editor.model), base)
+    assert not any(entry.active for entry in editor.log())
+
+
+def test_the_same_answer_again_replaces_it_too(editor: Editor) -> None:
+    old = editor.edit(lives("Ada", "Rome"), method="toy-low-rank")
+    again = editor.edit(lives("Ada", "Rome"), method="toy-dense", supersede=True)
+    assert editor.model.stack.ids == [again.id]
+    assert again.outcome["supersedes"] == [old.id]
+
+
+def test_without_an_older_answer_nothing_is_superseded(editor: Editor) -> None:
+    other = editor.edit(lives("Alan", "Rome"), method="toy-low-rank")
+    new = editor.edit(lives("Ada", "Oslo"), method="toy-low-rank", supersede=True)
+    assert editor.model.stack.ids == [other.id, new.id]
+    assert "supersedes" not in new.outcome
+
+
+def test_a_refusal_brings_the_old_one_back(tmp_path: Path) -> None:
+    with open_editor(tmp_path, guards={**QUIET, "norm": "refuse", "norm_limit": 1e3}) as editor:
+        old = editor.edit(lives("Ada", "Rome"), method="toy-low-rank")
+        before = state_of(editor.model)
+        for bad, error in (("toy-nan", EditRefused), ("toy-raises", ZeroDivisionError)):
+            with pytest.raises(error):
+                editor.edit(lives("Ada", "Oslo"), method=bad, supersede=True)
+            assert editor.model.stack.ids == [old.id]
+            assert_same(state_of(editor.model), before)
+            assert editor.verify() == []
+
+
+def test_part_of_an_edit_cannot_be_superseded(editor: Editor) -> None:
+    both = editor.edit([lives("Ada", "Rome"), lives("Alan", "Rome")], method="toy-dense")
+    before = state_of(editor.model)
+    with pytest.raises(LedgerError, match=r"2 requests.*1 of them.*Alan"):
+        editor.edit(lives("Ada", "Oslo"), method="toy-dense", supersede=True)
+    with pytest.raises(ConfigError, match="apply=False"):
+        editor.edit(lives("Ada", "Oslo"), method="toy-dense", supersede=True, apply=False)
+    assert editor.model.stack.ids == [both[0].id]
+    assert_same(state_of(editor.model), before)
+
+
+def test_joint_edits_are_superseded_as_if_the_old_one_was_never_made(editor: Editor) -> None:
+    fields = {"method": "toy-key-value"}
+    old = editor.edit(lives("Ada", "Rome"), **fields)
+    other = editor.edit(lives("Alan", "Lima"), **fields)
+    new = editor.edit(lives("Ada", "Oslo"), **fields, supersede=True)
+    assert old.id not in editor.model.stack.ids
+    with open_editor() as fresh:
+        for edit in (other, new):
+            fresh.ledger.commit_many([(edit, edit.delta, True)])
+        fresh._reconcile()
+        assert_same(state_of(fresh.model), state_of(editor.model))
+
+
+# -- keys that meet ------------------------------------------------------------------------------
+
+
+def test_keys_that_hardly_differ_are_reported(
+    editor: Editor, caplog: pytest.LogCaptureFixture
+) -> None:
+    fields = {"method": "toy-key-value"}
+    first = editor.edit(lives("Ada", "Rome"), **fields)
+    apart = editor.edit(lives("Alan", "Rome"), **fields)
+    caplog.clear()
+    # The toy's key is that of the subject: the same one, in another relation.
+    close = editor.edit("{} sings in", subject="Ada", target_new="Oslo", **fields)
+    assert close.outcome["overlaps"] == {first.id: pytest.approx(1.0, abs=1e-3)}
+    assert "conflicts" not in close.outcome
+    assert first.id in caplog.text
+    assert apart.id not in caplog.text
+    log = {entry.edit.id: entry for entry in editor.log()}
+    assert log[close.id].overlaps == (first.id,)
+    assert log[apart.id].overlaps == ()
+    # A contradiction is reported as that, once.
+    worse = editor.edit(lives("Ada", "Lima"), **fields)
+    assert worse.outcome["conflicts"] == [first.id]
+    assert first.id not in worse.outcome["overlaps"]
+
+
+# -- rebase --------------------------------------------------------------------------------------
+
+
+class Counting:
+    """An observer: computes a change from how many edits are on the model."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[str]] = []
+
+    @hookimpl(wrapper=True)
+    def edit(self, model: object, requests: object, config: object) -> object:
+        self.seen.append(list(model.stack.ids))
+        return (yield)
+
+
+def test_what_was_made_on_top_of_a_reverted_edit_is_stale_until_rebased(tmp_path: Path) -> None:
+    observer = Counting()
+    with open_editor(tmp_path, observers=[observer]) as editor:
+        one, two, three = (
+            editor.edit(lives(name, "Rome"), method="toy-low-rank")
+            for name in ("Ada", "Alan", "Grace")
+        )
+        assert not any(entry.stale for entry in editor.log())
+        editor.revert(one)
+        assert [entry.edit.id for entry in editor.log() if entry.stale] == [two.id, three.id]
+        observer.seen.clear()
+        new = editor.rebase()
+        assert observer.seen == [[], [new[0].id]], "each on top of what is left and rebased"
+        assert editor.model.stack.ids == [edit.id for edit in new]
+        assert [edit.requests for edit in new] == [two.requests, three.requests]
+        assert [edit.outcome["rebases"] for edit in new] == [two.id, three.id]
+        assert [edit.config for edit in new] == [two.config, three.config]
+        assert [edit.parents for edit in new] == [(), (new[0].id,)]
+        assert not any(entry.stale for entry in editor.log())
+        assert {event.edit_id for event in editor.ledger.events() if event.kind == "rebase"} == {
+            two.id, three.id,
+        }  # fmt: skip
+        assert editor.verify() == []
+        assert editor.rebase() == []
+        state = state_of(editor.model)
+    with open_editor(tmp_path) as again:
+        assert_same(state_of(again.model), state)
+    with open_editor() as fresh:  # as if the reverted edit had never been made
+        for name in ("Alan", "Grace"):
+            fresh.edit(lives(name, "Rome"), method="toy-low-rank")
+        assert_same(state_of(fresh.model), state)
+
+
+def test_putting_the_lower_edit_back_makes_it_fresh_again(editor: Editor) -> None:
+    one = editor.edit(lives("Ada", "Rome"), method="toy-low-rank")
+    two = editor.edit(lives("Alan", "Rome"), method="toy-low-rank")
+    editor.revert(one)
+    assert [entry.stale for entry in editor.log()] == [False, True]
+    editor.apply(one)
+    assert [entry.stale for entry in editor.log()] == [False, False]
+    editor.revert(one, two)
+    assert [entry.stale for entry in editor.log()] == [False, False], "only what is on the model"
+
+
+def test_edits_of_the_base_never_go_stale(editor: Editor) -> None:
+    one = editor.edit(lives("Ada", "Rome"), method="toy-low-rank")
+    two = editor.edit(lives("Alan", "Rome"), method="toy-key-value")
+    assert two.parents == ()
+    editor.revert(one)
+    assert not any(entry.stale for entry in editor.log())
+    with open_editor() as fresh:  # it was computed as if nothing had been active
+        alone = fresh.edit(lives("Alan", "Rome"), method="toy-key-value")
+        assert_same(alone.delta.tensors(), two.delta.tensors())
+
+
+def test_one_edit_can_be_rebased_by_name_and_mistakes_are_errors(editor: Editor) -> None:
+    one = editor.edit(lives("Ada", "Rome"), method="toy-low-rank")
+    two = editor.edit(lives("Alan", "Rome"), method="toy-low-rank")
+    (new,) = editor.rebase(two)
+    assert editor.model.stack.ids == [one.id, new.id]
+    with pytest.raises(LedgerError, match="not active"):
+        editor.rebase(two)
+    with pytest.raises(UnknownNameError):
+        editor.rebase("ffffffffffff")
+    with editor.disabled(), pytest.raises(LedgerError, match="inside disabled"):
+        editor.rebase()
+
+
+class Refusing:
+    """An observer that stops the second edit from being applied."""
+
+    def __init__(self) -> None:
+        self.left = 10**9
+
+    @hookimpl(wrapper=True)
+    def apply(self, model: object, edit: object) -> object:
+        self.left -= 1
+        result = yield
+        if self.left == 0:
+            raise EditRefused("enough", {})
+        return result
+
+
+def test_a_rebase_that_fails_half_way_changes_nothing() -> None:
+    observer = Refusing()
+    with open_editor(observers=[observer]) as editor:
+        for name in ("Ada", "Alan", "Grace"):
+            editor.edit(lives(name, "Rome"), method="toy-low-rank")
+        editor.revert(editor.model.stack.ids[0])
+        before, ids = state_of(editor.model), editor.model.stack.ids
+        count = len(editor.log())
+        observer.left = 2
+        with pytest.raises(EditRefused):
+            editor.rebase()
+        assert editor.model.stack.ids == ids
+        assert_same(state_of(editor.model), before)
+        assert len(editor.log()) == count
+        assert editor.verify() == []
+        assert torch.equal(*(next(iter(s.values())) for s in (before, state_of(editor.model))))

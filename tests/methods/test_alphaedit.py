@@ -1,0 +1,120 @@
+"""AlphaEdit: parity with the authors' code over two batches, and what the projector promises."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from errata.closed_form.deltas import key_values, low_rank
+from errata.closed_form.walk import Prompts, grouped
+from errata.delta import KeyValueDelta
+from errata.errors import ConfigError
+from errata.metric import Projection
+from errata.null_space import null_space
+from errata.stack import Entry
+from errata_alphaedit import AlphaEdit, AlphaEditConfig
+from errata_alphaedit.algorithm import alphaedit, metrics_of
+from tests.families import SENTENCES, build_model
+from tests.methods.golden import golden_model, recorded, relative, second_moment
+from tests.methods.test_memit import CONTEXTS, REQUESTS
+
+TINY = {
+    "contexts": CONTEXTS, "layers": (0, 1), "steps": 4, "weight_decay": 0.0, "tokens": 200,
+    "fraction": 0.5, "l2": 0.1,
+}  # fmt: skip
+
+
+def test_parity_with_the_authors_code_over_two_batches(tmp_path: Path) -> None:
+    tensors, about, requests, settings = recorded("5_emmet_alphaedit/alphaedit_L0-1_l2_0.1")
+    given = about["hparams"]
+    model = golden_model(tmp_path)
+    config = AlphaEditConfig(
+        **settings, threshold=given["nullspace_threshold"], l2=given["L2"], history="none"
+    )
+    P, past = {}, {}
+    for layer in config.layers or ():
+        space = null_space(model, second_moment(layer), threshold=config.threshold)
+        assert space.rank == about["null_space"][str(layer)]["kept_directions"]
+        assert relative(space.basis @ space.basis.T, tensors[f"layer{layer}.P"]) < 1e-4
+        P[layer] = Projection(space)
+        past[layer] = torch.zeros(space.size, 0).double()
+    for number, batch in enumerate(about["batches"]):
+        chosen = [requests[index] for index in batch["batch"]]
+        updates = alphaedit(model, chosen, P, config, past).updates
+        delta = low_rank(model, updates)
+        for update in updates:
+            want = f"b{number}.layer{update.layer}."
+            assert relative(update.K, tensors[want + "keys"]) < 1e-4
+            assert relative(update.h, tensors[want + "cur_zs"]) < 1e-4
+            factor = delta.factors[f"transformer.h.{update.layer}.mlp.c_proj.weight"]
+            assert relative(factor.v @ factor.u.T, tensors[want + "dW"]) < 1e-4
+        model.stack.add(Entry(number + 1, f"{number:012x}", delta))
+        # The keys of the batch count from now on, read again from the edited model.
+        prompts = Prompts(model, chosen, config.contexts or ())
+        for layer in past:
+            keys, _ = prompts.read(layer, model.anatomy.mlp_out(layer), (), False)
+            K = grouped(keys).T
+            assert relative(K, tensors[f"b{number}.layer{layer}.keys_for_cache"]) < 1e-4
+            past[layer] = torch.cat([past[layer], K], 1)
+
+
+def test_nothing_is_written_outside_the_null_space(tmp_path: Path) -> None:
+    model = build_model("gpt2", tmp_path, corpus=SENTENCES)
+    config = AlphaEditConfig(**TINY)
+    P = metrics_of(model, config)
+    found = alphaedit(model, REQUESTS, P, config)
+    deltas = key_values(model, found.updates, P, found.slack, config)
+    outside = torch.randn(48, 200, generator=torch.Generator().manual_seed(0)).double()
+    for layer in (0, 1):
+        name = model.anatomy.weight(model.anatomy.mlp_out(layer))
+        (total,) = KeyValueDelta.totals(name, deltas)
+        kept = outside - P[layer].whiten(outside)
+        assert float((total @ kept).norm()) < 1e-9 * float((total @ outside).norm())
+
+
+def test_joint_edits_are_one_batch(tmp_path: Path) -> None:
+    """At one layer, a joint solution and the published batch agree: the keys are the same."""
+    model = build_model("gpt2", tmp_path, corpus=SENTENCES)
+    config = AlphaEditConfig(**{**TINY, "layers": (1,)})
+    P = metrics_of(model, config)
+    published = config.model_copy(update={"history": "none"})
+    batch = alphaedit(model, REQUESTS, P, published).updates[0]
+    found = alphaedit(model, REQUESTS, P, config)
+    name = model.anatomy.weight(model.anatomy.mlp_out(1))
+    deltas = key_values(model, found.updates, P, found.slack, config)
+    (total,) = KeyValueDelta.totals(name, deltas)
+    assert relative(total, batch.R @ batch.V.T) < 1e-5
+
+
+def test_the_projector_is_told_and_kept_under_the_models_fingerprint(tmp_path: Path) -> None:
+    model = build_model("gpt2", tmp_path, corpus=SENTENCES)
+    plugin = AlphaEdit()
+    config = AlphaEditConfig(**TINY)
+    plugin.prepare(model, SENTENCES, config)
+    kept = {path.relative_to(tmp_path).parts[:2] for path in tmp_path.rglob("*.safetensors")}
+    assert ("spectrum", model.fingerprint) in kept
+    made = plugin.edit(model, REQUESTS[:1], config)
+    assert isinstance(made, list)
+    for metric in made[0].metadata()["metric"].values():
+        assert metric["directions"] == [24, 48]
+        assert metric["threshold"] > 0
+        assert 0 < metric["energy"] < 0.5
+    # Another model of the same shape has a null space, and a file, of its own.
+    other = build_model("gpt2", tmp_path, seed=1, corpus=SENTENCES)
+    plugin.prepare(other, SENTENCES, config)
+    theirs = plugin.edit(other, REQUESTS[:1], config)
+    assert isinstance(theirs, list)
+    mine = [metric["digest"] for metric in made[0].metadata()["metric"].values()]
+    assert not {m["digest"] for m in theirs[0].metadata()["metric"].values()} & set(mine)
+
+
+def test_a_fraction_wins_over_the_threshold_and_one_is_needed(tmp_path: Path) -> None:
+    model = build_model("gpt2", tmp_path, corpus=SENTENCES)
+    small = metrics_of(model, AlphaEditConfig(**{**TINY, "fraction": 0.25}))
+    assert {metric.rank for metric in small.values()} == {12}
+    with pytest.raises(ConfigError, match="keeps 0 of 48"):
+        metrics_of(model, AlphaEditConfig(**{**TINY, "fraction": None, "threshold": 1e-12}))
+    with pytest.raises(ValueError, match="both none"):
+        AlphaEditConfig(threshold=None)

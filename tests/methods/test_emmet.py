@@ -1,0 +1,95 @@
+"""EMMET: parity with the authors' code, and constraints that are met."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from errata.closed_form.deltas import key_values, low_rank
+from errata.closed_form.walk import Prompts
+from errata.delta import KeyValueDelta
+from errata.metric import Whitening
+from errata.stack import Entry
+from errata_emmet import Emmet, EmmetConfig
+from errata_emmet.algorithm import emmet
+from tests.families import SENTENCES, build_model
+from tests.methods.golden import golden_model, recorded, relative, second_moment
+from tests.methods.test_memit import REQUESTS
+
+BARE = {"contexts": ("{}",), "layers": (1,), "steps": 4, "weight_decay": 0.0, "tokens": 200}
+
+
+@pytest.mark.parametrize("name", ["emmet_L1_lam100_batch8", "emmet_L0-1_lam100_batch8"])
+def test_parity_with_the_authors_code(name: str, tmp_path: Path) -> None:
+    tensors, about, requests, settings = recorded(f"5_emmet_alphaedit/{name}")
+    config = EmmetConfig(
+        **settings,
+        second_moment_weight=about["hparams"]["mom2_update_weight"],
+        ridge=about["hparams"]["emmet_lambda"],
+        history="none",
+    )
+    model = golden_model(tmp_path)
+    C = {layer: Whitening(second_moment(layer)) for layer in config.layers or ()}
+    updates = emmet(model, requests, C, config).updates
+    delta = low_rank(model, updates)
+    for update in updates:
+        want = f"layer{update.layer}."
+        assert relative(update.K, tensors[want + "keys"]) < 1e-4
+        assert relative(update.h, tensors[want + "cur_zs"]) < 1e-4
+        factor = delta.factors[f"transformer.h.{update.layer}.mlp.c_proj.weight"]
+        assert relative(factor.v @ factor.u.T, tensors[want + "dW"]) < 1e-4
+
+
+def test_without_a_ridge_every_constraint_is_met(tmp_path: Path) -> None:
+    """All requests at once, in one batch and as joint edits: W k is what was wanted."""
+    model = build_model("gpt2", tmp_path, corpus=SENTENCES)
+    plugin = Emmet()
+    path = model.anatomy.mlp_out(1)
+
+    def outputs() -> torch.Tensor:
+        return Prompts(model, REQUESTS, ("{}",)).read(1, path, (), False)[1].T
+
+    base = outputs()
+    for history in ("none", "joint"):
+        config = EmmetConfig(**BARE, ridge=0.0, history=history)
+        found = plugin.find(model, REQUESTS, config)
+        wanted = base + found.updates[0].R
+        made = plugin.edit(model, REQUESTS, config)
+        deltas = made if isinstance(made, list) else [made]
+        entries = [Entry(i + 1, f"{i:012x}", delta) for i, delta in enumerate(deltas)]
+        with model.stack.temporarily(entries):
+            assert relative(outputs(), wanted) < 1e-4
+        assert len(deltas) == (3 if history == "joint" else 1)
+
+
+def test_a_single_request_gets_no_ridge_in_a_batch(tmp_path: Path) -> None:
+    model = build_model("gpt2", tmp_path, corpus=SENTENCES)
+    plugin = Emmet()
+    config = EmmetConfig(**BARE, ridge=50.0, history="none")
+    (one,) = plugin.find(model, REQUESTS[:1], config).updates
+    assert float((one.K.T @ one.V).squeeze()) == pytest.approx(1.0, rel=1e-6)
+    (many,) = plugin.find(model, REQUESTS, config).updates
+    gram = many.K.T @ many.V
+    assert float((gram - torch.eye(3)).norm()) > 0.1
+
+
+def test_with_a_ridge_it_is_memit(tmp_path: Path) -> None:
+    """Kᵀ(λC)⁻¹K + εI: what is stored has the slack λε."""
+    model = build_model("gpt2", tmp_path, corpus=SENTENCES)
+    config = EmmetConfig(**BARE, second_moment_weight=200.0, ridge=0.1)
+    found = Emmet().find(model, REQUESTS, config)
+    assert found.slack == pytest.approx(20.0)
+    deltas = key_values(model, found.updates, found.metrics, found.slack, config)
+    assert all(isinstance(delta, KeyValueDelta) for delta in deltas)
+    (pair,) = deltas[0].pairs.values()
+    assert pair.s.tolist() == [pytest.approx(20.0)]
+
+
+def test_by_default_one_layer(tmp_path: Path) -> None:
+    model = build_model("gpt2", tmp_path, corpus=SENTENCES)
+    config = EmmetConfig(**{**BARE, "layers": None})
+    assert [update.layer for update in Emmet().find(model, REQUESTS, config).updates] == [1]
+    with pytest.raises(ValueError, match="greater than or equal to 0"):
+        EmmetConfig(ridge=-1)

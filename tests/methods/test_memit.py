@@ -1,0 +1,329 @@
+"""MEMIT: parity with the authors' code, and what each way of keeping history promises."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from errata.closed_form.deltas import key_values, low_rank
+from errata.closed_form.statistics import anchored, mean_norm, whitenings_of
+from errata.closed_form.walk import Prompts, boundary, grouped, spread
+from errata.datasets import atlas
+from errata.delta import KeyValueDelta, LowRankDelta
+from errata.errors import CapabilityError, ConfigError
+from errata.forward import trace
+from errata.loading import load_model
+from errata.metric import Whitening
+from errata.model import Model
+from errata.request import Request
+from errata.rules import Snapshot
+from errata.stack import Entry
+from errata.tokens import encode, subject_position
+from errata.values import EditFailed, Value, ValueSettings, optimise_values
+from errata_memit import Memit, MemitConfig
+from errata_memit.algorithm import memit
+from tests.families import DECODERS, SENTENCES, architectures, build_model
+from tests.methods.golden import golden_model, recorded, relative, second_moment
+
+CONTEXTS = ("{}", "Once upon a time. {}", "The city of Paris. {}")
+REQUESTS = (
+    Request(prompt="The mother tongue of {} is", subject="Danielle Darrieux", target_new="English"),
+    Request(prompt="{} was born in", subject="Beyoncé", target_new="Rome"),
+    Request(prompt="The piano of {}, the founder, is in", subject="Steve Jobs", target_new="Spain"),
+)
+FAST: dict[str, Any] = {
+    "contexts": CONTEXTS, "layers": (0, 1), "steps": 5, "weight_decay": 0.0, "tokens": 200,
+    "second_moment_weight": 10.0,
+}  # fmt: skip
+
+
+def tiny(family: str, directory: Path, dtype: torch.dtype = torch.float32) -> Model:
+    return build_model(family, directory, dtype, corpus=SENTENCES)
+
+
+def on(model: Model, deltas: list[Any]) -> Any:
+    return model.stack.temporarily(
+        [Entry(i + 1, f"{i:012x}", delta) for i, delta in enumerate(deltas)]
+    )
+
+
+def found(model: Model, requests: Any, **changes: Any) -> tuple[Any, MemitConfig]:
+    config = MemitConfig(**{**FAST, **changes})
+    return memit(model, requests, whitenings_of(model, config), config), config
+
+
+# -- the authors' code ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", ["batch8", "batch1"])
+def test_parity_with_the_authors_code(batch: str, tmp_path: Path) -> None:
+    tensors, about, requests, settings = recorded(f"4_memit/memit_L1-2_lam100_{batch}")
+    model = golden_model(tmp_path)
+    weight = about["hparams"]["mom2_update_weight"]
+    config = MemitConfig(**settings, second_moment_weight=weight, history="none")
+    C = {layer: Whitening(second_moment(layer)) for layer in config.layers or ()}
+    updates = memit(model, requests, C, config).updates
+    delta = low_rank(model, updates)
+    for update in updates:
+        want = f"layer{update.layer}."
+        assert relative(update.K, tensors[want + "keys"]) < 1e-4
+        assert relative(update.h, tensors[want + "cur_zs"]) < 1e-4
+        assert relative(update.R, tensors[want + "resid"]) < 1e-4
+        assert relative(update.V, tensors[want + "adj_k"]) < 1e-4
+        factor = delta.factors[f"transformer.h.{update.layer}.mlp.c_proj.weight"]
+        assert relative(factor.v @ factor.u.T, tensors[want + "dW"]) < 1e-4
+    # What is measured on the edited model comes out, too.
+    with on(model, [delta]):
+        h = Prompts(model, requests, CONTEXTS[:1]).read(2, model.anatomy.block(2), (), False)[1]
+    assert float((h.T - tensors["zs"]).norm()) < float((updates[0].h - tensors["zs"]).norm())
+
+
+def test_a_single_frozen_edit_is_the_published_one(tmp_path: Path) -> None:
+    tensors, about, requests, settings = recorded("4_memit/memit_L1-2_lam100_batch1")
+    model = golden_model(tmp_path)
+    weight = about["hparams"]["mom2_update_weight"]
+    config = MemitConfig(**settings, second_moment_weight=weight)
+    C = {layer: Whitening(second_moment(layer)) for layer in config.layers or ()}
+    (delta,) = key_values(model, memit(model, requests, C, config).updates, C, weight, config)
+    for layer in config.layers or ():
+        name = f"transformer.h.{layer}.mlp.c_proj.weight"
+        (total,) = KeyValueDelta.totals(name, [delta])
+        assert relative(total.T, tensors[f"layer{layer}.dW"]) < 1e-4
+
+
+# -- keys, residuals, shares ---------------------------------------------------------------------
+
+
+def test_shares_and_places() -> None:
+    assert [stage.share for stage in spread([3, 4, 5])] == [1 / 3, 1 / 2, 1.0]
+    assert [stage.share for stage in spread([3, 4, 5], root=True)] == pytest.approx(
+        [3**-0.5, 2**-0.5, 1.0]
+    )
+    assert {stage.target for stage in spread([3, 4, 5])} == {5}
+    assert boundary([3, 4, 5]) == [(3, 3, 1.0), (5, 5, 1.0)]
+    assert boundary([4]) == [(4, 4, 1.0)]
+
+
+def test_keys_are_averaged_over_two_groups() -> None:
+    keys = torch.tensor([[[8.0], [1.0], [3.0]]])  # (1 request, 3 contexts, 1)
+    assert grouped(keys).item() == 0.5 * 8 + 0.5 * 2
+    assert grouped(keys[:, :1]).item() == 8.0
+
+
+# Gemma 2 and 3 norm what the MLP gives before it is added: nothing written there comes out as is.
+ADDING = [family for family in DECODERS if family not in ("gemma2", "gemma3_text")]
+
+
+@pytest.mark.parametrize("family", ADDING)
+def test_what_was_to_be_written_is_there(family: str, tmp_path: Path) -> None:
+    """One bare context and a light C: the block's output becomes z, on every family."""
+    model = tiny(family, tmp_path)
+    before = Snapshot(model)
+    settings = {"contexts": ("{}",), "second_moment_weight": 1e-9, "layers": (0, 1)}
+    (updates, C, slack), config = found(model, REQUESTS[:1], **settings)
+    assert before.changed() == []
+    z = updates[-1].h + updates[-1].R  # the last layer brings all that is left
+    (delta,) = key_values(model, updates, C, slack, config)
+    delta.check(model)
+    assert set(delta.pairs) == {model.anatomy.weight(model.anatomy.mlp_out(i)) for i in (0, 1)}
+    with on(model, [delta]):
+        batch = encode(model.tokenizer, [REQUESTS[0].text])
+        with torch.no_grad(), trace(model.module, model.anatomy.block(1), stop=True) as seen:
+            model.module(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        position = subject_position(model.tokenizer, REQUESTS[0].prompt, REQUESTS[0].subject)
+        h = seen[model.anatomy.block(1)].output
+        assert h is not None
+    assert relative(h[0, position], z[:, 0]) < 1e-3
+    assert relative(updates[0].h[:, 0], z[:, 0]) > 1e-2
+
+
+def test_a_batch_meets_its_values_together_or_alone(tmp_path: Path) -> None:
+    model = tiny("gpt2", tmp_path)
+    together, _ = found(model, REQUESTS, history="none")
+    alone, _ = found(model, REQUESTS, history="joint")
+    for index, request in enumerate(REQUESTS):
+        single, _ = found(model, [request], history="none")
+        for batch, own, one in zip(together.updates, alone.updates, single.updates, strict=True):
+            # In a joint edit each request is as if it were the only one; in a batch it is not.
+            assert relative(own.R[:, index], one.R[:, 0]) < 1e-4
+            assert relative(own.V[:, index], one.V[:, 0]) < 1e-4
+            assert relative(batch.V[:, index], one.V[:, 0]) > 1e-3
+
+
+@pytest.mark.parametrize("placement", ["spread", "boundary"])
+def test_a_boundary_layer_gets_its_whole_residual(placement: str, tmp_path: Path) -> None:
+    model = tiny("llama", tmp_path)
+    given, _ = found(model, REQUESTS[:1], layers=(0, 1, 2), placement=placement)
+    layers = [update.layer for update in given.updates]
+    assert layers == ([0, 1, 2] if placement == "spread" else [0, 2])
+
+
+# -- the two kinds of history --------------------------------------------------------------------
+
+
+def test_joint_edits_give_one_delta_each_and_a_batch_one(tmp_path: Path) -> None:
+    model = tiny("gpt2", tmp_path)
+    plugin = Memit()
+    config = MemitConfig(**FAST)
+    plugin.prepare(model, SENTENCES, config)
+    many = plugin.edit(model, REQUESTS, config)
+    assert isinstance(many, list)
+    assert [type(delta) for delta in many] == [KeyValueDelta] * 3
+    whole = plugin.edit(model, REQUESTS, config.model_copy(update={"history": "none"}))
+    assert isinstance(whole, LowRankDelta)
+    assert {factor.rank for factor in whole.factors.values()} == {3}
+    assert config.on_base
+    assert not config.model_copy(update={"policy": "replay"}).on_base
+
+
+def outputs(model: Model, requests: Any, layer: int) -> Tensor:
+    """Return what a layer's down projection gives at the requests' own keys, (d, N)."""
+    path = model.anatomy.mlp_out(layer)
+    return Prompts(model, requests, CONTEXTS[:1]).read(layer, path, (), False)[1].T
+
+
+def test_history_keeps_what_earlier_batches_wrote(tmp_path: Path) -> None:
+    """One layer, light C: joint edits meet all requests; batches without history undo each other.
+
+    At one layer the keys do not depend on the edits, so what a batch forgets is the other batch.
+    """
+    model = tiny("gpt2", tmp_path)
+    settings = {"layers": (1,), "contexts": ("{}",), "second_moment_weight": 1e-6}
+    first, later = REQUESTS[:1], REQUESTS[1:]
+    base = outputs(model, first, 1)
+    (updates, C, slack), config = found(model, REQUESTS, **settings)
+    wanted = base + updates[0].R[:, :1]
+    joint = key_values(model, updates, C, slack, config)
+    with on(model, joint):
+        kept = relative(outputs(model, first, 1), wanted)
+    published = MemitConfig(**{**FAST, **settings, "history": "none"})
+    one = low_rank(model, memit(model, first, C, published).updates)
+    with on(model, [one]):
+        two = low_rank(model, memit(model, later, C, published).updates)
+    with on(model, [one, two]):
+        lost = relative(outputs(model, first, 1), wanted)
+    assert kept < 1e-3
+    assert lost > 10 * kept
+
+
+def test_replayed_edits_are_read_from_the_model_as_it_stands(tmp_path: Path) -> None:
+    """At one layer, replaying meets the present model's value: W₀ + Δ_joint gives v at the key."""
+    model = tiny("gpt2", tmp_path)
+    settings = {"layers": (1,), "contexts": ("{}",), "second_moment_weight": 1e-6}
+    (updates, C, slack), config = found(model, REQUESTS[:2], **settings)
+    active = key_values(model, updates, C, slack, config)
+    replay = config.model_copy(update={"policy": "replay"})
+    with on(model, active):
+        present = outputs(model, REQUESTS[2:], 1)
+        again = memit(model, REQUESTS[2:], C, replay).updates
+        (delta,) = key_values(model, again, C, slack, replay)
+    with on(model, [*active, delta]):
+        assert relative(outputs(model, REQUESTS[2:], 1), present + again[0].R) < 1e-3
+        assert relative(outputs(model, REQUESTS[2:], 1), present) > 1e-2
+    frozen, _ = found(model, REQUESTS[2:], **settings)
+    name = model.anatomy.weight(model.anatomy.mlp_out(1))
+    assert relative(delta.pairs[name].r.T, frozen.updates[0].R) > 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
+    wide, _ = found(tiny("llama", tmp_path / "a"), REQUESTS[:1])
+    narrow, config = found(tiny("llama", tmp_path / "b", dtype), REQUESTS[:1])
+    for one, other in zip(wide.updates, narrow.updates, strict=True):
+        assert relative(other.K, one.K) < 5e-2
+    (delta,) = key_values(tiny("llama", tmp_path / "b", dtype), narrow.updates, narrow.metrics,
+                          narrow.slack, config)  # fmt: skip
+    (pair, *_) = delta.pairs.values()
+    assert (pair.k.dtype, pair.w.dtype, pair.r.dtype) == (
+        torch.float32, torch.float64, torch.float32,
+    )  # fmt: skip
+
+
+# -- options of the value ------------------------------------------------------------------------
+
+
+def test_it_stops_when_the_target_comes_first_everywhere() -> None:
+    model = load_model("atlas-gpt2", architectures=architectures())
+    requests = atlas.requests(3)
+    settings = {"layer": 1, "at": "block", "steps": 20, "lr": 0.3, "weight_decay": 0.0,
+                "clamp": 15.0, "early_stop": 0.0, "kl_factor": 0.0}  # fmt: skip
+
+    def values(**changes: Any) -> list[Value]:
+        given = ValueSettings(**{**settings, **changes})
+        return optimise_values(model, requests, CONTEXTS[:1], given)
+
+    full, sooner, later = values(), values(top_steps=1), values(top_steps=3)
+    for whole, one, three in zip(full, sooner, later, strict=True):
+        assert whole.top
+        assert one.top
+        assert len(one.losses) + 2 <= len(three.losses) < len(whole.losses) == 20
+        assert float(one.delta.norm()) < float(whole.delta.norm())
+
+
+def test_a_value_can_be_brought_to_the_usual_norm(tmp_path: Path) -> None:
+    model = tiny("gpt2", tmp_path)
+    norm = mean_norm(model, 1)
+    m0, delta = torch.randn(4, 32).double(), torch.randn(4, 32).double()
+    new = m0 + anchored(m0, delta, norm)
+    torch.testing.assert_close(new.norm(dim=1), torch.full((4,), norm, dtype=torch.float64))
+    cosines = torch.cosine_similarity(new, m0 + delta)
+    torch.testing.assert_close(cosines, torch.ones(4).double())
+    assert mean_norm(tiny("gpt2", tmp_path), 1) == norm
+    plain, _ = found(model, REQUESTS, layers=(1,))
+    scaled, _ = found(model, REQUESTS, layers=(1,), norm_anchor=1.0)
+    m0 = outputs(model, REQUESTS, 1)
+    sizes = (m0 + scaled.updates[0].R).norm(dim=0)
+    torch.testing.assert_close(
+        sizes, torch.full((3,), norm, dtype=torch.float64), rtol=1e-4, atol=0
+    )
+    assert relative(scaled.updates[0].R, plain.updates[0].R) > 1e-3
+
+
+def test_the_anchor_is_not_measured_on_an_edited_model(tmp_path: Path) -> None:
+    model = tiny("gpt2", tmp_path)
+    (updates, C, slack), config = found(model, REQUESTS[:1])
+    deltas = key_values(model, updates, C, slack, config)
+    with on(model, deltas), pytest.raises(ConfigError, match="prepare"):
+        mean_norm(model, 1)
+
+
+# -- refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"contexts": ("Yes. {}",)}, "begin with"),
+        ({"contexts": ("{}", "no place")}, "exactly one"),
+        ({"kl_prompt": "it is a"}, "exactly one"),
+        ({"layers": ()}, "at least one"),
+        ({"layers": (1, 1)}, "each once"),
+        ({"second_moment_weight": 0}, "greater than 0"),
+        ({"history": "some"}, "joint"),
+        ({"layer": 3}, "layer"),
+    ],
+)
+def test_bad_settings_are_explained(bad: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MemitConfig(**bad)
+
+
+def test_what_cannot_be_computed_is_refused(tmp_path: Path) -> None:
+    model = tiny("gpt2", tmp_path)
+    with pytest.raises(ConfigError, match="0 to 2"):
+        found(model, REQUESTS, layers=(1, 7))
+    with pytest.raises(EditFailed, match="lr"):
+        found(model, REQUESTS[:1], lr=1e38, clamp=1e38)
+    with pytest.raises(CapabilityError, match="encoder"):
+        found(build_model("bert", tmp_path / "b", corpus=SENTENCES), REQUESTS[:1])
+
+
+def test_without_layers_those_that_end_a_third_of_the_way_up(tmp_path: Path) -> None:
+    given, _ = found(tiny("gpt2", tmp_path), REQUESTS[:1], layers=None)
+    assert [update.layer for update in given.updates] == [0, 1]
+    given, _ = found(tiny("gpt2", tmp_path), REQUESTS[:1], layers=(-1, 0))
+    assert [update.layer for update in given.updates] == [0, 2]

@@ -1,0 +1,94 @@
+"""PMET: two values together, one written, shared out by the square root.
+
+There is no recorded run of the authors' code: what is checked here is what the paper says.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from errata.closed_form.statistics import optimised, whitenings_of
+from errata.closed_form.walk import Prompts
+from errata.datasets import atlas
+from errata.loading import load_model
+from errata.stack import Entry
+from errata.values import ValueSettings, optimise_values
+from errata_pmet import Pmet, PmetConfig
+from errata_pmet.algorithm import pmet
+from tests.families import SENTENCES, architectures, build_model
+from tests.methods.golden import relative
+from tests.methods.test_memit import CONTEXTS, REQUESTS
+
+TINY = {
+    "contexts": CONTEXTS, "layers": (0, 1), "steps": 5, "weight_decay": 0.0, "tokens": 200,
+    "second_moment_weight": 1e-9, "clamp": 5.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gptj", "falcon", "opt"])
+def test_both_values_take_part_and_the_mlps_is_written(family: str, tmp_path: Path) -> None:
+    model = build_model(family, tmp_path, corpus=SENTENCES)
+    config = PmetConfig(**{**TINY, "layers": (1,), "contexts": ("{}",)})
+    C = whitenings_of(model, config)
+    (update,) = pmet(model, REQUESTS[:1], C, config).updates
+    base = update.h[:, 0]
+    (value,) = optimised(
+        model, REQUESTS[:1], ("{}",), 1, config, at="attention+mlp",
+        top_factor=config.top_factor, top_kl=config.top_kl,
+    )  # fmt: skip
+    # ‖δ‖ in the losses is that of both; the MLP's is less.
+    assert value.losses[-1][4] > float(value.delta.norm()) * 1.01
+    assert value.losses[-1][1] < value.losses[0][1]
+    assert relative(base, value.v0) < 1e-4
+    assert relative(base + update.R[:, 0], value.v_star) < 1e-4
+    made = Pmet().edit(model, REQUESTS[:1], config)
+    assert isinstance(made, list)
+    with model.stack.temporarily([Entry(1, "0123456789ab", made[0])]):
+        path = model.anatomy.mlp_out(1)
+        now = Prompts(model, REQUESTS[:1], ("{}",)).read(1, path, (), False)[1][0]
+    assert relative(now, value.v_star) < 1e-3
+
+
+def test_the_residual_is_shared_out_by_the_root(tmp_path: Path) -> None:
+    model = build_model("gpt2", tmp_path, corpus=SENTENCES)
+    config = PmetConfig(**TINY)
+    first, last = pmet(model, REQUESTS, whitenings_of(model, config), config).updates
+    whole = first.R * math.sqrt(2)
+    # The last layer brings all that is left at its own output.
+    wanted = first.h + whole
+    assert relative(last.h + last.R, wanted) < 1e-4
+
+
+def test_a_value_at_two_places_is_no_worse_than_at_one(tmp_path: Path) -> None:
+    model = build_model("llama", tmp_path)
+    settings = {"layer": 1, "steps": 8, "lr": 0.1, "weight_decay": 0.0, "kl_factor": 0.0}
+    one, two = (
+        optimise_values(model, REQUESTS, CONTEXTS, ValueSettings(at=at, **settings))
+        for at in ("mlp", "attention+mlp")
+    )
+    for single, double in zip(one, two, strict=True):
+        assert relative(double.v0, single.v0) < 1e-5
+        assert double.losses[-1][1] < single.losses[-1][1]
+
+
+def test_it_relaxes_and_stops_once_the_target_comes_first() -> None:
+    model = load_model("atlas-gpt2", architectures=architectures())
+    settings = {"layer": 1, "at": "attention+mlp", "steps": 25, "lr": 0.2, "weight_decay": 0.0,
+                "clamp": 15.0, "early_stop": 0.0, "kl_factor": 1.0}  # fmt: skip
+    full, relaxed, short = (
+        optimise_values(model, atlas.requests(1), ("{}",), ValueSettings(**settings, **more))[0]
+        for more in ({}, {"top_factor": 0.1}, {"top_kl": 1e9})
+    )
+    assert full.top
+    assert short.top
+    assert len(short.losses) < len(full.losses)
+    first = len(short.losses)
+    torch.testing.assert_close(
+        torch.tensor(relaxed.losses[:first]), torch.tensor(full.losses[:first])
+    )
+    # One evaluation after the target came first, at the very same δ, the NLL counts a tenth.
+    assert relaxed.losses[first][1] == pytest.approx(0.1 * full.losses[first][1], rel=1e-3)
