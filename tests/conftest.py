@@ -14,6 +14,9 @@ from hypothesis import HealthCheck, settings
 # Tiny models gain nothing from threads, and several test processes share the cores.
 torch.set_num_threads(1)
 
+# Test workers inherit a width for their own output; the command line would take it for the user's.
+os.environ.pop("COLUMNS", None)
+
 # A busy machine must not fail a property; in CI the examples are the same at every run.
 settings.register_profile(
     "errata",

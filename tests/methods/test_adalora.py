@@ -20,8 +20,8 @@ from errata.progress import Progress
 from errata.request import Request
 from errata.rules import Snapshot
 from errata.stack import Entry
+from errata.training import AdapterTrainer
 from errata_adalora import Adalora, AdaloraConfig
-from errata_adalora.training import Trainer
 from tests.families import build, build_model
 from tests.helpers import shared_path
 
@@ -156,15 +156,6 @@ def test_later_edits_are_trained_on_top_of_earlier_ones(model: Model) -> None:
     assert hold(model, MUSIC) == [True]
 
 
-def test_only_the_target_is_in_the_loss(model: Model) -> None:
-    batch = scoring.prepare(model, [CAPITAL.text, MUSIC.text], ["Rome", "piano in Paris"])
-    objective = Trainer(model, AdaloraConfig(), [batch]).objective()
-    scores = scoring.score_targets(model, [CAPITAL.text, MUSIC.text], ["Rome", "piano in Paris"])
-    expected = sum(score.mean_nll for score in scores) / 2
-    assert objective.loss.item() == pytest.approx(expected, rel=1e-5)
-    assert len(set(batch.counts)) == 2
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models_can_be_edited(dtype: torch.dtype, tmp_path: Path) -> None:
     model = build_model("llama", tmp_path, dtype)
@@ -232,7 +223,7 @@ def test_training_that_fails_leaves_the_model_alone(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Trainer, "fit", interrupted)
+    monkeypatch.setattr(AdapterTrainer, "fit", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(model, MUSIC)
     assert before.changed() == []

@@ -1,4 +1,4 @@
-"""Which modules get an adapter."""
+"""Which linear modules are trained: roles of the anatomy, or names, in chosen blocks."""
 
 from __future__ import annotations
 
@@ -11,33 +11,39 @@ from errata.errors import ConfigError, UnknownNameError
 if TYPE_CHECKING:
     from errata.anatomy import Anatomy
     from errata.model import Model
-    from errata_adalora.config import AdaloraConfig
 
 ROLES = ("attention_in", "attention_out", "mlp_in", "mlp_out")
 
 
-def resolve(model: Model, config: AdaloraConfig) -> list[str]:
-    """Return the paths of the linear modules to adapt, block by block.
+def linear_modules(
+    model: Model, targets: Sequence[str] | None, layers: Sequence[int] | None
+) -> list[str]:
+    """Return the paths of linear modules, block by block.
 
-    `layers` are blocks of the decoder where there are two stacks. With no layers named, every
-    block is meant, the encoder's too: an answer that is to depend on the prompt needs them.
+    Args:
+        model: the model.
+        targets: roles (`ROLES`) or ends of module paths ("q_proj"); None is attention's query and
+            value projections, or the one that they are fused into.
+        layers: blocks, of the decoder where there are two stacks (negative: from the end). None
+            is every block, the encoder's too: an answer that is to depend on the prompt needs
+            them.
 
-    Raises `ConfigError` for a layer that the model does not have, and `UnknownNameError` for a
-    name that no linear module of a block has.
+    Raises:
+        ConfigError: nothing is named, or a layer that the model does not have.
+        UnknownNameError: a name that no linear module of a block has.
     """
     stacks: list[tuple[Anatomy, Sequence[int]]] = []
-    if config.layers is None:
+    if layers is None:
         every = [model.anatomy.encoder, model.anatomy]
         stacks += [(stack, range(stack.n_layers)) for stack in every if stack is not None]
     else:
-        stacks.append((model.anatomy, config.layers))
+        stacks.append((model.anatomy, layers))
     chosen: dict[str, None] = {}
-    for anatomy, layers in stacks:
-        for layer in layers:
-            if config.target_modules is None:
+    for anatomy, blocks in stacks:
+        for layer in blocks:
+            if targets is None:
                 names = _query_and_value(anatomy.attention_in(layer))
             else:
-                targets = config.target_modules
                 names = [name for t in targets for name in _named(model, anatomy, layer, t)]
             chosen.update(dict.fromkeys(names))
     if not chosen:

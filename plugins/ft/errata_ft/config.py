@@ -1,0 +1,141 @@
+"""Fine-tuning's hyper-parameters, and the published variants as sets of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from errata.config import MethodConfig
+from errata.errors import UnknownNameError
+
+Variant = Literal["ft", "ft-l", "ft-m", "ft-ewc", "ft-retrain", "locft"]
+
+VARIANTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "ft": {"loss": "text"},
+        "ft-m": {"loss": "target"},
+        "ft-l": {"loss": "target", "norm_constraint": 5e-4},
+        "ft-ewc": {"loss": "target", "ewc_weight": 0.2},
+        "ft-retrain": {"loss": "target", "retain_documents": 32},
+        "locft": {"loss": "target", "append_end": True, "batch_size": 100},
+    }
+)
+"""What each variant switches on. Everything else is the same for all."""
+
+
+class FtConfig(MethodConfig):
+    """Hyper-parameters of fine-tuning as an editor.
+
+    `variant` is a name for a set of the other values: it fills in what is not given. Values that
+    one variant has for one model come from `variants`, which the registry's presets use. So the
+    switches combine: variant "ft-m" with a `norm_constraint` is FT-M in a box.
+
+    The defaults are those of the ROME paper's baselines (lr 5e-4, 25 steps, done below a loss of
+    1e-2), on the layer that EasyEdit uses for models of 32 blocks, two thirds of the way up.
+    """
+
+    variant: Variant = Field(
+        default="ft-m",
+        description="ft: plain; ft-m: loss masked to the target; ft-l: in an L∞ box; ft-ewc: with "
+        "elastic weight consolidation; ft-retrain: replays other text; locft: a batch with end "
+        "tokens, breadth-first",
+    )
+    layers: tuple[int, ...] | None = Field(
+        default=None,
+        description="Blocks that are trained (negative: from the end); none: the one two thirds up",
+    )
+    target_modules: tuple[str, ...] = Field(
+        default=("mlp_out",),
+        description="Linear modules of each block: roles (attention_in, attention_out, mlp_in, "
+        "mlp_out) or names (c_proj, down_proj)",
+    )
+    bias: bool = Field(default=False, description="Train these modules' biases as well")
+    loss: Literal["target", "text", "prompt_last"] = Field(
+        default="target",
+        description="target: its tokens, teacher-forced; text: the prompt's as well; prompt_last: "
+        "all target tokens predicted at the prompt's end (the published baseline; no "
+        "language-model loss for a target of several tokens)",
+    )
+    append_end: bool = Field(
+        default=False, description="Targets go on with the end token: generation learns to stop"
+    )
+    lr: float = Field(default=5e-4, gt=0, description="Adam's learning rate")
+    steps: int = Field(default=25, ge=1, description="Passes over the requests, at most")
+    batch_size: int = Field(default=64, ge=1, description="Requests per optimisation step")
+    order: Literal["breadth-first", "depth-first"] = Field(
+        default="breadth-first",
+        description="All requests in every pass, or each until it holds, then the next",
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="Adam's weight decay, on D")
+    early_stop: bool = Field(
+        default=True,
+        description="Stop once every target token is the most probable one; leave alone what holds",
+    )
+    stop_loss: float | None = Field(
+        default=1e-2,
+        gt=0,
+        description="Early stop also needs each target's mean NLL (nats) below this; none: no need",
+    )
+    norm_constraint: float | None = Field(
+        default=None,
+        gt=0,
+        description="Largest change ε of an entry (L∞), kept after every step: this edit's by "
+        "itself, and together with the edits beneath it against the base; none: no box",
+    )
+    ewc_weight: float = Field(
+        default=0.0, ge=0, description="λ of λ/2 Σ F D², F the base's Fisher diagonal; 0: none"
+    )
+    fisher_documents: int = Field(
+        default=256, ge=1, description="Documents of the corpus that F is the mean over"
+    )
+    retain: tuple[tuple[str, str], ...] = Field(
+        default=(), description="(prompt, answer) pairs to keep: replayed in every step"
+    )
+    retain_documents: int = Field(
+        default=0, ge=0, description="Documents of the corpus to replay, drawn with the seed"
+    )
+    retain_weight: float = Field(
+        default=1.0, ge=0, description="Weight of the replayed batch's loss in a step"
+    )
+    store: Literal["auto", "dense", "low_rank", "sparse"] = Field(
+        default="auto",
+        description="How D is kept: auto takes the smallest that changes no prediction of a target",
+    )
+    store_error: float = Field(
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="Largest ‖D − stored‖ / ‖D‖ (Frobenius, per parameter); dense has none",
+    )
+    variants: dict[Variant, dict[str, Any]] = Field(
+        default_factory=dict, description="Values that one variant has for this model"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _variant_fills_in(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        variant = data.get("variant", cls.model_fields["variant"].default)
+        own = data.get("variants") or {}
+        for name, values in own.items() if isinstance(own, Mapping) else ():
+            for key in values if isinstance(values, Mapping) else ():
+                if key not in cls.model_fields or key in ("variant", "variants"):
+                    error = UnknownNameError("hyper-parameter", str(key), cls.model_fields)
+                    raise ValueError(f"variants.{name}: {error}")
+        chosen = own.get(variant, {}) if isinstance(own, Mapping) else {}
+        return {**VARIANTS.get(str(variant), {}), **chosen, **data}
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> FtConfig:
+        if self.norm_constraint is not None and self.store == "low_rank":
+            raise ValueError(
+                "store='low_rank' with a norm_constraint: what an SVD leaves is outside the box. "
+                "Take 'auto', 'dense' or 'sparse'."
+            )
+        if self.bias and self.store == "low_rank":
+            raise ValueError("store='low_rank' with bias=true: a bias has no factors. Take 'auto'.")
+        return self

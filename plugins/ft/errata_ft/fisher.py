@@ -1,0 +1,99 @@
+"""Elastic weight consolidation: which entries of a weight does the base rely on?
+
+Kirkpatrick et al. (PNAS 2017, arXiv 1612.00796), equation 3: λ/2 Σ_i F_i (θ_i − θ*_i)², where F is
+the diagonal of the Fisher information. Here θ* is the model as it stands, so θ − θ* = D, and
+
+    F_i = mean over documents of (∂ mean NLL of the document's tokens / ∂θ_i)²
+
+of the unedited model on the corpus (the empirical Fisher: the text's own tokens, not sampled ones).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from errata.errors import ConfigError
+from errata.forward import frozen
+from errata.stats import documents_of, text_hash
+from errata.training import Lesson, Trainer, TrainerSettings, reading
+from errata_ft.difference import Difference
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from errata.model import Model
+    from errata_ft.config import FtConfig
+
+
+def fisher_of(
+    model: Model,
+    modules: Sequence[str],
+    config: FtConfig,
+    corpus: Sequence[str] | None = None,
+) -> dict[str, Tensor]:
+    """Return F by parameter name (fp32, stored orientation): kept, or estimated on the base.
+
+    Raises `ConfigError` when it is not there yet and edits are active.
+    """
+    documents = documents_of(model, corpus)
+    names = list(Difference(model, modules, bias=config.bias).tensors)
+    recipe = f"{names}|{config.fisher_documents}|{config.seed}|{text_hash(documents)}"
+    digest = hashlib.sha256(recipe.encode()).hexdigest()[:32]
+    key = ("fisher", model.fingerprint, digest)
+    held: dict[str, Tensor] | None = model.memo.get(key)
+    if held is None and (stored := model.artifacts.load(key)) is not None:
+        held = {name: stored[0][name] for name in names if name in stored[0]}
+        held = held if len(held) == len(names) else None
+    if held is None:
+        if model.stack.entries:
+            raise ConfigError(
+                "The Fisher information belongs to the unedited model, and edits "
+                f"{', '.join(model.stack.ids[:3])} are active: call the method's `prepare` first, "
+                "with edits off."
+            )
+        held = _estimate(model, modules, config, documents)
+        model.artifacts.save(key, held, {"documents": config.fisher_documents})
+    model.memo[key] = held
+    return held
+
+
+def sample(documents: Sequence[str], count: int, seed: int) -> list[str]:
+    """Return some documents (all, where there are no more), drawn with a seed."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(documents), generator=generator).tolist()
+    return [documents[index] for index in order[:count]]
+
+
+def _estimate(
+    model: Model, modules: Sequence[str], config: FtConfig, documents: Sequence[str]
+) -> dict[str, Tensor]:
+    chosen = sample(documents, config.fisher_documents, config.seed)
+    # One document per batch: it is the gradient of each that is squared.
+    each = reading(model, chosen, batch_size=1, seed=config.seed)
+    if not each:
+        raise ConfigError("No document of the corpus has two tokens: there is nothing to predict.")
+    difference = Difference(model, modules, bias=config.bias)
+    sums = {name: torch.zeros_like(d) for name, d in difference.detached().items()}
+    gradients = _Gradients(model, each)
+    with torch.enable_grad(), frozen(model.module), difference.attached():
+        for lesson in model.progress.track(each, "Fisher information", len(each)):
+            found = torch.autograd.grad(gradients.loss(lesson), difference.leaves)
+            for total, gradient in zip(sums.values(), found, strict=True):
+                total.add_(gradient.square())
+    return {name: (total / len(each)).float().cpu() for name, total in sums.items()}
+
+
+class _Gradients(Trainer):
+    """Computes the loss of a lesson, and trains nothing."""
+
+    def __init__(self, model: Model, lessons: Sequence[Lesson]) -> None:
+        super().__init__(model, lessons, TrainerSettings(lr=1.0, steps=1))
+
+    def loss(self, lesson: Lesson) -> Tensor:
+        """Return the mean NLL (nats) of a document's tokens."""
+        self._current = lesson
+        return self.objective().loss
