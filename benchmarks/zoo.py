@@ -9,8 +9,9 @@ Protocols. *Recall*: greedy generation from the canonical prompt, right when the
 full stop is the answer. *Perplexity*: exp of the mean negative log-likelihood per token of
 `heldout.txt`, each paragraph on its own, cut after 128 tokens. *Tracing*: mean indirect effect on
 the probability of the answer's first token when the hidden state of one token after one block is
-restored in a run whose subject embeddings carry noise of 3 standard deviations. How well it can be
-edited: `benchmarks/editing.py`.
+restored in a run whose subject embeddings carry noise of 3 of their own standard deviations
+(`errata.locate.average`). How well it can be edited:
+`examples/bench/atlas-single.yaml`.
 """
 
 from __future__ import annotations
@@ -22,17 +23,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from errata import zoo
 from errata.datasets import atlas
+from errata.loading import load_model
+from errata.locate import average
+from errata.registry import Registry
 from errata.zoo.benchmark import build_cases
 from errata.zoo.corpus import shipped_text
 from errata.zoo.world import make_world
 
 NOISE = 3.0
-"""Standard deviation of the tracing noise, in standard deviations of the token embeddings."""
+"""Standard deviation of the tracing noise, in that of the subjects' token embeddings."""
 
 
 def recall(model: Any, tokenizer: Any, prompts: list[str], answers: list[str]) -> float:
@@ -62,87 +65,18 @@ def perplexity(model: Any, tokenizer: Any, paragraphs: tuple[str, ...], length: 
     return math.exp(total / count)
 
 
-def _span(tokenizer: Any, text: str, subject: str) -> tuple[int, int]:
-    """Return the first and the last token of the subject."""
-    start = text.index(subject)
-    end = start + len(subject)
-    offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
-    inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
-    return inside[0], inside[-1]
-
-
-@torch.no_grad()
-def trace(model: Any, tokenizer: Any, cases: list[dict[str, Any]], samples: int = 8) -> Any:
-    """Return mean indirect effects: place → one number per layer.
-
-    Places: the first and the last token of the subject, the token after it, the last token.
-    """
-    base = model.base_model
-    blocks = base.h if hasattr(base, "h") else base.layers
-    embeddings = model.get_input_embeddings()
-    noise_size = NOISE * float(embeddings.weight.std())
-    generator = torch.Generator().manual_seed(0)
-    effects: dict[str, list[list[float]]] = {
-        place: [[] for _ in blocks]
-        for place in ("first subject", "last subject", "after subject", "last")
-    }
-    floor: list[float] = []
-    for case in cases:
-        rewrite = case["requested_rewrite"]
-        text = rewrite["prompt"].replace("{}", rewrite["subject"])
-        first, last = _span(tokenizer, text, rewrite["subject"])
-        ids = torch.tensor([tokenizer(text)["input_ids"]])
-        answer = tokenizer(f" {rewrite['target_true']['str']}", add_special_tokens=False)
-        target = answer["input_ids"][0]
-        clean = model(ids, output_hidden_states=True)
-        states = clean.hidden_states  # (layers + 1) × (1, T, d)
-        noise = noise_size * torch.randn(
-            samples, last + 1 - first, states[0].shape[-1], generator=generator
-        )
-
-        def corrupt(
-            _module: Any, _args: Any, out: Tensor, a: int = first, b: int = last, n: Tensor = noise
-        ) -> Tensor:
-            out = out.clone()
-            out[:, a : b + 1] += n
-            return out
-
-        many = ids.expand(samples, -1)
-        handle = embeddings.register_forward_hook(corrupt)
-        broken = float(model(many).logits[:, -1].softmax(-1)[:, target].mean())
-        floor.append(float(clean.logits[0, -1].softmax(-1)[target]) - broken)
-        places = {
-            "first subject": first,
-            "last subject": last,
-            "after subject": min(last + 1, ids.shape[1] - 1),
-            "last": ids.shape[1] - 1,
-        }
-        for layer, block in enumerate(blocks):
-            for place, position in places.items():
-                # The last block's entry in hidden_states is after the final norm: restore the
-                # input of the next block instead, which for the last block is its own output.
-                if layer + 1 == len(blocks):
-                    continue
-
-                def restore(
-                    _module: Any,
-                    _args: Any,
-                    out: Any,
-                    at: int = position,
-                    state: Tensor = states[layer + 1],
-                ) -> Any:
-                    hidden = (out[0] if isinstance(out, tuple) else out).clone()
-                    hidden[:, at] = state[0, at]
-                    return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
-
-                inner = block.register_forward_hook(restore)
-                fixed = float(model(many).logits[:, -1].softmax(-1)[:, target].mean())
-                inner.remove()
-                effects[place][layer].append(fixed - broken)
-        handle.remove()
+def trace(name: str | Path, cases: list[dict[str, Any]], samples: int = 8) -> dict[str, Any]:
+    """Return average indirect effects of restoring hidden states: place → one number per layer."""
+    model = load_model(name, architectures=Registry.load().architectures)
+    requests = [atlas.to_request(case) for case in cases]
+    found = average(
+        model, requests, variants=("hidden",), noise=NOISE, samples=samples, score="first"
+    )
+    effects = found.effects["hidden"]
     return {
-        "total effect": sum(floor) / len(floor),
-        **{place: [sum(row) / len(row) for row in rows if row] for place, rows in effects.items()},
+        "protocol": found.protocol,
+        "total effect": found.total[0],
+        **{role: effects.of(role).tolist() for role in effects.roles},
     }
 
 
@@ -183,7 +117,7 @@ def main() -> None:
             model, tokenizer, [p["prompt"] for p in two_hop], [p["answer_true"] for p in two_hop]
         )
     if not args.no_trace:
-        report["tracing"] = trace(model, tokenizer, cases[:40])
+        report["tracing"] = trace(args.model, cases[:40])
     text = json.dumps(report, indent=1)
     print(text)
     if args.json:

@@ -160,9 +160,9 @@ def commands() -> dict[str, Any]:
 
 def test_the_commands_are_these() -> None:
     assert set(commands()) == {
-        "demo", "edit", "revert", "apply", "log", "show", "verify", "generate", "locate",
-        "diff", "evaluate", "bench", "report", "datasets", "export", "import", "merge", "methods", "zoo list", "zoo path", "zoo train",
-        "doctor",
+        "demo", "edit", "revert", "apply", "log", "show", "verify", "generate", "locate", "diff",
+        "evaluate", "bench", "report", "datasets", "export", "import", "merge", "methods",
+        "zoo list", "zoo path", "zoo train", "doctor",
     }  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from errata.contexts import prefix_contexts
 from errata.delta import LowRankDelta
 from errata.errors import CapabilityError, ConfigError, ErrataError
 from errata.forward import logits_at, trace
+from errata.locate.sweep import LayerResult, Sweep
 from errata.model import Model
 from errata.request import Request
 from errata.rules import Snapshot
@@ -345,6 +346,19 @@ def test_without_a_layer_a_third_of_the_way_up(tmp_path: Path) -> None:
     model = build_model("gpt2", tmp_path)
     (delta,) = Rome().edit(model, REQUESTS[:1], RomeConfig(**{**FAST, "layer": None}))
     assert delta.parameters == (model.anatomy.weight(model.anatomy.mlp_out(1)),)
+
+
+def test_auto_is_the_layer_of_the_models_sweep(tmp_path: Path) -> None:
+    model = build_model("gpt2", tmp_path)
+    auto = RomeConfig(**{**FAST, "layer": "auto"})
+    with pytest.raises(ConfigError, match="errata locate --sweep --method rome"):
+        Rome().edit(model, REQUESTS[:1], auto)
+    results = tuple(LayerResult(i, s, {}) for i, s in enumerate((0.2, 0.4, 0.9)))
+    found = Sweep("m", "gpt2", 3, "rome", "layer", {}, 5, results)
+    key = ("layer-sweep", model.fingerprint, "rome")
+    model.artifacts.save(key, {"_": torch.zeros(1)}, found.as_json())
+    (delta,) = Rome().edit(model, REQUESTS[:1], auto)
+    assert delta.parameters == (model.anatomy.weight(model.anatomy.mlp_out(2)),)
 
 
 @pytest.mark.parametrize(

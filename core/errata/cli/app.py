@@ -8,7 +8,20 @@ import typer
 from typer.core import TyperGroup
 
 from errata import __version__
-from errata.cli import bench, data, demo, doctor, edits, history, look, methods, report, ship, zoo
+from errata.cli import (
+    bench,
+    data,
+    demo,
+    diff,
+    doctor,
+    edits,
+    history,
+    look,
+    methods,
+    report,
+    ship,
+    zoo,
+)
 from errata.cli.render import console
 from errata.cli.session import CLOSING, EXIT_CODES
 
@@ -60,6 +73,7 @@ demo.add(app)
 edits.add(app)
 history.add(app)
 look.add(app)
+diff.add(app)
 bench.add(app)
 report.add(app)
 ship.add(app)

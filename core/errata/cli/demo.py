@@ -12,7 +12,7 @@ from rich.text import Text
 
 from errata.cli import render
 from errata.cli.edits import ANSWER_TOKENS, answers, check_method, edit_json
-from errata.cli.look import location
+from errata.cli.located import location
 from errata.cli.session import DAMAGED, OUTPUT, Session, command
 from errata.errors import ConfigError
 

@@ -1,24 +1,21 @@
-"""Looking at the model: `generate`, `locate` and `evaluate`. None of them changes anything."""
+"""Looking at the model: `generate` and `evaluate`. Neither changes anything."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
 
-from errata.cli import render
-from errata.cli.edits import check_method, pairs, read_requests
+from errata.cli import locate, render
+from errata.cli.edits import read_requests
 from errata.cli.session import MODEL, Session, command
 from errata.errors import LedgerError, RequestError
-from errata.request import Request
 
 if TYPE_CHECKING:
-    from errata.editor import Editor
-    from errata.locate import Location
+    pass
 
 PANEL = "Look"
 DEFAULT_PROTOCOLS = ("counterfact", "generation")
@@ -37,13 +34,7 @@ def add(app: typer.Typer) -> None:
             "cat prompts.txt | errata generate - --json"
         ),
     )(generate)
-    command(
-        app,
-        "locate",
-        panel=PANEL,
-        shared=MODEL,
-        examples='errata locate "The capital of {} is" --subject France --target Paris',
-    )(locate)
+    locate.add(app)
     command(
         app,
         "evaluate",
@@ -130,111 +121,6 @@ def generate(
 
 def _lines() -> list[str]:
     return [line.rstrip("\n") for line in sys.stdin if line.strip()]
-
-
-# -- locate ----------------------------------------------------------------------------------------
-
-
-def locate(
-    session: Session,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="With {} for the subject.")],
-    subject: Annotated[str, typer.Option("--subject", "-s", help="Who or what it is about.")],
-    target: Annotated[
-        str, typer.Option("--target", "-t", help="The answer whose place is looked for.")
-    ] = "",
-    method: Annotated[
-        str, typer.Option("--method", help="A method with a locator of its own.")
-    ] = "",
-    values: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="A setting of the locator (repeatable)."),
-    ] = None,
-) -> None:
-    """Say where the model keeps an answer.
-
-    By causal tracing, unless a method with a locator of its own is named.
-    """
-    if method:
-        check_method(method)
-    with session.editor() as editor:
-        settings = pairs(values or (), "--set")
-        if target and not method:
-            settings.setdefault("answer", target)
-        said = target or _first_word(editor, prompt.replace("{}", subject))
-        request = Request.parse(
-            {"prompt": prompt, "subject": subject, "target_new": said, "target_true": said}
-        )
-        with session.status("Tracing"):
-            found = editor.locate(request, method, **settings)
-    if session.json:
-        session.emit(found.as_json())
-        return
-    session.show(*location(found))
-
-
-def _first_word(editor: Editor, prompt: str) -> str:
-    """Return the first word of what the model says: what a trace follows if nothing is named."""
-    words = str(editor.generate(prompt, max_new_tokens=8)).split()
-    return words[0].strip(".,;:!?") if words and words[0].strip(".,;:!?") else "?"
-
-
-def location(found: Location) -> list[Any]:
-    """Return what people see of a location: the place, then the scores of every token and layer.
-
-    Scores are drawn as bars of eight heights, one per layer, on a common scale from 0.
-    """
-    place = render.facts(
-        [
-            ("layer", f"{found.layer}  ({found.module})"),
-            ("token", f"{_token(found.token)}  (number {found.token_index} of the prompt)"),
-            ("score", f"{render.number(found.score)}{_range(found)}"),
-            ("how", found.protocol),
-        ]
-    )
-    if not found.scores:
-        return [place]
-    tokens = [_token(str(t)) for t in found.evidence.get("tokens", range(len(found.scores)))]
-    top = max(max(row) for row in found.scores)
-    layers = len(found.scores[0])
-    grid = render.table(
-        ("token", {"no_wrap": True}),
-        (f"layers 0 – {layers - 1}", {"no_wrap": True}),
-        ("best", {"justify": "right", "no_wrap": True}),
-        ("at layer", {"justify": "right", "no_wrap": True}),
-    )
-    for index, (token, row) in enumerate(zip(tokens, found.scores, strict=True)):
-        best = row.index(max(row))
-        here = index == found.token_index
-        bars = Text(_bars(row, top))
-        if here:
-            wide = len(bars) // layers
-            bars.stylize("accent", found.layer * wide, (found.layer + 1) * wide)
-        grid.add_row(
-            Text(("▸ " if here else "  ") + token, style="head" if here else ""),
-            bars,
-            render.number(row[best]),
-            str(best),
-        )
-    return [place, "", grid, Text(f"bars: 0 to {render.number(top)}", style="muted")]
-
-
-def _range(found: Location) -> str:
-    """Return the two scores that a trace's are to be read between."""
-    low, high = found.evidence.get("low"), found.evidence.get("high")
-    if low is None or high is None:
-        return ""
-    return f"  ({render.number(low)} corrupted, {render.number(high)} clean)"
-
-
-def _bars(row: Sequence[float], top: float) -> str:
-    wide = 2 if len(row) <= 24 else 1
-    heights = "▁▂▃▄▅▆▇█"
-    return "".join(heights[round(7 * max(score, 0) / top) if top else 0] * wide for score in row)
-
-
-def _token(text: str) -> str:
-    """Return a token as people read it: the markers for a space in front become a space."""
-    return text.replace("Ġ", " ").replace("▁", " ").replace("Ċ", "⏎")
 
 
 # -- evaluate --------------------------------------------------------------------------------------

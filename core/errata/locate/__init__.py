@@ -1,8 +1,57 @@
-"""Locating: where does a model keep a piece of knowledge?"""
+"""Locating: where does a model keep a piece of knowledge, and does that help to edit it?"""
 
-from errata.locate.causal_trace import embedding_std, trace
+from errata.locate.average import AverageTrace, Effects, average
+from errata.locate.causal_trace import Tracer, trace
+from errata.locate.corruption import embedding_std
+from errata.locate.lens import Trajectory, contribution_norms, logit_lens
 from errata.locate.location import Location
-from errata.locate.locator import CoreLocator, TraceConfig
+from errata.locate.locator import LOCATORS, CoreLocator, TraceConfig
+from errata.locate.neurons import Attribution, KnowledgeNeurons, attribute, knowledge_neurons
+from errata.locate.numbers import spearman
 from errata.locate.result import CausalTrace
+from errata.locate.screening import gradient_times_activation, screen
+from errata.locate.similarity import (
+    RelativeSimilarity,
+    consistency,
+    paraphrase_sets,
+    relation_sets,
+    rsim,
+    similarity_of,
+)
+from errata.locate.sweep import ChosenLayers, LayerResult, Sweep, cached_sweep, chosen_layers, sweep
 
-__all__ = ["CausalTrace", "CoreLocator", "Location", "TraceConfig", "embedding_std", "trace"]
+__all__ = [
+    "LOCATORS",
+    "Attribution",
+    "AverageTrace",
+    "CausalTrace",
+    "ChosenLayers",
+    "CoreLocator",
+    "Effects",
+    "KnowledgeNeurons",
+    "LayerResult",
+    "Location",
+    "RelativeSimilarity",
+    "Sweep",
+    "TraceConfig",
+    "Tracer",
+    "Trajectory",
+    "attribute",
+    "average",
+    "cached_sweep",
+    "chosen_layers",
+    "consistency",
+    "contribution_norms",
+    "embedding_std",
+    "gradient_times_activation",
+    "knowledge_neurons",
+    "logit_lens",
+    "paraphrase_sets",
+    "relation_sets",
+    "rsim",
+    "screen",
+    "similarity_of",
+    "spearman",
+    "sweep",
+    "trace",
+]

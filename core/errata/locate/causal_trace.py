@@ -1,41 +1,43 @@
 """Causal tracing: which state, put back to its clean value, brings a corrupted answer back?
 
-Meng et al. 2022, section 2. The subject's token embeddings are corrupted with noise, the same for
-every restoration; the state of one token at one layer is restored; the score is the probability
-of the clean run's answer, averaged over the corrupted runs.
+Meng et al. 2022, section 2. The embeddings of the subject's (or the relation's) tokens are
+corrupted, the same way for every restoration; the state of one token at one layer is restored;
+the score is the probability of the answer, averaged over the corrupted runs.
 
 Restorations run stacked, several (token, layer) pairs in one batch. A batch starts at the first
-layer that a restoration changes: the blocks below answer with the states of the corrupted run.
+layer and the first token that a restoration changes (`errata.locate.runs`).
 """
 
 from __future__ import annotations
 
-import logging
-import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
-from torch import nn
 
-from errata.errors import CapabilityError, ConfigError, UnknownNameError
-from errata.forward import Seen, adding, answered, logits_at, patched
-from errata.forward import trace as capture
-from errata.forward.trace import first_tensor, submodule, with_first
+from errata.errors import ConfigError, UnknownNameError
+from errata.forward import adding
+from errata.locate.corruption import Corruption, added_noise, swapped_subject
+from errata.locate.passage import answer_text, passage
 from errata.locate.result import KINDS, STATES, CausalTrace, Kind
+from errata.locate.runs import Runs, Score, Side, traced_tokens
+from errata.locate.spans import Span, span_of, subject_tokens
 from errata.request import Request
-from errata.tokens import encode, subject_span
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from errata.model import Model
 
-logger = logging.getLogger("errata")
+MEGABYTES = 256.0
+"""Default budget for one batch of restorations."""
+
+# What another forward pass costs beyond its arithmetic, in multiply-adds of one block per squared
+# width. Cells of different layers and tokens go into one batch, which starts at the lowest of
+# them, as long as what is run for nothing costs less than this.
+_OVERHEAD = {"cpu": 2**23, "accelerator": 2**30}
 
 
-@torch.no_grad()
 def trace(
     model: Model,
     request: Request | str,
@@ -43,14 +45,20 @@ def trace(
     *,
     kind: Kind = "hidden",
     window: int = 10,
+    corrupt: str | Sequence[int] = "subject",
+    relation: str | None = None,
     noise: float | Tensor = 3.0,
+    noise_std: float | None = None,
     noise_subjects: Sequence[str] | None = None,
+    replace_by: Sequence[str] | None = None,
     samples: int = 10,
     seed: int = 0,
     answer: str | None = None,
+    score: Score = "whole",
     severed: Literal["mlp", "attn"] | None = None,
     held_noise: Tensor | None = None,
-    batch_rows: int = 256,
+    side: Side = "encoder",
+    memory_mb: float = MEGABYTES,
 ) -> CausalTrace:
     """Restore every (token, layer) of a prompt in turn and score each.
 
@@ -61,321 +69,354 @@ def trace(
         kind: restore one block's output ("hidden"), or the outputs of the MLPs or attentions of
             `window` layers [l - window//2, l + ceil(window/2)), clipped at the ends.
         window: number of layers for "mlp" and "attn".
-        noise: standard deviation of the noise in units of the standard deviation of the subject
-            tokens' embeddings; or the noise itself (samples, subject tokens, hidden), scaled.
-        noise_subjects: whose token embeddings (each subject tokenised alone) give that standard
-            deviation; the paper takes all subjects of a data set. Default: this subject alone.
-        samples: number of corrupted runs.
+        corrupt: whose embeddings are corrupted: "subject", "relation" (the rule is stated in
+            `errata.locate.spans`), or token indices.
+        relation: text in the prompt that expresses the relation.
+        noise: standard deviation of the noise in units of `noise_std`; or the noise itself
+            (samples, corrupted tokens, width), scaled.
+        noise_std: standard deviation of the embeddings concerned. Default: measured on the
+            corrupted tokens.
+        noise_subjects: measure it on these subjects, each tokenised alone; the paper takes all
+            subjects of a data set.
+        replace_by: instead of noise, put the embeddings of these subjects in place of the
+            subject's; those with another number of tokens are left out.
+        samples: number of corrupted runs (of replacements: at most).
         seed: of the noise, drawn in float64 by a generator of its own.
-        answer: follow the probability of this text's first token instead of the clean run's best.
+        answer: the answer to follow. Default: the clean run's best token.
+        score: the probability of the whole answer, or of its first token as in the paper.
         severed: hold that token's MLP or attention outputs at their corrupted values in all layers
             ("hidden" only): what the restored state does not do through them.
         held_noise: other noise for the run that those values are taken from. Default: the same.
             The authors' code draws anew there, because both runs share one random stream; give
             the first draw here and the second as `noise` to get their numbers.
-        batch_rows: most rows in a batch.
+        side: the stack of an encoder-decoder in which states are restored.
+        memory_mb: most megabytes that one batch's activations take (estimated); one restoration
+            at a time at least.
 
     Raises:
-        CapabilityError: not a decoder.
         UnknownNameError, ConfigError, RequestError: an argument that is not allowed.
     """
-    request = _request(request, subject)
-    _check(model, kind, window, samples, severed)
-    run = _Trace(model, request, batch_rows)
-    run.corrupt(noise, noise_subjects, samples, seed)
-    run.settle(answer, held_noise if severed else None)
-    width = 1 if kind == "hidden" else window
-    return CausalTrace(
-        prompt=request.text,
-        subject=request.subject,
-        tokens=tuple(model.tokenizer.convert_ids_to_tokens(run.ids[0].tolist())),
-        subject_span=run.span,
-        answer=model.tokenizer.decode([run.answer_id]),
-        answer_id=run.answer_id,
-        scores=run.restore(kind, width, severed),
-        low=run.low,
-        high=run.high,
-        kind=kind,
-        window=width,
-        noise_level=run.noise_level,
-        noise_source=run.noise_source,
-        samples=run.samples,
-        seed=seed,
-        severed=severed,
-        modules=tuple(_paths(model, kind)),
-    )
+    tracer = Tracer(
+        model, request, subject, corrupt=corrupt, relation=relation, noise=noise,
+        noise_std=noise_std, noise_subjects=noise_subjects, replace_by=replace_by,
+        samples=samples, seed=seed, answer=answer, score=score, side=side,
+    )  # fmt: skip
+    return tracer.trace(kind, window, severed=severed, held_noise=held_noise, memory_mb=memory_mb)
 
 
-def embedding_std(model: Model, subjects: Sequence[str]) -> float:
-    """Return the standard deviation over all numbers in the embeddings of these subjects' tokens.
+class Tracer:
+    """One prompt, run clean and corrupted once, to be traced in several ways.
 
-    Each subject is tokenised alone, without special tokens, as the authors do.
+    The arguments are those of `trace`; without `reruns` the prompt is only run clean.
     """
-    ids = [i for s in subjects for i in model.tokenizer(s, add_special_tokens=False)["input_ids"]]
-    if not ids:
-        raise ConfigError(f"The noise subjects {list(subjects)!r} have no tokens: name real ones.")
-    embedding = model.anatomy.embedding(model.module)
-    with torch.no_grad():
-        # Called, not indexed: some families scale inside the module.
-        rows = embedding(torch.tensor([ids], device=model.device))
-    return float(rows.double().std())
 
-
-class _Trace:
-    """One prompt: its clean run, its corrupted runs, and restorations of them."""
-
-    def __init__(self, model: Model, request: Request, batch_rows: int) -> None:
-        self._model = model
-        self._request = request
-        self._batch_rows = batch_rows
-        batch = encode(model.tokenizer, [request.text], device=model.device)
-        self.ids = batch.input_ids
-        self._inputs = batch.inputs(positions=model.anatomy.spec.position_ids)
-        first, last = subject_span(model.tokenizer, request.prompt, request.subject)
-        self.span = (int(first), int(last))
-        self._watched = [name for kind in KINDS for name in _paths(model, kind)]
-
-    # -- the two reference runs ------------------------------------------------------------------
-
-    def corrupt(
+    def __init__(
         self,
-        noise: float | Tensor,
-        subjects: Sequence[str] | None,
-        samples: int,
-        seed: int,
+        model: Model,
+        request: Request | str,
+        subject: str | None = None,
+        *,
+        corrupt: str | Sequence[int] = "subject",
+        relation: str | None = None,
+        noise: float | Tensor = 3.0,
+        noise_std: float | None = None,
+        noise_subjects: Sequence[str] | None = None,
+        replace_by: Sequence[str] | None = None,
+        samples: int = 10,
+        seed: int = 0,
+        answer: str | None = None,
+        score: Score = "whole",
+        side: Side = "encoder",
+        reruns: bool = True,
     ) -> None:
-        """Prepare the noise (samples, subject tokens, hidden)."""
-        embedding = self._model.anatomy.embedding(self._model.module)
-        self._noise_shape = (
-            len(noise) if isinstance(noise, torch.Tensor) else samples,
-            self.span[1] - self.span[0] + 1,
-            int(embedding(self.ids[:, :1]).shape[-1]),  # OPT-350m projects it afterwards
+        check(samples=samples, score=score, side=side)
+        self._model, self._seed, self._score = model, seed, score
+        self.request = as_request(request, subject)
+        self.span = span_of(model.tokenizer, self.request, corrupt, relation)
+        self.runs = Runs(model, passage(model, self.request, answer), side=side, score=score)
+        self.corruption = corruption_of(
+            model, self.request, self.span, self.runs, noise=noise, noise_std=noise_std,
+            noise_subjects=noise_subjects, replace_by=replace_by, samples=samples, seed=seed,
+        )  # fmt: skip
+        self._held: dict[str, Tensor] | None = None
+        if reruns:
+            self.runs.corrupt(self.corruption)
+
+    def trace(
+        self,
+        kind: Kind = "hidden",
+        window: int = 10,
+        *,
+        severed: Literal["mlp", "attn"] | None = None,
+        held_noise: Tensor | None = None,
+        memory_mb: float = MEGABYTES,
+    ) -> CausalTrace:
+        """Restore every (token, layer) in turn and score each."""
+        check(kind=kind, window=window, severed=severed, memory_mb=memory_mb)
+        width = 1 if kind == "hidden" else window
+        held: dict[str, Tensor] = {}
+        foreign = severed is not None and held_noise is not None
+        if severed is not None and held_noise is None:
+            held = self._held = self._held or self.runs.states_of(self.corruption)
+        elif held_noise is not None and foreign:
+            held = self.runs.states_of(_held(self.corruption, held_noise))
+        restorations = _Restorations(self.runs, kind, width, held, severed, foreign)
+        return self.result(kind, width, restorations.scores(memory_mb), severed)
+
+    def result(
+        self,
+        kind: Kind,
+        window: int,
+        scores: Tensor,
+        severed: Literal["mlp", "attn"] | None = None,
+        how: str = "",
+    ) -> CausalTrace:
+        """Return scores with all that is known about them."""
+        model, runs = self._model, self.runs
+        first, last = runs.passage.places(subject_tokens(model.tokenizer, self.request))
+        return CausalTrace(
+            prompt=self.request.text,
+            subject=self.request.subject,
+            tokens=traced_tokens(model, runs),
+            subject_span=(first, last),
+            corrupted=self.corruption.columns,
+            corrupt=self.span.what,
+            rule=self.span.rule,
+            answer=answer_text(model, runs.passage.answer_ids),
+            answer_ids=runs.passage.answer_ids,
+            score=self._score,
+            scores=scores,
+            low=runs.low,
+            high=runs.high,
+            kind=kind,
+            window=window,
+            noise_level=self.corruption.level,
+            noise_source=self.corruption.source,
+            samples=self.corruption.samples,
+            seed=self._seed,
+            severed=severed,
+            modules=tuple(runs.paths(kind)),
+            how=how,
         )
-        if isinstance(noise, torch.Tensor):
-            self._check_noise(noise)
-            self._noise, self.noise_level, self.noise_source = noise, math.nan, "given"
-        else:
-            chosen = [self._request.subject] if subjects is None else list(subjects)
-            self.noise_level = float(noise) * embedding_std(self._model, chosen)
-            whose = "the subject's" if subjects is None else f"{len(chosen)} subjects'"
-            self.noise_source = f"{noise:g} x that of {whose} token embeddings"
-            generator = torch.Generator().manual_seed(seed)
-            drawn = torch.randn(self._noise_shape, generator=generator, dtype=torch.float64)
-            self._noise = drawn * self.noise_level
-        self.samples = len(self._noise)
 
-    def _check_noise(self, noise: Tensor) -> None:
-        if tuple(noise.shape) != self._noise_shape or not len(noise):
-            raise ConfigError(
-                f"The given noise has shape {tuple(noise.shape)}; this subject needs (samples, "
-                f"{self._noise_shape[1]} subject tokens, {self._noise_shape[2]})."
-            )
 
-    def settle(self, answer: str | None, held_noise: Tensor | None) -> None:
-        """Run clean and corrupted once: the answer, both scores, all states."""
-        with capture(self._model.module, self._watched) as seen:
-            clean = self._logits(1)
-        self._clean = {name: states[0] for name, states in self._states(seen, 1).items()}  # (T, d)
-        self.answer_id = int(clean[0].argmax()) if answer is None else self._first_token(answer)
-        self.high = float(self._probability(clean)[0])
+def corruption_of(
+    model: Model,
+    request: Request,
+    span: Span,
+    runs: Runs,
+    *,
+    noise: float | Tensor,
+    noise_std: float | None,
+    noise_subjects: Sequence[str] | None,
+    replace_by: Sequence[str] | None,
+    samples: int,
+    seed: int,
+) -> Corruption:
+    """Return the corruption that the arguments of `trace` describe."""
+    columns = runs.passage.places(span.tokens)
+    if replace_by is not None:
+        return swapped_subject(model, request, span, columns, replace_by, samples)
+    return added_noise(
+        model, request, span, columns, size=noise, std=noise_std, subjects=noise_subjects,
+        samples=samples, seed=seed,
+    )  # fmt: skip
 
-        raw: dict[str, Any] = {}
-        blocks = _paths(self._model, "hidden")
 
-        def keep(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-                del module, args
-                raw[name] = output
+def _held(corruption: Corruption, noise: Tensor) -> Corruption:
+    if noise.shape != corruption.values.shape:
+        raise ConfigError(
+            f"held_noise has shape {tuple(noise.shape)}; it needs that of the noise, "
+            f"{tuple(corruption.values.shape)}."
+        )
+    return Corruption(corruption.columns, noise, corruption.replaces, corruption.level, "given")
 
-            return hook
 
-        with ExitStack() as undo:
-            for name in blocks:
-                handle = submodule(self._model.module, name).register_forward_hook(keep(name))
-                undo.callback(handle.remove)
-            seen = undo.enter_context(capture(self._model.module, self._watched))
-            corrupted = self._logits(self.samples, corrupted=True)
-        self._raw = [raw[name] for name in blocks]
-        self.low = float(self._probability(corrupted).mean())
-        # With other noise there, values held below the restored layer are no corrupted states of
-        # this run either: then every layer has to run.
-        self._resumes = held_noise is None and self._can_resume(corrupted)
-        if held_noise is not None:
-            self._check_noise(held_noise)
-            with capture(self._model.module, self._watched) as seen:
-                self._logits(self.samples, corrupted=True, noise=held_noise)
-        self._held = self._states(seen, self.samples)  # (samples, T, d)
+class Cell(NamedTuple):
+    """One restoration: a token, and the layers put back there; `layer` names it."""
 
-    def _states(self, seen: Mapping[str, Seen], rows: int) -> dict[str, Tensor]:
-        """Return captured outputs as (rows, T, d): OPT's MLP sees rows and columns flattened."""
-        length = self.ids.shape[1]
-        return {
-            name: found.output.reshape(rows, length, found.output.shape[-1])
-            for name, found in seen.items()
-            if found.output is not None
-        }
+    token: int
+    layer: int
+    layers: range
 
-    def _first_token(self, answer: str) -> int:
-        prompt = self.ids.shape[1]
-        joined = encode(self._model.tokenizer, [f"{self._request.text} {answer}"])
-        return int(joined.input_ids[0, prompt])
 
-    def _can_resume(self, corrupted: Tensor) -> bool:
-        """Return whether the last block alone, on recorded states, gives the recorded logits."""
-        count = self._model.anatomy.n_layers
-        if count < 2:
-            return False
-        if any(entry.delta.runtime for entry in self._model.stack.entries):
-            return False  # a codebook on a block would act on the recorded state once more
-        try:
-            again = self._logits(self.samples, below=(count - 2, self._raw[count - 2]))
-        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError):
-            logger.debug("resuming a trace failed", exc_info=True)
-            return False
-        scale = float(corrupted.abs().max().clamp_min(1e-30))
-        tolerance = math.sqrt(torch.finfo(self._model.dtype).eps)
-        return float((again - corrupted).abs().max()) <= tolerance * scale
+class _Restorations:
+    """All restorations of one kind on one prompt."""
 
-    # -- restorations ----------------------------------------------------------------------------
+    def __init__(
+        self,
+        runs: Runs,
+        kind: Kind,
+        window: int,
+        held: dict[str, Tensor],
+        severed: Literal["mlp", "attn"] | None,
+        foreign: bool,
+    ) -> None:
+        self._runs, self._kind, self._window = runs, kind, window
+        self._held, self._severed, self._foreign = held, severed, foreign
+        self._paths = runs.paths(kind)
 
-    def restore(self, kind: Kind, window: int, severed: Literal["mlp", "attn"] | None) -> Tensor:
+    def scores(self, memory_mb: float) -> Tensor:
         """Return the scores (tokens, layers)."""
-        length, count = self.ids.shape[1], self._model.anatomy.n_layers
-        scores = torch.full((length, count), self.low, dtype=torch.float64)
-        # Before the subject nothing is corrupted (attention is causal): restoring changes nothing.
-        tokens = list(range(self.span[0], length))
-        size = max(1, self._batch_rows // self.samples)
-        done: dict[range, int] = {}
-        for layer in self._model.progress.track(range(count), f"tracing {STATES[kind]}"):
-            layers = (
-                range(layer, layer + 1)
-                if kind == "hidden"
-                else range(max(0, layer - window // 2), min(count, layer + (window + 1) // 2))
-            )
-            if layers in done:  # a window as wide as the model is the same one again
-                scores[:, layer] = scores[:, done[layers]]
-                continue
-            done[layers] = layer
-            for start in range(0, len(tokens), size):
-                chosen = tokens[start : start + size]
-                scores[chosen, layer] = self._restored(kind, layers, chosen, severed)
+        runs, count = self._runs, self._runs.anatomy.n_layers
+        scores = torch.full((runs.length, count), runs.low, dtype=torch.float64)
+        batches = list(self._batches(memory_mb * 1e6))
+        text = f"tracing {STATES[self._kind]}"
+        for cells, layer in runs.model.progress.track(batches, text):
+            found = self._restored(cells, layer).mean(dim=1)
+            for cell, value in zip(cells, found.tolist(), strict=True):
+                scores[cell.token, cell.layer] = value
+        if self._kind != "hidden":  # windows that are the same ones again, at the ends
+            done: dict[range, int] = {}
+            for layer in range(count):
+                first = done.setdefault(self._layers(layer), layer)
+                scores[:, layer] = scores[:, first]
         return scores
 
-    def _restored(
-        self, kind: Kind, layers: range, tokens: list[int], severed: Literal["mlp", "attn"] | None
-    ) -> Tensor:
-        """Return the scores (len(tokens),) of restoring each token in these layers."""
-        rows = len(tokens) * self.samples  # token-major
-        row_index = torch.arange(rows)
-        columns = torch.tensor(tokens).repeat_interleave(self.samples)
+    # -- what runs together ----------------------------------------------------------------------
 
-        def write(values: Tensor) -> Callable[[Tensor], Tensor]:
-            return adding(values, columns, rows=row_index, replace=True)
+    def _layers(self, layer: int) -> range:
+        if self._kind == "hidden":
+            return range(layer, layer + 1)
+        half, count = self._window // 2, self._runs.anatomy.n_layers
+        return range(max(0, layer - half), min(count, layer - half + self._window))
 
+    def _cells(self) -> Iterator[Cell]:
+        """Yield the restorations that can change anything."""
+        runs, count = self._runs, self._runs.anatomy.n_layers
+        # Before the first corrupted token nothing is corrupted where attention is causal.
+        first = min(runs._corruption.columns) if runs.causal else 0
+        # In the last layer nothing moves to other tokens (held values of another run move below).
+        stays = not runs.encoding and not self._foreign
+        seen: set[range] = set()
+        for layer in range(count):
+            layers = self._layers(layer)
+            if layers in seen:
+                continue
+            seen.add(layers)
+            last = stays and layers[0] == count - 1
+            for token in range(first, runs.length):
+                if not last or token in runs.passage.reads:
+                    yield Cell(token, layer, layers)
+
+    def _batches(self, budget: float) -> Iterator[tuple[list[Cell], int]]:
+        """Yield (restorations, first block that runs)."""
+        runs, count = self._runs, self._runs.anatomy.n_layers
+        kind = "cpu" if runs.model.device.type == "cpu" else "accelerator"
+        overhead = _OVERHEAD[kind] / runs.anatomy.hidden_size**2
+        above = self._kind == "hidden"  # the restored block itself is not run
+        batch: list[Cell] = []
+        start, needed = (0, 0), 0.0
+        cells = sorted(self._cells(), key=lambda cell: (cell.layers[0], -cell.token))
+        for cell in cells:
+            own = self._start(cell.layers[0] + above, cell.token)
+            both = (min(start[0], own[0]), min(start[1], own[1])) if batch else own
+            grown = (len(batch) + 1) * self._work(both, count)
+            alone = self._work(own, count)
+            if batch and (
+                grown - needed - alone > overhead or (len(batch) + 1) * self._bytes(*both) > budget
+            ):
+                yield batch, start[0]
+                batch, both, needed = [], own, 0.0
+            batch.append(cell)
+            start, needed = both, needed + alone
+        if batch:
+            yield batch, start[0]
+
+    def _start(self, layer: int, column: int) -> tuple[int, int]:
+        # Values held from other runs, below the restored layer, are no states of this one either.
+        return (0, 0) if self._foreign else self._runs.start(layer, column)
+
+    def _work(self, start: tuple[int, int], count: int) -> float:
+        """Return the blocks times positions that one restoration runs from a block and column."""
+        layer, column = start
+        return float(self._runs.samples * (count - layer) * (self._runs.length - column))
+
+    def _bytes(self, layer: int, column: int) -> float:
+        """Estimate what one restoration adds to a batch: activations, kept keys, logits."""
+        runs, config = self._runs, self._runs.model.config
+        size = torch.finfo(runs.model.dtype).bits // 8
+        width, hidden, keys = runs.length, runs.anatomy.hidden_size, runs.anatomy.key_size
+        columns = width - column
+        heads = getattr(config.get_text_config(), "num_attention_heads", 1) or 1
+        blocks = 8 * hidden + 3 * keys + 2 * heads * width
+        kept = 2 * hidden * column * (runs.anatomy.n_layers - layer)
+        vocabulary = int(getattr(config.get_text_config(), "vocab_size", 0) or 0)
+        logits = 3 * len(runs.passage.reads) * vocabulary
+        return float(runs.samples * (size * (columns * blocks + kept) + 4 * logits))
+
+    # -- one batch -------------------------------------------------------------------------------
+
+    def _restored(self, cells: Sequence[Cell], layer: int) -> Tensor:
+        """Return the scores (restorations, samples)."""
+        runs = self._runs
+        layer, column = self._start(layer, min(cell.token for cell in cells))
+        rows = torch.arange(len(cells) * runs.samples)
+        columns = torch.tensor([c.token for c in cells]).repeat_interleave(runs.samples)
         changes: dict[str, Callable[[Tensor], Tensor]] = {}
-        below: tuple[int, Any] | None = None
-        names = _paths(self._model, kind)
-        if kind == "hidden" and self._resumes:
-            layer = layers[0]
-            state = self._tiled(self._raw[layer], len(tokens))
-            new = write(self._clean[names[layer]][columns])(first_tensor(state))
-            below = (layer, with_first(state, new))
-        else:
-            for layer in layers:
-                changes[names[layer]] = write(self._clean[names[layer]][columns])
-            if self._resumes and layers[0] > 0:
-                below = (layers[0] - 1, self._tiled(self._raw[layers[0] - 1], len(tokens)))
-        if severed is not None:
-            # Up to the restored layer this changes nothing unless the noise differs.
-            for name in _paths(self._model, severed)[layers[0] + 1 if self._resumes else 0 :]:
-                changes[name] = write(self._held[name][row_index % self.samples, columns])
-        with patched(self._model.module, changes):
-            logits = self._logits(rows, corrupted=below is None, below=below)
-        return self._probability(logits).reshape(len(tokens), self.samples).mean(dim=1)
+        entering = None
+        for index, path in enumerate(self._paths):
+            here = [number for number, cell in enumerate(cells) if index in cell.layers]
+            if not here:
+                continue
+            chosen = torch.isin(rows // runs.samples, torch.tensor(here))
+            change = self._write(path, rows[chosen], columns[chosen], column, len(rows))
+            if index == layer - 1:
+                entering = change  # that block is not run: its answer is changed
+            else:
+                changes[path] = change
+        for index, path in enumerate(runs.paths(self._severed) if self._severed else ()):
+            if index >= layer:
+                values = self._held[path][rows % runs.samples, columns]
+                changes[path] = adding(values, columns - column, rows=rows, replace=True)
+        return runs.rerun(changes, layer=layer, column=column, copies=len(cells), entering=entering)
 
-    def _tiled(self, raw: Any, times: int) -> Any:
-        """Repeat a block's output for `times` restorations."""
+    def _write(
+        self, path: str, rows: Tensor, columns: Tensor, column: int, size: int
+    ) -> Callable[[Tensor], Tensor]:
+        """Return a change that puts the clean states of these columns into these rows."""
+        values = self._runs.clean[path][columns]
+        place = columns - column
 
-        def tile(value: Any) -> Any:
-            if not isinstance(value, torch.Tensor) or value.shape[:1] != (self.samples,):
-                return value
-            return value.repeat(times, *[1] * (value.ndim - 1))
+        def change(output: Tensor) -> Tensor:
+            # OPT's MLP has rows and columns in one dimension.
+            shaped = output.view(size, -1, output.shape[-1])
+            where = (rows.to(output.device), place.to(output.device))
+            return shaped.index_put(where, values.to(output)).view(output.shape)
 
-        if isinstance(raw, torch.Tensor):
-            return tile(raw)
-        return type(raw)(tile(value) for value in raw)
-
-    # -- running ---------------------------------------------------------------------------------
-
-    def _logits(
-        self,
-        rows: int,
-        *,
-        corrupted: bool = False,
-        noise: Tensor | None = None,
-        below: tuple[int, Any] | None = None,
-    ) -> Tensor:
-        """Return the last token's logits (rows, vocabulary), in fp32 or wider.
-
-        `below` = (layer, output): the blocks up to this one answer with this output.
-        """
-        model = self._model
-        last = self.ids.shape[1] - 1
-        inputs = {name: value.expand(rows, -1) for name, value in self._inputs.items()}
-        with ExitStack() as undo:
-            if corrupted:
-                undo.callback(self._hook_embedding(rows, noise).remove)
-            if below is not None:
-                layer, output = below
-                answers = {
-                    model.anatomy.block(i): lambda *_, **__: output for i in range(layer + 1)
-                }
-                undo.enter_context(answered(model.module, answers))
-            undo.enter_context(model.prompts([last] * rows))
-            logits = logits_at(model, inputs, torch.arange(rows), torch.full((rows,), last))
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-    def _hook_embedding(self, rows: int, noise: Tensor | None) -> torch.utils.hooks.RemovableHandle:
-        first, last = self.span
-        noise = (self._noise if noise is None else noise).repeat(rows // self.samples, 1, 1)
-
-        def corrupt(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            del module, args
-            noisy = output.clone()
-            noisy[:, first : last + 1] += noise.to(device=output.device, dtype=output.dtype)
-            return noisy
-
-        embedding = self._model.anatomy.embedding(self._model.module)
-        return embedding.register_forward_hook(corrupt)
-
-    def _probability(self, logits: Tensor) -> Tensor:
-        return (logits[:, self.answer_id] - logits.logsumexp(dim=-1)).exp().double().cpu()
+        return change
 
 
-def _paths(model: Model, kind: Kind) -> list[str]:
-    anatomy = model.anatomy
-    path = {"hidden": anatomy.block, "mlp": anatomy.mlp, "attn": anatomy.attention}[kind]
-    return [path(layer) for layer in range(anatomy.n_layers)]
-
-
-def _request(request: Request | str, subject: str | None) -> Request:
+def as_request(request: Request | str, subject: str | None) -> Request:
+    """Return a request from one, or from a prompt and its subject."""
     if isinstance(request, Request):
         return request
     # A trace changes nothing: the target only has to be there for the request to be complete.
     return Request.parse(prompt=request, subject=subject or "", target_new="?")
 
 
-def _check(model: Model, kind: str, window: int, samples: int, severed: str | None) -> None:
-    if model.anatomy.kind != "decoder":
-        raise CapabilityError(
-            f"{model.name} is an {model.anatomy.kind} ({model.anatomy.model_type}); causal tracing "
-            "follows a next-token prediction and works for decoders. Use a method's own locator."
-        )
-    if kind not in KINDS:
-        raise UnknownNameError("kind of state", kind, KINDS)
-    if severed not in (None, "mlp", "attn"):
-        raise UnknownNameError("severed module", str(severed), ("mlp", "attn"))
+def check(
+    *,
+    kind: str = "hidden",
+    window: int = 1,
+    samples: int = 1,
+    severed: str | None = None,
+    score: str = "whole",
+    side: str = "encoder",
+    memory_mb: float = MEGABYTES,
+) -> None:
+    """Raise `UnknownNameError` or `ConfigError` for an argument that is not allowed."""
+    names = (
+        ("kind of state", kind, KINDS), ("score", score, ("whole", "first")),
+        ("side", side, ("encoder", "decoder")),
+        ("severed module", severed or "mlp", ("mlp", "attn")),
+    )  # fmt: skip
+    for what, name, known in names:
+        if name not in known:
+            raise UnknownNameError(what, name, known)
     if severed is not None and kind != "hidden":
         raise ConfigError(f"severed={severed!r} needs kind='hidden', not {kind!r}.")
     if window < 1 or samples < 1:
         raise ConfigError(f"window {window!r} and samples {samples!r} must be at least 1.")
+    if not memory_mb > 0:
+        raise ConfigError(f"memory_mb={memory_mb!r} must be above 0.")

@@ -1,9 +1,13 @@
-"""The core's own locator: causal tracing, asked when no method has a locator of its own."""
+"""The core's own locators behind the `locate` hook, asked when no method has one of its own.
+
+`by` names one of `LOCATORS`; causal tracing unless it is said. A locator of somebody else's is a
+plugin like any other: an object with a `locate` hook, which is asked before these.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationError
@@ -12,74 +16,248 @@ from errata.config import MethodConfig
 from errata.errors import ConfigError, UnknownNameError
 from errata.hooks import hookimpl
 from errata.locate.causal_trace import trace
+from errata.locate.lens import contribution_norms, logit_lens
+from errata.locate.location import Location
+from errata.locate.neurons import knowledge_neurons
+from errata.locate.runs import Runs, traced_tokens
+from errata.locate.screening import gradient_times_activation, screen
+from errata.locate.spans import subject_tokens
 
 if TYPE_CHECKING:
-    from errata.locate.location import Location
+    from torch import Tensor
+
+    from errata.locate.result import CausalTrace
     from errata.model import Model
     from errata.request import Request
 
 
-class TraceConfig(MethodConfig):
-    """Settings of the core locator."""
+class ScreenConfig(MethodConfig):
+    """Settings of attribution patching."""
 
     kind: Literal["hidden", "mlp", "attn"] = Field(
         default="hidden", description="What is restored: one block's output or a window of parts"
     )
     window: int = Field(default=10, ge=1, description="Layers restored together (mlp, attn)")
+    corrupt: Literal["subject", "relation"] | tuple[int, ...] = Field(
+        default="subject", description="Tokens that are corrupted: subject, relation, or indices"
+    )
+    relation: str | None = Field(
+        default=None, description="Text of the prompt that is its relation; default: a stated rule"
+    )
     noise: float = Field(
-        default=3.0, gt=0, description="Noise, in standard deviations of the subject's embeddings"
+        default=3.0, gt=0, description="Noise, in standard deviations of those tokens' embeddings"
     )
     noise_subjects: tuple[str, ...] | None = Field(
         default=None, description="Subjects whose embeddings give that; default: the request's own"
     )
-    samples: int = Field(default=10, ge=1, description="Corrupted runs")
-    severed: Literal["mlp", "attn"] | None = Field(
-        default=None, description="Outputs held at their corrupted values"
+    replace_by: tuple[str, ...] | None = Field(
+        default=None, description="Subjects put in the subject's place instead of noise"
     )
+    samples: int = Field(default=10, ge=1, description="Corrupted runs")
     answer: str | None = Field(
         default=None, description="Answer to follow; default: what the model says"
     )
-    batch_rows: int = Field(default=256, ge=1, description="Most rows in a batch")
+    score: Literal["whole", "first"] = Field(
+        default="whole", description="Probability of the whole answer or of its first token"
+    )
+    side: Literal["encoder", "decoder"] = Field(
+        default="encoder", description="Which stack of an encoder-decoder is looked at"
+    )
+
+
+class TraceConfig(ScreenConfig):
+    """Settings of the causal trace."""
+
+    severed: Literal["mlp", "attn"] | None = Field(
+        default=None, description="Outputs held at their corrupted values"
+    )
+    memory_mb: float = Field(default=256.0, gt=0, description="Megabytes that one batch may take")
+
+
+class GradientConfig(MethodConfig):
+    """Settings of gradient x activation."""
+
+    kind: Literal["hidden", "mlp", "attn"] = Field(
+        default="mlp", description="Whose output: the block's, the MLP's or the attention's"
+    )
+    answer: str | None = Field(default=None, description="Answer to follow")
+    side: Literal["encoder", "decoder"] = Field(default="encoder", description="Which stack")
+
+
+class LensConfig(MethodConfig):
+    """Settings of the logit lens."""
+
+    answer: str | None = Field(default=None, description="Answer to follow, by its first token")
+
+
+class NormConfig(MethodConfig):
+    """Settings of contribution norms."""
+
+    kind: Literal["mlp", "attn"] = Field(default="mlp", description="Whose output")
+    side: Literal["encoder", "decoder"] = Field(default="encoder", description="Which stack")
+
+
+class NeuronConfig(MethodConfig):
+    """Settings of knowledge neurons."""
+
+    answer: str | None = Field(default=None, description="Answer to follow")
+    steps: int = Field(default=20, ge=1, description="Points of the integrated gradients' path")
+    threshold: float = Field(default=0.2, gt=0, lt=1, description="Of a prompt's coarse set")
+    share: float = Field(default=0.7, ge=0, le=1, description="Of the phrasings that agree")
+    at_least: int = Field(default=2, ge=1, description="Fewest neurons")
+    at_most: int = Field(default=5, ge=1, description="Most neurons")
+    token: Literal["answer", "subject_last"] = Field(
+        default="answer", description="Whose activations"
+    )
+
+
+@dataclass(frozen=True)
+class Locator:
+    """One of the core's ways to locate: its settings and what it does."""
+
+    config: type[MethodConfig]
+    locate: Callable[[Model, Request, Any], Location]
+    summary: str
+
+
+def _by_trace(model: Model, request: Request, config: TraceConfig) -> Location:
+    return _traced(trace(model, request, **dict(config)), request)
+
+
+def _by_screening(model: Model, request: Request, config: ScreenConfig) -> Location:
+    return _traced(screen(model, request, **dict(config)), request)
+
+
+def _traced(found: CausalTrace, request: Request) -> Location:
+    best = found.best
+    says = found.answer.strip().casefold()
+    evidence = {
+        **best.evidence,
+        # A trace of a fact that the model does not know says little about where it is.
+        "answer_starts_target_true": None
+        if request.target_true is None
+        else bool(says) and request.target_true.casefold().startswith(says),
+    }
+    return replace(best, evidence=evidence)
+
+
+def _by_gradient(model: Model, request: Request, config: GradientConfig) -> Location:
+    runs, scores = gradient_times_activation(
+        model, request, kind=config.kind, answer=config.answer, side=config.side
+    )
+    answer = model.tokenizer.decode(list(runs.passage.answer_ids))
+    how = (
+        f"gradient x activation: |h · ∂ log P({answer!r}) / ∂h| of {config.kind} outputs in the "
+        "clean run"
+    )
+    found = _place(model, request, runs, scores.abs(), runs.paths(config.kind), how)
+    return replace(found, evidence={**found.evidence, "answer": answer, "high": runs.high})
+
+
+def _by_lens(model: Model, request: Request, config: LensConfig) -> Location:
+    found = logit_lens(model, request, answer=config.answer)
+    row = found.probability[found.place]
+    layer = int(row.argmax()) if found.rises is None else found.rises
+    return Location(
+        layer=layer,
+        module=model.anatomy.block(layer),
+        token=found.tokens[found.place],
+        token_index=found.place,
+        score=float(row[layer]),
+        protocol=f"logit lens: P({found.answer!r}) read from each block's output; the first layer "
+        "from which on it stays the most probable token",
+        scores=tuple(map(tuple, found.probability.tolist())),
+        evidence={
+            "prompt": request.text,
+            "subject": request.subject,
+            "answer": found.answer,
+            "tokens": list(found.tokens),
+            "rank": found.rank.tolist(),
+            "says": list(found.says),
+            "rises": found.rises,
+        },
+    )
+
+
+def _by_norm(model: Model, request: Request, config: NormConfig) -> Location:
+    runs, scores = contribution_norms(model, request, kind=config.kind, side=config.side)
+    how = f"contribution norm: ‖{config.kind} output‖ / ‖block output‖ in the clean run"
+    return _place(model, request, runs, scores, runs.paths(config.kind), how)
+
+
+def _by_neurons(model: Model, request: Request, config: NeuronConfig) -> Location:
+    settings = {name: value for name, value in dict(config).items() if name != "seed"}
+    return knowledge_neurons(model, request, **settings).location(model, request)
+
+
+def _place(
+    model: Model, request: Request, runs: Runs, scores: Tensor, modules: list[str], how: str
+) -> Location:
+    """Return the highest score among the subject's tokens (among all where it is elsewhere)."""
+    tokens = traced_tokens(model, runs)[: runs.length]
+    first, last = runs.passage.places(subject_tokens(model.tokenizer, request))
+    inside = range(first, last + 1) if last < len(scores) else range(len(scores))
+    token, layer = max(
+        ((t, layer) for t in inside for layer in range(scores.shape[1])),
+        key=lambda place: (float(scores[place]), -place[1], place[0]),
+    )
+    return Location(
+        layer=layer,
+        module=modules[layer],
+        token=tokens[token],
+        token_index=token,
+        score=float(scores[token, layer]),
+        protocol=how,
+        scores=tuple(map(tuple, scores.tolist())),
+        evidence={"prompt": request.text, "subject": request.subject, "tokens": list(tokens)},
+    )
+
+
+LOCATORS: Mapping[str, Locator] = {
+    "trace": Locator(TraceConfig, _by_trace, "causal trace (Meng et al. 2022)"),
+    "attribution": Locator(ScreenConfig, _by_screening, "its first-order estimate, one backward"),
+    "gradient": Locator(GradientConfig, _by_gradient, "gradient x activation of the clean run"),
+    "logit-lens": Locator(LensConfig, _by_lens, "where along the layers the answer rises"),
+    "norm": Locator(NormConfig, _by_norm, "how much each MLP or attention adds"),
+    "neurons": Locator(NeuronConfig, _by_neurons, "knowledge neurons (Dai et al. 2022)"),
+}
+"""The core's locators by the name that `by` takes."""
 
 
 class CoreLocator:
-    """Locates by causal tracing (Meng et al. 2022)."""
+    """Locates by causal tracing, or by what `by` names."""
 
     @hookimpl(trylast=True)
     def locate(self, model: Model, request: Request, config: Any) -> Location:
-        """Return the subject token and layer that bring the answer back best.
+        """Return where the locator finds what the request would change.
 
-        `config` is a `TraceConfig`, its fields as a mapping, or None. Of a method's own
-        configuration only the seed is used.
+        `config` is a locator's configuration, its fields as a mapping with `by` among them, or
+        None. Of a method's own configuration only the seed is used.
 
         Raises:
-            CapabilityError: not a decoder. ConfigError: a bad setting.
+            UnknownNameError: no such locator. ConfigError: a bad setting.
         """
-        settings = _settings(config)
-        found = trace(model, request, **dict(settings))
-        best = found.best
-        says = found.answer.strip().casefold()
-        evidence = {
-            **best.evidence,
-            # A trace of a fact that the model does not know says little about where it is.
-            "answer_starts_target_true": None
-            if request.target_true is None
-            else bool(says) and request.target_true.casefold().startswith(says),
-        }
-        return replace(best, evidence=evidence)
+        locator, settings = _settings(config)
+        return locator.locate(model, request, settings)
 
 
-def _settings(config: Any) -> TraceConfig:
-    if isinstance(config, TraceConfig):
-        return config
+def _settings(config: Any) -> tuple[Locator, MethodConfig]:
     if isinstance(config, MethodConfig):
-        return TraceConfig(seed=config.seed)
+        for locator in LOCATORS.values():
+            if type(config) is locator.config:
+                return locator, config
+        return LOCATORS["trace"], TraceConfig(seed=config.seed)
     given = dict(config) if isinstance(config, Mapping) else {}
+    name = given.pop("by", "trace")
+    if name not in LOCATORS:
+        raise UnknownNameError("locator", str(name), LOCATORS)
+    locator = LOCATORS[name]
     for key in given:
-        if key not in TraceConfig.model_fields:
-            raise ConfigError(str(UnknownNameError("trace setting", key, TraceConfig.model_fields)))
+        if key not in locator.config.model_fields:
+            problem = UnknownNameError(f"setting of {name}", key, locator.config.model_fields)
+            raise ConfigError(str(problem))
     try:
-        return TraceConfig(**given)
+        return locator, locator.config(**given)
     except ValidationError as error:
         problems = "; ".join(f"{e['loc'][0]}: {e['msg']}" for e in error.errors())
-        raise ConfigError(f"Bad trace settings {given!r}: {problems}") from None
+        raise ConfigError(f"Bad settings of {name} {given!r}: {problems}") from None

@@ -25,27 +25,37 @@ class CausalTrace:
         subject: the subject in it.
         tokens: the prompt's tokens as text.
         subject_span: first and last token of the subject (both inclusive).
-        answer: the token whose probability is followed; the clean run's best unless it was given.
-        answer_id: its id.
+        corrupted: the tokens whose embeddings were corrupted.
+        corrupt: what they are: "subject", "relation" or "tokens".
+        rule: how they were found.
+        answer: the answer whose probability is followed; the clean run's best token unless given.
+        answer_ids: its tokens.
+        score: whether the "whole" answer is scored or its "first" token.
         scores: (tokens, layers) probability of the answer after restoring there, on the CPU.
         low: probability in the corrupted runs, nothing restored.
         high: probability in the clean run.
         kind: what is restored: "hidden" (one block's output), "mlp" or "attn" (a window).
         window: number of layers restored together (1 for "hidden").
-        noise_level: standard deviation of the noise; NaN when the noise itself was given.
-        noise_source: what the level was taken from.
+        noise_level: standard deviation of the noise; NaN when the noise itself was given, or
+            another subject was put in.
+        noise_source: what the corrupted runs read instead.
         samples: number of corrupted runs.
         seed: of the noise.
         severed: None, or whose outputs ("mlp", "attn") were held at their corrupted values.
         modules: path of the restored module of each layer.
+        how: how the scores came about, where they are no exact trace.
     """
 
     prompt: str
     subject: str
     tokens: tuple[str, ...]
     subject_span: tuple[int, int]
+    corrupted: tuple[int, ...]
+    corrupt: str
+    rule: str
     answer: str
-    answer_id: int
+    answer_ids: tuple[int, ...]
+    score: str
     scores: Tensor
     low: float
     high: float
@@ -57,6 +67,22 @@ class CausalTrace:
     seed: int
     severed: Literal["mlp", "attn"] | None
     modules: tuple[str, ...]
+    how: str = ""
+
+    @property
+    def answer_id(self) -> int:
+        """The answer's first token."""
+        return self.answer_ids[0]
+
+    @property
+    def effects(self) -> Tensor:
+        """(tokens, layers) indirect effects: what restoring there adds to the corrupted score."""
+        return self.scores - self.low
+
+    @property
+    def total_effect(self) -> float:
+        """What corrupting takes away: clean minus corrupted score."""
+        return self.high - self.low
 
     @property
     def protocol(self) -> str:
@@ -64,15 +90,13 @@ class CausalTrace:
         what = STATES[self.kind]
         if self.kind != "hidden":
             what = f"{what} of {self.window} layers"
-        noise = (
-            "given noise"
-            if math.isnan(self.noise_level)
-            else f"noise of std {self.noise_level:.4g} ({self.noise_source}, seed {self.seed})"
-        )
         severed = f", {STATES[self.severed]} severed" if self.severed else ""
+        estimated = f"estimated by {self.how}: " if self.how else ""
+        first = "the first token of " if self.score == "first" and len(self.answer_ids) > 1 else ""
         return (
-            f"causal trace: P({self.answer!r}) after restoring {what} at one token{severed}, "
-            f"mean over {self.samples} runs with {noise} on the subject's embeddings"
+            f"causal trace: {estimated}P({first}{self.answer!r}) after restoring {what} at one "
+            f"token{severed}, mean over {self.samples} runs with {self.noise_source} on the "
+            f"{self.corrupt}'s tokens ({self.rule})"
         )
 
     def at(self, token: int, layer: int) -> Location:
@@ -96,6 +120,8 @@ class CausalTrace:
                 "severed": self.severed,
                 "tokens": list(self.tokens),
                 "subject_span": list(self.subject_span),
+                "corrupt": self.corrupt,
+                "corrupted": list(self.corrupted),
                 "noise_level": None if math.isnan(self.noise_level) else self.noise_level,
                 "samples": self.samples,
                 "seed": self.seed,
@@ -104,13 +130,14 @@ class CausalTrace:
 
     @property
     def best(self) -> Location:
-        """The highest score among the subject's tokens (the paper's early site).
+        """The highest score among the corrupted tokens (for subjects the paper's early site).
 
         Later tokens are left out: at the last one, restoring the last layer restores the answer
-        itself. Equal scores: the lower layer, then the later token.
+        itself. Equal scores: the lower layer, then the later token. Where the corrupted tokens
+        are not those of the traced stack (a decoder's, in an encoder-decoder) all tokens count.
         """
-        first, last = self.subject_span
+        tokens = [t for t in self.corrupted if t < len(self.tokens)] or range(len(self.tokens))
         layers = range(self.scores.shape[1])
-        places = [(token, layer) for token in range(first, last + 1) for layer in layers]
+        places = [(token, layer) for token in tokens for layer in layers]
         token, layer = max(places, key=lambda p: (float(self.scores[p]), -p[1], p[0]))
         return self.at(token, layer)

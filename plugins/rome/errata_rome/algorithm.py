@@ -13,6 +13,7 @@ import torch
 
 from errata.contexts import prefix_contexts
 from errata.delta import Factor, LowRankDelta
+from errata.locate import chosen_layers
 from errata.stats import second_moments
 from errata.values import EditFailed, Value, ValueSettings, optimise_values
 
@@ -62,6 +63,8 @@ def layer_of(model: Model, config: RomeConfig) -> int:
     """Return the edited block, counted from 0; raise `ConfigError` when there is none."""
     if config.layer is None:
         return model.anatomy.n_layers // 3
+    if config.layer == "auto":
+        return chosen_layers(model, "rome").layers[0]
     return model.anatomy.layer(config.layer)
 
 

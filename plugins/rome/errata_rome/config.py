@@ -13,12 +13,13 @@ class RomeConfig(MethodConfig):
     """Hyper-parameters of ROME; the defaults are the paper's for GPT-2 XL.
 
     For a model without a preset the layer is a third of the way up, about where the paper's layers
-    lie (GPT-2 XL: 17 of 48); causal tracing (`errata locate`) is the better guide.
+    lie (GPT-2 XL: 17 of 48); a layer sweep (`errata locate --sweep`) is the better guide.
     """
 
-    layer: int | None = Field(
+    layer: int | Literal["auto"] | None = Field(
         default=None,
-        description="Block whose MLP is edited (negative: from the end); none: a third from below",
+        description="Block whose MLP is edited (negative: from the end); auto: what a sweep of "
+        "this model found (`errata locate --sweep`); none: a third from below",
     )
     steps: int = Field(default=20, ge=1, description="Evaluations of the loss (one less updates)")
     lr: float = Field(default=0.5, gt=0, description="Adam's learning rate for the value")

@@ -1,0 +1,170 @@
+"""`errata diff`: what lies between two states of a stack, weight by weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.text import Text
+
+from errata.cli import render
+from errata.cli.locate import beside, check_plot, say_pictures
+from errata.cli.session import MODEL, Session, command
+from errata.errors import ConfigError, LedgerError, UnknownNameError
+
+if TYPE_CHECKING:
+    from errata.editor import Editor
+    from errata.locate.weights import WeightDiff
+    from errata.stack import Entry
+
+PANEL = "Look"
+GROUPS = ("edits", "methods")
+
+
+def add(app: typer.Typer) -> None:
+    """Add the command of this module."""
+    command(
+        app,
+        "diff",
+        panel=PANEL,
+        shared=MODEL,
+        examples=(
+            "errata diff\n"
+            "errata diff base 3f2a\n"
+            "errata diff 3f2a 3f2a,91bc --json\n"
+            "errata diff --overlap edits --plot change.png"
+        ),
+    )(diff)
+
+
+def diff(
+    session: Session,
+    before: Annotated[
+        str,
+        typer.Argument(metavar="STATE", help="base, now, or ids of edits, separated by commas."),
+    ] = "base",
+    after: Annotated[
+        str, typer.Argument(metavar="STATE", help="The other state, in the same way.")
+    ] = "now",
+    overlap: Annotated[
+        str,
+        typer.Option("--overlap", help="Also compare the changes of single edits, or methods."),
+    ] = "",
+    top: Annotated[
+        int, typer.Option("--top", min=1, help="Singular directions of W to compare with.")
+    ] = 10,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw it: a .png or .svg file.")
+    ] = None,
+) -> None:
+    """Compare two states of the model's stack, weight by weight.
+
+    For every parameter that differs: how large the change is, its rank and spectrum, and whether
+    it lies in the base weight's main directions. Nothing is applied or reverted.
+    """
+    if overlap and overlap not in GROUPS:
+        raise UnknownNameError("grouping of edits", overlap, GROUPS)
+    if plot is not None:
+        check_plot(plot)
+    session.read_ledger().close()
+    with session.editor() as editor:
+        from errata.locate.weights import weight_diff
+
+        states = _state(editor, before), _state(editor, after)
+        ids = dict.fromkeys(entry.edit_id for state in states for entry in state)
+        groups = _groups(editor, list(ids), overlap)
+        found = weight_diff(editor.model, *states, names=(before, after), groups=groups, top=top)
+        name = editor.model.name
+    drawn: list[Path] = []
+    if plot is not None:
+        from errata import plots
+
+        drawn.append(plots.save(plots.weight_changes(found), plot))
+        if found.overlaps:
+            drawn.append(plots.save(plots.overlap_map(found), beside(plot, "overlap")))
+    if session.json:
+        pictures = [str(path) for path in drawn]
+        session.emit({"model": name, "top": top, **found.as_json(), "pictures": pictures})
+        return
+    session.show(*_shown(name, found, top))
+    say_pictures(session, drawn)
+
+
+def _state(editor: Editor, text: str) -> Sequence[Entry]:
+    """Return the entries of a state: base, now, or named edits."""
+    if text == "base":
+        return ()
+    if text == "now":
+        return editor.model.stack.entries
+    ids = [part.strip() for part in text.split(",") if part.strip()]
+    if not ids:
+        raise ConfigError(f"{text!r} is no state: give base, now, or ids of edits (3f2a,91bc).")
+    with editor.only(*ids):
+        return editor.model.stack.entries
+
+
+def _groups(editor: Editor, ids: Sequence[str], overlap: str) -> Mapping[str, list[Entry]]:
+    if not overlap:
+        return {}
+    if len(ids) < 2:
+        raise LedgerError(f"An overlap needs at least two edits; the two states have {len(ids)}.")
+    groups: dict[str, list[Entry]] = {}
+    with editor.only(*ids):
+        for entry in editor.model.stack.entries:
+            label = entry.edit_id
+            if overlap == "methods":
+                label = editor.ledger.get(entry.edit_id).method
+            groups.setdefault(label, []).append(entry)
+    return groups
+
+
+def _shown(model: str, found: WeightDiff, top: int) -> list[Any]:
+    parts: list[Any] = [render.heading(f"{found.before} → {found.after}", model)]
+    right: dict[str, Any] = {"justify": "right", "no_wrap": True}
+    if found.changes:
+        grid = render.table(
+            ("parameter", {"ratio": 1}), ("‖ΔW‖", right), ("/ ‖W‖", right), ("σ1", right),
+            ("rank", right), ("stable", right), ("writes in top", right), ("reads in top", right),
+        )  # fmt: skip
+        for change in found.changes:
+            grid.add_row(
+                change.name,
+                render.number(change.norm),
+                Text(render.number(change.relative), style="new"),
+                render.number(change.spectral),
+                str(change.rank),
+                render.number(change.stable_rank),
+                *(_energy(change.energy, change.chance, side) for side in ("output", "input")),
+            )
+        note = (
+            f"top: share of ΔW's energy in the first {top} singular directions of W "
+            "(in brackets: a random direction's)"
+        )
+        parts += [grid, Text(note, style="muted")]
+    else:
+        parts.append(Text("no weight differs", style="muted"))
+    if found.runtime:
+        parts.append(
+            Text(f"at run time, no weight changed: {', '.join(found.runtime)}", style="muted")
+        )
+    if found.overlaps:
+        grid = render.table(
+            ("parameter", {"ratio": 1}), "one", "other", ("read alike", right),
+            ("write alike", right), ("cosine", right),
+        )  # fmt: skip
+        for one in found.overlaps:
+            grid.add_row(
+                one.name, one.one, one.other, render.number(one.rows),
+                render.number(one.columns), render.number(one.cosine),
+            )  # fmt: skip
+        note = "alike: mean squared cosine of the principal angles between the two spaces"
+        parts += ["", grid, Text(note, style="muted")]
+    return parts
+
+
+def _energy(energy: Mapping[str, float], chance: Mapping[str, float], side: str) -> str:
+    if side not in energy:
+        return "–"
+    return f"{render.number(energy[side])} ({render.number(chance[side])})"

@@ -1,0 +1,386 @@
+"""`errata locate`: one prompt, the average over many, a layer sweep, or relative similarity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from errata.cli import render
+from errata.cli.edits import check_method, pairs, read_requests
+from errata.cli.located import averaged, location, swept
+from errata.cli.session import MODEL, Session, command
+from errata.errors import ConfigError, RequestError, UnknownNameError
+from errata.request import Request
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from errata.editor import Editor
+    from errata.locate import AverageTrace
+
+PANEL = "Look"
+KINDS = ("hidden", "mlp", "attn")
+SETS = ("paraphrases", "relations")
+
+
+def add(app: typer.Typer) -> None:
+    """Add the command of this module."""
+    command(
+        app,
+        "locate",
+        panel=PANEL,
+        shared=MODEL,
+        examples=(
+            'errata locate "The capital of {} is" --subject France --target Paris\n'
+            'errata locate "The capital of {} is" -s France --corrupt relation --plot trace.png\n'
+            'errata locate "The capital of {} is" -s France --by logit-lens\n'
+            "errata locate --average --dataset atlas --limit 200 --severed --plot figure.png\n"
+            "errata locate --sweep --method rome --dataset atlas --limit 40\n"
+            "errata locate --similar paraphrases --by neurons --dataset atlas --limit 40"
+        ),
+    )(locate)
+
+
+def locate(
+    session: Session,
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="With {} for the subject.")
+    ] = None,
+    subject: Annotated[str, typer.Option("--subject", "-s", help="Who or what it is about.")] = "",
+    target: Annotated[
+        str, typer.Option("--target", "-t", help="The answer whose place is looked for.")
+    ] = "",
+    by: Annotated[
+        str,
+        typer.Option(
+            "--by", help="How: trace, attribution, gradient, logit-lens, norm or neurons."
+        ),
+    ] = "",
+    method: Annotated[
+        str,
+        typer.Option("--method", help="A method with a locator of its own, or to be swept."),
+    ] = "",
+    corrupt: Annotated[
+        str,
+        typer.Option("--corrupt", help="What is corrupted: subject, relation, or tokens (3,4)."),
+    ] = "",
+    relation: Annotated[
+        str, typer.Option("--relation", help="Text of the prompt that is its relation.")
+    ] = "",
+    values: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="A setting of the locator (repeatable)."),
+    ] = None,
+    average: Annotated[
+        bool, typer.Option("--average", help="Average indirect effects over a dataset.")
+    ] = False,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Edit at every layer, compare, suggest a preset.")
+    ] = False,
+    similar: Annotated[
+        str,
+        typer.Option("--similar", help="Relative similarity over sets: paraphrases or relations."),
+    ] = "",
+    dataset: Annotated[
+        str, typer.Option("--dataset", help="Requests of --average, --sweep and --similar.")
+    ] = "",
+    data: Annotated[
+        Path | None, typer.Option("--data", metavar="PATH", help="Where --dataset lies.")
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", "-f", help="Requests, one JSON object a line, instead."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", "-n", min=1, help="Only the first N requests.")
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option("--window", min=1, help="Layers restored together [default: 10].")
+    ] = None,
+    severed: Annotated[
+        bool, typer.Option("--severed", help="With --average: also MLPs and attention severed.")
+    ] = False,
+    screen: Annotated[
+        bool, typer.Option("--screen", help="With --average: estimate by attribution patching.")
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw it: a .png or .svg file.")
+    ] = None,
+) -> None:
+    """Say where the model keeps an answer.
+
+    By causal tracing, unless --by or a --method with a locator of its own says otherwise. With
+    --average, --sweep or --similar: over many requests.
+    """
+    modes = [name for name, on in (("--average", average), ("--sweep", sweep),
+                                   ("--similar", similar)) if on]  # fmt: skip
+    if len(modes) > 1:
+        raise ConfigError(f"{' and '.join(modes)} are different things: give one of them.")
+    settings = pairs(values or (), "--set")
+    for name, value in (("relation", relation), ("window", window)):
+        if value:
+            settings[name] = value
+    if corrupt:
+        settings["corrupt"] = _corrupt(corrupt)
+    if plot is not None:
+        check_plot(plot)
+    if not modes:
+        if prompt is None or not subject:
+            raise RequestError(
+                "Which prompt? Give one with {} and --subject, or --average, --sweep or "
+                "--similar with --dataset or --file."
+            )
+        _one(session, prompt, subject, target, by, method, settings, plot)
+        return
+    if prompt is not None:
+        raise RequestError(
+            f"{modes[0]} takes its prompts from --dataset or --file, not {prompt!r}."
+        )
+    requests = _requests(dataset, data, file, limit)
+    if average:
+        _average(session, requests, severed, screen, settings, plot)
+    elif sweep:
+        _sweep(session, requests, method, settings, plot)
+    else:
+        _similar(session, requests, similar, by or "trace", settings)
+
+
+# -- one prompt ------------------------------------------------------------------------------------
+
+
+def _one(
+    session: Session,
+    prompt: str,
+    subject: str,
+    target: str,
+    by: str,
+    method: str,
+    settings: dict[str, Any],
+    plot: Path | None,
+) -> None:
+    if method and by:
+        raise ConfigError("--by names a locator of errata's own, --method a method's: give one.")
+    if method:
+        check_method(method)
+    with session.editor() as editor:
+        if target and not method and by != "norm":
+            settings.setdefault("answer", target)
+        said = target or _first_word(editor, prompt.replace("{}", subject))
+        request = Request.parse(
+            {"prompt": prompt, "subject": subject, "target_new": said, "target_true": said}
+        )
+        with session.status("Locating"):
+            found = editor.locate(request, method, **({"by": by} if by else {}), **settings)
+            drawn = [] if plot is None else _drawn(editor, request, by, method, settings, plot)
+    if session.json:
+        session.emit({**found.as_json(), "pictures": [str(path) for path in drawn]})
+        return
+    session.show(*location(found))
+    say_pictures(session, drawn)
+
+
+def _drawn(
+    editor: Editor, request: Request, by: str, method: str, settings: dict[str, Any], plot: Path
+) -> list[Path]:
+    """Draw a prompt's traces, of all three kinds unless one was asked for, or its logit lens."""
+    from errata import plots
+    from errata.locate import Tracer, logit_lens
+    from errata.locate import screen as screened
+
+    if by == "logit-lens":
+        figure = plots.trajectory(logit_lens(editor.model, request, answer=settings.get("answer")))
+        return [plots.save(figure, plot)]
+    if method or by not in ("", "trace", "attribution"):
+        raise ConfigError(
+            "--plot draws traces (--by trace, attribution) and the logit lens (--by logit-lens)."
+        )
+    options = dict(settings)
+    kinds: tuple[Any, ...] = (options.pop("kind"),) if "kind" in options else KINDS
+    width = options.pop("window", 10)
+    if by == "attribution":
+        traces = [
+            screened(editor.model, request, kind=kind, window=width, **options) for kind in kinds
+        ]
+        return [plots.save(plots.heat_map(*traces), plot)]
+    extra = {name: options.pop(name) for name in ("severed", "memory_mb") if name in options}
+    if extra.get("severed"):
+        kinds = ("hidden",)
+    tracer = Tracer(editor.model, request, **options)
+    traces = [tracer.trace(kind, width, **extra) for kind in kinds]
+    return [plots.save(plots.heat_map(*traces), plot)]
+
+
+def _first_word(editor: Editor, prompt: str) -> str:
+    """Return the first word of what the model says: what a trace follows if nothing is named."""
+    if editor.model.anatomy.kind == "encoder":
+        return "?"  # it generates nothing; the locator takes the most probable token
+    words = str(editor.generate(prompt, max_new_tokens=8)).split()
+    return words[0].strip(".,;:!?") if words and words[0].strip(".,;:!?") else "?"
+
+
+# -- many ------------------------------------------------------------------------------------------
+
+
+def _requests(
+    dataset: str, data: Path | None, file: Path | None, limit: int | None
+) -> list[Request]:
+    if bool(dataset) == bool(file):
+        raise RequestError("Say which requests: --dataset NAME (with --data PATH), or --file.")
+    if file is not None:
+        return read_requests(file)[:limit]
+    from errata.datasets import load
+
+    return load(dataset, data, limit=limit).requests()
+
+
+def _average(
+    session: Session,
+    requests: Sequence[Request],
+    severed: bool,
+    screen: bool,
+    settings: dict[str, Any],
+    plot: Path | None,
+) -> None:
+    from errata.locate import average
+
+    options = {"variants": (*KINDS, *(("hidden-mlp", "hidden-attn") if severed else ()))}
+    with session.editor() as editor:
+        found = average(
+            editor.model, requests, **_known(average, {**options, **settings}, "--average"),
+            screening=screen,
+        )  # fmt: skip
+    drawn = [] if plot is None else _average_pictures(found, severed, plot)
+    if session.json:
+        session.emit({**found.as_json(), "pictures": [str(path) for path in drawn]})
+        return
+    session.show(*averaged(found))
+    say_pictures(session, drawn)
+
+
+def _average_pictures(found: AverageTrace, severed: bool, plot: Path) -> list[Path]:
+    from errata import plots
+
+    made: list[tuple[Path, Figure]] = [(plot, plots.average_map(found))]
+    made.append((beside(plot, "curves"), plots.average_curves(found)))
+    if severed:
+        made.append((beside(plot, "severed"), plots.severed_curves(found)))
+    return [plots.save(figure, path) for path, figure in made]
+
+
+def _sweep(
+    session: Session,
+    requests: Sequence[Request],
+    method: str,
+    settings: dict[str, Any],
+    plot: Path | None,
+) -> None:
+    from errata.locate import sweep
+
+    check_method(method)
+    config = {name: settings.pop(name) for name in list(settings) if name != "layers"}
+    layers = settings.get("layers")
+    guards = dict.fromkeys(("norm", "perplexity", "efficacy"), "off")
+    with session.editor(durable=False, guards=guards) as editor:
+        found = sweep(
+            editor, requests, method, config=config,
+            layers=[layers] if isinstance(layers, int) else layers,
+        )  # fmt: skip
+    drawn: list[Path] = []
+    if plot is not None:
+        from errata import plots
+
+        drawn = [plots.save(plots.layer_sweep(found), plot)]
+    if session.json:
+        pictures = [str(path) for path in drawn]
+        session.emit({**found.as_json(), "preset": found.preset(), "pictures": pictures})
+        return
+    session.show(*swept(found))
+    say_pictures(session, drawn)
+
+
+def _similar(
+    session: Session,
+    requests: Sequence[Request],
+    kind: str,
+    by: str,
+    settings: dict[str, Any],
+) -> None:
+    from errata.locate import paraphrase_sets, relation_sets, similarity_of
+
+    if kind not in SETS:
+        raise UnknownNameError("kind of sets", kind, SETS)
+    sets = (paraphrase_sets if kind == "paraphrases" else relation_sets)(requests)
+    with session.editor() as editor:
+        found = similarity_of(editor.model, sets, by, **settings)
+        name = editor.model.name
+    if session.json:
+        session.emit({"model": name, "sets_of": kind, "locator": by, **found.as_json()})
+        return
+    low, high = found.interval
+    session.show(
+        render.heading(name, f"{found.sets} sets of {kind}, {found.prompts} prompts"),
+        render.facts(
+            [
+                ("RSim", f"{render.number(found.value)}  ({render.number(low)} – "
+                         f"{render.number(high)})"),
+                ("within sets", render.number(found.within)),
+                ("all pairs", render.number(found.overall)),
+                ("how", found.protocol),
+            ]
+        ),
+    )  # fmt: skip
+
+
+# -- small things ----------------------------------------------------------------------------------
+
+
+def _corrupt(text: str) -> Any:
+    if text in ("subject", "relation"):
+        return text
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UnknownNameError(
+            "part of the prompt", text, ("subject", "relation"), "Or numbers of tokens: 3,4."
+        ) from None
+
+
+def _known(function: Any, options: dict[str, Any], what: str) -> dict[str, Any]:
+    """Return keyword arguments; raise for one that the function does not take."""
+    import inspect
+
+    known = [
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    ]
+    for name in options:
+        if name not in known:
+            raise UnknownNameError(f"setting of {what}", name, known)
+    return options
+
+
+def check_plot(path: Path) -> None:
+    """Refuse a name that cannot be drawn to before anything is computed."""
+    if path.suffix.lower() not in (".png", ".svg"):
+        raise ConfigError(f"Cannot draw to {str(path)!r}: the name must end in .png or .svg.")
+    from importlib.util import find_spec
+
+    from errata.errors import MissingExtraError
+
+    if find_spec("matplotlib") is None:
+        raise MissingExtraError("Drawing pictures", "matplotlib", "report")
+
+
+def beside(path: Path, word: str) -> Path:
+    """Return a name for a further picture."""
+    return path.with_name(f"{path.stem}-{word}{path.suffix}")
+
+
+def say_pictures(session: Session, drawn: Sequence[Path]) -> None:
+    """Say on standard error what was drawn."""
+    if drawn:
+        session.say(f"drawn: {', '.join(str(path) for path in drawn)}")

@@ -1,0 +1,140 @@
+"""What people see of locations, average effects and layer sweeps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.text import Text
+
+from errata.cli import render
+
+if TYPE_CHECKING:
+    from errata.locate import AverageTrace, Location, Sweep
+
+
+def location(found: Location) -> list[Any]:
+    """Return what people see of a location: the place, then the scores of every token and layer.
+
+    Scores are drawn as bars of eight heights, one per layer, on a common scale from 0. Tokens
+    that were corrupted are starred.
+    """
+    place = render.facts(
+        [
+            ("layer", f"{found.layer}  ({found.module})"),
+            ("token", f"{_token(found.token)}  (number {found.token_index} of the prompt)"),
+            ("score", f"{render.number(found.score)}{_range(found)}"),
+            ("how", found.protocol),
+        ]
+    )
+    if not found.scores:
+        return [place]
+    tokens = [_token(str(t)) for t in found.evidence.get("tokens", range(len(found.scores)))]
+    corrupted = found.evidence.get("corrupted", ())
+    top = max(max(row) for row in found.scores)
+    layers = len(found.scores[0])
+    grid = render.table(
+        ("token", {"no_wrap": True}),
+        (f"layers 0 – {layers - 1}", {"no_wrap": True}),
+        ("best", {"justify": "right", "no_wrap": True}),
+        ("at layer", {"justify": "right", "no_wrap": True}),
+    )
+    for index, (token, row) in enumerate(zip(tokens, found.scores, strict=True)):
+        best = row.index(max(row))
+        here = index == found.token_index
+        bars = Text(_bars(row, top))
+        if here:
+            wide = len(bars) // layers
+            bars.stylize("accent", found.layer * wide, (found.layer + 1) * wide)
+        star = "*" if index in corrupted else ""
+        grid.add_row(
+            Text(("▸ " if here else "  ") + token + star, style="head" if here else ""),
+            bars,
+            render.number(row[best]),
+            str(best),
+        )
+    note = "; *: corrupted" if corrupted else ""
+    return [place, "", grid, Text(f"bars: 0 to {render.number(top)}{note}", style="muted")]
+
+
+def _range(found: Location) -> str:
+    """Return the two scores that a trace's are to be read between."""
+    low, high = found.evidence.get("low"), found.evidence.get("high")
+    if low is None or high is None:
+        return ""
+    return f"  ({render.number(low)} corrupted, {render.number(high)} clean)"
+
+
+def _bars(row: Sequence[float], top: float) -> str:
+    wide = 2 if len(row) <= 24 else 1
+    heights = "▁▂▃▄▅▆▇█"
+    return "".join(
+        heights[round(7 * max(score, 0) / top) if top > 0 else 0] * wide for score in row
+    )
+
+
+def _token(text: str) -> str:
+    """Return a token as people read it: the markers for a space in front become a space."""
+    return text.replace("Ġ", " ").replace("▁", " ").replace("Ċ", "⏎")
+
+
+def averaged(found: AverageTrace) -> list[Any]:
+    """Return what people see of average indirect effects: the total, then a table for each kind."""
+    mean, low, high = found.total
+    total = (
+        f"{render.number(mean)}  ({render.number(low)} – {render.number(high)}; "
+        f"clean {render.number(found.clean)})"
+    )
+    parts: list[Any] = [
+        render.heading(found.model, f"{found.corrupt} corrupted, {found.n} prompts"),
+        render.facts(
+            [
+                ("total effect", total),
+                ("left out", ", ".join(f"{n} {why}" for why, n in found.skipped.items()) or None),
+                ("how", found.protocol),
+            ]
+        ),
+    ]
+    right: dict[str, Any] = {"justify": "right", "no_wrap": True}
+    for name, effects in found.effects.items():
+        grid = render.table(
+            ("token", {"no_wrap": True}), ("n", right), ("by layer", {"no_wrap": True}),
+            ("highest", right), ("95 % interval", right), ("at layer", right),
+        )  # fmt: skip
+        top = float(effects.mean.max())
+        for role, n in zip(effects.roles, effects.n, strict=True):
+            layer, value, ends = effects.peak(role)
+            grid.add_row(
+                role, str(n), _bars(effects.of(role).tolist(), top), render.number(value),
+                f"{render.number(ends[0])} – {render.number(ends[1])}", str(layer),
+            )  # fmt: skip
+        parts += ["", render.heading(name, f"window of {effects.window}"), grid]
+    return parts
+
+
+def swept(found: Sweep) -> list[Any]:
+    """Return what people see of a layer sweep: a table and the preset."""
+    right: dict[str, Any] = {"justify": "right", "no_wrap": True}
+    names = list(found.results[0].metrics)
+    grid = render.table(
+        ("layer", right), ("score", right), *[(name, right) for name in names], ("failed", right),
+        ("tracing effect", right),
+    )  # fmt: skip
+    best = found.best.layer
+    for one in found.results:
+        grid.add_row(
+            Text(("▸ " if one.layer == best else "") + str(one.layer)),
+            Text(render.number(one.score), style="new" if one.layer == best else ""),
+            *[render.number(one.metrics[n][0]) if n in one.metrics else "–" for n in names],
+            str(one.failed) if one.failed else "–",
+            render.number(one.effect),
+        )
+    rho = render.number(found.correlation)
+    return [
+        render.heading(f"{found.method} on {found.model}", f"{found.n} requests"),
+        grid,
+        Text(f"{found.protocol}; rank correlation with the tracing effect: {rho}", style="muted"),
+        "",
+        Text("For registry.yaml:", style="head"),
+        found.preset(),
+    ]

@@ -1,0 +1,93 @@
+"""One look for all figures, and how they are written."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from errata.errors import ConfigError, MissingExtraError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLUMN = 3.31
+"""Width of one column, in inches (84 mm)."""
+
+SMALL, MEDIUM, LARGE = 6.0, 7.0, 8.0
+FORMATS = ("png", "svg")
+DPI = 300
+
+# Okabe and Ito's palette, in an order in which neighbours differ in lightness as well.
+COLOURS = ("#0072B2", "#E69F00", "#000000", "#56B4E9", "#D55E00", "#009E73", "#CC79A7")
+MARKS = ("o", "s", "^", "D", "v", "P", "X")
+MAPS = {"hidden": "Purples", "mlp": "Greens", "attn": "Reds"}
+"""Light to dark in one hue each: read by lightness alone."""
+
+NAMES = {"hidden": "block output", "mlp": "MLP", "attn": "attention"}
+
+
+def figure(height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
+    """Return a figure of one column's width and its axes (rows, columns)."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MissingExtraError("Drawing pictures", "matplotlib", "report") from None
+    made = Figure(figsize=(COLUMN, height), dpi=DPI, layout="constrained")
+    axes = made.subplots(rows, columns, squeeze=False, **options)
+    for ax in axes.flat:
+        plain(ax)
+    return made, axes
+
+
+def plain(ax: Axes) -> None:
+    """Take away what says nothing: upper and right frame, large ticks."""
+    ax.tick_params(labelsize=SMALL, length=2, width=0.5, pad=1.5)
+    for side, spine in ax.spines.items():
+        spine.set_linewidth(0.5)
+        spine.set_visible(side in ("left", "bottom"))
+
+
+def layer_ticks(ax: Axes, count: int) -> None:
+    """Number the layers along the x axis: all of them, or every fifth where they are many."""
+    step = 1 if count <= 12 else 2 if count <= 24 else 5
+    ax.set_xticks(range(0, count, step))
+    ax.set_xlim(-0.5, count - 0.5)
+
+
+def token(text: str) -> str:
+    """Return a token as people read it, on one line."""
+    shown = text.replace("Ġ", " ").replace("▁", " ").replace("Ċ", "⏎").strip() or "␣"
+    return shown if len(shown) <= 18 else f"{shown[:17]}…"
+
+
+def save(made: Figure, path: str | Path) -> Path:
+    """Write a figure as PNG or SVG, by the ending of its name, and return the path.
+
+    Equal figures give equal bytes. Text in SVG stays text.
+
+    Raises:
+        ConfigError: another ending. OSError: the disk refuses.
+    """
+    target = Path(path)
+    ending = target.suffix.lower().lstrip(".")
+    if ending not in FORMATS:
+        raise ConfigError(
+            f"Cannot draw to {str(target)!r}: the name must end in "
+            f"{' or '.join('.' + name for name in FORMATS)}."
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(rendered(made, ending))
+    return target
+
+
+def rendered(made: Figure, ending: str) -> bytes:
+    """Return the bytes of a figure; HTML pages hold them inline."""
+    import matplotlib
+
+    buffer = BytesIO()
+    metadata = {"Date": None, "Creator": "errata"} if ending == "svg" else {"Software": "errata"}
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "errata"}):
+        made.savefig(buffer, format=ending, dpi=DPI, metadata=metadata)
+    return buffer.getvalue()

@@ -1,0 +1,138 @@
+"""Pictures of edits: what they did to the weights, and how well each layer can be edited."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from errata.errors import ConfigError
+from errata.plots.style import COLOURS, LARGE, MARKS, MEDIUM, SMALL, figure, layer_ticks
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from errata.locate import Sweep
+    from errata.locate.weights import WeightDiff
+
+_SIDES = {"output": "writes (output side)", "input": "reads (input side)"}
+
+
+def layer_sweep(found: Sweep) -> Figure:
+    """Draw edit success by layer, and the tracing effect of the layers below it."""
+    traced = any(one.effect == one.effect for one in found.results)
+    made, axes = figure(2.9 if traced else 1.9, rows=2 if traced else 1, sharex=True)
+    layers = [one.layer for one in found.results]
+    ax = axes[0, 0]
+    names = [name for name in ("ES", "PS", "NS") if name in found.results[0].metrics]
+    for index, name in enumerate(names):
+        means = [one.metrics[name][0] for one in found.results]
+        low = [one.metrics[name][1] for one in found.results]
+        high = [one.metrics[name][2] for one in found.results]
+        colour = COLOURS[(0, 1, 3)[index]]
+        ax.plot(layers, means, color=colour, marker=MARKS[index], markersize=2.5, linewidth=0.8,
+                label=name)  # fmt: skip
+        ax.fill_between(layers, low, high, color=colour, alpha=0.15, linewidth=0)
+    scores = [one.score for one in found.results]
+    ax.plot(layers, scores, color="#000000", marker="^", markersize=3, linewidth=1.3, label="Score")
+    best = found.best
+    ax.annotate(
+        f"best: layer {best.layer}", (best.layer, best.score), xytext=(4, 5),
+        textcoords="offset points", fontsize=SMALL,
+    )  # fmt: skip
+    ax.set_ylim(0, 1.12)
+    ax.set_ylabel("edit success", fontsize=MEDIUM)
+    ax.set_title(f"{found.method} on {found.model}, n = {found.n}", fontsize=LARGE, pad=3)
+    ax.legend(fontsize=SMALL, frameon=False, ncols=4, loc="lower left", handlelength=1.5)
+    layer_ticks(ax, found.n_layers)
+    if traced:
+        below = axes[1, 0]
+        below.bar(layers, [one.effect for one in found.results], color="#999999", width=0.6)
+        below.set_ylabel("AIE, last\nsubject token", fontsize=MEDIUM)
+        below.set_title(
+            f"tracing effect (rank correlation with Score: {found.correlation:.2f})",
+            fontsize=MEDIUM, pad=3,
+        )  # fmt: skip
+        layer_ticks(below, found.n_layers)
+    axes[-1, 0].set_xlabel("layer", fontsize=MEDIUM)
+    return made
+
+
+def weight_changes(found: WeightDiff) -> Figure:
+    """Draw the relative norm of each change, its spectrum, and where it lies in the base weight."""
+    if not found.changes:
+        raise ConfigError(f"There is nothing to draw: no weight differs from {found.before!r} to "
+                          f"{found.after!r}.")  # fmt: skip
+    shown = sorted(found.changes, key=lambda change: -change.relative)[:8]
+    made, axes = figure(0.15 * len(shown) + 3.4, rows=3,
+                        height_ratios=[0.15 * len(shown) + 0.35, 1.2, 1.2])  # fmt: skip
+    labels = [
+        change.name if change.layer is None else f"{change.layer} {change.part or change.name}"
+        for change in shown
+    ]
+    bars, spectra, energy = axes[:, 0]
+    bars.barh(range(len(shown)), [change.relative for change in shown], color=COLOURS[0])
+    bars.set_yticks(range(len(shown)), labels, fontsize=SMALL)
+    bars.invert_yaxis()
+    bars.set_xlabel("‖ΔW‖ / ‖W‖", fontsize=MEDIUM)
+    bars.set_title(f"{found.before} → {found.after}", fontsize=LARGE, pad=3)
+    for index, (change, label) in enumerate(zip(shown, labels, strict=True)):
+        values = [value for value in change.spectrum[: max(change.rank, 1)] if value > 0][:64]
+        spectra.plot(
+            range(1, len(values) + 1), values, color=COLOURS[index % len(COLOURS)],
+            marker=MARKS[index % len(MARKS)], markersize=2.5, linewidth=0.8, label=label,
+        )  # fmt: skip
+    spectra.set_yscale("log")
+    spectra.set_xlabel("singular value number", fontsize=MEDIUM)
+    spectra.set_ylabel("σ of ΔW", fontsize=MEDIUM)
+    spectra.locator_params(axis="x", integer=True)
+    spectra.legend(fontsize=SMALL, frameon=False, ncols=2, handlelength=1.5)
+    placed = [(label, c) for label, c in zip(labels, shown, strict=True) if c.energy]
+    for offset, (side, name) in zip((-0.2, 0.2), _SIDES.items(), strict=True):
+        values = [change.energy[side] for _, change in placed]
+        at = [index + offset for index in range(len(placed))]
+        energy.bar(at, values, width=0.36, color=COLOURS[0 if side == "output" else 1], label=name)
+        for x, (_, change) in zip(at, placed, strict=True):
+            energy.plot([x - 0.18, x + 0.18], [change.chance[side]] * 2, color="#000000", lw=1)
+    energy.set_xticks(range(len(placed)), [label for label, _ in placed], fontsize=SMALL)
+    energy.set_ylabel("energy in W's\ntop directions", fontsize=MEDIUM)
+    energy.set_xlabel("black line: a random direction", fontsize=MEDIUM)
+    energy.legend(fontsize=SMALL, frameon=False, handlelength=1.2)
+    return made
+
+
+def overlap_map(found: WeightDiff, parameter: str | None = None) -> Figure:
+    """Draw how much the changes of single edits (or methods) share, for one parameter.
+
+    Lower left: row spaces, what they read; upper right: column spaces, what they write.
+    """
+    import numpy as np
+
+    names = list(dict.fromkeys(overlap.name for overlap in found.overlaps))
+    if not names:
+        raise ConfigError("There is no overlap to draw: no parameter is changed by two of them.")
+    name = parameter or max(names, key=lambda n: sum(o.name == n for o in found.overlaps))
+    pairs = [overlap for overlap in found.overlaps if overlap.name == name]
+    if not pairs:
+        raise ConfigError(f"No two changes share {name!r}; there are {', '.join(names)}.")
+    labels = list(dict.fromkeys(one for o in pairs for one in (o.one, o.other)))
+    table = np.eye(len(labels))
+    for overlap in pairs:
+        i, j = labels.index(overlap.one), labels.index(overlap.other)
+        i, j = min(i, j), max(i, j)
+        table[j, i], table[i, j] = overlap.rows, overlap.columns
+    made, axes = figure(2.6)
+    ax = axes[0, 0]
+    image = ax.imshow(table, cmap="Blues", vmin=0, vmax=1)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+    ax.set_xticks(range(len(labels)), labels, rotation=45, ha="right", fontsize=SMALL)
+    ax.set_yticks(range(len(labels)), labels, fontsize=SMALL)
+    if len(labels) <= 10:
+        for i in range(len(labels)):
+            for j in range(len(labels)):
+                if i != j:
+                    ax.text(j, i, f"{table[i, j]:.2f}", ha="center", va="center", fontsize=SMALL,
+                            color="#FFFFFF" if table[i, j] > 0.5 else "#000000")  # fmt: skip
+    ax.set_title(f"{name}\nlower left: read, upper right: written", fontsize=MEDIUM, pad=3)
+    bar = made.colorbar(image, ax=ax, fraction=0.05, pad=0.02)
+    bar.ax.tick_params(labelsize=SMALL, length=2, width=0.5)
+    return made

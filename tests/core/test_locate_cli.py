@@ -1,0 +1,144 @@
+"""`errata locate` in all its ways, and `errata diff`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from typer.testing import CliRunner, Result
+
+from errata import Editor
+from errata.cli import diff, locate
+from errata.datasets import atlas
+
+MODEL = ("--model", "atlas-gpt2")
+PROMPT = ("The instrument of {} is", "--subject", "Oswin Galdor")
+
+
+@pytest.fixture(scope="module")
+def app() -> typer.Typer:
+    made = typer.Typer()
+    locate.add(made)
+    diff.add(made)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ERRATA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("ERRATA_LEDGER", raising=False)
+    monkeypatch.delenv("ERRATA_MODEL", raising=False)
+
+
+def run(app: typer.Typer, *words: str, code: int = 0) -> Result:
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == code, result.output
+    return result
+
+
+def data(app: typer.Typer, *words: str) -> Any:
+    return json.loads(run(app, *words, "--json", "--quiet").stdout)
+
+
+@pytest.fixture
+def requests(tmp_path: Path) -> str:
+    path = tmp_path / "requests.jsonl"
+    chosen = atlas.requests(3)
+    path.write_text("\n".join(r.model_dump_json() for r in chosen), encoding="utf-8")
+    return str(path)
+
+
+def test_one_prompt_is_traced_and_drawn(app: typer.Typer, tmp_path: Path) -> None:
+    found = data(app, "locate", *PROMPT, *MODEL, "--corrupt", "relation", "--set", "samples=2",
+                 "--plot", "trace.png")  # fmt: skip
+    assert found["evidence"]["corrupt"] == "relation"
+    assert found["pictures"] == ["trace.png"]
+    assert (tmp_path / "trace.png").read_bytes().startswith(b"\x89PNG")
+    page = run(app, "locate", *PROMPT, *MODEL, "--set", "samples=2").output
+    assert "Galdor*" in page
+    assert "*: corrupted" in page
+
+
+def test_other_locators_are_named_by_by(app: typer.Typer, tmp_path: Path) -> None:
+    lens = data(app, "locate", *PROMPT, *MODEL, "--by", "logit-lens", "--plot", "lens.svg")
+    assert lens["protocol"].startswith("logit lens")
+    assert b"<svg" in (tmp_path / "lens.svg").read_bytes()
+    neurons = data(app, "locate", *PROMPT, *MODEL, "--method", "kn", "--set", "steps=2")
+    assert neurons["evidence"]["neurons"]
+
+
+def test_many_are_averaged_with_three_pictures(app: typer.Typer, requests: str) -> None:
+    found = data(app, "locate", "--average", "--file", requests, *MODEL, "--severed",
+                 "--window", "2", "--set", "samples=1", "--plot", "a.svg")  # fmt: skip
+    assert found["n"] == 3
+    assert set(found["effects"]) == {"hidden", "mlp", "attn", "hidden-mlp", "hidden-attn"}
+    assert found["pictures"] == ["a.svg", "a-curves.svg", "a-severed.svg"]
+    assert all(Path(name).is_file() for name in found["pictures"])
+    page = run(app, "locate", "--average", "--dataset", "atlas", "--limit", "2", *MODEL,
+               "--screen", "--set", "samples=1").output  # fmt: skip
+    assert "total effect" in page
+    assert "last subject token" in page
+
+
+def test_a_sweep_prints_a_preset_that_is_yaml(app: typer.Typer, requests: str) -> None:
+    found = data(app, "locate", "--sweep", "--method", "kn", "--file", requests, "--limit", "1",
+                 *MODEL, "--set", "layers=[4, 5]", "--set", "steps=2", "--plot", "s.png")  # fmt: skip
+    assert [one["layer"] for one in found["layers"]] == [4, 5]
+    preset = yaml.safe_load(found["preset"])["methods"]["kn"]["presets"][0]
+    assert preset["values"] == {"layers": [found["best"]], "steps": 2}
+    assert Path("s.png").is_file()
+    assert not Path("errata-ledger").exists()
+
+
+def test_relative_similarity_is_printed(app: typer.Typer, requests: str) -> None:
+    found = data(app, "locate", "--similar", "paraphrases", "--by", "attribution",
+                 "--file", requests, *MODEL, "--set", "samples=1")  # fmt: skip
+    assert 0 <= found["value"] <= 1
+    assert found["sets"] == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("locate", *MODEL), "Which prompt?"),
+        (("locate", "--average", "--sweep", *MODEL), "different things"),
+        (("locate", "--average", *MODEL), "Say which requests"),
+        (("locate", "x {}", "--average", "--dataset", "atlas", *MODEL), "takes its prompts from"),
+        (("locate", *PROMPT, *MODEL, "--plot", "x.pdf"), "must end in .png"),
+        (("locate", *PROMPT, *MODEL, "--corrupt", "subjct"), "Did you mean 'subject'"),
+        (("locate", *PROMPT, *MODEL, "--by", "tracing"), "Unknown locator"),
+        (("locate", *PROMPT, *MODEL, "--by", "norm", "--method", "kn"), "give one"),
+        (("locate", "--average", "--dataset", "atlas", "-n", "1", *MODEL, "--set", "sample=1"),
+         "Did you mean 'samples'"),
+        (("locate", "--similar", "facts", "--dataset", "atlas", "-n", "2", *MODEL), "paraphrases"),
+        (("diff",), "no ledger"),
+    ],
+)  # fmt: skip
+def test_what_a_user_gets_wrong_is_named(
+    app: typer.Typer, words: tuple[str, ...], says: str
+) -> None:
+    assert says in " ".join(run(app, *words, code=1).output.split())
+
+
+def test_diff_compares_states(app: typer.Typer, tmp_path: Path) -> None:
+    with Editor("atlas-gpt2", ledger="errata-ledger", guards={"efficacy": "off"}) as editor:
+        first, second = (
+            editor.edit(r, method="kn", config={"steps": 2}) for r in atlas.requests(2)
+        )
+    found = data(app, "diff", *MODEL, "--overlap", "edits", "--plot", "d.png")
+    assert (found["before"], found["after"]) == ("base", "now")
+    assert found["changes"]
+    assert found["pictures"][0] == "d.png"
+    one = data(app, "diff", "base", first.id, *MODEL)
+    assert {c["name"] for c in one["changes"]} == set(first.delta.parameters)
+    added = data(app, "diff", first.id[:6], f"{first.id},{second.id}", *MODEL)
+    assert {c["name"] for c in added["changes"]} == set(second.delta.parameters)
+    assert data(app, "diff", "now", f"{first.id},{second.id}", *MODEL)["changes"] == []
+    page = run(app, "diff", *MODEL).output
+    assert "base → now" in page
+    run(app, "diff", "base", "zzzz", *MODEL, code=1)
