@@ -86,8 +86,8 @@ def test_many_are_averaged_with_three_pictures(app: typer.Typer, requests: str) 
 
 
 def test_a_sweep_prints_a_preset_that_is_yaml(app: typer.Typer, requests: str) -> None:
-    found = data(app, "locate", "--sweep", "--method", "kn", "--file", requests, "--limit", "1",
-                 *MODEL, "--set", "layers=[4, 5]", "--set", "steps=2", "--plot", "s.png")  # fmt: skip
+    line = ["locate", "--sweep", "--method", "kn", "--file", requests, "--limit", "1", *MODEL]
+    found = data(app, *line, "--set", "layers=[4, 5]", "--set", "steps=2", "--plot", "s.png")
     assert [one["layer"] for one in found["layers"]] == [4, 5]
     preset = yaml.safe_load(found["preset"])["methods"]["kn"]["presets"][0]
     assert preset["values"] == {"layers": [found["best"]], "steps": 2}
