@@ -657,6 +657,8 @@ def test_ctrl_c_leaves_everything_consistent(
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": path},
+        # A test run in the background of a shell ignores Ctrl-C, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as process:  # fmt: skip
         deadline = time.monotonic() + 300  # only so that a hang ends
         while not marker.exists() or marker.read_text().count("\n") < 2:

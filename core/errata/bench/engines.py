@@ -158,6 +158,7 @@ class _Attempt:
         self.task = task
         self._seen: dict[str, str] = {}
         self._deaths = 0
+        self._over = ""  # the first key that was left when a worker last died
 
     def got(self, line: Line) -> None:
         """Take note of a line: it is not to be made again."""
@@ -170,14 +171,14 @@ class _Attempt:
 
         Raises `ErrataError` where there is no single case that could be given up.
         """
-        self._deaths += 1
         failed = {key for key, kind in self._seen.items() if kind == "failure"}
-        task = replace(
-            self.task,
-            done=self.task.done | self._seen.keys(),
-            failed=self.task.failed | failed,
-            careful=self._deaths == TRIES - 1,
-        )
+        done = self.task.done | self._seen.keys()
+        task = replace(self.task, done=done, failed=self.task.failed | failed)
+        # Of the task as the worker had it: what a failure has made needless since was its burden.
+        over = next((k for k in keys_of(job, self.task) if k not in done), "")
+        self._deaths = self._deaths + 1 if over == self._over else 1
+        self._over = over
+        task = replace(task, careful=self._deaths == TRIES - 1)
         if self._deaths >= TRIES:
             left = [k for k in keys_of(job, task) if k not in {*task.done, *task.given_up}]
             if not left:
