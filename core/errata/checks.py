@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
@@ -148,11 +148,6 @@ def check_superseded(old: Sequence[Edit], requests: Sequence[Request]) -> None:
                 f"{kept[0].text!r}). Revert it yourself and make the others again, or leave "
                 "supersede out."
             )
-
-
-def is_stale(edit: Edit, active: Collection[str]) -> bool:
-    """Say whether an edit was computed on top of edits that are not on the model now."""
-    return any(parent not in active for parent in edit.parents)
 
 
 def library_versions(method: str) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +84,10 @@ class Edit(BaseModel):
             raise LedgerError(f"The delta of edit {self.id} is not loaded: ask `ledger.delta(id)`.")
         delta: Delta = self._delta
         return delta
+
+    def is_stale(self, active: Collection[str]) -> bool:
+        """Say whether it was computed on top of edits that are not among the active ones."""
+        return any(parent not in active for parent in self.parents)
 
     @property
     def title(self) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from errata import plugins, shipping
 from errata.artifacts import Artifacts
-from errata.checks import check_capabilities, check_fingerprint, check_prompts, is_stale
+from errata.checks import check_capabilities, check_fingerprint, check_prompts
 from errata.edit import Edit, requests_of
 from errata.errors import ConfigError, EditRefused, ErrataError, LedgerError, UnknownNameError
 from errata.evaluate import generation
@@ -234,19 +234,22 @@ class Editor:
         records stay in the ledger, reverted.
 
         Args:
-            *edits: which; by default all that are stale.
+            *edits: which; by default all that are stale, and those made on top of them.
 
         Returns:
             The new edits, in order. After any error the model and the ledger are as they were.
         """
         self._not_suspended("rebase")
-        log = self.log()
+        firm = set(self.model.stack.ids)
         if edits:
             wanted = sorted((self._get(edit) for edit in edits), key=lambda edit: edit.sequence)
-            on = {entry.edit.id for entry in log if entry.active}
-            self._require({edit.id for edit in wanted} <= on, wanted, "not active")
+            self._require({edit.id for edit in wanted} <= firm, wanted, "not active")
         else:
-            wanted = [self._get(entry.edit) for entry in log if entry.stale]
+            wanted = []
+            for entry in self.log():
+                if entry.active and entry.edit.is_stale(firm):
+                    wanted.append(self._get(entry.edit))
+                    firm.discard(entry.edit.id)  # what was made on top of it comes with it
         return self._transactions.replay(wanted) if wanted else []
 
     def configure(
@@ -274,7 +277,7 @@ class Editor:
                 edit.id in active,
                 tuple(edit.outcome.get("conflicts", ())),
                 tuple(edit.outcome.get("overlaps", ())),
-                edit.id in active and is_stale(edit, active),
+                edit.id in active and edit.is_stale(active),
             )
             for edit in self.ledger.edits()
         ]

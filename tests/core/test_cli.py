@@ -160,8 +160,8 @@ def commands() -> dict[str, Any]:
 
 def test_the_commands_are_these() -> None:
     assert set(commands()) == {
-        "demo", "edit", "revert", "apply", "log", "show", "verify", "generate", "locate", "diff",
-        "evaluate", "bench", "report", "datasets", "export", "import", "merge", "methods",
+        "demo", "edit", "revert", "apply", "rebase", "log", "show", "verify", "generate",
+        "locate", "diff", "evaluate", "bench", "report", "datasets", "export", "import", "merge", "methods",
         "zoo list", "zoo path", "zoo train", "doctor",
     }  # fmt: skip
 
@@ -309,6 +309,46 @@ def test_conflicting_edits_are_named(run: Run, run_json: Run, checkpoint: Path) 
     run("edit", *FACT[:-1], "Kyoto", "--method", "nudge")
     assert first[:8] in run("log").stdout
     assert run_json("log")["edits"][1]["outcome"]["conflicts"] == [first]
+
+
+def test_a_newer_answer_supersedes_and_the_older_is_restored(
+    run: Run, run_json: Run, checkpoint: Path
+) -> None:
+    first = json.loads(edit(run, checkpoint, "--json").stdout)["edits"][0]["id"]
+    newer = ("edit", *FACT[:-1], "Kyoto", "--method", "nudge", "--set", "seed=1", *OFF)
+    second = run_json(*newer, "--supersede")["edits"][0]
+    assert second["outcome"]["supersedes"] == [first]
+    assert [e["id"] for e in run_json("log", "--active")["edits"]] == [second["id"]]
+    assert first in run("show", second["id"]).stdout
+    done = run_json("revert", second["id"], "--restore")
+    assert done["reverted"] == [second["id"]]
+    assert done["restored"] == done["active"] == [first]
+    assert run_json("verify")["sound"]
+
+
+def test_stale_edits_are_shown_and_computed_again(
+    run: Run, run_json: Run, checkpoint: Path
+) -> None:
+    edit(run, checkpoint, *OFF)
+    for number, subject in enumerate(("France", "Ana")):
+        fact = ("edit", "The capital of {} is", "-s", subject, "-t", "Oslo", "--method", "nudge")
+        run(*fact, "--set", f"seed={number}", *OFF)
+    first, second, third = (e["id"] for e in run_json("log")["edits"])
+    assert "Nothing is stale" in run("rebase").stdout
+    assert "2 stale" in run("revert", first).stderr
+    assert [e["stale"] for e in run_json("log")["edits"]] == [False, True, True]
+    shown = run("log").stdout
+    assert shown.count("stale") >= 3
+    assert "errata rebase" in shown
+    assert "stale" in run("show", second).stdout
+    done = run_json("rebase")
+    assert list(done["replaces"].values()) == [second, third]
+    assert done["active"] == done["rebased"]
+    assert not any(e["stale"] for e in run_json("log")["edits"])
+    assert "errata rebase" not in run("log").stdout
+    assert second in run("show", done["rebased"][0]).stdout
+    assert run_json("verify")["sound"]
+    run("rebase", second, code=1)  # no longer on the model
 
 
 def test_no_apply_records_without_touching_the_model(

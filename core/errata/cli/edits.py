@@ -1,4 +1,4 @@
-"""Changing the model: `edit`, `revert` and `apply`."""
+"""Changing the model: `edit`, `revert`, `apply` and `rebase`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,10 @@ def add(app: typer.Typer) -> None:
         "revert",
         panel=PANEL,
         shared=MODEL,
-        examples="errata revert 3f2a9c01d7e4\nerrata revert 3f2a 91bc\nerrata revert --all",
+        examples=(
+            "errata revert 3f2a9c01d7e4\nerrata revert 3f2a 91bc\n"
+            "errata revert 3f2a --restore\nerrata revert --all"
+        ),
     )(revert)
     command(
         app,
@@ -55,6 +58,13 @@ def add(app: typer.Typer) -> None:
         shared=MODEL,
         examples="errata apply 3f2a\nerrata apply capital.errata --model atlas-gpt2",
     )(apply)
+    command(
+        app,
+        "rebase",
+        panel=PANEL,
+        shared=MODEL,
+        examples="errata rebase\nerrata rebase 3f2a",
+    )(rebase)
 
 
 # -- edit ------------------------------------------------------------------------------------------
@@ -111,6 +121,12 @@ def edit(
     skip_refused: Annotated[
         bool, typer.Option("--skip-refused", help="Go on after an edit that a guard refuses.")
     ] = False,
+    supersede: Annotated[
+        bool,
+        typer.Option(
+            "--supersede", help="Take active edits about the same facts off, in the same step."
+        ),
+    ] = False,
     resume: Annotated[
         bool,
         typer.Option("--resume", help="Leave out requests that an active edit carries out."),
@@ -142,8 +158,14 @@ def edit(
         else:
             session.remember(editor)
         wanted = _left_over(editor, requests) if resume else requests
-        report = _run(session, editor, wanted, method, overrides, batch_size, skip_refused,
-                      apply=not no_apply, recorded=not dry_run)  # fmt: skip
+        how = {
+            "config": overrides,
+            "batch_size": batch_size,
+            "apply": not no_apply,
+            "supersede": supersede,
+            "on_refused": "skip" if skip_refused else "raise",
+        }
+        report = _run(session, editor, wanted, method, how, recorded=not dry_run)
         report["skipped"] = len(requests) - len(wanted)
         report["dry_run"] = dry_run
         if session.json:
@@ -254,28 +276,16 @@ def _run(
     editor: Editor,
     requests: Sequence[Request],
     method: str,
-    overrides: Mapping[str, Any],
-    batch_size: int | None,
-    skip_refused: bool,
+    how: Mapping[str, Any],
     *,
-    apply: bool,
     recorded: bool,
 ) -> dict[str, Any]:
-    """Edit, and show what the model says before and after."""
+    """Edit, and show what the model says before and after; `how` goes to `Editor.edit`."""
+    apply = bool(how["apply"])
     shown = list(requests[:MANY]) if editor.model.anatomy.kind != "encoder" else []
     before = answers(editor, shown)
     refused_before = len(_refused(editor))
-    if requests:
-        edits: list[Edit] = editor.edit(
-            list(requests),
-            method=method,
-            config=overrides,
-            batch_size=batch_size,
-            apply=apply,
-            on_refused="skip" if skip_refused else "raise",
-        )
-    else:
-        edits = []
+    edits: list[Edit] = editor.edit(list(requests), method=method, **how) if requests else []
     after = answers(editor, shown) if apply else before
     refused = _refused(editor)[refused_before:]
     session.show(*_summary(session, editor, edits, shown, before, after, apply, recorded))
@@ -355,9 +365,14 @@ def _one_edit(edit: Edit) -> Iterator[Any]:
     yield Text.assemble((edit.id, "accent"), "  ", (render.short_request(edit), "head"))
     cost = f"{render.size(edit.nbytes)}, {render.seconds(edit.seconds)}"
     rows = [("made", f"{edit.method}, {edit.delta_kind}, {cost}"), *render.outcome(edit)]
-    clashing = edit.outcome.get("conflicts")
-    if clashing:
-        rows.append(("conflicts", f"with {', '.join(clashing)}: same fact, other target"))
+    outcome = edit.outcome
+    if "supersedes" in outcome:
+        rows.append(("supersedes", f"{', '.join(outcome['supersedes'])}: same fact, taken off"))
+    if outcome.get("conflicts"):
+        names = ", ".join(outcome["conflicts"])
+        rows.append(("conflicts", f"with {names}: same fact, other target"))
+    if outcome.get("overlaps"):
+        rows.append(("overlaps", f"with {render.names(outcome['overlaps'])}: nearly the same key"))
     yield render.facts(rows)
 
 
@@ -370,6 +385,9 @@ def revert(
         list[str] | None, typer.Argument(metavar="ID", help="Ids, or unique beginnings.")
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Every active edit.")] = False,
+    restore: Annotated[
+        bool, typer.Option("--restore", help="Put back on what these edits had superseded.")
+    ] = False,
 ) -> None:
     """Take edits off the model, in any order.
 
@@ -381,8 +399,14 @@ def revert(
     _need_ledger(session)
     with session.editor() as editor:
         wanted = list(ids or editor.model.stack.ids)
-        taken = editor.revert(*wanted) if wanted else []
-        _changed(session, editor, taken, "reverted")
+        before = set(editor.model.stack.ids)
+        taken = editor.revert(*wanted, restore=restore) if wanted else []
+        back = [e.edit for e in editor.log() if e.active and e.edit.id not in before]
+        _changed(session, editor, {"reverted": taken, **({"restored": back} if restore else {})})
+        stale = sum(entry.stale for entry in editor.log())
+        if stale:
+            note = "computed on top of what is off; errata rebase"
+            session.say(f"{stale} stale: {note}", "warn")
 
 
 def apply(
@@ -400,20 +424,48 @@ def apply(
         put: list[Edit] = []
         for item in what:
             put += editor.apply(Path(item) if item in files else item)
-        _changed(session, editor, put, "applied")
+        _changed(session, editor, {"applied": put})
+
+
+def rebase(
+    session: Session,
+    ids: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="ID", help="Ids, or unique beginnings; default: all that is stale."),
+    ] = None,
+) -> None:
+    """Compute edits again on top of what is on the model now.
+
+    For edits that `errata log` calls stale: they were computed on top of one that is reverted.
+    They, and what was made on top of them, are taken off and made again, in their order, from the
+    same requests and hyper-parameters, all or nothing; the old records stay in the ledger.
+    """
+    _need_ledger(session)
+    with session.editor() as editor:
+        made = editor.rebase(*(ids or ()))
+        if not made and not session.json:
+            session.show("Nothing is stale.")
+        _changed(session, editor, {"rebased": made})
 
 
 def _need_ledger(session: Session) -> None:
     session.read_ledger().close()
 
 
-def _changed(session: Session, editor: Editor, edits: Sequence[Edit], what: str) -> None:
+def _changed(session: Session, editor: Editor, done: Mapping[str, Sequence[Edit]]) -> None:
+    """Say what was done ("reverted" …) to which edits, and how many are active now."""
     active = editor.model.stack.ids
     if session.json:
-        session.emit({what: [e.id for e in edits], "active": active, "model": editor.model.name})
+        ids = {what: [e.id for e in edits] for what, edits in done.items()}
+        replaced = {e.id: e.outcome["rebases"] for e in done.get("rebased", ())}
+        extra = {"replaces": replaced} if replaced else {}
+        session.emit({**ids, **extra, "active": active, "model": editor.model.name})
         return
-    for one in edits:
-        session.show(Text.assemble((one.id, "accent"), f"  {what}  ", render.short_request(one)))
+    for what, edits in done.items():
+        for one in edits:
+            instead = f", was {one.outcome['rebases']}" if what == "rebased" else ""
+            line = f"  {what}{instead}  "
+            session.show(Text.assemble((one.id, "accent"), line, render.short_request(one)))
     state = (
         render.count(len(active), "active edit")
         if active

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,6 +22,8 @@ WORDS = {
     "apply": "put on the model",
     "revert": "taken off the model",
     "outcome": "measured again",
+    "supersede": "superseded",
+    "rebase": "computed again, as another edit",
 }
 
 
@@ -55,7 +58,8 @@ def log(
 ) -> None:
     """List the edits of the ledger, and which are on the model.
 
-    In their order, with what each conflicts with. Loads no model.
+    In their order, with what each conflicts with (the same fact, another target) or overlaps
+    (nearly the same key). Loads no model.
     """
     with session.read_ledger() as ledger:
         edits, on = ledger.edits(), set(ledger.active_ids())
@@ -69,7 +73,10 @@ def log(
             {
                 "ledger": str(session.ledger),
                 "model": known.get("name"),
-                "edits": [edit_json(edit, edit.id in on) for edit in shown],
+                "edits": [
+                    {**edit_json(edit, edit.id in on), "stale": _is_stale(edit, on)}
+                    for edit in shown
+                ],
                 "refused": [_refusal_json(event) for event in refusals] if refused else None,
             }
         )
@@ -85,11 +92,16 @@ def log(
         session.show("", _refusal_table(refusals) if refusals else "No edit was refused.")
     elif refusals:
         session.show(Text(f"\n{len(refusals)} refused: errata log --refused", style="muted"))
+    stale = sum(_is_stale(edit, on) for edit in edits)
+    if stale:
+        note = "computed on top of edits that are off; errata rebase computes them again"
+        session.show(Text(f"\n{stale} stale: {note}", style="warn"))
 
 
 def _log_table(edits: list[Edit], on: set[str], wide: bool) -> Any:
     """Return the log; in a narrow window the details go below each request."""
-    clashing = any(edit.outcome.get("conflicts") for edit in edits)
+    notes = {edit.id: list(_notes(edit)) for edit in edits}
+    clashing = any(notes.values())
     grid = render.table(
         ("#", {"justify": "right", "no_wrap": True}),
         ("", {"no_wrap": True}),
@@ -99,30 +111,46 @@ def _log_table(edits: list[Edit], on: set[str], wide: bool) -> Any:
         ("request → target", {"ratio": 1}),
         *([("when", {"no_wrap": True})] if wide else []),
         *([("size", {"justify": "right", "no_wrap": True})] if wide else []),
-        *([("conflicts", {"no_wrap": True})] if clashing and wide else []),
+        *([("in the way", {"no_wrap": True})] if clashing and wide else []),
     )
     for edit in edits:
         is_on = edit.id in on
         kind, size = edit.delta_kind, render.size(edit.nbytes)
         when = render.when(edit.created)[5:]
-        clashes = " ".join(name[:8] for name in edit.outcome.get("conflicts", ()))
         request = Text(render.short_request(edit), style="" if is_on else "muted")
         if not wide:
             request.append(f"\n{kind}, {size}, {when}", style="muted")
-            if clashes:
-                request.append(f"\nconflicts with {clashes}", style="warn")
+            for note in notes[edit.id]:
+                request.append(f"\n{note}", style="warn")
         grid.add_row(
             str(edit.sequence),
-            Text("on", style="good") if is_on else Text("off", style="muted"),
+            _state(edit, on),
             Text(edit.id, style="accent" if is_on else "muted"),
             edit.method,
             *([kind] if wide else []),
             request,
             *([Text(when, style="muted")] if wide else []),
             *([size] if wide else []),
-            *([Text(clashes, style="warn")] if clashing and wide else []),
+            *([Text("\n".join(notes[edit.id]), style="warn")] if clashing and wide else []),
         )
     return grid
+
+
+def _state(edit: Edit, on: set[str]) -> Text:
+    if edit.id not in on:
+        return Text("off", style="muted")
+    return Text("stale", style="warn") if edit.is_stale(on) else Text("on", style="good")
+
+
+def _is_stale(edit: Edit, on: set[str]) -> bool:
+    return edit.id in on and edit.is_stale(on)
+
+
+def _notes(edit: Edit) -> Iterator[str]:
+    """Yield what the record says of other edits that get in its way."""
+    for what in ("conflicts", "overlaps"):
+        if edit.outcome.get(what):
+            yield f"{what} {render.names(edit.outcome[what])}"
 
 
 def _refusal_json(event: Event) -> dict[str, Any]:
@@ -161,12 +189,14 @@ def show(
     with session.read_ledger() as ledger:
         edit = ledger.get(name)
         is_on = ledger.is_active(edit.id)
+        stale = is_on and edit.is_stale(set(ledger.active_ids()))
         events = [event for event in ledger.events() if event.edit_id == edit.id]
     if session.json:
         history = [{"time": e.time, "kind": e.kind} for e in events]
-        session.emit({**edit_json(edit, is_on), "history": history})
+        session.emit({**edit_json(edit, is_on), "stale": stale, "history": history})
         return
     state = "on the model" if is_on else "off the model"
+    state += ", stale: computed on top of edits that are off" if stale else ""
     session.show(
         render.heading(edit.id, f"{state} · number {edit.sequence}"),
         "",
@@ -177,6 +207,9 @@ def show(
                 ("made", f"{render.when(edit.created)}, in {render.seconds(edit.seconds)}"),
                 ("on top of", ", ".join(edit.parents) or "the base"),
                 ("conflicts", ", ".join(edit.outcome.get("conflicts", ())) or None),
+                ("overlaps", _cosines(edit)),
+                ("supersedes", ", ".join(edit.outcome.get("supersedes", ())) or None),
+                ("instead of", edit.outcome.get("rebases")),
             ]
         ),
         "",
@@ -196,6 +229,12 @@ def show(
         render.heading("History"),
         render.facts([(render.when(e.time), WORDS.get(e.kind, e.kind)) for e in events]),
     )
+
+
+def _cosines(edit: Edit) -> str | None:
+    """Return the edits with nearly the same key, and the cosines of the keys."""
+    found = edit.outcome.get("overlaps", {})
+    return ", ".join(f"{name} (cosine {cosine:.2f})" for name, cosine in found.items()) or None
 
 
 def _request_lines(edit: Edit) -> list[Any]:

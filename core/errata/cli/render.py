@@ -101,6 +101,13 @@ def quoted(text: str, limit: int = 0) -> str:
     return line if not limit or len(line) <= limit else line[: limit - 1].rstrip() + "…"
 
 
+def names(ids: Iterable[str], limit: int = 3) -> str:
+    """Return the beginnings of ids, no more than `limit`, and how many more there are."""
+    every = [name[:8] for name in ids]
+    more = f" +{len(every) - limit} more" if len(every) > limit else ""
+    return ", ".join(every[:limit]) + more
+
+
 def count(number: int, what: str) -> str:
     """Return a number with its noun.
 
