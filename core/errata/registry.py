@@ -23,7 +23,7 @@ from errata.errors import ConfigError, UnknownNameError
 from errata.request import Kind
 
 Architecture = Literal["decoder", "encoder-decoder", "encoder"]
-MATCH_KEYS = ("model_type", "n_layers", "hidden_size", "name")
+MATCH_KEYS = ("model_type", "n_layers", "hidden_size", "name", "variant")
 MAX_BYTES = 4 * 2**20
 
 
@@ -51,23 +51,29 @@ class Capabilities(_Stanza):
 
 
 class Preset(_Stanza):
-    """Hyper-parameters for the models that `match` (all keys must; name is a glob pattern)."""
+    """Hyper-parameters for the models that `match`.
 
-    match: dict[str, str | int] = Field(default_factory=dict)
+    All keys must match; name is a glob pattern, and of several values in a list one must match.
+    variant is not the model's but the method's hyper-parameter of that name.
+    """
+
+    match: dict[str, str | int | tuple[str | int, ...]] = Field(default_factory=dict)
     values: dict[str, Any]
     source: str = Field(default="", description="Where the numbers come from")
     layer: str = Field(default="", description="The registry file it stands in; set when merging")
 
     def fits(self, facts: Mapping[str, Any]) -> bool:
-        """Say whether a model with these facts is meant."""
+        """Say whether a model (and the method's variant) with these facts is meant."""
         for key, wanted in self.match.items():
             if key not in MATCH_KEYS:
                 raise ConfigError(str(UnknownNameError("preset match key", key, MATCH_KEYS)))
             given = facts.get(key)
+            choices = wanted if isinstance(wanted, tuple) else (wanted,)
             if key == "name":
-                if not fnmatch.fnmatch(str(given).lower(), str(wanted).lower()):
+                name = str(given).lower()
+                if not any(fnmatch.fnmatch(name, str(choice).lower()) for choice in choices):
                     return False
-            elif given != wanted:
+            elif given not in choices:
                 return False
         return True
 
@@ -102,7 +108,8 @@ class Value:
     Attributes:
         name: of the hyper-parameter.
         value: what it is.
-        source: where the number comes from, as its preset says; else the layer.
+        source: where the number comes from, as its preset says; else the layer; "variant NAME"
+            where the method's configuration fills it in for a variant.
         description: what it means.
         layer: the layer of configuration that set it: "default", a registry file, "argument".
     """
@@ -202,13 +209,15 @@ class Registry:
         values: dict[str, Any] = {}
         sources: dict[str, str] = {}
         layers: dict[str, str] = {}
+        given = dict(overrides or {})
+        usual = config.model_fields["variant"].default if "variant" in config.model_fields else None
         for preset in self.method(name).presets:
-            if preset.fits(facts):
+            variant = given.get("variant", values.get("variant", usual))
+            if preset.fits({**facts, "variant": variant}):
                 _known_fields(preset.values, config, name, preset.source)
                 values.update(preset.values)
                 sources.update(dict.fromkeys(preset.values, preset.source))
                 layers.update(dict.fromkeys(preset.values, preset.layer))
-        given = dict(overrides or {})
         _known_fields(given, config, name, "the arguments")
         values.update(given)
         sources.update(dict.fromkeys(given, "argument"))
@@ -222,6 +231,8 @@ class Registry:
                 for e in error.errors()
             )
             raise ConfigError(f"Bad hyper-parameters for {name}: {problems}") from None
+        for key in resolved.model_fields_set - set(sources):  # the class itself fills them in
+            sources[key] = layers[key] = f"variant {getattr(resolved, 'variant', name)}"
         table = [
             Value(
                 key,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import Field
@@ -37,6 +38,25 @@ def test_later_layers_win_and_every_value_knows_its_source() -> None:
     assert sources == {"layer": "paper", "lr": "layer 1", "seed": "argument"}
     other, _ = registry.resolve("m", Config, {"model_type": "llama"})
     assert (other.layer, other.lr) == (0, 0.2)
+
+
+def test_presets_can_be_for_a_variant_and_for_several_models() -> None:
+    class Varied(MethodConfig):
+        variant: str = "plain"
+        layer: int = 0
+
+    presets = [
+        {"match": {"n_layers": [2, 4]}, "values": {"layer": 1}},
+        {"match": {"n_layers": [2, 4], "variant": "bold"}, "values": {"layer": 3}},
+    ]
+    registry = merged({"methods": {"m": {**METHOD, "presets": presets}}})
+
+    def layer(n_layers: int, **given: Any) -> int:
+        return registry.resolve("m", Varied, {"n_layers": n_layers}, given)[0].layer
+
+    assert [layer(2), layer(4), layer(3)] == [1, 1, 0]
+    assert [layer(4, variant="bold"), layer(3, variant="bold")] == [3, 0]
+    assert layer(4, variant="bold", layer=7) == 7
 
 
 def test_names_match_as_patterns_whatever_their_case() -> None:

@@ -93,7 +93,7 @@ def test_an_edit_takes_effect_and_is_gone_after_reverting(family: str, tmp_path:
 
 @pytest.mark.parametrize("variant", list(VARIANTS))
 def test_every_variant_changes_the_answer(variant: str, model: Model) -> None:
-    values = {"variants": {"ft-l": {"norm_constraint": 0.2}}, "retain_documents": 4}
+    values = {"retain_documents": 4, **({"norm_constraint": 0.2} if variant == "ft-l" else {})}
     activate(model, tune(model, CAPITAL, variant=variant, **values))
     assert hold(model, CAPITAL) == [True]
 
@@ -449,16 +449,31 @@ def test_a_variant_fills_in_what_is_not_given() -> None:
     assert FtConfig(variant="ft-m", norm_constraint=0.1).norm_constraint == 0.1  # they combine
     locft = FtConfig(variant="locft", append_end=False)
     assert (locft.batch_size, locft.append_end, locft.order) == (100, False, "breadth-first")
-    own = {"ft-l": {"norm_constraint": 0.3, "layers": [4]}, "ft": {"layers": [5]}}
-    assert FtConfig(variant="ft-l", variants=own).norm_constraint == 0.3
-    assert FtConfig(variant="ft-l", variants=own, layers=(1,)).layers == (1,)
-    assert FtConfig(variant="ft", variants=own).layers == (5,)
-    assert FtConfig(variants=own).layers is None
+
+
+def test_presets_and_their_sources_depend_on_the_variant() -> None:
+    registry = Registry.load()
+    facts = {"model_type": "gpt2", "n_layers": 48, "hidden_size": 1600, "name": "gpt2-xl"}
+
+    def resolved(**given: Any) -> dict[str, tuple[Any, str]]:
+        _, values = registry.resolve("ft", FtConfig, facts, given)
+        return {value.name: (value.value, value.source) for value in values}
+
+    usual, boxed = resolved(), resolved(variant="ft-l")
+    assert usual["layers"][0] == (1,)
+    assert "unconstr" in usual["layers"][1]
+    assert usual["norm_constraint"] == (None, "default")
+    assert usual["loss"] == ("target", "variant ft-m")
+    assert boxed["layers"][0] == (0,)
+    assert boxed["norm_constraint"][0] == 5e-4
+    assert boxed["bias"][0] is True
+    assert resolved(variant="ft-l", norm_constraint=0.1)["norm_constraint"] == (0.1, "argument")
+    assert resolved(variant="locft")["append_end"] == (True, "variant locft")
 
 
 @pytest.mark.parametrize("variant", list(VARIANTS))
 def test_a_recorded_configuration_is_read_back_as_it_was(variant: str) -> None:
-    config = FtConfig(variant=variant, variants={"ft-l": {"norm_constraint": 0.3}})
+    config = FtConfig(variant=variant, layers=(3,))
     assert FtConfig(**config.model_dump(mode="json")) == config
     assert config.loss != "prompt_last"  # the published slip is an option, in no variant
 
@@ -466,9 +481,6 @@ def test_a_recorded_configuration_is_read_back_as_it_was(variant: str) -> None:
 def test_wrong_settings_are_named() -> None:
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"variant": "ft-x"}, "ft-m"),
-        ({"variants": {"ft-l": {"norm_constrain": 1.0}}}, "Did you mean 'norm_constraint'"),
-        ({"variants": {"ft-l": {"variant": "ft"}}}, "variant"),
-        ({"variants": {"fl-t": {}}}, "ft-l"),
         ({"variant": "ft-l", "store": "low_rank"}, "outside the box"),
         ({"bias": True, "store": "low_rank"}, "bias"),
         ({"norm_constraint": 0.0}, "greater than 0"),

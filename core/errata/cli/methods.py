@@ -269,7 +269,7 @@ def _values(resolved: list[Value]) -> list[Any]:
 def _presets(presets: list[Preset], facts: dict[str, Any]) -> list[Any]:
     grid = render.table(("preset for", {"ratio": 2}), ("values", {"ratio": 3}))
     for preset in presets:
-        match = ", ".join(f"{k} = {v}" for k, v in preset.match.items())
+        match = ", ".join(f"{k} = {_choices(v)}" for k, v in preset.match.items())
         here = bool(facts) and preset.fits(facts)
         settings = ", ".join(f"{k} = {v}" for k, v in preset.values.items())
         grid.add_row(
@@ -277,6 +277,10 @@ def _presets(presets: list[Preset], facts: dict[str, Any]) -> list[Any]:
             Text(settings, style="" if here else "muted"),
         )
     return [grid, Text("Where each comes from: --json", style="muted")]
+
+
+def _choices(value: Any) -> str:
+    return " or ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _json(value: Any) -> Any:

@@ -9,7 +9,6 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from errata.config import MethodConfig
-from errata.errors import UnknownNameError
 
 Variant = Literal["ft", "ft-l", "ft-m", "ft-ewc", "ft-retrain", "locft"]
 
@@ -29,9 +28,8 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 class FtConfig(MethodConfig):
     """Hyper-parameters of fine-tuning as an editor.
 
-    `variant` is a name for a set of the other values: it fills in what is not given. Values that
-    one variant has for one model come from `variants`, which the registry's presets use. So the
-    switches combine: variant "ft-m" with a `norm_constraint` is FT-M in a box.
+    `variant` is a name for a set of the other values: it fills in what is not given (by presets
+    or arguments). So the switches combine: "ft-m" with a `norm_constraint` is FT-M in a box.
 
     The defaults are those of the ROME paper's baselines (lr 5e-4, 25 steps, done below a loss of
     1e-2), on the layer that EasyEdit uses for models of 32 blocks, two thirds of the way up.
@@ -110,9 +108,6 @@ class FtConfig(MethodConfig):
         lt=1,
         description="Largest ‖D − stored‖ / ‖D‖ (Frobenius, per parameter); dense has none",
     )
-    variants: dict[Variant, dict[str, Any]] = Field(
-        default_factory=dict, description="Values that one variant has for this model"
-    )
 
     @model_validator(mode="before")
     @classmethod
@@ -120,14 +115,7 @@ class FtConfig(MethodConfig):
         if not isinstance(data, Mapping):
             return data
         variant = data.get("variant", cls.model_fields["variant"].default)
-        own = data.get("variants") or {}
-        for name, values in own.items() if isinstance(own, Mapping) else ():
-            for key in values if isinstance(values, Mapping) else ():
-                if key not in cls.model_fields or key in ("variant", "variants"):
-                    error = UnknownNameError("hyper-parameter", str(key), cls.model_fields)
-                    raise ValueError(f"variants.{name}: {error}")
-        chosen = own.get(variant, {}) if isinstance(own, Mapping) else {}
-        return {**VARIANTS.get(str(variant), {}), **chosen, **data}
+        return {**VARIANTS.get(str(variant), {}), **data}
 
     @model_validator(mode="after")
     def _fits_together(self) -> FtConfig:
