@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -255,7 +256,10 @@ class Editor:
     def configure(
         self, method: str, overrides: Mapping[str, Any] | None = None
     ) -> tuple[MethodConfig, list[Value]]:
-        """Return a method's configuration for this model and where each value comes from."""
+        """Return a method's configuration for this model and where each value comes from.
+
+        Layers that are "auto" come out as those of the method's cached sweep of this model.
+        """
         anatomy = self.model.anatomy
         facts = {
             "model_type": anatomy.model_type,
@@ -264,7 +268,17 @@ class Editor:
             "name": self.model.name,
         }
         config = self._methods.plugin(method).config
-        return self.registry.resolve(method, config, facts, overrides)
+        resolved, values = self.registry.resolve(method, config, facts, overrides)
+        if "auto" not in (getattr(resolved, "layer", None), getattr(resolved, "layers", None)):
+            return resolved, values
+        from errata.locate import settled
+
+        named, why = settled(self.model, method, resolved)
+        return named, [
+            value if value.value == getattr(named, value.name)
+            else replace(value, value=getattr(named, value.name), source=why)
+            for value in values
+        ]  # fmt: skip
 
     # -- what is on the model --------------------------------------------------------------------
 

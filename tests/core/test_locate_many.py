@@ -1,4 +1,4 @@
-"""Averages, sweeps, relative similarity, knowledge neurons, weight changes, and the hook."""
+"""Averages, relative similarity, knowledge neurons, weight changes, and the hook."""
 
 from __future__ import annotations
 
@@ -15,28 +15,24 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 from errata import Editor, Request, hookimpl
-from errata.config import MethodConfig
 from errata.datasets import atlas
 from errata.delta import DenseDelta, Factor, LowRankDelta
-from errata.errors import CapabilityError, ConfigError, RequestError, UnknownNameError
+from errata.errors import ConfigError, RequestError, UnknownNameError
 from errata.evaluate.scoring import score_targets
 from errata.locate import (
     LOCATORS,
     Location,
     attribute,
     average,
-    chosen_layers,
     consistency,
     knowledge_neurons,
     paraphrase_sets,
     relation_sets,
     rsim,
     spearman,
-    sweep,
     trace,
 )
 from errata.locate.similarity import cosine, overlap
-from errata.locate.sweep import LayerResult, Sweep, layer_option
 from errata.locate.weights import weight_diff
 from errata.model import Model
 from errata.rules import Snapshot
@@ -252,53 +248,6 @@ def test_sets_are_made_of_what_belongs_together(tiny: Model) -> None:
     value, n = consistency(tiny, REQUEST.model_copy(update={"paraphrases": ()}))
     assert (math.isnan(value), n) == (True, 1)
     assert cosine([1, 0], [1, 1]) == pytest.approx(2**-0.5)
-
-
-# -- sweep -----------------------------------------------------------------------------------------
-
-
-def test_a_sweep_edits_at_every_layer_and_is_remembered(knowing: Editor) -> None:
-    request = atlas.requests(1)
-    options = {"at_most": 2, "steps": 2}
-    with pytest.raises(ConfigError, match="run `errata locate --sweep --method toy"):
-        chosen_layers(knowing.model, "toy")
-    found = sweep(knowing, request, "kn", layers=[4, 5], samples=1, config=options)
-    assert [one.layer for one in found.results] == [4, 5]
-    assert knowing.model.stack.ids == []
-    for one in found.results:
-        edit = knowing.edit(request[0], method="kn", config={**options, "layers": [one.layer]})
-        scores = {m.metric: m.value for m in knowing.evaluate(request, ("counterfact",))}
-        knowing.revert(edit)
-        assert {name: ends[0] for name, ends in one.metrics.items()} == pytest.approx(
-            {name: scores[name] for name in one.metrics}
-        )
-        parts = list(one.metrics.values())
-        harmonic = 0 if min(p[0] for p in parts) <= 0 else 3 / sum(1 / p[0] for p in parts)
-        assert one.score == pytest.approx(harmonic)
-        assert math.isfinite(one.effect)
-    chosen = chosen_layers(knowing.model, "toy", "kn")
-    assert chosen.layers == (found.best.layer,)
-    assert f"layer {found.best.layer}" in chosen.why
-    assert f"layers: [{found.best.layer}]" in found.preset()
-    assert "n_layers: 6" in found.preset()
-
-
-def test_windows_of_layers_and_what_cannot_be_swept(tmp_path: Path, cache: Path) -> None:
-    model = build_model("gpt2", tmp_path)
-    scores = (0.2, 0.9, 0.8)
-    results = tuple(LayerResult(i, s, {"ES": (s, s, s)}) for i, s in enumerate(scores))
-    done = Sweep("m", "gpt2", 3, "toy", "layer", {}, 5, results)
-    key = ("layer-sweep", model.fingerprint, "toy")
-    model.artifacts.save(key, {"_": torch.zeros(1)}, done.as_json())
-    assert chosen_layers(model, "toy").layers == (1,)
-    assert chosen_layers(model, "toy", count=2).layers == (1, 2)
-    with pytest.raises(ConfigError, match="no 4 layers"):
-        chosen_layers(model, "toy", count=4)
-    with pytest.raises(CapabilityError, match="nothing to sweep"):
-        layer_option("toy", MethodConfig())
-    with Editor("atlas-gpt2", ledger=tmp_path / "ledger", artifacts=cache) as durable:
-        with pytest.raises(ConfigError, match="without a ledger"):
-            sweep(durable, atlas.requests(1), "kn")
 
 
 # -- weight changes --------------------------------------------------------------------------------

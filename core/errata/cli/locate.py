@@ -38,7 +38,7 @@ def add(app: typer.Typer) -> None:
             'errata locate "The capital of {} is" -s France --corrupt relation --plot trace.png\n'
             'errata locate "The capital of {} is" -s France --by logit-lens\n'
             "errata locate --average --dataset atlas --limit 200 --severed --plot figure.png\n"
-            "errata locate --sweep --method rome --dataset atlas --limit 40\n"
+            "errata locate --sweep --method rome --dataset atlas --limit 120 --held-out 40\n"
             "errata locate --similar paraphrases --by neurons --dataset atlas --limit 40"
         ),
     )(locate)
@@ -97,6 +97,15 @@ def locate(
     limit: Annotated[
         int | None, typer.Option("--limit", "-n", min=1, help="Only the first N requests.")
     ] = None,
+    held_out: Annotated[
+        int | None,
+        typer.Option(
+            "--held-out",
+            metavar="N",
+            min=1,
+            help="With --sweep: judge the choice by the last N requests, about other subjects.",
+        ),
+    ] = None,
     window: Annotated[
         int | None, typer.Option("--window", min=1, help="Layers restored together [default: 10].")
     ] = None,
@@ -119,6 +128,8 @@ def locate(
                                    ("--similar", similar)) if on]  # fmt: skip
     if len(modes) > 1:
         raise ConfigError(f"{' and '.join(modes)} are different things: give one of them.")
+    if held_out is not None and not sweep:
+        raise ConfigError("--held-out judges the layer that --sweep chooses: give both.")
     settings = pairs(values or (), "--set")
     for name, value in (("relation", relation), ("window", window)):
         if value:
@@ -143,7 +154,7 @@ def locate(
     if average:
         _average(session, requests, severed, screen, settings, plot)
     elif sweep:
-        _sweep(session, requests, method, settings, plot)
+        _sweep(session, requests, held_out, method, settings, plot)
     else:
         _similar(session, requests, similar, by or "trace", settings)
 
@@ -273,21 +284,24 @@ def _average_pictures(found: AverageTrace, severed: bool, plot: Path) -> list[Pa
 def _sweep(
     session: Session,
     requests: Sequence[Request],
+    held_out: int | None,
     method: str,
     settings: dict[str, Any],
     plot: Path | None,
 ) -> None:
-    from errata.locate import sweep
+    from errata.locate import split_by_subject, sweep
 
+    if not method:
+        raise ConfigError("Which method is to be swept? Give --method NAME.")
     check_method(method)
-    config = {name: settings.pop(name) for name in list(settings) if name != "layers"}
-    layers = settings.get("layers")
+    own = {name: settings.pop(name) for name in ("layers", "depths") if name in settings}
+    own = {name: [value] if isinstance(value, int) else value for name, value in own.items()}
+    chosen_on, judged_on = (
+        split_by_subject(requests, held_out) if held_out else (list(requests), [])
+    )
     guards = dict.fromkeys(("norm", "perplexity", "efficacy"), "off")
     with session.editor(durable=False, guards=guards) as editor:
-        found = sweep(
-            editor, requests, method, config=config,
-            layers=[layers] if isinstance(layers, int) else layers,
-        )  # fmt: skip
+        found = sweep(editor, chosen_on, method, config=settings, held_out=judged_on, **own)
     drawn: list[Path] = []
     if plot is not None:
         from errata import plots

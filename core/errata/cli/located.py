@@ -113,28 +113,39 @@ def averaged(found: AverageTrace) -> list[Any]:
 
 
 def swept(found: Sweep) -> list[Any]:
-    """Return what people see of a layer sweep: a table and the preset."""
+    """Return what people see of a layer sweep: a table, how far to trust it, and the preset."""
     right: dict[str, Any] = {"justify": "right", "no_wrap": True}
     names = list(found.results[0].metrics)
+    several = any(one.depth > 1 for one in found.results)
+    judged = found.judged
     grid = render.table(
-        ("layer", right), ("score", right), *[(name, right) for name in names], ("failed", right),
-        ("tracing effect", right),
+        ("layers" if several else "layer", right), ("score", right),
+        *[(name, right) for name in names], ("failed", right), ("tracing effect", right),
+        *([("held out", right)] if judged else []),
     )  # fmt: skip
-    best = found.best.layer
-    for one in found.results:
+    best = found.best.layers
+    for index, one in enumerate(found.results):
+        place = str(one.layer) if one.depth == 1 else f"{one.layers[0]}–{one.layer}"
         grid.add_row(
-            Text(("▸ " if one.layer == best else "") + str(one.layer)),
-            Text(render.number(one.score), style="new" if one.layer == best else ""),
+            Text(("▸ " if one.layers == best else "") + place),
+            Text(render.number(one.score), style="new" if one.layers == best else ""),
             *[render.number(one.metrics[n][0]) if n in one.metrics else "–" for n in names],
             str(one.failed) if one.failed else "–",
             render.number(one.effect),
+            *([render.number(judged.results[index].score)] if judged else []),
         )
     rho = render.number(found.correlation)
-    return [
+    parts: list[Any] = [
         render.heading(f"{found.method} on {found.model}", f"{found.n} requests"),
         grid,
         Text(f"{found.protocol}; rank correlation with the tracing effect: {rho}", style="muted"),
-        "",
-        Text("For registry.yaml:", style="head"),
-        found.preset(),
     ]
+    if judged:
+        mean, low, high = judged.ratio
+        text = (
+            f"On {judged.n} facts about other subjects the chosen layers reach "
+            f"{render.number(mean)} ({render.number(low)} – {render.number(high)}) of the best "
+            "score there."
+        )
+        parts.append(Text(text))
+    return [*parts, "", Text("For registry.yaml:", style="head"), found.preset()]

@@ -13,14 +13,15 @@ class ClosedFormConfig(MethodConfig):
     """Hyper-parameters of the family; the defaults are MEMIT's for GPT-2 XL, layers excepted.
 
     For a model without a preset the edited layers are the (up to) five that end a third of the way
-    up, about where the papers' lie (GPT-2 XL: 13 to 17 of 48).
+    up, about where the papers' lie (GPT-2 XL: 13 to 17 of 48); a layer sweep is the better guide.
     """
 
     default_depth: ClassVar[int] = 5
 
-    layers: tuple[int, ...] | None = Field(
+    layers: tuple[int, ...] | Literal["auto"] | None = Field(
         default=None,
-        description="Blocks whose MLP is edited; none: those that end a third of the way up",
+        description="Blocks whose MLP is edited; auto: what a sweep of this model found (`errata "
+        "locate --sweep`); none: those that end a third of the way up",
     )
     placement: Literal["spread", "boundary"] = Field(
         default="spread",
@@ -93,8 +94,10 @@ class ClosedFormConfig(MethodConfig):
 
     @field_validator("layers")
     @classmethod
-    def _ascending(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        if value is not None and (not value or len(set(value)) != len(value)):
+    def _ascending(
+        cls, value: tuple[int, ...] | Literal["auto"] | None
+    ) -> tuple[int, ...] | Literal["auto"] | None:
+        if isinstance(value, tuple) and (not value or len(set(value)) != len(value)):
             raise ValueError(f"layers {list(value)} must name at least one block, each once")
         return value
 

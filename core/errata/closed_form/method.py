@@ -46,7 +46,7 @@ class ClosedForm(ABC):
         """Compute what belongs to the base: contexts, second moments, the norm anchor."""
         from errata.closed_form.statistics import prepare
 
-        prepare(model, corpus, config)
+        prepare(model, corpus, self.settled(model, config))
 
     @hookimpl
     def edit(
@@ -55,7 +55,16 @@ class ClosedForm(ABC):
         """Return the change, computed from the base (frozen) or the model's present state."""
         from errata.closed_form.deltas import key_values, low_rank
 
+        config = self.settled(model, config)
         updates, metrics, slack = self.find(model, requests, config)
         if config.history == "none":
             return low_rank(model, updates)
         return [*key_values(model, updates, metrics, slack, config)]
+
+    def settled(self, model: Model, config: ClosedFormConfig) -> ClosedFormConfig:
+        """Return the configuration with its layers named, where a caller left `auto` in it."""
+        if config.layers != "auto":
+            return config
+        from errata.locate import settled
+
+        return settled(model, self.name, config)[0]

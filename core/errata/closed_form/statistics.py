@@ -33,6 +33,8 @@ _OUTLIERS = 0.05  # NAS leaves out the largest 5 % of the norms
 def layers_of(model: Model, config: ClosedFormConfig) -> list[int]:
     """Return the edited blocks, ascending, counted from 0."""
     anatomy = model.anatomy
+    if config.layers == "auto":
+        raise ConfigError("layers 'auto' must be settled first: `errata.locate.settled`.")
     if config.layers is None:
         last = anatomy.n_layers // 3
         return list(range(max(0, last + 1 - config.default_depth), last + 1))

@@ -2,6 +2,7 @@
 
 from errata.locate.average import AverageTrace, Effects, average
 from errata.locate.causal_trace import Tracer, trace
+from errata.locate.chosen import ChosenLayers, cached_sweep, chosen_layers, settled
 from errata.locate.corruption import embedding_std
 from errata.locate.lens import Trajectory, contribution_norms, logit_lens
 from errata.locate.location import Location
@@ -18,7 +19,7 @@ from errata.locate.similarity import (
     rsim,
     similarity_of,
 )
-from errata.locate.sweep import ChosenLayers, LayerResult, Sweep, cached_sweep, chosen_layers, sweep
+from errata.locate.sweep import Judged, LayerResult, Sweep, split_by_subject, sweep
 
 __all__ = [
     "LOCATORS",
@@ -28,6 +29,7 @@ __all__ = [
     "ChosenLayers",
     "CoreLocator",
     "Effects",
+    "Judged",
     "KnowledgeNeurons",
     "LayerResult",
     "Location",
@@ -50,8 +52,10 @@ __all__ = [
     "relation_sets",
     "rsim",
     "screen",
+    "settled",
     "similarity_of",
     "spearman",
+    "split_by_subject",
     "sweep",
     "trace",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from errata.errors import ConfigError
+from errata.locate.sweep import place_name
 from errata.plots.style import COLOURS, LARGE, MARKS, MEDIUM, SMALL, figure, layer_ticks
 
 if TYPE_CHECKING:
@@ -17,35 +18,52 @@ _SIDES = {"output": "writes (output side)", "input": "reads (input side)"}
 
 
 def layer_sweep(found: Sweep) -> Figure:
-    """Draw edit success by layer, and the tracing effect of the layers below it."""
-    traced = any(one.effect == one.effect for one in found.results)
-    made, axes = figure(2.9 if traced else 1.9, rows=2 if traced else 1, sharex=True)
-    layers = [one.layer for one in found.results]
+    """Draw edit success by layer, and the tracing effect of the layers below it.
+
+    Of layers edited together the score alone is drawn, at the last of them.
+    """
+    least = min(one.depth for one in found.results)
+    shown = [one for one in found.results if one.depth == least]
+    traced = any(one.effect == one.effect for one in shown)
+    made, axes = figure(3.1 if traced else 2.1, rows=2 if traced else 1, sharex=True,
+                        height_ratios=[1.7, 1] if traced else None)  # fmt: skip
+    layers = [one.layer for one in shown]
     ax = axes[0, 0]
-    names = [name for name in ("ES", "PS", "NS") if name in found.results[0].metrics]
-    for index, name in enumerate(names):
-        means = [one.metrics[name][0] for one in found.results]
-        low = [one.metrics[name][1] for one in found.results]
-        high = [one.metrics[name][2] for one in found.results]
+    for index, name in enumerate(name for name in ("ES", "PS", "NS") if name in shown[0].metrics):
+        means, low, high = zip(*(one.metrics[name] for one in shown), strict=True)
         colour = COLOURS[(0, 1, 3)[index]]
         ax.plot(layers, means, color=colour, marker=MARKS[index], markersize=2.5, linewidth=0.8,
                 label=name)  # fmt: skip
         ax.fill_between(layers, low, high, color=colour, alpha=0.15, linewidth=0)
-    scores = [one.score for one in found.results]
-    ax.plot(layers, scores, color="#000000", marker="^", markersize=3, linewidth=1.3, label="Score")
+    ax.plot(layers, [one.score for one in shown], color="#000000", marker="^", markersize=3,
+            linewidth=1.3, label="Score")  # fmt: skip
+    if found.judged:
+        held = [one.score for one in found.judged.results if one.depth == least]
+        ax.plot(layers, held, color="#000000", marker="o", markersize=3, linewidth=0.8,
+                linestyle="--", markerfacecolor="#FFFFFF", markeredgewidth=0.6,
+                label=f"Score, held out (n = {found.judged.n})")  # fmt: skip
+    depths = sorted({one.depth for one in found.results} - {least})
+    for index, depth in enumerate(depths):
+        deep = [one for one in found.results if one.depth == depth]
+        ax.plot([one.layer for one in deep], [one.score for one in deep], linewidth=0.8,
+                color=COLOURS[4 + index % 3], marker=MARKS[3 + index % 4], markersize=2.5,
+                linestyle=":", label=f"Score, {depth} layers ending there")  # fmt: skip
     best = found.best
+    # The mark stands on the upper edge: above every line, whatever the lines do.
+    ax.axvline(best.layer, color="#999999", linewidth=0.6, linestyle=(0, (2, 2)), zorder=0)
     ax.annotate(
-        f"best: layer {best.layer}", (best.layer, best.score), xytext=(4, 5),
-        textcoords="offset points", fontsize=SMALL,
+        f"chosen: {place_name(best)}", (best.layer, 1.04), xytext=(3, 1), fontsize=SMALL,
+        textcoords="offset points", ha="left" if best.layer <= found.n_layers / 2 else "right",
     )  # fmt: skip
     ax.set_ylim(0, 1.12)
     ax.set_ylabel("edit success", fontsize=MEDIUM)
-    ax.set_title(f"{found.method} on {found.model}, n = {found.n}", fontsize=LARGE, pad=3)
-    ax.legend(fontsize=SMALL, frameon=False, ncols=4, loc="lower left", handlelength=1.5)
+    made.suptitle(f"{found.method} on {found.model}, n = {found.n}", fontsize=LARGE)
+    made.legend(loc="outside lower center", fontsize=SMALL, frameon=False, ncols=3,
+                handlelength=1.8, columnspacing=1.0)  # fmt: skip
     layer_ticks(ax, found.n_layers)
     if traced:
         below = axes[1, 0]
-        below.bar(layers, [one.effect for one in found.results], color="#999999", width=0.6)
+        below.bar(layers, [one.effect for one in shown], color="#999999", width=0.6)
         below.set_ylabel("AIE, last\nsubject token", fontsize=MEDIUM)
         below.set_title(
             f"tracing effect (rank correlation with Score: {found.correlation:.2f})",

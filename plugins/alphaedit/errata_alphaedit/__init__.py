@@ -38,6 +38,7 @@ class AlphaEdit(ClosedForm):
         from errata.closed_form.statistics import prepare
         from errata_alphaedit.algorithm import metrics_of
 
+        config = self.settled(model, config)
         prepare(model, corpus, config)
         metrics_of(model, cast(AlphaEditConfig, config))
 
