@@ -37,7 +37,8 @@ from tests.families import build
 
 QUIET = {"efficacy": "off", "perplexity": "off", "norm": "off"}
 METHODS = (
-    "toy-low-rank", "toy-dense", "toy-codebook", "toy-adapter", "toy-scale", "toy-key-value",
+    "toy-low-rank", "toy-dense", "toy-sparse", "toy-codebook", "toy-adapter", "toy-scale",
+    "toy-key-value",
 )  # fmt: skip
 SUBJECTS = ("Ada", "Alan", "Grace", "Edsger", "Barbara")
 PLACES = ("Rome", "Oslo", "Lima")

@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 
 from errata.batch import padding_id
-from errata.forward import aligned, trace
-from errata.forward.resume import accepted
+from errata.forward import aligned, inputs_of, trace
 from errata.tokens import encode, subject_position
 from errata.values import FACT_TOKENS, FactToken, row_limit
 
@@ -176,21 +175,11 @@ class Prompts:
                 _written(model, updates, owner, len(tokens)),
                 trace(model.module, names, inputs=True, stop=True) as seen,
             ):
-                model.module(**_inputs_of(model, inputs))
+                model.module(**inputs_of(model, {**inputs, "use_cache": False}))
             shape = (stop - start, self._contexts, -1)
             keys.append(_column(seen[source].input, len(tokens), column).view(shape))
             outputs.append(_column(seen[output].output, len(tokens), column).view(shape)[:, 0])
         return torch.cat(keys), torch.cat(outputs)
-
-
-def _inputs_of(model: Model, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
-    given = accepted(model.module, {**inputs, "use_cache": False})
-    if not model.anatomy.spec.position_ids:
-        given.pop("position_ids", None)
-    return {
-        name: value.to(model.device) if isinstance(value, torch.Tensor) else value
-        for name, value in given.items()
-    }
 
 
 @contextmanager

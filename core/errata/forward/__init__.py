@@ -1,6 +1,6 @@
 """Running a model: look inside, change what passes, and run only what a change can reach."""
 
-from errata.forward.resume import Resumed, aligned, logits_at
+from errata.forward.resume import Resumed, aligned, inputs_of, logits_at
 from errata.forward.trace import Seen, adding, answered, bypassed, frozen, patched, trace
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "answered",
     "bypassed",
     "frozen",
+    "inputs_of",
     "logits_at",
     "patched",
     "trace",

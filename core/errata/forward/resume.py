@@ -138,12 +138,18 @@ def accepted(module: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if name in known}
 
 
-def _inputs_of(model: Model, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the inputs that this model takes, and positions only where they count from zero."""
+def inputs_of(model: Model, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the inputs that this model takes, and positions only where they count from zero.
+
+    Tensors are moved to the model's device.
+    """
     given = accepted(model.module, inputs)
     if not model.anatomy.spec.position_ids:
         given.pop("position_ids", None)
-    return given
+    return {
+        name: value.to(model.device) if isinstance(value, torch.Tensor) else value
+        for name, value in given.items()
+    }
 
 
 def logits_at(model: Model, inputs: Mapping[str, Tensor], rows: Tensor, columns: Tensor) -> Tensor:
@@ -156,7 +162,7 @@ def logits_at(model: Model, inputs: Mapping[str, Tensor], rows: Tensor, columns:
         columns: (n,) columns (of the decoder's tokens, where there are two sequences).
     """
     with chosen(model.anatomy.head(model.module), rows, columns):
-        output = model.module(**_inputs_of(model, {**inputs, "use_cache": False}))
+        output = model.module(**inputs_of(model, {**inputs, "use_cache": False}))
     logits: Tensor = output.logits[0]
     return logits
 
@@ -244,7 +250,7 @@ class Resumed:
         self._model = model
         self._rows, self._columns = rows, columns
         reuse = start > 0 and reuses_keys(model)
-        full = _inputs_of(model, inputs)
+        full = inputs_of(model, inputs)
         cache = DynamicCache() if reuse else None
         below = (model.anatomy.block(layer - 1),) if layer > 0 else ()
         recorded = self._record(full, cache, (*below, *known), watch)

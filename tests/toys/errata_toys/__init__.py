@@ -20,6 +20,8 @@ from errata.delta import (
     KeyValueDelta,
     KeyValues,
     LowRankDelta,
+    Rows,
+    SparseRowsDelta,
 )
 from errata.delta.codebook import CodebookSettings
 
@@ -151,6 +153,25 @@ class ToyKeyValue:
                 transposed=model.anatomy.transposed(path),
             )
             deltas.append(KeyValueDelta({model.anatomy.weight(path): pair}))
+        return deltas
+
+
+class ToySparse:
+    """Random changes of a few rows of the MLP projection, one edit per request."""
+
+    name = "toy-sparse"
+    config = ToyConfig
+
+    @hookimpl
+    def edit(self, model, requests, config):
+        name = weight_name(model, config)
+        rows, columns = model.parameter(name).shape
+        deltas = []
+        for request in requests:
+            random = generator(request, config)
+            index = torch.randperm(rows, generator=random)[:3].sort().values
+            values = config.size * torch.randn(3, columns, generator=random)
+            deltas.append(SparseRowsDelta({name: Rows(index, values)}))
         return deltas
 
 
