@@ -25,14 +25,25 @@ def add(app: typer.Typer) -> None:
         examples=(
             "errata report runs/first\n"
             "errata report runs/seed-0 runs/seed-1 --html report.html\n"
-            "errata report runs/* --reference r-rome --markdown report.md --plots figures"
+            "errata report runs/* --reference r-rome --markdown report.md --plots figures\n"
+            "errata report runs/first --locate trace.json --locate sweep.json --html report.html"
         ),
     )(report)
 
 
 def report(
     session: Session,
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs.")],
+    runs: Annotated[
+        list[Path] | None, typer.Argument(metavar="RUN", help="Folders of runs.")
+    ] = None,
+    locate: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--locate",
+            metavar="FILE",
+            help="What `errata locate --json` or `errata diff --json` wrote (repeatable).",
+        ),
+    ] = None,
     html: Annotated[
         Path | None, typer.Option("--html", metavar="FILE", help="Write one page that works alone.")
     ] = None,
@@ -63,7 +74,7 @@ def report(
         bool, typer.Option("--skip-bad", help="Leave damaged lines out; the report names them.")
     ] = False,
 ) -> None:
-    """Show what runs of `errata bench` found, as tables, a page or figures.
+    """Show what runs of `errata bench` found, and where knowledge lies: tables, a page, figures.
 
     Runs of one configuration with different seeds are pooled; different configurations stand side
     by side. A run that is not finished is reported as far as it is.
@@ -73,7 +84,7 @@ def report(
     if cases is not None and html is None:
         raise ConfigError("--cases says how many cases the page holds: give --html FILE too.")
     with session.status("Reading the results"):
-        found = read(*runs, reference=reference, skip_bad=skip_bad)
+        found = read(*runs or (), reference=reference, skip_bad=skip_bad, located=locate or ())
     written: list[Path] = []
     with session.status("Writing the report"):
         for target, text in (

@@ -150,6 +150,7 @@ class AverageTrace:
     def as_json(self) -> dict[str, Any]:
         """Return plain JSON data."""
         return {
+            "schema": 1, "result": "average",
             "model": self.model, "corrupt": self.corrupt, "n": self.n, "skipped": self.skipped,
             "total_effect": {"mean": self.total[0], "interval": list(self.total[1:])},
             "clean": self.clean, "samples": self.samples, "seed": self.seed,

@@ -35,6 +35,8 @@ class Location:
     def as_json(self) -> dict[str, Any]:
         """Return plain JSON data; scores that are not finite become None."""
         return {
+            "schema": 1,
+            "result": "location",
             "layer": self.layer,
             "module": self.module,
             "token": self.token,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from errata.locate.location import Location
 
@@ -125,8 +126,31 @@ class CausalTrace:
                 "noise_level": None if math.isnan(self.noise_level) else self.noise_level,
                 "samples": self.samples,
                 "seed": self.seed,
+                "answer_ids": list(self.answer_ids),
+                "scored": self.score,
+                "rule": self.rule,
+                "noise_source": self.noise_source,
+                "modules": list(self.modules),
+                "how": self.how,
             },
         )
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> CausalTrace:
+        """Return the trace whose location `Location.as_json` wrote."""
+        import torch
+
+        about = data["evidence"]
+        level = about["noise_level"]
+        return cls(
+            about["prompt"], about["subject"], tuple(about["tokens"]),
+            (about["subject_span"][0], about["subject_span"][1]), tuple(about["corrupted"]),
+            about["corrupt"], about["rule"], about["answer"], tuple(about["answer_ids"]),
+            about["scored"], torch.tensor(data["scores"], dtype=torch.float64), about["low"],
+            about["high"], about["kind"], about["window"], math.nan if level is None else level,
+            about["noise_source"], about["samples"], about["seed"], about["severed"],
+            tuple(about["modules"]), about["how"],
+        )  # fmt: skip
 
     @property
     def best(self) -> Location:

@@ -59,7 +59,9 @@ class RelativeSimilarity:
 
     def as_json(self) -> dict[str, Any]:
         """Return plain JSON data."""
-        return {**vars(self), "interval": list(self.interval)}
+        return {
+            "schema": 1, "result": "similarity", **vars(self), "interval": list(self.interval)
+        }  # fmt: skip
 
 
 def overlap(a: Collection[Any], b: Collection[Any]) -> float:

@@ -42,6 +42,9 @@ logger = logging.getLogger("errata")
 METRICS = ("ES", "PS", "NS")
 SCHEMA = 1
 
+# What no metric of a sweep reads; sampling texts would take most of the time.
+_UNASKED = {"generation": (), "attribute": (), "references": ()}
+
 
 @dataclass(frozen=True)
 class LayerResult:
@@ -173,7 +176,7 @@ class Sweep:
     def as_json(self) -> dict[str, Any]:
         """Return plain JSON data."""
         return {
-            "schema": SCHEMA, "model": self.model, "model_type": self.model_type,
+            "schema": SCHEMA, "result": "sweep", "model": self.model, "model_type": self.model_type,
             "n_layers": self.n_layers, "method": self.method, "option": self.option,
             "config": self.config, "n": self.n, "correlation": _finite(self.correlation),
             "protocol": self.protocol, "best": self.best.layer,
@@ -369,7 +372,8 @@ def _measured(
         if edit is None:
             table[row] = -1
             continue
-        found = {one.metric: one.value for one in editor.evaluate(request, ("counterfact",))}
+        asked = request.model_copy(update=_UNASKED)
+        found = {one.metric: one.value for one in editor.evaluate(asked, ("counterfact",))}
         editor.revert(edit)
         table[row] = [found.get(name, math.nan) for name in METRICS]
     return table

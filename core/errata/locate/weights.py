@@ -87,6 +87,18 @@ class WeightChange:
             "cosines": {side: list(values) for side, values in self.cosines.items()},
         }  # fmt: skip
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> WeightChange:
+        """Return the change that `as_json` wrote: no bases, the spectrum as far as it goes."""
+        none = torch.zeros(0, 0, dtype=torch.float64)
+        relative = math.inf if data["relative"] is None else data["relative"]
+        return cls(
+            data["name"], data["layer"], data["part"], data["norm"], relative, data["spectral"],
+            data["stable_rank"], data["rank"], tuple(data["spectrum"]), none, none,
+            data["energy"], data["chance"],
+            {side: tuple(values) for side, values in data["cosines"].items()},
+        )  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Overlap:
@@ -128,10 +140,20 @@ class WeightDiff:
     def as_json(self) -> dict[str, Any]:
         """Return plain JSON data."""
         return {
+            "schema": 1, "result": "diff",
             "before": self.before, "after": self.after, "runtime": list(self.runtime),
             "changes": [change.as_json() for change in self.changes],
             "overlaps": [vars(overlap) for overlap in self.overlaps],
         }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> WeightDiff:
+        """Return the diff that `as_json` wrote, without the bases of the spaces."""
+        return cls(
+            data["before"], data["after"],
+            tuple(WeightChange.from_json(one) for one in data["changes"]), tuple(data["runtime"]),
+            tuple(Overlap(**one) for one in data["overlaps"]),
+        )  # fmt: skip
 
 
 def weight_diff(

@@ -84,10 +84,20 @@ def save(made: Figure, path: str | Path) -> Path:
 
 def rendered(made: Figure, ending: str) -> bytes:
     """Return the bytes of a figure; HTML pages hold them inline."""
-    import matplotlib
+    import warnings
 
+    import matplotlib
+    from matplotlib.text import Text
+
+    for text in made.findobj(Text):
+        text.set_parse_math(False)  # "$" in a token is a dollar
     buffer = BytesIO()
     metadata = {"Date": None, "Creator": "errata"} if ending == "svg" else {"Software": "errata"}
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "errata"}):
+    with (
+        matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "errata"}),
+        warnings.catch_warnings(),
+    ):
+        # A sign that the font lacks is drawn as a box: nobody can do anything about the warning.
+        warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
         made.savefig(buffer, format=ending, dpi=DPI, metadata=metadata)
     return buffer.getvalue()

@@ -26,7 +26,11 @@ def markdown(report: Report) -> str:
     blocks += [f"> **Note.** {text(one)}" for one in words.warnings(report)]
     for part in report.parts:
         blocks += _part(part)
-    blocks.append("## How to repeat it")
+    for one in report.located:
+        rows = [*one.facts, ("how", one.protocol), ("file", str(one.path))]
+        blocks += [f"## {text(one.title)}", _grid(("", ""), rows, align="--")]
+    if report.runs:
+        blocks.append("## How to repeat it")
     for run in report.runs:
         rows = [(name, f"`{value}`") for name, value in words.identities(run)]
         blocks += [

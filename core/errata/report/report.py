@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from errata.bench.config import BASE
 from errata.errors import ConfigError, MissingExtraError, UnknownNameError
 from errata.report.curves import Curve, curves
+from errata.report.located import Located, read_located
 from errata.report.outcomes import (
     Cost,
     Errors,
@@ -96,11 +97,24 @@ class Report:
         runs: as read.
         parts: one per model, dataset and regime.
         reference: label of the column that differences are taken from; "" where none are tested.
+        located: results of `errata locate` and `errata diff` shown beside them.
     """
 
     runs: tuple[Run, ...]
     parts: tuple[Part, ...]
     reference: str = BASE
+    located: tuple[Located, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """The runs' names, else what was located."""
+        names = [run.name for run in self.runs] or [one.title for one in self.located]
+        return ", ".join(dict.fromkeys(names))
+
+    @property
+    def sources(self) -> list[Path]:
+        """What was read."""
+        return [*(run.path for run in self.runs), *(one.path for one in self.located)]
 
     @property
     def progress(self) -> list[Progress]:
@@ -155,7 +169,12 @@ class Report:
         return draw(self, Path(folder))
 
 
-def read(*directories: str | Path, reference: str | None = None, skip_bad: bool = False) -> Report:
+def read(
+    *directories: str | Path,
+    reference: str | None = None,
+    skip_bad: bool = False,
+    located: Sequence[str | Path] = (),
+) -> Report:
     """Read run directories into one report.
 
     Runs of one configuration that differ in their seeds are pooled; different configurations
@@ -165,20 +184,23 @@ def read(*directories: str | Path, reference: str | None = None, skip_bad: bool 
         *directories: that `errata bench` wrote.
         reference: label of the column that the others are compared with; by default the base.
         skip_bad: leave damaged lines out; the report names them.
+        located: files that `errata locate --json` or `errata diff --json` wrote; with them a
+            report needs no directory.
 
     Raises:
-        ConfigError: no directory, one that is no run, an empty run, or one seed twice.
+        ConfigError: nothing to read, one that is no run, an empty run, or one seed twice.
         IntegrityError: a damaged file, or one of another schema version.
         UnknownNameError: no column is called `reference`.
         MissingExtraError: a reference is given, but scipy, which tests differences, is missing.
     """
-    if not directories:
+    if not directories and not located:
         raise ConfigError("Which runs? Give at least one directory that `errata bench` wrote.")
+    places = tuple(read_located(path) for path in dict.fromkeys(map(Path, located)))
     folders = {Path(folder).resolve(): Path(folder) for folder in directories}
     runs = tuple(read_run(folder, skip_bad=skip_bad) for folder in folders.values())
     found = sections(runs)
     wanted = _reference(found, reference) if _testable(reference) else ""
-    return Report(runs, tuple(_part(section, wanted) for section in found), wanted)
+    return Report(runs, tuple(_part(section, wanted) for section in found), wanted, places)
 
 
 def _part(section: Section, reference: str) -> Part:

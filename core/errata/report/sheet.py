@@ -54,6 +54,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "reference": report.reference,
         "warnings": words.warnings(report),
         "sections": [_section(part) for part in report.parts],
+        "located": [one.as_json() for one in report.located],
     }
 
 

@@ -36,6 +36,9 @@ def terminal(report: Report, width: int) -> RenderableType:
     things += [Text()] if said else []
     for part in report.parts:
         things += _part(part, width)
+    for one in report.located:
+        things += [heading(one.title, str(one.path)), facts([*one.facts, ("how", one.protocol)]),
+                   Text()]  # fmt: skip
     return Group(*things)
 
 
