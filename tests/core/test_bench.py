@@ -13,6 +13,7 @@ from errata.bench.job import Job
 from errata.datasets import atlas
 from errata.errors import CapabilityError, ConfigError, IntegrityError, UnknownNameError
 from errata.evaluate import Answer, Measurement
+from errata.ledger import Ledger
 from errata.request import Request
 from tests.core.bench_helpers import SUBJECTS, install, short, values
 
@@ -55,6 +56,7 @@ def metric(line: dict[str, Any], name: str) -> dict[str, Any]:
         ({"seeds": [1, 1]}, "seed '1' is there twice"),
         ({"regime": "batch"}, "batch_size"),
         ({"batch_size": 4}, "batch_size"),
+        ({"methods": [{"method": "nudge", "batch_size": 4}]}, "batch_size"),
         ({"regime": "continual"}, "name two or more"),
         ({"regime": "cross-domain"}, "train"),
     ],
@@ -327,6 +329,42 @@ def test_a_sequence_is_measured_at_once_and_again_at_its_checkpoints(tmp_path: P
     # The first edit of a sequence is the single edit of that case.
     alone = run(tmp_path / "single", limit=1)["nudge|atlas|0|single|1|0"]
     assert edited[0]["measurements"] == alone["measurements"]
+
+
+def test_a_stream_of_batches_is_edited_call_by_call(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    methods = [
+        {"method": "nudge", "batch_size": 2, "config": {"log": str(log), "scale": 0.05}},
+        {"method": "nudge", "variant": "one by one", "config": {"scale": 0.05}},
+    ]
+    lines = run(tmp_path / "run", regime="sequential", checkpoints=[3], limit=5, methods=methods)
+    assert log.read_text().splitlines() == [  # no call crosses the checkpoint
+        f"{SUBJECTS[0]}|{SUBJECTS[1]}", SUBJECTS[2], f"{SUBJECTS[3]}|{SUBJECTS[4]}",
+    ]  # fmt: skip
+    edited = [line for line in lines.values() if line["variant"] == "nudge"]
+    assert [(x["stage"], x["step"], x["index"]) for x in edited if x["kind"] == "case"] == [
+        ("immediate", 2, 0), ("immediate", 2, 1), ("immediate", 3, 2),
+        ("checkpoint", 3, 0), ("checkpoint", 3, 1), ("checkpoint", 3, 2),
+        ("immediate", 5, 3), ("immediate", 5, 4),
+        *(("checkpoint", 5, index) for index in range(5)),
+    ]  # fmt: skip
+    first = lines["nudge|atlas|0|immediate|2|0"]
+    assert first["edit"]["ids"] == lines["nudge|atlas|0|immediate|2|1"]["edit"]["ids"]
+    assert (len(first["edit"]["ids"]), first["edit"]["shared"]) == (2, 2)
+    assert lines["nudge|atlas|0|checkpoint|5|0"]["edit"]["shared"] == 2
+    assert "shared" not in lines["nudge|atlas|0|immediate|3|2"]["edit"]
+    with Ledger.open(tmp_path / "run" / "ledgers" / "nudge-atlas-seed0", readonly=True) as ledger:
+        assert [edit.requests[0].subject for edit in ledger.edits()] == SUBJECTS[:5]
+
+
+def test_of_a_batch_in_a_stream_what_cannot_be_carried_out_fails_alone(tmp_path: Path) -> None:
+    fields = {"regime": "sequential", "batch_size": 3, "limit": 3, "checkpoints": [3]}
+    config = {"fail_on": SUBJECTS[1]}
+    lines = run(tmp_path / "raises", methods=[{"method": "nudge", "config": config}], **fields)
+    edited = [line for line in lines.values() if line["variant"] == "nudge"]
+    assert [line["kind"] for line in edited] == ["failure"] * 3, "they are one edit"
+    with pytest.raises(CapabilityError, match="batch_size to 1"):
+        run(tmp_path / "lone", **{**fields, "methods": ["grace"]})
 
 
 def test_a_continual_stream_mixes_datasets_and_keeps_them_apart(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -87,6 +88,32 @@ def test_a_stream_killed_at_random_instants_ends_as_if_it_had_not_been(
     with Ledger.open(folder / "ledgers" / "nudge-atlas-seed0", readonly=True) as ledger:
         subjects = [edit.requests[0].subject for edit in ledger.edits()]
     assert subjects == [SUBJECTS[0], SUBJECTS[3]]  # each computed and recorded once
+
+
+def test_a_stream_of_batches_goes_on_wherever_it_was_killed(runs: Runner, tmp_path: Path) -> None:
+    stream = {**STREAM, "methods": ["nudge"], "batch_size": 2, "limit": 3}
+    reference = tmp_path / "whole"
+    started = time.monotonic()
+    runs.start(stream, reference)
+    assert runs.wait() == 0
+    took, choose = time.monotonic() - started, random.Random(2)
+    folder = tmp_path / "run"
+    for _ in range(3):
+        child = runs.start(stream, folder)
+        time.sleep(choose.uniform(0.3, 1) * took)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        runs.wait()
+    runs.start(stream, folder)
+    assert runs.wait() == 0
+    assert values(folder) == values(reference)
+    lines = (reference / "results.jsonl").read_bytes().splitlines(keepends=True)
+    for kept in (3, 5):  # results behind the ledger: nothing is edited again
+        (folder / "results.jsonl").write_bytes(b"".join(lines[:kept]))
+        bench.run(stream, folder)
+        assert values(folder) == values(reference)
+    with Ledger.open(folder / "ledgers" / "nudge-atlas-seed0", readonly=True) as ledger:
+        assert len(ledger.edits()) == 3
 
 
 @pytest.mark.parametrize("kept", range(0, 12, 2))
@@ -229,8 +256,7 @@ def test_a_ledger_of_another_stream_is_refused(whole: tuple[Path, float], tmp_pa
     shutil.copytree(whole[0], folder)
     (folder / "results.jsonl").write_text("")
     with Ledger.open(folder / "ledgers" / "nudge-atlas-seed0") as ledger:
-        for kind in ("bench-case",):
-            ledger.note(kind, {"position": 3, "case_id": "another", "ids": []})
+        ledger.note("bench-case", {"position": 3, "cases": ["another"], "errors": {}, "ids": []})
     with pytest.raises(IntegrityError, match="'another' as case 3"):
         bench.run(STREAM, folder)
 

@@ -59,6 +59,9 @@ class Variant(_Stanza):
     config: dict[str, Any] = Field(
         default_factory=dict, description="Hyper-parameters that differ from the registry's"
     )
+    batch_size: int | None = Field(
+        default=None, ge=1, description="Cases edited at once, where it is not the run's"
+    )
 
     @property
     def label(self) -> str:
@@ -136,7 +139,9 @@ class BenchConfig(_Stanza):
     )
     shuffle: bool = Field(default=False, description="Put each dataset's cases in a seeded order")
     batch_size: int | None = Field(
-        default=None, ge=1, description="Cases edited at once in the regime batch"
+        default=None,
+        ge=1,
+        description="Cases edited at once: in the regime batch, and in streams (1 by default)",
     )
     checkpoints: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Listed] = Field(
         default=CHECKPOINTS,
@@ -157,8 +162,11 @@ class BenchConfig(_Stanza):
         _unique("seed", list(map(str, self.seeds)))
         if BASE in (variant.label for variant in self.methods):
             raise ValueError(f"a variant is called {BASE!r}: that is the unedited model's column")
-        if (self.regime == "batch") != (self.batch_size is not None):
-            raise ValueError("batch_size belongs to the regime batch, which needs it")
+        if self.regime == "batch" and self.batch_size is None:
+            raise ValueError("the regime batch needs a batch_size")
+        sizes = [self.batch_size, *(variant.batch_size for variant in self.methods)]
+        if any(sizes) and self.regime not in ("batch", *STREAMS):
+            raise ValueError(f"batch_size belongs to the regimes batch, {', '.join(STREAMS)}")
         if (self.regime == "cross-domain") != (self.train is not None):
             raise ValueError("train names the training data of the regime cross-domain")
         if self.regime == "cross-domain" and self.corpus is not None:
@@ -166,6 +174,10 @@ class BenchConfig(_Stanza):
         if self.regime == "continual" and len(self.datasets) < 2:
             raise ValueError("a continual stream mixes several datasets: name two or more")
         return self
+
+    def size(self, variant: int) -> int:
+        """Return how many cases a variant is given at once."""
+        return self.methods[variant].batch_size or self.batch_size or 1
 
     @classmethod
     def parse(cls, given: BenchConfig | Mapping[str, Any]) -> BenchConfig:

@@ -28,7 +28,7 @@ FATAL = (StorageError, LedgerError, SelfComparisonError)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a case's edit.
+    """What became of the edit of a case, or of several in one call.
 
     Attributes:
         ids: the edits that carry it out.
@@ -37,6 +37,7 @@ class Outcome:
         refused: why a guard refused it; None where none did.
         error: why it could not be carried out; None where it could.
         wall: wall-clock time of the whole transaction: computing, applying, guards, recording.
+        shared: how many cases it carries out together, by which its cost is divided.
     """
 
     ids: tuple[str, ...] = ()
@@ -45,6 +46,7 @@ class Outcome:
     refused: str | None = None
     error: str | None = None
     wall: float = 0.0
+    shared: int = 1
 
     def as_json(self) -> dict[str, Any]:
         """Return plain JSON data."""

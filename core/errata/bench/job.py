@@ -45,6 +45,7 @@ class Job:
         self.directory = directory
         self._cases: dict[tuple[int, int], list[Case]] = {}
         self._texts: dict[int, tuple[str, ...]] = {}
+        self._calls: dict[tuple[int, int], tuple[range, ...]] = {}
 
     # -- cases -----------------------------------------------------------------------------------
 
@@ -109,6 +110,17 @@ class Job:
     def checkpoints(self, length: int) -> list[int]:
         """Return after how many cases of a stream all earlier ones are measured."""
         return sorted({step for step in self.config.checkpoints if step < length} | {length})
+
+    def calls(self, variant: int, length: int) -> tuple[range, ...]:
+        """Return which positions of a stream are edited in one call: none crosses a checkpoint."""
+        key = (variant, length)
+        if key not in self._calls:
+            size, found, start = self.config.size(variant), [], 0
+            for stop in self.checkpoints(length):
+                found += [range(i, min(i + size, stop)) for i in range(start, stop, size)]
+                start = stop
+            self._calls[key] = tuple(found)
+        return self._calls[key]
 
     @cached_property
     def corpus(self) -> list[str] | None:

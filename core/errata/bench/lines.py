@@ -66,7 +66,6 @@ def case_line(
     found: Sequence[Measurement],
     outcome: Outcome | None,
     seconds: float,
-    shared: int = 1,
 ) -> Line:
     """Return the line of a measured case.
 
@@ -77,7 +76,6 @@ def case_line(
         found: its own numbers.
         outcome: what became of its edit; None for the base.
         seconds: spent on measuring it (its share, where several were measured together).
-        shared: how many cases the edit carries out together; each line has its share of the cost.
     """
     # What was edited before is not edited again at a checkpoint.
     now = outcome is not None and place.stage != "checkpoint"
@@ -85,19 +83,20 @@ def case_line(
         **place.fields(job, "case"),
         "case_id": name_of(case),
         "requests": [r.model_dump(mode="json", exclude_defaults=True) for r in case],
-        "edit": None if outcome is None else edit_json(outcome, shared),
+        "edit": None if outcome is None else edit_json(outcome),
         "measurements": [item.as_json(cases=True) for item in found],
         "answers": [answer.as_json() for item in found for answer in item.answers],
         "seconds": {
-            "edit": outcome.wall / shared if outcome is not None and now else 0.0,
+            "edit": outcome.wall / outcome.shared if outcome is not None and now else 0.0,
             "measure": seconds,
         },
         "finished": timestamp(),
     }
 
 
-def edit_json(outcome: Outcome, shared: int = 1) -> dict[str, Any]:
-    """Return what became of an edit; `shared` says how many cases its cost was divided by."""
+def edit_json(outcome: Outcome) -> dict[str, Any]:
+    """Return what became of an edit, with one case's share of its cost."""
+    shared = outcome.shared
     return {
         "ids": list(outcome.ids),
         "seconds": outcome.seconds / shared,

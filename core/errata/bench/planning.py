@@ -190,7 +190,7 @@ def check(job: Job) -> dict[str, Capabilities]:
         loaded = plugins.load(variant.method)
         registry.resolve(variant.method, loaded.config, {}, job.overrides(number, config.seeds[0]))
         can = entries[variant.label] = registry.method(variant.method).capabilities
-        _check_regime(config, variant.label, variant.method, can)
+        _check_regime(config, variant.label, variant.method, config.size(number), can)
     for number in range(len(config.datasets)):
         for seed in config.seeds:
             cases = [job.edited(item, seed) for item in job.stream(number, seed)]
@@ -211,16 +211,19 @@ def check(job: Job) -> dict[str, Capabilities]:
     return entries
 
 
-def _check_regime(config: BenchConfig, label: str, method: str, can: Capabilities) -> None:
+def _check_regime(
+    config: BenchConfig, label: str, method: str, size: int, can: Capabilities
+) -> None:
     if config.regime in STREAMS and not can.sequential:
         raise CapabilityError(
             f"{label}: {method} edits unedited models only, and in the regime {config.regime} "
             "edits follow one another. Leave it out, or choose single or batch."
         )
-    if config.regime == "batch" and (config.batch_size or 0) > 1 and not can.batch:
+    if size > 1 and not can.batch:
+        advice = "choose sequential" if config.regime == "batch" else "set its batch_size to 1"
         raise CapabilityError(
-            f"{label}: {method} takes one request at a time, and the regime batch gives it "
-            f"{config.batch_size}. Leave it out, or choose sequential."
+            f"{label}: {method} takes one request at a time, and the regime {config.regime} gives "
+            f"it {size}. Leave it out, or {advice}."
         )
     if config.regime == "cross-domain" and "training" not in can.needs:
         raise CapabilityError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -75,9 +76,14 @@ def state_of_batch(job: Job, task: Task) -> str:
 
 
 def immediate_key(job: Job, task: Task, position: int) -> str:
-    """Return the key of the line written right after the edit at a position of a stream."""
+    """Return the key of the line written right after the edit at a position of a stream.
+
+    Its step is the number of cases edited then: those of one call all have that of the last.
+    """
     dataset = task.items[position].dataset
-    return key_of(job, task.variant, dataset, task.seed, "immediate", position + 1, position)
+    calls = job.calls(task.variant, len(task.items))
+    step = calls[bisect(calls, position, key=lambda call: call.start) - 1].stop
+    return key_of(job, task.variant, dataset, task.seed, "immediate", step, position)
 
 
 def _stream_keys(job: Job, task: Task) -> Iterator[str]:
@@ -137,7 +143,7 @@ def edit_tasks(job: Job) -> list[Task]:
                 if config.regime in STREAMS:
                     found.append(Task("stream", variant, dataset, seed, items))
                     continue
-                size = config.batch_size or 1
+                size = config.size(variant)
                 work: Work = "batch" if config.regime == "batch" else "single"
                 found += [
                     Task(work, variant, dataset, seed, items[start : start + size])

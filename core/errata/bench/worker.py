@@ -262,7 +262,7 @@ class Worker:
         good: list[tuple[Item, Case]] = []
         for item in task.items:
             case = job.case(item, task.seed)
-            problem = self._problem(task, item)
+            problem = self.problem(task, item)
             if self._key(task, item) in task.given_up:
                 continue
             if problem:
@@ -303,7 +303,6 @@ class Worker:
             yield from self.measured(
                 task,
                 [(self._place(task, item), item, outcome) for item in chunk],
-                shared=len(good),
             )
         key = state_of_batch(job, task) if task.work == "batch" else ""
         if key and job.whole(task.dataset) and key not in task.done:
@@ -315,7 +314,7 @@ class Worker:
         self, variant: int, seed: int, items: Sequence[Item], before: Sequence[str] = ()
     ) -> Outcome:
         """Edit the model with cases together."""
-        return edit_case(
+        outcome = edit_case(
             self.editor,
             [request for item in items for request in self.job.edited(item, seed)],
             method=self.job.config.methods[variant].method,
@@ -323,12 +322,12 @@ class Worker:
             seed=f"{seed}:{name_of(self.job.case(items[0], seed))}",
             before=before,
         )
+        return dataclasses.replace(outcome, shared=len(items))
 
     def measured(
         self,
         task: Task,
         wanted: Sequence[tuple[Place, Item, Outcome]],
-        shared: int = 1,
     ) -> Iterator[Line]:
         """Measure cases of one dataset together on the model as it stands; yield their lines."""
         job = self.job
@@ -337,7 +336,7 @@ class Worker:
         protocols = job.protocols(items[0].dataset)
         if len(cases) > 1 and (task.careful or not measuring.apart(cases)):
             for one in wanted:
-                yield from self.measured(task, [one], shared)
+                yield from self.measured(task, [one])
             return
         started = time.perf_counter()
         try:
@@ -348,14 +347,14 @@ class Worker:
         except Exception as error:
             if len(cases) > 1:  # find out which of them it is
                 for one in wanted:
-                    yield from self.measured(task, [one], shared)
+                    yield from self.measured(task, [one])
                 return
             line = failure_line(job, wanted[0][0], cases[0], describe(error))
             yield from self._unwritten(task, [line])
             return
         share = (time.perf_counter() - started) / len(cases)
         lines = [
-            case_line(job, place, case, numbers, outcome, share, shared)
+            case_line(job, place, case, numbers, outcome, share)
             for (place, _, outcome), case, numbers in zip(wanted, cases, found, strict=True)
         ]
         yield from self._unwritten(task, lines)
@@ -379,7 +378,7 @@ class Worker:
 
     # -- small things ----------------------------------------------------------------------------
 
-    def _problem(self, task: Task, item: Item) -> str:
+    def problem(self, task: Task, item: Item) -> str:
         """Return why a case cannot be carried out, before anything is computed; "" if it can."""
         method = self.job.config.methods[task.variant].method
         case = self.job.edited(item, task.seed)

@@ -100,7 +100,8 @@ def bench(
         typer.Option("--protocol", "-p", help="How a case is measured (repeatable)."),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", min=1, help="Of the regime batch.")
+        int | None,
+        typer.Option("--batch-size", min=1, help="Cases edited at once, in batches or a stream."),
     ] = None,
     checkpoints: Annotated[
         list[int] | None,
@@ -167,7 +168,7 @@ def _config(
 ) -> BenchConfig:
     """Return the run file's configuration with the options that were given."""
     from errata.bench import BenchConfig
-    from errata.bench.config import read_fields
+    from errata.bench.config import STREAMS, read_fields
 
     fields = {} if file is None else read_fields(file)
     there = BenchConfig.parse(fields) if file is not None and _complete(fields) else None
@@ -175,8 +176,8 @@ def _config(
     if given["limit"] is not None and there is not None:  # a dataset's own limit gives way
         fields["datasets"] = [s.model_copy(update={"limit": None}) for s in there.datasets]
     if given["regime"] is not None:  # what belongs to the run file's own regime
-        for key, belongs in (("batch_size", "batch"), ("train", "cross-domain")):
-            if given["regime"] != belongs and given.get(key) is None:
+        for key, belongs in (("batch_size", ("batch", *STREAMS)), ("train", ("cross-domain",))):
+            if given["regime"] not in belongs and given.get(key) is None:
                 fields.pop(key, None)
     if methods:
         labelled = {v.label: v for v in there.methods} if there else {}
