@@ -71,9 +71,10 @@ def plan(shape: Shape) -> dict[str, float]:
         "measuring statistics": (L + 2) * square,
         # C and its Cholesky factor, each layer, in the process that edits
         "editing: statistics": 2 * L * square,
-        "editing: factoring one C, at its peak": 2 * square,
-        # joint change fp64, the weight in fp32, the new one
-        "putting on or taking off, at its peak": matrix * (KEPT + 4 + 2),
+        "editing: factoring one C, at its peak": 3 * square,  # a copy, LAPACK's, the factor
+        # the joint change and its sum so far in fp64, the weight and what is added to it in fp32,
+        # the old weight and the new one in bf16; one layer after the other
+        "putting on or taking off, at its peak": matrix * 2 * (KEPT + 4 + 2),
         "one edit, on disk and in memory": L * (4 * (D + d) + KEPT * (D + 1)),
         "a dense ΔW of such an edit": L * matrix * 2,
         "10,000 edits": 10_000 * L * (4 * (D + d) + KEPT * (D + 1)),

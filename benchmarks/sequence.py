@@ -2,8 +2,7 @@
 
     python benchmarks/sequence.py --out runs/sequence                 # every column: hours
     python benchmarks/sequence.py --out runs/sequence --column rome --column memit-joint-100
-    python benchmarks/sequence.py --out runs/sequence --table         # what is there, as Markdown
-    python benchmarks/sequence.py --out runs/sequence --plot retention.png
+    python benchmarks/sequence_report.py runs/sequence --plot sequence.png
 
 The cases of `atlas` in the file's order on `atlas-gpt2`, the registry's presets, seed 0, guards
 off. `--distinct` keeps the first case of each subject. For each column:

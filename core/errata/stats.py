@@ -106,7 +106,8 @@ class SecondMoment:
         mean = float(diagonal.mean())
         for relative in (0.0, *RIDGES):
             ridge = relative * mean
-            shifted = self.matrix + ridge * torch.eye(self.size).to(self.matrix)
+            shifted = self.matrix.clone()  # D × D numbers each: no more temporary ones than needed
+            shifted.diagonal().add_(ridge)
             factor, info = torch.linalg.cholesky_ex(shifted)
             # A pivot that is rounding error of its diagonal entry means a dependent column, even
             # where it happens to come out positive.

@@ -1,0 +1,194 @@
+"""Tables and the figure of docs/results/sequence.md, from what sequence.py wrote.
+
+    python benchmarks/sequence_report.py runs/sequence [runs/adapters …] [--plot sequence.png]
+
+Columns of several folders are joined; the first that has a column wins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from errata.plots import style
+
+LABELS = {
+    "rome": "rome, one by one",
+    "memit-none-1": "memit, published, one by one",
+    "memit-none-100": "memit, published, calls of 100",
+    "memit-replay-100": "memit, published values, one solve",
+    "memit-joint-1": "memit, joint, one by one",
+    "memit-joint-100": "memit, joint, calls of 100",
+    "emmet-none-100": "emmet, published, calls of 100",
+    "emmet-joint-100": "emmet, joint, calls of 100",
+    "alphaedit-replay-100": "alphaedit, published, calls of 100",
+    "alphaedit-joint-100": "alphaedit, joint, calls of 100",
+    "ft-m": "ft-m",
+    "ft-l": "ft-l",
+    "lora": "lora",
+    "adalora": "adalora",
+    "grace": "grace",
+}
+DRAWN = (
+    "rome", "memit-none-100", "memit-joint-100", "emmet-joint-100", "alphaedit-joint-100", "ft-m",
+    "grace",
+)  # fmt: skip
+
+
+def read(folders: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Return the columns of some folders, in the order of `LABELS`."""
+    found: dict[str, dict[str, Any]] = {}
+    for folder in folders:
+        for name in LABELS:
+            path = folder / f"{name}.json"
+            if name not in found and path.is_file():
+                found[name] = json.loads(path.read_text(encoding="utf-8"))
+    return {name: found[name] for name in LABELS if name in found}
+
+
+def share(value: Any, interval: bool = True) -> str:
+    """Return a share with its interval, "–" where there is none."""
+    if value is None:
+        return "–"
+    if not isinstance(value, list):
+        return f"{value:.3f}"
+    low_high = f" ({value[1]:.2f}–{value[2]:.2f})" if interval and len(value) == 3 else ""
+    return f"{value[0]:.3f}{low_high}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def stream_tables(columns: dict[str, dict[str, Any]]) -> str:
+    """Return what is left after so many edits, and what they cost."""
+    steps = sorted({int(n) for c in columns.values() for n in c["stream"]["checkpoints"]})
+    parts = []
+    for title, key in (
+        ("edited answers generated, exactly", "rewrite_exact"),
+        ("paraphrases", "paraphrase_exact"),
+        ("neighbours' answers", "neighbourhood_exact"),
+        ("ES", "ES"), ("PS", "PS"), ("NS", "NS"),
+        ("perplexity / base", "perplexity"),
+        ("right after each call, mean so far", "right_after"),
+    ):  # fmt: skip
+        rows = []
+        for name, column in columns.items():
+            points = column["stream"]["checkpoints"]
+            cells = [share(points[str(n)][key]) if str(n) in points else "–" for n in steps]
+            rows.append([LABELS[name], *cells])
+        parts.append(table([title, *(f"after {n}" for n in steps)], rows))
+    rows = []
+    for name, column in columns.items():
+        stream, n = column["stream"], column["stream"]["n"]
+        spent = stream["checkpoints"][str(n)]["cpu_seconds"] / n
+        rows.append([LABELS[name], str(n), f"{spent:.2f}", f"{stream['bytes'] / n:,.0f}"])
+    parts.append(table(["cost", "edits", "CPU s each", "bytes each"], rows))
+    return "\n\n".join(parts)
+
+
+def half_table(columns: dict[str, dict[str, Any]]) -> str:
+    """Return what happened when a random half was reverted."""
+    rows = []
+    for name, column in columns.items():
+        half = column.get("half")
+        if not half:
+            continue
+        before, after, afresh = half["before"], half["after"], half["afresh"]
+        far = afresh["weights_differ"]
+        rows.append([
+            LABELS[name], f"{half.get('gone', half['n'] // 2)} of {half['n']}",
+            f"{before['kept']['rewrite_exact'][0]:.3f} → {after['kept']['rewrite_exact'][0]:.3f}",
+            f"{before['gone_new']:.3f} → {after['gone_new']:.3f}",
+            f"{before['gone_old']:.3f} → {after['gone_old']:.3f}",
+            f"{before.get('never_old', float('nan')):.3f} → "
+            f"{after.get('never_old', float('nan')):.3f}",
+            f"{before['perplexity'][0]:.2f} → {after['perplexity'][0]:.2f}",
+            "–" if far is None else f"{far:.1e}", f"{afresh['same_text']:.3f}",
+            f"{half['revert_seconds']:.2f}",
+        ])  # fmt: skip
+    head = [
+        "", "reverted", "kept edits hold", "reverted edits hold", "reverted facts: old answer",
+        "never edited: old answer", "perplexity / base", "ΔW against never made",
+        "same texts", "s",
+    ]  # fmt: skip
+    return table(head, rows)
+
+
+def order_table(columns: dict[str, dict[str, Any]]) -> str:
+    """Return how far two orders of the same edits differ."""
+    rows = []
+    for name, column in columns.items():
+        order = column.get("order")
+        if order:
+            far = order["weights_differ"]
+            rows.append([
+                LABELS[name], str(order["n"]), "–" if far is None else f"{far:.1e}",
+                f"{order['same_text']:.3f}", f"{order['same_success']:.3f}",
+            ])  # fmt: skip
+    return table(["", "edits", "‖ΔW − ΔW'‖ / ‖ΔW‖", "same text", "same success"], rows)
+
+
+def draw(columns: dict[str, dict[str, Any]]) -> Any:
+    """Draw retention over the number of edits, and what reverting half of them brings back."""
+    shown = [name for name in DRAWN if name in columns]
+    made, axes = style.figure(2.6, columns=2, gridspec_kw={"width_ratios": [1.25, 1]})
+    made.set_size_inches(2.2 * style.COLUMN, 2.5)
+    left, right = axes[0]
+    for index, name in enumerate(shown):
+        points = columns[name]["stream"]["checkpoints"]
+        steps = sorted(map(int, points))
+        values = [points[str(n)]["rewrite_exact"] for n in steps]
+        colour, mark = style.COLOURS[index % 7], style.MARKS[index % 7]
+        left.fill_between(
+            steps, [v[1] for v in values], [v[2] for v in values], color=colour, alpha=0.12, lw=0
+        )
+        left.plot(steps, [v[0] for v in values], color=colour, marker=mark, ms=3.5, lw=1.1,
+                  label=LABELS[name])  # fmt: skip
+    left.set_xscale("log")
+    left.set_xticks(steps, [str(n) for n in steps])
+    left.minorticks_off()
+    left.set_ylim(-0.02, 1.02)
+    left.set_xlabel("edits in sequence", fontsize=style.MEDIUM)
+    left.set_ylabel("edits that hold (generated)", fontsize=style.MEDIUM)
+    left.legend(fontsize=style.SMALL, frameon=False, loc="lower left", labelspacing=0.25)
+    rows = [name for name in shown if columns[name].get("half")]
+    for index, name in enumerate(rows):
+        half, y = columns[name]["half"], len(rows) - 1 - index
+        colour, mark = style.COLOURS[shown.index(name) % 7], style.MARKS[shown.index(name) % 7]
+        before, after = half["before"]["gone_old"], half["after"]["gone_old"]
+        never = half["after"].get("never_old")
+        right.plot([before, after], [y, y], color=colour, lw=1.1)
+        right.plot(before, y, marker=mark, ms=4, mfc="white", color=colour)
+        right.plot(after, y, marker=mark, ms=4, color=colour)
+        if never is not None:
+            right.plot(never, y, marker="|", ms=9, mew=1.2, color="#555555")
+    right.set_yticks(range(len(rows)), [LABELS[n] for n in reversed(rows)], fontsize=style.SMALL)
+    right.set_xlim(-0.03, 1.03)
+    right.set_ylim(-0.6, len(rows) - 0.4)
+    right.set_xlabel(
+        "reverted facts that give their old answer\n"
+        "(open: before reverting half; bar: facts never edited)",
+        fontsize=style.MEDIUM,
+    )
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("folders", type=Path, nargs="+")
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    columns = read(options.folders)
+    print("\n\n".join([stream_tables(columns), half_table(columns), order_table(columns)]))
+    if options.plot:
+        style.save(draw(columns), options.plot)
+
+
+if __name__ == "__main__":
+    main()
