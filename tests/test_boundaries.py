@@ -68,6 +68,19 @@ def test_importing_is_light(code: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_reading_results_needs_no_model() -> None:
+    folder = ROOT / "tests" / "data" / "runs" / "single"
+    script = (
+        "import sys; from errata import bench, evaluate, report;"
+        f"assert report.read({str(folder)!r}).parts; assert list(bench.load({str(folder)!r}));"
+        "print(sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
 def test_importing_seeds_and_configures_nothing() -> None:
     script = (
         "import torch, logging, random; torch.manual_seed(3); random.seed(3);"

@@ -1,17 +1,47 @@
-"""Measuring what an edit did: every number with its protocol, sample size and interval."""
+"""Measuring what an edit did: every number with its protocol, sample size and interval.
 
-from errata.evaluate.baseline import Baseline
+What reads numbers (measurements, comparisons, error types) loads no torch; what asks a model does.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from errata.evaluate.compare import Comparison, compare, compare_all
-from errata.evaluate.divergence import kl_to_base
 from errata.evaluate.failures import ERROR_TYPES, classify_failure, count_failures
-from errata.evaluate.generation import contained_match, exact_match, generate
 from errata.evaluate.measurement import Answer, Measurement, pool
-from errata.evaluate.metrics import CoreMetrics
-from errata.evaluate.protocol import Protocol
-from errata.evaluate.protocols import PROTOCOLS
-from errata.evaluate.reader import MeasureSettings, Question, Reader
-from errata.evaluate.scoring import TargetScore, score_targets
-from errata.evaluate.text import canary_texts, perplexity
+
+if TYPE_CHECKING:
+    from errata.evaluate.baseline import Baseline
+    from errata.evaluate.divergence import kl_to_base
+    from errata.evaluate.generation import generate
+    from errata.evaluate.matching import contained_match, exact_match
+    from errata.evaluate.metrics import CoreMetrics
+    from errata.evaluate.protocol import Protocol
+    from errata.evaluate.protocols import PROTOCOLS
+    from errata.evaluate.reader import MeasureSettings, Question, Reader
+    from errata.evaluate.scoring import TargetScore, score_targets
+    from errata.evaluate.text import canary_texts, perplexity
+
+# PEP 562, as in the package itself: looked up when first used.
+_LAZY = {
+    "Baseline": "baseline",
+    "CoreMetrics": "metrics",
+    "MeasureSettings": "reader",
+    "PROTOCOLS": "protocols",
+    "Protocol": "protocol",
+    "Question": "reader",
+    "Reader": "reader",
+    "TargetScore": "scoring",
+    "canary_texts": "text",
+    "contained_match": "matching",
+    "exact_match": "matching",
+    "generate": "generation",
+    "kl_to_base": "divergence",
+    "perplexity": "text",
+    "score_targets": "scoring",
+}
 
 __all__ = [
     "ERROR_TYPES",
@@ -39,3 +69,13 @@ __all__ = [
     "pool",
     "score_targets",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(f"errata.evaluate.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

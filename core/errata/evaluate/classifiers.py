@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from errata.errors import ConfigError, MissingExtraError
-from errata.evaluate.generation import contained_match
+from errata.evaluate.matching import contained_match
 
 if TYPE_CHECKING:
     import numpy as np

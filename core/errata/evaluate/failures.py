@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from errata.evaluate.fluency import first_sentence
-from errata.evaluate.generation import normalise
+from errata.evaluate.matching import normalise
 
 if TYPE_CHECKING:
     from errata.evaluate.measurement import Answer

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from errata.errors import SelfComparisonError
 from errata.evaluate.failures import classify_failure
-from errata.evaluate.generation import NORMALISATION, contained_match, exact_match, generate
+from errata.evaluate.generation import generate
+from errata.evaluate.matching import NORMALISATION, contained_match, exact_match
 from errata.evaluate.measurement import Answer, Measurement
 from errata.evaluate.sampled import sampled_texts
 from errata.evaluate.scoring import TargetScore, score_targets

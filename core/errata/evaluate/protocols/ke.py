@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from errata.evaluate import reader as questions
-from errata.evaluate.generation import NORMALISATION, exact_match, normalise
+from errata.evaluate.matching import NORMALISATION, exact_match, normalise
 from errata.evaluate.measurement import Measurement, bootstrap
 from errata.evaluate.protocol import Protocol
 

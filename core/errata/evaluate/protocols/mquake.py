@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from errata.evaluate import reader as questions
-from errata.evaluate.generation import NORMALISATION, contained_match, exact_match
+from errata.evaluate.matching import NORMALISATION, contained_match, exact_match
 from errata.evaluate.measurement import Answer, Measurement
 from errata.evaluate.protocol import Protocol
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from errata.evaluate import reader as questions
-from errata.evaluate.generation import NORMALISATION, contained_match
+from errata.evaluate.matching import NORMALISATION, contained_match
 from errata.evaluate.measurement import harmonic_mean
 from errata.evaluate.protocol import Protocol
 from errata.evaluate.protocols.counterfact import Contest, contests, entity_view

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from errata.evaluate import reader as questions
 from errata.evaluate.fluency import first_sentence
-from errata.evaluate.generation import contained_match
+from errata.evaluate.matching import contained_match
 
 if TYPE_CHECKING:
     from errata.evaluate.measurement import Measurement
