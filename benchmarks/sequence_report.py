@@ -135,46 +135,51 @@ def order_table(columns: dict[str, dict[str, Any]]) -> str:
 
 
 def draw(columns: dict[str, dict[str, Any]]) -> Any:
-    """Draw retention over the number of edits, and what reverting half of them brings back."""
+    """Draw what holds over the number of edits, and what reverting half of them brings back."""
     shown = [name for name in DRAWN if name in columns]
-    made, axes = style.figure(2.6, columns=2, gridspec_kw={"width_ratios": [1.25, 1]})
-    made.set_size_inches(2.2 * style.COLUMN, 2.5)
-    left, right = axes[0]
-    for index, name in enumerate(shown):
-        points = columns[name]["stream"]["checkpoints"]
-        steps = sorted(map(int, points))
-        values = [points[str(n)]["rewrite_exact"] for n in steps]
-        colour, mark = style.COLOURS[index % 7], style.MARKS[index % 7]
-        left.fill_between(
-            steps, [v[1] for v in values], [v[2] for v in values], color=colour, alpha=0.12, lw=0
-        )
-        left.plot(steps, [v[0] for v in values], color=colour, marker=mark, ms=3.5, lw=1.1,
-                  label=LABELS[name])  # fmt: skip
-    left.set_xscale("log")
-    left.set_xticks(steps, [str(n) for n in steps])
-    left.minorticks_off()
-    left.set_ylim(-0.02, 1.02)
-    left.set_xlabel("edits in sequence", fontsize=style.MEDIUM)
-    left.set_ylabel("edits that hold (generated)", fontsize=style.MEDIUM)
-    left.legend(fontsize=style.SMALL, frameon=False, loc="lower left", labelspacing=0.25)
+    made, axes = style.figure(2.7, columns=3)
+    made.set_size_inches(2.15 * style.COLUMN, 2.7)
+    looks = {
+        name: {"color": style.COLOURS[i % 7], "marker": style.MARKS[i % 7], "ms": 3.5, "lw": 1.1}
+        for i, name in enumerate(shown)
+    }
+    left, middle, right = axes[0]
+    for ax, key, what in (
+        (left, "rewrite_exact", "edits that hold"),
+        (middle, "neighbourhood_exact", "neighbouring facts still right"),
+    ):
+        for name in shown:
+            points = columns[name]["stream"]["checkpoints"]
+            steps = sorted(map(int, points))
+            values = [points[str(n)][key] for n in steps]
+            low, high = [v[1] for v in values], [v[2] for v in values]
+            ax.fill_between(steps, low, high, color=looks[name]["color"], alpha=0.12, lw=0)
+            ax.plot(steps, [v[0] for v in values], label=LABELS[name], **looks[name])
+        ax.set_xscale("log")
+        ax.set_xticks([10, 100, 500], ["10", "100", "500"])
+        ax.minorticks_off()
+        ax.set_ylim(-0.02, 1.02)
+        ax.set_xlabel("edits in sequence", fontsize=style.MEDIUM)
+        ax.set_title(what, fontsize=style.MEDIUM)
     rows = [name for name in shown if columns[name].get("half")]
-    for index, name in enumerate(rows):
-        half, y = columns[name]["half"], len(rows) - 1 - index
-        colour, mark = style.COLOURS[shown.index(name) % 7], style.MARKS[shown.index(name) % 7]
+    for y, name in enumerate(reversed(rows)):
+        half = columns[name]["half"]
         before, after = half["before"]["gone_old"], half["after"]["gone_old"]
         never = half["after"].get("never_old")
-        right.plot([before, after], [y, y], color=colour, lw=1.1)
-        right.plot(before, y, marker=mark, ms=4, mfc="white", color=colour)
-        right.plot(after, y, marker=mark, ms=4, color=colour)
+        right.plot([before, after], [y, y], color=looks[name]["color"], lw=1.1)
+        right.plot(before, y, **{**looks[name], "mfc": "white", "clip_on": False})
+        right.plot(after, y, **{**looks[name], "clip_on": False})
         if never is not None:
             right.plot(never, y, marker="|", ms=9, mew=1.2, color="#555555")
-    right.set_yticks(range(len(rows)), [LABELS[n] for n in reversed(rows)], fontsize=style.SMALL)
+    right.set_yticks([])
+    right.spines["left"].set_visible(False)
     right.set_xlim(-0.03, 1.03)
     right.set_ylim(-0.6, len(rows) - 0.4)
-    right.set_xlabel(
-        "reverted facts that give their old answer\n"
-        "(open: before reverting half; bar: facts never edited)",
-        fontsize=style.MEDIUM,
+    right.set_title("half reverted: old answers back", fontsize=style.MEDIUM)
+    right.set_xlabel("open: before · | facts never edited", fontsize=style.MEDIUM)
+    handles, labels = left.get_legend_handles_labels()
+    made.legend(
+        handles, labels, loc="outside lower center", ncols=3, fontsize=style.SMALL, frameon=False
     )
     return made
 
