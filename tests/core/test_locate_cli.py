@@ -142,3 +142,29 @@ def test_diff_compares_states(app: typer.Typer, tmp_path: Path) -> None:
     page = run(app, "diff", *MODEL).output
     assert "base → now" in page
     run(app, "diff", "base", "zzzz", *MODEL, code=1)
+
+
+def test_diff_compares_methods_whose_edits_are_not_on_the_model(
+    app: typer.Typer, tmp_path: Path
+) -> None:
+    request = atlas.requests(1)[0]
+    with Editor("atlas-gpt2", ledger="errata-ledger", guards=dict.fromkeys(
+        ("norm", "perplexity", "efficacy"), "off"
+    )) as editor:  # fmt: skip
+        kn = editor.edit(request, method="kn", config={"steps": 2}, apply=False)
+        ft = editor.edit(request, method="ft", config={"steps": 2, "variant": "ft-l"}, apply=False)
+        editor.edit(request, method="grace", config={"steps": 2}, apply=False)
+        assert editor.model.stack.ids == []
+    found = data(app, "diff", "base", "all", *MODEL, "--overlap", "methods", "--plot", "d.png")
+    assert set(found["groups"]) == {"kn", "ft-l", "grace"}
+    assert {c["name"] for c in found["groups"]["kn"]} == set(kn.delta.parameters)
+    assert {c["name"] for c in found["groups"]["ft-l"]} == set(ft.delta.parameters)
+    assert found["groups"]["grace"] == []
+    assert "d-methods.png" in found["pictures"]
+    assert Path("d-methods.png").is_file()
+    for name in ("ft", "ft-l", ft.id):  # the method, its variant, the edit itself
+        alone = data(app, "diff", "base", name, *MODEL)
+        assert alone["changes"] == found["groups"]["ft-l"]
+    page = run(app, "diff", "base", "all", *MODEL, "--overlap", "methods").output
+    assert "each alone" in page
+    assert "no weight changed: grace" in page

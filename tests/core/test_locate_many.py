@@ -311,6 +311,8 @@ def test_states_and_overlaps(tiny: Model) -> None:
     assert overlap_.rows == pytest.approx(1, abs=1e-6)
     unit = [u / u.norm() for u in (first.u, same_rows.u)]
     assert overlap_.columns == pytest.approx(float((unit[0].T @ unit[1]) ** 2), abs=1e-6)
+    assert overlap_.cosine == pytest.approx(float(unit[0].T @ unit[1]), abs=1e-6)
+    assert [[c.name for c in changes] for changes in found.groups.values()] == [[name], [name]]
     assert weight_diff(tiny, [a, b], [b, a]).changes == ()
     json.dumps(found.as_json(), allow_nan=False)
 

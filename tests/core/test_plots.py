@@ -94,8 +94,11 @@ def test_lens_sweep_and_weight_changes(tiny: Model) -> None:
     found = weight_diff(tiny, [], entries, groups=groups, names=("base", "now"))
     assert "base → now" in words(plots.weight_changes(found))
     assert "lower left: read" in words(plots.overlap_map(found))
+    alone = words(plots.method_changes(found))
+    assert f"a, {LAYERS - 1}" in alone
+    assert f"b, {LAYERS - 1}" in alone
     nothing = weight_diff(tiny, entries, entries)
-    for draw in (plots.weight_changes, plots.overlap_map):
+    for draw in (plots.weight_changes, plots.overlap_map, plots.method_changes):
         with pytest.raises(ConfigError, match=r"nothing to draw|no overlap"):
             draw(nothing)
 

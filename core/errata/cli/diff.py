@@ -15,8 +15,9 @@ from errata.cli.session import MODEL, Session, command
 from errata.errors import ConfigError, LedgerError, UnknownNameError
 
 if TYPE_CHECKING:
+    from errata.edit import Edit
     from errata.editor import Editor
-    from errata.locate.weights import WeightDiff
+    from errata.locate.weights import WeightChange, WeightDiff
     from errata.stack import Entry
 
 PANEL = "Look"
@@ -34,6 +35,7 @@ def add(app: typer.Typer) -> None:
             "errata diff\n"
             "errata diff base 3f2a\n"
             "errata diff 3f2a 3f2a,91bc --json\n"
+            "errata diff base all --overlap methods\n"
             "errata diff --overlap edits --plot change.png"
         ),
     )(diff)
@@ -43,7 +45,11 @@ def diff(
     session: Session,
     before: Annotated[
         str,
-        typer.Argument(metavar="STATE", help="base, now, or ids of edits, separated by commas."),
+        typer.Argument(
+            metavar="STATE",
+            help="base, now, all (every edit of the ledger), a method's name (all edits by it), "
+            "or ids of edits, separated by commas.",
+        ),
     ] = "base",
     after: Annotated[
         str, typer.Argument(metavar="STATE", help="The other state, in the same way.")
@@ -62,7 +68,9 @@ def diff(
     """Compare two states of the model's stack, weight by weight.
 
     For every parameter that differs: how large the change is, its rank and spectrum, and whether
-    it lies in the base weight's main directions. Nothing is applied or reverted.
+    it lies in the base weight's main directions. With --overlap, each edit (or method) is also
+    looked at alone, and compared with the others. Nothing is applied or reverted, and edits need
+    not be on the model: `errata edit --no-apply` records some to compare.
     """
     if overlap and overlap not in GROUPS:
         raise UnknownNameError("grouping of edits", overlap, GROUPS)
@@ -82,6 +90,8 @@ def diff(
         from errata import plots
 
         drawn.append(plots.save(plots.weight_changes(found), plot))
+        if found.groups and overlap == "methods":
+            drawn.append(plots.save(plots.method_changes(found), beside(plot, "methods")))
         if found.overlaps:
             drawn.append(plots.save(plots.overlap_map(found), beside(plot, "overlap")))
     if session.json:
@@ -100,7 +110,14 @@ def _state(editor: Editor, text: str) -> Sequence[Entry]:
         return editor.model.stack.entries
     ids = [part.strip() for part in text.split(",") if part.strip()]
     if not ids:
-        raise ConfigError(f"{text!r} is no state: give base, now, or ids of edits (3f2a,91bc).")
+        raise ConfigError(
+            f"{text!r} is no state: give base, now, all, a method, or ids of edits (3f2a,91bc)."
+        )
+    made: dict[str, list[str]] = {}
+    for edit in editor.ledger.edits():
+        for name in {"all", edit.method, _label(edit)}:
+            made.setdefault(name, []).append(edit.id)
+    ids = [id_ for part in ids for id_ in made.get(part, [part])]
     with editor.only(*ids):
         return editor.model.stack.entries
 
@@ -115,40 +132,38 @@ def _groups(editor: Editor, ids: Sequence[str], overlap: str) -> Mapping[str, li
         for entry in editor.model.stack.entries:
             label = entry.edit_id
             if overlap == "methods":
-                label = editor.ledger.get(entry.edit_id).method
+                label = _label(editor.ledger.get(entry.edit_id))
             groups.setdefault(label, []).append(entry)
     return groups
+
+
+def _label(edit: Edit) -> str:
+    """Return a method's variant where it has any, else its name."""
+    return str(edit.config.get("variant") or edit.method)
 
 
 def _shown(model: str, found: WeightDiff, top: int) -> list[Any]:
     parts: list[Any] = [render.heading(f"{found.before} → {found.after}", model)]
     right: dict[str, Any] = {"justify": "right", "no_wrap": True}
     if found.changes:
-        grid = render.table(
-            ("parameter", {"ratio": 1}), ("‖ΔW‖", right), ("/ ‖W‖", right), ("σ1", right),
-            ("rank", right), ("stable", right), ("writes in top", right), ("reads in top", right),
-        )  # fmt: skip
-        for change in found.changes:
-            grid.add_row(
-                change.name,
-                render.number(change.norm),
-                Text(render.number(change.relative), style="new"),
-                render.number(change.spectral),
-                str(change.rank),
-                render.number(change.stable_rank),
-                *(_energy(change.energy, change.chance, side) for side in ("output", "input")),
-            )
+        parts.append(_table([("", change) for change in found.changes]))
         note = (
             f"top: share of ΔW's energy in the first {top} singular directions of W "
             "(in brackets: a random direction's)"
         )
-        parts += [grid, Text(note, style="muted")]
+        parts.append(Text(note, style="muted"))
     else:
         parts.append(Text("no weight differs", style="muted"))
     if found.runtime:
         parts.append(
             Text(f"at run time, no weight changed: {', '.join(found.runtime)}", style="muted")
         )
+    if found.groups:
+        rows = [(label, change) for label, changes in found.groups.items() for change in changes]
+        none = [label for label, changes in found.groups.items() if not changes]
+        parts += ["", Text("each alone, from the base:", style="head"), _table(rows)]
+        if none:
+            parts.append(Text(f"no weight changed: {', '.join(none)}", style="muted"))
     if found.overlaps:
         grid = render.table(
             ("parameter", {"ratio": 1}), "one", "other", ("read alike", right),
@@ -162,6 +177,29 @@ def _shown(model: str, found: WeightDiff, top: int) -> list[Any]:
         note = "alike: mean squared cosine of the principal angles between the two spaces"
         parts += ["", grid, Text(note, style="muted")]
     return parts
+
+
+def _table(rows: Sequence[tuple[str, WeightChange]]) -> Any:
+    """Return a table of changes, each with what it belongs to."""
+    right: dict[str, Any] = {"justify": "right", "no_wrap": True}
+    named = any(label for label, _ in rows)
+    grid = render.table(
+        *(["of"] if named else []), ("parameter", {"ratio": 1}), ("‖ΔW‖", right), ("/ ‖W‖", right),
+        ("σ1", right), ("rank", right), ("stable", right), ("writes in top", right),
+        ("reads in top", right),
+    )  # fmt: skip
+    for label, change in rows:
+        grid.add_row(
+            *([label] if named else []),
+            change.name,
+            render.number(change.norm),
+            Text(render.number(change.relative), style="new"),
+            render.number(change.spectral),
+            str(change.rank),
+            render.number(change.stable_rank),
+            *(_energy(change.energy, change.chance, side) for side in ("output", "input")),
+        )
+    return grid
 
 
 def _energy(energy: Mapping[str, float], chance: Mapping[str, float], side: str) -> str:

@@ -306,20 +306,25 @@ class _Restorations:
         overhead = _OVERHEAD[kind] / runs.anatomy.hidden_size**2
         above = self._kind == "hidden"  # the restored block itself is not run
         batch: list[Cell] = []
-        start, needed = (0, 0), 0.0
-        cells = sorted(self._cells(), key=lambda cell: (cell.layers[0], -cell.token))
+        start, needed, blocks = (0, 0), 0.0, 0
+        joins = runs.joins and not self._foreign
+        cells = sorted(
+            self._cells(),
+            key=lambda c: (-c.token, c.layers[0]) if joins else (c.layers[0], -c.token),
+        )
         for cell in cells:
             own = self._start(cell.layers[0] + above, cell.token)
             both = (min(start[0], own[0]), min(start[1], own[1])) if batch else own
-            grown = (len(batch) + 1) * self._work(both, count)
-            alone = self._work(own, count)
+            # Copies that join run their own blocks; else all run those of the lowest.
+            many = blocks + count - own[0] if joins else (len(batch) + 1) * (count - both[0])
+            grown, alone = self._work(many, both[1]), self._work(count - own[0], own[1])
             if batch and (
                 grown - needed - alone > overhead or (len(batch) + 1) * self._bytes(*both) > budget
             ):
                 yield batch, start[0]
-                batch, both, needed = [], own, 0.0
+                batch, both, needed, blocks = [], own, 0.0, 0
             batch.append(cell)
-            start, needed = both, needed + alone
+            start, needed, blocks = both, needed + alone, blocks + count - own[0]
         if batch:
             yield batch, start[0]
 
@@ -327,10 +332,9 @@ class _Restorations:
         # Values held from other runs, below the restored layer, are no states of this one either.
         return (0, 0) if self._foreign else self._runs.start(layer, column)
 
-    def _work(self, start: tuple[int, int], count: int) -> float:
-        """Return the blocks times positions that one restoration runs from a block and column."""
-        layer, column = start
-        return float(self._runs.samples * (count - layer) * (self._runs.length - column))
+    def _work(self, blocks: int, column: int) -> float:
+        """Return the blocks times positions of so many blocks, run from a column on."""
+        return float(self._runs.samples * blocks * (self._runs.length - column))
 
     def _bytes(self, layer: int, column: int) -> float:
         """Estimate what one restoration adds to a batch: activations, kept keys, logits."""
@@ -350,7 +354,14 @@ class _Restorations:
     def _restored(self, cells: Sequence[Cell], layer: int) -> Tensor:
         """Return the scores (restorations, samples)."""
         runs = self._runs
+        above = self._kind == "hidden"
         layer, column = self._start(layer, min(cell.token for cell in cells))
+        order: list[int] | None = None
+        entries: tuple[int, ...] = ()
+        if runs.joins and not self._foreign:
+            order = sorted(range(len(cells)), key=lambda i: cells[i].layers[0])
+            cells = [cells[i] for i in order]
+            entries = tuple(max(layer, cell.layers[0] + above) for cell in cells)
         rows = torch.arange(len(cells) * runs.samples)
         columns = torch.tensor([c.token for c in cells]).repeat_interleave(runs.samples)
         changes: dict[str, Callable[[Tensor], Tensor]] = {}
@@ -360,16 +371,28 @@ class _Restorations:
             if not here:
                 continue
             chosen = torch.isin(rows // runs.samples, torch.tensor(here))
-            change = self._write(path, rows[chosen], columns[chosen], column, len(rows))
+            # A block's inside has the rows that it runs, its output all.
+            size = len(rows) if above or not entries else runs.active(index, entries)
+            change = self._write(path, rows[chosen], columns[chosen], column, size)
             if index == layer - 1:
                 entering = change  # that block is not run: its answer is changed
             else:
                 changes[path] = change
         for index, path in enumerate(runs.paths(self._severed) if self._severed else ()):
             if index >= layer:
-                values = self._held[path][rows % runs.samples, columns]
-                changes[path] = adding(values, columns - column, rows=rows, replace=True)
-        return runs.rerun(changes, layer=layer, column=column, copies=len(cells), entering=entering)
+                some = rows[: runs.active(index, entries)] if entries else rows
+                at = columns[: len(some)]
+                values = self._held[path][some % runs.samples, at]
+                changes[path] = adding(values, at - column, rows=some, replace=True)
+        found = runs.rerun(
+            changes, layer=layer, column=column, copies=len(cells), entering=entering,
+            entries=entries,
+        )  # fmt: skip
+        if order is None:
+            return found
+        back = torch.empty_like(found)
+        back[order] = found
+        return back
 
     def _write(
         self, path: str, rows: Tensor, columns: Tensor, column: int, size: int

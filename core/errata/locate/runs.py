@@ -5,17 +5,19 @@ not computed again:
 
 * blocks below a answer with the states of the corrupted run;
 * columns before c keep that run's keys and values (causal decoders only: elsewhere every column
-  reads every other).
+  reads every other);
+* the last block's MLP sees the answer's places only: what it says elsewhere nobody reads;
+* of several copies each runs from its own block on.
 
-Whether a model can be rerun so is tried once per prompt, against the recorded logits. One with
-runtime edits on it (a codebook would act a second time on a recorded state) runs in full.
+Whether a model can be rerun so is tried once per shape of prompt, against the recorded logits. One
+with runtime edits on it (a codebook would act a second time on a recorded state) runs in full.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,6 +30,7 @@ from errata.forward import Seen, answered, patched
 from errata.forward import trace as capture
 from errata.forward.resume import KeptLayer, accepted, chosen, reuses_keys
 from errata.forward.trace import first_tensor, submodule, with_first
+from errata.locate.partial import joining, narrowed
 from errata.locate.result import KINDS, Kind
 
 if TYPE_CHECKING:
@@ -64,6 +67,7 @@ class Runs:
         samples: number of corrupted runs.
         causal: what happens in a column reaches only later ones.
         cuts_columns: reruns may begin at a later column.
+        joins: copies may begin at different blocks.
     """
 
     def __init__(
@@ -80,6 +84,8 @@ class Runs:
         width = int(passage.inputs[traced].shape[1])
         self.length = len(passage.tokens) if self.causal else width
         self._width = width
+        names = (*passage.inputs, "use_cache", "past_key_values", "encoder_outputs")
+        self._takes = frozenset(accepted(model.module, dict.fromkeys(names)))
         self._watched = [path for kind in KINDS for path in self.paths(kind)]
         with torch.no_grad(), capture(model.module, self._watched) as seen:
             logits = self._run(1)
@@ -88,8 +94,9 @@ class Runs:
             self.passage = passage.answered(int(logits[0].argmax()))
         self.high = float(self.probability(logits))
         self.low = math.nan
-        self.cuts_columns = False
+        self.cuts_columns = self.joins = False
         self._resumes = False
+        self._narrows = False
         self._raw: list[Any] = []
         self._cache: DynamicCache | None = None
         self._encoded: Tensor | None = None
@@ -150,30 +157,53 @@ class Runs:
         return output.reshape(-1, self._width, output.shape[-1])
 
     def _try(self, recorded: Tensor) -> None:
-        """Find out what reruns may leave out, by comparing with the recorded logits."""
-        count = self.anatomy.n_layers
-        if any(entry.delta.runtime for entry in self.model.stack.entries):
+        """Find out what reruns may leave out, by comparing with the recorded logits.
+
+        What is found holds for all prompts of this shape on the model in this state.
+        """
+        count, entries = self.anatomy.n_layers, self.model.stack.entries
+        if any(entry.delta.runtime for entry in entries):
             return
+        edits = tuple(entry.edit_id for entry in entries)
+        shape = (self._width, self.passage.reads, self.samples, self._cache is not None)
+        key = ("reruns", edits, self.encoding, *shape)
+        if key in self.model.memo:
+            self._resumes, self.cuts_columns, self._narrows, self.joins = self.model.memo[key]
+            return
+        self._settle(recorded, count)
+        self.model.memo[key] = (self._resumes, self.cuts_columns, self._narrows, self.joins)
+
+    def _settle(self, recorded: Tensor, count: int) -> None:
         self._resumes, self.cuts_columns = count > 1, self._cache is not None
+        self._narrows, self.joins = not self.encoding, self._resumes
         middle = (self.passage.reads[0] + 1) // 2 if self.causal else 0
-        while self._resumes or self.cuts_columns:
+        while self._resumes or self.cuts_columns or self._narrows:
             if self._gives(recorded, count - 1 if self._resumes else 0,
                            middle if self.cuts_columns else 0):  # fmt: skip
                 return
-            if self.cuts_columns:
+            if self.joins:
+                self.joins = False
+            elif self._narrows:
+                self._narrows = False
+            elif self.cuts_columns:
                 self.cuts_columns = False
             else:
                 self._resumes = False
 
     def _gives(self, recorded: Tensor, layer: int, column: int) -> bool:
+        # One copy that runs the last block, one that joins behind it.
+        entries = (layer, layer + 1) if self.joins else ()
+        copies = len(entries) or 1
         try:
-            again = self.rerun({}, layer=layer, column=column, logits=True)
+            again = self.rerun(
+                {}, layer=layer, column=column, copies=copies, entries=entries, logits=True
+            )
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError):
             logger.debug("rerunning a trace failed", exc_info=True)
             return False
         scale = float(recorded.abs().max().clamp_min(1e-30))
         tolerance = math.sqrt(torch.finfo(self.model.dtype).eps)
-        return float((again - recorded).abs().max()) <= tolerance * scale
+        return float((again - _tile(recorded, copies)).abs().max()) <= tolerance * scale
 
     # -- reruns ----------------------------------------------------------------------------------
 
@@ -189,6 +219,7 @@ class Runs:
         column: int = 0,
         copies: int = 1,
         entering: Callable[[Tensor], Tensor] | None = None,
+        entries: Sequence[int] = (),
         logits: bool = False,
         gradients: bool = False,
     ) -> Tensor:
@@ -201,6 +232,9 @@ class Runs:
             column: first column.
             copies: rows are copies times samples, copies outermost.
             entering: change of what the block below `layer` gives (layer > 0 only).
+            entries: first block that each copy runs, ascending, the first of them `layer`: below
+                it is as in the corrupted runs. Changes of a block's inside see the rows that it
+                runs, `active`; those of its output all. Default: all copies run from `layer` on.
             logits: return the logits (rows, n, vocabulary) instead.
             gradients: record the graph.
 
@@ -208,6 +242,10 @@ class Runs:
             (copies, samples) scores, float64, on the CPU.
         """
         rows = copies * self.samples
+
+        def tiles(index: int) -> int:
+            return self.active(index, entries) // self.samples if entries else copies
+
         below = None
         if layer > 0:
             state = self._cut(self._raw[layer - 1], column, copies)
@@ -217,12 +255,16 @@ class Runs:
         past = None
         if column and self._cache is not None:
             past = Cache(layers=[
-                KeptLayer(_tile(kept.keys[..., :column, :], copies),
-                          _tile(kept.values[..., :column, :], copies), column)
+                KeptLayer(_tile(kept.keys[..., :column, :], tiles(index)),
+                          _tile(kept.values[..., :column, :], tiles(index)), column)
                 if index >= layer else KeptLayer(None, None, column)
                 for index, kept in enumerate(self._cache.layers)
             ])  # fmt: skip
-        with torch.set_grad_enabled(gradients), patched(self.model.module, changes):
+        with ExitStack() as undo:
+            undo.enter_context(torch.set_grad_enabled(gradients))
+            if not gradients:
+                self._partial(layer, column, entries, undo)
+            undo.enter_context(patched(self.model.module, changes))
             found = self._run(
                 rows,
                 corruption=self._corruption if below is None else None,
@@ -232,6 +274,28 @@ class Runs:
                 encoded=self._encoder_side(below, copies),
             )
         return found if logits else self.probability(found).reshape(copies, self.samples)
+
+    def _partial(self, layer: int, column: int, entries: Sequence[int], undo: ExitStack) -> None:
+        """Leave out of a call what nobody reads, before its changes are put on."""
+        module, anatomy, count = self.model.module, self.anatomy, self.anatomy.n_layers
+        if self._narrows and layer < count:
+            last = submodule(module, anatomy.mlp(count - 1))
+            undo.enter_context(narrowed(last, [read - column for read in self.passage.reads]))
+        if not entries or entries[-1] <= layer:
+            return
+
+        def held(index: int, rows: int) -> Tensor:
+            return _tile(first_tensor(self._raw[layer + index])[:, column:], rows // self.samples)
+
+        blocks = [
+            (submodule(module, anatomy.block(index)), self.active(index, entries))
+            for index in range(layer, count)
+        ]
+        undo.enter_context(joining(blocks, len(entries) * self.samples, held))
+
+    def active(self, layer: int, entries: Sequence[int]) -> int:
+        """Return the number of rows that a block runs."""
+        return sum(entry <= layer for entry in entries) * self.samples
 
     def _encoder_side(self, below: tuple[int, Any] | None, copies: int) -> Tensor | None:
         """Return what the decoder of the corrupted runs reads, where only the decoder runs."""
@@ -288,7 +352,7 @@ class Runs:
                 undo.enter_context(answered(module, answers))
             undo.enter_context(model.prompts([self.passage.end] * rows))
             undo.enter_context(chosen(model.anatomy.head(module), at_rows, reads.repeat(rows)))
-            output = module(**accepted(module, inputs))
+            output = module(**{name: inputs[name] for name in inputs if name in self._takes})
         if corruption is not None and below is None and column == 0 and not self.encoding:
             encoded = getattr(output, "encoder_last_hidden_state", None)
             self._encoded = self._encoded if encoded is None else encoded

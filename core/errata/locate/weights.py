@@ -129,6 +129,8 @@ class WeightDiff:
         changes: one per parameter that differs, in the model's order.
         runtime: ids of edits in only one of the states that change no weight.
         overlaps: between edits (or methods), where asked for.
+        groups: the change of each of these alone, from the base: its name → one per parameter;
+            empty for one that changes no weight.
     """
 
     before: str
@@ -136,6 +138,7 @@ class WeightDiff:
     changes: tuple[WeightChange, ...]
     runtime: tuple[str, ...] = ()
     overlaps: tuple[Overlap, ...] = ()
+    groups: Mapping[str, tuple[WeightChange, ...]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """Return plain JSON data."""
@@ -144,6 +147,9 @@ class WeightDiff:
             "before": self.before, "after": self.after, "runtime": list(self.runtime),
             "changes": [change.as_json() for change in self.changes],
             "overlaps": [vars(overlap) for overlap in self.overlaps],
+            "groups": {
+                name: [change.as_json() for change in found] for name, found in self.groups.items()
+            },
         }  # fmt: skip
 
     @classmethod
@@ -153,6 +159,10 @@ class WeightDiff:
             data["before"], data["after"],
             tuple(WeightChange.from_json(one) for one in data["changes"]), tuple(data["runtime"]),
             tuple(Overlap(**one) for one in data["overlaps"]),
+            {
+                name: tuple(WeightChange.from_json(one) for one in found)
+                for name, found in data.get("groups", {}).items()
+            },
         )  # fmt: skip
 
 
@@ -172,8 +182,9 @@ def weight_diff(
         before: the one state, as entries of a stack; [] is the base.
         after: the other.
         names: what they are called.
-        groups: name → edits whose changes' overlap is wanted, each pair on each parameter that
-            both change: single edits, or all edits of a method.
+        groups: name → edits that are looked at by themselves: their change from the base, and
+            each pair's overlap on each parameter that both change. Single edits, or all edits of
+            a method.
         top: number of the base's singular directions.
     """
     if top < 1:
@@ -187,8 +198,18 @@ def weight_diff(
         if bool(difference.any()):
             changes.append(describe(model, name, difference, top=top))
     runtime = tuple(dict.fromkeys(e.edit_id for e in unlike if e.delta.runtime))
-    overlaps = tuple(_overlaps(model, groups)) if groups else ()
-    return WeightDiff(*names, tuple(changes), runtime, overlaps)
+    alone = {label: _changes(model, entries, top) for label, entries in (groups or {}).items()}
+    return WeightDiff(*names, tuple(changes), runtime, tuple(_overlaps(model, alone)), alone)
+
+
+def _changes(model: Model, entries: Sequence[Entry], top: int) -> tuple[WeightChange, ...]:
+    """Return what edits alone do to the base."""
+    found = []
+    for name in [n for n in model.parameters if n in _touched(entries)]:
+        change = _folded(model, name, entries)
+        if bool(change.any()):
+            found.append(describe(model, name, change, top=top))
+    return tuple(found)
 
 
 def describe(model: Model, name: str, difference: Tensor, *, top: int = TOP) -> WeightChange:
@@ -232,29 +253,26 @@ def space_overlap(one: Tensor, other: Tensor) -> float:
     return float((one.T @ other).square().sum() / least) if least else 0.0
 
 
-def _overlaps(model: Model, groups: Mapping[str, Sequence[Entry]]) -> Iterator[Overlap]:
-    touched = {label: _touched(entries) for label, entries in groups.items()}
+def _overlaps(model: Model, groups: Mapping[str, Sequence[WeightChange]]) -> Iterator[Overlap]:
     for name in model.parameters:
-        found: list[tuple[str, Tensor, Tensor, Tensor]] = []
-        for label, entries in groups.items():
-            if name not in touched[label]:
-                continue
-            change = _folded(model, name, entries)
-            if not bool(change.any()):
-                continue
-            if _where(model.anatomy, name)[2] and change.ndim == 2:
-                change = change.T
-            matrix = change if change.ndim == 2 else change.reshape(-1, 1)
-            left, values, right = _svd(matrix)
-            rank = int((values > RANK_TOLERANCE * values[0]).sum())
-            left, right = left[:, :rank], right[:, :rank]
-            for other, change_b, left_b, right_b in found:
-                cosine = float((matrix * change_b).sum() / (matrix.norm() * change_b.norm()))
-                yield Overlap(
-                    name, other, label, space_overlap(right, right_b), space_overlap(left, left_b),
-                    cosine,
-                )  # fmt: skip
-            found.append((label, matrix, left, right))
+        found: list[tuple[str, WeightChange]] = []
+        for label, changes in groups.items():
+            for one in changes:
+                if one.name != name:
+                    continue
+                for other, theirs in found:
+                    yield Overlap(
+                        name, other, label, space_overlap(one.right, theirs.right),
+                        space_overlap(one.left, theirs.left), _cosine(one, theirs),
+                    )  # fmt: skip
+                found.append((label, one))
+
+
+def _cosine(one: WeightChange, other: WeightChange) -> float:
+    """Return the cosine of two changes as vectors, from their singular values and bases."""
+    a, b = (torch.tensor(c.spectrum[: c.rank], dtype=torch.float64) for c in (one, other))
+    product = (one.left.T @ other.left) * (one.right.T @ other.right)
+    return float(a @ product @ b) / (one.norm * other.norm)
 
 
 def _touched(entries: Sequence[Entry]) -> set[str]:

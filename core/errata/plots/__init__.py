@@ -8,13 +8,14 @@ their marks: nothing rests on colour alone. No global state of matplotlib is use
 from errata.plots.averages import average_curves, average_map, severed_curves
 from errata.plots.style import save
 from errata.plots.traces import heat_map, trajectory
-from errata.plots.weights import layer_sweep, overlap_map, weight_changes
+from errata.plots.weights import layer_sweep, method_changes, overlap_map, weight_changes
 
 __all__ = [
     "average_curves",
     "average_map",
     "heat_map",
     "layer_sweep",
+    "method_changes",
     "overlap_map",
     "save",
     "severed_curves",

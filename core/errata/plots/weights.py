@@ -117,6 +117,42 @@ def weight_changes(found: WeightDiff) -> Figure:
     return made
 
 
+def method_changes(found: WeightDiff) -> Figure:
+    """Draw what each edit or method did alone: size, how many directions, and where they lie."""
+    shown = [(label, change) for label, changes in found.groups.items() for change in changes]
+    if not shown:
+        raise ConfigError("There is nothing to draw: none of them changes a weight.")
+    made, axes = figure(0.17 * len(shown) + 0.85, columns=3, sharey=True)
+    labels = [
+        f"{label}, {change.layer}" if change.layer is not None else label for label, change in shown
+    ]
+    rows = range(len(shown))
+    size, rank, place = axes[0]
+    size.barh(rows, [change.relative for _, change in shown], color=COLOURS[0], height=0.7)
+    size.set_yticks(rows, labels, fontsize=SMALL)
+    size.invert_yaxis()
+    size.set_ylabel("method, layer", fontsize=MEDIUM)
+    size.set_title("‖ΔW‖ / ‖W‖", fontsize=MEDIUM, pad=3)
+    # A line from the stable rank to the rank: how far the spectrum falls off.
+    for row, (_, change) in enumerate(shown):
+        rank.plot([change.stable_rank, change.rank], [row, row], color="#999999", linewidth=0.8)
+    rank.plot([c.stable_rank for _, c in shown], rows, "o", color=COLOURS[0], markersize=3.5,
+              label="stable")  # fmt: skip
+    rank.plot([c.rank for _, c in shown], rows, "|", color="#000000", markersize=6, label="rank")
+    rank.set_xscale("log")
+    rank.set_title("directions", fontsize=MEDIUM, pad=3)
+    for side, mark, colour in (("output", "s", COLOURS[0]), ("input", "D", COLOURS[1])):
+        at = [(c.energy[side] / c.chance[side], r) for r, (_, c) in enumerate(shown) if c.energy]
+        place.plot([x for x, _ in at], [y for _, y in at], mark, color=colour, markersize=3.5,
+                   label={"output": "writes", "input": "reads"}[side])  # fmt: skip
+    place.axvline(1, color="#000000", linewidth=0.6)
+    place.set_title("in W's top (× chance)", fontsize=MEDIUM, pad=3)
+    for ax in (rank, place):
+        ax.legend(fontsize=SMALL, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12),
+                  ncols=2, handletextpad=0.1, columnspacing=0.6)  # fmt: skip
+    return made
+
+
 def overlap_map(found: WeightDiff, parameter: str | None = None) -> Figure:
     """Draw how much the changes of single edits (or methods) share, for one parameter.
 

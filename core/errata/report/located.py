@@ -209,6 +209,9 @@ def _diff(path: Path, data: Mapping[str, Any]) -> Located:
         if found.changes:
             made.append(Picture("Sizes, spectra and directions of the changes.",
                                 plots.weight_changes(found)))  # fmt: skip
+        if any(found.groups.values()):
+            made.append(Picture("Each edit or method alone: size, directions and their place.",
+                                plots.method_changes(found)))  # fmt: skip
         if found.overlaps:
             made.append(Picture("How much the changes share, pair by pair.",
                                 plots.overlap_map(found)))  # fmt: skip
