@@ -91,8 +91,8 @@ def test_a_page_holds_every_picture_and_loads_nothing(files: dict[str, Path]) ->
     html = report.html()
     page = Page(html)
     images = [dict(attributes) for tag, attributes in page.elements if tag == "img"]
-    # trace 1, average 3 (map, curves, severed), sweep 1, diff 2
-    assert len(images) == 7
+    # trace 1, average 3 (map, curves, severed), sweep 1, diff 3
+    assert len(images) == 8
     for image in images:
         head, _, data = str(image["src"]).partition(",")
         assert head == "data:image/png;base64"

@@ -156,7 +156,7 @@ def _shown(model: str, found: WeightDiff, top: int) -> list[Any]:
         parts.append(Text("no weight differs", style="muted"))
     if found.runtime:
         parts.append(
-            Text(f"at run time, no weight changed: {', '.join(found.runtime)}", style="muted")
+            Text(f"at run time, no weight changed: {_listed(found.runtime)}", style="muted")
         )
     if found.groups:
         rows = [(label, change) for label, changes in found.groups.items() for change in changes]
@@ -179,6 +179,11 @@ def _shown(model: str, found: WeightDiff, top: int) -> list[Any]:
     return parts
 
 
+def _listed(ids: Sequence[str]) -> str:
+    more = f" and {len(ids) - 6} more" if len(ids) > 6 else ""
+    return ", ".join(ids[:6]) + more
+
+
 def _table(rows: Sequence[tuple[str, WeightChange]]) -> Any:
     """Return a table of changes, each with what it belongs to."""
     right: dict[str, Any] = {"justify": "right", "no_wrap": True}
@@ -191,7 +196,7 @@ def _table(rows: Sequence[tuple[str, WeightChange]]) -> Any:
     for label, change in rows:
         grid.add_row(
             *([label] if named else []),
-            change.name,
+            change.name if change.layer is None or not named else f"{change.layer} {change.part}",
             render.number(change.norm),
             Text(render.number(change.relative), style="new"),
             render.number(change.spectral),

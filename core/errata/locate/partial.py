@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,7 +74,7 @@ def joining(
     with ExitStack() as undo:
         for index, (block, active) in enumerate(blocks):
             if active < rows:
-                hooks = _rows_of(active, rows, lambda n, index=index: state(index, n))
+                hooks = _rows_of(active, rows, partial(state, index))
                 undo.enter_context(_hooked(block, *hooks))
         yield
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from errata.errors import ConfigError, MissingExtraError
 
@@ -54,6 +54,18 @@ def layer_ticks(ax: Axes, count: int) -> None:
     step = 1 if count <= 12 else 2 if count <= 24 else 5
     ax.set_xticks(range(0, count, step))
     ax.set_xlim(-0.5, count - 0.5)
+
+
+def log_scale(ax: Axes, side: Literal["x", "y"]) -> None:
+    """Make an axis logarithmic, its ticks plain numbers: text is never read as formulas here."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    (ax.set_xscale if side == "x" else ax.set_yscale)("log")
+    axis = ax.xaxis if side == "x" else ax.yaxis
+    if side == "y":  # there is room for more than the powers of ten
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def token(text: str) -> str:

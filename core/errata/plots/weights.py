@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from errata.errors import ConfigError
-from errata.locate.sweep import place_name
-from errata.plots.style import COLOURS, LARGE, MARKS, MEDIUM, SMALL, figure, layer_ticks
+from errata.plots.style import COLOURS, LARGE, MARKS, MEDIUM, SMALL, figure, layer_ticks, log_scale
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,6 +21,8 @@ def layer_sweep(found: Sweep) -> Figure:
 
     Of layers edited together the score alone is drawn, at the last of them.
     """
+    from errata.locate.sweep import place_name
+
     least = min(one.depth for one in found.results)
     shown = [one for one in found.results if one.depth == least]
     traced = any(one.effect == one.effect for one in shown)
@@ -98,7 +99,7 @@ def weight_changes(found: WeightDiff) -> Figure:
             range(1, len(values) + 1), values, color=COLOURS[index % len(COLOURS)],
             marker=MARKS[index % len(MARKS)], markersize=2.5, linewidth=0.8, label=label,
         )  # fmt: skip
-    spectra.set_yscale("log")
+    log_scale(spectra, "y")
     spectra.set_xlabel("singular value number", fontsize=MEDIUM)
     spectra.set_ylabel("σ of ΔW", fontsize=MEDIUM)
     spectra.locator_params(axis="x", integer=True)
@@ -111,6 +112,8 @@ def weight_changes(found: WeightDiff) -> Figure:
         for x, (_, change) in zip(at, placed, strict=True):
             energy.plot([x - 0.18, x + 0.18], [change.chance[side]] * 2, color="#000000", lw=1)
     energy.set_xticks(range(len(placed)), [label for label, _ in placed], fontsize=SMALL)
+    if len(placed) > 4:
+        energy.tick_params(axis="x", rotation=30)
     energy.set_ylabel("energy in W's\ntop directions", fontsize=MEDIUM)
     energy.set_xlabel("black line: a random direction", fontsize=MEDIUM)
     energy.legend(fontsize=SMALL, frameon=False, handlelength=1.2)
@@ -137,19 +140,21 @@ def method_changes(found: WeightDiff) -> Figure:
     for row, (_, change) in enumerate(shown):
         rank.plot([change.stable_rank, change.rank], [row, row], color="#999999", linewidth=0.8)
     rank.plot([c.stable_rank for _, c in shown], rows, "o", color=COLOURS[0], markersize=3.5,
-              label="stable")  # fmt: skip
+              label="stable rank")  # fmt: skip
     rank.plot([c.rank for _, c in shown], rows, "|", color="#000000", markersize=6, label="rank")
-    rank.set_xscale("log")
+    log_scale(rank, "x")
     rank.set_title("directions", fontsize=MEDIUM, pad=3)
     for side, mark, colour in (("output", "s", COLOURS[0]), ("input", "D", COLOURS[1])):
         at = [(c.energy[side] / c.chance[side], r) for r, (_, c) in enumerate(shown) if c.energy]
         place.plot([x for x, _ in at], [y for _, y in at], mark, color=colour, markersize=3.5,
-                   label={"output": "writes", "input": "reads"}[side])  # fmt: skip
+                   label={"output": "writes in", "input": "reads in"}[side])  # fmt: skip
     place.axvline(1, color="#000000", linewidth=0.6)
-    place.set_title("in W's top (× chance)", fontsize=MEDIUM, pad=3)
-    for ax in (rank, place):
-        ax.legend(fontsize=SMALL, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12),
-                  ncols=2, handletextpad=0.1, columnspacing=0.6)  # fmt: skip
+    place.set_xlim(0, 1.1 * max([1.0, *(x for line in place.lines for x in line.get_xdata())]))
+    place.set_title("W's top\n(× chance)", fontsize=MEDIUM, pad=3)
+    handles, names = rank.get_legend_handles_labels()
+    more, others = place.get_legend_handles_labels()
+    made.legend([*handles, *more], [*names, *others], loc="outside lower center", fontsize=SMALL,
+                frameon=False, ncols=4, handletextpad=0.2, columnspacing=1.0)  # fmt: skip
     return made
 
 

@@ -101,10 +101,11 @@ _HINT = "Write it with `errata locate … --json > FILE` or `errata diff … --j
 
 def _location(path: Path, data: Mapping[str, Any]) -> Located:
     from errata.locate.result import CausalTrace
+    from errata.plots.style import token
 
     evidence = data["evidence"]
     facts = [
-        ("place", f"layer {int(data['layer'])} ({data['module']}), token {data['token']!r}"),
+        ("place", f"layer {int(data['layer'])} ({data['module']}), token {token(data['token'])}"),
         ("score", _number(data["score"])),
     ]
     title = str(evidence.get("prompt") or "one prompt")
@@ -116,7 +117,7 @@ def _location(path: Path, data: Mapping[str, Any]) -> Located:
     def draw() -> list[Picture]:
         from errata import plots
 
-        alt = f"Tokens by layers: P({trace.answer!r}) after restoring each; {facts[0][1]} is best."
+        alt = f"Tokens by layers: P({trace.answer.strip()!r}) after restoring each; {facts[0][1]}."
         return [Picture(alt, plots.heat_map(trace))]
 
     return Located(path, title, tuple(facts), str(data["protocol"]), draw)

@@ -107,9 +107,10 @@ class Report:
 
     @property
     def title(self) -> str:
-        """The runs' names, else what was located."""
-        names = [run.name for run in self.runs] or [one.title for one in self.located]
-        return ", ".join(dict.fromkeys(names))
+        """The runs' names; without runs what was located."""
+        if self.runs:
+            return ", ".join(dict.fromkeys(run.name for run in self.runs))
+        return self.located[0].title if len(self.located) == 1 else "Where knowledge lies"
 
     @property
     def sources(self) -> list[Path]:
