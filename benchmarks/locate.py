@@ -7,6 +7,10 @@ is timed beside it, with its rank correlation to the exact trace.
 
     python benchmarks/locate.py                       # the embedded model and a random one
     python benchmarks/locate.py --rounds 3 --json out.json
+    python benchmarks/locate.py --model random --kind hidden --cells 12
+
+With `--cells` the plain loop runs evenly spaced cells only, and its time is scaled up to all: each
+costs the same.
 """
 
 from __future__ import annotations
@@ -38,8 +42,18 @@ WINDOW = 10
 
 
 @torch.no_grad()
-def plain(model: Model, request: Request, kind: str, noise: Tensor, columns: list[int]) -> Tensor:
-    """Return the scores (tokens, layers), one forward per cell."""
+def plain(
+    model: Model,
+    request: Request,
+    kind: str,
+    noise: Tensor,
+    columns: list[int],
+    most: int | None = None,
+) -> tuple[Tensor, float]:
+    """Return the scores (tokens, layers), one forward per cell, and the share of cells run.
+
+    With `most`, no more cells than that, evenly spaced; the others' scores are NaN.
+    """
     module, anatomy = model.module, model.anatomy
     name = {"hidden": anatomy.block, "mlp": anatomy.mlp, "attn": anatomy.attention}[kind]
     parts = [module.get_submodule(name(layer)) for layer in range(anatomy.n_layers)]
@@ -66,14 +80,16 @@ def plain(model: Model, request: Request, kind: str, noise: Tensor, columns: lis
         return logits.softmax(-1)
 
     answer = int(run(range(0), 0)[0].argmax())
-    scores = torch.zeros(length, anatomy.n_layers, dtype=torch.float64)
-    for token in range(length):
-        for layer in range(anatomy.n_layers):
-            low = layer if kind == "hidden" else max(0, layer - WINDOW // 2)
-            high = layer + 1 if kind == "hidden" else layer - (-WINDOW // 2)
-            layers = range(low, min(high, anatomy.n_layers))
-            scores[token, layer] = run(layers, token)[1:, answer].double().mean()
-    return scores
+    scores = torch.full((length, anatomy.n_layers), torch.nan, dtype=torch.float64)
+    cells = [(token, layer) for token in range(length) for layer in range(anatomy.n_layers)]
+    count = min(most or len(cells), len(cells))
+    chosen = [cells[index * len(cells) // count] for index in range(count)]
+    for token, layer in chosen:
+        low = layer if kind == "hidden" else max(0, layer - WINDOW // 2)
+        high = layer + 1 if kind == "hidden" else layer - (-WINDOW // 2)
+        layers = range(low, min(high, anatomy.n_layers))
+        scores[token, layer] = run(layers, token)[1:, answer].double().mean()
+    return scores, count / len(cells)
 
 
 def seconds(work: Callable[[], Any], clock: Callable[[], float]) -> tuple[float, Any]:
@@ -83,11 +99,16 @@ def seconds(work: Callable[[], Any], clock: Callable[[], float]) -> tuple[float,
 
 
 def compare(
-    model: Model, requests: list[Request], rounds: int, clock: Callable[[], float]
+    model: Model,
+    requests: list[Request],
+    rounds: int,
+    clock: Callable[[], float],
+    kinds: tuple[str, ...] = KINDS,
+    cells: int | None = None,
 ) -> dict[str, Any]:
     """Time both on the same prompts, taking turns."""
     report: dict[str, Any] = {}
-    for kind in KINDS:
+    for kind in kinds:
         times: dict[str, list[float]] = {"plain": [], "stacked": [], "screen": []}
         ratios, apart, ranks = [], 0.0, []
         trace(model, requests[0], kind=kind, window=WINDOW)  # whatever is set up once is set up now
@@ -104,9 +125,11 @@ def compare(
                 lambda r=request, n=noise, k=kind: trace(model, r, kind=k, window=WINDOW, noise=n),
                 clock,
             )
-            slow, expected = seconds(
-                lambda r=request, n=noise, c=columns, k=kind: plain(model, r, k, n, c), clock
+            slow, (expected, share) = seconds(
+                lambda r=request, n=noise, c=columns, k=kind: plain(model, r, k, n, c, cells),
+                clock,
             )
+            slow /= share
             quick, guess = seconds(
                 lambda r=request, n=noise, k=kind: screen(model, r, kind=k, window=WINDOW, noise=n),
                 clock,
@@ -114,17 +137,19 @@ def compare(
             for name, value in zip(times, (slow, fast, quick), strict=True):
                 times[name].append(value)
             ratios.append(slow / fast)
-            apart = max(apart, float((found.scores - expected).abs().max()))
+            apart = max(apart, float((found.scores - expected).abs().nan_to_num().max()))
             ranks.append(spearman(guess.effects.flatten(), found.effects.flatten()))
         report[kind] = {
             "n": len(ratios),
+            "share of the plain loop's cells": share,
             **{f"{name} s": statistics.median(values) for name, values in times.items()},
             "faster by": statistics.median(ratios),
             "range": [min(ratios), max(ratios)],
             "scores differ by": apart,
             "screening's rank correlation": statistics.median(r for r in ranks if r == r),
         }
-    report["all three kinds of a prompt together"] = together(model, requests, report, clock)
+    if kinds == KINDS:
+        report["all three kinds of a prompt together"] = together(model, requests, report, clock)
     return report
 
 
@@ -163,6 +188,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=4, help="of the embedded model; one else")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="cpu")
     parser.add_argument("--model", choices=(*zoo.MODELS, "random"), action="append")
+    parser.add_argument("--kind", choices=KINDS, action="append", help="default: all three")
+    parser.add_argument("--cells", type=int, help="of the plain loop, scaled up; default: all")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -178,7 +205,8 @@ def main() -> None:
         else:
             model = load_model(name, architectures=Registry.load().architectures)
             rounds, prompts = args.rounds, requests
-        report[name] = compare(model, prompts, rounds, clock)
+        kinds = tuple(args.kind or KINDS)
+        report[name] = compare(model, prompts, rounds, clock, kinds, args.cells)
         print(json.dumps({name: report[name]}, indent=1), flush=True)
     text = json.dumps(report, indent=1)
     print(text)
