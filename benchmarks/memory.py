@@ -148,13 +148,8 @@ def check(shape: Shape, tokens: int) -> dict[str, float]:
         }  # fmt: skip
         request = {"prompt": "The capital of {} is", "subject": "Lunden", "target_new": "Rome"}
         with editor:
-            from errata import plugins
-            from errata.builtin import CoreEditing
-
-            config_, _ = editor.configure("memit", options)
-            manager = plugins.Manager("memit", [CoreEditing(), plugins.load("memit")])
-            with peak("measuring statistics", found), editor.model.base_state():
-                manager.prepare(editor.model, editor.model.corpus or (), config_)
+            with peak("measuring statistics", found):
+                editor.prepare("memit", options)
             found["statistics on disk"] = sum(
                 file.stat().st_size for file in cache.rglob("*") if file.is_file()
             )

@@ -86,8 +86,8 @@ class Edit(BaseModel):
         return delta
 
     def is_stale(self, active: Collection[str]) -> bool:
-        """Say whether it was computed on top of edits that are not among the active ones."""
-        return any(parent not in active for parent in self.parents)
+        """Say whether it is active, but was computed on top of an edit that is not."""
+        return self.id in active and any(parent not in active for parent in self.parents)
 
     @property
     def title(self) -> str:

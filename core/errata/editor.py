@@ -17,6 +17,7 @@ from errata.errors import ConfigError, EditRefused, ErrataError, LedgerError, Un
 from errata.evaluate import generation
 from errata.ledger import Ledger
 from errata.loading import load_model
+from errata.locate import settled
 from errata.methods import Methods
 from errata.registry import Registry, Value
 from errata.request import Request, parse_arguments
@@ -248,7 +249,7 @@ class Editor:
         else:
             wanted = []
             for entry in self.log():
-                if entry.active and entry.edit.is_stale(firm):
+                if entry.edit.is_stale(firm):
                     wanted.append(self._get(entry.edit))
                     firm.discard(entry.edit.id)  # what was made on top of it comes with it
         return self._transactions.replay(wanted) if wanted else []
@@ -269,16 +270,19 @@ class Editor:
         }
         config = self._methods.plugin(method).config
         resolved, values = self.registry.resolve(method, config, facts, overrides)
-        if "auto" not in (getattr(resolved, "layer", None), getattr(resolved, "layers", None)):
-            return resolved, values
-        from errata.locate import settled
-
         named, why = settled(self.model, method, resolved)
         return named, [
             value if value.value == getattr(named, value.name)
             else replace(value, value=getattr(named, value.name), source=why)
             for value in values
         ]  # fmt: skip
+
+    def prepare(self, method: str, config: Mapping[str, Any] | None = None) -> None:
+        """Compute what a method needs of the base (statistics, training) before its first edit.
+
+        `edit` does so by itself when it has to; this moves the time it takes.
+        """
+        self._transactions.prepare(method, self.configure(method, config)[0])
 
     # -- what is on the model --------------------------------------------------------------------
 
@@ -291,7 +295,7 @@ class Editor:
                 edit.id in active,
                 tuple(edit.outcome.get("conflicts", ())),
                 tuple(edit.outcome.get("overlaps", ())),
-                edit.id in active and edit.is_stale(active),
+                edit.is_stale(active),
             )
             for edit in self.ledger.edits()
         ]

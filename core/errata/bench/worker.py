@@ -19,7 +19,6 @@ from errata.bench.lines import Place, case_line, failure_line, state_line
 from errata.bench.results import Line
 from errata.bench.streams import run_stream
 from errata.bench.tasks import Task, key_of, state_of_batch
-from errata.builtin import CoreEditing
 from errata.checks import check_capabilities, check_prompts
 from errata.editor import Editor
 from errata.errors import IntegrityError
@@ -155,11 +154,7 @@ class Worker:
     def prepare(self, variant: int, seed: int) -> None:
         """Compute a method's statistics (or train it) now: no edit's time contains that."""
         method = self.job.config.methods[variant].method
-        settings, _ = self.editor.configure(method, self.job.overrides(variant, seed))
-        manager = plugins.Manager(method, [CoreEditing(), plugins.load(method)])
-        model = self.editor.model
-        with model.base_state():
-            manager.prepare(model, model.corpus or (), settings)
+        self.editor.prepare(method, self.job.overrides(variant, seed))
 
     def _base(self, task: Task) -> Iterator[Line]:
         """Measure the unedited model on some cases and keep what it answers."""

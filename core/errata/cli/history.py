@@ -74,8 +74,7 @@ def log(
                 "ledger": str(session.ledger),
                 "model": known.get("name"),
                 "edits": [
-                    {**edit_json(edit, edit.id in on), "stale": _is_stale(edit, on)}
-                    for edit in shown
+                    {**edit_json(edit, edit.id in on), "stale": edit.is_stale(on)} for edit in shown
                 ],
                 "refused": [_refusal_json(event) for event in refusals] if refused else None,
             }
@@ -92,7 +91,7 @@ def log(
         session.show("", _refusal_table(refusals) if refusals else "No edit was refused.")
     elif refusals:
         session.show(Text(f"\n{len(refusals)} refused: errata log --refused", style="muted"))
-    stale = sum(_is_stale(edit, on) for edit in edits)
+    stale = sum(edit.is_stale(on) for edit in edits)
     if stale:
         note = "computed on top of edits that are off; errata rebase computes them again"
         session.show(Text(f"\n{stale} stale: {note}", style="warn"))
@@ -142,10 +141,6 @@ def _state(edit: Edit, on: set[str]) -> Text:
     return Text("stale", style="warn") if edit.is_stale(on) else Text("on", style="good")
 
 
-def _is_stale(edit: Edit, on: set[str]) -> bool:
-    return edit.id in on and edit.is_stale(on)
-
-
 def _notes(edit: Edit) -> Iterator[str]:
     """Yield what the record says of other edits that get in its way."""
     for what in ("conflicts", "overlaps"):
@@ -189,7 +184,7 @@ def show(
     with session.read_ledger() as ledger:
         edit = ledger.get(name)
         is_on = ledger.is_active(edit.id)
-        stale = is_on and edit.is_stale(set(ledger.active_ids()))
+        stale = edit.is_stale(set(ledger.active_ids()))
         events = [event for event in ledger.events() if event.edit_id == edit.id]
     if session.json:
         history = [{"time": e.time, "kind": e.kind} for e in events]
