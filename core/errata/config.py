@@ -2,7 +2,31 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
+
+
+def _one_place(value: str, info: ValidationInfo) -> str:
+    if value.count("{}") != 1:
+        raise ValueError(f"{info.field_name} {value!r} must have exactly one {{}} for the subject")
+    return value
+
+
+def _bare_first(value: tuple[str, ...]) -> tuple[str, ...]:
+    if not value or value[0] != "{}":
+        raise ValueError('contexts must begin with "{}", the prompt without a prefix')
+    for context in value:
+        if context.count("{}") != 1:
+            raise ValueError(f"the context {context!r} must have exactly one {{}}")
+    return value
+
+
+Template = Annotated[str, AfterValidator(_one_place)]
+"""A text with one {} for the subject."""
+
+Contexts = Annotated[tuple[str, ...], AfterValidator(_bare_first)]
+"""Texts with one {} for the prompt, the first of them the prompt alone."""
 
 
 class MethodConfig(BaseModel):

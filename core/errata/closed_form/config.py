@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from errata.config import MethodConfig
+from errata.config import Contexts, MethodConfig, Template
 
 
 class ClosedFormConfig(MethodConfig):
@@ -45,7 +45,7 @@ class ClosedFormConfig(MethodConfig):
     weight_decay: float = Field(default=0.5, ge=0, description="Factor of ‖δ‖ / ‖h0‖²")
     clamp: float = Field(default=0.75, gt=0, description="Largest ‖δ‖, in units of ‖h0‖")
     kl_factor: float = Field(default=0.0625, ge=0, description="Factor of the KL term; 0: none")
-    kl_prompt: str = Field(
+    kl_prompt: Template = Field(
         default="{} is a", description="Prompt whose prediction at the subject should stay"
     )
     early_stop: float = Field(default=5e-2, ge=0, description="Done once the loss is below this")
@@ -70,7 +70,7 @@ class ClosedFormConfig(MethodConfig):
     tokens: int | None = Field(
         default=None, ge=1, description="Tokens C is estimated from; none: a multiple of its size"
     )
-    contexts: tuple[str, ...] | None = Field(
+    contexts: Contexts | None = Field(
         default=None, description='Contexts with one {}, the first "{}"; none: generated'
     )
     context_lengths: tuple[tuple[int, int], ...] = Field(
@@ -99,22 +99,4 @@ class ClosedFormConfig(MethodConfig):
     ) -> tuple[int, ...] | Literal["auto"] | None:
         if isinstance(value, tuple) and (not value or len(set(value)) != len(value)):
             raise ValueError(f"layers {list(value)} must name at least one block, each once")
-        return value
-
-    @field_validator("kl_prompt")
-    @classmethod
-    def _has_one_place(cls, value: str) -> str:
-        if value.count("{}") != 1:
-            raise ValueError(f"kl_prompt {value!r} must have exactly one {{}} for the subject")
-        return value
-
-    @field_validator("contexts")
-    @classmethod
-    def _bare_first(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        if value is not None:
-            if not value or value[0] != "{}":
-                raise ValueError('contexts must begin with "{}", the prompt without a prefix')
-            for context in value:
-                if context.count("{}") != 1:
-                    raise ValueError(f"the context {context!r} must have exactly one {{}}")
         return value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -17,6 +17,7 @@ from errata.training.lessons import Lesson, negative_log_likelihood, settled
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from errata.config import MethodConfig
     from errata.model import Model
 
 logger = logging.getLogger("errata")
@@ -50,6 +51,12 @@ class TrainerSettings:
     stop_loss: float | None = None
     order: Order = "breadth-first"
     seed: int = 0
+
+    @classmethod
+    def of(cls, config: MethodConfig) -> TrainerSettings:
+        """Return those of a method whose hyper-parameters have these names."""
+        names = [field.name for field in fields(cls) if hasattr(config, field.name)]
+        return cls(**{name: getattr(config, name) for name in names})
 
 
 @dataclass

@@ -51,14 +51,7 @@ def train(model: Model, requests: Sequence[Request], config: AdaloraConfig) -> A
         orth_reg_weight=config.orth_weight,
         fan_in_fan_out=model.anatomy.transposed(modules[0]),
     )
-    settings = TrainerSettings(
-        lr=config.lr,
-        steps=config.steps,
-        weight_decay=config.weight_decay,
-        early_stop=config.early_stop,
-        stop_loss=config.stop_loss,
-        seed=config.seed,
-    )
+    settings = TrainerSettings.of(config)
     trainer = AllocatingTrainer(
         model, batches, settings, dropout=True, above=lowest(model, config.layers)
     )

@@ -96,15 +96,7 @@ class FineTuner(Trainer):
         modules: Sequence[str],
         config: FtConfig,
     ) -> None:
-        settings = TrainerSettings(
-            lr=config.lr,
-            steps=config.steps,
-            weight_decay=config.weight_decay,
-            early_stop=config.early_stop,
-            stop_loss=config.stop_loss,
-            order=config.order,
-            seed=config.seed,
-        )
+        settings = TrainerSettings.of(config)
         super().__init__(model, batches, settings, above=above(model, modules), text="Fine-tuning")
         self._difference = difference
         self._config = config

@@ -44,15 +44,7 @@ def train(model: Model, requests: Sequence[Request], config: LoraConfig) -> Adap
         use_rslora=config.rslora,
         fan_in_fan_out=model.anatomy.transposed(modules[0]),
     )
-    settings = TrainerSettings(
-        lr=config.lr,
-        steps=config.steps,
-        weight_decay=config.weight_decay,
-        early_stop=config.early_stop,
-        stop_loss=config.stop_loss,
-        order=config.order,
-        seed=config.seed,
-    )
+    settings = TrainerSettings.of(config)
     trainer = AdapterTrainer(
         model, batches, settings, dropout=config.dropout > 0, above=lowest(model, config.layers)
     )
