@@ -23,16 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from closed_form import GUARDS, cases
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from errata import Editor, Request
 from errata.batch import pad
-from errata.datasets import atlas
 from errata.model import Model
 from errata.stats import TOKENS_PER_DIMENSION, documents_of, second_moments
 from errata.tokens import tokenise
 
-GUARDS = {"perplexity": "off", "efficacy": "off", "norm": "off"}
 METRICS = ("ES", "PS", "NS", "rewrite_exact", "perplexity_ratio")
 TOKENS = (192, 384, 768, 1536, 3072, 6144, 12288, 20000, 40000)
 PIECE = 128  # tokens of a plain forward's rows: as long as the embedded model reads
@@ -91,13 +90,6 @@ def speed(rounds: int, tokens: int | None) -> dict[str, Any]:
                 }  # fmt: skip
                 print(f"{name}, {what}: {json.dumps(results[f'{name}, {what}'])}", flush=True)
     return results
-
-
-def cases(n: int) -> list[Request]:
-    """Return n cases about different subjects, without prompts for sampled texts."""
-    unasked: dict[str, Any] = {"generation": (), "attribute": ()}
-    chosen = {case.subject: case for case in reversed(atlas.requests())}
-    return [case.model_copy(update=unasked) for case in list(chosen.values())[::-1][:n]]
 
 
 def curve(facts: int, singles: int) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +15,25 @@ from errata.delta import AdapterDelta
 from errata.errors import ConfigError, UnknownNameError
 from errata.evaluate import scoring
 from errata.model import Model
-from errata.progress import Progress
 from errata.request import Request
 from errata.rules import Snapshot
-from errata.stack import Entry
 from errata.training import AdapterTrainer
 from errata_adalora import Adalora, AdaloraConfig
 from tests.families import build, build_model
 from tests.helpers import shared_path
-
-WHOLE = ("attention_in", "mlp_in", "mlp_out")
-FAST = {"lr": 2e-2, "target_modules": WHOLE}
-IDS = tuple(f"{i:012x}" for i in range(1, 9))
-CAPITAL = Request(prompt="The capital of {} is", subject="France", target_new="Rome")
-MUSIC = Request(prompt="{} plays the", subject="Miles Davis", target_new="piano in Paris")
-TONGUE = Request(
-    prompt="The mother tongue of {} is", subject="Danielle Darrieux", target_new="English"
+from tests.methods.adapters import (
+    CAPITAL,
+    MUSIC,
+    TONGUE,
+    WHOLE,
+    Counting,
+    activate,
+    hold,
+    logits,
+    same,
 )
 
-
-class Counting(Progress):
-    """Counts the steps that were begun."""
-
-    steps = 0
-
-    def track(self, items: Iterable[Any], text: str, total: int | None = None) -> Iterator[Any]:
-        del text, total
-        for item in items:
-            self.steps += 1
-            yield item
+FAST = {"lr": 2e-2, "target_modules": WHOLE}
 
 
 @pytest.fixture
@@ -73,27 +62,6 @@ def train(model: Model, *requests: Request, **values: Any) -> AdapterDelta:
     delta = Adalora().edit(model, list(requests), AdaloraConfig(**{**FAST, **values}))
     delta.check(model)
     return delta
-
-
-def hold(model: Model, *requests: Request) -> list[bool]:
-    prompts, targets = [r.text for r in requests], [r.target_new for r in requests]
-    return [score.exact for score in scoring.score_targets(model, prompts, targets)]
-
-
-def activate(model: Model, *deltas: AdapterDelta) -> None:
-    model.stack.set([Entry(i, IDS[i], delta) for i, delta in enumerate(deltas)])
-
-
-def same(one: AdapterDelta, other: AdapterDelta) -> bool:
-    pairs = [(tensor, other.tensors()[name]) for name, tensor in one.tensors().items()]
-    return one.config == other.config and all(torch.equal(a, b) for a, b in pairs)
-
-
-@torch.no_grad()
-def logits(model: Model, module: Any) -> torch.Tensor:
-    inputs = scoring.prepare(model, [CAPITAL.text], [CAPITAL.target_new]).inputs
-    inputs.pop("position_ids", None)
-    return module(**inputs).logits
 
 
 def plain_peft(module: Any, folder: Path) -> Any:
