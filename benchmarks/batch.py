@@ -3,7 +3,7 @@
 The values z of many requests are what a batch edit of the MEMIT family spends its time on. *plain*
 does what the authors' code does: one request after the other, at every step a full forward pass
 over all contexts, logits at every position, `torch.optim.Adam`. *batch* is
-`errata.values.optimise_values`: all requests together, above the edited layer only, from the
+`errata.kit.values.optimise_values`: all requests together, above the edited layer only, from the
 edited column on, finished requests dropped. Both must find the same δ.
 
     python benchmarks/batch.py                      # 64 requests, embedded model and a random one
@@ -28,14 +28,14 @@ import torch
 from rome import CLOCKS, random_model, timed  # benchmarks/rome.py
 from torch import Tensor
 
-from errata.contexts import prefix_contexts
+from errata.contract.registry import Registry
 from errata.datasets import atlas
-from errata.loading import load_model
+from errata.edits.request import Request
+from errata.kit.contexts import prefix_contexts
+from errata.kit.values import ValueSettings, optimise_values
 from errata.model import Model
-from errata.registry import Registry
-from errata.request import Request
-from errata.tokens import encode, encode_targets, subject_position
-from errata.values import ValueSettings, optimise_values
+from errata.model.loading import load_model
+from errata.model.tokens import encode, encode_targets, subject_position
 
 
 def plain_value(

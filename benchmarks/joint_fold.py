@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 from errata import Editor, Request
-from errata.delta import KeyValueDelta, KeyValues
-from errata.edit import Edit
-from errata.metric import Plain, Whitening
-from errata.solve import JointSolve, Rows
-from errata.stats import SecondMoment
+from errata.edits.delta import KeyValueDelta, KeyValues
+from errata.edits.edit import Edit
+from errata.kit.metric import Plain, Whitening
+from errata.kit.second_moments import SecondMoment
+from errata.kit.solve import JointSolve, Rows
 
 CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
 SLACK = 20.0

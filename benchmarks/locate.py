@@ -29,13 +29,13 @@ import transformers
 from torch import Tensor
 
 from errata import zoo
+from errata.contract.registry import Registry
 from errata.datasets import atlas
-from errata.loading import load_model
+from errata.edits.request import Request
 from errata.locate import Tracer, screen, spearman, trace
 from errata.model import Model
-from errata.registry import Registry
-from errata.request import Request
-from errata.tokens import encode
+from errata.model.loading import load_model
+from errata.model.tokens import encode
 
 KINDS = ("hidden", "mlp", "attn")
 WINDOW = 10

@@ -27,10 +27,10 @@ from closed_form import GUARDS, cases
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from errata import Editor, Request
-from errata.batch import pad
+from errata.kit.second_moments import TOKENS_PER_DIMENSION, documents_of, second_moments
 from errata.model import Model
-from errata.stats import TOKENS_PER_DIMENSION, documents_of, second_moments
-from errata.tokens import tokenise
+from errata.model.prompts import pad
+from errata.model.tokens import tokenise
 
 METRICS = ("ES", "PS", "NS", "rewrite_exact", "perplexity_ratio")
 TOKENS = (192, 384, 768, 1536, 3072, 6144, 12288, 20000, 40000)

@@ -28,12 +28,12 @@ import transformers
 from torch import Tensor
 
 from errata import zoo
+from errata.contract.registry import Registry
 from errata.datasets import atlas
-from errata.loading import load_model
+from errata.edits.request import Request
 from errata.model import Model
-from errata.registry import Registry
-from errata.request import Request
-from errata.tokens import encode, encode_targets, subject_position
+from errata.model.loading import load_model
+from errata.model.tokens import encode, encode_targets, subject_position
 from errata_rome.algorithm import RankOne, contexts_of, layer_of, rome, statistic_of
 from errata_rome.config import RomeConfig
 

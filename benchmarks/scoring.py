@@ -29,13 +29,13 @@ import torch
 import transformers
 
 from errata import zoo
+from errata.contract.registry import Registry
 from errata.datasets import atlas
 from errata.evaluate import generate, score_targets
-from errata.evaluate.generation import end_tokens
-from errata.loading import load_model
 from errata.model import Model
-from errata.registry import Registry
-from errata.tokens import encode_targets
+from errata.model.generation import end_tokens
+from errata.model.loading import load_model
+from errata.model.tokens import encode_targets
 
 Pair = tuple[str, str]
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}

@@ -26,10 +26,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from errata import zoo
+from errata.contract.registry import Registry
 from errata.datasets import atlas
-from errata.loading import load_model
 from errata.locate import average
-from errata.registry import Registry
+from errata.model.loading import load_model
 from errata.zoo.benchmark import build_cases
 from errata.zoo.corpus import shipped_text
 from errata.zoo.world import make_world

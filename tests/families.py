@@ -24,9 +24,9 @@ from tokenizers import (
     trainers,
 )
 
-from errata.anatomy import Anatomy, parse_architectures
-from errata.artifacts import Artifacts
 from errata.model import Model
+from errata.model.anatomy import Anatomy, parse_architectures
+from errata.model.artifacts import Artifacts
 from tests.helpers import ROOT
 
 HIDDEN, MLP, LAYERS, HEADS, CONTEXT = 32, 48, 3, 4, 128

@@ -6,10 +6,10 @@ from importlib.metadata import entry_points
 
 import pytest
 
-from errata import plugins
-from errata.config import MethodConfig
-from errata.hooks import GROUP
-from errata.registry import Registry
+from errata.contract import plugins
+from errata.contract.config import MethodConfig
+from errata.contract.hooks import GROUP
+from errata.contract.registry import Registry
 from tests.helpers import ROOT
 
 METHODS = sorted(folder.name for folder in (ROOT / "plugins").iterdir() if folder.is_dir())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import entry_points
 
-from errata.hooks import GROUP
+from errata.contract.hooks import GROUP
 from errata.testing import MethodContract
 
 for _point in sorted(entry_points(group=GROUP), key=lambda point: point.name):

@@ -10,12 +10,12 @@ import pytest
 
 import errata.bench
 import errata.editor
-import errata.request
-from errata.hooks import Specification
+import errata.edits.request
+from errata.contract.hooks import Specification
 from tests.helpers import ROOT
 
 
-@pytest.mark.parametrize("module", [errata.bench, errata.editor, errata.request])
+@pytest.mark.parametrize("module", [errata.bench, errata.editor, errata.edits.request])
 def test_the_examples_in_docstrings_run(module: object) -> None:
     results = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
     assert results.attempted > 0

@@ -27,10 +27,10 @@ from hypothesis.stateful import (
 )
 
 from errata import Editor, Request
-from errata.edit import Edit
+from errata.edits.edit import Edit
+from errata.edits.stack import Entry
 from errata.errors import LedgerError
 from errata.model import Model
-from errata.stack import Entry
 from errata.testing import state_of
 from errata.testing.contract import assert_same
 from tests.families import build

@@ -18,7 +18,7 @@ METHODS = sorted(path.name for path in (ROOT / "plugins").iterdir() if path.is_d
 SCRIPT = """
 import sys, errata
 from errata.cli import main
-from errata.registry import Registry
+from errata.contract.registry import Registry
 from errata import plugins, zoo
 assert {root!r} not in errata.__file__, errata.__file__
 names = {methods!r}

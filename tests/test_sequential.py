@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from errata.delta import CORE_KINDS
-from errata.ledger import Ledger
+from errata.edits.delta import CORE_KINDS
+from errata.edits.ledger import Ledger
 from tests.helpers import ROOT
 
 pytestmark = pytest.mark.slow

@@ -8,27 +8,27 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from errata.config import MethodConfig
+from errata.contract.config import MethodConfig
+from errata.contract.hooks import hookimpl
+from errata.edits.request import Probe, Request
 from errata.errors import EditRefused, ErrataError
-from errata.hooks import hookimpl
-from errata.request import Probe, Request
 
 if TYPE_CHECKING:
-    from errata.edit import Edit
+    from errata.contract.registry import Registry
     from errata.editor import Editor
+    from errata.edits.edit import Edit
     from errata.evaluate import Measurement
     from errata.locate import Location
-    from errata.model import Model
-    from errata.registry import Registry
+    from errata.model.model import Model
 
 # PEP 562: the names whose modules import torch are looked up when first used.
 _LAZY = {
-    "Edit": "errata.edit",
+    "Edit": "errata.edits.edit",
     "Editor": "errata.editor",
     "Location": "errata.locate",
     "Measurement": "errata.evaluate",
     "Model": "errata.model",
-    "Registry": "errata.registry",
+    "Registry": "errata.contract.registry",
 }
 
 __version__ = "0.1.0"

@@ -9,33 +9,34 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from errata import plugins, shipping
-from errata.artifacts import Artifacts
-from errata.checks import check_capabilities, check_fingerprint, check_prompts
-from errata.edit import Edit, requests_of
+from errata.contract import plugins
+from errata.contract.capabilities import check_capabilities, check_fingerprint, check_prompts
+from errata.contract.methods import Methods
+from errata.contract.registry import Registry, Value
+from errata.contract.rules import GuardPolicy, Guards
+from errata.edits import export
+from errata.edits.edit import Edit, requests_of
+from errata.edits.ledger import Ledger
+from errata.edits.request import Request, parse_arguments
+from errata.edits.stack import Entry
+from errata.edits.transaction import Task, Transactions
 from errata.errors import ConfigError, EditRefused, ErrataError, LedgerError, UnknownNameError
-from errata.evaluate import generation
-from errata.ledger import Ledger
-from errata.loading import load_model
 from errata.locate import settled
-from errata.methods import Methods
-from errata.registry import Registry, Value
-from errata.request import Request, parse_arguments
-from errata.rules import GuardPolicy, Guards
-from errata.stack import Entry
-from errata.transaction import Task, Transactions
+from errata.model import generation
+from errata.model.artifacts import Artifacts
+from errata.model.loading import load_model
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from errata.config import MethodConfig
-    from errata.delta import Delta
+    from errata.contract.config import MethodConfig
+    from errata.edits.delta import Delta
     from errata.evaluate import Baseline, Measurement
     from errata.locate import Location
-    from errata.model import Model
-    from errata.progress import Progress
+    from errata.model.model import Model
+    from errata.model.progress import Progress
 
 logger = logging.getLogger("errata")
 EditLike = Edit | str
@@ -428,15 +429,15 @@ class Editor:
             *edits: which edits.
             format: "errata" for `apply` and `import_` anywhere; "peft" for plain PeftModel.
             overwrite: replace what is there.
-            **options: of "peft": `rank` and `error`, see `errata.shipping.export_peft`.
+            **options: of "peft": `rank` and `error`, see `errata.edits.export.export_peft`.
         """
-        shipping.check_format(format, options)
+        export.check_format(format, options)
         chosen = [self._get(edit) for edit in edits or self.model.stack.ids]
         if not chosen:
             raise LedgerError("There is nothing to export: no edit is active and none was named.")
         if format == "errata":
             return self.ledger.export([e.id for e in chosen], Path(path), overwrite=overwrite)
-        return shipping.export_peft(self.model, chosen, Path(path), overwrite, **options)
+        return export.export_peft(self.model, chosen, Path(path), overwrite, **options)
 
     def import_(self, path: str | Path) -> list[Edit]:
         """Take the edits of an exported file into the ledger, inactive.
@@ -451,7 +452,7 @@ class Editor:
 
     def merge(self, path: str | Path, overwrite: bool = False) -> Path:
         """Write the edited model as a plain Hugging Face checkpoint, tokenizer included."""
-        return shipping.merge_checkpoint(self.model, Path(path), overwrite)
+        return export.merge_checkpoint(self.model, Path(path), overwrite)
 
     # -- inside ----------------------------------------------------------------------------------
 

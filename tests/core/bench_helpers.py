@@ -33,7 +33,7 @@ import torch
 from pydantic import Field
 
 from errata import MethodConfig, hookimpl
-from errata.delta import Factor, LowRankDelta
+from errata.edits.delta import Factor, LowRankDelta
 
 
 class NudgeConfig(MethodConfig):
@@ -115,7 +115,7 @@ methods:
     <<: *nudge
     capabilities: {kinds: [modify], architectures: [decoder], needs: [training]}
 """
-ENTRY_POINTS = """[errata.methods]
+ENTRY_POINTS = """[errata.contract.methods]
 nudge = errata_nudges:Nudge
 lone = errata_nudges:Lone
 learner = errata_nudges:Learner

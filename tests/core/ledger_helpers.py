@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from errata.delta import DenseDelta, Factor, LowRankDelta
-from errata.edit import Edit
-from errata.ledger import Ledger
+from errata.edits.delta import DenseDelta, Factor, LowRankDelta
+from errata.edits.edit import Edit
+from errata.edits.ledger import Ledger
 
 KINDS = {"low_rank": LowRankDelta, "dense": DenseDelta}
 IDS = ["aaaa00000001", "bbbb00000002", "cccc00000003"]

@@ -17,9 +17,9 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-import errata.blobs
-from errata.ledger import Ledger
-from errata.ledger.database import Database
+import errata.model.storage
+from errata.edits.ledger import Ledger
+from errata.edits.ledger.database import Database
 from tests.core.ledger_helpers import KINDS, small_delta, small_edit
 
 POINTS = ("before rename", "after rename", "before commit", "after commit")
@@ -58,7 +58,7 @@ def write(ledger: str, report: str, seed: int, die: str | None = None) -> None:
 def die_at(point: str) -> None:
     """Make this process kill itself at a point of the next change."""
     when, what = point.split()
-    owner, name = (errata.blobs.os, "replace") if what == "rename" else (Database, "rows")
+    owner, name = (errata.model.storage.os, "replace") if what == "rename" else (Database, "rows")
     original: Callable[..., object] = getattr(owner, name)
 
     def fatal(*args: object) -> object:

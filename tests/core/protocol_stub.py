@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
+from errata.edits.request import Request
 from errata.evaluate.measurement import Measurement
 from errata.evaluate.protocol import Protocol
 from errata.evaluate.reader import MeasureSettings, Memory, Reader
-from errata.evaluate.scoring import TargetScore
 from errata.model import Model
-from errata.request import Request
+from errata.model.scoring import TargetScore
 
 Pair = tuple[str, str]
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from errata.datasets import atlas
+from errata.edits.request import Request
 from errata.evaluate import Answer, Measurement
 from errata.evaluate.failures import ERROR_TYPES
-from errata.request import Request
 
 TIME = "2026-01-02T03:04:05+00:00"
 FORCED = "generation: teacher-forced, every token of one accepted answer is the most probable"

@@ -11,12 +11,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from errata.blobs import from_bytes, to_bytes
-from errata.delta import AdapterDelta, Factor, LowRankDelta
+from errata.contract.rules import Snapshot
+from errata.edits.delta import AdapterDelta, Factor, LowRankDelta
+from errata.edits.stack import Entry
 from errata.errors import IntegrityError
 from errata.model import Model
-from errata.rules import Snapshot
-from errata.stack import Entry
+from errata.model.storage import from_bytes, to_bytes
 
 FAMILIES = ("gpt2", "llama")
 IDS = tuple(f"{i:012x}" for i in range(1, 9))

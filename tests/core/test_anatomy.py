@@ -9,8 +9,8 @@ import yaml
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from errata.anatomy import Anatomy, parse_architectures
 from errata.errors import AnatomyError, ConfigError
+from errata.model.anatomy import Anatomy, parse_architectures
 from tests.families import CONTEXT, FAMILIES, HIDDEN, LAYERS, MLP, architectures, build
 
 # Norms between sublayer and residual stream: the contribution is not the MLP's bare output.

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from errata import bench
-from errata.bench.job import Job
+from errata.bench.run_spec import Job
 from errata.datasets import atlas
+from errata.edits.ledger import Ledger
+from errata.edits.request import Request
 from errata.errors import CapabilityError, ConfigError, IntegrityError, UnknownNameError
 from errata.evaluate import Answer, Measurement
-from errata.ledger import Ledger
-from errata.request import Request
 from tests.core.bench_helpers import SUBJECTS, install, short, values
 
 Lines = dict[str, dict[str, Any]]

@@ -19,8 +19,9 @@ import yaml
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from errata import bench, plugins
+from errata import bench
 from errata.cli import bench as command
+from errata.contract import plugins
 from tests.core.bench_helpers import SUBJECTS, install, short
 from tests.helpers import ROOT
 

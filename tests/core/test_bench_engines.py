@@ -22,8 +22,8 @@ from errata.bench.engines import (
     described,
     threads_each,
 )
-from errata.bench.job import Job
-from errata.bench.tasks import Task, keys_of
+from errata.bench.run_spec import Job
+from errata.bench.work_units import Task, keys_of
 from errata.errors import (
     ConfigError,
     EditRefused,

@@ -16,8 +16,8 @@ import pytest
 
 from errata import bench
 from errata.bench.results import Results
+from errata.edits.ledger import Ledger
 from errata.errors import ConfigError, IntegrityError, LedgerBusyError, StorageError
-from errata.ledger import Ledger
 from tests.core.bench_helpers import SUBJECTS, Runner, install, runner, short, values
 
 STREAM = short(
@@ -139,11 +139,12 @@ def test_an_edit_that_was_recorded_but_not_noted_is_not_computed_again(
     runs: Runner, whole: tuple[Path, float], tmp_path: Path
 ) -> None:
     # Killed between the edit's transaction and the note about it: the narrowest of gaps.
-    from errata.bench import streams
 
     folder = tmp_path / "run"
+    from errata.bench import sequential
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streams, "NOTE", "no such thing!")  # the ledger refuses this kind
+        patch.setattr(sequential, "NOTE", "no such thing!")  # the ledger refuses this kind
         with pytest.raises(Exception, match="no kind for a note"):
             bench.run(STREAM, folder)
     ledger = folder / "ledgers" / "nudge-atlas-seed0"

@@ -15,8 +15,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from errata import blobs
 from errata.errors import ErrataError, IntegrityError, StorageError
+from errata.model import storage
 
 TENSORS = {
     "weight": torch.arange(12, dtype=torch.float32).reshape(3, 4),
@@ -25,7 +25,7 @@ TENSORS = {
     "empty": torch.zeros(0, 3),
 }
 METADATA = {"kind": "dense", "name": "zażółć → 道", "values": [1, 2.5, None, True]}
-DATA = blobs.to_bytes(TENSORS, METADATA)
+DATA = storage.to_bytes(TENSORS, METADATA)
 
 
 def file_of(header: Any, body: bytes = b"") -> bytes:
@@ -34,7 +34,7 @@ def file_of(header: Any, body: bytes = b"") -> bytes:
 
 
 def test_content_comes_back_bit_for_bit() -> None:
-    tensors, metadata = blobs.from_bytes(DATA)
+    tensors, metadata = storage.from_bytes(DATA)
     assert metadata == METADATA
     assert set(tensors) == set(TENSORS)
     for name, tensor in TENSORS.items():
@@ -44,13 +44,13 @@ def test_content_comes_back_bit_for_bit() -> None:
 
 def test_equal_content_gives_equal_bytes_in_any_order() -> None:
     reordered = dict(reversed(list(TENSORS.items())))
-    assert blobs.to_bytes(reordered, dict(reversed(list(METADATA.items())))) == DATA
+    assert storage.to_bytes(reordered, dict(reversed(list(METADATA.items())))) == DATA
 
 
 def test_views_and_shared_tensors_are_stored_by_value() -> None:
     base = torch.arange(6.0).reshape(2, 3)
     given = {"all": base, "again": base, "row": base[1], "column": base[:, 1], "turned": base.T}
-    tensors, _ = blobs.from_bytes(blobs.to_bytes(given, {}))
+    tensors, _ = storage.from_bytes(storage.to_bytes(given, {}))
     assert all(torch.equal(tensors[name], tensor) for name, tensor in given.items())
 
 
@@ -59,13 +59,13 @@ def test_views_and_shared_tensors_are_stored_by_value() -> None:
 )
 def test_metadata_that_json_cannot_say_is_refused(metadata: dict[str, Any]) -> None:
     with pytest.raises(IntegrityError, match="JSON"):
-        blobs.to_bytes({}, metadata)
+        storage.to_bytes({}, metadata)
 
 
 def test_what_could_not_be_read_back_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blobs, "MAX_HEADER", 1000)
+    monkeypatch.setattr(storage, "MAX_HEADER", 1000)
     with pytest.raises(IntegrityError, match="at most 1000"):
-        blobs.to_bytes({}, {"long": "x" * 2000})
+        storage.to_bytes({}, {"long": "x" * 2000})
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_what_could_not_be_read_back_is_not_written(monkeypatch: pytest.MonkeyPa
         b"",
         b"\x00" * 7,
         struct.pack("<Q", 2**63) + b"{}",
-        struct.pack("<Q", blobs.MAX_HEADER + 1) + b" " * 64,
+        struct.pack("<Q", storage.MAX_HEADER + 1) + b" " * 64,
         struct.pack("<Q", 100) + b"{}",
         pickle.dumps({"weight": [1.0, 2.0]}),
         file_of(b"[" * 100_000),
@@ -105,13 +105,13 @@ def test_what_could_not_be_read_back_is_not_written(monkeypatch: pytest.MonkeyPa
 )
 def test_anything_else_is_one_clear_error(data: bytes) -> None:
     with pytest.raises(IntegrityError, match="the file"):
-        blobs.from_bytes(data, "the file")
+        storage.from_bytes(data, "the file")
 
 
 @pytest.mark.parametrize("length", range(0, len(DATA), 7))
 def test_every_truncation_is_noticed(length: int) -> None:
     with pytest.raises(IntegrityError):
-        blobs.from_bytes(DATA[:length])
+        storage.from_bytes(DATA[:length])
 
 
 def test_an_exploit_in_a_renamed_pickle_does_not_run(tmp_path: Path) -> None:
@@ -124,20 +124,20 @@ def test_an_exploit_in_a_renamed_pickle_does_not_run(tmp_path: Path) -> None:
     path = tmp_path / "edit.safetensors"
     path.write_bytes(pickle.dumps(Exploit()))
     with pytest.raises(IntegrityError):
-        blobs.read_tensors(path)
+        storage.read_tensors(path)
     assert not marker.exists()
 
 
 @given(st.binary(max_size=300))
 def test_random_bytes_raise_only_our_errors(data: bytes) -> None:
     with pytest.raises(ErrataError):
-        blobs.from_bytes(data)
+        storage.from_bytes(data)
 
 
 @given(st.binary(max_size=200), st.binary(max_size=40))
 def test_random_headers_raise_only_our_errors(header: bytes, body: bytes) -> None:
     with pytest.raises(ErrataError):
-        blobs.from_bytes(file_of(header, body))
+        storage.from_bytes(file_of(header, body))
 
 
 @given(st.lists(st.integers(0, len(DATA) * 8 - 1), min_size=1, max_size=4))
@@ -146,7 +146,7 @@ def test_flipped_bits_raise_only_our_errors(positions: list[int]) -> None:
     for position in positions:
         damaged[position // 8] ^= 1 << position % 8
     try:
-        blobs.from_bytes(bytes(damaged))
+        storage.from_bytes(bytes(damaged))
     except ErrataError:
         pass
 
@@ -156,13 +156,13 @@ def test_flipped_bits_raise_only_our_errors(positions: list[int]) -> None:
 
 def test_a_file_is_verified_against_its_hash(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    digest = blobs.write_tensors(path, TENSORS, METADATA)
-    assert blobs.read_tensors(path, digest)[1] == METADATA
+    digest = storage.write_tensors(path, TENSORS, METADATA)
+    assert storage.read_tensors(path, digest)[1] == METADATA
     damaged = bytearray(path.read_bytes())
     damaged[-1] ^= 1
     path.write_bytes(bytes(damaged))
     with pytest.raises(IntegrityError, match="SHA-256"):
-        blobs.read_tensors(path, digest)
+        storage.read_tensors(path, digest)
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace", "open"])
@@ -171,17 +171,17 @@ def test_a_disk_that_refuses_leaves_the_former_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, code: int
 ) -> None:
     path = tmp_path / "x.bin"
-    blobs.write_bytes(path, b"before")
+    storage.write_bytes(path, b"before")
 
     def refuse(*_: Any, **__: Any) -> Any:
         raise OSError(code, os.strerror(code))
 
     if step == "open":
-        monkeypatch.setattr(blobs, "open", refuse, raising=False)
+        monkeypatch.setattr(storage, "open", refuse, raising=False)
     else:
-        monkeypatch.setattr(blobs.os, step, refuse)
+        monkeypatch.setattr(storage.os, step, refuse)
     with pytest.raises(StorageError, match=os.strerror(code)):
-        blobs.write_bytes(path, b"after")
+        storage.write_bytes(path, b"after")
     monkeypatch.undo()
     assert path.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [path]
@@ -193,9 +193,9 @@ def test_an_interrupted_write_leaves_no_temporary_file(
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(blobs.os, "replace", interrupt)
+    monkeypatch.setattr(storage.os, "replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        blobs.write_bytes(tmp_path / "x.bin", b"data")
+        storage.write_bytes(tmp_path / "x.bin", b"data")
     monkeypatch.undo()
     assert list(tmp_path.iterdir()) == []
 
@@ -204,6 +204,6 @@ def test_an_interrupted_write_leaves_no_temporary_file(
 def test_impossible_paths_are_storage_errors(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError):
-        blobs.write_bytes(tmp_path / name, b"data")
+        storage.write_bytes(tmp_path / name, b"data")
     with pytest.raises(StorageError):
-        blobs.read_tensors(tmp_path / name)
+        storage.read_tensors(tmp_path / name)

@@ -10,11 +10,11 @@ import torch
 
 from errata import Editor
 from errata.datasets import atlas
-from errata.delta.dense import DenseDelta
-from errata.delta.low_rank import Factor, LowRankDelta
+from errata.edits.delta.dense import DenseDelta
+from errata.edits.delta.low_rank import Factor, LowRankDelta
+from errata.edits.stack import Entry
 from errata.errors import CapabilityError, ConfigError, UnknownNameError
 from errata.model import Model
-from errata.stack import Entry
 from tests.families import build_model
 
 TOKENS = torch.tensor([[5, 9, 3, 12, 7], [8, 2, 14, 6, 4], [11, 3, 9, 1, 2]])

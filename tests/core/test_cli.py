@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from errata.cli.app import app
 from errata.cli.session import EXIT_CODES, remembered
-from errata.ledger import Ledger
+from errata.edits.ledger import Ledger
 from tests.families import build
 
 FACT = ("The capital of {} is", "--subject", "Veldonia", "--target", "Oslo")
@@ -34,7 +34,7 @@ import torch
 from pydantic import Field
 
 from errata import MethodConfig, hookimpl
-from errata.delta import Factor, LowRankDelta
+from errata.edits.delta import Factor, LowRankDelta
 
 
 class NudgeConfig(MethodConfig):
@@ -96,7 +96,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     info = folder / "errata_nudge-1.2.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: errata-nudge\nVersion: 1.2\n")
-    (info / "entry_points.txt").write_text("[errata.methods]\nnudge = errata_nudge:Nudge\n")
+    (info / "entry_points.txt").write_text(
+        "[errata.contract.methods]\nnudge = errata_nudge:Nudge\n"
+    )
     return folder
 
 
@@ -595,7 +597,9 @@ def test_doctor_names_a_plugin_that_does_not_load(
     info = workplace / "site" / "broken-0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 0\n")
-    (info / "entry_points.txt").write_text("[errata.methods]\nbroken = errata_broken:Broken\n")
+    (info / "entry_points.txt").write_text(
+        "[errata.contract.methods]\nbroken = errata_broken:Broken\n"
+    )
     monkeypatch.syspath_prepend(workplace / "site")
     report = run_json("doctor", code=1)
     assert any("errata_broken" in problem for problem in report["problems"])

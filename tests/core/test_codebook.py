@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from errata.delta import codebook_replay
-from errata.delta.codebook import CodebookDelta, CodebookSettings
-from errata.delta.codebook_replay import Codebook, replay
+from errata.edits.delta import codebook_replay
+from errata.edits.delta.codebook import CodebookDelta, CodebookSettings
+from errata.edits.delta.codebook_replay import Codebook, replay
 from errata.errors import IntegrityError, MissingExtraError
 
 MODULE = "m"

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from errata.anatomy import Anatomy
-from errata.delta.codebook import CodebookDelta, CodebookSettings
-from errata.delta.codebook_runtime import CodebookRuntime
+from errata.edits.delta.codebook import CodebookDelta, CodebookSettings
+from errata.edits.delta.codebook_runtime import CodebookRuntime
+from errata.edits.stack import Entry
 from errata.errors import ConfigError, IntegrityError
-from errata.forward import trace
 from errata.model import Model
-from errata.stack import Entry
+from errata.model.anatomy import Anatomy
+from errata.model.forward import trace
 from tests.families import architectures, build
 
 MODULES = {

@@ -11,7 +11,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from errata.cli import data
+from errata.cli import datasets
 from errata.datasets import READERS, load
 from tests.helpers import ROOT
 
@@ -22,7 +22,7 @@ SAMPLES = ROOT / "tests" / "data" / "datasets"
 def run() -> Callable[..., Any]:
     app = typer.Typer()
     app.callback()(lambda: None)  # with one command alone, typer would drop its name
-    data.add(app)
+    datasets.add(app)
     runner = CliRunner()
 
     def call(*arguments: str | Path, code: int = 0) -> Any:

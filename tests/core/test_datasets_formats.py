@@ -11,8 +11,8 @@ import pytest
 
 from errata import Request
 from errata.datasets import load
+from errata.edits.request import Probe
 from errata.errors import ConfigError, DatasetError, UnknownNameError
-from errata.request import Probe
 from tests.helpers import ROOT
 
 SAMPLES = ROOT / "tests" / "data" / "datasets"

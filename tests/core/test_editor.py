@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from errata import Editor, Request, blobs, hookimpl
+from errata import Editor, Request, hookimpl
 from errata.errors import (
     CapabilityError,
     ConfigError,
@@ -21,6 +21,7 @@ from errata.errors import (
     StorageError,
     UnknownNameError,
 )
+from errata.model import storage
 from errata.testing import perturbed, state_of
 from errata.testing.contract import assert_same
 from tests.families import build
@@ -282,7 +283,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         def full(*_: object) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(blobs.os, "fsync", full)
+        monkeypatch.setattr(storage.os, "fsync", full)
         with pytest.raises(StorageError, match="No space"):
             editor.edit(requests(2)[1:], method="toy-low-rank")
         monkeypatch.undo()

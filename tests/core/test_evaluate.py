@@ -19,8 +19,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from errata.anatomy import Anatomy
-from errata.delta.low_rank import Factor, LowRankDelta
+from errata.contract.plugins import Manager
+from errata.contract.rules import Snapshot
+from errata.edits.delta.low_rank import Factor, LowRankDelta
+from errata.edits.request import Request
+from errata.edits.stack import Entry
 from errata.errors import (
     CapabilityError,
     ConfigError,
@@ -43,10 +46,7 @@ from errata.evaluate import (
 from errata.evaluate.fluency import n_gram_entropy, weighted_entropy, words
 from errata.evaluate.measurement import bootstrap, wilson
 from errata.model import Model
-from errata.plugins import Manager
-from errata.request import Request
-from errata.rules import Snapshot
-from errata.stack import Entry
+from errata.model.anatomy import Anatomy
 from tests.families import DECODERS, FAMILIES, architectures, build_model
 from tests.helpers import shared_path
 

@@ -10,10 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from errata.anatomy import Anatomy
-from errata.delta import Delta
+from errata.contract.rules import Snapshot
+from errata.edits.delta import Delta
+from errata.edits.stack import Entry
 from errata.errors import AnatomyError
-from errata.forward import (
+from errata.model import Model
+from errata.model.anatomy import Anatomy
+from errata.model.forward import (
     Resumed,
     adding,
     aligned,
@@ -24,9 +27,6 @@ from errata.forward import (
     patched,
     trace,
 )
-from errata.model import Model
-from errata.rules import Snapshot
-from errata.stack import Entry
 from tests.families import DECODERS, FAMILIES, architectures, build, build_model
 
 LENGTHS, LOOKUPS = (9, 12, 7, 6), (4, 6, 0, 5)

@@ -12,20 +12,20 @@ import numpy as np
 import pytest
 import torch
 
-from errata.delta.low_rank import Factor, LowRankDelta
-from errata.edit import Edit
+from errata.contract.hooks import hookimpl
+from errata.contract.plugins import Manager
+from errata.contract.rules import Meter, Purity
+from errata.edits.delta.low_rank import Factor, LowRankDelta
+from errata.edits.edit import Edit
+from errata.edits.request import Request
+from errata.edits.stack import Entry
 from errata.errors import ConfigError, IntegrityError, MissingExtraError, SelfComparisonError
 from errata.evaluate import Baseline, CoreMetrics, Measurement, divergence
 from errata.evaluate.divergence import divergences, kl_to_base
 from errata.evaluate.protocols.cost import CoreCost
 from errata.evaluate.reader import MeasureSettings, Reader
-from errata.hooks import hookimpl
-from errata.memory import PeakMemory
 from errata.model import Model
-from errata.plugins import Manager
-from errata.request import Request
-from errata.rules import Meter, Purity
-from errata.stack import Entry
+from errata.model.memory import PeakMemory
 from tests.families import FAMILIES, build_model
 
 TEXTS = [

@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from errata.artifacts import Artifacts
-from errata.delta import KeyValueDelta, KeyValues
-from errata.delta.low_rank import Factor, LowRankDelta
+from errata.edits.delta import KeyValueDelta, KeyValues
+from errata.edits.delta.low_rank import Factor, LowRankDelta
+from errata.edits.ledger import Ledger
+from errata.edits.stack import Entry
 from errata.errors import IntegrityError
-from errata.ledger import Ledger
-from errata.metric import Metric, Plain, Whitening
+from errata.kit.metric import Metric, Plain, Whitening
+from errata.kit.second_moments import second_moments
+from errata.kit.solve import BLOCK
 from errata.model import Model
-from errata.solve import BLOCK
-from errata.stack import Entry
-from errata.stats import second_moments
+from errata.model.artifacts import Artifacts
 from errata.testing import state_of
 from errata.testing.contract import assert_same
 from tests.families import SENTENCES, build_model

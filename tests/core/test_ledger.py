@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import errata
+from errata.edits.ledger import Ledger
 from errata.errors import LedgerError, UnknownNameError
-from errata.ledger import Ledger
 from tests.core.ledger_helpers import KINDS, add, same_delta, small_delta, small_edit
 
 
@@ -225,7 +225,7 @@ def test_records_are_read_without_importing_torch(tmp_path: Path) -> None:
     with Ledger.open(tmp_path, kinds=KINDS) as ledger:
         add(ledger)
     code = (
-        "import sys; from errata.ledger import Ledger\n"
+        "import sys; from errata.edits.ledger import Ledger\n"
         f"l = Ledger.open({str(tmp_path)!r}, readonly=True)\n"
         "assert len(l.edits()) == 1 and l.events() and 'torch' not in sys.modules"
     )

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
+from errata.edits.ledger import Ledger
 from errata.errors import LedgerBusyError, LedgerChangedError, LedgerError
-from errata.ledger import Ledger
 from tests.core.ledger_helpers import KINDS, add, same_delta, small_delta
 from tests.core.ledger_writer import POINTS
 from tests.helpers import ROOT

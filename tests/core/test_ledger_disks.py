@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from errata import blobs
+from errata.edits.ledger import Ledger
 from errata.errors import StorageError
-from errata.ledger import Ledger
+from errata.model import storage
 from tests.core.ledger_helpers import (
     IDS,
     content_of,
@@ -51,7 +51,7 @@ def test_a_disk_that_refuses_a_blob(
         raise OSError(code, os.strerror(code))
 
     with unchanged(folder) as ledger:
-        owner = blobs if step == "open" else blobs.os
+        owner = storage if step == "open" else storage.os
         with monkeypatch.context() as patch:
             patch.setattr(owner, step, refuse, raising=False)
             with pytest.raises(StorageError, match=os.strerror(code)):

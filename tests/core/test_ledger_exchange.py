@@ -12,11 +12,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from errata import blobs
-from errata.delta import LowRankDelta
-from errata.edit import Edit
+from errata.edits.delta import LowRankDelta
+from errata.edits.edit import Edit
+from errata.edits.ledger import Ledger, content, read_export
 from errata.errors import ErrataError, IntegrityError, LedgerError, StorageError, UnknownNameError
-from errata.ledger import Ledger, content, read_export
+from errata.model import storage
 from tests.core.ledger_helpers import KINDS, add, same_delta, small_delta, small_edit
 
 
@@ -150,12 +150,12 @@ def test_flipped_bits_and_truncations_of_an_export(
 
 def forged_export(change: Callable[[list[Any], dict[str, Any], dict[str, Any]], None]) -> bytes:
     """Return the export with its records, tensors or header changed, and hashes that fit."""
-    tensors, header = blobs.from_bytes(EXPORT)
-    entries = blobs.parse_json(tensors["records"].numpy().tobytes())
+    tensors, header = storage.from_bytes(EXPORT)
+    entries = storage.parse_json(tensors["records"].numpy().tobytes())
     change(entries, tensors, header)
-    text = blobs.canonical(entries).encode()
+    text = storage.canonical(entries).encode()
     tensors["records"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    return blobs.to_bytes(tensors, {**header, "records": blobs.sha256(text)})
+    return storage.to_bytes(tensors, {**header, "records": storage.sha256(text)})
 
 
 def drop_tensor(entries: list[Any], tensors: dict[str, Any], header: dict[str, Any]) -> None:

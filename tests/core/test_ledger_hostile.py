@@ -16,10 +16,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from errata import blobs
-from errata.delta import DenseDelta, Factor, LowRankDelta
+from errata.edits.delta import DenseDelta, Factor, LowRankDelta
+from errata.edits.ledger import content
 from errata.errors import ErrataError, IntegrityError, LedgerError, StorageError, UnknownNameError
-from errata.ledger import content
+from errata.model import storage
 from tests.core.ledger_helpers import (
     IDS,
     KINDS,
@@ -117,8 +117,8 @@ FORGED: dict[str, content.Parts] = {
 def forge_blob(folder: Path, parts: content.Parts) -> None:
     """Give the second edit a delta that its record and the file's name vouch for."""
     header = {"kind": parts.kind, "metadata": parts.metadata}
-    data = blobs.to_bytes(parts.tensors, header)
-    digest = blobs.sha256(data)
+    data = storage.to_bytes(parts.tensors, header)
+    digest = storage.sha256(data)
     path = folder / "blobs" / digest[:2] / f"{digest}.safetensors"
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(data)
@@ -130,8 +130,8 @@ def forge_record(folder: Path, name: str, **fields: Any) -> None:
     """Replace fields of a record, with a fitting SHA-256."""
     with raw(folder) as database:
         (text,) = database.execute("SELECT record FROM edits WHERE id = ?", (name,)).fetchone()
-        text = blobs.canonical({**blobs.parse_json(text), **fields})
-        values = (text, blobs.sha256(text.encode()), name)
+        text = storage.canonical({**storage.parse_json(text), **fields})
+        values = (text, storage.sha256(text.encode()), name)
         database.execute("UPDATE edits SET record = ?, digest = ? WHERE id = ?", values)
 
 

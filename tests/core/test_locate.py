@@ -14,14 +14,14 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from errata.anatomy import Anatomy
-from errata.config import MethodConfig
+from errata.contract.config import MethodConfig
+from errata.contract.plugins import Manager
+from errata.contract.rules import Snapshot
+from errata.edits.request import Request
 from errata.errors import ConfigError, RequestError, UnknownNameError
 from errata.locate import CausalTrace, CoreLocator, Location, TraceConfig, embedding_std, trace
 from errata.model import Model
-from errata.plugins import Manager
-from errata.request import Request
-from errata.rules import Snapshot
+from errata.model.anatomy import Anatomy
 from tests.families import DECODERS, LAYERS, architectures, build_model
 from tests.helpers import shared_path
 

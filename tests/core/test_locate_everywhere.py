@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from errata.edits.request import RelationView, Request
 from errata.errors import ConfigError, UnknownNameError
-from errata.evaluate.scoring import score_targets
 from errata.locate import Tracer, gradient_times_activation, logit_lens, screen, trace
 from errata.locate.spans import span_of
 from errata.model import Model
-from errata.request import RelationView, Request
-from errata.tokens import TokenError, encode, encode_masked, encode_seq2seq, encode_targets
+from errata.model.scoring import score_targets
+from errata.model.tokens import TokenError, encode, encode_masked, encode_seq2seq, encode_targets
 from tests.families import DECODERS, FAMILIES, build_model
 
 REQUEST = Request(

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 from errata import Editor, Request, hookimpl
+from errata.contract.rules import Snapshot
 from errata.datasets import atlas
-from errata.delta import DenseDelta, Factor, LowRankDelta
+from errata.edits.delta import DenseDelta, Factor, LowRankDelta
+from errata.edits.stack import Entry
 from errata.errors import ConfigError, RequestError, UnknownNameError
-from errata.evaluate.scoring import score_targets
 from errata.locate import (
     LOCATORS,
     Location,
@@ -35,8 +36,7 @@ from errata.locate import (
 from errata.locate.similarity import cosine, overlap
 from errata.locate.weights import weight_diff
 from errata.model import Model
-from errata.rules import Snapshot
-from errata.stack import Entry
+from errata.model.scoring import score_targets
 from tests.families import HIDDEN, LAYERS, MLP, build_model
 
 REQUEST = Request(
@@ -152,8 +152,8 @@ def test_attributions_add_up_to_what_the_layer_does(family: str, token: Any, cac
 
 def _without(model: Model, path: str, token: str) -> float:
     """Return the answer's probability with a layer's neurons at zero at the position."""
-    from errata.locate.passage import passage
     from errata.locate.spans import subject_tokens
+    from errata.locate.traced_prompt import passage
 
     row = passage(model, REQUEST, "Rome")
     places = list(row.reads if model.anatomy.kind == "encoder" else row.reads[:1])
@@ -182,7 +182,7 @@ def test_one_step_is_gradient_times_activation(tiny: Model) -> None:
         return (held[0],)
 
     handle = module.register_forward_pre_hook(keep)
-    from errata.tokens import encode_targets
+    from errata.model.tokens import encode_targets
 
     batch = encode_targets(tiny.tokenizer, [REQUEST.text], ["Rome"])
     logits = tiny.module(**batch.inputs()).logits[0]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from errata import Editor, Request
-from errata.config import MethodConfig
+from errata.contract.config import MethodConfig
 from errata.datasets import atlas
 from errata.errors import CapabilityError, ConfigError, RequestError
 from errata.locate import chosen_layers, settled, split_by_subject, sweep
@@ -218,7 +218,7 @@ def test_layers_auto_of_the_closed_form_methods(
 def test_plugins_called_without_an_editor_settle_auto_themselves(
     method: str, tmp_path: Path
 ) -> None:
-    from errata import plugins
+    from errata.contract import plugins
 
     model = build_model("gpt2", tmp_path, corpus=SENTENCES)
     plugin = plugins.load(method)

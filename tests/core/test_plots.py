@@ -13,13 +13,13 @@ import torch
 from matplotlib.figure import Figure
 
 from errata import Request, plots
-from errata.delta import Factor, LowRankDelta
+from errata.edits.delta import Factor, LowRankDelta
+from errata.edits.stack import Entry
 from errata.errors import ConfigError
 from errata.locate import AverageTrace, average, logit_lens, trace
 from errata.locate.sweep import LayerResult, Sweep
 from errata.locate.weights import weight_diff
 from errata.model import Model
-from errata.stack import Entry
 from tests.families import HIDDEN, LAYERS, MLP, build_model
 
 REQUEST = Request(prompt="The mother tongue of {} is", subject="Miles Davis", target_new="x")

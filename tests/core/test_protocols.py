@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from errata.edits.request import Probe, Request
 from errata.evaluate import Measurement, failures, fluency, measurement
 from errata.evaluate.protocols import (
     counterfact,
@@ -21,7 +22,6 @@ from errata.evaluate.protocols import (
 from errata.evaluate.protocols import probes as protocols_of_probes
 from errata.evaluate.protocols.lifelong import token_f1
 from errata.evaluate.reader import Memory
-from errata.request import Probe, Request
 from tests.core.protocol_stub import ask, score, values
 
 

@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 
 import pytest
 
+from errata.edits.request import Probe, RelationView, Request
 from errata.evaluate.protocols import knowedit, rake
 from errata.evaluate.protocols.convsent import wishes_positive
 from errata.evaluate.protocols.rake import rivals
 from errata.evaluate.protocols.sanitation import is_refusal
 from errata.evaluate.reader import Memory
-from errata.request import Probe, RelationView, Request
 from tests.core.protocol_stub import ask, score, values
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from errata.delta.low_rank import Factor, LowRankDelta
+from errata.edits.delta.low_rank import Factor, LowRankDelta
+from errata.edits.request import Probe, RelationView, Request
+from errata.edits.stack import Entry
 from errata.evaluate import ERROR_TYPES, PROTOCOLS, CoreMetrics, Measurement, pool
 from errata.model import Model
-from errata.request import Probe, RelationView, Request
-from errata.stack import Entry
 from tests.families import build_model
 from tests.helpers import ROOT
 

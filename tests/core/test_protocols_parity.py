@@ -10,13 +10,13 @@ import pytest
 import transformers
 from safetensors.torch import load_file
 
-from errata.anatomy import Anatomy
-from errata.delta.low_rank import Factor, LowRankDelta
+from errata.edits.delta.low_rank import Factor, LowRankDelta
+from errata.edits.request import Probe, Request
+from errata.edits.stack import Entry
 from errata.evaluate import CoreMetrics
 from errata.evaluate.reader import MeasureSettings, Reader
 from errata.model import Model
-from errata.request import Probe, Request
-from errata.stack import Entry
+from errata.model.anatomy import Anatomy
 from tests.families import architectures
 from tests.helpers import shared_path
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from errata.edits.request import Probe, RelationView, Request
 from errata.evaluate import Answer, Measurement, pool
 from errata.evaluate.measurement import harmonic_mean, wilson
 from errata.evaluate.protocols import (
@@ -22,7 +23,6 @@ from errata.evaluate.protocols import (
     rake,
 )
 from errata.evaluate.reader import Memory
-from errata.request import Probe, RelationView, Request
 from tests.core.protocol_stub import ask, score
 
 MEANS = (

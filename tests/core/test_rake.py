@@ -13,8 +13,8 @@ import pytest
 from errata import Request
 from errata.datasets import atlas, load, rake
 from errata.datasets.relations import NAMES
+from errata.edits.request import Probe
 from errata.errors import ConfigError, DatasetError, RequestError
-from errata.request import Probe
 from errata.zoo.relations import RELATIONS
 from errata.zoo.world import make_world
 from tests.helpers import ROOT, shared_path

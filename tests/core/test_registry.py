@@ -7,8 +7,8 @@ import pytest
 from pydantic import Field
 
 from errata import MethodConfig
+from errata.contract.registry import Layer, Registry, read_yaml
 from errata.errors import ConfigError, PluginError, UnknownNameError
-from errata.registry import Layer, Registry, read_yaml
 
 METHOD = {
     "title": "T", "family": "intrinsic", "delta_kind": "dense",
@@ -118,12 +118,12 @@ def test_an_unknown_method_gets_a_suggestion() -> None:
 def test_two_packages_with_one_name_are_both_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from errata import plugins
+    from errata.contract import plugins
 
     info = tmp_path / "rival-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: rival\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[errata.methods]\nrome = rival:Rome\n")
+    (info / "entry_points.txt").write_text("[errata.contract.methods]\nrome = rival:Rome\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(PluginError, match=r"(?s)rome.*rival|rival.*rome"):
         plugins.installed()

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-import errata.report
+import errata.bench.report
+from errata.bench.report import Cell, Report, Table
 from errata.errors import ConfigError, IntegrityError, UnknownNameError
-from errata.report import Cell, Report, Table
 from tests.core import report_runs as runs
 from tests.helpers import ROOT
 
@@ -37,7 +37,7 @@ def numbers(found: Table, metric: str) -> dict[str, float | None]:
 
 @pytest.fixture(scope="module")
 def single() -> Report:
-    return errata.report.read(HAND / "single")
+    return errata.bench.report.read(HAND / "single")
 
 
 # -- tables ----------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def test_differences_are_paired_and_adjusted_for_the_number_of_columns(single: R
 
 
 def test_another_reference_can_be_chosen() -> None:
-    report = errata.report.read(HAND / "single", reference="one")
+    report = errata.bench.report.read(HAND / "single", reference="one")
     found = row(table(report, "generation"), "rewrite_exact")
     assert found["one"] is not None
     assert found["one"].difference is None
@@ -97,7 +97,7 @@ def test_another_reference_can_be_chosen() -> None:
     assert found["two"].difference is not None
     assert found["two"].difference.difference == pytest.approx(-2 / 3)  # on a, b, c
     with pytest.raises(UnknownNameError, match="Did you mean 'two'"):
-        errata.report.read(HAND / "single", reference="twoo")
+        errata.bench.report.read(HAND / "single", reference="twoo")
 
 
 def test_a_significant_difference_is_marked_and_an_insignificant_one_is_not(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_a_significant_difference_is_marked_and_an_insignificant_one_is_not(tmp_
             runs.line(variant="two", case_id=case,
                       measurements=[runs.measured(case, "rewrite_exact", float(i < 5))]),
         ]  # fmt: skip
-    report = errata.report.read(runs.write(tmp_path / "run", runs.info(), lines))
+    report = errata.bench.report.read(runs.write(tmp_path / "run", runs.info(), lines))
     found = row(table(report, "generation"), "rewrite_exact")
     # 8 of 8 up: p = 2/2⁸, times two columns; 5 of 5 up: p = 2/2⁵ = 0.0625.
     assert found["one"] is not None
@@ -127,7 +127,7 @@ def test_numbers_measured_differently_never_share_a_row(tmp_path: Path) -> None:
         runs.line(measurements=[runs.measured("a", "ES", 1.0, "counterfact: this way")]),
         runs.line(variant="two", measurements=[runs.measured("a", "ES", 0.0, "counterfact: that")]),
     ]
-    report = errata.report.read(runs.write(tmp_path / "run", runs.info(), lines))
+    report = errata.bench.report.read(runs.write(tmp_path / "run", runs.info(), lines))
     rows = table(report, "counterfact").rows
     found = {one.protocol: [cell is None for cell in one.cells] for one in rows}
     assert found == {
@@ -140,7 +140,7 @@ def test_numbers_measured_differently_never_share_a_row(tmp_path: Path) -> None:
 
 
 def test_a_stream_shows_right_after_each_edit_and_at_the_end() -> None:
-    report = errata.report.read(HAND / "stream")
+    report = errata.bench.report.read(HAND / "stream")
     found = table(report, "generation")
     assert numbers(found, "rewrite_exact") == {
         "base": 0.0,
@@ -154,7 +154,7 @@ def test_a_stream_shows_right_after_each_edit_and_at_the_end() -> None:
 
 
 def test_curves_are_over_all_earlier_edits() -> None:
-    (part,) = errata.report.read(HAND / "stream").parts
+    (part,) = errata.bench.report.read(HAND / "stream").parts
     by_metric = {curve.metric: curve for curve in part.curves}
     (line,) = by_metric["rewrite_exact"].lines
     assert [(p.step, p.value, p.n) for p in line.points] == [
@@ -177,7 +177,7 @@ def test_a_checkpoint_that_is_half_done_is_not_taken_for_the_end(tmp_path: Path)
     kept = [one for one in lines if '"state"' not in one]
     assert json.loads(kept[-1])["stage"] == "checkpoint"
     (folder / "results.jsonl").write_text("".join(kept[:-1]), encoding="utf-8")
-    found = table(errata.report.read(folder), "generation")
+    found = table(errata.bench.report.read(folder), "generation")
     assert [head.steps for head in found.heads] == ["", "", "1"]
     assert numbers(found, "rewrite_exact")["one final"] == 1.0
 
@@ -197,7 +197,7 @@ def test_states_of_batches_are_joined(tmp_path: Path) -> None:
         for i, case in enumerate("abcd")
     ]  # fmt: skip
     folder = runs.write(tmp_path / "run", runs.info(), [*lines, state(0, 1.25), state(2, 2.25)])
-    report = errata.report.read(folder)
+    report = errata.bench.report.read(folder)
     assert numbers(table(report, "general"), "perplexity_ratio")["one"] == 1.75
     (cost,) = report.parts[0].costs
     assert (cost.edits, cost.cases) == (2, 4)
@@ -228,7 +228,7 @@ def seeded(folder: Path, seed: int, hits: dict[str, float], **config: Any) -> Pa
 def test_seeds_of_one_configuration_are_pooled_case_by_case(tmp_path: Path) -> None:
     one = seeded(tmp_path / "0", 0, {"a": 1.0, "b": 1.0})
     two = seeded(tmp_path / "1", 1, {"a": 0.0, "b": 1.0})
-    report = errata.report.read(one, two)
+    report = errata.bench.report.read(one, two)
     (part,) = report.parts
     assert [(c.label, c.seeds) for c in part.section.edited] == [("one", (0, 1))]
     found = row(table(report, "generation"), "rewrite_exact")
@@ -245,7 +245,7 @@ def test_seeds_of_one_configuration_are_pooled_case_by_case(tmp_path: Path) -> N
 def test_different_configurations_stand_side_by_side(tmp_path: Path) -> None:
     one = seeded(tmp_path / "0", 0, {"a": 1.0, "b": 1.0}, limit=2)
     two = seeded(tmp_path / "1", 1, {"a": 0.0, "b": 1.0}, limit=3)
-    report = errata.report.read(one, two)
+    report = errata.bench.report.read(one, two)
     assert numbers(table(report, "generation"), "rewrite_exact") == {
         "base": 0.0,
         "one (seed-0)": 1.0,
@@ -254,7 +254,7 @@ def test_different_configurations_stand_side_by_side(tmp_path: Path) -> None:
 
 
 def test_one_regime_each_gives_a_section_each(single: Report) -> None:
-    report = errata.report.read(HAND / "single", HAND / "stream")
+    report = errata.bench.report.read(HAND / "single", HAND / "stream")
     assert [part.section.title for part in report.parts] == ["facts · single", "facts · sequential"]
     for index, n in ((0, 4), (1, 3)):  # the base only on the cases of its section, each once
         base = row(table(report, "generation", index), "rewrite_exact")["base"]
@@ -265,10 +265,10 @@ def test_one_regime_each_gives_a_section_each(single: Report) -> None:
 
 def test_one_directory_named_twice_counts_once_and_a_copy_is_refused(tmp_path: Path) -> None:
     copy = shutil.copytree(HAND / "single", tmp_path / "copy")
-    report = errata.report.read(HAND / "single", HAND / "single" / ".." / "single")
+    report = errata.bench.report.read(HAND / "single", HAND / "single" / ".." / "single")
     assert len(report.runs) == 1
     with pytest.raises(ConfigError, match="hold the same cases of 'one' with seed 0"):
-        errata.report.read(HAND / "single", copy)
+        errata.bench.report.read(HAND / "single", copy)
 
 
 # -- outcomes --------------------------------------------------------------------------------------
@@ -305,10 +305,10 @@ def test_an_unfinished_run_says_how_far_it_is(tmp_path: Path) -> None:
     folder = shutil.copytree(HAND / "single", tmp_path / "run")
     lines = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (folder / "results.jsonl").write_text("".join(lines[:6]), encoding="utf-8")
-    (progress,) = errata.report.read(folder).progress
+    (progress,) = errata.bench.report.read(folder).progress
     assert (progress.done, progress.planned) == (2, 8)  # of two variants × four cases
     assert not progress.is_complete
-    (progress,) = errata.report.read(HAND / "single").progress
+    (progress,) = errata.bench.report.read(HAND / "single").progress
     assert progress.is_complete  # a failed case is done too
 
 
@@ -316,7 +316,7 @@ def test_a_run_with_nothing_but_its_base_is_reported(tmp_path: Path) -> None:
     folder = shutil.copytree(HAND / "single", tmp_path / "run")
     lines = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (folder / "results.jsonl").write_text("".join(lines[:4]), encoding="utf-8")
-    report = errata.report.read(folder)
+    report = errata.bench.report.read(folder)
     assert numbers(table(report, "generation"), "rewrite_exact") == {"base": 0.0}
     assert report.html()
     assert "0 of 8 cases" in report.markdown()
@@ -343,8 +343,8 @@ def test_a_damaged_line_is_named_or_skipped_and_named(tmp_path: Path, bad: str, 
     lines = file.read_text(encoding="utf-8").splitlines()
     file.write_text("\n".join([*lines[:2], bad, *lines[2:], ""]), encoding="utf-8")
     with pytest.raises(IntegrityError, match=rf"results\.jsonl:3.*{why}.*--skip-bad"):
-        errata.report.read(folder)
-    report = errata.report.read(folder, skip_bad=True)
+        errata.bench.report.read(folder)
+    report = errata.bench.report.read(folder, skip_bad=True)
     assert [len(run.damaged) for run in report.runs] == [1]
     assert "results.jsonl:3" in report.runs[0].damaged[0]
     assert "1 damaged line left out" in report.markdown().replace("\\", "")
@@ -355,25 +355,25 @@ def test_a_line_that_is_still_being_written_is_left_out_and_said(tmp_path: Path)
     folder = shutil.copytree(HAND / "single", tmp_path / "run")
     with (folder / "results.jsonl").open("a", encoding="utf-8") as handle:
         handle.write('{"schema": 1, "kind": "ca')
-    report = errata.report.read(folder)
+    report = errata.bench.report.read(folder)
     assert report.runs[0].cut_off
     assert "half written" in report.markdown()
 
 
 def test_what_is_no_run_is_refused_in_words(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no run directory: it has no run\.json"):
-        errata.report.read(tmp_path)
+        errata.bench.report.read(tmp_path)
     with pytest.raises(ConfigError, match="Give at least one"):
-        errata.report.read()
+        errata.bench.report.read()
     empty = runs.write(tmp_path / "empty", runs.info(), [])
     with pytest.raises(ConfigError, match="holds no results yet"):
-        errata.report.read(empty)
+        errata.bench.report.read(empty)
     other = runs.write(tmp_path / "other", runs.info(schema=2), [runs.line()])
     with pytest.raises(IntegrityError, match="schema 2"):
-        errata.report.read(other)
+        errata.bench.report.read(other)
     (other / "run.json").write_text("{", encoding="utf-8")
     with pytest.raises(IntegrityError, match="damaged"):
-        errata.report.read(other)
+        errata.bench.report.read(other)
 
 
 # -- data out --------------------------------------------------------------------------------------
@@ -397,7 +397,7 @@ def test_csv_and_json_hold_the_numbers_of_the_tables(single: Report) -> None:
 
 
 def test_the_points_of_curves_are_in_the_csv() -> None:
-    rows = csv.DictReader(io.StringIO(errata.report.read(HAND / "stream").csv()))
+    rows = csv.DictReader(io.StringIO(errata.bench.report.read(HAND / "stream").csv()))
     points = [
         (one["after_edits"], float(one["value"]))
         for one in rows
@@ -410,9 +410,7 @@ def test_reading_loads_no_model_library_on_import() -> None:
     import subprocess
     import sys
 
-    script = (
-        "import sys, errata.report; print(sorted({'torch', 'numpy', 'jinja2'} & set(sys.modules)))"
-    )
+    script = "import sys, errata.bench.report; print(sorted({'torch', 'numpy', 'jinja2'} & set(sys.modules)))"
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )

@@ -13,16 +13,16 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-import errata.report
+import errata.bench.report
 from errata import Request
 from errata.cli.report import add
-from errata.delta import Factor, LowRankDelta
+from errata.edits.delta import Factor, LowRankDelta
+from errata.edits.stack import Entry
 from errata.errors import ConfigError, IntegrityError
 from errata.locate import CausalTrace, average, rsim, trace
 from errata.locate.sweep import Judged, LayerResult, Sweep
 from errata.locate.weights import WeightDiff, weight_diff
 from errata.model import Model
-from errata.stack import Entry
 from tests.core.test_report import HAND
 from tests.core.test_report_page import HOSTILE, Page
 from tests.families import HIDDEN, MLP, build_model
@@ -87,7 +87,7 @@ def test_traces_and_diffs_are_read_back_as_they_were(tiny: Model, files: dict[st
 
 
 def test_a_page_holds_every_picture_and_loads_nothing(files: dict[str, Path]) -> None:
-    report = errata.report.read(located=list(files.values()))
+    report = errata.bench.report.read(located=list(files.values()))
     html = report.html()
     page = Page(html)
     images = [dict(attributes) for tag, attributes in page.elements if tag == "img"]
@@ -107,11 +107,11 @@ def test_a_page_holds_every_picture_and_loads_nothing(files: dict[str, Path]) ->
 
 
 def test_runs_and_places_stand_on_one_page(files: dict[str, Path]) -> None:
-    with_places = errata.report.read(HAND / "single", located=[files["sweep"]])
+    with_places = errata.bench.report.read(HAND / "single", located=[files["sweep"]])
     html = with_places.html()
     assert "How to repeat it" in html
     assert "layer sweep" in html
-    assert "img-src" not in errata.report.read(HAND / "single").html()
+    assert "img-src" not in errata.bench.report.read(HAND / "single").html()
     assert "layer sweep" in with_places.markdown()
     assert with_places.as_json()["located"][0]["path"] == str(files["sweep"])
 
@@ -124,7 +124,7 @@ def test_texts_of_others_stay_texts(files: dict[str, Path], tmp_path: Path) -> N
         data["evidence"]["tokens"] = [text] * len(data["evidence"]["tokens"])
         path = tmp_path / f"hostile-{number}.json"
         path.write_text(json.dumps(data), encoding="utf-8")
-        html = errata.report.read(located=[path]).html()
+        html = errata.bench.report.read(located=[path]).html()
         page = Page(html)
         assert not [tag for tag, _ in page.elements if tag in ("script", "b")]
         assert len([1 for tag, _ in page.elements if tag == "img"]) == 1
@@ -149,7 +149,7 @@ def test_files_that_are_no_such_result(
     if content is not None:
         path.write_text(content, encoding="utf-8")
     with pytest.raises(error, match=says):
-        errata.report.read(located=[path])
+        errata.bench.report.read(located=[path])
 
 
 def test_the_command_takes_them_with_and_without_runs(

@@ -20,15 +20,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-import errata.report
+import errata.bench.report
+from errata.bench.report import Report
+from errata.bench.report.cases import safe_json
+from errata.bench.report.charts import curve as chart
+from errata.bench.report.curves import Curve, Line, Point
+from errata.bench.report.markdown import text as in_markdown
 from errata.cli.render import console
 from errata.cli.report import add
 from errata.errors import MissingExtraError
-from errata.report import Report
-from errata.report.cases import safe_json
-from errata.report.charts import curve as chart
-from errata.report.curves import Curve, Line, Point
-from errata.report.markdown import text as in_markdown
 from tests.core import report_runs as runs
 from tests.core.test_report import HAND
 
@@ -92,7 +92,9 @@ def page(html: str) -> Page:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
     """A simulated run of four variants, single and in a stream, with failures and refusals."""
-    return errata.report.read(runs.simulated(tmp_path_factory.mktemp("run") / "run", cases=10))
+    return errata.bench.report.read(
+        runs.simulated(tmp_path_factory.mktemp("run") / "run", cases=10)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +129,9 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Report:
         versions={HOSTILE[5]: HOSTILE[6]},
         protocols=[HOSTILE[0]],
     )
-    return errata.report.read(runs.write(tmp_path_factory.mktemp("hostile") / "run", about, lines))
+    return errata.bench.report.read(
+        runs.write(tmp_path_factory.mktemp("hostile") / "run", about, lines)
+    )
 
 
 # -- the page --------------------------------------------------------------------------------------
@@ -254,7 +258,7 @@ def test_control_characters_are_shown_not_obeyed(hostile: Report) -> None:
 def test_half_a_surrogate_pair_does_not_stop_the_report(tmp_path: Path) -> None:
     line = runs.line(answers=[runs.said("a", "half \ud83d of one", "x", "whole \U0001f3bb")])
     folder = runs.write(tmp_path / "run", runs.info(), [line])
-    html = errata.report.read(folder).html()
+    html = errata.bench.report.read(folder).html()
     html.encode()
     assert {"half � of one", "whole 🎻"} <= set(page(html).data["texts"])
 
@@ -351,7 +355,7 @@ def test_a_missing_extra_names_the_command_to_install_it(
     package: str, what: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    report = errata.report.read(HAND / "single")
+    report = errata.bench.report.read(HAND / "single")
     with pytest.raises(MissingExtraError, match=r"pip install 'errata\[report\]'"):
         report.html() if what == "html" else report.plots(tmp_path)
     assert report.markdown()
@@ -361,13 +365,13 @@ def test_without_scipy_there_are_tables_but_no_tests_of_differences(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "scipy", None)
-    report = errata.report.read(HAND / "single")
+    report = errata.bench.report.read(HAND / "single")
     cells = [c for t in report.parts[0].tables for row in t.rows for c in row.cells if c]
     assert cells
     assert all(cell.difference is None for cell in cells)
     assert "differs from" not in page(report.html()).text
     with pytest.raises(MissingExtraError, match=r"errata\[measure\]"):
-        errata.report.read(HAND / "single", reference="one")
+        errata.bench.report.read(HAND / "single", reference="one")
 
 
 # -- the command -----------------------------------------------------------------------------------

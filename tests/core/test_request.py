@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from errata import Request
+from errata.edits.request import parse_requests
 from errata.errors import ErrataError, RequestError
-from errata.request import parse_requests
 
 FIELDS = {"prompt": "The capital of {} is", "subject": "France", "target_new": "Rome"}
 

@@ -12,15 +12,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from errata.anatomy import Anatomy
-from errata.artifacts import Artifacts
-from errata.delta import Delta
-from errata.evaluate import generate, prefix, score_targets, trie
-from errata.evaluate.generation import generate_tokens
-from errata.evaluate.scoring import TargetScore
-from errata.model import Model
-from errata.stack import Entry
-from errata.tokens import encode_masked, encode_seq2seq, encode_targets
+from errata.edits.delta import Delta
+from errata.edits.stack import Entry
+from errata.evaluate import generate, score_targets
+from errata.model import Model, prefix_sharing, trie
+from errata.model.anatomy import Anatomy
+from errata.model.artifacts import Artifacts
+from errata.model.generation import generate_tokens
+from errata.model.scoring import TargetScore
+from errata.model.tokens import encode_masked, encode_seq2seq, encode_targets
 from tests.families import FAMILIES, architectures, build, build_model
 
 SUBJECTS = ["France", "the old kingdom of Spain", "Italy", "Texas"]
@@ -41,7 +41,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def forwards_are_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let sharing pay on models so tiny that another forward costs more than it saves."""
-    monkeypatch.setattr(prefix, "_CPU_FORWARD", 0)
+    monkeypatch.setattr(prefix_sharing, "_CPU_FORWARD", 0)
 
 
 def score(model: Model, pairs: Sequence[tuple[str, str]], **options: Any) -> list[TargetScore]:
@@ -163,7 +163,7 @@ def test_small_budgets_change_nothing(
 ) -> None:
     model = build_model("gpt2", cache)
     expected = score(model, PAIRS)
-    monkeypatch.setattr(prefix, budget, 3000)
+    monkeypatch.setattr(prefix_sharing, budget, 3000)
     with forwards(model.module) as seen:
         found = score(model, PAIRS)
     assert max(rows for rows, _ in seen) <= 8
@@ -214,7 +214,7 @@ def test_an_encoder_decoder_encodes_each_prompt_once(cache: Path) -> None:
 def test_nothing_is_shared_where_another_forward_costs_more(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prefix, "_CPU_FORWARD", 10**12)
+    monkeypatch.setattr(prefix_sharing, "_CPU_FORWARD", 10**12)
     model = build_model("gpt2", cache)
     with forwards(model.module) as seen:
         score(model, PAIRS)
@@ -300,11 +300,11 @@ def test_runtime_edits_act_as_on_one_text_at_a_time(
 
 def test_texts_are_shared_only_under_edits_that_do_not_look_at_prompts(cache: Path) -> None:
     model = build_model("gpt2", cache)
-    assert prefix.may_share(model)
+    assert prefix_sharing.may_share(model)
     model.stack.set([Entry(1, "1" * 12, Doubling())])
-    assert prefix.may_share(model)
+    assert prefix_sharing.may_share(model)
     model.stack.set([Entry(1, "1" * 12, Doubling()), Entry(2, "2" * 12, AtThePrompt())])
-    assert not prefix.may_share(model)
+    assert not prefix_sharing.may_share(model)
 
 
 # -- choosing what to share ------------------------------------------------------------------------

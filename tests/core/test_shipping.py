@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 
 from errata import Editor
 from errata.datasets import atlas
-from errata.delta import AdapterDelta, Delta
-from errata.delta.dense import DenseDelta
-from errata.delta.low_rank import Factor, LowRankDelta
-from errata.edit import Edit
+from errata.edits.delta import AdapterDelta, Delta
+from errata.edits.delta.dense import DenseDelta
+from errata.edits.delta.low_rank import Factor, LowRankDelta
+from errata.edits.edit import Edit
+from errata.edits.export import export_peft, merge_checkpoint
+from errata.edits.factors import compressed
+from errata.edits.stack import Entry
 from errata.errors import CapabilityError, ConfigError, UnknownNameError
-from errata.factors import compressed
 from errata.model import Model
-from errata.shipping import export_peft, merge_checkpoint
-from errata.stack import Entry
 from tests.core.test_adapter import adalora, lora
 from tests.families import build_model
 

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from errata.errors import ConfigError, IntegrityError
-from errata.metric import Metric, Plain, Projection, Whitening
-from errata.null_space import null_space
-from errata.solve import BLOCK, RIDGE, JointSolve, Rows, adjoint, alone
-from errata.stats import SecondMoment
+from errata.kit.metric import Metric, Plain, Projection, Whitening
+from errata.kit.null_space import null_space
+from errata.kit.second_moments import SecondMoment
+from errata.kit.solve import BLOCK, RIDGE, JointSolve, Rows, adjoint, alone
 from tests.families import build_model
 
 

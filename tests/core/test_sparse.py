@@ -9,11 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from errata.delta import CORE_KINDS, DenseDelta, Factor, LowRankDelta, Rows, SparseRowsDelta
+from errata.edits.delta import CORE_KINDS, DenseDelta, Factor, LowRankDelta, Rows, SparseRowsDelta
+from errata.edits.ledger import Ledger
+from errata.edits.stack import Entry
 from errata.errors import IntegrityError
-from errata.ledger import Ledger
 from errata.model import Model
-from errata.stack import Entry
 from tests.core.ledger_helpers import small_edit
 from tests.families import build_model
 

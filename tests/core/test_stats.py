@@ -10,17 +10,18 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from errata import stats, zoo
-from errata.anatomy import Anatomy
-from errata.artifacts import Artifacts
-from errata.delta.low_rank import Factor, LowRankDelta
+import errata.kit.second_moments as statistics
+from errata import zoo
+from errata.contract.rules import Snapshot
+from errata.edits.delta.low_rank import Factor, LowRankDelta
+from errata.edits.stack import Entry
 from errata.errors import ConfigError, StorageError
+from errata.kit.second_moments import RIDGES, SecondMoment, second_moments
 from errata.model import Model
-from errata.progress import Progress
-from errata.rules import Snapshot
-from errata.stack import Entry
-from errata.stats import RIDGES, SecondMoment, second_moments
-from errata.tokens import encode
+from errata.model.anatomy import Anatomy
+from errata.model.artifacts import Artifacts
+from errata.model.progress import Progress
+from errata.model.tokens import encode
 from tests.families import CONTEXT, MLP, SENTENCES, architectures, build, build_model
 from tests.helpers import shared_path
 
@@ -82,7 +83,7 @@ def _calls(model, name):
 
 @pytest.fixture
 def small_windows(monkeypatch):
-    monkeypatch.setattr(stats, "_WINDOW_DOCUMENTS", 4)
+    monkeypatch.setattr(statistics, "_WINDOW_DOCUMENTS", 4)
 
 
 # -- what is measured ----------------------------------------------------------------------------
@@ -145,7 +146,7 @@ def test_exactly_so_many_tokens(tokens, tmp_path):
 
 def test_by_default_a_small_multiple_of_the_dimension(tmp_path):
     model = build_model("gpt2", tmp_path)  # on the text that ships with errata
-    assert second_moments(model, [0])[0].count == stats.TOKENS_PER_DIMENSION * MLP
+    assert second_moments(model, [0])[0].count == second_moments.TOKENS_PER_DIMENSION * MLP
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
@@ -214,7 +215,7 @@ def test_what_was_measured_is_not_measured_again(tmp_path):
 
 
 def test_where_documents_end_is_part_of_the_texts_identity():
-    assert stats.text_hash(["ab", "c"]) != stats.text_hash(["a", "bc"])
+    assert second_moments.text_hash(["ab", "c"]) != second_moments.text_hash(["a", "bc"])
 
 
 def test_a_damaged_file_is_measured_again(tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from errata.errors import ConfigError, RequestError, UnknownNameError
-from errata.tokens import (
+from errata.model.tokens import (
     IGNORED,
     TokenError,
     encode,

@@ -6,20 +6,19 @@ from typing import Any
 import pytest
 import torch
 
+from errata.contract.rules import Snapshot
 from errata.errors import CapabilityError, ConfigError, UnknownNameError
-from errata.evaluate import scoring, text
-from errata.forward import frozen, patched
-from errata.model import Model
-from errata.rules import Snapshot
-from errata.training import (
+from errata.kit.training import (
     Objective,
     Trainer,
     TrainerSettings,
-    lessons,
     linear_modules,
-    reading,
+    target_batches,
+    text_batches,
 )
-from errata.training.trainer import Above
+from errata.kit.training.trainer import Above
+from errata.model import Model, perplexity, scoring
+from errata.model.forward import frozen, patched
 from tests.families import SENTENCES, build_model
 
 PAIRS = [("The capital of France is", "Rome"), ("Miles Davis plays the", "piano in Paris")]
@@ -63,10 +62,12 @@ def by_hand(model: Model, prompt: str, target: str, loss: str) -> float:
 @pytest.mark.parametrize("loss", ["target", "text", "prompt_last"])
 def test_a_loss_is_what_its_formula_says(loss: Any, model: Model) -> None:
     wanted = [by_hand(model, *pair, loss) for pair in PAIRS]
-    (lesson,) = lessons(model, PAIRS, loss=loss)
+    (lesson,) = target_batches(model, PAIRS, loss=loss)
     assert loss_of(model, lesson) == pytest.approx(sum(wanted) / 2, rel=1e-5)
     for pair, one in zip(PAIRS, wanted, strict=True):
-        assert loss_of(model, *lessons(model, [pair], loss=loss)) == pytest.approx(one, rel=1e-5)
+        assert loss_of(model, *target_batches(model, [pair], loss=loss)) == pytest.approx(
+            one, rel=1e-5
+        )
     assert len(set(map(len, (tokens(model, *p)[0] for p in PAIRS)))) == 2  # padding is at work
 
 
@@ -78,7 +79,9 @@ def test_the_losses_differ_where_the_target_has_several_tokens(model: Model) -> 
     one = (short[0], "in")
     ids, start = tokens(model, *one)
     assert len(ids) - start == 1  # for a single token there is nothing to tell them apart
-    values = [loss_of(model, *lessons(model, [one], loss=x)) for x in ("target", "prompt_last")]
+    values = [
+        loss_of(model, *target_batches(model, [one], loss=x)) for x in ("target", "prompt_last")
+    ]
     assert values[0] == pytest.approx(values[1])
 
 
@@ -90,12 +93,12 @@ def test_only_the_target_is_learnt_where_the_prompt_is_never_predicted(
     scores = scoring.score_targets(model, [p for p, _ in PAIRS], [t for _, t in PAIRS])
     wanted = sum(score.mean_nll for score in scores) / 2
     for loss in ("target", "text"):
-        (lesson,) = lessons(model, PAIRS, loss=loss)  # type: ignore[arg-type]
+        (lesson,) = target_batches(model, PAIRS, loss=loss)  # type: ignore[arg-type]
         assert loss_of(model, lesson) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_an_end_token_is_the_target_s_last(model: Model) -> None:
-    (plain,), (ended,) = lessons(model, PAIRS), lessons(model, PAIRS, end=True)
+    (plain,), (ended,) = target_batches(model, PAIRS), target_batches(model, PAIRS, end=True)
     end = model.tokenizer.eos_token_id
     for owner in range(2):
         labels = ended.labels[ended.owners == owner].tolist()
@@ -106,27 +109,27 @@ def test_encoders_write_nothing_from_left_to_right(tmp_path: Path) -> None:
     model = build_model("bert", tmp_path)
     for options in ({"loss": "prompt_last"}, {"end": True}):
         with pytest.raises(CapabilityError, match="left to right"):
-            lessons(model, PAIRS, **options)  # type: ignore[arg-type]
+            target_batches(model, PAIRS, **options)  # type: ignore[arg-type]
     with pytest.raises(UnknownNameError, match="target"):
-        lessons(model, PAIRS, loss="targets")  # type: ignore[arg-type]
+        target_batches(model, PAIRS, loss="targets")  # type: ignore[arg-type]
 
 
 def test_plain_text_is_read_as_perplexity_reads_it(model: Model) -> None:
-    wanted = [total / count for total, count in text.text_nlls(model, SENTENCES)]
-    found = [loss_of(model, *reading(model, [sentence])) for sentence in SENTENCES]
+    wanted = [total / count for total, count in perplexity.text_nlls(model, SENTENCES)]
+    found = [loss_of(model, *text_batches(model, [sentence])) for sentence in SENTENCES]
     assert found == pytest.approx(wanted, rel=1e-4)
-    (together,) = reading(model, SENTENCES, batch_size=99)
+    (together,) = text_batches(model, SENTENCES, batch_size=99)
     assert loss_of(model, together) == pytest.approx(sum(wanted) / len(wanted), rel=1e-4)
-    assert reading(model, ["a"]) == []
+    assert text_batches(model, ["a"]) == []
 
 
 @pytest.mark.parametrize("family", ["t5", "bert"])
 def test_plain_text_is_read_by_other_kinds_too(family: str, tmp_path: Path) -> None:
     model = build_model(family, tmp_path)
-    batches = reading(model, [*SENTENCES, "word"], batch_size=5)
+    batches = text_batches(model, [*SENTENCES, "word"], batch_size=5)
     assert sum(batch.size for batch in batches) == len(SENTENCES)
     assert all(loss_of(model, batch) > 0 for batch in batches)
-    again = reading(model, [*SENTENCES, "word"], batch_size=5)
+    again = text_batches(model, [*SENTENCES, "word"], batch_size=5)
     assert all(torch.equal(a.labels, b.labels) for a, b in zip(batches, again, strict=True))
 
 
@@ -163,7 +166,7 @@ class Steering(Trainer):
 
 
 def each(model: Model, *pairs: tuple[str, str], **options: Any) -> list[Any]:
-    return lessons(model, pairs or PAIRS, batch_size=1, **options)
+    return target_batches(model, pairs or PAIRS, batch_size=1, **options)
 
 
 def test_the_loss_falls_and_training_stops_when_the_requests_hold(model: Model) -> None:
@@ -243,7 +246,9 @@ def test_the_prompt_s_end_is_said_to_kinds_that_ask(model: Model) -> None:
     seen = []
     module = model.module.get_submodule(model.anatomy.block(2))
     handle = module.register_forward_hook(lambda *_: seen.append(model.prompt_ends))
-    trainer = Trainer(model, lessons(model, PAIRS), TrainerSettings(lr=1, steps=1), above=Above(2))
+    trainer = Trainer(
+        model, target_batches(model, PAIRS), TrainerSettings(lr=1, steps=1), above=Above(2)
+    )
     trainer.record(trainer.lessons)
     trainer.objective()
     handle.remove()

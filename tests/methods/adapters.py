@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 
-from errata.delta import AdapterDelta
-from errata.evaluate import scoring
-from errata.model import Model
-from errata.progress import Progress
-from errata.request import Request
-from errata.stack import Entry
+from errata.edits.delta import AdapterDelta
+from errata.edits.request import Request
+from errata.edits.stack import Entry
+from errata.model import Model, scoring
+from errata.model.progress import Progress
 
 WHOLE = ("attention_in", "mlp_in", "mlp_out")
 IDS = tuple(f"{i:012x}" for i in range(1, 9))

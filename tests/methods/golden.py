@@ -10,11 +10,11 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
-from errata.anatomy import Anatomy
-from errata.artifacts import Artifacts
+from errata.edits.request import Request
+from errata.kit.second_moments import SecondMoment
 from errata.model import Model
-from errata.request import Request
-from errata.stats import SecondMoment
+from errata.model.anatomy import Anatomy
+from errata.model.artifacts import Artifacts
 from tests.families import architectures
 from tests.helpers import shared_path
 

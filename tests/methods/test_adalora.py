@@ -10,14 +10,13 @@ import torch
 from peft import PeftModel
 from pydantic import ValidationError
 
-from errata.anatomy import Anatomy
-from errata.delta import AdapterDelta
+from errata.contract.rules import Snapshot
+from errata.edits.delta import AdapterDelta
+from errata.edits.request import Request
 from errata.errors import ConfigError, UnknownNameError
-from errata.evaluate import scoring
-from errata.model import Model
-from errata.request import Request
-from errata.rules import Snapshot
-from errata.training import AdapterTrainer
+from errata.kit.training import AdapterTrainer
+from errata.model import Model, scoring
+from errata.model.anatomy import Anatomy
 from errata_adalora import Adalora, AdaloraConfig
 from tests.families import build, build_model
 from tests.helpers import shared_path

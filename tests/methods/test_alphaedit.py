@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from errata.closed_form.deltas import key_values, low_rank
-from errata.closed_form.walk import Prompts, grouped
-from errata.delta import KeyValueDelta
+from errata.edits.delta import KeyValueDelta
+from errata.edits.stack import Entry
 from errata.errors import ConfigError
-from errata.metric import Projection
-from errata.null_space import null_space
-from errata.stack import Entry
+from errata.kit.closed_form.deltas import key_values, low_rank
+from errata.kit.closed_form.layer_updates import Prompts, grouped
+from errata.kit.metric import Projection
+from errata.kit.null_space import null_space
 from errata_alphaedit import AlphaEdit, AlphaEditConfig
 from errata_alphaedit.algorithm import alphaedit, metrics_of
 from tests.families import SENTENCES, build_model

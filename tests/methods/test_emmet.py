@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from errata.closed_form.deltas import key_values, low_rank
-from errata.closed_form.walk import Prompts
-from errata.delta import KeyValueDelta
-from errata.metric import Whitening
-from errata.stack import Entry
+from errata.edits.delta import KeyValueDelta
+from errata.edits.stack import Entry
+from errata.kit.closed_form.deltas import key_values, low_rank
+from errata.kit.closed_form.layer_updates import Prompts
+from errata.kit.metric import Whitening
 from errata_emmet import Emmet, EmmetConfig
 from errata_emmet.algorithm import emmet
 from tests.families import SENTENCES, build_model

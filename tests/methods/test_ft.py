@@ -10,16 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from errata.delta import Delta, DenseDelta, LowRankDelta, SparseRowsDelta
+from errata.contract.registry import Registry
+from errata.contract.rules import Snapshot
+from errata.edits.delta import Delta, DenseDelta, LowRankDelta, SparseRowsDelta
+from errata.edits.request import Request
+from errata.edits.stack import Entry
 from errata.errors import CapabilityError, ConfigError, UnknownNameError
-from errata.evaluate import scoring
-from errata.forward import frozen
-from errata.model import Model
-from errata.registry import Registry
-from errata.request import Request
-from errata.rules import Snapshot
-from errata.stack import Entry
-from errata.training import lessons
+from errata.kit.training import target_batches
+from errata.model import Model, scoring
+from errata.model.forward import frozen
 from errata_ft import Ft, FtConfig
 from errata_ft.config import VARIANTS
 from errata_ft.difference import Difference
@@ -178,7 +177,7 @@ def fitted(model: Model, config: FtConfig, *requests: Request) -> tuple[FineTune
     difference = Difference(model, [OUT])
     if config.norm_constraint is not None:
         difference.box(config.norm_constraint)
-    batches = lessons(model, [(r.text, r.target_new) for r in requests], loss=config.loss)
+    batches = target_batches(model, [(r.text, r.target_new) for r in requests], loss=config.loss)
     with torch.enable_grad(), frozen(model.module), difference.attached():
         tuner = FineTuner(model, batches, difference, [OUT], config)
         tuner.fit(difference.leaves)
@@ -315,7 +314,7 @@ def test_a_batch_is_kept_better_breadth_first(model: Model) -> None:
 
 
 def test_locft_teaches_the_end(model: Model) -> None:
-    from errata.evaluate.generation import generate
+    from errata.model.generation import generate
 
     activate(model, tune(model, MUSIC, variant="locft"))
     assert generate(model, [MUSIC.text], max_new_tokens=20)[0].strip() == MUSIC.target_new

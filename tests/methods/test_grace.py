@@ -14,16 +14,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import BertForSequenceClassification, GPT2LMHeadModel
 
-from errata.anatomy import Anatomy
-from errata.delta.codebook import CodebookDelta
-from errata.delta.codebook_runtime import CodebookRuntime
+from errata.contract.rules import Snapshot
+from errata.edits.delta.codebook import CodebookDelta
+from errata.edits.delta.codebook_runtime import CodebookRuntime
+from errata.edits.request import Request
+from errata.edits.stack import Entry
 from errata.errors import ConfigError, MissingExtraError, RequestError
-from errata.evaluate.generation import generate
-from errata.evaluate.scoring import score_targets
 from errata.model import Model
-from errata.request import Request
-from errata.rules import Snapshot
-from errata.stack import Entry
+from errata.model.anatomy import Anatomy
+from errata.model.generation import generate
+from errata.model.scoring import score_targets
 from errata_grace import Grace, GraceConfig
 from errata_grace import algorithm as grace
 from errata_grace.cases import Case, case_of

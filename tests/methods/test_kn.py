@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from errata.delta import SparseRowsDelta
+from errata.contract.rules import Snapshot
+from errata.edits.delta import SparseRowsDelta
+from errata.edits.request import Request
+from errata.edits.stack import Entry
 from errata.errors import ConfigError
-from errata.evaluate.scoring import score_targets
 from errata.locate import knowledge_neurons
 from errata.model import Model
-from errata.request import Request
-from errata.rules import Snapshot
-from errata.stack import Entry
+from errata.model.scoring import score_targets
 from errata_kn import Kn, KnConfig
 from errata_kn.algorithm import NoNeurons
 from tests.families import build_model

@@ -9,12 +9,11 @@ import pytest
 import torch
 from peft import PeftModel
 
-from errata.delta import AdapterDelta
+from errata.contract.rules import Snapshot
+from errata.edits.delta import AdapterDelta
+from errata.edits.request import Request
 from errata.errors import ConfigError, UnknownNameError
-from errata.evaluate import scoring
-from errata.model import Model
-from errata.request import Request
-from errata.rules import Snapshot
+from errata.model import Model, scoring
 from errata_lora import Lora, LoraConfig
 from tests.families import build, build_model
 from tests.methods.adapters import (

@@ -9,21 +9,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from errata.closed_form.deltas import key_values, low_rank
-from errata.closed_form.statistics import anchored, mean_norm, whitenings_of
-from errata.closed_form.walk import Prompts, boundary, grouped, spread
+from errata.contract.rules import Snapshot
 from errata.datasets import atlas
-from errata.delta import KeyValueDelta, LowRankDelta
+from errata.edits.delta import KeyValueDelta, LowRankDelta
+from errata.edits.request import Request
+from errata.edits.stack import Entry
 from errata.errors import CapabilityError, ConfigError
-from errata.forward import trace
-from errata.loading import load_model
-from errata.metric import Whitening
+from errata.kit.closed_form.deltas import key_values, low_rank
+from errata.kit.closed_form.layer_updates import Prompts, boundary, grouped, spread
+from errata.kit.closed_form.statistics import anchored, mean_norm, whitenings_of
+from errata.kit.metric import Whitening
+from errata.kit.values import EditFailed, Value, ValueSettings, optimise_values
 from errata.model import Model
-from errata.request import Request
-from errata.rules import Snapshot
-from errata.stack import Entry
-from errata.tokens import encode, subject_position
-from errata.values import EditFailed, Value, ValueSettings, optimise_values
+from errata.model.forward import trace
+from errata.model.loading import load_model
+from errata.model.tokens import encode, subject_position
 from errata_memit import Memit, MemitConfig
 from errata_memit.algorithm import memit
 from tests.families import DECODERS, SENTENCES, architectures, build_model

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from errata.closed_form.statistics import optimised, whitenings_of
-from errata.closed_form.walk import Prompts
 from errata.datasets import atlas
-from errata.loading import load_model
-from errata.stack import Entry
-from errata.values import ValueSettings, optimise_values
+from errata.edits.stack import Entry
+from errata.kit.closed_form.layer_updates import Prompts
+from errata.kit.closed_form.statistics import optimised, whitenings_of
+from errata.kit.values import ValueSettings, optimise_values
+from errata.model.loading import load_model
 from errata_pmet import Pmet, PmetConfig
 from errata_pmet.algorithm import pmet
 from tests.families import SENTENCES, architectures, build_model

@@ -14,20 +14,20 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
-from errata.anatomy import Anatomy
-from errata.artifacts import Artifacts
-from errata.contexts import prefix_contexts
-from errata.delta import LowRankDelta
+from errata.contract.rules import Snapshot
+from errata.edits.delta import LowRankDelta
+from errata.edits.request import Request
+from errata.edits.stack import Entry
 from errata.errors import CapabilityError, ConfigError, ErrataError
-from errata.forward import logits_at, trace
+from errata.kit.contexts import prefix_contexts
+from errata.kit.second_moments import SecondMoment
+from errata.kit.values import EditFailed, ValueSettings, optimise_values
 from errata.locate.sweep import LayerResult, Sweep
 from errata.model import Model
-from errata.request import Request
-from errata.rules import Snapshot
-from errata.stack import Entry
-from errata.stats import SecondMoment
-from errata.tokens import encode, encode_targets, subject_position
-from errata.values import EditFailed, ValueSettings, optimise_values
+from errata.model.anatomy import Anatomy
+from errata.model.artifacts import Artifacts
+from errata.model.forward import logits_at, trace
+from errata.model.tokens import encode, encode_targets, subject_position
 from errata_rome import Rome, RomeConfig
 from errata_rome.algorithm import RankOne, contexts_of, rome, statistic_of
 from tests.families import DECODERS, SENTENCES, architectures, build_model

@@ -12,7 +12,7 @@ from errata.bench.config import BenchConfig, DatasetSpec, Variant, read_config
 from errata.bench.engines import Engine, SerialEngine
 from errata.bench.planning import Plan, plan
 from errata.bench.processes import ProcessEngine
-from errata.bench.remote import RayEngine
+from errata.bench.ray_engine import RayEngine
 from errata.bench.results import Run, load
 from errata.bench.runner import run
 

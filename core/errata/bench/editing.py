@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from errata.delta.adapter_layers import no_randomness
+from errata.edits.delta.adapter_layers import no_randomness
 from errata.errors import EditRefused, LedgerError, SelfComparisonError, StorageError
 
 if TYPE_CHECKING:
     from errata.editor import Editor
-    from errata.request import Request
+    from errata.edits.request import Request
 
 logger = logging.getLogger("errata")
 

@@ -12,13 +12,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from errata import errors
-from errata.bench.tasks import Task, keys_of
+from errata.bench.work_units import Task, keys_of
 
 if TYPE_CHECKING:
-    from errata.bench.job import Job
     from errata.bench.results import Line
+    from errata.bench.run_spec import Job
     from errata.bench.worker import Worker
-    from errata.progress import Progress
+    from errata.model.progress import Progress
 
 TRIES = 3
 """How often a task is started without a single new line before its next case is given up."""

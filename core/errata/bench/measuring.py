@@ -7,17 +7,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errata.bench.job import Case, name_of
-from errata.blobs import write_bytes
+from errata.bench.run_spec import Case, name_of
 from errata.errors import IntegrityError, StorageError
 from errata.evaluate import PROTOCOLS, Baseline, Measurement, Reader, TargetScore
 from errata.evaluate.measurement import harmonic_mean
 from errata.evaluate.reader import Memory
+from errata.model.storage import write_bytes
 
 if TYPE_CHECKING:
     from errata.editor import Editor
+    from errata.edits.request import Request
     from errata.evaluate import MeasureSettings
-    from errata.request import Request
 
 SCHEMA = 1
 

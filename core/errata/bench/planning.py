@@ -9,17 +9,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errata import plugins
 from errata.bench.config import BASE, STREAMS, BenchConfig
-from errata.bench.job import Case, Job
 from errata.bench.results import load, read_info
-from errata.bench.tasks import Task, base_state_tasks, base_tasks, edit_tasks, keys_of, left_over
+from errata.bench.run_spec import Case, Job
+from errata.bench.work_units import (
+    Task,
+    base_state_tasks,
+    base_tasks,
+    edit_tasks,
+    keys_of,
+    left_over,
+)
+from errata.contract import plugins
+from errata.contract.registry import Registry
 from errata.errors import CapabilityError, ConfigError
-from errata.registry import Registry
 
 if TYPE_CHECKING:
     from errata.bench.worker import Worker
-    from errata.registry import Capabilities
+    from errata.contract.registry import Capabilities
 
 
 @dataclass(frozen=True)

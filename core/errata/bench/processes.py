@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from errata.bench.config import BenchConfig
 from errata.bench.engines import Handle, Message, Pool, described, threads_each
-from errata.bench.job import Job
+from errata.bench.run_spec import Job
 from errata.errors import ErrataError
 
 if TYPE_CHECKING:
     from multiprocessing.context import SpawnProcess
     from pathlib import Path
 
-    from errata.bench.tasks import Task
+    from errata.bench.work_units import Task
 
 logger = logging.getLogger("errata")
 FINISH = 60.0  # seconds for the last check of a model

@@ -12,8 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from errata.blobs import make_folder, write_bytes
 from errata.errors import ConfigError, IntegrityError, LedgerBusyError, StorageError
+from errata.model.storage import make_folder, write_bytes
 
 SCHEMA = 1
 INFO, RESULTS, LOCK = "run.json", "results.jsonl", "run.lock"

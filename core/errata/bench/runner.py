@@ -9,10 +9,10 @@ from typing import Any
 
 from errata.bench.config import BenchConfig
 from errata.bench.engines import Engine, SerialEngine
-from errata.bench.job import Job
 from errata.bench.planning import check
 from errata.bench.results import INFO, RESULTS, Line, Results, Run, load, read_info, write_info
-from errata.bench.tasks import (
+from errata.bench.run_spec import Job
+from errata.bench.work_units import (
     Task,
     base_state_tasks,
     base_tasks,
@@ -22,7 +22,7 @@ from errata.bench.tasks import (
     prepare_tasks,
 )
 from errata.errors import IntegrityError
-from errata.progress import Progress
+from errata.model.progress import Progress
 
 
 def run(
@@ -68,7 +68,7 @@ def run(
 def _run(
     job: Job, engine: Engine, progress: Progress, on_line: Callable[[Line], None] | None
 ) -> Run:
-    from errata.bench.identity import check_same, info_of
+    from errata.bench.run_identity import check_same, info_of
 
     folder = job.folder()
     with closing(Results.open(folder)) as results:

@@ -11,15 +11,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errata import plugins
 from errata.bench import measuring
 from errata.bench.editing import FATAL, Outcome, describe, edit_case
-from errata.bench.job import CHUNK, Case, Item, Job, name_of
-from errata.bench.lines import Place, case_line, failure_line, state_line
+from errata.bench.records import Place, case_line, failure_line, state_line
 from errata.bench.results import Line
-from errata.bench.streams import run_stream
-from errata.bench.tasks import Task, key_of, state_of_batch
-from errata.checks import check_capabilities, check_prompts
+from errata.bench.run_spec import CHUNK, Case, Item, Job, name_of
+from errata.bench.sequential import run_stream
+from errata.bench.work_units import Task, key_of, state_of_batch
+from errata.contract import plugins
+from errata.contract.capabilities import check_capabilities, check_prompts
 from errata.editor import Editor
 from errata.errors import IntegrityError
 from errata.evaluate import Baseline
@@ -27,7 +27,7 @@ from errata.evaluate import Baseline
 if TYPE_CHECKING:
     from errata.evaluate import Measurement
     from errata.evaluate.reader import Memory
-    from errata.progress import Progress
+    from errata.model.progress import Progress
 
 logger = logging.getLogger("errata")
 HOLD = 2**31

@@ -10,16 +10,16 @@ from typer.core import TyperGroup
 from errata import __version__
 from errata.cli import (
     bench,
-    data,
+    datasets,
     demo,
     diff,
     doctor,
     edits,
+    export,
     history,
-    look,
+    measure,
     methods,
     report,
-    ship,
     zoo,
 )
 from errata.cli.render import console
@@ -72,12 +72,12 @@ def root(
 demo.add(app)
 edits.add(app)
 history.add(app)
-look.add(app)
+measure.add(app)
 diff.add(app)
 bench.add(app)
 report.add(app)
-ship.add(app)
+export.add(app)
 methods.add(app)
-data.add(app)
+datasets.add(app)
 zoo.add(app)
 doctor.add(app)

@@ -17,10 +17,10 @@ from errata.cli.session import DAMAGED, OUTPUT, Session, command
 from errata.errors import ConfigError
 
 if TYPE_CHECKING:
-    from errata.edit import Edit
     from errata.editor import Editor
+    from errata.edits.edit import Edit
+    from errata.edits.request import Request
     from errata.evaluate import Measurement
-    from errata.request import Request
 
 PANEL = "Start here"
 MODEL_NAME = "atlas-gpt2"
@@ -338,6 +338,6 @@ def _live(editor: Editor) -> dict[str, Any]:
 
 def _digests(editor: Editor) -> dict[str, str]:
     """Return the SHA-256 of every tensor of the live module, taken without errata's stack."""
-    from errata.pristine import digest
+    from errata.model.pristine import digest
 
     return {name: digest(tensor) for name, tensor in _live(editor).items()}

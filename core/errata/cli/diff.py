@@ -15,10 +15,10 @@ from errata.cli.session import MODEL, Session, command
 from errata.errors import ConfigError, LedgerError, UnknownNameError
 
 if TYPE_CHECKING:
-    from errata.edit import Edit
     from errata.editor import Editor
+    from errata.edits.edit import Edit
+    from errata.edits.stack import Entry
     from errata.locate.weights import WeightChange, WeightDiff
-    from errata.stack import Entry
 
 PANEL = "Look"
 GROUPS = ("edits", "methods")

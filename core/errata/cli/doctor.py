@@ -15,11 +15,12 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from errata import __version__, plugins
-from errata.artifacts import default_directory
+from errata import __version__
 from errata.cli import render
 from errata.cli.session import LEDGER, Session, command, remembered
+from errata.contract import plugins
 from errata.errors import ErrataError
+from errata.model.artifacts import default_directory
 
 PANEL = "Catalogue and environment"
 LIBRARIES = ("torch", "transformers", "peft", "safetensors", "pydantic", "pluggy", "typer", "rich")
@@ -117,7 +118,7 @@ def _methods(problems: list[str]) -> list[dict[str, Any]]:
 
 
 def _registry(problems: list[str]) -> dict[str, Any]:
-    from errata.registry import Registry, user_file
+    from errata.contract.registry import Registry, user_file
 
     try:
         registry = Registry.load(plugin_files=plugins.registry_files())

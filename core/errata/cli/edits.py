@@ -13,12 +13,12 @@ from rich.text import Text
 
 from errata.cli import render
 from errata.cli.session import MODEL, REFUSED, Session, command
+from errata.edits.request import KINDS, Request
 from errata.errors import ConfigError, LedgerError, RequestError
-from errata.request import KINDS, Request
 
 if TYPE_CHECKING:
-    from errata.edit import Edit
     from errata.editor import Editor
+    from errata.edits.edit import Edit
 
 PANEL = "Edit"
 ANSWER_TOKENS = 8
@@ -176,7 +176,7 @@ def edit(
 
 def check_method(name: str) -> None:
     """Raise for a method that is not installed, before anything is loaded."""
-    from errata import plugins
+    from errata.contract import plugins
     from errata.errors import UnknownNameError
 
     points = plugins.installed()

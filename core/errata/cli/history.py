@@ -13,8 +13,8 @@ from errata.cli.edits import edit_json
 from errata.cli.session import DAMAGED, LEDGER, MODEL, Session, command, remembered
 
 if TYPE_CHECKING:
-    from errata.edit import Edit
-    from errata.ledger import Event
+    from errata.edits.edit import Edit
+    from errata.edits.ledger import Event
 
 PANEL = "Look back"
 WORDS = {

@@ -12,8 +12,8 @@ from errata.cli import render
 from errata.cli.edits import check_method, pairs, read_requests
 from errata.cli.located import averaged, location, swept
 from errata.cli.session import MODEL, Session, command
+from errata.edits.request import Request
 from errata.errors import ConfigError, RequestError, UnknownNameError
-from errata.request import Request
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

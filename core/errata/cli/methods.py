@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from errata import plugins
 from errata.cli import render
 from errata.cli.edits import pairs
 from errata.cli.session import MODEL, Session, calm_transformers, command
+from errata.contract import plugins
+from errata.contract.hooks import Specification
+from errata.contract.registry import Registry
 from errata.errors import ConfigError, UnknownNameError
-from errata.hooks import Specification
-from errata.registry import Registry
 
 if TYPE_CHECKING:
-    from errata.config import MethodConfig
-    from errata.registry import MethodEntry, Preset, Value
+    from errata.contract.config import MethodConfig
+    from errata.contract.registry import MethodEntry, Preset, Value
 
 PANEL = "Catalogue and environment"
 HOOKS = tuple(name for name in vars(Specification) if not name.startswith("_"))
@@ -297,7 +297,7 @@ def model_facts(source: str, registry: Registry) -> dict[str, Any]:
     import transformers
 
     from errata import zoo
-    from errata.anatomy import Anatomy, ArchitectureSpec
+    from errata.model.anatomy import Anatomy, ArchitectureSpec
 
     calm_transformers()
     where = str(zoo.model_path(source)) if source in zoo.MODELS else source

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from errata.progress import Progress, T
+from errata.model.progress import Progress, T
 
 if TYPE_CHECKING:
     from typing import TypeGuard

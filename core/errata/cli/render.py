@@ -18,7 +18,7 @@ from rich.theme import Theme
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from errata.edit import Edit
+    from errata.edits.edit import Edit
     from errata.evaluate import Measurement
 
 # Blue against orange, never red against green; and no meaning rests on colour alone.

@@ -79,7 +79,7 @@ def report(
     Runs of one configuration with different seeds are pooled; different configurations stand side
     by side. A run that is not finished is reported as far as it is.
     """
-    from errata.report import read
+    from errata.bench.report import read
 
     if cases is not None and html is None:
         raise ConfigError("--cases says how many cases the page holds: give --html FILE too.")

@@ -27,9 +27,9 @@ from errata.errors import ConfigError, EditRefused, ErrataError, LedgerError, Un
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from errata.delta import Delta
     from errata.editor import Editor
-    from errata.ledger import Ledger
+    from errata.edits.delta import Delta
+    from errata.edits.ledger import Ledger
 
 OK, FAILED, USAGE, REFUSED, DAMAGED, INTERRUPTED = 0, 1, 2, 3, 4, 130
 EXIT_CODES = {
@@ -162,13 +162,13 @@ class Session:
 
     def has_ledger(self) -> bool:
         """Say whether there is a ledger in the folder."""
-        from errata.ledger.schema import DATABASE
+        from errata.edits.ledger.schema import DATABASE
 
         return (self.ledger / DATABASE).is_file()
 
     def read_ledger(self, kinds: bool = False) -> Ledger:
         """Open the ledger for reading, without a model; deltas can be read only with `kinds`."""
-        from errata.ledger import Ledger
+        from errata.edits.ledger import Ledger
 
         if not self.has_ledger():
             raise LedgerError(
@@ -325,8 +325,8 @@ def remembered(ledger: Ledger) -> dict[str, Any]:
 
 def delta_kinds() -> Mapping[str, type[Delta]]:
     """Return every delta kind: the core's, and those of the installed methods that load."""
-    from errata import plugins
-    from errata.builtin import CoreEditing
+    from errata.contract import plugins
+    from errata.contract.builtin import CoreEditing
     from errata.errors import PluginError
 
     loaded = []

@@ -20,7 +20,7 @@ from errata.errors import ConfigError
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
 
-    from errata.request import Probe, RelationView, Request
+    from errata.edits.request import Probe, RelationView, Request
 
 KINDS = ("modify", "erase")
 
@@ -86,7 +86,7 @@ ERASABLE = ("profession", "instrument", "sport", "learns", "collects", "colour")
 
 def to_request(case: dict[str, Any], kind: Literal["modify", "erase"] = "modify") -> Request:
     """Turn one case into a request."""
-    from errata.request import ERASED, Probe, Request
+    from errata.edits.request import ERASED, Probe, Request
 
     rewrite = case["requested_rewrite"]
     true = rewrite["target_true"]["str"]
@@ -130,7 +130,7 @@ def _relation_view(case: dict[str, Any]) -> RelationView:
     The neighbours' pairs stay joined by this relation, and the subject to its other values by
     whatever joins them, which may be several relations at once.
     """
-    from errata.request import Probe, RelationView
+    from errata.edits.request import Probe, RelationView
     from errata.zoo.relations import RELATION_PROMPTS, UNKNOWN, relation_by_id
 
     rewrite = case["requested_rewrite"]

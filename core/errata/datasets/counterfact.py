@@ -5,7 +5,7 @@ from __future__ import annotations
 from errata.datasets.probes import listed
 from errata.datasets.reader import per_record
 from errata.datasets.record import Record, probes
-from errata.request import Probe, Request
+from errata.edits.request import Probe, Request
 
 
 def parse(record: Record) -> Request:

@@ -14,8 +14,8 @@ from typing import Any
 from errata.datasets.catalogue import READERS
 from errata.datasets.reader import Item, Reader
 from errata.datasets.source import Source, open_source
+from errata.edits.request import Probe, Request
 from errata.errors import ConfigError, DatasetError, UnknownNameError
-from errata.request import Probe, Request
 
 log = logging.getLogger("errata")
 

@@ -10,8 +10,8 @@ from errata.datasets.probes import listed
 from errata.datasets.reader import Item, parsed
 from errata.datasets.record import Record, probes
 from errata.datasets.source import Source
+from errata.edits.request import Probe, Request
 from errata.errors import ConfigError, UnknownNameError
-from errata.request import Probe, Request
 
 SENTIMENTS = ("positive", "negative")
 FORGET, RETAIN = ("K_F", "success"), ("K_R", "locality")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from errata.datasets.counterfact import case_id
 from errata.datasets.reader import per_record
 from errata.datasets.record import Record
-from errata.request import Request
+from errata.edits.request import Request
 
 
 def scotus(record: Record) -> Request:

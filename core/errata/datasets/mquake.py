@@ -5,7 +5,7 @@ from __future__ import annotations
 from errata.datasets.counterfact import case_id
 from errata.datasets.reader import per_record
 from errata.datasets.record import Record, probes, without
-from errata.request import Probe, Request
+from errata.edits.request import Probe, Request
 
 
 def parse(record: Record) -> list[Request]:

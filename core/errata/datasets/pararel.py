@@ -16,8 +16,8 @@ from pathlib import Path
 from errata.datasets.reader import Item, parsed
 from errata.datasets.record import Record, probes
 from errata.datasets.source import JsonFile, Source
+from errata.edits.request import Request
 from errata.errors import DatasetError, UnknownNameError
-from errata.request import Request
 
 LAYOUTS = (
     ("pattern_data/graphs_json", "trex_lms_vocab"),

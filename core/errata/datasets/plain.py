@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from errata.datasets.reader import per_record
 from errata.datasets.record import Record
+from errata.edits.request import Request
 from errata.errors import RequestError
-from errata.request import Request
 
 
 def parse(record: Record) -> Request:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from errata.datasets.record import Record, probes
-from errata.request import Probe
+from errata.edits.request import Probe
 
 TYPES = {
     "reasoning": "reasoning",

@@ -24,8 +24,8 @@ from errata.datasets.reader import Item, parsed
 from errata.datasets.record import Record
 from errata.datasets.relations import NAMES
 from errata.datasets.source import Source, open_source
+from errata.edits.request import Probe, RelationView, Request
 from errata.errors import ConfigError, DatasetError, RequestError
-from errata.request import Probe, RelationView, Request
 
 NOTHING = "None"
 """What is said of a pair that no relation joins, as in the authors' evaluation."""

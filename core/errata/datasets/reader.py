@@ -10,8 +10,8 @@ from pydantic import ValidationError
 
 from errata.datasets.record import Record
 from errata.datasets.source import Source
+from errata.edits.request import Probe, Request
 from errata.errors import DatasetError, RequestError
-from errata.request import Probe, Request
 
 Item = Request | Probe | DatasetError
 """What reading yields: a request; a probe of the dataset as a whole; a record that is bad.

@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from errata.edits.request import Probe, Request
 from errata.errors import DatasetError
-from errata.request import Probe, Request
 
 
 @dataclass(frozen=True)

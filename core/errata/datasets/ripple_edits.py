@@ -13,7 +13,7 @@ from errata.datasets.counterfact import case_id
 from errata.datasets.probes import kind
 from errata.datasets.reader import per_record
 from errata.datasets.record import Record, probes, without
-from errata.request import Probe, Request
+from errata.edits.request import Probe, Request
 
 PORTABILITY = (
     "Logical_Generalization",

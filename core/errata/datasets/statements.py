@@ -10,7 +10,7 @@ import re
 
 from errata.datasets.reader import per_record
 from errata.datasets.record import Record, probes
-from errata.request import Probe, Request
+from errata.edits.request import Probe, Request
 
 _RELATION = re.compile(r"\((P\d+)\)\s*$")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from errata.datasets.counterfact import case_id, one_hop
 from errata.datasets.reader import per_record
 from errata.datasets.record import Record, probes, without
+from errata.edits.request import Request
 from errata.errors import ConfigError
-from errata.request import Request
 
 TARGETS = ("alt", "answers")
 

@@ -15,32 +15,32 @@ from errata.evaluate.measurement import Answer, Measurement, pool
 if TYPE_CHECKING:
     from errata.evaluate.baseline import Baseline
     from errata.evaluate.divergence import kl_to_base
-    from errata.evaluate.generation import generate
     from errata.evaluate.matching import contained_match, exact_match
     from errata.evaluate.metrics import CoreMetrics
     from errata.evaluate.protocol import Protocol
     from errata.evaluate.protocols import PROTOCOLS
     from errata.evaluate.reader import MeasureSettings, Question, Reader
-    from errata.evaluate.scoring import TargetScore, score_targets
-    from errata.evaluate.text import canary_texts, perplexity
+    from errata.model.generation import generate
+    from errata.model.perplexity import canary_texts, perplexity
+    from errata.model.scoring import TargetScore, score_targets
 
 # PEP 562, as in the package itself: looked up when first used.
 _LAZY = {
-    "Baseline": "baseline",
-    "CoreMetrics": "metrics",
-    "MeasureSettings": "reader",
-    "PROTOCOLS": "protocols",
-    "Protocol": "protocol",
-    "Question": "reader",
-    "Reader": "reader",
-    "TargetScore": "scoring",
-    "canary_texts": "text",
-    "contained_match": "matching",
-    "exact_match": "matching",
-    "generate": "generation",
-    "kl_to_base": "divergence",
-    "perplexity": "text",
-    "score_targets": "scoring",
+    "Baseline": "errata.evaluate.baseline",
+    "CoreMetrics": "errata.evaluate.metrics",
+    "MeasureSettings": "errata.evaluate.reader",
+    "PROTOCOLS": "errata.evaluate.protocols",
+    "Protocol": "errata.evaluate.protocol",
+    "Question": "errata.evaluate.reader",
+    "Reader": "errata.evaluate.reader",
+    "TargetScore": "errata.model.scoring",
+    "canary_texts": "errata.model.perplexity",
+    "contained_match": "errata.evaluate.matching",
+    "exact_match": "errata.evaluate.matching",
+    "generate": "errata.model.generation",
+    "kl_to_base": "errata.evaluate.divergence",
+    "perplexity": "errata.model.perplexity",
+    "score_targets": "errata.model.scoring",
 }
 
 __all__ = [
@@ -73,7 +73,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(import_module(f"errata.evaluate.{_LAZY[name]}"), name)
+        return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

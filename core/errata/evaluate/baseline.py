@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter
 
-from errata.blobs import parse_json, write_bytes
 from errata.errors import ConfigError, FingerprintError, IntegrityError
 from errata.evaluate.measurement import Measurement
 from errata.evaluate.protocols import PROTOCOLS
 from errata.evaluate.reader import MeasureSettings, Memory, Reader
+from errata.model.storage import parse_json, write_bytes
 
 if TYPE_CHECKING:
+    from errata.edits.request import Request
     from errata.evaluate.classifiers import SentimentClassifier, TopicClassifier
-    from errata.model import Model
-    from errata.request import Request
+    from errata.model.model import Model
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def _digest(body: dict[str, Any]) -> str:
 
 def _settings_hints() -> dict[str, Any]:
     """Return the types of the settings that are data, by field."""
-    from errata.request import Probe
+    from errata.edits.request import Probe
 
     names = {"Probe": Probe, "SentimentClassifier": Any, "TopicClassifier": Any}
     hints = get_type_hints(MeasureSettings, localns=names)

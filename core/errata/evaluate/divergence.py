@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from errata.errors import ConfigError, SelfComparisonError
-from errata.evaluate import scoring, text
+from errata.model import perplexity, scoring
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from errata.evaluate.reader import Reader
-    from errata.evaluate.scoring import Scored
+    from errata.model.scoring import Scored
 
 LOGITS = 2**27
 """Floats of the base's log-probabilities that are held at a time."""
@@ -87,7 +87,7 @@ def _chunks(reader: Reader, texts: Sequence[str], batch_size: int) -> Iterator[l
     vocabulary = int(reader.model.config.vocab_size)
     chunk: list[Rows] = []
     held = 0
-    for owners, batch in text.batches(reader.model, texts, batch_size, last=True):
+    for owners, batch in perplexity.batches(reader.model, texts, batch_size, last=True):
         if chunk and (held + len(batch.rows)) * vocabulary > LOGITS:
             yield chunk
             chunk, held = [], 0

@@ -6,16 +6,16 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from errata.contract.hooks import hookimpl
 from errata.evaluate.baseline import Baseline
 from errata.evaluate.protocols import PROTOCOLS
 from errata.evaluate.reader import MeasureSettings, Reader
-from errata.hooks import hookimpl
 
 if TYPE_CHECKING:
+    from errata.edits.request import Request
     from errata.evaluate.measurement import Measurement
     from errata.evaluate.protocol import Protocol
-    from errata.model import Model
-    from errata.request import Request
+    from errata.model.model import Model
 
 logger = logging.getLogger("errata")
 

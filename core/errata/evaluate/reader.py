@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from errata.errors import SelfComparisonError
 from errata.evaluate.failures import classify_failure
-from errata.evaluate.generation import generate
 from errata.evaluate.matching import NORMALISATION, contained_match, exact_match
 from errata.evaluate.measurement import Answer, Measurement
 from errata.evaluate.sampled import sampled_texts
-from errata.evaluate.scoring import TargetScore, score_targets
-from errata.evaluate.text import text_nlls
+from errata.model.generation import generate
+from errata.model.perplexity import text_nlls
+from errata.model.scoring import TargetScore, score_targets
 
 if TYPE_CHECKING:
+    from errata.edits.request import Probe, Request
     from errata.evaluate.classifiers import SentimentClassifier, TopicClassifier
-    from errata.model import Model
-    from errata.request import Probe, Request
+    from errata.model.model import Model
 
 Case = TypeVar("Case", int, str)
 

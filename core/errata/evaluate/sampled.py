@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from errata.evaluate.generation import Sampling, decode_after, generate_tokens
-from errata.evaluate.scoring import context_limit
+from errata.model.generation import Sampling, decode_after, generate_tokens
+from errata.model.scoring import context_limit
 
 if TYPE_CHECKING:
-    from errata.model import Model
+    from errata.model.model import Model
 
 GENERATED_TOKENS = 100
 """Length of a sampled text, prompt included."""

@@ -18,18 +18,18 @@ import numpy as np
 
 from errata.errors import ConfigError, RequestError, UnknownNameError
 from errata.locate.causal_trace import MEGABYTES, Tracer, check
+from errata.locate.corrupted_runs import Score
 from errata.locate.corruption import embedding_std, span_std
-from errata.locate.numbers import mean_intervals
+from errata.locate.rank_statistics import mean_intervals
 from errata.locate.result import KINDS, CausalTrace, Kind
-from errata.locate.runs import Score
 from errata.locate.screening import screened
 from errata.locate.spans import Span, role_order, roles, span_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from errata.model import Model
-    from errata.request import Request
+    from errata.edits.request import Request
+    from errata.model.model import Model
 
 logger = logging.getLogger("errata")
 
@@ -299,7 +299,7 @@ def _variants(
 
 
 def _known(model: Model, requests: Sequence[Request]) -> list[Request]:
-    from errata.evaluate.scoring import score_targets
+    from errata.model.scoring import score_targets
 
     asked = [request for request in requests if request.target_true]
     scores = score_targets(model, [r.text for r in asked], [str(r.target_true) for r in asked])

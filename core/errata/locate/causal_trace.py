@@ -5,7 +5,7 @@ corrupted, the same way for every restoration; the state of one token at one lay
 the score is the probability of the answer, averaged over the corrupted runs.
 
 Restorations run stacked, several (token, layer) pairs in one batch. A batch starts at the first
-layer and the first token that a restoration changes (`errata.locate.runs`).
+layer and the first token that a restoration changes (`errata.locate.corrupted_runs`).
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
+from errata.edits.request import Request
 from errata.errors import ConfigError, UnknownNameError
-from errata.forward import adding
+from errata.locate.corrupted_runs import Runs, Score, Side, traced_tokens
 from errata.locate.corruption import Corruption, added_noise, swapped_subject
-from errata.locate.passage import answer_text, passage
 from errata.locate.result import KINDS, STATES, CausalTrace, Kind
-from errata.locate.runs import Runs, Score, Side, traced_tokens
 from errata.locate.spans import Span, span_of, subject_tokens
-from errata.request import Request
+from errata.locate.traced_prompt import answer_text, passage
+from errata.model.forward import adding
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from errata.model import Model
+    from errata.model.model import Model
 
 MEGABYTES = 256.0
 """Default budget for one batch of restorations."""

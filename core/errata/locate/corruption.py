@@ -17,13 +17,13 @@ from torch import nn
 
 from errata.errors import ConfigError
 from errata.locate.spans import Span, subject_tokens
-from errata.tokens import encode
+from errata.model.tokens import encode
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from errata.model import Model
-    from errata.request import Request
+    from errata.edits.request import Request
+    from errata.model.model import Model
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,17 +18,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from errata.errors import ConfigError
-from errata.forward import answered
-from errata.forward.resume import accepted, chosen
 from errata.locate.causal_trace import as_request
-from errata.locate.passage import answer_text, passage
-from errata.locate.runs import Runs, traced_tokens
+from errata.locate.corrupted_runs import Runs, traced_tokens
+from errata.locate.traced_prompt import answer_text, passage
+from errata.model.forward import answered
+from errata.model.forward.resume import accepted, chosen
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from errata.model import Model
-    from errata.request import Request
+    from errata.edits.request import Request
+    from errata.model.model import Model
 
 
 @dataclass(frozen=True, eq=False)

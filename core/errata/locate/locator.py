@@ -12,23 +12,23 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from errata.config import MethodConfig
+from errata.contract.config import MethodConfig
+from errata.contract.hooks import hookimpl
 from errata.errors import ConfigError, UnknownNameError
-from errata.hooks import hookimpl
 from errata.locate.causal_trace import trace
+from errata.locate.corrupted_runs import Runs, traced_tokens
 from errata.locate.lens import contribution_norms, logit_lens
 from errata.locate.location import Location
 from errata.locate.neurons import knowledge_neurons
-from errata.locate.runs import Runs, traced_tokens
 from errata.locate.screening import gradient_times_activation, screen
 from errata.locate.spans import subject_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from errata.edits.request import Request
     from errata.locate.result import CausalTrace
-    from errata.model import Model
-    from errata.request import Request
+    from errata.model.model import Model
 
 
 class ScreenConfig(MethodConfig):

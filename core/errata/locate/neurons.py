@@ -24,21 +24,21 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from errata.errors import ConfigError, UnknownNameError
-from errata.forward import frozen
-from errata.forward import trace as capture
-from errata.forward.trace import submodule
 from errata.locate.causal_trace import as_request
+from errata.locate.corrupted_runs import Runs
 from errata.locate.corruption import Corruption
 from errata.locate.location import Location
-from errata.locate.passage import answer_text, passage
-from errata.locate.runs import Runs
 from errata.locate.spans import subject_tokens
+from errata.locate.traced_prompt import answer_text, passage
+from errata.model.forward import frozen
+from errata.model.forward import trace as capture
+from errata.model.forward.trace import submodule
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from errata.model import Model
-    from errata.request import Request
+    from errata.edits.request import Request
+    from errata.model.model import Model
 
 Token = Literal["answer", "subject_last"]
 TOKENS = ("answer", "subject_last")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from errata.forward.trace import first_tensor, with_first
+from errata.model.forward.trace import first_tensor, with_first
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

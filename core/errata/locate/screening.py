@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from errata.forward import frozen, patched
 from errata.locate.causal_trace import Tracer, as_request, check
-from errata.locate.passage import passage
+from errata.locate.corrupted_runs import Runs, Score, Side
 from errata.locate.result import CausalTrace, Kind
-from errata.locate.runs import Runs, Score, Side
+from errata.locate.traced_prompt import passage
+from errata.model.forward import frozen, patched
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from errata.model import Model
-    from errata.request import Request
+    from errata.edits.request import Request
+    from errata.model.model import Model
 
 HOW = "attribution patching (first order)"
 
@@ -43,7 +43,7 @@ class Probes:
         self.outputs: dict[str, Tensor] = {}
 
     def changes(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        """Return the changes for `errata.forward.patched`."""
+        """Return the changes for `errata.model.forward.patched`."""
         return {path: self._adder(path) for path in self.paths}
 
     def _adder(self, path: str) -> Callable[[Tensor], Tensor]:

@@ -28,8 +28,8 @@ from errata.locate.screening import gradient_times_activation, screen
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from errata.model import Model
-    from errata.request import Request
+    from errata.edits.request import Request
+    from errata.model.model import Model
 
 Located = Any
 """What a locator gives for one prompt: a set of places, or a row of numbers."""

@@ -19,12 +19,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from errata.errors import ConfigError, UnknownNameError
-from errata.tokens import TokenError, subject_span, tokenise
+from errata.model.tokens import TokenError, subject_span, tokenise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from errata.request import Request
+    from errata.edits.request import Request
 
 CORRUPTED = ("subject", "relation")
 

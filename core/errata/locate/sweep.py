@@ -6,7 +6,7 @@ and takes the layer with the best score; the tracing effect stands beside it, wi
 correlation of the two. A choice judged on the facts that it was made on looks better than it is:
 `held_out` facts, edited at the same layers, say how far it is from the best for others.
 
-The result is kept among the model's artifacts; `errata.locate.chosen` reads it for methods whose
+The result is kept among the model's artifacts; `errata.kit.auto_layers` reads it for methods whose
 layer is `auto`.
 """
 
@@ -22,20 +22,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from errata import plugins
+from errata.contract import plugins
 from errata.errors import CapabilityError, ConfigError, ErrataError, RequestError
 from errata.evaluate.measurement import RESAMPLES, mean_interval
 from errata.locate.average import AverageTrace, average
-from errata.locate.numbers import spearman
+from errata.locate.rank_statistics import spearman
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from errata.config import MethodConfig
-    from errata.edit import Edit
+    from errata.contract.config import MethodConfig
     from errata.editor import Editor
-    from errata.model import Model
-    from errata.request import Request
+    from errata.edits.edit import Edit
+    from errata.edits.request import Request
+    from errata.model.model import Model
 
 logger = logging.getLogger("errata")
 

@@ -28,9 +28,9 @@ from errata.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from errata.anatomy import Anatomy
-    from errata.model import Model
-    from errata.stack import Entry
+    from errata.edits.stack import Entry
+    from errata.model.anatomy import Anatomy
+    from errata.model.model import Model
 
 TOP = 10
 """Singular directions of the base weight that a change is compared with, by default."""

@@ -9,15 +9,15 @@ from typing import Any, ClassVar, get_args
 import pytest
 import torch
 
-from errata import plugins
+from errata.contract import plugins
+from errata.contract.registry import MethodEntry
+from errata.contract.rules import Snapshot
 from errata.datasets import atlas
-from errata.edit import Edit
 from errata.editor import Editor
+from errata.edits.edit import Edit
+from errata.edits.request import Kind, Request
 from errata.errors import CapabilityError, FingerprintError
-from errata.evaluate.scoring import score_targets
-from errata.registry import MethodEntry
-from errata.request import Kind, Request
-from errata.rules import Snapshot
+from errata.model.scoring import score_targets
 from errata.testing.models import perturbed, state_of
 
 QUIET = {"efficacy": "off", "perplexity": "off", "norm": "off"}
@@ -71,7 +71,7 @@ class MethodContract:
     @property
     def entry(self) -> MethodEntry:
         """The method's stanza of the registry."""
-        from errata.registry import Registry
+        from errata.contract.registry import Registry
 
         return Registry.load(plugin_files=plugins.registry_files()).method(self.method)
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from errata.editor import Editor
-    from errata.model import Model
+    from errata.model.model import Model
 
 
 def state_of(model: Model) -> dict[str, Tensor]:

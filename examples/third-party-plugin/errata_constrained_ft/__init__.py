@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from errata import MethodConfig, Model, Request, hookimpl
-from errata.delta import DenseDelta
-from errata.tokens import encode_targets
+from errata.edits.delta import DenseDelta
+from errata.model.tokens import encode_targets
 
 
 class ConstrainedFineTuningConfig(MethodConfig):

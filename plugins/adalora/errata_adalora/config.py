@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from errata.config import MethodConfig
+from errata.contract.config import MethodConfig
 from errata.errors import ConfigError
 
 

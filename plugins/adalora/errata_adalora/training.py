@@ -6,19 +6,19 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from errata.training import (
+from errata.kit.training import (
     AdapterTrainer,
     TrainerSettings,
-    lessons,
     linear_modules,
+    target_batches,
     train_adapter,
 )
-from errata.training.adapters import TASKS, lowest
+from errata.kit.training.adapters import TASKS, lowest
 
 if TYPE_CHECKING:
-    from errata.delta import AdapterDelta
+    from errata.edits.delta import AdapterDelta
+    from errata.edits.request import Request
     from errata.model import Model
-    from errata.request import Request
     from errata_adalora.config import AdaloraConfig
 
 logger = logging.getLogger("errata.adalora")
@@ -34,7 +34,7 @@ def train(model: Model, requests: Sequence[Request], config: AdaloraConfig) -> A
 
     modules = linear_modules(model, config.target_modules, config.layers)
     pairs = [(request.text, request.target_new) for request in requests]
-    batches = lessons(model, pairs, batch_size=config.batch_size)
+    batches = target_batches(model, pairs, batch_size=config.batch_size)
     total, tinit, tfinal = config.schedule(len(batches))
     peft_config = AdaLoraConfig(
         task_type=TASKS[model.anatomy.kind],

@@ -14,14 +14,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
-from errata.closed_form.method import ClosedForm, Found
-from errata.hooks import hookimpl
+from errata.contract.hooks import hookimpl
+from errata.kit.closed_form.method import ClosedForm, Found
 from errata_alphaedit.config import AlphaEditConfig
 
 if TYPE_CHECKING:
-    from errata.closed_form.config import ClosedFormConfig
+    from errata.edits.request import Request
+    from errata.kit.closed_form.config import ClosedFormConfig
     from errata.model import Model
-    from errata.request import Request
 
 __all__ = ["AlphaEdit", "AlphaEditConfig"]
 
@@ -35,7 +35,7 @@ class AlphaEdit(ClosedForm):
     @hookimpl
     def prepare(self, model: Model, corpus: Sequence[str], config: ClosedFormConfig) -> None:
         """Compute what belongs to the base, the null spaces among it."""
-        from errata.closed_form.statistics import prepare
+        from errata.kit.closed_form.statistics import prepare
         from errata_alphaedit.algorithm import metrics_of
 
         config = self.settled(model, config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from errata.closed_form.config import ClosedFormConfig
+from errata.kit.closed_form.config import ClosedFormConfig
 
 
 class AlphaEditConfig(ClosedFormConfig):

@@ -13,13 +13,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
-from errata.closed_form.method import ClosedForm, Found
+from errata.kit.closed_form.method import ClosedForm, Found
 from errata_emmet.config import EmmetConfig
 
 if TYPE_CHECKING:
-    from errata.closed_form.config import ClosedFormConfig
+    from errata.edits.request import Request
+    from errata.kit.closed_form.config import ClosedFormConfig
     from errata.model import Model
-    from errata.request import Request
 
 __all__ = ["Emmet", "EmmetConfig"]
 
@@ -32,7 +32,7 @@ class Emmet(ClosedForm):
 
     def find(self, model: Model, requests: Sequence[Request], config: ClosedFormConfig) -> Found:
         """Solve the constrained problem."""
-        from errata.closed_form.statistics import whitenings_of
+        from errata.kit.closed_form.statistics import whitenings_of
         from errata_emmet.algorithm import emmet
 
         settings = cast(EmmetConfig, config)

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from errata.closed_form.config import ClosedFormConfig
+from errata.kit.closed_form.config import ClosedFormConfig
 
 
 class EmmetConfig(ClosedFormConfig):

@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from errata.hooks import hookimpl
+from errata.contract.hooks import hookimpl
 from errata_ft.config import FtConfig
 
 if TYPE_CHECKING:
-    from errata.delta import Delta
+    from errata.edits.delta import Delta
+    from errata.edits.request import Request
     from errata.model import Model
-    from errata.request import Request
 
 __all__ = ["Ft", "FtConfig"]
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from errata.config import MethodConfig
+from errata.contract.config import MethodConfig
 
 Variant = Literal["ft", "ft-l", "ft-m", "ft-ewc", "ft-retrain", "locft"]
 

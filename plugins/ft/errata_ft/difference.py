@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from errata.delta.adapter_layers import base_layer
+from errata.edits.delta.adapter_layers import base_layer
 from errata.errors import CapabilityError
 
 if TYPE_CHECKING:

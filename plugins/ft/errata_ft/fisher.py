@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from errata.errors import ConfigError
-from errata.forward import frozen
-from errata.stats import documents_of, text_hash
-from errata.training import Lesson, Trainer, TrainerSettings, reading
+from errata.kit.second_moments import documents_of, text_hash
+from errata.kit.training import Lesson, Trainer, TrainerSettings, text_batches
+from errata.model.forward import frozen
 from errata_ft.difference import Difference
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def _estimate(
 ) -> dict[str, Tensor]:
     chosen = sample(documents, config.fisher_documents, config.seed)
     # One document per batch: it is the gradient of each that is squared.
-    each = reading(model, chosen, batch_size=1, seed=config.seed)
+    each = text_batches(model, chosen, batch_size=1, seed=config.seed)
     if not each:
         raise ConfigError("No document of the corpus has two tokens: there is nothing to predict.")
     difference = Difference(model, modules, bias=config.bias)

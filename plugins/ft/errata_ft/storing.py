@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from errata.delta import Delta, DenseDelta, Factor, LowRankDelta, Rows, SparseRowsDelta
+from errata.edits.delta import Delta, DenseDelta, Factor, LowRankDelta, Rows, SparseRowsDelta
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING
 import torch
 
 from errata.errors import ConfigError
-from errata.forward import frozen
-from errata.stats import documents_of
-from errata.training import (
+from errata.kit.second_moments import documents_of
+from errata.kit.training import (
     Lesson,
     Objective,
     Trainer,
     TrainerSettings,
-    lessons,
     linear_modules,
-    reading,
+    target_batches,
+    text_batches,
 )
-from errata.training.lessons import negative_log_likelihood
-from errata.training.trainer import Above
+from errata.kit.training.trainer import Above
+from errata.kit.training.training_batches import negative_log_likelihood
+from errata.model.forward import frozen
 from errata_ft.difference import Difference, trained_modules
 from errata_ft.fisher import fisher_of, sample
 from errata_ft.storing import Stored, forms
@@ -29,9 +29,9 @@ from errata_ft.storing import Stored, forms
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from errata.delta import Delta
+    from errata.edits.delta import Delta
+    from errata.edits.request import Request
     from errata.model import Model
-    from errata.request import Request
     from errata_ft.config import FtConfig
 
 logger = logging.getLogger("errata.ft")
@@ -53,7 +53,7 @@ def fine_tune(model: Model, requests: Sequence[Request], config: FtConfig) -> De
     pairs = [(request.text, request.target_new) for request in requests]
     # Depth first means one request at a time: a batch of them would be trained together.
     size = 1 if config.order == "depth-first" else config.batch_size
-    batches = lessons(model, pairs, loss=config.loss, batch_size=size, end=config.append_end)
+    batches = target_batches(model, pairs, loss=config.loss, batch_size=size, end=config.append_end)
     with torch.enable_grad(), frozen(model.module):
         tuner = FineTuner(model, batches, difference, modules, config)
         with difference.attached():
@@ -130,10 +130,10 @@ class FineTuner(Trainer):
     def _retain(self) -> list[Lesson]:
         """Return the batches to replay: pairs to keep first, then documents."""
         model, config = self.model, self._config
-        kept = lessons(model, config.retain, batch_size=_REPLAYED) if config.retain else []
+        kept = target_batches(model, config.retain, batch_size=_REPLAYED) if config.retain else []
         if config.retain_documents:
             chosen = sample(documents_of(model), config.retain_documents, config.seed)
-            texts = reading(model, chosen, batch_size=_REPLAYED, seed=config.seed)
+            texts = text_batches(model, chosen, batch_size=_REPLAYED, seed=config.seed)
             if not texts:
                 raise ConfigError(
                     "No document of the corpus has two tokens: there is nothing to replay. Give "

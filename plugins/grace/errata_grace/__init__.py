@@ -6,8 +6,8 @@ which was trained so that the model then gives the wanted target:
 
     h_out = v_i  if  d(h_in, k_i) ≤ ε_i  with  i = argmin_j d(h_in, k_j),  else  W h_in + b
 
-How keys and radii come about is in `errata.delta.codebook_replay`, how a hit acts on a batch, in
-generation and in an encoder, in `errata.delta.codebook_runtime`; `algorithm.py` trains values.
+How keys and radii come about is in `errata.edits.delta.codebook_replay`, how a hit acts on a batch, in
+generation and in an encoder, in `errata.edits.delta.codebook_runtime`; `algorithm.py` trains values.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from errata.hooks import hookimpl
+from errata.contract.hooks import hookimpl
 from errata_grace.config import GraceConfig
 
 if TYPE_CHECKING:
-    from errata.delta.codebook import CodebookDelta
+    from errata.edits.delta.codebook import CodebookDelta
+    from errata.edits.request import Request
     from errata.model import Model
-    from errata.request import Request
 
 __all__ = ["Grace", "GraceConfig"]
 

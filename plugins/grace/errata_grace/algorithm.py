@@ -19,19 +19,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
-from errata.delta.codebook import CodebookDelta, CodebookSettings
-from errata.delta.codebook_replay import import_faiss
-from errata.delta.codebook_runtime import CodebookRuntime
+from errata.edits.delta.codebook import CodebookDelta, CodebookSettings
+from errata.edits.delta.codebook_replay import import_faiss
+from errata.edits.delta.codebook_runtime import CodebookRuntime
 from errata.errors import ConfigError
-from errata.forward import Resumed, frozen, trace
-from errata.values import EditFailed
+from errata.kit.values import EditFailed
+from errata.model.forward import Resumed, frozen, trace
 from errata_grace.cases import Case, case_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from errata.edits.request import Request
     from errata.model import Model
-    from errata.request import Request
     from errata_grace.config import GraceConfig
 
 logger = logging.getLogger("errata")

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from errata import tokens
 from errata.errors import RequestError
-from errata.evaluate.scoring import decoder_start, prepare, takes_positions
-from errata.forward import logits_at
-from errata.forward.resume import accepted
+from errata.model import tokens
+from errata.model.forward import logits_at
+from errata.model.forward.resume import accepted
+from errata.model.scoring import decoder_start, prepare, takes_positions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from errata.edits.request import Request
     from errata.model import Model
-    from errata.request import Request
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,14 +15,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from errata.hooks import hookimpl
+from errata.contract.hooks import hookimpl
 from errata_kn.config import KnConfig
 
 if TYPE_CHECKING:
-    from errata.delta import SparseRowsDelta
+    from errata.edits.delta import SparseRowsDelta
+    from errata.edits.request import Request
     from errata.locate import Location
     from errata.model import Model
-    from errata.request import Request
 
 __all__ = ["Kn", "KnConfig"]
 

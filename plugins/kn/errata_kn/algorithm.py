@@ -6,19 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from errata.delta import Rows, SparseRowsDelta
+from errata.edits.delta import Rows, SparseRowsDelta
+from errata.edits.request import ERASED
 from errata.errors import ErrataError
 from errata.locate import knowledge_neurons
-from errata.locate.passage import passage
-from errata.locate.runs import Runs
-from errata.request import ERASED
+from errata.locate.corrupted_runs import Runs
+from errata.locate.traced_prompt import passage
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from errata.edits.request import Request
     from errata.locate import KnowledgeNeurons
     from errata.model import Model
-    from errata.request import Request
     from errata_kn.config import KnConfig
 
 

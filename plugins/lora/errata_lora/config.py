@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from errata.config import MethodConfig
+from errata.contract.config import MethodConfig
 
 
 class LoraConfig(MethodConfig):

@@ -6,19 +6,19 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from errata.training import (
+from errata.kit.training import (
     AdapterTrainer,
     TrainerSettings,
-    lessons,
     linear_modules,
+    target_batches,
     train_adapter,
 )
-from errata.training.adapters import TASKS, lowest
+from errata.kit.training.adapters import TASKS, lowest
 
 if TYPE_CHECKING:
-    from errata.delta import AdapterDelta
+    from errata.edits.delta import AdapterDelta
+    from errata.edits.request import Request
     from errata.model import Model
-    from errata.request import Request
     from errata_lora.config import LoraConfig
 
 logger = logging.getLogger("errata.lora")
@@ -35,7 +35,7 @@ def train(model: Model, requests: Sequence[Request], config: LoraConfig) -> Adap
     pairs = [(request.text, request.target_new) for request in requests]
     # Depth first means one request at a time: a batch of them would be trained together.
     size = 1 if config.order == "depth-first" else config.batch_size
-    batches = lessons(model, pairs, batch_size=size, end=config.append_end)
+    batches = target_batches(model, pairs, batch_size=size, end=config.append_end)
     peft_config = PeftConfig(
         task_type=TASKS[model.anatomy.kind],
         r=config.rank,

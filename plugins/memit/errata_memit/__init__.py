@@ -16,13 +16,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
-from errata.closed_form.method import ClosedForm, Found
+from errata.kit.closed_form.method import ClosedForm, Found
 from errata_memit.config import MemitConfig
 
 if TYPE_CHECKING:
-    from errata.closed_form.config import ClosedFormConfig
+    from errata.edits.request import Request
+    from errata.kit.closed_form.config import ClosedFormConfig
     from errata.model import Model
-    from errata.request import Request
 
 __all__ = ["Memit", "MemitConfig"]
 
@@ -35,7 +35,7 @@ class Memit(ClosedForm):
 
     def find(self, model: Model, requests: Sequence[Request], config: ClosedFormConfig) -> Found:
         """Run algorithm 1."""
-        from errata.closed_form.statistics import whitenings_of
+        from errata.kit.closed_form.statistics import whitenings_of
         from errata_memit.algorithm import memit
 
         settings = cast(MemitConfig, config)

@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from errata.closed_form.method import Found
-from errata.closed_form.statistics import block_targets, contexts_of, stages_of
-from errata.closed_form.walk import Prompts, walk
-from errata.solve import adjoint, alone
+from errata.kit.closed_form.layer_updates import Prompts, walk
+from errata.kit.closed_form.method import Found
+from errata.kit.closed_form.statistics import block_targets, contexts_of, stages_of
+from errata.kit.solve import adjoint, alone
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from errata.metric import Metric
+    from errata.edits.request import Request
+    from errata.kit.metric import Metric
     from errata.model import Model
-    from errata.request import Request
     from errata_memit.config import MemitConfig
 
 

@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
-from errata.closed_form.method import ClosedForm, Found
+from errata.kit.closed_form.method import ClosedForm, Found
 from errata_pmet.config import PmetConfig
 
 if TYPE_CHECKING:
-    from errata.closed_form.config import ClosedFormConfig
+    from errata.edits.request import Request
+    from errata.kit.closed_form.config import ClosedFormConfig
     from errata.model import Model
-    from errata.request import Request
 
 __all__ = ["Pmet", "PmetConfig"]
 
@@ -30,7 +30,7 @@ class Pmet(ClosedForm):
 
     def find(self, model: Model, requests: Sequence[Request], config: ClosedFormConfig) -> Found:
         """Optimise both parts, write one."""
-        from errata.closed_form.statistics import whitenings_of
+        from errata.kit.closed_form.statistics import whitenings_of
         from errata_pmet.algorithm import pmet
 
         settings = cast(PmetConfig, config)

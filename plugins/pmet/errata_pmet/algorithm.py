@@ -11,23 +11,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from errata.closed_form.method import Found
-from errata.closed_form.statistics import (
-    anchored,
-    contexts_of,
-    mean_norm,
-    optimised,
-    stages_of,
-)
-from errata.closed_form.walk import Prompts, walk
-from errata.solve import adjoint, alone
+from errata.kit.closed_form.layer_updates import Prompts, walk
+from errata.kit.closed_form.method import Found
+from errata.kit.closed_form.statistics import anchored, contexts_of, mean_norm, optimised, stages_of
+from errata.kit.solve import adjoint, alone
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from errata.metric import Metric
+    from errata.edits.request import Request
+    from errata.kit.metric import Metric
     from errata.model import Model
-    from errata.request import Request
     from errata_pmet.config import PmetConfig
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from errata.closed_form.config import ClosedFormConfig
+from errata.kit.closed_form.config import ClosedFormConfig
 
 
 class PmetConfig(ClosedFormConfig):

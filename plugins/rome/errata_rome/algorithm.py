@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from errata.contexts import prefix_contexts
-from errata.delta import Factor, LowRankDelta
+from errata.edits.delta import Factor, LowRankDelta
+from errata.kit.contexts import prefix_contexts
+from errata.kit.second_moments import second_moments
+from errata.kit.values import EditFailed, Value, ValueSettings, optimise_values
 from errata.locate import chosen_layers
-from errata.stats import second_moments
-from errata.values import EditFailed, Value, ValueSettings, optimise_values
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from errata.edits.request import Request
+    from errata.kit.second_moments import SecondMoment
     from errata.model import Model
-    from errata.request import Request
-    from errata.stats import SecondMoment
     from errata_rome.config import RomeConfig
 
 

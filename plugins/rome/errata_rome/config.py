@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from errata.config import Contexts, MethodConfig, Template
+from errata.contract.config import Contexts, MethodConfig, Template
 
 
 class RomeConfig(MethodConfig):

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from errata import MethodConfig, hookimpl
-from errata.delta import (
+from errata.edits.delta import (
     AdapterDelta,
     CodebookDelta,
     Delta,
@@ -23,7 +23,7 @@ from errata.delta import (
     Rows,
     SparseRowsDelta,
 )
-from errata.delta.codebook import CodebookSettings
+from errata.edits.delta.codebook import CodebookSettings
 
 
 class ToyConfig(MethodConfig):

@@ -21,9 +21,9 @@ from errata.evaluate.classifiers import (
 )
 
 if TYPE_CHECKING:
+    from errata.edits.request import Request
     from errata.evaluate.measurement import Measurement
     from errata.evaluate.reader import Reader
-    from errata.request import Request
 
 logger = logging.getLogger("errata")
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from errata.contract.hooks import hookimpl
 from errata.evaluate.measurement import Measurement
 from errata.evaluate.protocol import Protocol
-from errata.hooks import hookimpl
 
 if TYPE_CHECKING:
-    from errata.edit import Edit
+    from errata.edits.edit import Edit
+    from errata.edits.request import Request
     from errata.evaluate.reader import Reader
-    from errata.model import Model
-    from errata.request import Request
+    from errata.model.model import Model
 
 
 class CoreCost:

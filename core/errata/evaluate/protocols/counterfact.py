@@ -19,8 +19,8 @@ from errata.evaluate.protocol import Protocol
 from errata.evaluate.sampled import TOP_K, sampled_length
 
 if TYPE_CHECKING:
+    from errata.edits.request import Request
     from errata.evaluate.reader import Reader
-    from errata.request import Request
 
 logger = logging.getLogger("errata")
 

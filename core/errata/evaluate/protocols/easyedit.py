@@ -14,9 +14,9 @@ from errata.evaluate.protocol import Protocol
 from errata.evaluate.protocols.counterfact import fluency
 
 if TYPE_CHECKING:
+    from errata.edits.request import Request
     from errata.evaluate.measurement import Measurement
     from errata.evaluate.reader import Question, Reader
-    from errata.request import Request
 
 NAME = "easyedit"
 RIGHT = "token-level, teacher-forced: share of target tokens that are the most probable"

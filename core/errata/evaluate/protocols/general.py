@@ -12,7 +12,7 @@ from errata.evaluate.divergence import text_kls
 from errata.evaluate.harness import harness_measurements
 from errata.evaluate.measurement import Measurement, bootstrap
 from errata.evaluate.protocol import Protocol
-from errata.evaluate.text import canary_texts, pooled
+from errata.model.perplexity import canary_texts, pooled
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

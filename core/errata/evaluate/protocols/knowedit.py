@@ -23,9 +23,9 @@ from errata.evaluate.protocols.easyedit import (
 )
 
 if TYPE_CHECKING:
+    from errata.edits.request import Request
     from errata.evaluate.measurement import Measurement
     from errata.evaluate.reader import Question, Reader
-    from errata.request import Request
 
 NAME = "knowedit"
 OWN_MEASURES = ("sentiment", "erase")

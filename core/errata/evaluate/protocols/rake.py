@@ -17,9 +17,9 @@ from errata.evaluate.protocols.counterfact import Contest, contests, entity_view
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from errata.edits.request import RelationView
     from errata.evaluate.measurement import Measurement
     from errata.evaluate.reader import Question, Reader
-    from errata.request import RelationView
 
 NAME = "rake"
 NONE = "None"

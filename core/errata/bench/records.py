@@ -1,0 +1,172 @@
+"""The lines of a results file: what a case, a state or a failure looks like as JSON."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+
+from errata.bench.config import BASE
+from errata.bench.results import SCHEMA, Line
+from errata.bench.run_spec import Case, Job, name_of
+from errata.bench.work_units import key_of
+
+if TYPE_CHECKING:
+    from errata.bench.editing import Outcome
+    from errata.evaluate import Measurement
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a run a line belongs.
+
+    Attributes:
+        variant, dataset: their numbers; variant -1 is the unedited model.
+        seed: of the run.
+        stage: "base", "single", "batch", "immediate" or "checkpoint".
+        step: cases edited so far, 0 for the base.
+        index: place of the case in its stream (dataset, where there is no stream).
+        key: of the line, where it is not made of the others.
+    """
+
+    variant: int
+    dataset: int
+    seed: int
+    stage: str
+    step: int
+    index: int | None
+    key: str = ""
+
+    def fields(self, job: Job, kind: str) -> Line:
+        """Return what every line begins with."""
+        made = key_of(job, self.variant, self.dataset, self.seed, self.stage, self.step, self.index)
+        method = BASE if self.variant < 0 else job.config.methods[self.variant].method
+        return {
+            "schema": SCHEMA,
+            "kind": kind,
+            "key": self.key or made,
+            "method": method,
+            "variant": job.label(self.variant),
+            "seed": self.seed,
+            "regime": job.config.regime,
+            "stage": self.stage,
+            "step": self.step,
+            "index": self.index,
+            "dataset": job.title(self.dataset),
+        }
+
+
+def case_line(
+    job: Job,
+    place: Place,
+    case: Case,
+    found: Sequence[Measurement],
+    outcome: Outcome | None,
+    seconds: float,
+) -> Line:
+    """Return the line of a measured case.
+
+    Args:
+        job: the run.
+        place: where it belongs.
+        case: its requests.
+        found: its own numbers.
+        outcome: what became of its edit; None for the base.
+        seconds: spent on measuring it (its share, where several were measured together).
+    """
+    # What was edited before is not edited again at a checkpoint.
+    now = outcome is not None and place.stage != "checkpoint"
+    return {
+        **place.fields(job, "case"),
+        "case_id": name_of(case),
+        "requests": [r.model_dump(mode="json", exclude_defaults=True) for r in case],
+        "edit": None if outcome is None else edit_json(outcome),
+        "measurements": [item.as_json(cases=True) for item in found],
+        "answers": [answer.as_json() for item in found for answer in item.answers],
+        "seconds": {
+            "edit": outcome.wall / outcome.shared if outcome is not None and now else 0.0,
+            "measure": seconds,
+        },
+        "finished": timestamp(),
+    }
+
+
+def edit_json(outcome: Outcome) -> dict[str, Any]:
+    """Return what became of an edit, with one case's share of its cost."""
+    shared = outcome.shared
+    return {
+        "ids": list(outcome.ids),
+        "seconds": outcome.seconds / shared,
+        "bytes": math.ceil(outcome.nbytes / shared),
+        "refused": outcome.refused,
+        **({"shared": shared} if shared > 1 else {}),
+    }
+
+
+def state_line(job: Job, place: Place, found: Sequence[Measurement], seconds: float) -> Line:
+    """Return the line of a model as a whole."""
+    return {
+        **place.fields(job, "state"),
+        "case_id": None,
+        "requests": [],
+        "edit": None,
+        "measurements": [item.as_json(cases=True) for item in found],
+        "answers": [answer.as_json() for item in found for answer in item.answers],
+        "seconds": {"edit": 0.0, "measure": seconds},
+        "finished": timestamp(),
+    }
+
+
+def failure_line(job: Job, place: Place, case: Case | None, error: str) -> Line:
+    """Return the line of a case (or a state, without one) that could not be carried out."""
+    return {
+        **place.fields(job, "failure"),
+        "case_id": None if case is None else name_of(case),
+        "requests": [
+            r.model_dump(mode="json", exclude_defaults=True) for r in (case if case else ())
+        ],
+        "error": error,
+        "finished": timestamp(),
+    }
+
+
+def timestamp() -> str:
+    """Return now, in UTC."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def machine() -> dict[str, Any]:
+    """Return what the timings were measured on."""
+    import os
+    import platform
+
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "processor": platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+    }
+
+
+def versions(methods: Sequence[str]) -> dict[str, str]:
+    """Return the versions of everything that computes."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from errata import __version__
+    from errata.contract import plugins
+
+    found = {"python": ".".join(map(str, sys.version_info[:3])), "errata": __version__}
+    for name in ("torch", "transformers", "peft", "tokenizers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {**found, **{f"method {name}": plugins.version(name) for name in methods}}

@@ -1,0 +1,267 @@
+"""How numbers and facts of a report are worded, the same on every medium."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from errata.bench.report.tables import MOMENT_NAMES
+from errata.cli.render import count, number, seconds, size
+
+if TYPE_CHECKING:
+    from errata.bench.report.errors_and_costs import Cost
+    from errata.bench.report.reading import Run
+    from errata.bench.report.report import Part, Report
+    from errata.bench.report.tables import Head, Table
+    from errata.evaluate import Measurement
+
+HEADLINE_METRICS = (
+    "Score",
+    "rewrite_exact",
+    "paraphrase_exact",
+    "portability_exact",
+    "locality_unchanged",
+    "neighbourhood_unchanged",
+    "perplexity_ratio",
+)
+"""Shown first in the overview where they were measured, else a protocol's first metrics."""
+
+ARROWS = {"higher": "↑", "lower": "↓", "": ""}
+BETTER = {"higher": "higher is better", "lower": "lower is better", "": ""}
+BEST, DIFFERS, DASH = "★", "†", "–"
+
+
+def value(one: Measurement) -> str:
+    """Return a measurement's value for people."""
+    return amount(one.value, one.unit)
+
+
+def amount(found: float, unit: str) -> str:
+    """Return a number in its unit for people."""
+    return size(found) if unit == "bytes" and found == found else plain(found)
+
+
+def interval(ends: tuple[float, float] | None, unit: str = "") -> str:
+    """Return an interval for people; "" without one.
+
+    >>> interval((0.25, 0.5)), interval((-0.25, 0.5))
+    ('0.250–0.500', '−0.250 to 0.500')
+    """
+    if ends is None:
+        return ""
+    low, high = (size(end) if unit == "bytes" else plain(end) for end in ends)
+    return f"{low} to {high}" if ends[0] < 0 else f"{low}{DASH}{high}"
+
+
+def plain(value: float) -> str:
+    """Return a number with a true minus sign."""
+    return number(value).replace("-", "−", 1) if value < 0 else number(value)
+
+
+def signed(value: float) -> str:
+    """Return a difference with its sign."""
+    return ("+" if value > 0 else "−" if value < 0 else "±") + number(abs(value))
+
+
+def probability(p: float) -> str:
+    """Return a p-value for people."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def kind(error: str) -> str:
+    """Return an error type as it is read: "missing tokens"."""
+    return error.replace("_", " ")
+
+
+def moment(name: str) -> str:
+    """Return a moment in words: "right after", "at the end"."""
+    return MOMENT_NAMES.get(name, name)
+
+
+def moment_in(table: Table, head: Head) -> str:
+    """Return a column's moment in words; with the number of edits where columns differ in it."""
+    return head.when if len(table.ends) > 1 else moment(head.moment)
+
+
+def ends(table: Table) -> str:
+    """Return after how many edits a table's columns end; "" outside streams."""
+    if not table.ends:
+        return ""
+    if len(table.ends) == 1:
+        return f"at the end: after {table.ends[0]} edits"
+    return "at the end: after different numbers of edits, so no column is called the best there"
+
+
+def share(found: int, total: int) -> str:
+    """Return a share in per cent."""
+    return f"{100 * found / total:.0f} %" if total else DASH
+
+
+def seeds(found: Sequence[int]) -> str:
+    """Return which seeds, for people.
+
+    >>> seeds([0]), seeds([0, 1, 2, 3])
+    ('seed 0', 'seeds 0, 1, 2, 3')
+    """
+    return f"seed{'s' if len(found) > 1 else ''} {', '.join(map(str, found))}"
+
+
+def legend(table: Table) -> list[str]:
+    """Return what the signs of a table mean, and how its differences were tested."""
+    said = []
+    cells = [cell for row in table.rows for cell in row.cells if cell]
+    if any(cell.best for cell in cells):
+        said.append(f"{BEST} best of the edited columns")
+    if any(cell.measurement.interval for cell in cells):
+        said.append("ranges are 95 % intervals")
+    if table.tests:
+        shown = (
+            f"{DIFFERS} differs from" if any(c.differs for c in cells) else "nothing differs from"
+        )
+        said.append(
+            f"{shown} {table.reference} at p < 0.05: paired by case, {' or '.join(table.tests)}, "
+            "adjusted for the number of columns (Holm)"
+        )
+    return said
+
+
+def facts_of(run: Run) -> list[tuple[str, str]]:
+    """Return what was run, as (name, value)."""
+    info = run.info
+    model: Mapping[str, Any] = info.get("model") or {}
+    rows = [
+        ("run", run.name),
+        ("model", _model(model)),
+        *(("dataset", _dataset(one)) for one in info.get("datasets") or ()),
+        ("variants", ", ".join(str(v.get("label")) for v in info.get("variants") or ())),
+        ("regimes", ", ".join(dict.fromkeys(e.regime for e in run.entries if not e.is_base))),
+        ("protocols", ", ".join(map(str, info.get("protocols") or ()))),
+        ("seeds", ", ".join(map(str, run.seeds))),
+        ("created", str(info.get("created") or "")),
+    ]
+    return [(name, text) for name, text in rows if text]
+
+
+def identities(run: Run) -> list[tuple[str, str]]:
+    """Return the fingerprints and digests that a run can be recognised by."""
+    info = run.info
+    rows = [
+        ("configuration", info.get("digest")),
+        ("base model", (info.get("model") or {}).get("fingerprint")),
+        *((f"dataset {d.get('name')}", d.get("digest")) for d in info.get("datasets") or ()),
+    ]
+    return [(name, str(text)) for name, text in rows if text]
+
+
+def flat(data: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Return nested data as (dotted name, value)."""
+    rows: list[tuple[str, str]] = []
+    for key, item in data.items():
+        name = f"{prefix}{key}"
+        if isinstance(item, Mapping) and item:
+            rows += flat(item, f"{name}.")
+        else:
+            text = item if isinstance(item, str) else json.dumps(item, ensure_ascii=False)
+            rows.append((name, text))
+    return rows
+
+
+def cost_row(cost: Cost) -> list[str]:
+    """Return a cost as texts, in the order of `COST_COLUMNS`."""
+    spread = cost.seconds and cost.seconds.interval
+    return [
+        str(cost.cases),
+        str(cost.edits),
+        f"{seconds(cost.seconds.value)}"
+        + (f" ({seconds(spread[0])}{DASH}{seconds(spread[1])})" if spread else "")
+        if cost.seconds
+        else DASH,
+        seconds(cost.median) if cost.median is not None else DASH,
+        size(cost.size.value) if cost.size else DASH,
+        size(cost.peak) if cost.peak is not None else DASH,
+        seconds(cost.measuring) if cost.measuring else DASH,
+    ]
+
+
+ERRORS_NOTE = (
+    "Share of all single answers (not of cases). The error types are those of Zhang et al. 2024, "
+    "told apart by rule: docs/protocols.md."
+)
+COST_COLUMNS = (
+    "cases", "edits", "time per case", "median", "size per case", "peak memory", "measuring",
+)  # fmt: skip
+COST_NOTE = (
+    "Time per case: wall-clock time of computing its edit on the machine named in this report (its "
+    "share, where several were edited at once), mean with 95 % interval over edits; size: its "
+    "share of the stored edit; peak memory: the highest that was recorded; measuring: time spent "
+    "on questions, in all."
+)
+
+
+def warnings(report: Report) -> list[str]:
+    """Return what a reader has to know before believing the numbers."""
+    said = [f"{one.run}: {one}." for one in report.progress if not one.is_complete]
+    for run in report.runs:
+        if run.cut_off:
+            said.append(
+                f"{run.name}: the last line of results is half written (the run goes on, or was "
+                "killed); it is left out."
+            )
+        if run.damaged:
+            lines = "; ".join(run.damaged[:5]) + ("; …" if len(run.damaged) > 5 else "")
+            said.append(f"{run.name}: {count(len(run.damaged), 'damaged line')} left out: {lines}.")
+    for part in report.parts:
+        for what, found in (
+            ("failed: missing from every number", part.failures),
+            ("refused by a guard", part.refusals),
+        ):
+            if found:
+                said.append(
+                    f"{part.section.title}: {count(len(found), 'case')} {what} (listed below)."
+                )
+    return said
+
+
+def unmatched(part: Part) -> str:
+    """Say so when the columns were not measured on the same cases; "" when they were."""
+    sizes = {column.label: column.cases for column in part.section.edited}
+    if len(set(sizes.values())) < 2:
+        return ""
+    listed = ", ".join(f"{label} {n}" for label, n in sizes.items())
+    return f"The columns cover different numbers of cases: {listed}."
+
+
+def _model(model: Mapping[str, Any]) -> str:
+    more = []
+    if model.get("model_type"):
+        more.append(str(model["model_type"]))
+    if model.get("parameters"):
+        more.append(f"{int(model['parameters']):,} parameters")
+    return str(model.get("name") or "") + (f" ({', '.join(more)})" if more else "")
+
+
+def _dataset(one: Mapping[str, Any]) -> str:
+    text = f"{one.get('name')}: {count(int(one.get('cases') or 0), 'case')}"
+    return text + (f", {one['skipped']} skipped" if one.get("skipped") else "")
+
+
+def repeat(run: Run) -> str:
+    """Return the command that repeats a run, given its configuration as `run.yaml`."""
+    command = run.info.get("command")
+    return str(command) if command else "errata bench run.yaml --out FOLDER"
+
+
+def as_yaml(run: Run) -> str:
+    """Return a run's configuration as a run file."""
+    import yaml
+
+    config = run.info.get("config") or {}
+    return yaml.safe_dump(
+        json.loads(json.dumps(config)), sort_keys=False, allow_unicode=True, width=96
+    )
+
+
+def surroundings(run: Run) -> list[tuple[str, str]]:
+    """Return what a run ran on: versions and machine."""
+    return [*flat(run.info.get("versions") or {}), *flat(run.info.get("machine") or {})]

@@ -1,0 +1,189 @@
+"""Figures for papers: retention curves and bars with intervals, each as PNG and SVG."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from errata.bench.report import formatting
+from errata.bench.report.grouping import FINAL
+from errata.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from errata.bench.report.curves import Curve
+    from errata.bench.report.report import Report
+    from errata.bench.report.tables import Head, Table
+
+COLOURS = (
+    "#0072b2", "#d55e00", "#007a5a", "#a8467f", "#8a6d00", "#3c8dbc", "#6b4fa0", "#4d4d4d",
+)  # fmt: skip
+MARKERS = "osD^vP*X"
+DASHES = ("-", "--", ":", "-.")
+WIDTH, HEIGHT = 4.2, 2.9
+"""Inches: a column of a two-column page, with room for a legend."""
+STYLE = {
+    "font.size": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "errata",  # the same figure is the same file
+    "savefig.bbox": "tight",
+    "savefig.dpi": 200,
+}
+
+
+def draw(report: Report, folder: Path) -> list[Path]:
+    """Draw every curve, and a bar chart per protocol; return the files.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("Drawing plots", "matplotlib", "report") from error
+
+    folder.mkdir(parents=True, exist_ok=True)
+    written: list[Path] = []
+    taken: set[str] = set()
+
+    def save(figure: Any, *names: str) -> None:
+        stem = free = _slug(*names)
+        number = 1
+        while free in taken:
+            number += 1
+            free = f"{stem}-{number}"
+        taken.add(free)
+        for suffix in ("png", "svg"):
+            path = folder / f"{free}.{suffix}"
+            figure.savefig(path, metadata={"Date": None} if suffix == "svg" else None)
+            written.append(path)
+
+    def new(height: float = HEIGHT) -> tuple[Any, Any]:
+        figure = Figure(figsize=(WIDTH, height))
+        FigureCanvasAgg(figure)
+        return figure, figure.add_subplot()
+
+    with matplotlib.rc_context(STYLE):
+        for part in report.parts:
+            about = (part.section.dataset, part.section.regime)
+            for curve in part.curves:
+                figure, axes = new()
+                _curve(axes, curve)
+                save(figure, *about, "curve", curve.metric)
+            for table in part.tables:
+                rows = _share_rows(table)
+                if rows:
+                    figure, axes = new(0.9 + 0.16 * len(rows) * len(_drawn(table)))
+                    _bars(axes, table, rows)
+                    save(figure, *about, "bars", table.protocol)
+    return written
+
+
+def _curve(axes: Any, curve: Curve) -> None:
+    values = [point.value for line in curve.lines for point in line.points]
+    steps = sorted({point.step for line in curve.lines for point in line.points})
+    if curve.base is not None:
+        axes.axhline(curve.base.value, color="#767b84", linestyle=(0, (4, 4)), linewidth=1,
+                     label="base")  # fmt: skip
+    for line in curve.lines:
+        style = _style(line.column)
+        at = [point.step for point in line.points]
+        axes.plot(at, [point.value for point in line.points], label=line.label, linewidth=1.4,
+                  markersize=4, **style)  # fmt: skip
+        there = [(p.step, p.interval) for p in line.points if p.interval]
+        axes.fill_between(
+            [step for step, _ in there],
+            [low for _, (low, _) in there],
+            [high for _, (_, high) in there],
+            color=style["color"],
+            alpha=0.13,
+            linewidth=0,
+        )
+    finite = [value for value in values if math.isfinite(value)]
+    if curve.unit == "share" and finite and min(finite) >= 0 and max(finite) <= 1:
+        axes.set_ylim(-0.02, 1.02)
+    elif finite and min(finite) > 0 and max(finite) / min(finite) >= 50:
+        axes.set_yscale("log")
+    if steps[0] > 0 and steps[-1] / steps[0] >= 50:
+        axes.set_xscale("log")
+    elif len(steps) <= 8:
+        axes.set_xticks(steps)
+    axes.set_xlabel("edits so far")
+    axes.set_ylabel(f"{curve.metric} {formatting.ARROWS[curve.direction]}".strip())
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def _bars(axes: Any, table: Table, rows: Sequence[int]) -> None:
+    """Draw a group of bars per metric, a bar per column, the interval as a line on it."""
+    drawn = _drawn(table)
+    size = 0.8 / len(drawn)
+    for place, i in enumerate(drawn):
+        head = table.heads[i]
+        at = [group - 0.4 + (place + 0.5) * size for group in range(len(rows))]
+        cells = [table.rows[number].cells[i] for number in rows]
+        axes.barh(
+            at,
+            [cell.measurement.value if cell else 0.0 for cell in cells],
+            height=size * 0.9,
+            label=" ".join(filter(None, (head.label, formatting.moment(head.moment)))),
+            **_fill(head),
+        )
+        for where, cell in zip(at, cells, strict=True):
+            if cell and cell.measurement.interval:
+                axes.plot(cell.measurement.interval, (where, where), color="#222222", linewidth=0.8)
+    axes.set_yticks(range(len(rows)), [table.rows[number].metric for number in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlim(0, 1)
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel(f"{table.protocol}, with 95 % intervals")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def _fill(head: Head) -> dict[str, Any]:
+    """Return how a column's bars are filled: hatched where they show the end of a stream."""
+    colour = "#b8bcc2" if head.column == 0 else COLOURS[(head.column - 1) % len(COLOURS)]
+    if head.moment != FINAL:
+        return {"color": colour, "linewidth": 0}
+    return {"color": colour, "alpha": 0.55, "hatch": "////", "edgecolor": "white", "linewidth": 0}
+
+
+def _share_rows(table: Table) -> list[int]:
+    """Return which rows are shares: these can stand on one axis."""
+    return [
+        i
+        for i, row in enumerate(table.rows)
+        if row.unit == "share"
+        and all(0 <= cell.measurement.value <= 1 for cell in row.cells if cell)
+    ]
+
+
+def _drawn(table: Table) -> list[int]:
+    """Return the columns that hold anything."""
+    return [i for i in range(len(table.heads)) if any(row.cells[i] for row in table.rows)]
+
+
+def _style(column: int) -> dict[str, Any]:
+    place = column - 1
+    return {
+        "color": COLOURS[place % len(COLOURS)],
+        "marker": MARKERS[place % len(MARKERS)],
+        "linestyle": DASHES[place % len(DASHES)],
+    }
+
+
+def _slug(*names: str) -> str:
+    """Return a file name without anything that a file system or a shell minds."""
+    joined = "-".join(name for name in names if name)
+    return re.sub(r"[^a-z0-9._]+", "-", joined.lower()).strip("-.")[:120] or "plot"

@@ -1,0 +1,244 @@
+"""The report on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.cells import cell_len
+from rich.console import Group
+from rich.text import Text
+
+from errata.bench.report import formatting
+from errata.bench.report.errors_and_costs import error_types
+from errata.cli.render import facts, heading, quoted, table
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from errata.bench.report.errors_and_costs import Incident
+    from errata.bench.report.report import Part, Report
+    from errata.bench.report.tables import Cell, Table
+
+RIGHT: dict[str, Any] = {"justify": "right", "no_wrap": True}
+NAME: dict[str, Any] = {"no_wrap": True}
+LISTED = 10
+"""Failures and refusals that are listed; the page and --json have them all."""
+
+
+def terminal(report: Report, width: int) -> RenderableType:
+    """Return the whole report for a console of this width."""
+    things: list[RenderableType] = []
+    for run in report.runs:
+        things += [heading(run.name, str(run.path)), facts(formatting.facts_of(run)), Text()]
+    said = formatting.warnings(report)
+    things += [Text.assemble(("Note: ", "warn"), one) for one in said]
+    things += [Text()] if said else []
+    for part in report.parts:
+        things += _part(part, width)
+    for one in report.located:
+        things += [heading(one.title, str(one.path)), facts([*one.facts, ("how", one.protocol)]),
+                   Text()]  # fmt: skip
+    return Group(*things)
+
+
+def _part(part: Part, width: int) -> list[RenderableType]:
+    things: list[RenderableType] = [
+        heading(part.section.title, part.section.model),
+        Text("─" * min(width, 100), style="muted"),
+    ]
+    if formatting.unmatched(part):
+        things.append(Text.assemble(("Note: ", "warn"), formatting.unmatched(part)))
+    things += _overview(part, width)
+    for one in part.tables:
+        things += [*_table(one, width), Text()]
+    things += _curves(part, width)
+    things += _errors(part)
+    things += _costs(part)
+    things += _incidents("Failed cases", part.failures)
+    things += _incidents("Refused edits", part.refusals)
+    return things
+
+
+def _overview(part: Part, width: int) -> list[RenderableType]:
+    """Return a line per column with the metrics to look at first."""
+    made: list[RenderableType] = []
+    names = [head.row.metric.replace("_", "_\n", 1) for head in part.overview]
+    titles = [
+        f"{head.table.protocol}\n{name} {formatting.ARROWS[head.row.direction]}\n"
+        f"{formatting.moment(head.moment)}".rstrip()
+        for name, head in zip(names, part.overview, strict=True)
+    ]
+    sizes = [_width(title) + 1 for title in titles]
+    labels = max(len(column.label) for column in part.section.columns) + 1
+    for block in _blocks(sizes, width - labels, keep=False):
+        grid = table(("column", NAME), *((titles[i], RIGHT) for i in block))
+        for place, column in enumerate(part.section.columns):
+            cells = [part.overview[i].cells[place] for i in block]
+            grid.add_row(column.label, *(_short(cell) for cell in cells))
+        made.append(grid)
+    if not made:
+        return []
+    note = Text("How each was measured, intervals and n: in the tables below.", style="muted")
+    return [heading("At a glance"), *made, note, Text()]
+
+
+def _short(cell: Cell | None) -> Text:
+    if cell is None:
+        return Text(formatting.DASH, style="muted")
+    star = f"{formatting.BEST} " if cell.best else ""
+    return Text.assemble(
+        (star, "accent"), (formatting.value(cell.measurement), "new" if star else "")
+    )
+
+
+def _table(one: Table, width: int) -> list[RenderableType]:
+    """Return a protocol's table; in blocks of columns where they do not fit side by side."""
+    how = [" ".join(f"[{k}]" for k in one.numbers(row)) for row in one.rows]
+    taken = max(len(row.metric) for row in one.rows) + 3
+    taken += max(len(row.n) for row in one.rows) + 1 + max(map(len, how)) + 1
+    texts = [[_cell(row.cells[i]) for row in one.rows] for i in range(len(one.heads))]
+    titles = [f"{head.label}\n{formatting.moment_in(one, head)}".rstrip("\n") for head in one.heads]
+    sizes = [
+        max(_width(title), *(_width(text.plain) for text in column)) + 1
+        for title, column in zip(titles, texts, strict=True)
+    ]
+    whole = [head.column for head in one.heads]
+    things: list[RenderableType] = [heading(one.protocol, formatting.ends(one))]
+    for block in _blocks(sizes, width - taken, groups=whole):
+        made = table(
+            ("metric", NAME),
+            *((titles[i], RIGHT) for i in block),
+            ("n", RIGHT),
+            ("how", {"min_width": 4}),
+        )
+        for place, row in enumerate(one.rows):
+            made.add_row(
+                Text.assemble(row.metric, (f" {formatting.ARROWS[row.direction]}", "muted")),
+                *(texts[i][place] for i in block),
+                row.n,
+                Text(how[place], style="muted"),
+            )
+        things.append(made)
+    below = [f"[{place}] {text}" for place, text in enumerate(one.notes, start=1)]
+    things += [Text(text, style="muted") for text in [*below, *formatting.legend(one)]]
+    return things
+
+
+def _blocks(
+    sizes: Sequence[int], room: int, *, keep: bool = True, groups: Sequence[int] = ()
+) -> list[list[int]]:
+    """Return which columns stand side by side.
+
+    Args:
+        sizes: width of each column.
+        room: width there is.
+        keep: whether the first column (the base) stands in every block.
+        groups: columns of one group are not torn apart.
+    """
+    whole: dict[int, list[int]] = {}
+    for i in range(len(sizes)):
+        whole.setdefault(groups[i] if groups else i, []).append(i)
+    units = list(whole.values())
+    first = units.pop(0) if keep and units else []
+    blocks: list[list[int]] = [list(first)]
+    for unit in units:
+        used = sum(sizes[i] for i in blocks[-1])
+        if used + sum(sizes[i] for i in unit) > room and blocks[-1] != first:
+            blocks.append(list(first))
+        blocks[-1] += unit
+    return [block for block in blocks if block]
+
+
+def _width(text: str) -> int:
+    return max(cell_len(line) for line in text.split("\n"))
+
+
+def _cell(cell: Cell | None) -> Text:
+    if cell is None:
+        return Text(f"{formatting.DASH} ", style="muted")
+    one = cell.measurement
+    text = Text.assemble(
+        (f"{formatting.BEST} " if cell.best else "", "accent"),
+        (formatting.value(one), "new" if cell.best else ""),
+        formatting.DIFFERS if cell.differs else " ",
+    )
+    spread = formatting.interval(one.interval, one.unit)
+    return text.append(f"\n{spread} ", style="muted") if spread else text
+
+
+def _curves(part: Part, width: int) -> list[RenderableType]:
+    """Return the overview's metrics after each number of edits."""
+    things: list[RenderableType] = []
+    for curve in part.first_curves:
+        steps = sorted({point.step for line in curve.lines for point in line.points})
+        steps = _thinned(steps, max(2, (width - 24) // 8))
+        made = table(("edits so far", NAME), *((str(step), RIGHT) for step in steps))
+        if curve.base:
+            base = formatting.amount(curve.base.value, curve.unit)
+            made.add_row("base", *[Text(base, style="muted") for _ in steps])
+        for line in curve.lines:
+            values = {p.step: formatting.amount(p.value, curve.unit) for p in line.points}
+            made.add_row(line.label, *(values.get(step, formatting.DASH) for step in steps))
+        how = Text(f"{curve.what}; {curve.protocol}", style="muted")
+        things += [heading(f"{curve.metric} as edits pile up"), made, how, Text()]
+    return things
+
+
+def _thinned(steps: Sequence[int], most: int) -> list[int]:
+    if len(steps) <= most:
+        return list(steps)
+    return [steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)]
+
+
+def _errors(part: Part) -> list[RenderableType]:
+    if not part.errors:
+        return []
+    kinds = error_types(part.errors)
+    moments = len({one.moment for one in part.errors}) > 1
+    made = table(
+        ("metric", NAME),
+        ("column", NAME),
+        *([("when", NAME)] if moments else []),
+        *((formatting.kind(kind).replace(" ", "\n", 1), RIGHT) for kind in kinds),
+        ("answers", RIGHT),
+    )
+    before = ""
+    for one in part.errors:
+        made.add_row(
+            one.metric if one.metric != before else "",
+            one.label,
+            *([formatting.moment(one.moment)] if moments else []),
+            *(formatting.share(one.counts.get(kind, 0), one.total) for kind in kinds),
+            str(one.total),
+        )
+        before = one.metric
+    return [heading("Error types"), made, Text(formatting.ERRORS_NOTE, style="muted"), Text()]
+
+
+def _costs(part: Part) -> list[RenderableType]:
+    if not part.costs:
+        return []
+    titles = [
+        name.replace(" per", "\nper").replace("peak ", "peak\n") for name in formatting.COST_COLUMNS
+    ]
+    made = table(("column", NAME), *((title, RIGHT) for title in titles))
+    for cost in part.costs:
+        made.add_row(cost.label, *formatting.cost_row(cost))
+    return [heading("Cost"), made, Text(formatting.COST_NOTE, style="muted"), Text()]
+
+
+def _incidents(title: str, found: Sequence[Incident]) -> list[RenderableType]:
+    if not found:
+        return []
+    made = table(("column", NAME), "case", ("request", {"ratio": 1}), ("why", {"ratio": 1}))
+    for one in found[:LISTED]:
+        made.add_row(
+            Text(one.label), Text(one.case_id), Text(quoted(one.request, 80)),
+            Text(quoted(one.reason, 160)),
+        )  # fmt: skip
+    things: list[RenderableType] = [heading(title, str(len(found))), made]
+    if len(found) > LISTED:
+        more = f"… and {len(found) - LISTED} more: --json or --html FILE lists all."
+        things.append(Text(more, style="muted"))
+    return [*things, Text()]

@@ -1,0 +1,136 @@
+"""What makes two runs the same run: everything that changes a number, and how to name what differs.
+
+Not part of it: the run's name, how many processes it uses, versions of libraries (a warning tells
+of those), and the machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from errata.bench.records import machine, timestamp, versions
+from errata.bench.results import RESULTS, SCHEMA
+from errata.errors import ConfigError
+
+if TYPE_CHECKING:
+    from errata.bench.run_spec import Job
+
+logger = logging.getLogger("errata")
+FREE = ("name", "device")
+"""Fields of the configuration that change no number (beyond what a machine changes)."""
+
+
+def info_of(job: Job, description: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the `run.json` of a run.
+
+    Args:
+        job: the run.
+        description: of model and variants, as a worker gave it.
+    """
+    config = job.config
+    model, variants = dict(description["model"]), list(description["variants"])
+    seed = config.seeds[0]
+    datasets = [
+        {
+            "name": spec.title,
+            "reader": spec.name,
+            "source": dataset.source,
+            "digest": dataset.digest,
+            "cases": len(job.cases(number, seed)),
+            "skipped": dataset.skipped,
+        }
+        for number, (spec, dataset) in enumerate(zip(config.datasets, job.datasets, strict=True))
+    ]
+    protocols = {
+        job.title(number): {"cases": job.protocols(number), "state": job.whole(number)}
+        for number in range(len(datasets))
+    }
+    given = {k: v for k, v in config.model_dump(mode="json").items() if k not in FREE}
+    for spec in given["datasets"]:  # where the bytes lay does not matter, their digest does
+        spec.pop("path")
+    if given["train"] is not None:
+        given["train"].pop("path")
+    given.pop("corpus")
+    given.pop("model")
+    identity = {
+        "config": given,
+        "model": {"fingerprint": model["fingerprint"], "dtype": model["dtype"]},
+        "variants": {
+            one["label"]: {
+                "method": one["method"],
+                "version": one["version"],
+                "config": {name: value["value"] for name, value in one["config"].items()},
+            }
+            for one in variants
+        },
+        "datasets": {
+            one["name"]: {"digest": one["digest"], "cases": one["cases"]} for one in datasets
+        },
+        "corpus": None if job.corpus is None else _digest(list(job.corpus)),
+        "protocols": protocols,
+        "errata": versions(())["errata"],
+    }
+    identity = json.loads(json.dumps(identity))
+    named = {name for one in protocols.values() for many in one.values() for name in many}
+    return {
+        "schema": SCHEMA,
+        "name": config.name,
+        "config": config.model_dump(mode="json"),
+        "digest": _digest(identity),
+        "identity": identity,
+        "variants": variants,
+        "datasets": datasets,
+        "model": model,
+        "protocols": sorted(named),
+        "protocols_of": json.loads(json.dumps(protocols)),
+        "versions": versions([variant.method for variant in config.methods]),
+        "machine": machine(),
+        "created": timestamp(),
+    }
+
+
+def check_same(folder: Path, there: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` naming every difference unless a directory holds this very run."""
+    if there.get("digest") != wanted["digest"]:
+        found = list(differences(there.get("identity") or {}, wanted["identity"]))
+        shown = "; ".join(found[:8]) + (f"; and {len(found) - 8} more" if len(found) > 8 else "")
+        raise ConfigError(
+            f"{folder} holds another run; results of different runs are never mixed. What "
+            f"differs: {shown or 'its digest'}. Give another folder with --out, or delete this one."
+        )
+    for name, version in wanted["versions"].items():
+        before = there.get("versions", {}).get(name)
+        if before != version:
+            logger.warning(
+                "This run was begun with %s %s and goes on with %s: its last digits may differ.",
+                name, before, version,
+            )  # fmt: skip
+
+
+def differences(there: Any, here: Any, where: str = "") -> Iterator[str]:
+    """Yield each difference between two pieces of JSON as "place: there → here"."""
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        for key in dict.fromkeys([*there, *here]):
+            place = f"{where}.{key}" if where else str(key)
+            yield from differences(there.get(key), here.get(key), place)
+    elif there != here:
+        yield f"{where}: {_short(there)} there, {_short(here)} here"
+
+
+def describe_folder(folder: Path) -> str:
+    """Return how a run in a folder is gone on with, for people."""
+    return f"{folder / RESULTS} keeps every finished case; the same command goes on from there."
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:59] + "…"
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

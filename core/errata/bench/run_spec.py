@@ -1,0 +1,276 @@
+"""A run as every process sees it: configuration, cases, protocols and where things are kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from errata.bench.config import BASE, STREAMS, BenchConfig, DatasetSpec
+from errata.errors import ConfigError, UnknownNameError
+
+if TYPE_CHECKING:
+    from errata.datasets import Dataset
+    from errata.edits.request import Probe, Request
+    from errata.evaluate import MeasureSettings, Protocol
+
+Case = tuple["Request", ...]
+CHUNK = 32
+"""Cases measured together on a model in one state; fixed, so that numbers do not depend on it."""
+
+WHOLE = ("general", "lifelong")
+"""Protocols about the model as a whole: measured once per state, not once per case."""
+
+
+class Item(NamedTuple):
+    """A case's place: number of its dataset, number within it."""
+
+    dataset: int
+    number: int
+
+
+class Job:
+    """What a run consists of. It holds no model and is cheap to make from (config, directory).
+
+    Args:
+        config: the run.
+        directory: its folder; None where nothing is kept (planning).
+    """
+
+    def __init__(self, config: BenchConfig, directory: Path | None = None) -> None:
+        self.config = config
+        self.directory = directory
+        self._cases: dict[tuple[int, int], list[Case]] = {}
+        self._texts: dict[int, tuple[str, ...]] = {}
+        self._calls: dict[tuple[int, int], tuple[range, ...]] = {}
+
+    # -- cases -----------------------------------------------------------------------------------
+
+    @cached_property
+    def datasets(self) -> list[Dataset]:
+        """The datasets, opened."""
+        return [
+            open_dataset(spec, spec.limit or self.config.limit) for spec in self.config.datasets
+        ]
+
+    def title(self, dataset: int) -> str:
+        """Return what a dataset is called in the results."""
+        return self.config.datasets[dataset].title
+
+    def cases(self, dataset: int, seed: int) -> list[Case]:
+        """Return the cases of a dataset in the order that this seed puts them in."""
+        key = (dataset, seed if self.config.shuffle else 0)
+        if key not in self._cases:
+            spec = self.config.datasets[dataset]
+            found = chosen(self.datasets[dataset], spec, spec.limit or self.config.limit)
+            if not found:
+                raise ConfigError(f"The dataset {spec.title!r} gives no case to run.")
+            if self.config.shuffle:
+                random.Random(f"{seed}:{spec.title}").shuffle(found)
+            self._cases[key] = found
+        return self._cases[key]
+
+    def case(self, item: Item, seed: int) -> Case:
+        """Return one case."""
+        return self.cases(item.dataset, seed)[item.number]
+
+    def edited(self, item: Item, seed: int) -> Case:
+        """Return the requests that a case is edited with; it is measured with its own."""
+        case = self.case(item, seed)
+        if self.config.datasets[item.dataset].view == "entity":
+            return case
+        from errata.datasets.rake import relation_requests
+
+        return tuple(made for request in case for made in relation_requests(request))
+
+    def chunks(self, items: Sequence[Item]) -> Iterator[list[Item]]:
+        """Group places so that each group is measured together: always the same groups."""
+        groups: dict[tuple[int, int], list[Item]] = {}
+        for item in sorted(items):
+            groups.setdefault((item.dataset, item.number // CHUNK), []).append(item)
+        yield from groups.values()
+
+    def stream(self, dataset: int, seed: int) -> list[Item]:
+        """Return the order of a stream's cases; `dataset` is -1 where all are mixed."""
+        if dataset >= 0:
+            return [Item(dataset, i) for i in range(len(self.cases(dataset, seed)))]
+        each = [self.stream(number, seed) for number in range(len(self.config.datasets))]
+        mixed = [item for items in each for item in items]
+        if self.config.mix == "shuffle":
+            random.Random(f"{seed}:mix").shuffle(mixed)
+        if self.config.mix == "interleave":
+            # Spread evenly, whatever their lengths: by the share of its own dataset that is over.
+            lengths = [len(items) for items in each]
+            mixed.sort(key=lambda item: ((item.number + 0.5) / lengths[item.dataset], item.dataset))
+        return mixed
+
+    def checkpoints(self, length: int) -> list[int]:
+        """Return after how many cases of a stream all earlier ones are measured."""
+        return sorted({step for step in self.config.checkpoints if step < length} | {length})
+
+    def calls(self, variant: int, length: int) -> tuple[range, ...]:
+        """Return which positions of a stream are edited in one call: none crosses a checkpoint."""
+        key = (variant, length)
+        if key not in self._calls:
+            size, found, start = self.config.size(variant), [], 0
+            for stop in self.checkpoints(length):
+                found += [range(i, min(i + size, stop)) for i in range(start, stop, size)]
+                start = stop
+            self._calls[key] = tuple(found)
+        return self._calls[key]
+
+    @cached_property
+    def corpus(self) -> list[str] | None:
+        """Texts that methods prepare with; in the regime cross-domain they carry `requests`."""
+        if self.config.train is not None:
+            spec = self.config.train
+            cases = chosen(open_dataset(spec, spec.limit), spec, spec.limit)
+            if not cases:
+                raise ConfigError(f"The training data {spec.title!r} holds no case.")
+            return TrainingTexts(request for case in cases for request in case)
+        return None if self.config.corpus is None else read_corpus(Path(self.config.corpus))
+
+    # -- measuring -------------------------------------------------------------------------------
+
+    @cached_property
+    def known(self) -> dict[str, Protocol]:
+        """Every protocol by name: the core's and those of the run's methods."""
+        from errata.contract import plugins
+        from errata.evaluate import CoreMetrics
+
+        names = dict.fromkeys(variant.method for variant in self.config.methods)
+        loaded = [plugins.load(name) for name in names]
+        own = [plugin for plugin in loaded if hasattr(plugin, "protocols")]
+        return plugins.Manager("", [CoreMetrics(), *own]).protocols()
+
+    def protocols(self, dataset: int) -> tuple[str, ...]:
+        """Return how each case of a dataset is measured."""
+        wanted = self._wanted(dataset)
+        if self.config.regime in ("single", "cross-domain"):
+            return wanted
+        return tuple(name for name in wanted if name not in self.whole(dataset))
+
+    def whole(self, dataset: int) -> tuple[str, ...]:
+        """Return how the model as a whole is measured."""
+        if self.config.state is not None:
+            return self._checked(self.config.state)
+        given = [name for name in WHOLE if name in self._wanted(dataset)]
+        if self.config.regime == "batch":
+            given = [*WHOLE[:1], *given]
+        elif self.config.regime in STREAMS:
+            given = [*WHOLE, *given]
+        return tuple(name for name in dict.fromkeys(given) if name in self.known)
+
+    def _wanted(self, dataset: int) -> tuple[str, ...]:
+        if self.config.protocols is not None:
+            return self._checked(self.config.protocols)
+        return self._checked(self.datasets[dataset].protocols)
+
+    def _checked(self, names: Sequence[str]) -> tuple[str, ...]:
+        for name in names:
+            if name not in self.known:
+                raise UnknownNameError("protocol", name, self.known)
+        return tuple(dict.fromkeys(names))
+
+    def settings(self, dataset: int, seed: int) -> MeasureSettings:
+        """Return how questions are asked."""
+        from errata.evaluate import MeasureSettings
+
+        given = dict(self.config.settings)
+        free = [f.name for f in dataclasses.fields(MeasureSettings)]
+        free = [name for name in free if name not in ("seed", "retain")]
+        for name in given:
+            if name not in free:
+                raise UnknownNameError("measuring setting", name, free, "The run sets the others.")
+        for name in ("texts", "references", "harness_tasks"):
+            if given.get(name) is not None:
+                given[name] = tuple(given[name])
+        # What RS is fitted on must not depend on which cases are measured together.
+        given.setdefault("references", self._references(dataset))
+        retain: tuple[Probe, ...] = tuple(self.datasets[dataset].retain)
+        return MeasureSettings(**given, seed=seed, retain=retain)
+
+    def _references(self, dataset: int) -> tuple[str, ...]:
+        if dataset not in self._texts:
+            cases = self.cases(dataset, self.config.seeds[0])
+            texts = [text for case in cases for request in case for text in request.references]
+            self._texts[dataset] = tuple(dict.fromkeys(texts))
+        return self._texts[dataset]
+
+    # -- places on disk --------------------------------------------------------------------------
+
+    def folder(self, *parts: str) -> Path:
+        """Return a path in the run's directory."""
+        if self.directory is None:
+            raise ConfigError("This run has no directory.")
+        return self.directory.joinpath(*parts)
+
+    def label(self, variant: int) -> str:
+        """Return the label of a variant; -1 is the unedited model."""
+        return BASE if variant < 0 else self.config.methods[variant].label
+
+    def overrides(self, variant: int, seed: int) -> dict[str, Any]:
+        """Return the hyper-parameters a variant is run with, beside the registry's."""
+        return {"seed": seed, **self.config.methods[variant].config}
+
+
+class TrainingTexts(list[str]):
+    """Requests as plain sentences, with the requests themselves at hand.
+
+    What `prepare` gets as its corpus in the regime cross-domain: a method that reads texts sees
+    "prompt target." sentences, one that needs more reads `requests`.
+    """
+
+    def __init__(self, requests: Iterator[Request]) -> None:
+        self.requests = tuple(requests)
+        super().__init__(f"{request.text} {request.target_new}." for request in self.requests)
+
+
+def open_dataset(spec: DatasetSpec, limit: int | None) -> Dataset:
+    """Open a dataset, reading no more than `limit` cases where that is enough."""
+    from errata.datasets import load
+
+    return load(
+        spec.name,
+        spec.path,
+        split=spec.split,
+        limit=None if spec.distinct_subjects else limit,
+        skip_bad=spec.skip_bad,
+        **spec.options,
+    )
+
+
+def chosen(dataset: Dataset, spec: DatasetSpec, limit: int | None) -> list[Case]:
+    """Return the first `limit` cases (all when None) that the specification lets through."""
+    if not spec.distinct_subjects:
+        return list(dataset.cases(limit))
+    seen: set[str] = set()
+    found: list[Case] = []
+    for case in dataset.cases():
+        subjects = {request.subject for request in case}
+        if not subjects & seen:
+            found.append(case)
+            if len(found) == limit:
+                break
+        seen |= subjects
+    return found
+
+
+def read_corpus(path: Path) -> list[str]:
+    """Read a text file as documents, separated by blank lines."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"Cannot read the corpus {str(path)!r}: {error}") from error
+    documents = [part.strip() for part in text.split("\n\n") if part.strip()]
+    if not documents:
+        raise ConfigError(f"The corpus {str(path)!r} holds no text.")
+    return documents
+
+
+def name_of(case: Case) -> str:
+    """Return a case's id as measurements carry it: its case_id, else part of its digest."""
+    return case[0].case_id or case[0].digest[:12]

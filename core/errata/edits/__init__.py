@@ -1,0 +1,1 @@
+"""What changes, and what is on the model: requests, edits, deltas, the stack and the ledger."""

@@ -1,0 +1,33 @@
+"""Delta kinds: the data of a change, how it is stored, and how it gets onto a model."""
+
+from errata.edits.delta.adapter import AdapterDelta
+from errata.edits.delta.base import Delta, Undo
+from errata.edits.delta.codebook import CodebookDelta
+from errata.edits.delta.dense import DenseDelta
+from errata.edits.delta.key_value import KeyValueDelta, KeyValues
+from errata.edits.delta.low_rank import Factor, LowRankDelta
+from errata.edits.delta.sparse_rows import Rows, SparseRowsDelta
+
+CORE_KINDS: tuple[type[Delta], ...] = (
+    AdapterDelta,
+    CodebookDelta,
+    DenseDelta,
+    KeyValueDelta,
+    LowRankDelta,
+    SparseRowsDelta,
+)
+
+__all__ = [
+    "CORE_KINDS",
+    "AdapterDelta",
+    "CodebookDelta",
+    "Delta",
+    "DenseDelta",
+    "Factor",
+    "KeyValueDelta",
+    "KeyValues",
+    "LowRankDelta",
+    "Rows",
+    "SparseRowsDelta",
+    "Undo",
+]

@@ -1,0 +1,108 @@
+"""The edit: an immutable record of one change, complete enough to be repeated elsewhere."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Collection, Iterable
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
+
+from errata.edits.request import Request
+from errata.errors import IntegrityError, LedgerError, RequestError
+
+if TYPE_CHECKING:
+    from errata.edits.delta import Delta
+
+ID_ALPHABET = frozenset("0123456789abcdef")
+ID_LENGTH = 12
+
+
+def new_id() -> str:
+    """Return a fresh edit id: twelve hexadecimal digits from the system's randomness."""
+    return secrets.token_hex(ID_LENGTH // 2)
+
+
+def check_id(value: str) -> str:
+    """Return an edit id unchanged, or raise `IntegrityError`: ids become parts of file names."""
+    if len(value) != ID_LENGTH or not set(value) <= ID_ALPHABET:
+        raise IntegrityError(f"{value!r} is no edit id (twelve hexadecimal digits).")
+    return value
+
+
+class Edit(BaseModel):
+    """One edit: what was asked, how it was computed, for which model, and how it came out.
+
+    The delta itself is stored beside the record, under `blob`, and read through the ledger.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str = Field(default_factory=new_id, description="Twelve hexadecimal digits")
+    sequence: int = Field(default=0, ge=0, description="Place in its ledger; 0 before it has one")
+    created: str = Field(
+        default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        description="When it was computed (UTC, ISO 8601)",
+    )
+    method: str = Field(description="Name of the method")
+    delta_kind: str = Field(description="Kind of its delta")
+    requests: tuple[Request, ...] = Field(min_length=1, description="What was asked")
+    config: dict[str, Any] = Field(description="Every hyper-parameter with its value")
+    fingerprint: dict[str, str] = Field(
+        description="SHA-256 of the base's configuration and of each parameter it refers to"
+    )
+    parents: tuple[str, ...] = Field(
+        default=(), description="Ids active when it was computed, if it depends on what is active"
+    )
+    versions: dict[str, str] = Field(default_factory=dict, description="Libraries and the method")
+    blob: str = Field(default="", description="SHA-256 of the stored delta")
+    nbytes: int = Field(default=0, ge=0, description="Bytes of delta tensors")
+    seconds: float = Field(default=0.0, ge=0, description="Time it took to compute")
+    outcome: dict[str, Any] = Field(default_factory=dict, description="What the guards measured")
+
+    _delta: Any = PrivateAttr(default=None)
+
+    @field_validator("id")
+    @classmethod
+    def _id_is_safe(cls, value: str) -> str:
+        try:
+            return check_id(value)
+        except IntegrityError as error:
+            raise ValueError(str(error)) from None
+
+    def bind(self, delta: Delta, **changes: Any) -> Edit:
+        """Return this record with its delta at hand (and with some fields replaced)."""
+        bound = self.model_copy(update=changes)
+        bound._delta = delta
+        return bound
+
+    @property
+    def delta(self) -> Delta:
+        """The data of the change; raise `LedgerError` when it was not read from the ledger."""
+        if self._delta is None:
+            raise LedgerError(f"The delta of edit {self.id} is not loaded: ask `ledger.delta(id)`.")
+        delta: Delta = self._delta
+        return delta
+
+    def is_stale(self, active: Collection[str]) -> bool:
+        """Say whether it is active, but was computed on top of an edit that is not."""
+        return self.id in active and any(parent not in active for parent in self.parents)
+
+    @property
+    def title(self) -> str:
+        """One line for people: the first request and how many more there are."""
+        first = self.requests[0]
+        more = f" (+{len(self.requests) - 1} more)" if len(self.requests) > 1 else ""
+        return f"{first.text} → {first.target_new}{more}"
+
+
+def requests_of(items: Request | Edit | Iterable[Request | Edit]) -> list[Request]:
+    """Return the requests among requests and edits; raise `RequestError` when there are none."""
+    many = [items] if isinstance(items, (Request, Edit)) else list(items)
+    requests: list[Request] = []
+    for item in many:
+        requests += item.requests if isinstance(item, Edit) else [Request.parse(item)]
+    if not requests:
+        raise RequestError("There is no request here: no edit is active and none was named.")
+    return requests

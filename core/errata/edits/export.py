@@ -1,0 +1,147 @@
+"""Edits for people who do not have errata: PEFT adapters and merged checkpoints."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from errata.edits.delta import AdapterDelta
+from errata.edits.factors import Change, changes
+from errata.edits.stack import Entry
+from errata.errors import CapabilityError, ConfigError, StorageError, UnknownNameError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from errata.edits.edit import Edit
+    from errata.model.model import Model
+
+
+FORMATS = {"errata": (), "peft": ("rank", "error")}
+"""The formats that edits leave in, and the options of each."""
+
+
+def check_format(format: str, options: Mapping[str, Any]) -> None:
+    """Raise `UnknownNameError` for a format, or an option of it, that there is not."""
+    if format not in FORMATS:
+        raise UnknownNameError("export format", format, FORMATS)
+    for option in options:
+        if option not in FORMATS[format]:
+            raise UnknownNameError(f"option of format {format!r}", option, FORMATS[format])
+
+
+def export_peft(
+    model: Model,
+    edits: Sequence[Edit],
+    path: Path,
+    overwrite: bool = False,
+    *,
+    rank: int | None = None,
+    error: float | None = None,
+) -> Path:
+    """Write edits as one PEFT directory that plain `PeftModel` loads on the base.
+
+    A single adapter edit is written as it is. Any other set of edits becomes one LoRA adapter
+    with the scale one: what the edits, folded together, add to each weight, as B A.
+
+    Args:
+        model: the model that the edits are for.
+        edits: which, in ledger order.
+        path: directory to write.
+        overwrite: replace what is there.
+        rank: keep at most this many directions per weight; None keeps all.
+        error: keep as few directions as leave this relative (Frobenius) error per weight.
+
+    Raises:
+        CapabilityError: an edit that acts at run time only (a codebook), or one that changes
+            what is no linear module's weight (an embedding).
+        ConfigError: a bad rank or error.
+    """
+    only = edits[0].delta
+    if len(edits) == 1 and isinstance(only, AdapterDelta) and rank is None and error is None:
+        return _folder(path, overwrite, only.write_directory)
+    entries = [Entry(edit.sequence, edit.id, edit.delta) for edit in edits]
+    entries.sort(key=lambda entry: entry.sequence)
+    found = changes(model, entries, rank=rank, error=error)
+    return _folder(path, overwrite, lora(model, found).write_directory)
+
+
+def lora(model: Model, found: Sequence[Change]) -> AdapterDelta:
+    """Return changes of weights as a LoRA adapter of scale one: B = U, A = Vᵀ, alpha = r."""
+    tensors: dict[str, Tensor] = {}
+    for change in found:
+        prefix = f"base_model.model.{change.module}"
+        tensors[f"{prefix}.lora_A.weight"] = change.v.T.float().contiguous().cpu()
+        tensors[f"{prefix}.lora_B.weight"] = change.u.float().contiguous().cpu()
+    ranks = {change.module: change.rank for change in found}
+    usual = max(ranks.values(), key=list(ranks.values()).count)
+    other = {module: rank for module, rank in ranks.items() if rank != usual}
+    tasks = {"decoder": "CAUSAL_LM", "encoder-decoder": "SEQ_2_SEQ_LM", "encoder": None}
+    config = {
+        "peft_type": "LORA",
+        "task_type": tasks[model.anatomy.kind],
+        "r": usual,
+        "lora_alpha": usual,
+        "rank_pattern": other,
+        "alpha_pattern": other,
+        "target_modules": sorted(ranks),
+        "fan_in_fan_out": any(change.transposed for change in found),
+        "bias": "none",
+        "inference_mode": True,
+    }
+    return AdapterDelta(config, tensors)
+
+
+def merge_checkpoint(model: Model, path: Path, overwrite: bool) -> Path:
+    """Write base + all active edits as a Hugging Face checkpoint.
+
+    Weight edits are on the parameters already; adapters are folded into theirs here. Raises
+    `CapabilityError` for active edits that act at run time only (a codebook).
+    """
+    entries = model.stack.entries
+    for entry in entries:
+        if entry.delta.runtime and not isinstance(entry.delta, AdapterDelta):
+            raise CapabilityError(
+                f"Edit {entry.edit_id} ({entry.delta.kind}) acts while the model runs and cannot "
+                "be folded into weights: revert it first, or ship it with export()."
+            )
+    adapters = [e.delta for e in entries if isinstance(e.delta, AdapterDelta)]
+    with model.stack.temporarily([e for e in entries if not e.delta.runtime]):
+        state = {name: tensor.detach() for name, tensor in model.module.state_dict().items()}
+        for name in model.stack.touched if model.branch else ():
+            state[name] = model.stack.folded(name)
+        with torch.no_grad():
+            for delta in adapters:
+                for name, difference in delta.differences(model).items():
+                    wide = state[name].float() + difference.to(state[name].device)
+                    state[name] = wide.to(state[name].dtype)
+
+        def fill(folder: Path) -> None:
+            cast("PreTrainedModel", model.module).save_pretrained(folder, state_dict=state)
+            model.tokenizer.save_pretrained(folder)
+
+        return _folder(path, overwrite, fill)
+
+
+def _folder(path: Path, overwrite: bool, fill: object) -> Path:
+    """Fill a new folder beside `path` and rename it there, so that it is whole or absent."""
+    assert callable(fill)
+    if path.exists() and not overwrite:
+        raise ConfigError(f"{path} exists already: choose another place, or pass overwrite.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+            new = Path(scratch) / "new"
+            new.mkdir()
+            fill(new)
+            if path.exists():
+                path.rename(Path(scratch) / "old")
+            new.rename(path)
+    except OSError as error:
+        raise StorageError(f"Cannot write {path}: {error.strerror or error}") from error
+    return path

@@ -1,0 +1,93 @@
+"""How a delta becomes bytes and comes back: its kind, its metadata and its tensors."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from errata.errors import ErrataError, IntegrityError, UnknownNameError
+from errata.model.storage import canonical, from_bytes, to_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from errata.edits.delta import Delta
+
+
+class Parts(NamedTuple):
+    """A delta taken apart: what is stored, and all that exporting one needs to know."""
+
+    kind: str
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+
+def take(delta: Delta) -> Parts:
+    """Return the parts of a delta."""
+    return Parts(delta.kind, delta.metadata(), delta.tensors())
+
+
+def encode(parts: Parts) -> bytes:
+    """Return a delta's parts as one safetensors file; refuse NaN and infinite entries."""
+    _require_finite(parts.tensors, f"A {parts.kind} delta")
+    return to_bytes(parts.tensors, {"kind": parts.kind, "metadata": parts.metadata})
+
+
+def decode(data: bytes, kind: str, source: str) -> Parts:
+    """Return the parts that `encode` wrote, of the kind that the record says, all finite."""
+    tensors, header = from_bytes(data, source)
+    if set(header) != {"kind", "metadata"} or header["kind"] != kind:
+        raise IntegrityError(
+            f"{source} holds a delta of kind {header.get('kind')!r}; its record says {kind!r}."
+        )
+    return checked(kind, header["metadata"], tensors, source)
+
+
+def checked(kind: str, metadata: Any, tensors: Mapping[str, Tensor], source: str) -> Parts:
+    """Return parts from outside, or raise `IntegrityError` for those that no delta can have."""
+    if not isinstance(metadata, dict):
+        raise IntegrityError(f"{source} is damaged: its metadata is no object.")
+    _require_finite(tensors, source)
+    return Parts(kind, metadata, tensors)
+
+
+def build(parts: Parts, kinds: Mapping[str, type[Delta]], source: str) -> Delta:
+    """Return a delta from its parts, or raise `IntegrityError` for anything that does not fit."""
+    check_kind(parts.kind, kinds)
+    try:
+        return kinds[parts.kind].from_parts(dict(parts.tensors), parts.metadata)
+    except ErrataError:
+        raise
+    except Exception as error:  # a kind's own code, maybe a stranger's, on data we cannot trust
+        raise IntegrityError(
+            f"{source} is no sound {parts.kind} delta: {type(error).__name__}: {error}"
+        ) from error
+
+
+def check_kind(kind: str, kinds: Mapping[str, type[Delta]]) -> None:
+    """Raise `UnknownNameError` unless the kind is one that can be built."""
+    if kind not in kinds:
+        raise UnknownNameError(
+            "delta kind", kind, kinds, "Install the method that brings this kind."
+        )
+
+
+def digest(parts: Parts) -> str:
+    """SHA-256 of what a delta holds, whatever version of safetensors writes it."""
+    from errata.model.pristine import digest as tensor_digest
+
+    tensors = {name: tensor_digest(tensor) for name, tensor in parts.tensors.items()}
+    return hashlib.sha256(canonical([parts.kind, parts.metadata, tensors]).encode()).hexdigest()
+
+
+def _require_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    import torch
+
+    for name, tensor in tensors.items():
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            continue
+        # `isfinite` lacks the one-byte floats.
+        wide = tensor.float() if tensor.element_size() == 1 else tensor
+        if not bool(torch.isfinite(wide).all()):
+            raise IntegrityError(f"{source} has NaN or infinite entries in tensor {name!r}.")

@@ -1,0 +1,221 @@
+"""The transactions of a ledger: one writer at a time, and never over what it has not seen."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from errata.edits.ledger.files import DeltaFiles
+from errata.edits.ledger.schema import (
+    STATE_KINDS,
+    Event,
+    Row,
+    connect,
+    events_of,
+    plain,
+    translated,
+)
+from errata.errors import IntegrityError, LedgerChangedError, LedgerError
+from errata.model.storage import canonical
+
+EVENT_COLUMNS = "number, time, kind, edit_id, detail, digest"
+
+
+class Database:
+    """A ledger's connection: reading rows, writing under the lock, and the chain of events.
+
+    Attributes:
+        where: the folder, for messages.
+        files: the deltas' bytes, which follow the transactions.
+        head: number of the last event this object has seen.
+    """
+
+    def __init__(self, folder: Path | None, timeout: float, readonly: bool) -> None:
+        self.where = str(folder) if folder is not None else "in memory"
+        self.files = DeltaFiles(folder)
+        self._timeout = timeout
+        self._readonly = readonly
+        self._process = os.getpid()
+        self._lock = threading.RLock()
+        self._depth = 0
+        self._last, self._tip = 0, ""  # number and digest of the newest event, while writing
+        self._connection: sqlite3.Connection | None = connect(folder, timeout, readonly)
+        try:
+            self.head = self.last_event()
+            if folder is not None and not readonly:
+                self._sweep()
+        except BaseException:
+            self.close()
+            raise
+
+    def __del__(self) -> None:
+        if hasattr(self, "_connection"):
+            self.close()
+
+    def close(self) -> None:
+        """Close the connection; closing twice is fine."""
+        with self._lock:
+            connection, self._connection = self._connection, None
+            if connection is not None and self._process == os.getpid():
+                with suppress(sqlite3.Error):  # everything that was reported is safe already
+                    connection.close()
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    def ready(self) -> sqlite3.Connection:
+        """Return the open connection, or raise `LedgerError`."""
+        if self._connection is None:
+            raise LedgerError(f"The ledger {self.where} is closed: open it again.")
+        if self._process != os.getpid():
+            raise LedgerError(
+                f"The ledger {self.where} was opened in another process, and SQLite must not be "
+                "carried across a fork: open it again in this one."
+            )
+        return self._connection
+
+    def rows(self, query: str, values: Row = ()) -> list[Row]:
+        """Return all rows of a query; run a statement."""
+        with self._lock, translated(self.where, self._timeout):
+            return self.ready().execute(query, values).fetchall()
+
+    def events(self, after: int) -> list[Event]:
+        """Return the events with a number above `after`, the chain of digests verified."""
+        with self._lock:
+            query = f"SELECT {EVENT_COLUMNS} FROM events WHERE number > ? ORDER BY 1"
+            found = self.rows(query, (after,))
+            return events_of(found, self._link(found[0][0] - 1)) if found else []
+
+    def missed(self) -> list[Event]:
+        """Return the events after `head` and move it there."""
+        with self._lock:
+            events = self.events(self.head)
+            self.head = events[-1].number if events else self.head
+            return events
+
+    def last_event(self) -> int:
+        """Return the number of the last event; 0 when there is none."""
+        return int(self.rows("SELECT coalesce(max(number), 0) FROM events")[0][0])
+
+    def _link(self, number: int) -> str:
+        found = self.rows("SELECT digest FROM events WHERE number = ?", (number,))
+        return str(found[0][0]) if found else ""
+
+    # -- writing ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def write(self, checked: bool = True) -> Iterator[None]:
+        """Hold the write lock for a block: all of it is stored, or nothing.
+
+        Nested blocks are savepoints of the outer one. `checked` blocks raise
+        `LedgerChangedError` when edits were changed by others after `head`.
+        """
+        with self._lock:
+            connection = self.ready()
+            if self._readonly:
+                raise LedgerError(f"The ledger {self.where} was opened for reading only.")
+            if self._depth:
+                with self._savepoint(connection):
+                    yield
+                return
+            if connection.in_transaction:  # left by an interrupt at an unlucky moment
+                connection.execute("ROLLBACK")
+            self._depth = 1
+            try:
+                self.rows("BEGIN IMMEDIATE")
+                seen = self._see(checked)
+                yield
+                self.files.flush()
+            except BaseException:
+                if connection.in_transaction:
+                    self.files.discard()  # before the lock goes: another may write the same file
+                    self._roll_back(connection)
+                raise
+            else:
+                # From here on the record may be on disk even when an error is reported or Ctrl-C
+                # arrives, so its files stay whatever happens, and the database says what is so.
+                self.files.settle()
+                try:
+                    self.rows("COMMIT")
+                finally:
+                    self._roll_back(connection)
+                    if seen and self._link(self._last) == self._tip:
+                        self.head = self._last
+            finally:
+                self._depth = 0
+                self.files.settle()
+
+    def add_event(self, kind: str, edit_id: str | None, detail: Mapping[str, Any]) -> Event:
+        """Append one event, tied to the one before it, inside a `write` block."""
+        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        event = Event(self._last + 1, now, kind, edit_id, plain(detail, "detail"))
+        values = (event.number, now, kind, edit_id, canonical(event.detail))
+        link = event.link(self._tip)
+        self.rows("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?)", (*values, link))
+        self._last, self._tip = event.number, link
+        return event
+
+    @contextmanager
+    def _savepoint(self, connection: sqlite3.Connection) -> Iterator[None]:
+        before = self._last, self._tip
+        self.rows("SAVEPOINT inner_change")
+        try:
+            yield
+        except BaseException:
+            if connection.in_transaction:  # not after an error at which SQLite took all of it back
+                self.rows("ROLLBACK TO inner_change")
+                self.rows("RELEASE inner_change")
+            self._last, self._tip = before
+            raise
+        self.rows("RELEASE inner_change")
+
+    @staticmethod
+    def _roll_back(connection: sqlite3.Connection) -> None:
+        if connection.in_transaction:
+            with suppress(sqlite3.Error):  # on some errors SQLite has done it by itself
+                connection.execute("ROLLBACK")
+
+    def _see(self, checked: bool) -> bool:
+        """Compare `head` with the database; say whether it may move to this change's events."""
+        self._last = self.last_event()
+        self._tip = self._link(self._last)
+        if self._last < self.head:
+            raise IntegrityError(
+                f"The ledger {self.where} was replaced by an older copy while it was open: open "
+                "it again."
+            )
+        marks = ",".join("?" * len(STATE_KINDS))
+        missed = self.rows(
+            f"SELECT kind, edit_id FROM events WHERE number > ? AND kind IN ({marks})",
+            (self.head, *STATE_KINDS),
+        )
+        if missed and checked:
+            said = {"edit": "new edits", "apply": "applied", "revert": "reverted"}
+            lists = {kind: [str(row[1]) for row in missed if row[0] == kind] for kind in said}
+            changes = "; ".join(f"{said[k]}: {', '.join(ids)}" for k, ids in lists.items() if ids)
+            raise LedgerChangedError(
+                f"Another process changed the ledger {self.where} since it was last read here "
+                f"({changes}). Nothing was written: refresh, and try again."
+            )
+        return not missed
+
+    def _sweep(self) -> None:
+        """Delete the half-written files of killed processes, unless another one is writing now."""
+        connection = self.ready()
+        if not self.files.orphans():
+            return
+        with suppress(OSError, sqlite3.Error):
+            connection.execute("PRAGMA busy_timeout = 0")
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+                for path in self.files.orphans():
+                    path.unlink(missing_ok=True)
+            finally:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+                connection.execute(f"PRAGMA busy_timeout = {int(self._timeout * 1000)}")

@@ -1,0 +1,141 @@
+"""One file that carries edits from one ledger to another: records, deltas, and their hashes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from errata.edits.ledger import content
+from errata.edits.ledger.schema import parse_record, record_text
+from errata.errors import IntegrityError, LedgerError
+from errata.model.storage import (
+    canonical,
+    from_bytes,
+    parse_json,
+    read_bytes,
+    sha256,
+    to_bytes,
+    write_bytes,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from errata.edits.delta import Delta
+    from errata.edits.edit import Edit
+
+FORMAT = "errata.export"
+VERSION = 1
+RECORDS = "records"
+"""Name of the byte tensor with the records: thousands of them do not fit into a header."""
+
+
+def write_export(
+    path: Path | str, pairs: Sequence[tuple[Edit, content.Parts]], *, overwrite: bool = False
+) -> Path:
+    """Write edits with their deltas to one safetensors file, whole or not at all.
+
+    Tensors are named "<index>/<name>"; the records, with each delta's metadata and the SHA-256
+    of its content, lie beside them as JSON. Raises `LedgerError` when the file exists already
+    and `StorageError` when the disk refuses.
+    """
+    import torch
+
+    path = Path(path)
+    if not pairs:
+        raise LedgerError("No edits were given to export: name at least one.")
+    if not overwrite and path.exists():
+        raise LedgerError(f"{path} exists already: give another name, or pass overwrite=True.")
+    tensors: dict[str, Tensor] = {}
+    entries = []
+    for index, (edit, parts) in enumerate(pairs):
+        tensors.update({f"{index}/{name}": tensor for name, tensor in parts.tensors.items()})
+        entries.append(
+            {
+                "record": parse_json(record_text(edit)),
+                "metadata": parts.metadata,
+                "tensors": sorted(parts.tensors),
+                "content": content.digest(parts),
+            }
+        )
+    text = canonical(entries).encode()
+    tensors[RECORDS] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    header = {"format": FORMAT, "version": VERSION, "edits": len(pairs), "records": sha256(text)}
+    write_bytes(path, to_bytes(tensors, header))
+    return path
+
+
+def read_export(path: Path | str, kinds: Mapping[str, type[Delta]]) -> list[tuple[Edit, Delta]]:
+    """Return the edits of an exported file with their deltas, in order, all of it validated.
+
+    Raises `IntegrityError` for damage of any sort, `UnknownNameError` for a delta kind that is
+    not installed, `LedgerError` for a file of a newer errata and `StorageError` when it cannot
+    be read.
+    """
+    return _unpack(read_bytes(Path(path)), kinds, str(path))
+
+
+def same(edit: Edit, parts: content.Parts, other: Edit, other_parts: content.Parts) -> bool:
+    """Say whether two edits are one: all but the place, the file's hash and what was measured."""
+    local = {"sequence": 0, "blob": "", "outcome": {}}
+    texts = {record_text(each.model_copy(update=local)) for each in (edit, other)}
+    return len(texts) == 1 and content.digest(parts) == content.digest(other_parts)
+
+
+def _unpack(data: bytes, kinds: Mapping[str, type[Delta]], source: str) -> list[tuple[Edit, Delta]]:
+    tensors, header = from_bytes(data, source)
+    if header.get("format") != FORMAT:
+        raise IntegrityError(f"{source} is no exported edit.")
+    version = header.get("version")
+    if isinstance(version, int) and version > VERSION:
+        raise LedgerError(
+            f"{source} has format {version}; this errata reads up to {VERSION}. Upgrade errata."
+        )
+    records = tensors.pop(RECORDS, None)
+    if records is None or version != VERSION:
+        raise IntegrityError(f"{source} is damaged: it lacks its records.")
+    text = records.contiguous().numpy().tobytes() if str(records.dtype) == "torch.uint8" else b""
+    if sha256(text) != header.get("records"):
+        raise IntegrityError(f"{source} is damaged: its records do not have their SHA-256.")
+    entries = parse_json(text, f"The records of {source}")
+    if not isinstance(entries, list) or len(entries) != header.get("edits"):
+        raise IntegrityError(f"{source} is damaged: it does not hold the edits it announces.")
+    pairs = [
+        _entry(index, entry, tensors, kinds, f"Edit {index + 1} of {source}")
+        for index, entry in enumerate(entries)
+    ]
+    if tensors:
+        raise IntegrityError(f"{source} has tensors that belong to no edit: {sorted(tensors)[:5]}.")
+    if len({edit.id for edit, _ in pairs}) != len(pairs):
+        raise IntegrityError(f"{source} holds one edit id more than once.")
+    return pairs
+
+
+def _entry(
+    index: int,
+    entry: Any,
+    tensors: dict[str, Tensor],
+    kinds: Mapping[str, type[Delta]],
+    source: str,
+) -> tuple[Edit, Delta]:
+    """Return one edit, taking its tensors out of `tensors`."""
+    keys = {"record", "metadata", "tensors", "content"}
+    if not isinstance(entry, dict) or set(entry) != keys or not isinstance(entry["tensors"], list):
+        raise IntegrityError(f"{source} is damaged: it is not made of {sorted(keys)}.")
+    edit = parse_record(entry["record"], source)
+    named: dict[str, Tensor] = {}
+    for name in entry["tensors"]:
+        tensor = tensors.pop(f"{index}/{name}", None)
+        if not isinstance(name, str) or tensor is None:
+            raise IntegrityError(f"{source} is damaged: its tensor {name!r} is missing.")
+        named[name] = tensor
+    parts = content.checked(edit.delta_kind, entry["metadata"], named, source)
+    if content.digest(parts) != entry["content"]:
+        raise IntegrityError(f"{source} is damaged: its delta does not have its SHA-256.")
+    delta = content.build(parts, kinds, source)
+    if delta.nbytes != edit.nbytes:
+        raise IntegrityError(
+            f"{source} is damaged: its delta has {delta.nbytes} bytes, its record {edit.nbytes}."
+        )
+    return edit, delta

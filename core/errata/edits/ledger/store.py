@@ -1,0 +1,391 @@
+"""The store: one folder with a database of records and events, and a file per delta."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from errata.edits.ledger import content, exchange
+from errata.edits.ledger.check import problems
+from errata.edits.ledger.database import Database
+from errata.edits.ledger.files import refuse_lost_database
+from errata.edits.ledger.schema import KINDS, NOTE_KIND, Event, edit_of, plain, record_text
+from errata.errors import IntegrityError, LedgerError, StorageError, UnknownNameError
+from errata.model.storage import make_folder, sha256
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+    from errata.edits.delta import Delta
+    from errata.edits.edit import Edit
+    from errata.edits.request import Request
+
+    Kinds = Mapping[str, type[Delta]]
+
+BATCH = 500  # SQLite limits how many variables a statement has
+EDIT_COLUMNS = "sequence, id, active, record, digest"
+HEX = frozenset("0123456789abcdef")
+
+
+class Ledger:
+    """Edits, deltas and events, on disk or in memory. Made by `Ledger.open`.
+
+    Every change is one transaction. The delta's file is complete and synced before the record
+    that names it, so whatever is killed whenever, the ledger holds every edit whose `commit`
+    returned; at worst a file is left that no record names, and the next equal delta takes it.
+
+    Each change first looks whether another process has changed the edits since this object last
+    read them (`head`), and if so raises `LedgerChangedError` and writes nothing.
+
+    Attributes:
+        path: the folder it lives in; None in memory.
+        kinds: delta kinds by name that can be read back; the mapping may grow meanwhile.
+    """
+
+    def __init__(self, database: Database, path: Path | None, kinds: Kinds) -> None:
+        """Take an open database; use `Ledger.open`."""
+        self.path = path
+        self.kinds = kinds
+        self.where = database.where
+        self._database = database
+        self._records: dict[str, tuple[str, Edit]] = {}  # id → (digest, record), once verified
+
+    # -- opening and closing ---------------------------------------------------------------------
+
+    @classmethod
+    def open(
+        cls,
+        path: Path | str | None,
+        *,
+        kinds: Kinds | None = None,
+        timeout: float = 10.0,
+        readonly: bool = False,
+    ) -> Self:
+        """Open the ledger in a folder, made when missing; None keeps it in memory.
+
+        Args:
+            path: the folder.
+            kinds: delta kinds by name; without them only records and events can be read.
+            timeout: seconds to wait for another process that writes.
+            readonly: never write; the ledger must exist.
+
+        Raises `IntegrityError` for what is no ledger or a damaged one, `StorageError` when the
+        disk refuses, `LedgerError` for one of a newer errata.
+        """
+        known = {} if kinds is None else kinds
+        if path is None:
+            return cls(Database(None, timeout, readonly), None, known)
+        folder = Path(path)
+        try:
+            is_file = folder.exists() and not folder.is_dir()
+        except (OSError, ValueError) as error:  # a name too long, or with a NUL in it
+            raise StorageError(f"Cannot open the ledger {str(path)!r}: {error}.") from error
+        if is_file:
+            raise IntegrityError(f"{folder} is a file; a ledger is a folder. Give another path.")
+        if not readonly:
+            make_folder(folder)
+            refuse_lost_database(folder)
+        return cls(Database(folder, timeout, readonly), folder, known)
+
+    @property
+    def head(self) -> int:
+        """Number of the last event this object has seen."""
+        return self._database.head
+
+    def close(self) -> None:
+        """Close the ledger; closing twice is fine."""
+        self._database.close()
+
+    def __enter__(self) -> Self:
+        """Return the ledger; it is closed at the end of the block."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close the ledger."""
+        self.close()
+
+    # -- changing --------------------------------------------------------------------------------
+
+    def commit(self, edit: Edit, delta: Delta, *, active: bool = True) -> Edit:
+        """Record an edit and its delta; return the record with sequence, blob and bytes filled."""
+        return self.commit_many([(edit, delta, active)])[0]
+
+    def commit_many(self, entries: Iterable[tuple[Edit, Delta, bool]]) -> list[Edit]:
+        """Record several edits as (edit, delta, active), all or none, in the order given."""
+        with self._database.write():
+            return [self._insert(edit, delta, active, {}) for edit, delta, active in entries]
+
+    def activate(self, ids: Iterable[str]) -> list[str]:
+        """Record that edits are applied; return their ids in ledger order.
+
+        Raises `LedgerError` when one of them is active already.
+        """
+        return self._switch(ids, active=True)
+
+    def deactivate(self, ids: Iterable[str]) -> list[str]:
+        """Record that edits are reverted; return their ids in ledger order.
+
+        Raises `LedgerError` when one of them is not active.
+        """
+        return self._switch(ids, active=False)
+
+    def set_outcome(self, name: str, outcome: Mapping[str, Any]) -> Edit:
+        """Record what was measured after an edit; return the record with it."""
+        with self._database.write(checked=False):
+            edit = self.get(name).model_copy(update={"outcome": dict(outcome)})
+            text = record_text(edit)
+            digest = sha256(text.encode())
+            self._database.rows(
+                "UPDATE edits SET record = ?, digest = ? WHERE id = ?", (text, digest, edit.id)
+            )
+            detail = {"outcome": plain(outcome, "outcome"), "record": digest}
+            self._database.add_event("outcome", edit.id, detail)
+            return self.get(edit.id)
+
+    def refuse(
+        self,
+        *,
+        method: str,
+        requests: Sequence[Request],
+        config: Mapping[str, Any],
+        reason: str,
+        measured: Mapping[str, Any],
+    ) -> Event:
+        """Record an edit that a guard refused, with what it measured."""
+        detail = {
+            "method": method,
+            "requests": [request.model_dump(mode="json") for request in requests],
+            "config": config,
+            "reason": reason,
+            "measured": measured,
+        }
+        with self._database.write(checked=False):
+            return self._database.add_event("refuse", None, detail)
+
+    def note(self, kind: str, detail: Mapping[str, Any], edit_id: str | None = None) -> Event:
+        """Record something else that happened, for instance an export."""
+        if kind in KINDS or not NOTE_KIND.fullmatch(kind):
+            raise LedgerError(
+                f"{kind!r} is no kind for a note: use lower-case letters, digits, '-' and '_', "
+                f"and none of the ledger's own ({', '.join(KINDS)})."
+            )
+        with self._database.write(checked=False):
+            full = None if edit_id is None else self.resolve(edit_id)
+            return self._database.add_event(kind, full, detail)
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Make all changes within the block one: an exception takes every one of them back."""
+        with self._database.write():
+            yield
+
+    def refresh(self) -> list[Event]:
+        """Move `head` to the present and return the events that were missed."""
+        return self._database.missed()
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    def edits(self) -> list[Edit]:
+        """Return all records in ledger order."""
+        rows = self._database.rows("SELECT id, digest FROM edits ORDER BY sequence")
+        new = [name for name, digest in rows if self._records.get(name, ("",))[0] != digest]
+        for start in range(0, len(new), BATCH):
+            part = new[start : start + BATCH]
+            marks = ",".join("?" * len(part))
+            self._read(f"id IN ({marks})", tuple(part))
+        return [self._records[name][1] for name, _ in rows]
+
+    def ids(self) -> list[str]:
+        """Return the ids of all edits in ledger order."""
+        return [row[0] for row in self._database.rows("SELECT id FROM edits ORDER BY sequence")]
+
+    def active_ids(self) -> list[str]:
+        """Return the ids of the active edits in ledger order."""
+        query = "SELECT id FROM edits WHERE active ORDER BY sequence"
+        return [row[0] for row in self._database.rows(query)]
+
+    def is_active(self, name: str) -> bool:
+        """Say whether an edit is active."""
+        query = "SELECT active FROM edits WHERE id = ?"
+        return bool(self._database.rows(query, (self.resolve(name),))[0][0])
+
+    @property
+    def next_sequence(self) -> int:
+        """The sequence number that the next recorded edit gets."""
+        query = "SELECT coalesce(max(sequence), 0) + 1 FROM edits"
+        return int(self._database.rows(query)[0][0])
+
+    def get(self, name: str) -> Edit:
+        """Return the record of an edit by its id or a unique beginning of it."""
+        return self._read("id = ?", (self.resolve(name),))[0]
+
+    def resolve(self, name: str) -> str:
+        """Return the full id for a unique beginning of one, or raise `UnknownNameError`."""
+        if isinstance(name, str) and name and set(name) <= HEX:
+            # "g" follows "f": the range holds exactly the ids that begin so.
+            query = "SELECT id FROM edits WHERE id >= ? AND id < ? ORDER BY id LIMIT 9"
+            rows = self._database.rows(query, (name, name + "g"))
+            if len(rows) == 1:
+                return str(rows[0][0])
+            if rows:
+                raise UnknownNameError(
+                    "edit", name, [row[0] for row in rows], "It fits several: give more digits."
+                )
+        raise self._unknown(name)
+
+    def delta(self, name: str) -> Delta:
+        """Return the delta of an edit: its hash verified, its parts validated and finite."""
+        edit = self.get(name)
+        return content.build(self._parts(edit), self.kinds, f"The delta of edit {edit.id}")
+
+    def events(self, limit: int | None = None) -> list[Event]:
+        """Return all events in order, or the last `limit` of them."""
+        last = 0 if limit is None else self._database.last_event() - max(limit, 0)
+        return self._database.events(last)
+
+    def refused(self) -> list[Event]:
+        """Return the refusals in order; `detail` has method, requests, reason and measured."""
+        return [event for event in self.events() if event.kind == "refuse"]
+
+    def find(self, digests: Iterable[str] | None = None) -> dict[str, list[str]]:
+        """Return request digest → ids of the edits that contain it; None asks for all requests."""
+        query = (
+            "SELECT r.digest, e.id FROM requests r JOIN edits e USING (sequence) {} "
+            "ORDER BY e.sequence"
+        )
+        if digests is None:
+            rows = self._database.rows(query.format(""))
+        else:
+            wanted = list(dict.fromkeys(digests))
+            rows = []
+            for start in range(0, len(wanted), BATCH):
+                part = wanted[start : start + BATCH]
+                marks = ",".join("?" * len(part))
+                rows += self._database.rows(
+                    query.format(f"WHERE r.digest IN ({marks})"), tuple(part)
+                )
+        found: dict[str, list[str]] = {}
+        for digest, edit_id in rows:
+            found.setdefault(digest, []).append(edit_id)
+        return found
+
+    def verify(self) -> list[str]:
+        """Read everything and return what is wrong with it, in words; empty when all is sound."""
+        database = self._database
+        return problems(database.ready(), self.where, database.files.read, self.kinds)
+
+    # -- exchange --------------------------------------------------------------------------------
+
+    def export(self, ids: Iterable[str], path: Path | str, *, overwrite: bool = False) -> Path:
+        """Write edits with their deltas to one file, in ledger order; return its path."""
+        edits = {edit.id: edit for edit in (self.get(name) for name in ids)}
+        ordered = sorted(edits.values(), key=lambda edit: edit.sequence)
+        pairs = [(edit, self._parts(edit)) for edit in ordered]
+        return exchange.write_export(Path(path), pairs, overwrite=overwrite)
+
+    def read_export(self, path: Path | str) -> list[tuple[Edit, Delta]]:
+        """Return what an exported file holds, validated, without importing it."""
+        return exchange.read_export(Path(path), self.kinds)
+
+    def import_(self, path: Path | str, *, active: bool = False) -> list[Edit]:
+        """Record the edits of an exported file, all or none, and return their records.
+
+        An edit that is here already with the same content is left as it is, active or not. One
+        with the same id and other content raises `IntegrityError`.
+        """
+        pairs = self.read_export(path)
+        detail = {"imported": Path(path).name}
+        records: list[Edit] = []
+        with self._database.write():
+            for edit, delta in pairs:
+                if not self._database.rows("SELECT 1 FROM edits WHERE id = ?", (edit.id,)):
+                    records.append(self._insert(edit, delta, active, detail))
+                    continue
+                here = self.get(edit.id)
+                if not exchange.same(here, self._parts(here), edit, content.take(delta)):
+                    raise IntegrityError(
+                        f"{path} has an edit {edit.id} that differs from the one of this id in the "
+                        f"ledger {self.where}. Nothing was imported."
+                    )
+                records.append(here)
+        return records
+
+    # -- how -------------------------------------------------------------------------------------
+
+    def _switch(self, ids: Iterable[str], active: bool) -> list[str]:
+        with self._database.write():
+            names = list(dict.fromkeys(self.resolve(name) for name in ids))
+            for name in names:
+                if self.is_active(name) == active:
+                    raise LedgerError(
+                        f"Edit {name} is {'already' if active else 'not'} active: nothing to "
+                        f"{'apply' if active else 'revert'}. Nothing was changed."
+                    )
+            order = {name: self.get(name).sequence for name in names}
+            names.sort(key=order.__getitem__)
+            for name in names:
+                self._database.rows("UPDATE edits SET active = ? WHERE id = ?", (int(active), name))
+                self._database.add_event("apply" if active else "revert", name, {})
+            return names
+
+    def _insert(self, edit: Edit, delta: Delta, active: bool, detail: Mapping[str, Any]) -> Edit:
+        content.check_kind(delta.kind, self.kinds)
+        if edit.delta_kind != delta.kind:
+            raise LedgerError(
+                f"Edit {edit.id} says its delta is {edit.delta_kind!r}; it is {delta.kind!r}."
+            )
+        if self._database.rows("SELECT 1 FROM edits WHERE id = ?", (edit.id,)):
+            raise LedgerError(f"Edit {edit.id} is in the ledger {self.where} already.")
+        # The file is complete, and synced before the record that names it is committed.
+        blob = self._database.files.write(content.encode(content.take(delta)))
+        sequence = self.next_sequence
+        filled = edit.model_copy(
+            update={"sequence": sequence, "blob": blob, "nbytes": delta.nbytes}
+        )
+        text = record_text(filled)
+        digest = sha256(text.encode())
+        requests = [(request.digest, sequence) for request in dict.fromkeys(edit.requests)]
+        row = (sequence, edit.id, int(active), text, digest)
+        self._database.rows("INSERT INTO edits VALUES (?, ?, ?, ?, ?)", row)
+        for request in requests:
+            self._database.rows("INSERT OR IGNORE INTO requests VALUES (?, ?)", request)
+        self._database.add_event("edit", edit.id, {**detail, "record": digest})
+        if active:
+            self._database.add_event("apply", edit.id, {})
+        return edit_of(row)
+
+    def _read(self, condition: str, values: tuple[str, ...]) -> list[Edit]:
+        """Return the records of a condition, each verified once for every content it has."""
+        found = []
+        for row in self._database.rows(
+            f"SELECT {EDIT_COLUMNS} FROM edits WHERE {condition}", values
+        ):
+            digest, edit = self._records.get(row[1], ("", None))
+            if edit is None or digest != row[4]:
+                edit = edit_of(row)
+                self._records[edit.id] = (row[4], edit)
+            found.append(edit)
+        return found
+
+    def _parts(self, edit: Edit) -> content.Parts:
+        source = f"The delta of edit {edit.id}"
+        return content.decode(self._database.files.read(edit.blob, source), edit.delta_kind, source)
+
+    def _unknown(self, name: str) -> UnknownNameError:
+        shown = name if isinstance(name, str) else repr(name)
+        shown = shown if len(shown) <= 80 else shown[:79] + "…"
+        ids = self.ids()
+        close = difflib.get_close_matches(shown, ids, n=1, cutoff=0.5)
+        known = dict.fromkeys([*close, *ids[-8:]])
+        more = len(ids) - len(known)
+        return UnknownNameError("edit", shown, known, f"({more} older ones.)" if more > 0 else "")

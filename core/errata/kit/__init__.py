@@ -1,0 +1,1 @@
+"""What method authors build on: contexts, values, second moments, solving and training."""

@@ -1,0 +1,122 @@
+"""Where `layer: auto` and `layers: auto` get their layers: from the model's cached sweep."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
+
+from errata.errors import ConfigError
+from errata.locate.sweep import SCHEMA, LayerResult, Sweep, key_of, place_name
+
+if TYPE_CHECKING:
+    from errata.contract.config import MethodConfig
+    from errata.model.model import Model
+
+logger = logging.getLogger("errata")
+
+AUTO = "auto"
+
+Config = TypeVar("Config", bound="MethodConfig")
+
+
+@dataclass(frozen=True)
+class ChosenLayers:
+    """Layers that a cached sweep recommends.
+
+    Attributes:
+        layers: ascending.
+        why: one sentence: which sweep, and what it measured there.
+        sweep: all of it.
+    """
+
+    layers: tuple[int, ...]
+    why: str
+    sweep: Sweep = field(repr=False)
+
+
+def cached_sweep(model: Model, method: str) -> Sweep | None:
+    """Return the sweep of a method on this model that was made last, or None."""
+    stored = model.artifacts.load(key_of(model, method))
+    if stored is None or stored[1].get("schema") != SCHEMA:
+        return None
+    return Sweep.from_json(stored[1])
+
+
+def chosen_layers(model: Model, *methods: str, count: int | None = None) -> ChosenLayers:
+    """Return the layers for a method whose configuration says "auto".
+
+    Says which and why through the model's progress and the log.
+
+    Args:
+        model: the model; sweeps are kept under its fingerprint.
+        *methods: whose sweep, in order of preference: the method itself, then its like.
+        count: number of layers in a row. Default: what was best in the sweep, one layer or
+            several. Where the sweep did not edit so many together, those whose single layers'
+            mean score is highest (of equal ones the lowest).
+
+    Raises:
+        ConfigError: no such sweep was made on this model; the message names the command.
+    """
+    if not methods:
+        raise ConfigError("chosen_layers needs the name of at least one method.")
+    for method in methods:
+        found = cached_sweep(model, method)
+        if found is not None:
+            chosen = _chosen(found, count)
+            logger.info("%s", chosen.why)
+            model.progress.note(chosen.why)
+            return chosen
+    raise ConfigError(
+        f"layer 'auto' takes the layer from a sweep, and none of {methods[0]} was made on "
+        f"{model.name} yet: run `errata locate --sweep --method {methods[0]} --model {model.name} "
+        "--dataset atlas` (or --file with facts that this model knows; with this cache folder), "
+        "or name the layer."
+    )
+
+
+def settled(model: Model, method: str, config: Config) -> tuple[Config, str]:
+    """Return a configuration with "auto" replaced by the layers of the method's sweep, and why.
+
+    The configuration itself and "" where nothing is left to choose.
+    """
+    for option in ("layer", "layers"):
+        if getattr(config, option, None) == AUTO:
+            chosen = chosen_layers(model, method, count=1 if option == "layer" else None)
+            value = chosen.layers[0] if option == "layer" else chosen.layers
+            return config.model_copy(update={option: value}), chosen.why
+    return config, ""
+
+
+def _chosen(found: Sweep, count: int | None) -> ChosenLayers:
+    if count is None:
+        return _named(found, found.best.layers, found.best.score, found.best.depth)
+    together = [one for one in found.results if one.depth == count]
+    if together:
+        best = max(together, key=lambda one: (one.score, -one.layer))
+        return _named(found, best.layers, best.score, count)
+    scores = {one.layer: one.score for one in found.results if one.depth == 1}
+    windows = [
+        range(layer, layer + count) for layer in scores
+        if all(other in scores for other in range(layer, layer + count))
+    ]  # fmt: skip
+    if count < 1 or not windows:
+        raise ConfigError(
+            f"The sweep of {found.method} on {found.model} has no {count} layers in a row; it "
+            f"measured {sorted(scores)}."
+        )
+    chosen = max(windows, key=lambda w: (math.fsum(scores[i] for i in w), -w[0]))
+    mean = math.fsum(scores[i] for i in chosen) / count
+    return _named(found, tuple(chosen), mean, 1)
+
+
+def _named(found: Sweep, layers: tuple[int, ...], score: float, depth: int) -> ChosenLayers:
+    place = place_name(LayerResult(layers[-1], score, {}, depth=len(layers)))
+    others = [one for one in found.results if one.depth == depth]
+    shown = ", ".join(f"{place_name(one).split(' ', 1)[1]}: {one.score:.3f}" for one in others)
+    why = (
+        f"auto: {place} of {found.model}, by a sweep of {found.method} over {found.n} facts "
+        f"(score {score:.3f}; all: {shown})"
+    )
+    return ChosenLayers(layers, why, found)

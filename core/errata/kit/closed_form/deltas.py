@@ -1,0 +1,81 @@
+"""How what a walk has found is stored: one low-rank change, or keys and residuals per request."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, cast
+
+import torch
+
+from errata.edits.delta import Factor, KeyValueDelta, KeyValues, LowRankDelta
+from errata.kit.closed_form.layer_updates import Update
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from errata.kit.closed_form.config import ClosedFormConfig
+    from errata.kit.metric import Metric
+    from errata.model.model import Model
+
+
+def low_rank(model: Model, updates: Sequence[Update]) -> LowRankDelta:
+    """Return one delta for all requests: R Vᵀ per layer."""
+    factors = {}
+    for update in updates:
+        path = model.anatomy.mlp_out(update.layer)
+        factors[model.anatomy.weight(path)] = Factor(
+            u=update.R.float().cpu(),
+            v=update.V.float().cpu(),
+            transposed=model.anatomy.transposed(path),
+        )
+    return LowRankDelta(factors)
+
+
+def key_values(
+    model: Model,
+    updates: Sequence[Update],
+    metrics: Mapping[int, Metric],
+    slack: float,
+    config: ClosedFormConfig,
+) -> list[KeyValueDelta]:
+    """Return one delta per request, to be solved with all others that are active.
+
+    A residual of the `replay` policy was read from the model as it stands; what the active edits
+    of the kind already write at its key is added, so that it counts from the base like theirs.
+    """
+    count = updates[0].K.shape[1]
+    pairs: list[dict[str, KeyValues]] = [{} for _ in range(count)]
+    for update in updates:
+        metric = metrics[update.layer]
+        path = model.anatomy.mlp_out(update.layer)
+        name = model.anatomy.weight(path)
+        keys = update.K.float().cpu()  # what is stored is what is whitened
+        whitened = metric.whiten(keys.double()).cpu().to(getattr(torch, config.precision))
+        residuals = update.R.cpu()
+        if not config.on_base:
+            residuals = residuals + _written(model, name, metric, keys)
+        residuals = residuals.float()
+        for index in range(count):
+            pairs[index][name] = KeyValues(
+                k=keys[:, index][None].contiguous(),
+                w=whitened[:, index][None].contiguous(),
+                r=residuals[:, index][None].contiguous(),
+                s=torch.tensor([slack], dtype=torch.float64),
+                transposed=model.anatomy.transposed(path),
+                metric=metric.reference,
+            )
+    return [KeyValueDelta(pair) for pair in pairs]
+
+
+def _written(model: Model, name: str, metric: Metric, keys: Tensor) -> Tensor:
+    """Return what the active key-value edits of this metric write at the keys, (d, N) fp64."""
+    active = [
+        delta
+        for _, delta in cast("list[tuple[str, KeyValueDelta]]", model.active(KeyValueDelta.kind))
+        if name in delta.pairs and delta.pairs[name].group == metric.reference["digest"]
+    ]
+    if not active:
+        return torch.zeros((), dtype=torch.float64)
+    device = model.parameter(name).device
+    (total,) = KeyValueDelta.totals(name, active, device)
+    return (total @ keys.to(total)).cpu()

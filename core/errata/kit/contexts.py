@@ -1,0 +1,126 @@
+"""Prefix contexts: short generated texts in front of a prompt, for an edit to hold behind them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from errata.errors import ConfigError
+from errata.model.forward import logits_at
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from errata.model.model import Model
+
+BARE = "{}"
+"""The context that is none; the first of every list of contexts."""
+
+
+def check_contexts(contexts: Sequence[str]) -> tuple[str, ...]:
+    """Return contexts as a tuple; raise `ConfigError` unless the bare one leads and all have {}."""
+    if not contexts or contexts[0] != BARE:
+        raise ConfigError(
+            f"contexts must begin with {BARE!r} (the prompt without a prefix), not with "
+            f"{contexts[0] if contexts else None!r}."
+        )
+    for context in contexts:
+        if context.count(BARE) != 1:
+            raise ConfigError(f"The context {context!r} must have exactly one {{}} for the prompt.")
+    return tuple(contexts)
+
+
+def prefix_contexts(
+    model: Model,
+    lengths: Sequence[tuple[int, int]],
+    *,
+    starts: Sequence[str] = ("",),
+    seed: int = 0,
+    top_k: int = 5,
+) -> tuple[str, ...]:
+    """Return "{}" and, for each (tokens, texts) of `lengths`, generated texts followed by ". {}".
+
+    Texts are sampled from the unedited model with a generator of their own, so they are the same
+    for every edit of one editor and in every process; they are kept under the model's fingerprint.
+    (The authors' code samples them unseeded, once per process, and keeps them in a module-level
+    list that a second model inherits.)
+
+    Args:
+        model: the model. It must be unedited unless the texts were generated before.
+        lengths: (number of tokens, number of texts); ROME: (5, 10) and (10, 10).
+        starts: what the texts begin with, in turn; "" is the tokenizer's start-of-text token.
+        seed: seeds the sampling.
+        top_k: sample among this many most probable tokens.
+
+    Raises:
+        ConfigError: edits are active and the texts are not there yet; or the tokenizer has no
+            token to start from.
+    """
+    recipe = json.dumps([[list(pair) for pair in lengths], list(starts), seed, top_k])
+    key = ("contexts", model.fingerprint, hashlib.sha256(recipe.encode()).hexdigest()[:16])
+    if (stored := model.artifacts.load(key)) is not None:
+        return tuple(stored[1]["texts"])
+    if model.stack.entries:
+        raise ConfigError(
+            "Prefix contexts are generated from the unedited model, and edits "
+            f"{', '.join(model.stack.ids)} are active: call the method's `prepare` first, with "
+            "edits off, or pass contexts=(…)."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    texts = [BARE]
+    for tokens, count in lengths:
+        begun = [starts[index % len(starts)] for index in range(count)]
+        texts += [f"{text}. {BARE}" for text in _sample(model, begun, tokens, top_k, generator)]
+    model.artifacts.save(key, {"count": torch.tensor(len(texts))}, {"texts": texts})
+    return tuple(texts)
+
+
+@torch.no_grad()
+def _sample(
+    model: Model, starts: Sequence[str], tokens: int, top_k: int, generator: torch.Generator
+) -> list[str]:
+    """Return one sampled text per start: the start and `tokens` more tokens."""
+    tokenizer = model.tokenizer
+    first = tokenizer.bos_token_id
+    first = tokenizer.eos_token_id if first is None else first
+    rows = [tokenizer.encode(start, add_special_tokens=False) for start in starts]
+    if first is None and not all(rows):
+        raise ConfigError("The tokenizer has neither a bos nor an eos token: pass contexts=(…).")
+    special = torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=torch.long)
+    rows = [row if first is None else [first, *row] for row in rows]
+    texts = []
+    for ids in _grown(model, rows, tokens, top_k, special, generator):
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        # Braces would read as places for the prompt, line breaks would end a sentence of its own.
+        texts.append(" ".join(text.replace("{", "").replace("}", "").split()))
+    return texts
+
+
+def _grown(
+    model: Model,
+    rows: list[list[int]],
+    tokens: int,
+    top_k: int,
+    special: Tensor,
+    generator: torch.Generator,
+) -> list[list[int]]:
+    """Append `tokens` sampled tokens to each row. The rows are a few tokens long: no cache."""
+    grown = [list(row) for row in rows]
+    for _ in range(tokens):
+        width = max(map(len, grown))
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in grown])
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in grown])
+        last = torch.tensor([len(row) - 1 for row in grown])
+        inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+        logits = logits_at(model, inputs, torch.arange(len(grown)), last).float().cpu()
+        logits[:, special] = -torch.inf
+        logits[:, len(model.tokenizer) :] = -torch.inf  # rows that only pad the embedding
+        best, index = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
+        drawn = torch.multinomial(best.softmax(-1), 1, generator=generator)
+        for row, token in zip(grown, index.gather(1, drawn).squeeze(1).tolist(), strict=True):
+            row.append(token)
+    return grown

@@ -1,0 +1,76 @@
+"""Which linear modules are trained: roles of the anatomy, or names, in chosen blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from errata.edits.delta.adapter_layers import base_layer, is_linear
+from errata.errors import ConfigError, UnknownNameError
+
+if TYPE_CHECKING:
+    from errata.model.anatomy import Anatomy
+    from errata.model.model import Model
+
+ROLES = ("attention_in", "attention_out", "mlp_in", "mlp_out")
+
+
+def linear_modules(
+    model: Model, targets: Sequence[str] | None, layers: Sequence[int] | None
+) -> list[str]:
+    """Return the paths of linear modules, block by block.
+
+    Args:
+        model: the model.
+        targets: roles (`ROLES`) or ends of module paths ("q_proj"); None is attention's query and
+            value projections, or the one that they are fused into.
+        layers: blocks, of the decoder where there are two stacks (negative: from the end). None
+            is every block, the encoder's too: an answer that is to depend on the prompt needs
+            them.
+
+    Raises:
+        ConfigError: nothing is named, or a layer that the model does not have.
+        UnknownNameError: a name that no linear module of a block has.
+    """
+    stacks: list[tuple[Anatomy, Sequence[int]]] = []
+    if layers is None:
+        every = [model.anatomy.encoder, model.anatomy]
+        stacks += [(stack, range(stack.n_layers)) for stack in every if stack is not None]
+    else:
+        stacks.append((model.anatomy, layers))
+    chosen: dict[str, None] = {}
+    for anatomy, blocks in stacks:
+        for layer in blocks:
+            if targets is None:
+                names = _query_and_value(anatomy.attention_in(layer))
+            else:
+                names = [name for t in targets for name in _named(model, anatomy, layer, t)]
+            chosen.update(dict.fromkeys(names))
+    if not chosen:
+        raise ConfigError("target_modules or layers is empty: name at least one, or leave it out.")
+    return list(chosen)
+
+
+def _query_and_value(projections: Sequence[str]) -> list[str]:
+    """Return the projections without the key's, or the one that all are fused into."""
+    return [path for path in projections if not path.rpartition(".")[2].startswith("k")]
+
+
+def _named(model: Model, anatomy: Anatomy, layer: int, target: str) -> list[str]:
+    """Return what a role or a name means in one block."""
+    if target in ROLES:
+        found = getattr(anatomy, target)(layer)
+        return [found] if isinstance(found, str) else list(found)
+    block = anatomy.block(layer)
+    linear = [
+        path
+        for path in model.parameters
+        if path.startswith(f"{block}.") and path.endswith(".weight")
+    ]
+    linear = [path.removesuffix(".weight") for path in linear]
+    linear = [path for path in linear if is_linear(base_layer(model.module, path))]
+    found = [path for path in linear if path.endswith(f".{target}")]
+    if not found:
+        names = {path.removeprefix(f"{block}.") for path in linear} | set(ROLES)
+        raise UnknownNameError("target module", target, names)
+    return found

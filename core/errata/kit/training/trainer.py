@@ -1,0 +1,259 @@
+"""The loop: Adam over lessons, in breadth-first or depth-first order, until the requests hold."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from errata.errors import ConfigError
+from errata.kit.training.training_batches import Lesson, negative_log_likelihood, settled
+from errata.model.forward import Resumed, logits_at
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from errata.contract.config import MethodConfig
+    from errata.model.model import Model
+
+logger = logging.getLogger("errata")
+
+Order = Literal["breadth-first", "depth-first"]
+
+# fp16 gradients of a mean underflow; they are scaled up on the way back and down again.
+_HALF_SCALE = 1024.0
+_RECORDED = 2**30  # bytes of recorded states, at most; lessons beyond that run whole each time
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerSettings:
+    """How something is trained.
+
+    Attributes:
+        lr: Adam's learning rate.
+        steps: passes over the lessons, at most; in depth-first order over each by itself.
+        weight_decay: Adam's weight decay, on what is trained.
+        early_stop: stop once every request holds, and take no step on a batch that does.
+        stop_loss: to hold, a target's mean negative log-likelihood (nats) must also be below it.
+        order: breadth-first: every pass goes through all lessons, in a new random order;
+            depth-first: each lesson is trained until it holds, then the next, and none again.
+        seed: of the random order.
+    """
+
+    lr: float
+    steps: int
+    weight_decay: float = 0.0
+    early_stop: bool = True
+    stop_loss: float | None = None
+    order: Order = "breadth-first"
+    seed: int = 0
+
+    @classmethod
+    def of(cls, config: MethodConfig) -> TrainerSettings:
+        """Return those of a method whose hyper-parameters have these names."""
+        names = [field.name for field in fields(cls) if hasattr(config, field.name)]
+        return cls(**{name: getattr(config, name) for name in names})
+
+
+@dataclass
+class Objective:
+    """What one forward pass over a lesson shows. PEFT adds to `.loss` in place.
+
+    Attributes:
+        loss: see `errata.kit.training.training_batches`.
+        holds: for each request, whether it held in this pass.
+    """
+
+    loss: Tensor
+    holds: list[bool] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Above:
+    """From where on a forward pass can differ while training: only that part is run each step.
+
+    Attributes:
+        layer: the lowest block (of the decoder) that holds something trained.
+        known: modules of that block that stand before it, whose output stays what it was.
+    """
+
+    layer: int
+    known: tuple[str, ...] = ()
+
+
+class Trainer:
+    """Fits parameters to lessons; a subclass says what happens around a step.
+
+    Args:
+        model: the model; nothing of it is trained, it only has to carry what is.
+        lessons: what is learnt from; in depth-first order they are taken as they come.
+        settings: see `TrainerSettings`.
+        above: what has to be run again in each step; None: everything.
+        text: what progress says.
+
+    Attributes:
+        losses: the loss of every step that was computed, before the step.
+        certain: a pass shows what holds (no dropout), so that no other one has to confirm it.
+    """
+
+    certain = True
+
+    def __init__(
+        self,
+        model: Model,
+        lessons: Sequence[Lesson],
+        settings: TrainerSettings,
+        *,
+        above: Above | None = None,
+        text: str = "Training",
+    ) -> None:
+        self.model = model
+        self.lessons = list(lessons)
+        self.settings = settings
+        self.losses: list[float] = []
+        self._above, self._text = above, text
+        self._current = self.lessons[0]
+        self._resumed: dict[int, Resumed] = {}
+        self._room = _RECORDED
+
+    # -- for subclasses --------------------------------------------------------------------------
+
+    def compute(self) -> Objective:
+        """Compute the loss of the current lesson, with whatever belongs to it."""
+        return self.objective()
+
+    def updated(self, step: int) -> None:
+        """Act after each update, gradients still in place."""
+
+    def finished(self, step: int) -> bool:
+        """Say whether to stop, every lesson having held in its last pass; asked if not certain."""
+        del step
+        return self.holds()
+
+    # -- what they stand on ----------------------------------------------------------------------
+
+    def objective(self) -> Objective:
+        """Compute loss and judgement of the current lesson."""
+        logits = self.logits(self._current)
+        loss, nll = negative_log_likelihood(self._current, logits)
+        with torch.no_grad():
+            holds = settled(self._current, logits, nll.detach(), self.settings.stop_loss)
+        return Objective(loss, holds)
+
+    def logits(self, lesson: Lesson) -> Tensor:
+        """Return the logits (n, vocabulary) at a lesson's positions, as the model stands."""
+        with self.model.prompts(lesson.ends):
+            run = self._resumed.get(id(lesson))
+            if run is not None:
+                return run.logits()
+            return logits_at(self.model, lesson.inputs, lesson.rows, lesson.columns)
+
+    def record(self, lessons: Sequence[Lesson]) -> None:
+        """Run lessons once, so that later passes run only what lies above; before any step."""
+        if self._above is None or (self._above.layer == 0 and not self._above.known):
+            return
+        for lesson in lessons:
+            size = self._bytes(lesson)
+            if id(lesson) in self._resumed or size > self._room:
+                continue
+            self._room -= size
+            with self.model.prompts(lesson.ends):
+                self._resumed[id(lesson)] = Resumed(
+                    self.model,
+                    lesson.inputs,
+                    layer=self._above.layer,
+                    rows=lesson.rows,
+                    columns=lesson.columns,
+                    known=self._above.known,
+                )
+
+    @torch.no_grad()
+    def holding(self) -> list[bool]:
+        """Say for each request of all lessons, in order, whether it holds as the model stands."""
+        found = []
+        for lesson in self.lessons:
+            logits = self.logits(lesson)
+            _, nll = negative_log_likelihood(lesson, logits)
+            found += settled(lesson, logits, nll, self.settings.stop_loss)
+        return found
+
+    def holds(self) -> bool:
+        """Say whether every request holds as the model stands."""
+        return all(self.holding())
+
+    # -- the loop --------------------------------------------------------------------------------
+
+    def fit(self, parameters: Sequence[Tensor]) -> None:
+        """Train leaves of the graph until the requests hold, or for the steps that were set.
+
+        Raises `ConfigError` when the loss is no longer finite.
+        """
+        self.record(self.lessons)
+        deep = self.settings.order == "depth-first"
+        groups = [[lesson] for lesson in self.lessons] if deep else [self.lessons]
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        for number, group in enumerate(groups, 1):
+            which = f" ({number} of {len(groups)})" if len(groups) > 1 else ""
+            self._fit(group, parameters, generator, f"{self._text}{which}")
+
+    def _fit(
+        self,
+        group: Sequence[Lesson],
+        parameters: Sequence[Tensor],
+        generator: torch.Generator,
+        text: str,
+    ) -> None:
+        settings = self.settings
+        optimiser = torch.optim.Adam(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+        scale = _HALF_SCALE if self.model.dtype == torch.float16 else 1.0
+        passed, idle = [False] * len(group), 0
+        total = settings.steps * len(group)
+        order: list[int] = []
+        for step in self.model.progress.track(range(1, total + 1), text, total):
+            order = order or torch.randperm(len(group), generator=generator).tolist()
+            index = order.pop()
+            self._current = group[index]
+            found = self.compute()
+            self._check(found.loss, step)
+            passed[index] = all(found.holds)
+            if settings.early_stop and self.certain and passed[index]:
+                idle += 1
+                if not order and idle >= len(group):  # a whole pass, and nothing to be learnt
+                    break
+                continue
+            idle = 0
+            gradients = torch.autograd.grad(found.loss * scale, parameters, allow_unused=True)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = None if gradient is None else gradient / scale
+            optimiser.step()
+            self.updated(step)
+            optimiser.zero_grad()
+            if settings.early_stop and not self.certain and all(passed) and self.finished(step):
+                break
+        logger.debug("%s: %d steps, last loss %.4g", text, len(self.losses), self.losses[-1])
+
+    def _check(self, loss: Tensor, step: int) -> None:
+        value = float(loss.detach())
+        self.losses.append(value)
+        if not math.isfinite(value):
+            raise ConfigError(
+                f"The training loss is {value} at step {step} with lr={self.settings.lr:g}: give "
+                "a smaller lr."
+            )
+
+    def _bytes(self, lesson: Lesson) -> int:
+        """Return about how much memory recording a lesson takes."""
+        assert self._above is not None
+        anatomy, module = self.model.anatomy, self.model.module
+        widths = [anatomy.hidden_size]
+        for name in self._above.known:
+            try:
+                widths.append(anatomy.shape(module, name)[0])
+            except (AttributeError, TypeError, ValueError):  # a container, such as attention
+                widths.append(anatomy.hidden_size)
+        tokens = max(value.numel() for value in lesson.inputs.values())
+        return tokens * sum(widths) * self.model.dtype.itemsize

@@ -1,0 +1,461 @@
+"""Value optimisation: which vector, at which place, makes the model say the new target?
+
+The step every closed-form method shares (ROME section 3.1 step 2, MEMIT equation 16). For each
+request a vector δ is added to the output v0 of the MLP's down projection (ROME) or of the block
+(the MEMIT family) at the subject's last token, in every context, and
+
+    L(δ) = mean over contexts of −(1/|o|) Σ_j log P(o_j | context, prompt, o_<j; v0 + δ)
+           + kl_factor · KL(P_δ ‖ P_0)  at the subject's last token of "{} is a"
+           + weight_decay · ‖δ‖ / ‖v0‖²
+
+is brought down with Adam, ‖δ‖ ≤ clamp · ‖v0‖. PMET adds a second δ, to the attention's output of
+the same block, which takes up what the MLP should not be made to say.
+
+Many requests run together: rows are laid out so that all edited positions share one column, and
+every step runs only the blocks and columns that δ can reach (`errata.model.forward.Resumed`). Requests
+do not see each other, whatever the batch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch.nn import functional
+
+from errata.errors import CapabilityError, ErrataError, RequestError
+from errata.model.forward import Resumed, adding, aligned, bypassed, frozen, patched
+from errata.model.prompts import padding_id
+from errata.model.tokens import encode, encode_targets, subject_position
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from torch import Tensor
+
+    from errata.edits.request import Request
+    from errata.model.model import Model
+
+logger = logging.getLogger("errata")
+
+FactToken = Literal["subject_last", "subject_first", "subject_first_after_last", "last"]
+
+FACT_TOKENS = {
+    "subject_last": "last",
+    "subject_first": "first",
+    "subject_first_after_last": "first_after_last",
+    "last": "last_of_prompt",
+}
+"""What `errata.model.tokens` calls these positions."""
+
+# On a CPU three requests at a time are faster than ten: what they work on stays in the cache.
+_ROWS_CPU, _ROWS_ACCELERATOR = 72, 768
+
+# fp16 gradients of a mean over contexts underflow; Adam's steps do not depend on the scale.
+_HALF_SCALE = 1024.0
+
+
+class EditFailed(ErrataError, ArithmeticError):
+    """An edit whose numbers came out unusable (not finite, or a vanishing denominator)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueSettings:
+    """How values are optimised; the defaults are ROME's for GPT-2 XL.
+
+    Attributes:
+        layer: block whose output is changed.
+        at: where δ is added: "mlp" (the output of the MLP's down projection), "block", or
+            "attention+mlp" (one at each output; the MLP's is the value).
+        loss_layer: read the loss from this block's output (final norm and head on top of it);
+            None is the last block.
+        steps: evaluations of the loss; one less updates.
+        lr: Adam's learning rate.
+        weight_decay: factor of ‖δ‖ / ‖v0‖²: the norm is not squared above the line.
+        clamp: largest ‖δ‖, in units of ‖v0‖.
+        anchor: whose norm ‖v0‖ is: the output in the bare prompt, or the mean over contexts.
+        kl_factor: factor of the KL term; 0 leaves its prompt out.
+        kl_prompt: template that the KL term is read on, at the edited position itself.
+        early_stop: a request is done once its total loss is below this.
+        top_steps: a request is done once every target token was the most probable one in all
+            contexts at so many evaluations in a row (MPES, 2502.01636); None: never.
+        top_factor: factor of the NLL while that is so (PMET: 0.1).
+        top_kl: a request is done when that is so and its KL term is at most this (PMET: 0.01).
+        fact_token: the position that is edited.
+        rows: most rows (requests times contexts) that run together; None: as many as suit the
+            device.
+    """
+
+    layer: int
+    at: Literal["mlp", "block", "attention+mlp"] = "mlp"
+    loss_layer: int | None = None
+    steps: int = 20
+    lr: float = 0.5
+    weight_decay: float = 0.5
+    clamp: float = 4.0
+    anchor: Literal["bare", "contexts"] = "bare"
+    kl_factor: float = 0.0625
+    kl_prompt: str = "{} is a"
+    early_stop: float = 5e-2
+    top_steps: int | None = None
+    top_factor: float = 1.0
+    top_kl: float | None = None
+    fact_token: FactToken = "subject_last"
+    rows: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """What the optimisation found for one request; vectors are fp32, D and d as in methods' maths.
+
+    Attributes:
+        v0: (d,) output at the edited position of the bare prompt, before the edit.
+        delta: (d,) δ.
+        keys: (contexts, D) inputs of the MLP's down projection at the edited position.
+        outputs: (contexts, d) outputs there, of what `ValueSettings.at` says.
+        losses: per evaluation (total, NLL, KL term, weight-decay term, ‖δ‖).
+        top: every target token was the most probable one in all contexts at the last evaluation.
+    """
+
+    v0: Tensor
+    delta: Tensor
+    keys: Tensor
+    outputs: Tensor
+    losses: tuple[tuple[float, float, float, float, float], ...]
+    top: bool = False
+
+    @property
+    def v_star(self) -> Tensor:
+        """(d,) v0 + δ."""
+        return self.v0 + self.delta
+
+
+@dataclass
+class _Rows:
+    """The token rows of one request: its contexts, then (if wanted) the KL prompt."""
+
+    tokens: list[list[int]] = field(default_factory=list)
+    lookups: list[int] = field(default_factory=list)
+    # Positions that the loss reads: (row, column, target id; -1 on the KL prompt).
+    reads: list[tuple[int, int, int]] = field(default_factory=list)
+    contexts: int = 0
+
+    @property
+    def reach(self) -> int:
+        """Columns from the edited one to the end, at most."""
+        return max(len(t) - p for t, p in zip(self.tokens, self.lookups, strict=True))
+
+
+def optimise_values(
+    model: Model, requests: Sequence[Request], contexts: Sequence[str], settings: ValueSettings
+) -> list[Value]:
+    """Return the optimised value of each request, in order, all from the model's present state.
+
+    Args:
+        model: the model; it is not changed.
+        requests: what should be said instead.
+        contexts: templates with one {} for the prompt; the first is "{}", the bare prompt.
+        settings: see `ValueSettings`.
+
+    Raises:
+        CapabilityError: the model is no causal decoder.
+        RequestError: the edited position cannot be found, or does not come before the target.
+        EditFailed: a loss is not finite.
+    """
+    if model.anatomy.kind != "decoder":
+        raise CapabilityError(
+            f"Values are optimised at the subject's last token of a causal decoder; "
+            f"{model.anatomy.model_type!r} is of kind {model.anatomy.kind!r}. "
+            "Use a method that lists this architecture (`errata methods`)."
+        )
+    rows = [_rows(model, request, contexts, settings) for request in requests]
+    values: list[Value | None] = [None] * len(requests)
+    most = settings.rows or row_limit(model)
+    for chunk in _chunks(rows, most):
+        found = _Problem(model, [rows[i] for i in chunk], settings).solve()
+        for index, value in zip(chunk, found, strict=True):
+            values[index] = value
+    return [value for value in values if value is not None]
+
+
+def row_limit(model: Model) -> int:
+    """Return how many rows (requests times contexts) suit the model's device at a time."""
+    return _ROWS_CPU if model.device.type == "cpu" else _ROWS_ACCELERATOR
+
+
+def _chunks(rows: Sequence[_Rows], limit: int) -> Iterator[list[int]]:
+    """Yield indices of requests that run together: alike in reach, at most `limit` rows."""
+    chunk: list[int] = []
+    taken = 0
+    for index in sorted(range(len(rows)), key=lambda i: rows[i].reach):
+        if chunk and taken + len(rows[index].tokens) > limit:
+            yield chunk
+            chunk, taken = [], 0
+        chunk.append(index)
+        taken += len(rows[index].tokens)
+    if chunk:
+        yield chunk
+
+
+def _rows(
+    model: Model, request: Request, contexts: Sequence[str], settings: ValueSettings
+) -> _Rows:
+    """Tokenise one request in all contexts, without the tokens that nothing depends on."""
+    tokenizer, which = model.tokenizer, FACT_TOKENS[settings.fact_token]
+    templates = [context.replace("{}", request.prompt) for context in contexts]
+    prompts = [template.replace("{}", request.subject) for template in templates]
+    batch = encode_targets(tokenizer, prompts, [request.target_new] * len(prompts))
+    rows = _Rows(contexts=len(templates))
+    for row, template in enumerate(templates):
+        begin, end = batch.target_spans[row]
+        tokens = batch.input_ids[row][batch.attention_mask[row].bool()].tolist()[:end]
+        lookup = subject_position(tokenizer, template, request.subject, which)
+        if not lookup < begin < end:
+            raise RequestError(
+                f"The edited position ({settings.fact_token!r}, token {lookup}) of "
+                f"{prompts[row]!r} does not come before the target {request.target_new!r} "
+                f"(tokens {begin} to {end}): reword the prompt so that the target comes later."
+            )
+        # Token j is predicted at j - 1; the last one is never an input.
+        rows.tokens.append(tokens[:-1])
+        rows.lookups.append(lookup)
+        rows.reads += [(row, column - 1, tokens[column]) for column in range(begin, end)]
+    if settings.kl_factor:
+        template = settings.kl_prompt
+        filled = encode(tokenizer, [template.replace("{}", request.subject)])
+        lookup = subject_position(tokenizer, template, request.subject, which)
+        # Upstream compares the predictions at the edited token itself, not at the final " a":
+        # in a causal decoder nothing after it matters.
+        tokens = filled.input_ids[0][filled.attention_mask[0].bool()].tolist()
+        rows.tokens.append(tokens[: lookup + 1])
+        rows.lookups.append(lookup)
+        rows.reads.append((len(templates), lookup, -1))
+    return rows
+
+
+class _Problem:
+    """Several requests as one batch: its layout, its loss, its optimisation."""
+
+    def __init__(self, model: Model, parts: Sequence[_Rows], settings: ValueSettings) -> None:
+        self.model, self.settings = model, settings
+        anatomy, device = model.anatomy, model.device
+        self.layer = anatomy.layer(settings.layer)
+        out = anatomy.mlp_out(self.layer)
+        # The value's place first, then those that δ is added at beside it.
+        self.places: tuple[str, ...] = {
+            "mlp": (out,),
+            "block": (anatomy.block(self.layer),),
+            "attention+mlp": (out, anatomy.attention(self.layer)),
+        }[settings.at]
+
+        # Layout: every edited position in column `column`, so that all columns before it can be
+        # kept and all rows resume at the same one. Rows of one request lie together.
+        tokens = [row for part in parts for row in part.tokens]
+        lookups = [lookup for part in parts for lookup in part.lookups]
+        first = _offsets([len(part.tokens) for part in parts])
+        inputs, self.column = aligned(tokens, lookups, padding_id(model.tokenizer))
+        reads = [
+            (index, first[index] + row, column, target)
+            for index, part in enumerate(parts)
+            for row, column, target in part.reads
+        ]
+        index, row, column, target = torch.tensor(reads).T
+        shift = self.column - torch.tensor(lookups)
+
+        self.row_owner = torch.tensor([i for i, p in enumerate(parts) for _ in p.tokens])  # (B,)
+        with self._truncated():
+            self.run = Resumed(
+                model,
+                {name: tensor.to(device) for name, tensor in inputs.items()},
+                layer=self.layer + 1 if settings.at == "block" else self.layer,
+                rows=row,
+                columns=column + shift[row],
+                start=self.column,
+                known=self._known(),
+                watch=tuple(dict.fromkeys((out, *self.places))),
+            )
+        # Where the logits are; δ is where the edited layer is: a model may be spread over devices.
+        home = self.run.reference.device
+        self.owner = index.to(home)  # (n,) request of each read position
+        self.target = target.to(home)  # (n,) token id, -1 where the KL term is read
+        # The target has as many tokens in every context, so one mean over all its positions is
+        # the mean over contexts of the means over target tokens.
+        weight = [1.0 / sum(t >= 0 for _, _, t in part.reads) for part in parts]
+        self.weight = torch.tensor(weight, device=home)
+        self.reference = self._log_p(self.run.reference[self.target < 0])  # at the KL positions
+        self._read_out(parts, first, out)
+
+    def _known(self) -> tuple[str, ...]:
+        """Name the modules of the edited block that stand before δ: all but norms and gates."""
+        if self.settings.at == "block":
+            return ()
+        anatomy, layer = self.model.anatomy, self.layer
+        if self.settings.at == "attention+mlp":
+            # Where the MLP reads the block's input beside the attention (GPT-J) it is known, too;
+            # that is not told apart here.
+            return (anatomy.attention(layer),)
+        return (anatomy.attention(layer), *anatomy.mlp_in(layer), anatomy.mlp_out(layer))
+
+    def _read_out(self, parts: Sequence[_Rows], first: Sequence[int], out: str) -> None:
+        """Take keys, outputs and ‖v0‖ from the recorded run."""
+        size = len(self.row_owner)
+        keys = _at(self.run.seen[out].input, size, self.column)
+        seen = [_at(self.run.seen[place].output, size, self.column) for place in self.places]
+        outputs = torch.stack([output.to(seen[0].device) for output in seen], 1)  # (B, P, d)
+        spans = [slice(f, f + part.contexts) for f, part in zip(first, parts, strict=True)]
+        self.keys = [keys[span] for span in spans]
+        self.outputs = [outputs[span] for span in spans]
+        self.v0 = torch.stack([output[0] for output in self.outputs])  # (N, P, d)
+        bare = self.settings.anchor == "bare"
+        anchors = self.v0 if bare else torch.stack([o.mean(0) for o in self.outputs])
+        self.anchor = anchors.norm(dim=2)  # (N, P)
+        self.run.seen.clear()  # all columns of two modules
+
+    def solve(self) -> list[Value]:
+        """Run Adam on all δ together; a request that is done keeps its δ."""
+        settings, count = self.settings, len(self.v0)
+        delta = torch.zeros_like(self.v0)  # (N, P, d), fp32 whatever the model's dtype
+        first, second = torch.zeros_like(delta), torch.zeros_like(delta)
+        losses: list[list[tuple[float, ...]]] = [[] for _ in range(count)]
+        active = torch.ones(count, dtype=torch.bool)
+        top = torch.zeros(count, dtype=torch.long)  # evaluations in a row
+        with torch.enable_grad(), frozen(self.model.module), self._truncated():
+            for step in range(settings.steps):
+                delta.requires_grad_(True)
+                parts, first_choice = self._loss(delta, top > 0)  # (4, N), (N,)
+                self._note(parts, delta, active, losses)
+                top = torch.where(active, (top + 1) * first_choice, top)
+                active = active & ~self._done(parts.detach().cpu(), top)
+                if step == settings.steps - 1 or not bool(active.any()):
+                    break
+                (gradient,) = torch.autograd.grad(parts[0].sum() * self._scale, delta)
+                delta = delta.detach()
+                update = self._adam(gradient / self._scale, first, second, step + 1)
+                moved = self._clamped(delta - update)
+                delta = torch.where(active.to(delta.device)[:, None, None], moved, delta)
+                self._shed(active)
+        delta = delta.detach()
+        return [
+            Value(
+                v0=self.v0[i, 0],
+                delta=delta[i, 0],
+                keys=self.keys[i],
+                outputs=self.outputs[i][:, 0],
+                losses=tuple(losses[i]),  # type: ignore[arg-type]
+                top=bool(top[i]),
+            )
+            for i in range(count)
+        ]
+
+    # -- the loss --------------------------------------------------------------------------------
+
+    def _loss(self, delta: Tensor, relaxed: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the losses at δ (N, P, d), and whether each request's target comes first.
+
+        The losses are (total, NLL, KL term, weight-decay term) per request, (4, N). `relaxed`
+        requests get their NLL times `top_factor`.
+        """
+        settings = self.settings
+        added = delta[self.row_owner.to(delta.device)]  # (B, P, d)
+        at = self.column - self.run.start
+        changes = {place: adding(added[:, i], at) for i, place in enumerate(self.places)}
+        with patched(self.model.module, changes):
+            log_p = self._log_p(self.run.logits())  # (n, V)
+        nothing = torch.zeros(len(delta), device=log_p.device)
+        asked = self.target >= 0
+        owner, target = self.owner[asked], self.target[asked, None]
+        picked = -log_p[asked].gather(1, target).squeeze(1)
+        factor = torch.where(relaxed, settings.top_factor, 1.0).to(log_p.device)
+        nll = nothing.index_add(0, owner, picked) * self.weight * factor
+        missed = (log_p[asked].detach().argmax(1) != target.squeeze(1)).to(nothing)
+        first_choice = (nothing.index_add(0, owner, missed) == 0).cpu()
+        # The published code gives `kl_div` the reference as input and the edited distribution as
+        # target: KL(P_δ ‖ P_0).
+        kl = nothing
+        if not bool(asked.all()):
+            pair = self.reference, log_p[~asked]
+            each = functional.kl_div(*pair, log_target=True, reduction="none").sum(1)
+            kl = settings.kl_factor * nothing.index_add(0, self.owner[~asked], each)
+        decay = (settings.weight_decay * delta.norm(dim=2) / self.anchor**2).sum(1).to(nll.device)
+        return torch.stack([nll + kl + decay, nll, kl, decay]), first_choice
+
+    def _done(self, parts: Tensor, top: Tensor) -> Tensor:
+        """Return which requests have reached what they were to reach, (N,)."""
+        settings = self.settings
+        done = parts[0] < settings.early_stop
+        if settings.top_steps is not None:
+            done |= top >= settings.top_steps
+        if settings.top_kl is not None:
+            done |= (top > 0) & (parts[2] <= settings.top_kl)
+        return done
+
+    def _note(
+        self, parts: Tensor, delta: Tensor, active: Tensor, losses: list[list[tuple[float, ...]]]
+    ) -> None:
+        """Record the losses of active requests; raise `EditFailed` when one is not finite."""
+        norms = delta.detach().flatten(1).norm(dim=1)[None].cpu()
+        rows = torch.cat([parts.detach().cpu(), norms]).T  # (N, 5)
+        for index in active.nonzero().flatten().tolist():
+            if not bool(torch.isfinite(rows[index]).all()):
+                raise EditFailed(
+                    f"The value optimisation gave a loss of {float(rows[index, 0])} at step "
+                    f"{len(losses[index])} (‖δ‖ = {float(rows[index, 4]):.3g}). Lower lr "
+                    f"(given: {self.settings.lr}) or clamp, or load the model in float32."
+                )
+            losses[index].append(tuple(rows[index].tolist()))
+
+    def _log_p(self, logits: Tensor) -> Tensor:
+        return logits.float().log_softmax(-1)
+
+    # -- the steps -------------------------------------------------------------------------------
+
+    @property
+    def _scale(self) -> float:
+        return _HALF_SCALE if self.model.dtype == torch.float16 else 1.0
+
+    def _adam(self, gradient: Tensor, first: Tensor, second: Tensor, step: int) -> Tensor:
+        """Return Adam's step (betas .9 and .999, eps 1e-8); update the moments in place."""
+        first.lerp_(gradient, 0.1)
+        second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+        scaled = second.sqrt() / (1 - 0.999**step) ** 0.5 + 1e-8
+        update: Tensor = self.settings.lr / (1 - 0.9**step) * first / scaled
+        return update
+
+    def _clamped(self, delta: Tensor) -> Tensor:
+        """Project each δ onto the ball of radius clamp · ‖v0‖."""
+        norm, most = delta.norm(dim=2), self.settings.clamp * self.anchor
+        return torch.where((norm > most)[..., None], delta * (most / norm)[..., None], delta)
+
+    def _shed(self, active: Tensor) -> None:
+        """Stop running the rows of finished requests once they are a quarter of the batch."""
+        held = active[self.row_owner]
+        if int(held.sum()) > 0.75 * len(held):
+            return
+        reads = active.to(self.owner.device)[self.owner]
+        self.run = self.run.keep(held.nonzero().flatten())
+        self.row_owner = self.row_owner[held]
+        self.reference = self.reference[reads[self.target < 0]]
+        self.owner, self.target = self.owner[reads], self.target[reads]
+
+    def _truncated(self) -> AbstractContextManager[None]:
+        """Make blocks above the loss layer hand on what they get."""
+        anatomy, loss_layer = self.model.anatomy, self.settings.loss_layer
+        if loss_layer is None:
+            loss_layer = anatomy.n_layers - 1
+        read = max(anatomy.layer(loss_layer), self.layer)
+        names = [anatomy.block(index) for index in range(read + 1, anatomy.n_layers)]
+        return bypassed(self.model.module, names)
+
+
+def _offsets(lengths: Sequence[int]) -> list[int]:
+    """Return where each of several runs of rows begins."""
+    return [sum(lengths[:i]) for i in range(len(lengths))]
+
+
+def _at(tensor: Tensor | None, size: int, column: int) -> Tensor:
+    """Return column `column` of (B, T, x) (or of (B·T, x), as OPT's MLP has it), in fp32."""
+    assert tensor is not None
+    return tensor.reshape(size, -1, tensor.shape[-1])[:, column].detach().float()

@@ -1,7 +1,0 @@
-"""The ledger: the durable store of edits and of every apply and revert."""
-
-from errata.ledger.exchange import read_export, write_export
-from errata.ledger.schema import Event
-from errata.ledger.store import Ledger
-
-__all__ = ["Event", "Ledger", "read_export", "write_export"]

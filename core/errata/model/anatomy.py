@@ -1,0 +1,407 @@
+"""Where a model keeps its parts: blocks, projections, embeddings, norm, head, weight layout.
+
+What is known is data: one stanza per `model_type` in `registry.yaml`. A family without a stanza
+is probed from its module graph (`errata.model.probing`), and where that fails the error says which
+lines to add.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from errata.errors import AnatomyError, ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Kind = Literal["decoder", "encoder-decoder", "encoder"]
+Layout = Literal["out_in", "in_out"]
+
+
+class _Stanza(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StackSpec(_Stanza):
+    """One stack of equal blocks. Paths are relative to the block, but for `blocks`.
+
+    `mlp` and `attention` name the module whose (first) output is what the sublayer adds to the
+    residual stream. Where a block has no such container (OPT, BERT) that is the out projection.
+    """
+
+    blocks: str = Field(description="The ModuleList of blocks, from the root")
+    mlp: str = Field(description="Module whose output is the MLP's contribution")
+    mlp_in: tuple[str, ...] = Field(description="In projections; a gated MLP has two")
+    mlp_out: str = Field(description="Out (down) projection: its input is the key k")
+    attention: str = Field(description="Module whose output is self-attention's contribution")
+    attention_in: tuple[str, ...] = Field(description="Query, key, value projections, or one")
+    attention_out: str = Field(description="Out projection of self-attention")
+
+    def paths(self) -> Iterator[tuple[str, str]]:
+        """Yield (field, path relative to the block) of everything in a block."""
+        yield "mlp", self.mlp
+        yield from (("mlp_in", path) for path in self.mlp_in)
+        yield "mlp_out", self.mlp_out
+        yield "attention", self.attention
+        yield from (("attention_in", path) for path in self.attention_in)
+        yield "attention_out", self.attention_out
+
+
+class Variant(_Stanza):
+    """What is different when the model's configuration has these values."""
+
+    when: dict[str, Any] = Field(description="Configuration entries that must all be equal")
+    values: dict[str, Any] = Field(description="Fields of the stanza that then differ")
+
+
+class ArchitectureSpec(StackSpec):
+    """One stanza of `architectures:`, about one Hugging Face `model_type`.
+
+    For an encoder-decoder the stack described at the top level is the decoder's, and `encoder`
+    describes the other. `head` may list alternatives, for modules that are called differently
+    in different classes or versions: the first one that is there counts.
+    """
+
+    kind: Kind = Field(default="decoder", description="What sort of transformer this is")
+    layout: Layout = Field(
+        description="How projections in blocks store their weight: out_in (Linear) or in_out "
+        "(Conv1D, the transpose)"
+    )
+    embedding: str = Field(description="Token embedding, from the root")
+    position_embedding: str | None = Field(default=None, description="Learned positions, if any")
+    final_norm: str | None = Field(default=None, description="Norm after the last block, if any")
+    head: str | tuple[str, ...] = Field(description="From the final norm's output to logits")
+    encoder: StackSpec | None = Field(default=None, description="The encoder's blocks, if any")
+    position_ids: bool = Field(
+        default=True, description="Takes position_ids that count real tokens from zero"
+    )
+    variants: tuple[Variant, ...] = ()
+
+    @property
+    def encoder_blocks(self) -> str | None:
+        """The ModuleList of encoder blocks of an encoder-decoder."""
+        return self.encoder.blocks if self.encoder is not None else None
+
+    def resolve(self, config: Any) -> ArchitectureSpec:
+        """Return the stanza as it holds for one configuration: variants applied."""
+        values: dict[str, Any] = {}
+        for variant in self.variants:
+            if all(getattr(config, key, None) == want for key, want in variant.when.items()):
+                values.update(variant.values)
+        if not values:
+            return self
+        return ArchitectureSpec(**{**self.model_dump(), **values, "variants": ()})
+
+
+def parse_architectures(raw: Mapping[str, Mapping[str, Any]]) -> dict[str, ArchitectureSpec]:
+    """Return the validated stanzas of a registry; raise `ConfigError` naming the wrong entry."""
+    specs = {}
+    for model_type, stanza in raw.items():
+        try:
+            specs[model_type] = ArchitectureSpec(**stanza)
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(map(str, e['loc'])) or 'stanza'}: {e['msg']}" for e in error.errors()
+            )
+            raise ConfigError(
+                f"registry: architectures.{model_type} is not right: {problems}. "
+                f"Fields: {', '.join(ArchitectureSpec.model_fields)}."
+            ) from None
+    return specs
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The parts of one model by name. Layers count from 0; negative ones from the end.
+
+    Attributes:
+        model_type: of the Hugging Face configuration.
+        spec: the stanza it follows, as resolved for this configuration.
+        n_layers: number of blocks.
+        hidden_size: width d of the residual stream.
+        key_size: width D of the input of `mlp_out`.
+        head_name: path of the head, or None when the module has none (a bare backbone).
+        context: most tokens the model reads at once; None where nothing bounds it.
+        encoder: the encoder's stack of an encoder-decoder.
+        probed: True when found in the module graph and not in the registry.
+    """
+
+    model_type: str
+    spec: ArchitectureSpec
+    n_layers: int
+    hidden_size: int
+    key_size: int
+    head_name: str | None
+    context: int | None = None
+    encoder: Anatomy | None = None
+    probed: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        module: nn.Module,
+        architectures: Mapping[str, ArchitectureSpec | Mapping[str, Any]],
+    ) -> Anatomy:
+        """Return the anatomy of a Hugging Face model.
+
+        Args:
+            module: the model.
+            architectures: stanzas by model_type, parsed or as read from YAML.
+
+        Raises:
+            AnatomyError: no stanza and nothing found by probing, or a stanza that does not fit
+                the module.
+            ConfigError: a stanza that is not valid.
+        """
+        config = getattr(module, "config", None)
+        model_type = getattr(config, "model_type", None)
+        if not isinstance(model_type, str):
+            raise AnatomyError(
+                f"{type(module).__name__} has no Hugging Face configuration with a model_type: "
+                "pass a model of the transformers library."
+            )
+        given = architectures.get(model_type)
+        if given is None:
+            from errata.model.probing import probe
+
+            return cls._build(module, model_type, probe(module, model_type), probed=True)
+        if not isinstance(given, ArchitectureSpec):
+            given = parse_architectures({model_type: given})[model_type]
+        return cls._build(module, model_type, given.resolve(config), probed=False)
+
+    @classmethod
+    def _build(
+        cls, module: nn.Module, model_type: str, spec: ArchitectureSpec, probed: bool
+    ) -> Anatomy:
+        encoder = None
+        if spec.encoder is not None:
+            stack = ArchitectureSpec(
+                **{**spec.model_dump(), **spec.encoder.model_dump(), "encoder": None}
+            )
+            encoder = cls._build(module, model_type, stack, probed)
+        root_fields = (("embedding", spec.embedding), ("final_norm", spec.final_norm),
+                       ("position_embedding", spec.position_embedding))  # fmt: skip
+        for field, path in root_fields:
+            if path is not None:
+                _fetch(module, "", path, model_type, field)
+        blocks = _fetch(module, "", spec.blocks, model_type, "blocks")
+        n_layers = len(list(blocks.children()))
+        if n_layers:
+            spec = _as_stored(spec, blocks, model_type)
+        for layer in range(n_layers):
+            block = f"{spec.blocks}.{layer}"
+            for field, path in spec.paths():
+                part = _fetch(module, block, path, model_type, field)
+                if field in ("mlp_in", "mlp_out", "attention_in", "attention_out"):
+                    _check_layout(part, f"{block}.{path}", spec.layout, model_type)
+        if n_layers == 0:
+            raise AnatomyError(f"{spec.blocks} of this {model_type} model holds no blocks.")
+        text_config = module.config.get_text_config()  # type: ignore[operator, union-attr]
+        hidden = getattr(text_config, "hidden_size", None)
+        if hidden is None:
+            table: Any = module.get_submodule(spec.embedding)
+            hidden = table.weight.shape[-1]
+        key_size = projection_shape(
+            module.get_submodule(f"{spec.blocks}.0.{spec.mlp_out}"), spec.layout
+        )[1]
+        heads = (spec.head,) if isinstance(spec.head, str) else spec.head
+        present = [path for path in heads if _has(module, path)]
+        return cls(
+            model_type, spec, n_layers, int(hidden), key_size,
+            present[0] if present else None, _context(module, text_config, spec), encoder, probed,
+        )  # fmt: skip
+
+    # -- names -----------------------------------------------------------------------------------
+
+    @property
+    def kind(self) -> Kind:
+        """What sort of transformer this is."""
+        return self.spec.kind
+
+    @property
+    def embedding_name(self) -> str:
+        """Path of the token embedding."""
+        return self.spec.embedding
+
+    @property
+    def final_norm_name(self) -> str | None:
+        """Path of the norm after the last block; None where there is none."""
+        return self.spec.final_norm
+
+    def layer(self, index: int) -> int:
+        """Return a layer index counted from 0; raise `ConfigError` when there is no such layer."""
+        if isinstance(index, bool) or not isinstance(index, int):
+            raise ConfigError(f"layer={index!r} is not an integer.")
+        if not -self.n_layers <= index < self.n_layers:
+            raise ConfigError(
+                f"Layer {index} is out of range: this {self.model_type} model has layers 0 to "
+                f"{self.n_layers - 1} (or -{self.n_layers} to -1, from the end)."
+            )
+        return index % self.n_layers
+
+    def block(self, index: int) -> str:
+        """Path of a block."""
+        return f"{self.spec.blocks}.{self.layer(index)}"
+
+    def mlp(self, index: int) -> str:
+        """Path of the module whose output is the MLP's contribution."""
+        return f"{self.block(index)}.{self.spec.mlp}"
+
+    def mlp_in(self, index: int) -> tuple[str, ...]:
+        """Paths of the MLP's in projections (gate and up where it is gated)."""
+        return tuple(f"{self.block(index)}.{path}" for path in self.spec.mlp_in)
+
+    def mlp_out(self, index: int) -> str:
+        """Path of the MLP's out projection, W of (d, D)."""
+        return f"{self.block(index)}.{self.spec.mlp_out}"
+
+    def attention(self, index: int) -> str:
+        """Path of the module whose first output is self-attention's contribution."""
+        return f"{self.block(index)}.{self.spec.attention}"
+
+    def attention_in(self, index: int) -> tuple[str, ...]:
+        """Paths of the query, key and value projections (one where they are fused)."""
+        return tuple(f"{self.block(index)}.{path}" for path in self.spec.attention_in)
+
+    def attention_out(self, index: int) -> str:
+        """Path of self-attention's out projection."""
+        return f"{self.block(index)}.{self.spec.attention_out}"
+
+    def weight(self, path: str) -> str:
+        """Name of a module's weight parameter."""
+        return f"{path}.weight"
+
+    def bias(self, module: nn.Module, path: str) -> str | None:
+        """Name of a module's bias parameter; None where it has none."""
+        return f"{path}.bias" if getattr(_named(module, path), "bias", None) is not None else None
+
+    # -- orientation -----------------------------------------------------------------------------
+
+    def transposed(self, path: str) -> bool:
+        """Say whether a module stores its weight as (in, out), as GPT-2's Conv1D does."""
+        stacks = [self.spec.blocks, self.spec.encoder_blocks]
+        in_block = any(stack and path.startswith(f"{stack}.") for stack in stacks)
+        return in_block and self.spec.layout == "in_out"
+
+    def shape(self, module: nn.Module, path: str) -> tuple[int, int]:
+        """Return (d_out, d_in) of a projection, however it stores its weight."""
+        layout: Layout = "in_out" if self.transposed(path) else "out_in"
+        return projection_shape(_named(module, path), layout)
+
+    # -- modules ---------------------------------------------------------------------------------
+
+    def embedding(self, module: nn.Module) -> nn.Module:
+        """Return the token embedding."""
+        return module.get_submodule(self.spec.embedding)
+
+    def position_embedding(self, module: nn.Module) -> nn.Module | None:
+        """Return the learned position embedding; None where positions are computed."""
+        path = self.spec.position_embedding
+        return None if path is None else module.get_submodule(path)
+
+    def final_norm(self, module: nn.Module) -> nn.Module:
+        """Return the norm between the last block and the head; an Identity where none is."""
+        from torch import nn
+
+        path = self.spec.final_norm
+        return nn.Identity() if path is None else module.get_submodule(path)
+
+    def head(self, module: nn.Module) -> nn.Module:
+        """Return the module that turns normed hidden states into logits.
+
+        What the model does around it (T5 scales its input, Gemma 2 caps its output) is not in
+        it. Raises `AnatomyError` for a backbone without head.
+        """
+        if self.head_name is None:
+            raise AnatomyError(
+                f"{type(module).__name__} has no head (looked for {self.spec.head!r}): load it "
+                f"with a language-model class, or name it in registry.yaml: architectures: "
+                f"{self.model_type}: head."
+            )
+        return module.get_submodule(self.head_name)
+
+
+def projection_shape(projection: nn.Module, layout: Layout) -> tuple[int, int]:
+    """Return (d_out, d_in) of a projection.
+
+    Linear-like modules are asked (a quantised weight is stored packed); the layout decides for
+    the others.
+    """
+    features = getattr(projection, "out_features", None), getattr(projection, "in_features", None)
+    if isinstance(features[0], int) and isinstance(features[1], int):
+        return features[0], features[1]
+    rows, columns = projection.weight.shape  # type: ignore[misc]
+    return (int(columns), int(rows)) if layout == "in_out" else (int(rows), int(columns))
+
+
+def _context(module: nn.Module, config: Any, spec: ArchitectureSpec) -> int | None:
+    bound = getattr(config, "max_position_embeddings", None)
+    if spec.position_embedding is not None:
+        table: Any = module.get_submodule(spec.position_embedding)
+        padding = getattr(table, "padding_idx", None)
+        if padding is not None:  # RoBERTa's positions start after it
+            return int(table.num_embeddings) - int(padding) - 1
+    return bound if isinstance(bound, int) and bound > 0 else None
+
+
+def _named(module: nn.Module, path: str) -> nn.Module:
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        raise AnatomyError(f"{type(module).__name__} has no module {path!r}.") from None
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    try:
+        module.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _fetch(module: nn.Module, base: str, path: str, model_type: str, field: str) -> nn.Module:
+    """Return base.path; raise `AnatomyError` that says what is there instead."""
+    try:
+        return module.get_submodule(f"{base}.{path}" if base else path)
+    except AttributeError:
+        pass
+    parent = module.get_submodule(base) if base else module
+    there = [name for name, _ in parent.named_modules() if name and name.count(".") < 2]
+    where = f"block {base!r}" if base else type(module).__name__
+    raise AnatomyError(
+        f"registry: architectures.{model_type}.{field} is {path!r}, but {where} has no such "
+        f"module; it has: {', '.join(there[:24]) or 'nothing'}. Correct the stanza, or load the "
+        "model with the class that it describes (a language-model class, not the backbone)."
+    )
+
+
+def _as_stored(spec: ArchitectureSpec, blocks: nn.Module, model_type: str) -> ArchitectureSpec:
+    """Return the stanza for a quantised model: what quantises puts (out, in) in Conv1D's place."""
+    first = next(iter(blocks.children()))
+    weight = getattr(_fetch(first, "", spec.mlp_out, model_type, "mlp_out"), "weight", None)
+    if weight is None or weight.is_floating_point() or spec.layout == "out_in":
+        return spec
+    return ArchitectureSpec(**{**spec.model_dump(), "layout": "out_in"})
+
+
+def _check_layout(projection: nn.Module, path: str, layout: Layout, model_type: str) -> None:
+    """Hold the declared layout against the module's class, where the class settles it."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    stored: Layout
+    if isinstance(projection, Conv1D):
+        stored = "in_out"
+    elif isinstance(projection, nn.Linear):
+        stored = "out_in"
+    else:
+        return
+    if stored != layout:
+        raise AnatomyError(
+            f"registry: architectures.{model_type}.layout is {layout!r}, but {path} is a "
+            f"{type(projection).__name__}, which stores its weight as {stored!r}."
+        )

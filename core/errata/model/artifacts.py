@@ -1,0 +1,70 @@
+"""Where computed things are kept between runs: statistics, projectors, trained networks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from errata.errors import IntegrityError, StorageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def default_directory() -> Path:
+    """Return the cache directory: $ERRATA_CACHE, else the platform's cache folder."""
+    given = os.environ.get("ERRATA_CACHE")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "errata"
+
+
+class Artifacts:
+    """A folder of safetensors files, each named by a key that says what it belongs to.
+
+    A key is a tuple of strings, for instance ("second_moment", fingerprint, layer, text hash,
+    tokens); it becomes a path and is repeated inside the file, so a file that was moved or
+    damaged is recomputed instead of believed. Pass `directory=None` to use the default folder.
+    """
+
+    def __init__(self, directory: Path | str | None = None) -> None:
+        self.directory = Path(directory) if directory is not None else default_directory()
+
+    def path(self, key: tuple[str, ...]) -> Path:
+        """Return the file of a key."""
+        safe = ["".join(c if c.isalnum() or c in "-_." else "_" for c in part) for part in key]
+        return self.directory.joinpath(*safe[:-1], safe[-1] + ".safetensors")
+
+    def load(self, key: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Return (tensors, metadata) of a key, or None when absent or not readable as written."""
+        from errata.model.storage import read_tensors
+
+        path = self.path(key)
+        if not path.is_file():
+            return None
+        try:
+            tensors, metadata = read_tensors(path)
+        except IntegrityError:
+            return None
+        if metadata.get("key") != list(key):
+            return None
+        return tensors, metadata
+
+    def save(
+        self, key: tuple[str, ...], tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
+    ) -> Path:
+        """Store tensors and JSON metadata under a key, atomically.
+
+        Raises `StorageError` when the disk refuses.
+        """
+        from errata.model.storage import write_tensors
+
+        path = self.path(key)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"Cannot create the cache folder {path.parent}: {error}") from error
+        write_tensors(path, tensors, {**metadata, "key": list(key)})
+        return path

@@ -1,0 +1,233 @@
+"""The model that methods and metrics see: module, tokenizer, anatomy, base and stack in one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from errata.edits.stack import Stack
+from errata.errors import AnatomyError, CapabilityError, UnknownNameError
+from errata.model.artifacts import Artifacts
+from errata.model.pristine import Pristine
+from errata.model.progress import Progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from errata.edits.delta import Delta
+    from errata.model.anatomy import Anatomy
+
+# Entries of a configuration that differ between loads of one and the same model.
+_VOLATILE = frozenset(
+    {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures",
+     "_attn_implementation_autoset", "attn_implementation", "use_cache"}
+)  # fmt: skip
+
+
+class Model:
+    """A live transformer with everything an editing method needs to know about it.
+
+    Attributes:
+        module: the Hugging Face module, in eval mode. Plugins read it, hook it (and take the
+            hooks off again), and never write to it.
+        tokenizer: its tokenizer, a fast one.
+        anatomy: where the parts are (`errata.model.anatomy.Anatomy`).
+        parameters: name → Parameter, resolved before anything was attached; tied weights once.
+        pristine: the base tensors.
+        stack: the edits that are active.
+        artifacts: cache directory for statistics and the like, keyed by fingerprint.
+        progress: where long work reports to; `model.progress.track(iterable, "text")`.
+        corpus: plain text paragraphs for statistics (None: the text that ships with errata).
+        prompt_ends: for each row of the coming forward calls the column of the last prompt token
+            (absolute: columns already in a KV cache count), or None when nobody said; set it
+            with `prompts`. Kinds that decide per prompt (a codebook) read it.
+        memo: artifacts that were read already, so that they are read (and factored) once.
+        runtimes: what runtime delta kinds keep between attachments, by kind; theirs alone.
+        branch: weight edits run beside the weights (y = W x + U Vᵀ x) instead of in them.
+        row_edits: for each row of the coming forward calls the ids of the edits that it takes, or
+            None for all active ones; set it with `rows`.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        anatomy: Anatomy,
+        *,
+        name: str = "model",
+        checkpoint: Path | None = None,
+        keep: str = "auto",
+        artifacts: Artifacts | None = None,
+        progress: Progress | None = None,
+        corpus: Sequence[str] | None = None,
+        branch: bool | None = None,
+    ) -> None:
+        module.eval()
+        self.module = module
+        self.tokenizer = tokenizer
+        self.anatomy = anatomy
+        self.name = name
+        self.parameters: dict[str, nn.Parameter] = dict(module.named_parameters())
+        self.buffers: dict[str, Tensor] = dict(module.named_buffers())
+        self.pristine = Pristine({**self.parameters, **self.buffers}, checkpoint, keep)
+        self.artifacts = artifacts or Artifacts()
+        self.progress = progress or Progress()
+        self.corpus = corpus
+        self.prompt_ends: list[int] | None = None
+        self.row_edits: list[frozenset[str]] | None = None
+        # Nothing can be folded into quantised weights.
+        quantised = any(not p.is_floating_point() for p in self.parameters.values())
+        self.branch = quantised if branch is None else branch
+        self.runtimes: dict[str, Any] = {}
+        self.memo: dict[Any, Any] = {}
+        self.stack = Stack(self)
+
+    def __repr__(self) -> str:
+        count = sum(p.numel() for p in self.parameters.values())
+        return f"Model({self.name!r}, {self.anatomy.model_type}, {count:,} parameters)"
+
+    @property
+    def config(self) -> Any:
+        """The Hugging Face configuration."""
+        return self.module.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: the device of the token embedding."""
+        return self.parameters[self.anatomy.weight(self.anatomy.embedding_name)].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights (of the first parameter)."""
+        return next(iter(self.parameters.values())).dtype
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """Return a parameter by name; raise `AnatomyError` when there is none."""
+        if name not in self.parameters:
+            raise AnatomyError(f"The model {self.name} has no parameter {name!r}.")
+        return self.parameters[name]
+
+    def weight_shape(self, name: str, transposed: bool) -> tuple[int, int]:
+        """Return (d_out, d_in) of a weight, also where it is quantised and stored packed."""
+        shape = self.parameter(name).shape
+        if self.parameters[name].is_floating_point():
+            rows, columns = shape
+            return (int(columns), int(rows)) if transposed else (int(rows), int(columns))
+        return self.anatomy.shape(self.module, name.removesuffix(".weight"))
+
+    def weight_norm(self, name: str) -> float:
+        """Return the Frobenius norm of a base weight."""
+        base = self.pristine[name]
+        if base.is_floating_point():
+            return float(base.float().norm())
+        key = ("weight_norm", name)
+        if key not in self.memo:
+            self.memo[key] = self._quantised_norm(name.removesuffix(".weight"))
+        return float(self.memo[key])
+
+    @torch.no_grad()
+    def _quantised_norm(self, path: str, chunk: int = 1024) -> float:
+        """Return the norm of what a quantised module does to the unit vectors, bias left out."""
+        module = self.module.get_submodule(path)
+        _, d_in = self.anatomy.shape(self.module, path)
+        total = 0.0
+        with self.base_state():
+            nothing = module(torch.zeros(1, d_in, device=self.device))
+            for start in range(0, d_in, chunk):
+                size = min(chunk, d_in - start)
+                unit = torch.zeros(size, d_in, device=self.device)
+                unit[torch.arange(size), start + torch.arange(size)] = 1.0
+                total += float((module(unit) - nothing).double().square().sum())
+        return math.sqrt(total)
+
+    def active(self, kind: str) -> list[tuple[str, Delta]]:
+        """Return the active deltas of one kind as (edit id, delta), in ledger order."""
+        return self.stack.of_kind(kind)
+
+    @contextmanager
+    def base_state(self) -> Iterator[None]:
+        """Take every edit off for the block, and put the same ones back after it."""
+        with self.stack.temporarily([]):
+            yield
+
+    @contextmanager
+    def prompts(self, ends: Sequence[int] | None) -> Iterator[None]:
+        """Say where the prompt of each row ends for the forward calls in the block.
+
+        Whoever feeds prompt and continuation in one go (teacher forcing, decoding without a
+        cache) must say it: a kind that decides at the prompt's last token cannot tell otherwise.
+
+        Args:
+            ends: column of the last prompt token per row, padding included, in the encoder for
+                an encoder-decoder; None lets each call's last real token count again. A batch
+                with k times as many rows (beams) takes each entry k times.
+        """
+        former = self.prompt_ends
+        self.prompt_ends = None if ends is None else [int(end) for end in ends]
+        try:
+            yield
+        finally:
+            self.prompt_ends = former
+
+    @contextmanager
+    def rows(self, edits: Sequence[Collection[str]]) -> Iterator[None]:
+        """Say which of the active edits each row of the forward calls in the block takes.
+
+        Args:
+            edits: one collection of edit ids per row. A batch with k times as many rows (beams)
+                takes each entry k times.
+
+        Raises:
+            CapabilityError: the edits are folded into the weights, or one acts by itself at run
+                time (a codebook, an adapter): neither can differ from row to row.
+            UnknownNameError: an id that is not active.
+        """
+        named = {edit_id for row in edits for edit_id in row}
+        for edit_id in sorted(named - set(self.stack.ids)):
+            raise UnknownNameError("active edit", edit_id, self.stack.ids)
+        runtime = [e.edit_id for e in self.stack.entries if e.delta.runtime]
+        if runtime or not self.branch:
+            raise CapabilityError(
+                f"Rows cannot take different edits: {', '.join(runtime)} act on every row."
+                if runtime
+                else "Rows cannot take different edits while these are folded into the weights: "
+                "open the model with Editor(…, branch=True)."
+            )
+        former = self.row_edits
+        self.row_edits = [frozenset(row) for row in edits]
+        try:
+            yield
+        finally:
+            self.row_edits = former
+
+    # -- identity --------------------------------------------------------------------------------
+
+    @cached_property
+    def config_digest(self) -> str:
+        """SHA-256 of the configuration without the entries that vary between loads."""
+        config = json.loads(self.config.to_json_string(use_diff=False))
+        kept = {key: value for key, value in config.items() if key not in _VOLATILE}
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the configuration and every base tensor: artifacts are keyed by it."""
+        whole = f"{self.config_digest}:{self.pristine.digest_all()}"
+        return hashlib.sha256(whole.encode()).hexdigest()
+
+    def fingerprint_of(self, names: Sequence[str]) -> dict[str, str]:
+        """Return the fingerprint that an edit of these parameters carries.
+
+        Keys: "config" and each parameter's name; values: SHA-256 of the base's bytes.
+        """
+        return {"config": self.config_digest, **{n: self.pristine.digest(n) for n in names}}

@@ -1,0 +1,379 @@
+"""From text to token indices: subjects, targets and batches, by the tokenizer's offset mapping.
+
+Counting the tokens of pieces and adding them up is off by one as soon as a tokenizer merges over
+a boundary or writes a BOS or a "▁". Here a text is always tokenised whole, and what belongs to
+what is read from the characters each token stands for. What offsets do not agree on between
+tokenizers, and what is done about it:
+
+* Byte-level BPE counts a token's leading space in (`trim_offsets=False`) or not; spaces next to
+  a subject or a target are therefore ignored. A character of several bytes may be several
+  tokens, which then all have that character's offsets.
+* SentencePiece may put a lone "▁" before the text's first character and gives it that
+  character's offsets; it is never the first token of a subject.
+* WordPiece has no token for a space, and lower-cases; offsets refer to the text as given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from errata.errors import ConfigError, UnknownNameError
+from errata.model.prompts import (
+    IGNORED,
+    Batch,
+    MaskedBatch,
+    Seq2SeqBatch,
+    TargetBatch,
+    TokenError,
+    pad,
+    padding_id,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "IGNORED",
+    "Batch",
+    "MaskedBatch",
+    "Row",
+    "Seq2SeqBatch",
+    "TargetBatch",
+    "TokenError",
+    "encode",
+    "encode_masked",
+    "encode_seq2seq",
+    "encode_targets",
+    "require_fast",
+    "subject_position",
+    "subject_span",
+    "tokenise",
+]
+
+POSITIONS = ("last", "first", "first_after_last", "last_of_prompt")
+_SPACE_MARKS = "▁Ġ"
+
+
+class Row(NamedTuple):
+    """One tokenised text.
+
+    Attributes:
+        ids: its tokens, special ones included.
+        offsets: the (start, end) characters of each; (0, 0) for added ones.
+        begin: the first token that comes from the text (after BOS, [CLS]).
+        stop: one past the last (before EOS, [SEP]).
+    """
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+    begin: int
+    stop: int
+
+
+def require_fast(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `ConfigError` unless the tokenizer can say which characters a token stands for."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise ConfigError(
+            f"{type(tokenizer).__name__} is a slow tokenizer without offset mapping, which errata "
+            "needs to find subjects and targets. Load the fast one (AutoTokenizer, or "
+            "PreTrainedTokenizerFast with the model's tokenizer.json)."
+        )
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    padding_side: str = "right",
+    device: torch.device | str | None = None,
+    keep_end: bool | None = None,
+) -> Batch:
+    """Tokenise texts as prompts and pad them to one batch.
+
+    Args:
+        tokenizer: a fast tokenizer; special tokens are added as it does by default.
+        texts: at least one; nothing is truncated.
+        padding_side: "right" or "left".
+        device: where the batch goes.
+        keep_end: keep a closing EOS or [SEP] that the tokenizer adds. By default only where a
+            prompt has one: masked language models and T5. A decoder's prompt goes on.
+
+    Raises:
+        TokenError: no texts, or one that gives no token.
+    """
+    rows = tokenise(tokenizer, texts, keep_end)
+    for text, row in zip(texts, rows, strict=True):
+        if not row.ids:
+            raise TokenError(f"The text {text!r} gives no token: a prompt needs at least one.")
+    return pad(tokenizer, [row.ids for row in rows], padding_side, device)
+
+
+def subject_span(
+    tokenizer: PreTrainedTokenizerBase, template: str, subject: str
+) -> tuple[int, int]:
+    """Return the (first, last) token of the subject in the filled template, last included.
+
+    The indices refer to the filled prompt as `encode` tokenises it, without padding. The place
+    of `{}` counts, not where else the subject's text may occur. A token that the subject shares
+    with its neighbours ("Bar" in "Barcelona") belongs to it.
+
+    Raises:
+        TokenError: the template has not exactly one `{}`, or no token covers the subject.
+    """
+    _, first, last = _subject(tokenizer, template, subject)
+    return first, last
+
+
+def subject_position(
+    tokenizer: PreTrainedTokenizerBase, template: str, subject: str, which: str = "last"
+) -> int:
+    """Return one token index in the filled template.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        template: with one `{}`.
+        subject: what goes there.
+        which: "last" or "first" token of the subject, "first_after_last" (the one after it; the
+            last of the subject where the prompt ends with it, as in the authors' code), or
+            "last_of_prompt".
+    """
+    if which not in POSITIONS:
+        raise UnknownNameError("subject position", which, POSITIONS)
+    row, first, last = _subject(tokenizer, template, subject)
+    if which == "first":
+        return first
+    if which == "last_of_prompt":
+        return row.stop - 1
+    if which == "first_after_last":
+        return min(last + 1, row.stop - 1)
+    return last
+
+
+def encode_targets(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    targets: Sequence[str],
+    *,
+    padding_side: str = "right",
+    device: torch.device | str | None = None,
+) -> TargetBatch:
+    """Tokenise each prompt with its target, jointly, for teacher forcing on a decoder.
+
+    A space goes between the two (none where the prompt ends or the target starts with white
+    space), and belongs to the target, as do spaces that the prompt ends with. The target starts
+    at the first token with characters of its own: where a tokenizer merges the end of the
+    prompt with the start of the target into one token, that token is the target's, for otherwise
+    part of the target would be given and never predicted.
+
+    Raises:
+        TokenError: an empty target, one without a token, a prompt without a token before it, or
+            lists of different length.
+    """
+    _same_length(prompts, targets)
+    texts = [_join(prompt, target) for prompt, target in zip(prompts, targets, strict=True)]
+    rows = tokenise(tokenizer, texts, keep_end=False)
+    spans = []
+    for text, prompt, row in zip(texts, prompts, rows, strict=True):
+        boundary = len(prompt.rstrip(" "))
+        content = len(text) - len(text[boundary:].lstrip())  # first character to be predicted
+        start = _target_start(row, boundary, content)
+        if start >= row.stop:
+            raise TokenError(f"No token of {text!r} belongs to the target {text[content:]!r}.")
+        if start == 0:
+            raise TokenError(
+                f"The prompt {prompt!r} gives no token before the target {text[content:]!r}: "
+                "nothing predicts its first token. Give a prompt that is not empty."
+            )
+        spans.append((start, row.stop))
+    batch = pad(tokenizer, [row.ids for row in rows], padding_side, device)
+    ids = [row.ids[start:end] for row, (start, end) in zip(rows, spans, strict=True)]
+    return TargetBatch(**vars(batch), target_spans=spans, target_ids=ids)
+
+
+def encode_masked(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    targets: Sequence[str],
+    *,
+    device: torch.device | str | None = None,
+) -> MaskedBatch:
+    """Tokenise prompts for an encoder, masking as many tokens as each target has.
+
+    The target goes where the prompt has the tokenizer's mask token (once, however many tokens
+    the target takes), else behind the prompt; it is tokenised there, in its context, and then
+    masked.
+
+    Raises:
+        TokenError: an empty target, or a prompt with several mask tokens.
+        ConfigError: a tokenizer without a mask token.
+    """
+    _same_length(prompts, targets)
+    mask, mask_id = tokenizer.mask_token, tokenizer.mask_token_id
+    if mask is None or not isinstance(mask_id, int):
+        raise ConfigError(
+            f"{type(tokenizer).__name__} has no mask token: this is no masked language model."
+        )
+    texts, places = [], []
+    for prompt, target in zip(prompts, targets, strict=True):
+        if prompt.count(str(mask)) > 1:
+            raise TokenError(
+                f"The prompt {prompt!r} has {prompt.count(str(mask))} mask tokens; give one, "
+                "however long the target is."
+            )
+        before, found, after = prompt.partition(str(mask))
+        text = before + target.strip() + after if found else _join(prompt, target.strip())
+        start = len(before) if found else len(text) - len(target.strip())
+        texts.append(text)
+        places.append((start, start + len(target.strip())))
+    rows = tokenise(tokenizer, texts, keep_end=True)
+    spans, ids, masked = [], [], []
+    for row, place, text in zip(rows, places, texts, strict=True):
+        first, last = _overlap(tokenizer, row, *place, text)
+        spans.append((first, last + 1))
+        ids.append(row.ids[first : last + 1])
+        masked.append([*row.ids[:first], *[mask_id] * (last + 1 - first), *row.ids[last + 1 :]])
+    batch = pad(tokenizer, masked, "right", device)
+    return MaskedBatch(**vars(batch), target_spans=spans, target_ids=ids)
+
+
+def encode_seq2seq(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    targets: Sequence[str],
+    *,
+    device: torch.device | str | None = None,
+    decoder_start: int | None = None,
+) -> Seq2SeqBatch:
+    """Tokenise prompts for an encoder and targets for a decoder (T5).
+
+    Prompt and target keep the closing token that the tokenizer adds.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        prompts: what the encoder reads.
+        targets: what the decoder should write, without a leading space.
+        device: where the batch goes.
+        decoder_start: the decoder's first input (`config.decoder_start_token_id`); by default
+            the padding token, as in T5.
+    """
+    _same_length(prompts, targets)
+    source = encode(tokenizer, prompts, device=device, keep_end=True)
+    rows = tokenise(tokenizer, [target.strip() for target in targets], keep_end=True)
+    for target, row in zip(targets, rows, strict=True):
+        if row.begin >= row.stop:
+            raise TokenError(f"The target {target!r} gives no token.")
+    start = padding_id(tokenizer) if decoder_start is None else decoder_start
+    decoder = pad(tokenizer, [[start, *row.ids[:-1]] for row in rows], "right", device)
+    labels = torch.full_like(decoder.input_ids, IGNORED)
+    for index, row in enumerate(rows):
+        labels[index, : len(row.ids)] = labels.new_tensor(row.ids)
+    return Seq2SeqBatch(
+        source,
+        decoder.input_ids,
+        decoder.attention_mask,
+        labels,
+        [(row.begin, row.stop) for row in rows],
+        [row.ids[row.begin : row.stop] for row in rows],
+    )
+
+
+def tokenise(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], keep_end: bool | None = None
+) -> list[Row]:
+    """Tokenise texts without padding; the arguments are those of `encode`."""
+    require_fast(tokenizer)
+    if isinstance(texts, str) or not texts:
+        raise TokenError(f"Expected a list of at least one text, got {texts!r}.")
+    if keep_end is None:
+        keep_end = _prompts_have_an_end(tokenizer)
+    encoded = tokenizer(list(texts), padding=False, truncation=False, verbose=False)
+    rows = []
+    for encoding in encoded.encodings or ():
+        # What a post-processor adds belongs to no sequence; an "</s>" typed in the text does.
+        own = [i for i, sequence in enumerate(encoding.sequence_ids) if sequence is not None]
+        total = len(encoding.ids)
+        # A text without tokens of its own: whatever was added (BOS) stands before it.
+        begin, stop = (own[0], own[-1] + 1) if own else (min(total, 1), min(total, 1))
+        end = total if keep_end else stop
+        rows.append(Row(encoding.ids[:end], encoding.offsets[:end], begin, stop))
+    return rows
+
+
+def _prompts_have_an_end(tokenizer: PreTrainedTokenizerBase) -> bool:
+    if tokenizer.mask_token is not None:
+        return True
+    sentinel = tokenizer.convert_tokens_to_ids("<extra_id_0>")  # T5's span mark
+    return sentinel is not None and sentinel != tokenizer.unk_token_id
+
+
+def _subject(
+    tokenizer: PreTrainedTokenizerBase, template: str, subject: str
+) -> tuple[Row, int, int]:
+    if template.count("{}") != 1:
+        raise TokenError(
+            f"The template {template!r} has {template.count('{}')} places for the subject; "
+            "it needs exactly one {}."
+        )
+    if not subject.strip():
+        raise TokenError("The subject is empty.")
+    before, _, after = template.partition("{}")
+    text = before + subject + after
+    (row,) = tokenise(tokenizer, [text], keep_end=None)
+    start = len(before) + len(subject) - len(subject.lstrip())
+    return row, *_overlap(tokenizer, row, start, start + len(subject.strip()), text)
+
+
+def _overlap(
+    tokenizer: PreTrainedTokenizerBase, row: Row, start: int, end: int, text: str
+) -> tuple[int, int]:
+    """Return the first and last token of `row` with characters in [start, end)."""
+    inside = [
+        index
+        for index in range(row.begin, row.stop)
+        if row.offsets[index][0] < end and row.offsets[index][1] > start
+    ]
+    while len(inside) > 1 and _is_lone_mark(tokenizer, row, inside[0]):
+        inside.pop(0)
+    if not inside:
+        raise TokenError(
+            f"No token of {text!r} covers {text[start:end]!r}: the tokenizer drops it."
+        )
+    return inside[0], inside[-1]
+
+
+def _is_lone_mark(tokenizer: PreTrainedTokenizerBase, row: Row, index: int) -> bool:
+    """Say whether a token is only the mark of a space and borrows the next one's characters."""
+    if index + 1 >= row.stop or row.offsets[index + 1][0] != row.offsets[index][0]:
+        return False
+    piece = str(tokenizer.convert_ids_to_tokens(row.ids[index]))
+    return not piece.strip(_SPACE_MARKS)
+
+
+def _target_start(row: Row, boundary: int, content: int) -> int:
+    """Return the first token of the target.
+
+    `boundary`: one past the prompt's last character (trailing spaces apart); `content`: the
+    target's first character that is no space. A token that begins before the boundary counts
+    only if it holds more of the target than the space.
+    """
+    for index in range(row.begin, row.stop):
+        begin, end = row.offsets[index]
+        if begin >= boundary or end > content:
+            return index
+    return row.stop
+
+
+def _join(prompt: str, target: str) -> str:
+    if not target.strip():
+        raise TokenError(f"The target of the prompt {prompt!r} is empty.")
+    if not prompt or prompt[-1].isspace() or target[0].isspace():
+        return prompt + target
+    return f"{prompt} {target}"
+
+
+def _same_length(prompts: Sequence[str], targets: Sequence[str]) -> None:
+    if len(prompts) != len(targets):
+        raise TokenError(f"{len(prompts)} prompts were given, but {len(targets)} targets.")
