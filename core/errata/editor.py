@@ -5,25 +5,38 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from errata.contract import plugins
-from errata.contract.capabilities import check_capabilities, check_fingerprint, check_prompts
+from errata.contract.capabilities import check_capabilities, check_prompts
+from errata.contract.editing import Call, Editing
+from errata.contract.guards import GuardPolicy, Guards
+from errata.contract.manager import Manager
 from errata.contract.methods import Methods
-from errata.contract.registry import Registry, Value
-from errata.contract.rules import GuardPolicy, Guards
+from errata.contract.preparation import Preparation
+from errata.contract.registry import Registry
 from errata.edits import export
+from errata.edits.delta.kinds import DeltaKinds
 from errata.edits.edit import Edit, requests_of
+from errata.edits.fingerprint import check_fingerprint
 from errata.edits.ledger import Ledger
 from errata.edits.request import Request, parse_arguments
-from errata.edits.stack import Entry
-from errata.edits.transaction import Task, Transactions
-from errata.errors import ConfigError, EditRefused, ErrataError, LedgerError, UnknownNameError
-from errata.locate import settled
-from errata.model import generation
+from errata.edits.stack import Stack
+from errata.edits.transaction import Transactions
+from errata.errors import (
+    ConfigError,
+    EditRefused,
+    ErrataError,
+    IntegrityError,
+    LedgerError,
+    StorageError,
+    UnknownNameError,
+)
+from errata.kit.auto_layers import resolve_auto_layers
+from errata.model.access import Access
 from errata.model.artifacts import Artifacts
+from errata.model.generation import generate
 from errata.model.loading import load_model
 
 if TYPE_CHECKING:
@@ -32,9 +45,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from errata.contract.config import MethodConfig
-    from errata.edits.delta import Delta
-    from errata.evaluate import Baseline, Measurement
-    from errata.locate import Location
+    from errata.contract.location import Location
+    from errata.contract.measurement import Measurement
+    from errata.contract.registry import Value
     from errata.model.model import Model
     from errata.model.progress import Progress
 
@@ -81,6 +94,7 @@ class Editor:
             existing ledger says are active are put on the model.
         device, dtype, device_map: where and in what precision the model is loaded.
         guards: a `GuardPolicy` or its fields, for example {"norm": "refuse"}.
+        training: requests that methods which are trained learn from; never those to be edited.
         observers: plugin objects that see every hook call (and may add metrics).
         keep: where the pristine tensors are kept: "auto", "clone" or "checkpoint".
         corpus: paragraphs for second-moment statistics; None: the text that ships with errata.
@@ -101,6 +115,7 @@ class Editor:
         dtype: str | torch.dtype | None = None,
         device_map: Any = None,
         guards: GuardPolicy | Mapping[str, Any] | None = None,
+        training: Sequence[Request] | None = None,
         observers: Sequence[object] = (),
         keep: str = "auto",
         corpus: Sequence[str] | None = None,
@@ -110,15 +125,17 @@ class Editor:
         progress: Progress | None = None,
     ) -> None:
         self.registry = registry or Registry.load(plugin_files=plugins.registry_files())
-        self._guards = Guards(GuardPolicy.parse(guards))
-        self._methods = Methods(
-            self._guards, observers, active=lambda: [e.edit for e in self.log() if e.active]
-        )
+        guarding = Guards(GuardPolicy.parse(guards))
+        preparation = Preparation(training)
+        self._access = Access()
         self._suspended = 0
+        known = {} if not isinstance(model, (str, Path)) else Manager("", plugins.rooms()).models()
+        bring = known.get(str(model))
         self.model: Model = load_model(
-            model,
+            bring() if bring is not None else model,
             tokenizer,
             architectures=self.registry.architectures,
+            known=known,
             device=device,
             dtype=dtype,
             device_map=device_map,
@@ -127,11 +144,17 @@ class Editor:
             branch=branch,
             artifacts=Artifacts(artifacts),
             progress=progress,
+            **({} if bring is None else {"name": str(model)}),
         )
-        self._kinds: dict[str, type[Delta]] = dict(self._methods.manager("").delta_kinds())
-        self.ledger = Ledger.open(ledger, kinds=self._kinds)
-        self._transactions = Transactions(
-            self.model, self.ledger, self._methods, self._guards, self._kinds
+        self._stack = Stack(self.model)
+        self.model.stack = self._stack
+        self._methods = Methods(
+            self.model, self.registry, preparation, resolve_auto_layers, observers
+        )
+        self.ledger = Ledger.open(ledger, kinds=DeltaKinds())
+        self._transactions = Transactions(self.model, self._stack, self.ledger, self._observe)
+        self._editing = Editing(
+            self.model, self._stack, self.ledger, self._methods, guarding, self._transactions
         )
         try:
             self._reconcile()
@@ -146,7 +169,7 @@ class Editor:
         self.close()
 
     def __repr__(self) -> str:
-        return f"Editor({self.model!r}, {len(self.model.stack.ids)} active edits)"
+        return f"Editor({self.model!r}, {len(self._stack.ids)} active edits)"
 
     def close(self) -> None:
         """Close the ledger. The model stays as it is."""
@@ -176,8 +199,9 @@ class Editor:
             apply: False computes and records the edits without putting them on the model.
             supersede: take active edits about the same facts (subject and relation) off, as one
                 with putting the new ones on; `revert(edit, restore=True)` brings them back.
-            on_refused: "raise" stops at the first edit that a guard refuses (`done` on the
-                error holds the edits made before it); "skip" goes on with the next batch.
+            on_refused: "raise": the call is one transaction, all of it or nothing; "skip": each
+                batch is one, is recorded as soon as it is made, and one that a guard refuses is
+                left out.
             **fields: request fields (prompt, subject, target_new …) or hyper-parameters.
 
         Returns:
@@ -190,42 +214,29 @@ class Editor:
             After any error the model and the ledger are as they were.
         """
         single, requests, overrides = parse_arguments(request, config or {}, fields)
-        self._not_suspended("edit")
+        if on_refused not in ("raise", "skip"):
+            raise UnknownNameError("on_refused", str(on_refused), ("raise", "skip"))
         if supersede and not apply:
             raise ConfigError("supersede=True takes edits off the model, apply=False leaves it.")
-        entry = self.registry.method(method) if method in self.registry.methods else None
-        self._methods.manager(method)  # raises, with a suggestion, for a misspelt name
-        if entry is None:
-            raise ErrataError(
-                f"The method {method!r} is installed but no registry file describes it: ship a "
-                f"registry.yaml with the stanza methods.{method} beside its package."
-            )
-        settings, _ = self.configure(method, overrides)
-        check_capabilities(method, entry, requests, self.model, batch_size)
-        check_prompts(self.model, requests)
-        self._transactions.prepare(method, settings)
-        size = batch_size or entry.capabilities.default_batch or len(requests)
-        batches = [requests[i : i + size] for i in range(0, len(requests), size)]
-        done: list[Edit] = []
-        for batch in self.model.progress.track(batches, f"Editing with {method}", len(batches)):
-            task = Task(method, settings, batch)
-            try:
-                done += self._transactions.make(task, apply=apply, supersede=supersede)
-            except EditRefused as error:
-                self.ledger.refuse(
-                    method=method,
-                    requests=batch,
-                    config=settings.model_dump(mode="json"),
-                    reason=error.reason,
-                    measured=error.measured,
-                )
-                error.done = list(done)  # type: ignore[attr-defined]
-                if on_refused == "raise":
-                    raise
-                logger.warning("%s", error)
-            except ErrataError as error:
-                error.done = list(done)  # type: ignore[attr-defined]
-                raise
+        with self._changing("edit"):
+            entry = self._methods.entry(method)
+            settings, _ = self.configure(method, overrides)
+            check_capabilities(method, entry, requests, self.model, batch_size)
+            check_prompts(self.model, requests)
+            self._methods.prepare(method, settings)
+            self._methods.check_overlap(method, settings, requests)
+            size = batch_size or entry.capabilities.default_batch or len(requests)
+            batches = [requests[i : i + size] for i in range(0, len(requests), size)]
+            done: list[Edit] = []
+            for part in [batches] if on_refused == "raise" else [[batch] for batch in batches]:
+                call = Call(method, settings, part)
+                try:
+                    done += self._editing.make(call, apply=apply, supersede=supersede)
+                except EditRefused as error:
+                    self._record_refusal(call, error)
+                    if on_refused == "raise":
+                        raise
+                    logger.warning("%s", error)
         return done[0] if single and done else (None if single else done)
 
     def rebase(self, *edits: EditLike) -> list[Edit]:
@@ -242,60 +253,47 @@ class Editor:
         Returns:
             The new edits, in order. After any error the model and the ledger are as they were.
         """
-        self._not_suspended("rebase")
-        firm = set(self.model.stack.ids)
-        if edits:
-            wanted = sorted((self._get(edit) for edit in edits), key=lambda edit: edit.sequence)
-            self._require({edit.id for edit in wanted} <= firm, wanted, "not active")
-        else:
-            wanted = []
-            for entry in self.log():
-                if entry.edit.is_stale(firm):
-                    wanted.append(self._get(entry.edit))
-                    firm.discard(entry.edit.id)  # what was made on top of it comes with it
-        return self._transactions.replay(wanted) if wanted else []
+        with self._changing("rebase"):
+            firm = set(self._stack.ids)
+            if edits:
+                wanted = sorted((self._get(e) for e in edits), key=lambda edit: edit.sequence)
+                self._require({edit.id for edit in wanted} <= firm, wanted, "not active")
+            else:
+                wanted = []
+                for edit in self._stack.entries:
+                    if edit.is_stale(firm):
+                        wanted.append(edit)
+                        firm.discard(edit.id)  # what was made on top of it comes with it
+            return self._editing.replay(wanted) if wanted else []
 
     def configure(
         self, method: str, overrides: Mapping[str, Any] | None = None
     ) -> tuple[MethodConfig, list[Value]]:
         """Return a method's configuration for this model and where each value comes from.
 
-        Layers that are "auto" come out as those of the method's cached sweep of this model.
+        Layers come out as numbers, also those that a sweep ("auto") or a rule chooses.
         """
-        anatomy = self.model.anatomy
-        facts = {
-            "model_type": anatomy.model_type,
-            "n_layers": anatomy.n_layers,
-            "hidden_size": anatomy.hidden_size,
-            "name": self.model.name,
-        }
-        config = self._methods.plugin(method).config
-        resolved, values = self.registry.resolve(method, config, facts, overrides)
-        named, why = settled(self.model, method, resolved)
-        return named, [
-            value if value.value == getattr(named, value.name)
-            else replace(value, value=getattr(named, value.name), source=why)
-            for value in values
-        ]  # fmt: skip
+        return self._methods.configure(method, overrides)
 
     def prepare(self, method: str, config: Mapping[str, Any] | None = None) -> None:
         """Compute what a method needs of the base (statistics, training) before its first edit.
 
         `edit` does so by itself when it has to; this moves the time it takes.
         """
-        self._transactions.prepare(method, self.configure(method, config)[0])
+        with self._changing("prepare"):
+            self._methods.prepare(method, self.configure(method, config)[0])
 
     # -- what is on the model --------------------------------------------------------------------
 
     def log(self) -> list[LogEntry]:
         """Return every edit of the ledger in order, and whether it is on the model now."""
-        active = set(self.model.stack.ids)
+        active = set(self._stack.ids)
         return [
             LogEntry(
                 edit,
                 edit.id in active,
-                tuple(edit.outcome.get("conflicts", ())),
-                tuple(edit.outcome.get("overlaps", ())),
+                edit.outcome.conflicts,
+                tuple(edit.outcome.overlaps),
                 edit.is_stale(active),
             )
             for edit in self.ledger.edits()
@@ -311,29 +309,33 @@ class Editor:
         Raises `UnknownNameError` for an id that is not in the ledger and `LedgerError` for an
         edit that is not active.
         """
-        self._not_suspended("revert")
-        wanted = [self._get(edit) for edit in edits]
-        if not wanted:
-            raise LedgerError("Say which edit to revert: revert(edit) or revert('id').")
-        active = set(self.model.stack.ids)
-        self._require({e.id for e in wanted} <= active, wanted, "not active")
-        known = set(self.ledger.ids()) - active if restore else set()
-        names = [name for edit in wanted for name in edit.outcome.get("supersedes", ())]
-        back = [self._get(name) for name in dict.fromkeys(names) if name in known]
-        self._transactions.exchange(wanted, back)
+        with self._changing("revert"):
+            wanted = [self._record(edit) for edit in edits]
+            if not wanted:
+                raise LedgerError("Say which edit to revert: revert(edit) or revert('id').")
+            active = set(self.ledger.active_ids())
+            self._require({e.id for e in wanted} <= active, wanted, "not active")
+            known = set(self.ledger.ids()) - active if restore else set()
+            names = [name for edit in wanted for name in edit.outcome.supersedes]
+            back = [self._get(name) for name in dict.fromkeys(names) if name in known]
+            self._transactions.exchange(wanted, back)
+            for edit in wanted:
+                self.damaged.pop(edit.id, None)
         return wanted
 
     def apply(self, target: EditLike | Path) -> list[Edit]:
-        """Put a recorded edit, or every edit of an exported file, (back) on the model."""
-        self._not_suspended("apply")
-        if isinstance(target, Path) or (isinstance(target, str) and Path(target).is_file()):
-            wanted = [self._get(edit.id) for edit in self.import_(target)]
-        else:
-            wanted = [self._get(target)]
-        active = set(self.model.stack.ids)
-        self._require(not {e.id for e in wanted} & active, wanted, "already active")
-        self._transactions.exchange([], wanted)
-        return wanted
+        """Put a recorded edit, or every edit of an exported file, (back) on the model.
+
+        A file's edits are taken into the ledger and put on as one: all of it, or nothing.
+        """
+        with self._changing("apply"):
+            if isinstance(target, Path) or (isinstance(target, str) and _is_file(target)):
+                ids: list[str] = []
+                with self._transactions.all_or_nothing(ids), self.ledger.transaction():
+                    wanted = [self._get(edit.id) for edit in self.import_(target)]
+                    ids += [edit.id for edit in wanted]
+                    return self._put_on(wanted)
+            return self._put_on([self._get(target)])
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -345,7 +347,7 @@ class Editor:
     def only(self, *edits: EditLike) -> Iterator[None]:
         """Have exactly these edits on the model for a block of code."""
         wanted = [self._get(edit) for edit in edits]
-        with self._with_entries([Entry(e.sequence, e.id, e.delta) for e in wanted]):
+        with self._with_entries(wanted):
             yield
 
     def verify(self) -> list[str]:
@@ -353,32 +355,35 @@ class Editor:
 
         An empty list means that the model is exactly what the log says.
         """
-        problems = [
-            f"tensor {name} is not what the stack says" for name in self.model.stack.differing()
-        ]
-        if not self._suspended and self.model.stack.ids != self.ledger.active_ids():
-            problems.append("the active edits differ from the ledger's")
-        return problems + self.ledger.verify()
+        with self._access.running():
+            problems = [f"tensor {n} is not what the stack says" for n in self._stack.differing()]
+            problems += [
+                f"edit {name} is not on the model: {why}" for name, why in self.damaged.items()
+            ]
+            there = [name for name in self.ledger.active_ids() if name not in self.damaged]
+            if not self._suspended and self._stack.ids != there:
+                problems.append("the active edits differ from the ledger's")
+            return problems + self.ledger.verify()
 
     def refresh(self) -> None:
         """Take over what another process wrote to the same ledger."""
-        self.ledger.refresh()
-        self._reconcile()
+        with self._changing("refresh"):
+            self.ledger.refresh()
+            self._reconcile()
 
     # -- looking and measuring -------------------------------------------------------------------
 
     def generate(self, prompt: str | Sequence[str], **options: Any) -> Any:
         """Continue one prompt (returns text) or several (returns a list); greedy by default."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        texts = generation.generate(self.model, prompts, **options)
+        with self._access.running():
+            texts = generate(self.model, prompts, **options)
         return texts[0] if isinstance(prompt, str) else texts
 
     def evaluate(
         self,
         requests: Request | Edit | Iterable[Request | Edit] | None = None,
         protocols: Sequence[str] = ("counterfact", "generation"),
-        *,
-        baseline: Baseline | None = None,
         **settings: Any,
     ) -> list[Measurement]:
         """Measure the model as it stands; by default on the requests of the active edits.
@@ -386,17 +391,17 @@ class Editor:
         Args:
             requests: requests or edits.
             protocols: how to measure.
-            baseline: what the base answers, if known.
-            **settings: fields of `errata.evaluate.MeasureSettings`, without a baseline.
+            **settings: `baseline`, what the base answers if known (`errata.evaluate.Baseline`),
+                or fields of `errata.evaluate.MeasureSettings`.
         """
-        if requests is None:
-            requests = [entry.edit for entry in self.log() if entry.active]
-        manager = self._methods.measuring(baseline, **settings)
+        manager = self._methods.measuring()
         known = manager.protocols()
         for name in protocols:
             if name not in known:
                 raise UnknownNameError("protocol", name, known)
-        return manager.evaluate(self.model, requests_of(requests), tuple(protocols))
+        with self._access.changing():  # the base is measured with every edit off
+            wanted = requests_of(self._stack.entries if requests is None else requests)
+            return manager.evaluate(self.model, wanted, tuple(protocols), settings)
 
     def locate(
         self, request: Request | Mapping[str, Any], method: str = "", **config: Any
@@ -407,7 +412,8 @@ class Editor:
         """
         wanted = Request.parse(request)
         settings = self.configure(method, config)[0] if method else (config or None)
-        found = self._methods.manager(method).locate(self.model, wanted, settings)
+        with self._access.changing():  # traces change what passes through the model
+            found = self._methods.locating(method).locate(self.model, wanted, settings)
         if found is None:
             raise ErrataError("No plugin could locate this request.")
         return found
@@ -436,7 +442,8 @@ class Editor:
         if not chosen:
             raise LedgerError("There is nothing to export: no edit is active and none was named.")
         if format == "errata":
-            return self.ledger.export([e.id for e in chosen], Path(path), overwrite=overwrite)
+            ids = [edit.id for edit in chosen]
+            return self.ledger.export(ids, path, self.model.artifacts, overwrite=overwrite)
         return export.export_peft(self.model, chosen, Path(path), overwrite, **options)
 
     def import_(self, path: str | Path) -> list[Edit]:
@@ -445,10 +452,11 @@ class Editor:
         Raises `FingerprintError` when they were made for another model and `IntegrityError` when
         the file is damaged; nothing is taken over then.
         """
-        for edit, delta in self.ledger.read_export(Path(path)):
-            check_fingerprint(self.model, edit)
-            delta.check(self.model)
-        return self.ledger.import_(Path(path))
+        with self._changing("import"):
+            pairs = self.ledger.read_export(Path(path), self.model.artifacts)
+            for edit, delta in pairs:
+                check_fingerprint(self.model, edit.bind(delta))
+            return self.ledger.import_(Path(path), pairs)
 
     def merge(self, path: str | Path, overwrite: bool = False) -> Path:
         """Write the edited model as a plain Hugging Face checkpoint, tokenizer included."""
@@ -456,46 +464,85 @@ class Editor:
 
     # -- inside ----------------------------------------------------------------------------------
 
+    def _record(self, edit: EditLike) -> Edit:
+        """Return the record of an edit of this ledger, by record, id or unique prefix."""
+        return self.ledger.get(edit.id if isinstance(edit, Edit) else edit)
+
     def _get(self, edit: EditLike) -> Edit:
-        """Return an edit of this ledger with its delta, by record, id or unique prefix."""
-        found = self.ledger.get(edit.id if isinstance(edit, Edit) else edit)
-        if found.delta_kind not in self._kinds:
-            self._kinds.update(self._methods.manager(found.method).delta_kinds())
+        """Return an edit of this ledger with its delta."""
+        found = self._record(edit)
         return found.bind(self.ledger.delta(found.id))
 
+    def _put_on(self, wanted: Sequence[Edit]) -> list[Edit]:
+        active = set(self._stack.ids)
+        self._require(not {e.id for e in wanted} & active, wanted, "already active")
+        self._transactions.exchange([], wanted)
+        return list(wanted)
+
+    def _record_refusal(self, call: Call, error: EditRefused) -> None:
+        self.ledger.refuse(
+            method=call.method,
+            requests=[request for batch in call.batches for request in batch],
+            config=call.config.model_dump(mode="json"),
+            reason=error.reason,
+            measured=error.measured,
+        )
+
+    def _observe(self, what: str, edits: Sequence[Edit]) -> None:
+        getattr(self._methods.manager(), what)(self.model, edits)
+
     def _reconcile(self) -> None:
-        """Make the model what the ledger says."""
-        live = {entry.edit_id: entry for entry in self.model.stack.entries}
-        entries: list[Entry] = []
+        """Make the model what the ledger says, but for edits whose files are lost or damaged."""
+        live = {edit.id: edit for edit in self._stack.entries}
+        self.damaged: dict[str, str] = {}
+        entries: list[Edit] = []
         for edit_id in self.ledger.active_ids():
             if edit_id in live:
                 entries.append(live[edit_id])
                 continue
-            edit = self._get(edit_id)
+            try:
+                edit = self._get(edit_id)
+            except (IntegrityError, StorageError, UnknownNameError) as error:
+                self.damaged[edit_id] = str(error)
+                logger.warning(
+                    "Edit %s is not on the model: %s It can be taken off the ledger's list with "
+                    "revert(%r).",
+                    edit_id, error, edit_id,
+                )  # fmt: skip
+                continue
             check_fingerprint(self.model, edit)
-            edit.delta.check(self.model)
-            entries.append(Entry(edit.sequence, edit.id, edit.delta))
-        self.model.stack.set(entries)
+            entries.append(edit)
+        self._stack.set(entries)
 
     @contextmanager
-    def _with_entries(self, entries: list[Entry]) -> Iterator[None]:
-        with self.model.stack.temporarily(entries):
+    def _with_entries(self, entries: Sequence[Edit]) -> Iterator[None]:
+        with self._access.changing(), self._stack.temporarily(entries):
             self._suspended += 1
             try:
                 yield
             finally:
                 self._suspended -= 1
 
-    def _not_suspended(self, what: str) -> None:
-        if self._suspended:
-            raise LedgerError(
-                f"Cannot {what} inside disabled() or only(): leave the block first, so that "
-                "what is recorded is what is on the model."
-            )
+    @contextmanager
+    def _changing(self, what: str) -> Iterator[None]:
+        with self._access.changing():
+            if self._suspended:
+                raise LedgerError(
+                    f"Cannot {what} inside disabled() or only(): leave the block first, so that "
+                    "what is recorded is what is on the model."
+                )
+            yield
 
     def _require(self, condition: bool, edits: Sequence[Edit], what: str) -> None:
         if not condition:
             names = ", ".join(edit.id for edit in edits)
             raise LedgerError(
-                f"{names}: {what}. Active now: {', '.join(self.model.stack.ids) or 'none'}."
+                f"{names}: {what}. Active now: {', '.join(self._stack.ids) or 'none'}."
             )
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # longer than a path may be, or with a NUL in it
+        return False

@@ -74,16 +74,16 @@ class PluginError(ErrataError, RuntimeError):
 
 
 class ImpureMethodError(PluginError):
-    """A method changed the model while computing an edit; `changed` names what it touched."""
+    """A plugin changed the model or global random state; `changed` names what it touched."""
 
-    def __init__(self, method: str, changed: Iterable[str]) -> None:
+    def __init__(self, method: str, changed: Iterable[str], hook: str = "edit") -> None:
         self.method = method
         self.changed = list(changed)
         shown = ", ".join(self.changed[:5]) + (" …" if len(self.changed) > 5 else "")
         super().__init__(
-            f"Method {method!r} changed the model while computing an edit: {shown}. "
-            "An `edit` hook must return a delta and leave the model alone; "
-            "the model has been restored and nothing was recorded."
+            f"Method {method!r} changed the model in its `{hook}` hook: {shown}. A hook computes, "
+            "returns or keeps what it found, and leaves the model and global random generators "
+            "alone; all of it has been put back and nothing was recorded."
         )
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
+from typing_extensions import Self
+
+if TYPE_CHECKING:
+    from errata.model.anatomy import Anatomy
 
 
 def _one_place(value: str, info: ValidationInfo) -> str:
@@ -34,11 +38,23 @@ class MethodConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
+    prepares: ClassVar[set[str] | None] = None
+    """Names of the hyper-parameters that `prepare` depends on; None: all of them."""
+
     seed: int = Field(default=0, ge=0, description="Seeds every random choice of the method")
+
+    def for_model(self, anatomy: Anatomy) -> Self:
+        """Return the configuration with what depends on the model written out; by default itself.
+
+        A layer that a rule chooses comes out as its number, counted from 0, so that the record of
+        an edit says where it was made.
+        """
+        del anatomy
+        return self
 
     @property
     def on_base(self) -> bool:
-        """The method's edits are computed from the base alone: the core takes every other off.
+        """The method's edits are computed from the base alone: the engine takes every other off.
 
         They then depend on nothing that is active, and none of them goes stale.
         """

@@ -1,26 +1,31 @@
 """The plugin contract, whole: eight hooks, each a place where a stranger's code comes in.
 
-A plugin is an object (or class) with some of these methods, marked `@hookimpl`, published under
-its method's name in the entry point group "errata.methods". Arguments not needed may be left out.
+A plugin is an object (or class) with some of these methods, marked `@hookimpl`. A method is
+published under its name in the entry point group "errata.methods"; what measures, locates or
+brings models without being a method, in "errata.plugins"; a delta kind, in "errata.deltas".
+Arguments that an implementation does not need may be left out of its signature.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 if TYPE_CHECKING:
+    from errata.contract.location import Location
+    from errata.contract.measurement import Measurement
+    from errata.contract.protocol import Protocol
     from errata.edits.delta import Delta
     from errata.edits.edit import Edit
     from errata.edits.request import Request
-    from errata.evaluate import Measurement, Protocol
-    from errata.locate import Location
     from errata.model.model import Model
 
 PROJECT = "errata"
-GROUP = "errata.methods"
+METHODS = "errata.methods"
+PLUGINS = "errata.plugins"
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
@@ -34,11 +39,15 @@ class Specification:
         """Say where the model keeps what the request would change, with the evidence."""
 
     @hookspec(firstresult=True)
-    def prepare(self, model: Model, corpus: Sequence[str], config: Any) -> object | None:
-        """Compute what `edit` needs beforehand (statistics, a trained network) and keep it.
+    def prepare(
+        self, model: Model, corpus: Sequence[str], training: Sequence[Request], config: Any
+    ) -> object | None:
+        """Compute what belongs to the base (statistics, a trained network) and keep it.
 
-        Called before `edit` with every edit taken off the model, so what is computed belongs to
-        the base. Keep results in `model.artifacts`, which is keyed by the model's fingerprint.
+        Called before `edit` with every edit taken off the model. `corpus` is plain text (empty:
+        the method's default); `training` is a lazy sequence of requests that are not those being
+        edited (empty where none were given). Keep results in `model.artifacts`, under the model's
+        fingerprint.
         """
 
     @hookspec(firstresult=True)
@@ -53,22 +62,29 @@ class Specification:
 
     @hookspec
     def evaluate(
-        self, model: Model, requests: Sequence[Request], protocols: Sequence[str]
+        self,
+        model: Model,
+        requests: Sequence[Request],
+        protocols: Sequence[str],
+        settings: Mapping[str, Any],
     ) -> Sequence[Measurement] | None:
-        """Measure the model as it stands, for those protocols that this plugin knows."""
+        """Measure the model as it stands, for those protocols that this plugin knows.
+
+        `settings` are the keyword arguments that the caller gave to `Editor.evaluate`.
+        """
 
     @hookspec
     def protocols(self) -> Sequence[Protocol] | None:
         """Return the protocols that the plugin's `evaluate` measures, so that they have names."""
 
-    @hookspec(firstresult=True)
-    def apply(self, model: Model, edit: Edit) -> bool | None:
-        """Put an edit on the model. The core does it for every delta kind; wrap it to observe."""
-
-    @hookspec(firstresult=True)
-    def revert(self, model: Model, edit: Edit) -> bool | None:
-        """Take an applied edit off the model. The core does it for every delta kind."""
+    @hookspec
+    def apply(self, model: Model, edits: Sequence[Edit]) -> None:
+        """Put edits on the model, as one change. The engine does it; wrap it to observe."""
 
     @hookspec
-    def delta_kinds(self) -> Sequence[type[Delta]] | None:
-        """Return delta kinds of the plugin's own: how they are stored, folded and attached."""
+    def revert(self, model: Model, edits: Sequence[Edit]) -> None:
+        """Take edits off the model, as one change. The engine does it; wrap it to observe."""
+
+    @hookspec
+    def models(self) -> Mapping[str, Callable[[], Path]] | None:
+        """Return models by name, each with what brings it here and returns its folder."""

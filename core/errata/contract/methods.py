@@ -1,46 +1,78 @@
-"""The methods of one editor: each loaded when first asked for, behind its own plugin manager."""
+"""The methods of one editor: looked up by name, configured for its model, and called."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from errata.contract import plugins
-from errata.contract.builtin import CoreEditing
-from errata.contract.plugins import Manager
-from errata.contract.rules import Guards, Meter, Purity
-from errata.evaluate import Baseline, CoreMetrics
-from errata.evaluate.protocols.cost import CoreCost
-from errata.locate import CoreLocator
+from errata.contract.manager import Manager
+from errata.contract.meter import Meter
+from errata.edits.outcome import PeakMemoryReading
+from errata.edits.request import parse_requests
+from errata.errors import ErrataError
 
 if TYPE_CHECKING:
-    from errata.edits.edit import Edit
+    from errata.contract.config import MethodConfig
+    from errata.contract.preparation import Preparation
+    from errata.contract.registry import MethodEntry, Registry, Value
+    from errata.edits.delta import Delta
+    from errata.edits.request import Request
+    from errata.model.model import Model
+
+Settle = Callable[["Model", str, "MethodConfig"], "tuple[MethodConfig, str]"]
+"""Replaces layers that are "auto" by those of a sweep; returns the configuration and why."""
+
+RULE = "rule"
+"""Where a value comes from that no preset, registry or argument gives."""
+
+
+class Computed(NamedTuple):
+    """What a method computed for some requests.
+
+    Attributes:
+        deltas: one for all requests, or one for each.
+        seconds: wall time of each.
+        peak: memory that computing them took; None where nothing could be read.
+    """
+
+    deltas: list[Delta]
+    seconds: float
+    peak: PeakMemoryReading | None
 
 
 class Methods:
-    """Looks methods up by name and calls them with the rules around them.
+    """Looks methods up by name and calls them.
 
     Args:
-        guards: the guards of the editor; they wrap every method's `apply`.
+        model: the model that is edited; `model.compute` becomes this object's.
+        registry: the merged catalogue.
+        preparation: prepares methods.
+        settle: resolves layers that are "auto".
         observers: plugin objects that take part in every call.
-        active: returns the edits that are on the model, for the `cost` protocol.
-
-    Attributes:
-        meter: what computing the latest edits took, whichever method it was.
     """
 
     def __init__(
         self,
-        guards: Guards,
+        model: Model,
+        registry: Registry,
+        preparation: Preparation,
+        settle: Settle,
         observers: Sequence[object] = (),
-        active: Callable[[], Sequence[Edit]] = tuple,
     ) -> None:
-        self.meter = Meter()
-        self._active = active
-        self._guards = guards
+        self._model = model
+        self._registry = registry
+        self._preparation = preparation
+        self._settle = settle
         self._observers = tuple(observers)
         self._plugins: dict[str, Any] = {}
         self._managers: dict[str, Manager] = {}
+        self._rooms: list[Any] | None = None
+        model.compute = self._compute_for
+
+    # -- looking up ------------------------------------------------------------------------------
 
     def plugin(self, name: str) -> Any:
         """Return the plugin object of a method; raise as `errata.contract.plugins.load` does."""
@@ -49,23 +81,100 @@ class Methods:
         return self._plugins[name]
 
     def manager(self, name: str = "") -> Manager:
-        """Return the manager that holds the core, one method ("" for none) and the observers."""
+        """Return the manager of one method and the observers, or of the observers alone."""
         if name not in self._managers:
-            own = [self.plugin(name), Purity(name), self.meter] if name else []
-            core = [CoreEditing(), CoreLocator(), CoreMetrics()]
-            self._managers[name] = Manager(name, [*core, *self._observers, *own, self._guards])
+            own = [self.plugin(name)] if name else []
+            self._managers[name] = Manager(name, [*self._observers, *own])
         return self._managers[name]
 
-    def manager_of(self, edit: Edit) -> Manager:
-        """Return the manager of an edit's method, or the core's where it is not installed.
+    def entry(self, name: str) -> MethodEntry:
+        """Return the registry's entry of an installed method.
 
-        An edit of a kind that the core knows can be applied and reverted without its method.
+        Raises `UnknownNameError` for a misspelt name, `PluginError` for a broken package, and
+        `ErrataError` for a method that no registry file describes.
         """
-        known = edit.method in self._managers or edit.method in plugins.installed()
-        return self.manager(edit.method if known else "")
+        self.plugin(name)
+        if name not in self._registry.methods:
+            raise ErrataError(
+                f"The method {name!r} is installed but no registry file describes it: ship a "
+                f"registry.yaml with the stanza methods.{name} beside its package."
+            )
+        return self._registry.method(name)
 
-    def measuring(self, baseline: Baseline | None = None, **settings: Any) -> Manager:
-        """Return a manager for evaluation: the core's metrics, observers, methods with metrics."""
+    def locating(self, name: str = "") -> Manager:
+        """Return a manager for `locate`: observers and a method before errata's own locators."""
+        key = f"locate {name}"
+        if key not in self._managers:
+            own = [self.plugin(name)] if name else []
+            self._managers[key] = Manager(name, [*self._others(), *self._observers, *own])
+        return self._managers[key]
+
+    def measuring(self) -> Manager:
+        """Return a manager for `evaluate`: errata's own protocols, observers and methods."""
         own = [plugin for plugin in self._plugins.values() if hasattr(plugin, "evaluate")]
-        core = [CoreMetrics(baseline, **settings), CoreCost(self._active)]
-        return Manager("", [*core, *self._observers, *own])
+        return Manager("", [*self._others(), *self._observers, *own])
+
+    # -- configuring -----------------------------------------------------------------------------
+
+    def configure(
+        self, name: str, overrides: Mapping[str, Any] | None = None
+    ) -> tuple[MethodConfig, list[Value]]:
+        """Return a method's configuration as it is resolved for the model, and where from.
+
+        Layers that are "auto" come from the method's cached sweep of this model, those that
+        nothing names from the method's rule; both come out as numbers.
+        """
+        config = self.plugin(name).config
+        resolved, values = self._registry.resolve(name, config, self._facts(), overrides)
+        settled, why = self._settle(self._model, name, resolved)
+        written = settled.for_model(self._model.anatomy)
+        table = []
+        for value in values:
+            now = getattr(written, value.name)
+            if getattr(settled, value.name) != value.value:
+                value = replace(value, source=why)
+            elif now != value.value and value.value is None:
+                value = replace(value, source=f"{RULE} of {name}", layer=RULE)
+            table.append(replace(value, value=now))
+        return written, table
+
+    def _facts(self) -> dict[str, Any]:
+        anatomy = self._model.anatomy
+        return {
+            "model_type": anatomy.model_type,
+            "n_layers": anatomy.n_layers,
+            "hidden_size": anatomy.hidden_size,
+            "name": self._model.name,
+        }
+
+    # -- calling ---------------------------------------------------------------------------------
+
+    def prepare(self, name: str, config: MethodConfig) -> None:
+        """Let a method compute what belongs to the base, once for this configuration."""
+        entry = self._registry.methods.get(name)
+        trains = entry is not None and "training" in entry.capabilities.needs
+        self._preparation.prepare(self.manager(name), self._model, config, trains)
+
+    def check_overlap(self, name: str, config: MethodConfig, requests: Sequence[Request]) -> None:
+        """Raise `RequestError` for a request that the method was trained on."""
+        self._preparation.check_overlap(name, config, requests)
+
+    def compute(self, name: str, config: MethodConfig, requests: Sequence[Request]) -> Computed:
+        """Compute the deltas of a prepared method, on the base where it works from the base."""
+        with self._model.base_state() if config.on_base else nullcontext(), Meter(self._model) as m:
+            deltas = self.manager(name).edit(self._model, requests, config)
+        return Computed(deltas, m.seconds / len(deltas), m.peak)
+
+    def _compute_for(self, method: str, requests: Any, **config: Any) -> list[Delta]:
+        """Compute another method's deltas with its presets: what `model.compute` does.
+
+        The method must have been prepared where it needs that: call it from `prepare` as well, or
+        let it find what it needs among the artifacts.
+        """
+        settings, _ = self.configure(method, config)
+        return self.manager(method).edit(self._model, parse_requests(requests), settings)
+
+    def _others(self) -> list[Any]:
+        if self._rooms is None:
+            self._rooms = plugins.rooms()
+        return self._rooms

@@ -1,27 +1,20 @@
-"""Finding methods by name and calling them: entry points, and one plugin manager per method."""
+"""Finding plugins: methods by name, and the rooms and strangers that measure, locate or bring models."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
-from importlib.metadata import EntryPoint, entry_points
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points
+from importlib.metadata import version as distribution_version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import pluggy
+from types import MappingProxyType
+from typing import Any
 
 from errata.contract.config import MethodConfig
-from errata.contract.hooks import GROUP, PROJECT, Specification
+from errata.contract.hooks import METHODS, PLUGINS
 from errata.errors import PluginError, UnknownNameError
-
-if TYPE_CHECKING:
-    from errata.edits.delta import Delta
-    from errata.edits.edit import Edit
-    from errata.edits.request import Request
-    from errata.evaluate import Measurement, Protocol
-    from errata.locate import Location
-    from errata.model.model import Model
 
 DISABLE = "ERRATA_DISABLE"
 """Environment variable with method names, comma separated, that are treated as not installed."""
@@ -35,7 +28,7 @@ def installed() -> dict[str, EntryPoint]:
     """
     blocked = {name.strip() for name in os.environ.get(DISABLE, "").split(",")}
     found: dict[str, EntryPoint] = {}
-    for point in entry_points(group=GROUP):
+    for point in entry_points(group=METHODS):
         if point.name in blocked:
             continue
         other = found.setdefault(point.name, point)
@@ -90,93 +83,42 @@ def load(name: str) -> Any:
     return plugin
 
 
+def rooms() -> list[Any]:
+    """Return a fresh object of every plugin in the group "errata.plugins", in order of name.
+
+    Raises:
+        PluginError: one of them is broken; the message quotes the cause.
+    """
+    found = []
+    for point in sorted(set(entry_points(group=PLUGINS)), key=lambda point: point.name):
+        try:
+            plugin = point.load()
+            found.append(plugin() if isinstance(plugin, type) else plugin)
+        except Exception as error:
+            raise PluginError(
+                f"The plugin {point.name!r} ({point.value} from {_distribution(point)}) could not "
+                f"be loaded: {type(error).__name__}: {error}"
+            ) from error
+    return found
+
+
+@cache
 def version(name: str) -> str:
     """Return "distribution version" of an installed method."""
     point = installed()[name]
     return f"{_distribution(point)} {point.dist.version}" if point.dist else "unknown"
 
 
-class Manager:
-    """A typed front for one pluggy manager: the rules, one method, and any observers.
-
-    Args:
-        method: name of the method, or "" for a manager that only evaluates and locates.
-        plugins: plugin objects, registered in order (the last one is asked first).
-    """
-
-    def __init__(self, method: str, plugins: Sequence[object]) -> None:
-        self.method = method
-        self._pm = pluggy.PluginManager(PROJECT)
-        self._pm.add_hookspecs(Specification)
-        for plugin in plugins:
-            try:
-                self._pm.register(plugin)
-            except (pluggy.PluginValidationError, ValueError) as error:
-                raise PluginError(f"The plugin {plugin!r} breaks the contract: {error}") from error
-        self._pm.check_pending()
-
-    def locate(self, model: Model, request: Request, config: Any) -> Location | None:
-        """Ask for a location; the first plugin with an answer wins."""
-        found: Location | None = self._pm.hook.locate(model=model, request=request, config=config)
-        return found
-
-    def prepare(self, model: Model, corpus: Sequence[str], config: Any) -> None:
-        """Let the method compute what it needs beforehand."""
-        self._pm.hook.prepare(model=model, corpus=corpus, config=config)
-
-    def edit(self, model: Model, requests: Sequence[Request], config: Any) -> list[Delta]:
-        """Compute deltas: one for all requests, or one per request in their order."""
-        from errata.edits.delta import Delta
-
-        result = self._pm.hook.edit(model=model, requests=list(requests), config=config)
-        deltas = [result] if isinstance(result, Delta) else list(result or ())
-        if not deltas or not all(isinstance(delta, Delta) for delta in deltas):
-            raise PluginError(
-                f"Method {self.method!r} returned {type(result).__name__} from `edit`; it must "
-                "return an errata.edits.delta.Delta or a sequence of them."
-            )
-        if len(deltas) not in (1, len(requests)):
-            raise PluginError(
-                f"Method {self.method!r} returned {len(deltas)} deltas for {len(requests)} "
-                "requests; it must return one for all or one for each."
-            )
-        return deltas
-
-    def evaluate(
-        self, model: Model, requests: Sequence[Request], protocols: Sequence[str]
-    ) -> list[Measurement]:
-        """Collect the measurements of all plugins."""
-        results = self._pm.hook.evaluate(model=model, requests=requests, protocols=protocols)
-        return [item for result in reversed(results) for item in result]
-
-    def protocols(self) -> dict[str, Protocol]:
-        """Return every protocol by name; raise `PluginError` when two plugins claim one."""
-        found: dict[str, Protocol] = {}
-        for result in reversed(self._pm.hook.protocols()):
-            for protocol in result:
-                if found.setdefault(protocol.name, protocol) is not protocol:
-                    raise PluginError(f"Two plugins claim the protocol {protocol.name!r}.")
-        return found
-
-    def apply(self, model: Model, edit: Edit) -> None:
-        """Put an edit on the model."""
-        self._pm.hook.apply(model=model, edit=edit)
-
-    def revert(self, model: Model, edit: Edit) -> None:
-        """Take an edit off the model."""
-        self._pm.hook.revert(model=model, edit=edit)
-
-    def delta_kinds(self) -> Mapping[str, type[Delta]]:
-        """Return all delta kinds by name; raise `PluginError` when two claim one name."""
-        kinds: dict[str, type[Delta]] = {}
-        for result in self._pm.hook.delta_kinds():
-            for kind in result:
-                if kinds.setdefault(kind.kind, kind) is not kind:
-                    raise PluginError(
-                        f"Two classes claim the delta kind {kind.kind!r}: "
-                        f"{kinds[kind.kind].__module__} and {kind.__module__}."
-                    )
-        return kinds
+@cache
+def library_versions(method: str) -> Mapping[str, str]:
+    """Return the versions of what computes a method's edits; looked up once per process."""
+    found = {"method": version(method)}
+    for name in ("errata", "torch", "transformers", "peft"):
+        try:
+            found[name] = distribution_version(name)
+        except PackageNotFoundError:
+            continue
+    return MappingProxyType(found)
 
 
 def _distribution(point: EntryPoint) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
 
+from errata.edits.outcome import Outcome
 from errata.edits.request import Request
 from errata.errors import IntegrityError, LedgerError, RequestError
 
@@ -48,7 +49,9 @@ class Edit(BaseModel):
     method: str = Field(description="Name of the method")
     delta_kind: str = Field(description="Kind of its delta")
     requests: tuple[Request, ...] = Field(min_length=1, description="What was asked")
-    config: dict[str, Any] = Field(description="Every hyper-parameter with its value")
+    config: dict[str, Any] = Field(
+        description="Every hyper-parameter as it was resolved: layers as numbers"
+    )
     fingerprint: dict[str, str] = Field(
         description="SHA-256 of the base's configuration and of each parameter it refers to"
     )
@@ -59,7 +62,13 @@ class Edit(BaseModel):
     blob: str = Field(default="", description="SHA-256 of the stored delta")
     nbytes: int = Field(default=0, ge=0, description="Bytes of delta tensors")
     seconds: float = Field(default=0.0, ge=0, description="Time it took to compute")
-    outcome: dict[str, Any] = Field(default_factory=dict, description="What the guards measured")
+    artifacts: dict[str, str] = Field(
+        default_factory=dict,
+        description="What the delta needs besides: name in the cache folder → SHA-256 of the file",
+    )
+    outcome: Outcome = Field(
+        default_factory=Outcome, description="What was measured on the state that the user got"
+    )
 
     _delta: Any = PrivateAttr(default=None)
 

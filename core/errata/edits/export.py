@@ -11,7 +11,6 @@ import torch
 
 from errata.edits.delta import AdapterDelta
 from errata.edits.factors import Change, changes
-from errata.edits.stack import Entry
 from errata.errors import CapabilityError, ConfigError, StorageError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -65,9 +64,7 @@ def export_peft(
     only = edits[0].delta
     if len(edits) == 1 and isinstance(only, AdapterDelta) and rank is None and error is None:
         return _folder(path, overwrite, only.write_directory)
-    entries = [Entry(edit.sequence, edit.id, edit.delta) for edit in edits]
-    entries.sort(key=lambda entry: entry.sequence)
-    found = changes(model, entries, rank=rank, error=error)
+    found = changes(model, sorted(edits, key=lambda edit: edit.sequence), rank=rank, error=error)
     return _folder(path, overwrite, lora(model, found).write_directory)
 
 
@@ -105,13 +102,13 @@ def merge_checkpoint(model: Model, path: Path, overwrite: bool) -> Path:
     """
     entries = model.stack.entries
     for entry in entries:
-        if entry.delta.runtime and not isinstance(entry.delta, AdapterDelta):
+        if not entry.delta.folds and not isinstance(entry.delta, AdapterDelta):
             raise CapabilityError(
-                f"Edit {entry.edit_id} ({entry.delta.kind}) acts while the model runs and cannot "
+                f"Edit {entry.id} ({entry.delta.kind}) acts while the model runs and cannot "
                 "be folded into weights: revert it first, or ship it with export()."
             )
     adapters = [e.delta for e in entries if isinstance(e.delta, AdapterDelta)]
-    with model.stack.temporarily([e for e in entries if not e.delta.runtime]):
+    with model.stack.temporarily([e for e in entries if e.delta.folds]):
         state = {name: tensor.detach() for name, tensor in model.module.state_dict().items()}
         for name in model.stack.touched if model.branch else ():
             state[name] = model.stack.folded(name)

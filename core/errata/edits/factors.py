@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from errata.edits.delta import Delta
-    from errata.edits.stack import Entry
+    from errata.edits.edit import Edit
     from errata.model.model import Model
 
 
@@ -45,7 +45,7 @@ class Change:
 
 def changes(
     model: Model,
-    entries: Sequence[Entry],
+    entries: Sequence[Edit],
     *,
     rank: int | None = None,
     error: float | None = None,
@@ -127,7 +127,7 @@ def linear_of(model: Model, name: str) -> str:
 
 
 def _exact(
-    model: Model, name: str, entries: Sequence[Entry], transposed: bool
+    model: Model, name: str, entries: Sequence[Edit], transposed: bool
 ) -> tuple[Tensor, Tensor]:
     """Return factors of the whole change of one parameter, in fp32 or wider."""
     kinds: dict[str, list[Delta]] = defaultdict(list)
@@ -150,7 +150,7 @@ def _decomposed(
 ) -> tuple[Tensor, Tensor]:
     """Return factors of a change that is only known whole."""
     kind = type(deltas[0])
-    if kind.runtime:
+    if not kind.folds:
         raise CapabilityError(
             f"An edit of kind {kind.kind!r} acts while the model runs: it adds nothing to a weight "
             "that could be written as factors. Revert it first, or ship it with export()."

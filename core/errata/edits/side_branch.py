@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from errata.edits.delta.base import Undo
-    from errata.edits.stack import Entry
+    from errata.edits.edit import Edit
     from errata.model.model import Model
 
 
-def attach(model: Model, entries: Sequence[Entry]) -> Undo:
+def attach(model: Model, entries: Sequence[Edit]) -> Undo:
     """Hang weight edits beside the modules whose weights they change; return the undo.
 
     Raises `CapabilityError` for an edit that changes what is no linear module's weight.
@@ -45,17 +45,17 @@ def attach(model: Model, entries: Sequence[Entry]) -> Undo:
 class _Branch:
     """The edits of one module, as a forward hook."""
 
-    def __init__(self, model: Model, name: str, entries: Sequence[Entry]) -> None:
+    def __init__(self, model: Model, name: str, entries: Sequence[Edit]) -> None:
         self._model = model
         self._name = name
         self._entries = tuple(entries)
         self._factors: dict[frozenset[str], tuple[Tensor, Tensor] | None] = {}
-        self._of(frozenset(entry.edit_id for entry in entries))  # fails here, not in a forward
+        self._of(frozenset(entry.id for entry in entries))  # fails here, not in a forward
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """Add the branch to the module's output."""
         x: Tensor = args[0]
-        everything = frozenset(entry.edit_id for entry in self._entries)
+        everything = frozenset(entry.id for entry in self._entries)
         rows = self._model.row_edits
         if rows is None:
             return self._add(x, output, everything)
@@ -90,7 +90,7 @@ class _Branch:
     def _of(self, ids: frozenset[str]) -> tuple[Tensor, Tensor] | None:
         """Return the factors of some of the edits, folded together; None for none of them."""
         if ids not in self._factors:
-            own = [entry for entry in self._entries if entry.edit_id in ids]
+            own = [entry for entry in self._entries if entry.id in ids]
             self._factors[ids] = None
             if own:
                 (change,) = changes(self._model, own, only=self._name)

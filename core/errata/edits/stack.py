@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
-from errata.errors import CapabilityError, IntegrityError
+from errata.edits import side_branch
+from errata.edits.delta.attaching import attach_kind
+from errata.errors import CapabilityError, IntegrityError, UnknownNameError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from errata.edits.delta import Delta, Undo
+    from errata.edits.edit import Edit
+    from errata.model.answers import Answers
     from errata.model.model import Model
 
-
-class Entry(NamedTuple):
-    """One active edit: its place in the ledger, its id and its delta."""
-
-    sequence: int
-    edit_id: str
-    delta: Delta
+logger = logging.getLogger("errata")
 
 
 class Stack:
@@ -40,41 +39,48 @@ class Stack:
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        self._entries: list[Entry] = []
+        self._entries: list[Edit] = []
         self._undo: list[Undo] = []
-        self._pending: list[Entry] | None = None
+        self._pending: list[Edit] | None = None
+
+    @classmethod
+    def on(cls, model: Model) -> Model:
+        """Give a model a stack, so that it can be edited, and return it."""
+        model.stack = cls(model)
+        return model
 
     # -- reading ---------------------------------------------------------------------------------
 
     @property
-    def entries(self) -> tuple[Entry, ...]:
-        """The active edits in ledger order."""
+    def entries(self) -> tuple[Edit, ...]:
+        """The active edits in ledger order, each with its delta."""
         return tuple(self._entries)
 
     @property
     def ids(self) -> list[str]:
         """The ids of the active edits in ledger order."""
-        return [entry.edit_id for entry in self._entries]
+        return [edit.id for edit in self._entries]
 
     @property
     def touched(self) -> set[str]:
         """The names of the tensors that the active edits change."""
-        return {n for e in self._entries if not e.delta.runtime for n in e.delta.parameters}
+        return {n for e in self._entries if e.delta.folds for n in e.delta.parameters}
 
     def of_kind(self, kind: str) -> list[tuple[str, Delta]]:
         """Return (edit id, delta) of the active edits of one kind, in ledger order."""
-        return [(e.edit_id, e.delta) for e in self._entries if e.delta.kind == kind]
+        return [(e.id, e.delta) for e in self._entries if e.delta.kind == kind]
 
     # -- changing --------------------------------------------------------------------------------
 
-    def set(self, entries: Sequence[Entry]) -> None:
+    def set(self, entries: Sequence[Edit]) -> None:
         """Make exactly these edits active.
 
         If anything fails half way (out of memory, Ctrl-C, a broken delta) the former edits are
         put back before the error goes on.
         """
-        wanted = sorted(entries, key=lambda entry: entry.sequence)
-        if [e.edit_id for e in wanted] == self.ids:
+        wanted = sorted(entries, key=lambda edit: edit.sequence)
+        if [e.id for e in wanted] == self.ids:
+            self._entries = wanted  # their records may have been completed
             return
         former = self._entries
         try:
@@ -83,16 +89,16 @@ class Stack:
             self._move(wanted, former, force=True)
             raise
 
-    def add(self, entry: Entry) -> None:
+    def add(self, edit: Edit) -> None:
         """Make one more edit active."""
-        self._change(lambda entries: [*entries, entry])
+        self._change(lambda entries: [*entries, edit])
 
     def remove(self, edit_id: str) -> None:
         """Take one edit off, wherever it is in the order."""
-        self._change(lambda entries: [e for e in entries if e.edit_id != edit_id])
+        self._change(lambda entries: [e for e in entries if e.id != edit_id])
 
     @contextmanager
-    def temporarily(self, entries: Sequence[Entry]) -> Iterator[None]:
+    def temporarily(self, entries: Sequence[Edit]) -> Iterator[None]:
         """Make exactly these edits active for the block; the former ones come back after it."""
         former = list(self._entries)
         self.set(entries)
@@ -142,9 +148,53 @@ class Stack:
             and not torch.equal(live.detach(), self.expected(name).to(live.device))
         ]
 
+    def check_rows(self, named: Collection[str]) -> None:
+        """Raise unless the rows of one batch may take different ones among these edits.
+
+        `UnknownNameError` for an id that is not active, `CapabilityError` where edits are folded
+        into the weights or act on every row.
+        """
+        for edit_id in sorted(set(named) - set(self.ids)):
+            raise UnknownNameError("active edit", edit_id, self.ids)
+        everywhere = [edit.id for edit in self._entries if not edit.delta.folds]
+        if everywhere or not self._model.branch:
+            raise CapabilityError(
+                f"Rows cannot take different edits: {', '.join(everywhere)} act on every row."
+                if everywhere
+                else "Rows cannot take different edits while these are folded into the weights: "
+                "open the model with Editor(…, branch=True)."
+            )
+
+    # -- what happens around a prompt ------------------------------------------------------------
+
+    def rewrite(self, prompts: Sequence[str]) -> list[str]:
+        """Return the prompts as the active edits want them to be read, kind by kind."""
+        texts = list(prompts)
+        for kind, deltas in self._acting("rewrite"):
+            texts = list(kind.rewrite(self._model, deltas, texts))
+        return texts
+
+    def respond(self, prompts: Sequence[str]) -> list[Answers | None]:
+        """Return who answers each prompt in the model's place; None: the model itself.
+
+        Kinds are asked in the order of their names; the first that claims a row has it.
+        """
+        found: list[Answers | None] = [None] * len(prompts)
+        for kind, deltas in self._acting("respond"):
+            for row, answers in enumerate(kind.respond(self._model, deltas, prompts)):
+                found[row] = found[row] or answers
+        return found
+
+    def _acting(self, effect: str) -> list[tuple[type[Delta], list[tuple[str, Delta]]]]:
+        kinds: dict[str, list[tuple[str, Delta]]] = defaultdict(list)
+        for edit in self._entries:
+            if effect in edit.delta.effects:
+                kinds[edit.delta.kind].append((edit.id, edit.delta))
+        return [(type(kinds[kind][0][1]), kinds[kind]) for kind in sorted(kinds)]
+
     # -- how -------------------------------------------------------------------------------------
 
-    def _change(self, how: Callable[[list[Entry]], list[Entry]]) -> None:
+    def _change(self, how: Callable[[list[Edit]], list[Edit]]) -> None:
         if self._pending is not None:
             self._pending = how(self._pending)
         else:
@@ -153,18 +203,18 @@ class Stack:
     def _live(self) -> dict[str, Tensor]:
         return {**self._model.parameters, **self._model.buffers}
 
-    def _move(self, before: Sequence[Entry], after: Sequence[Entry], force: bool = False) -> None:
+    def _move(self, before: Sequence[Edit], after: Sequence[Edit], force: bool = False) -> None:
         """Bring the model from one set of active edits to another."""
         beside = self._model.branch
-        hung_before = [e.edit_id for e in before if e.delta.runtime or beside]
-        hung_after = [e.edit_id for e in after if e.delta.runtime or beside]
+        hung_before = [e.id for e in before if beside or "attach" in e.delta.effects]
+        hung_after = [e.id for e in after if beside or "attach" in e.delta.effects]
         rehang = force or hung_before != hung_after
         # Any change of the stack's make-up for a parameter means folding it again, whole.
-        changed = {e.edit_id for e in before} ^ {e.edit_id for e in after}
+        changed = {e.id for e in before} ^ {e.id for e in after}
         touched = {
             name
             for e in (*before, *after)
-            if not (e.delta.runtime or beside) and (force or e.edit_id in changed)
+            if e.delta.folds and not beside and (force or e.id in changed)
             for name in e.delta.parameters
         }
         folded = {name: self._fold(name, after) for name in sorted(touched)}
@@ -177,12 +227,12 @@ class Stack:
         if rehang:
             self._attach(after)
 
-    def _fold(self, name: str, entries: Sequence[Entry]) -> Tensor:
+    def _fold(self, name: str, entries: Sequence[Edit]) -> Tensor:
         base = self._model.pristine[name]
         kinds: dict[str, list[Delta]] = defaultdict(list)
-        for entry in entries:
-            if not entry.delta.runtime and name in entry.delta.parameters:
-                kinds[entry.delta.kind].append(entry.delta)
+        for edit in entries:
+            if edit.delta.folds and name in edit.delta.parameters:
+                kinds[edit.delta.kind].append(edit.delta)
         if not kinds:
             return base
         if not base.is_floating_point():
@@ -201,19 +251,17 @@ class Stack:
             raise IntegrityError(f"Folding the edits of {name!r} gives NaN or infinite entries.")
         return folded
 
-    def _attach(self, entries: Sequence[Entry]) -> None:
-        if self._model.branch:
-            from errata.edits import side_branch
-
-            weights = [entry for entry in entries if not entry.delta.runtime]
-            self._undo.append(side_branch.attach(self._model, weights))
-        kinds: dict[str, list[tuple[str, Delta]]] = defaultdict(list)
-        for entry in entries:
-            if entry.delta.runtime:
-                kinds[entry.delta.kind].append((entry.edit_id, entry.delta))
-        # "adapter" sorts before "codebook": hooks then see the module with adapters in it.
-        for kind in sorted(kinds):
-            self._undo.append(type(kinds[kind][0][1]).attach(self._model, kinds[kind]))
+    def _attach(self, entries: Sequence[Edit]) -> None:
+        try:
+            if self._model.branch:
+                weights = [edit for edit in entries if edit.delta.folds]
+                self._undo.append(side_branch.attach(self._model, weights))
+            # "adapter" sorts before "codebook": hooks then see the module with adapters in it.
+            for kind, deltas in self._acting("attach"):
+                self._undo.append(attach_kind(kind, self._model, deltas))
+        except BaseException:
+            self._detach()
+            raise
 
     def _detach(self) -> None:
         while self._undo:

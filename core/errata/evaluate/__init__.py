@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from errata.evaluate.protocols import PROTOCOLS
     from errata.evaluate.reader import MeasureSettings, Question, Reader
     from errata.model.generation import generate
-    from errata.model.perplexity import canary_texts, perplexity
+    from errata.model.perplexity import perplexity
     from errata.model.scoring import TargetScore, score_targets
+    from errata.model.texts import canary_texts
 
 # PEP 562, as in the package itself: looked up when first used.
 _LAZY = {
@@ -34,7 +35,7 @@ _LAZY = {
     "Question": "errata.evaluate.reader",
     "Reader": "errata.evaluate.reader",
     "TargetScore": "errata.model.scoring",
-    "canary_texts": "errata.model.perplexity",
+    "canary_texts": "errata.model.texts",
     "contained_match": "errata.evaluate.matching",
     "exact_match": "errata.evaluate.matching",
     "generate": "errata.model.generation",

@@ -50,7 +50,7 @@ def harness_measurements(reader: Reader, tasks: Sequence[str], protocol: str) ->
             f"{model.name} is an encoder: the lm-evaluation-harness measures models that continue "
             "texts. Leave harness_tasks out."
         )
-    if any(d.runtime and not d.pointwise for _, _, d in model.stack.entries):
+    if any("attach" in e.delta.effects and not e.delta.pointwise for e in model.stack.entries):
         logger.warning(
             "The harness does not say where prompts end: edits that decide there take the last "
             "token of each text."

@@ -24,6 +24,7 @@ from errata.errors import ConfigError, StorageError
 from errata.model.forward.trace import trace
 from errata.model.pristine import digest
 from errata.model.prompts import pad, padding_id
+from errata.model.texts import text_path
 from errata.model.tokens import tokenise
 
 if TYPE_CHECKING:
@@ -191,9 +192,7 @@ def documents_of(model: Model, corpus: Sequence[str] | None = None) -> list[str]
     if isinstance(given, str):
         raise ConfigError("corpus is one string; give a list of documents, [text].")
     if given is None:
-        from errata import zoo
-
-        path = zoo.text_path("train")
+        path = text_path("train")
         if not path.is_file():
             raise ConfigError(
                 f"The text that ships with errata is not at {path}. Pass one of your own: "

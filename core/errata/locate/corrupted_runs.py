@@ -162,9 +162,9 @@ class Runs:
         What is found holds for all prompts of this shape on the model in this state.
         """
         count, entries = self.anatomy.n_layers, self.model.stack.entries
-        if any(entry.delta.runtime for entry in entries):
+        if any("attach" in entry.delta.effects for entry in entries):
             return
-        edits = tuple(entry.edit_id for entry in entries)
+        edits = tuple(entry.id for entry in entries)
         shape = (self._width, self.passage.reads, self.samples, self._cache is not None)
         key = ("reruns", edits, self.encoding, *shape)
         if key in self.model.memo:

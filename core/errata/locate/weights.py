@@ -28,7 +28,7 @@ from errata.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from errata.edits.stack import Entry
+    from errata.edits.edit import Edit
     from errata.model.anatomy import Anatomy
     from errata.model.model import Model
 
@@ -168,11 +168,11 @@ class WeightDiff:
 
 def weight_diff(
     model: Model,
-    before: Sequence[Entry],
-    after: Sequence[Entry],
+    before: Sequence[Edit],
+    after: Sequence[Edit],
     *,
     names: tuple[str, str] = ("before", "after"),
-    groups: Mapping[str, Sequence[Entry]] | None = None,
+    groups: Mapping[str, Sequence[Edit]] | None = None,
     top: int = TOP,
 ) -> WeightDiff:
     """Return what changes from one state of the model's stack to another.
@@ -189,20 +189,20 @@ def weight_diff(
     """
     if top < 1:
         raise ConfigError(f"top={top!r} must be at least 1.")
-    ids = {e.edit_id for e in before} ^ {e.edit_id for e in after}
-    unlike = [e for e in (*before, *after) if e.edit_id in ids]
+    ids = {e.id for e in before} ^ {e.id for e in after}
+    unlike = [e for e in (*before, *after) if e.id in ids]
     touched = _touched(unlike)
     changes = []
     for name in model.progress.track([n for n in model.parameters if n in touched], "comparing"):
         difference = _folded(model, name, after) - _folded(model, name, before)
         if bool(difference.any()):
             changes.append(describe(model, name, difference, top=top))
-    runtime = tuple(dict.fromkeys(e.edit_id for e in unlike if e.delta.runtime))
+    runtime = tuple(dict.fromkeys(e.id for e in unlike if not e.delta.folds))
     alone = {label: _changes(model, entries, top) for label, entries in (groups or {}).items()}
     return WeightDiff(*names, tuple(changes), runtime, tuple(_overlaps(model, alone)), alone)
 
 
-def _changes(model: Model, entries: Sequence[Entry], top: int) -> tuple[WeightChange, ...]:
+def _changes(model: Model, entries: Sequence[Edit], top: int) -> tuple[WeightChange, ...]:
     """Return what edits alone do to the base."""
     found = []
     for name in [n for n in model.parameters if n in _touched(entries)]:
@@ -275,16 +275,16 @@ def _cosine(one: WeightChange, other: WeightChange) -> float:
     return float(a @ product @ b) / (one.norm * other.norm)
 
 
-def _touched(entries: Sequence[Entry]) -> set[str]:
-    return {n for e in entries if not e.delta.runtime for n in e.delta.parameters}
+def _touched(entries: Sequence[Edit]) -> set[str]:
+    return {n for e in entries if e.delta.folds for n in e.delta.parameters}
 
 
-def _folded(model: Model, name: str, entries: Sequence[Entry]) -> Tensor:
+def _folded(model: Model, name: str, entries: Sequence[Edit]) -> Tensor:
     """Return what the edits of a state add to a parameter together, float64 on the CPU."""
     change = torch.zeros(model.parameter(name).shape, dtype=torch.float64)
     kinds: dict[str, list[Any]] = {}
     for entry in sorted(entries, key=lambda e: e.sequence):
-        if not entry.delta.runtime and name in entry.delta.parameters:
+        if entry.delta.folds and name in entry.delta.parameters:
             kinds.setdefault(entry.delta.kind, []).append(entry.delta)
     for kind in sorted(kinds):
         type(kinds[kind][0]).fold(name, change, kinds[kind])

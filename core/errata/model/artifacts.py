@@ -7,7 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errata.errors import IntegrityError, StorageError
+from errata.errors import IntegrityError
+from errata.model.storage import (
+    make_folder,
+    read_bytes,
+    read_tensors,
+    sha256,
+    write_bytes,
+    write_tensors,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,8 +47,6 @@ class Artifacts:
 
     def load(self, key: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Return (tensors, metadata) of a key, or None when absent or not readable as written."""
-        from errata.model.storage import read_tensors
-
         path = self.path(key)
         if not path.is_file():
             return None
@@ -59,12 +65,37 @@ class Artifacts:
 
         Raises `StorageError` when the disk refuses.
         """
-        from errata.model.storage import write_tensors
-
         path = self.path(key)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(f"Cannot create the cache folder {path.parent}: {error}") from error
+        make_folder(path.parent)
         write_tensors(path, tensors, {**metadata, "key": list(key)})
         return path
+
+    # -- as files, for edits that need them ------------------------------------------------------
+
+    def name(self, key: tuple[str, ...]) -> str:
+        """Return the name of a key's file within the folder, with "/" between its parts."""
+        return self.path(key).relative_to(self.directory).as_posix()
+
+    def digest(self, name: str) -> str | None:
+        """Return the SHA-256 of a file's bytes; None where there is none."""
+        path = self._inside(name)
+        return sha256(read_bytes(path)) if path.is_file() else None
+
+    def read(self, name: str) -> bytes:
+        """Return a file's bytes; raise `StorageError` when it cannot be read."""
+        return read_bytes(self._inside(name))
+
+    def take(self, name: str, data: bytes) -> None:
+        """Store a file that came from elsewhere, unless one of this name is there already."""
+        path = self._inside(name)
+        if not path.is_file():
+            make_folder(path.parent)
+            write_bytes(path, data)
+
+    def _inside(self, name: str) -> Path:
+        parts = name.split("/")
+        if not name.endswith(".safetensors") or any(
+            p in ("", ".", "..") or "\\" in p for p in parts
+        ):
+            raise IntegrityError(f"{name!r} is no name of an artifact.")
+        return self.directory.joinpath(*parts)

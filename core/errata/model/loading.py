@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from errata import zoo
 from errata.errors import ConfigError, UnknownNameError
 from errata.model.anatomy import Anatomy
 from errata.model.model import Model
@@ -30,17 +29,19 @@ def load_model(
     tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
     *,
     architectures: Mapping[str, Mapping[str, Any]],
+    known: Collection[str] = (),
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     device_map: Any = None,
     **options: Any,
 ) -> Model:
-    """Return a `Model` from a zoo name, a directory, a hub name, or a module in memory.
+    """Return a `Model` from a directory, a hub name, or a module in memory.
 
     Args:
         source: what to load; a module needs its `tokenizer` too.
         tokenizer: the tokenizer, or where to load it from; by default the model's own.
         architectures: stanzas of the registry, by model_type.
+        known: names of models that could have been meant, for the error.
         device: where to put the model ("cpu", "cuda", "cuda:1").
         dtype: "bf16", "fp16", "fp32", "fp64" or a torch dtype; by default the checkpoint's.
         device_map: passed to transformers, to spread a model over several devices.
@@ -48,7 +49,7 @@ def load_model(
 
     Raises:
         ConfigError: a device, dtype or tokenizer that cannot be used.
-        UnknownNameError: a name that is no zoo model, no directory and not on the hub.
+        UnknownNameError: a name that is no directory and not on the hub.
     """
     torch_dtype = _dtype(dtype)
     checkpoint: Path | None = None
@@ -59,10 +60,10 @@ def load_model(
         name = str(getattr(module.config, "_name_or_path", "") or type(module).__name__)
     else:
         name = str(source)
-        where = zoo.model_path(name) if name in zoo.MODELS else Path(name)
+        where = Path(name)
         location = str(where) if where.is_dir() else name
         checkpoint = where if where.is_dir() else None
-        module = _from_pretrained(location, torch_dtype, device_map)
+        module = _from_pretrained(location, torch_dtype, device_map, known)
         tokenizer = tokenizer if tokenizer is not None else location
     if device is not None:
         module.to(_device(device))
@@ -78,7 +79,9 @@ def load_model(
     )
 
 
-def _from_pretrained(location: str, dtype: torch.dtype | None, device_map: Any) -> nn.Module:
+def _from_pretrained(
+    location: str, dtype: torch.dtype | None, device_map: Any, known: Collection[str]
+) -> nn.Module:
     import transformers
 
     try:
@@ -95,7 +98,7 @@ def _from_pretrained(location: str, dtype: torch.dtype | None, device_map: Any) 
         if Path(location).is_dir():
             raise ConfigError(f"{location!r} holds no model that loads: {error}") from error
         raise UnknownNameError(
-            "model", location, zoo.MODELS,
+            "model", location, known,
             "Give one of these, a directory with a Hugging Face checkpoint, or a hub name "
             f"({' '.join(str(error).split())[:200]})",
         ) from error  # fmt: skip

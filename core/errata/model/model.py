@@ -1,11 +1,11 @@
-"""The model that methods and metrics see: module, tokenizer, anatomy, base and stack in one."""
+"""The model that methods and metrics see: module, tokenizer, anatomy, base and active edits."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from errata.edits.stack import Stack
-from errata.errors import AnatomyError, CapabilityError, UnknownNameError
+from errata.errors import AnatomyError, ConfigError
+from errata.model.active_edits import ActiveEdits, NoEdits
 from errata.model.artifacts import Artifacts
+from errata.model.call import Call
 from errata.model.pristine import Pristine
 from errata.model.progress import Progress
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from errata.edits.delta import Delta
     from errata.model.anatomy import Anatomy
 
 # Entries of a configuration that differ between loads of one and the same model.
@@ -32,6 +32,12 @@ _VOLATILE = frozenset(
     {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures",
      "_attn_implementation_autoset", "attn_implementation", "use_cache"}
 )  # fmt: skip
+
+
+def _compute_nothing(method: str, requests: Any, **config: Any) -> list[Any]:
+    """Stand for `compute` where no editor has brought its methods."""
+    del requests, config
+    raise ConfigError(f"{method!r} cannot be computed: this model belongs to no editor.")
 
 
 class Model:
@@ -44,18 +50,16 @@ class Model:
         anatomy: where the parts are (`errata.model.anatomy.Anatomy`).
         parameters: name → Parameter, resolved before anything was attached; tied weights once.
         pristine: the base tensors.
-        stack: the edits that are active.
+        stack: the edits that are active (`errata.edits.stack.Stack`).
         artifacts: cache directory for statistics and the like, keyed by fingerprint.
         progress: where long work reports to; `model.progress.track(iterable, "text")`.
         corpus: plain text paragraphs for statistics (None: the text that ships with errata).
-        prompt_ends: for each row of the coming forward calls the column of the last prompt token
-            (absolute: columns already in a KV cache count), or None when nobody said; set it
-            with `prompts`. Kinds that decide per prompt (a codebook) read it.
+        call: what the running forward calls are about; every thread has its own.
         memo: artifacts that were read already, so that they are read (and factored) once.
-        runtimes: what runtime delta kinds keep between attachments, by kind; theirs alone.
+        compute: `compute(method, requests, **config)` returns another method's deltas as its
+            `edit` would, with its presets; for methods that build on methods.
+        runtimes: what delta kinds keep between attachments, by kind; theirs alone.
         branch: weight edits run beside the weights (y = W x + U Vᵀ x) instead of in them.
-        row_edits: for each row of the coming forward calls the ids of the edits that it takes, or
-            None for all active ones; set it with `rows`.
     """
 
     def __init__(
@@ -83,14 +87,14 @@ class Model:
         self.artifacts = artifacts or Artifacts()
         self.progress = progress or Progress()
         self.corpus = corpus
-        self.prompt_ends: list[int] | None = None
-        self.row_edits: list[frozenset[str]] | None = None
+        self.call = Call()
         # Nothing can be folded into quantised weights.
         quantised = any(not p.is_floating_point() for p in self.parameters.values())
         self.branch = quantised if branch is None else branch
         self.runtimes: dict[str, Any] = {}
         self.memo: dict[Any, Any] = {}
-        self.stack = Stack(self)
+        self.compute: Callable[..., list[Any]] = _compute_nothing
+        self.stack: ActiveEdits = NoEdits()
 
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.parameters.values())
@@ -150,8 +154,18 @@ class Model:
                 total += float((module(unit) - nothing).double().square().sum())
         return math.sqrt(total)
 
-    def active(self, kind: str) -> list[tuple[str, Delta]]:
-        """Return the active deltas of one kind as (edit id, delta), in ledger order."""
+    @property
+    def prompt_ends(self) -> list[int] | None:
+        """The column of the last prompt token per row, as `prompts` said it in this thread."""
+        return self.call.prompt_ends
+
+    @property
+    def row_edits(self) -> list[frozenset[str]] | None:
+        """The edits that each row takes, as `rows` said it in this thread; None: all."""
+        return self.call.row_edits
+
+    def active(self, kind: str) -> list[tuple[str, Any]]:
+        """Return (edit id, delta) of the active edits of one delta kind, in ledger order."""
         return self.stack.of_kind(kind)
 
     @contextmanager
@@ -162,7 +176,7 @@ class Model:
 
     @contextmanager
     def prompts(self, ends: Sequence[int] | None) -> Iterator[None]:
-        """Say where the prompt of each row ends for the forward calls in the block.
+        """Say where the prompt of each row ends for this thread's forward calls in the block.
 
         Whoever feeds prompt and continuation in one go (teacher forcing, decoding without a
         cache) must say it: a kind that decides at the prompt's last token cannot tell otherwise.
@@ -172,16 +186,16 @@ class Model:
                 an encoder-decoder; None lets each call's last real token count again. A batch
                 with k times as many rows (beams) takes each entry k times.
         """
-        former = self.prompt_ends
-        self.prompt_ends = None if ends is None else [int(end) for end in ends]
+        former = self.call.prompt_ends
+        self.call.prompt_ends = None if ends is None else [int(end) for end in ends]
         try:
             yield
         finally:
-            self.prompt_ends = former
+            self.call.prompt_ends = former
 
     @contextmanager
     def rows(self, edits: Sequence[Collection[str]]) -> Iterator[None]:
-        """Say which of the active edits each row of the forward calls in the block takes.
+        """Say which of the active edits each row takes, for this thread's forward calls.
 
         Args:
             edits: one collection of edit ids per row. A batch with k times as many rows (beams)
@@ -192,23 +206,47 @@ class Model:
                 time (a codebook, an adapter): neither can differ from row to row.
             UnknownNameError: an id that is not active.
         """
-        named = {edit_id for row in edits for edit_id in row}
-        for edit_id in sorted(named - set(self.stack.ids)):
-            raise UnknownNameError("active edit", edit_id, self.stack.ids)
-        runtime = [e.edit_id for e in self.stack.entries if e.delta.runtime]
-        if runtime or not self.branch:
-            raise CapabilityError(
-                f"Rows cannot take different edits: {', '.join(runtime)} act on every row."
-                if runtime
-                else "Rows cannot take different edits while these are folded into the weights: "
-                "open the model with Editor(…, branch=True)."
-            )
-        former = self.row_edits
-        self.row_edits = [frozenset(row) for row in edits]
+        self.stack.check_rows({edit_id for row in edits for edit_id in row})
+        former = self.call.row_edits
+        self.call.row_edits = [frozenset(row) for row in edits]
         try:
             yield
         finally:
-            self.row_edits = former
+            self.call.row_edits = former
+
+    # -- what belongs to the base ----------------------------------------------------------------
+
+    def of_base(
+        self,
+        *key: str,
+        compute: Callable[[], tuple[Mapping[str, Tensor], Mapping[str, Any]]],
+        sound: Callable[[Mapping[str, Tensor], Mapping[str, Any]], bool] | None = None,
+    ) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+        """Return what is computed once per base: from memory, from the artifacts, or now.
+
+        Args:
+            *key: names what it is, and everything but the base that it depends on.
+            compute: returns (tensors, plain JSON); called at most once per base, ever.
+            sound: says whether what was stored is what it should be; else it is computed again.
+
+        Raises:
+            ConfigError: it is not there yet, and edits are active: it belongs to the base.
+        """
+        whole = (key[0], self.fingerprint, *key[1:])
+        if whole not in self.memo:
+            stored = self.artifacts.load(whole)
+            if stored is None or (sound is not None and not sound(*stored)):
+                if self.stack.ids:
+                    raise ConfigError(
+                        f"What is wanted ({key[0]}) belongs to the unedited model and was not "
+                        f"computed yet, but edits are active ({', '.join(self.stack.ids[:3])}): "
+                        "call `prepare` first, which takes them off meanwhile."
+                    )
+                stored = compute()
+                self.artifacts.save(whole, *stored)
+            self.memo[whole] = stored
+        found: tuple[Mapping[str, Tensor], Mapping[str, Any]] = self.memo[whole]
+        return found
 
     # -- identity --------------------------------------------------------------------------------
 

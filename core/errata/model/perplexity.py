@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from importlib import resources
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from errata.errors import ConfigError
-from errata.model import scoring, tokens
+from errata.model import scoring
 from errata.model.scoring import Scored
+from errata.model.tokens import encode, tokenise
 
 if TYPE_CHECKING:
     from errata.model.model import Model
@@ -20,21 +20,44 @@ if TYPE_CHECKING:
 WINDOW = 1024
 """Texts are read in windows of at most this many tokens that overlap by one."""
 
-_LOGITS = 2**27  # floats of logits held at a time
+_LOGITS = 2**24  # floats of logits held at a time: they decide the peak of memory
 _MASK_EVERY, _MASK_FIRST = 7, 3
 
 
-def perplexity(model: Model, texts: Sequence[str], batch_size: int = 8) -> float:
+def perplexity(
+    model: Model, texts: Sequence[str], batch_size: int = 8, *, tokens: int | None = None
+) -> float:
     """Return exp(mean negative log-probability per token) over all texts together.
 
     Decoder: every token given those before it (the first token of a text is not predicted unless
     the tokenizer puts one in front of it). Encoder-decoder: the second half of each text's words
     given the first half. Encoder: every seventh token, masked. Padding has no influence.
 
+    Args:
+        model: the model as it stands.
+        texts: plain texts. They are no prompts: no edit rewrites them or answers in their place.
+        batch_size: texts per forward, at most.
+        tokens: read only so many tokens of them, text by text; None: all.
+
     Raises:
         ConfigError: no texts, or none with two tokens.
     """
+    texts = list(texts) if tokens is None else _first_tokens(model, texts, tokens)
     return pooled(text_nlls(model, texts, batch_size))
+
+
+def _first_tokens(model: Model, texts: Sequence[str], count: int) -> list[str]:
+    """Return the first texts with so many tokens together, the last of them cut at a token."""
+    chosen: list[str] = []
+    for text in texts:
+        if count < 2:
+            break
+        (row,) = tokenise(model.tokenizer, [text])
+        if len(row.ids) > count:
+            text = text[: row.offsets[min(row.begin + count, row.stop) - 1][1]]
+        chosen.append(text)
+        count -= min(len(row.ids), count)
+    return chosen
 
 
 def pooled(nlls: Sequence[tuple[float, int]]) -> float:
@@ -57,13 +80,6 @@ def text_nlls(model: Model, texts: Sequence[str], batch_size: int = 8) -> list[t
     if not sum(counts):
         raise ConfigError("None of the texts has two tokens: there is nothing to predict.")
     return list(zip(totals, counts, strict=True))
-
-
-def canary_texts(n: int = 16) -> list[str]:
-    """Return the first n of the general sentences and paragraphs that ship with errata."""
-    path = resources.files("errata") / "zoo" / "text" / "canary.txt"
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [line.strip() for line in lines if line.strip() and not line.startswith("#")][:n]
 
 
 def batches(
@@ -108,7 +124,7 @@ def _windows(model: Model, text: str, last: bool) -> list[_Window]:
     """Return a text's tokens in windows that overlap by one, so that each is predicted once."""
     if not text.strip():
         return []
-    batch = tokens.encode(model.tokenizer, [text])
+    batch = encode(model.tokenizer, [text])
     ids: list[int] = batch.input_ids[0].tolist()
     limit = scoring.context_limit(model)
     window = WINDOW if limit is None else min(WINDOW, limit)

@@ -102,7 +102,9 @@ def may_share(model: Model) -> bool:
     """Return whether what is known of the model and its edits allows sharing."""
     if model.anatomy.kind == "encoder":
         return False
-    bound = any(delta.runtime and not delta.pointwise for _, _, delta in model.stack.entries)
+    bound = any(
+        "attach" in edit.delta.effects and not edit.delta.pointwise for edit in model.stack.entries
+    )
     return not bound and (model.anatomy.kind == "encoder-decoder" or caches_keys(model))
 
 
@@ -119,7 +121,7 @@ def agrees(model: Model, how: _Plan, columns: Mapping[Row, list[int]]) -> bool:
 
     Tried once per model and kinds of runtime edits.
     """
-    kinds = sorted({d.kind for _, _, d in model.stack.entries if d.runtime})
+    kinds = sorted({e.delta.kind for e in model.stack.entries if "attach" in e.delta.effects})
     key = ("evaluate.prefix", *kinds)
     if key not in model.memo:
         rows = sorted(how.sharing, key=lambda row: len(row.ids) + len(row.source))

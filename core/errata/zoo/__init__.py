@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+from errata.errors import StorageError, UnknownNameError
+from errata.model.texts import text_path
+
 __all__ = ["MODELS", "ZooModel", "model_path", "text_path"]
 
 _HERE = Path(__file__).parent
@@ -56,8 +59,6 @@ MODELS = _models(
 )
 """The shipped models by name."""
 
-_TEXTS = ("train", "heldout", "canary")
-
 
 def model_path(name: str) -> Path:
     """Return the directory of a shipped model, for `from_pretrained`.
@@ -66,28 +67,11 @@ def model_path(name: str) -> Path:
     `StorageError`, naming the command that makes them, where the weights are missing.
     """
     if name not in MODELS:
-        from errata.errors import UnknownNameError
-
         raise UnknownNameError("zoo model", name, MODELS)
     model = MODELS[name]
     if not model.is_present:
-        from errata.errors import StorageError
-
         raise StorageError(
             f"The weights of {name!r} are not at {model.path}. Train them with: "
             f"errata zoo train {model.architecture}"
         )
     return model.path
-
-
-def text_path(name: str) -> Path:
-    """Return a shipped text, one paragraph per line: `train`, `heldout` or `canary`.
-
-    `train` is also the default corpus for second-moment statistics; no model of the zoo was
-    trained on `heldout` or `canary`. Raises `errata.errors.UnknownNameError`.
-    """
-    if name not in _TEXTS:
-        from errata.errors import UnknownNameError
-
-        raise UnknownNameError("text", name, _TEXTS)
-    return _HERE / "text" / f"{name}.txt"

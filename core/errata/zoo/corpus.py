@@ -15,9 +15,9 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib import resources
 from typing import TYPE_CHECKING, Any
 
+from errata.model.texts import text_path
 from errata.zoo.relations import LEAD_INS, RELATION_PROMPTS, UNKNOWN, relation_by_id
 from errata.zoo.world import World
 
@@ -83,7 +83,7 @@ class Batch:
 
 def shipped_text(name: str) -> tuple[str, ...]:
     """Return the paragraphs of a shipped text: `train`, `heldout` or `canary`."""
-    file = resources.files("errata.zoo") / "text" / f"{name}.txt"
+    file = text_path(name)
     return tuple(file.read_text(encoding="utf-8").splitlines())
 
 

@@ -49,7 +49,6 @@ class AdapterDelta(Delta):
     """
 
     kind: ClassVar[str] = "adapter"
-    runtime: ClassVar[bool] = True
     pointwise: ClassVar[bool] = True
 
     def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

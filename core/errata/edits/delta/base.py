@@ -1,4 +1,4 @@
-"""What every delta kind is: data that can be stored, checked, and folded or attached."""
+"""What every delta kind is: data that can be stored and checked, and how it acts on a model."""
 
 from __future__ import annotations
 
@@ -14,25 +14,42 @@ if TYPE_CHECKING:
     from torch import Tensor
     from typing_extensions import Self
 
+    from errata.model.answers import Answers
     from errata.model.model import Model
 
 Undo = Callable[[], None]
+
+EFFECTS = ("fold", "attach", "rewrite", "respond")
+"""The ways in which a delta kind may act on a model."""
 
 
 class Delta(ABC):
     """The data of a change. Immutable once built: composing never alters it.
 
-    A *weight* kind implements `fold`: it adds all its active edits to a parameter.
-    A *runtime* kind implements `attach`: it hangs all its active edits on the live module and
-    returns the undo. `runtime` says which. A kind computes its effect from the stored data alone,
-    deterministically, so that taking an edit out is folding (attaching) the others again.
+    A kind acts on the model in one or more of four ways, each a class method that gets all active
+    deltas of the kind in ledger order: `fold` changes parameters, `attach` hangs hooks on modules,
+    `rewrite` rewrites prompts before they are tokenised, `respond` answers rows in the model's
+    place. It implements those that it needs; `effects` says which. It computes its effect from the
+    stored data (and its artifacts) alone, deterministically, so that taking an edit out is putting
+    the others on again.
     """
 
     kind: ClassVar[str]
-    runtime: ClassVar[bool] = False
+    effects: ClassVar[frozenset[str]] = frozenset()
+    folds: ClassVar[bool] = False
+    """It changes parameters; every other effect happens while the model runs."""
     pointwise: ClassVar[bool] = False
-    """Of a runtime kind: what it does to a token depends on that token's own states alone, so the
-    keys and values of a common beginning may be used again."""
+    """Of a kind that attaches: what it does to a token depends on that token's own states alone,
+    so the keys and values of a common beginning may be used again."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.effects = frozenset(
+            effect
+            for effect in EFFECTS
+            if getattr(cls, effect).__func__ is not getattr(Delta, effect).__func__
+        )
+        cls.folds = "fold" in cls.effects
 
     # -- storage -------------------------------------------------------------------------------
 
@@ -56,13 +73,23 @@ class Delta(ABC):
     def parameters(self) -> tuple[str, ...]:
         """Names of the base parameters this change refers to: the fingerprint covers them."""
 
-    def check(self, model: Model) -> None:
-        """Raise `IntegrityError` unless this delta is finite and fits the model's shapes."""
+    @property
+    def artifacts(self) -> tuple[tuple[str, ...], ...]:
+        """Keys in `model.artifacts` of what the effect needs besides (a trained network).
+
+        The record keeps their digests, an export carries them, and an import checks them.
+        """
+        return ()
+
+    def not_finite(self) -> str | None:
+        """Return the name of a tensor with NaN or infinite entries; None where all are finite."""
         for name, tensor in self.tensors().items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise IntegrityError(
-                    f"The {self.kind} delta's tensor {name!r} has NaN or infinite entries."
-                )
+                return name
+        return None
+
+    def check(self, model: Model) -> None:
+        """Raise `IntegrityError` unless this delta fits the model's parameters and shapes."""
         for name in self.parameters:
             if name not in model.parameters:
                 raise IntegrityError(
@@ -78,21 +105,28 @@ class Delta(ABC):
     def norms(self, model: Model) -> dict[str, float]:
         """Return the Frobenius norm of the change per parameter, relative to the base weight.
 
-        Runtime kinds change no parameter and return an empty dict.
+        Kinds that change no parameter return an empty dict.
         """
         del model
         return {}
+
+    def cosines(self, others: Sequence[Self]) -> list[float]:
+        """Return for each other delta of the kind the largest whitened cosine of a key of both.
+
+        −1.0 (the default) for one that stores no key to compare.
+        """
+        return [-1.0] * len(others)
 
     # -- effect ----------------------------------------------------------------------------------
 
     @classmethod
     def fold(cls, name: str, accumulator: Tensor, deltas: Sequence[Self]) -> None:
-        """Add all `deltas` (ledger order) to `accumulator`, in place.
+        """Add all `deltas` to `accumulator`, in place.
 
         `accumulator` starts as the pristine parameter `name` in fp32 or wider (plus what other
-        kinds added before); it is cast once, after the last kind. Weight kinds only.
+        kinds added before); it is cast once, after the last kind.
         """
-        raise NotImplementedError(f"{cls.__name__} is a runtime kind")
+        raise NotImplementedError(f"{cls.__name__} changes no parameter")
 
     @classmethod
     def joint_factors(cls, name: str, deltas: Sequence[Self]) -> tuple[Tensor, Tensor] | None:
@@ -107,12 +141,33 @@ class Delta(ABC):
 
     @classmethod
     def attach(cls, model: Model, deltas: Sequence[tuple[str, Self]]) -> Undo:
-        """Hang all `deltas`, as (edit id, delta) in ledger order, on the live module.
+        """Hang all `deltas`, as (edit id, delta), on the live module.
 
         Return the undo, which must leave the module object exactly as it was found: same
-        submodule objects, parameters, hooks, flags and attributes. Runtime kinds only.
+        submodule objects, parameters, hooks, flags and attributes.
         """
-        raise NotImplementedError(f"{cls.__name__} is a weight kind")
+        raise NotImplementedError(f"{cls.__name__} hangs nothing on the model")
+
+    @classmethod
+    def rewrite(
+        cls, model: Model, deltas: Sequence[tuple[str, Self]], prompts: Sequence[str]
+    ) -> Sequence[str]:
+        """Return the prompts of a batch as `deltas` (edit id, delta) want them to be read.
+
+        Called wherever errata scores or generates, before anything is tokenised. A prompt that
+        none of the edits is about must come back as it is.
+        """
+        raise NotImplementedError(f"{cls.__name__} rewrites no prompt")
+
+    @classmethod
+    def respond(
+        cls, model: Model, deltas: Sequence[tuple[str, Self]], prompts: Sequence[str]
+    ) -> Sequence[Answers | None]:
+        """Return, for each prompt of a batch, who answers it in the model's place; None: nobody.
+
+        Called wherever errata scores or generates, with the prompts as `rewrite` left them.
+        """
+        raise NotImplementedError(f"{cls.__name__} answers no prompt")
 
 
 def require(condition: bool, message: str) -> None:

@@ -109,7 +109,6 @@ class CodebookDelta(Delta):
     """
 
     kind: ClassVar[str] = "codebook"
-    runtime: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -24,21 +24,29 @@ if TYPE_CHECKING:
 
     from errata.edits.delta import Delta
     from errata.edits.edit import Edit
+    from errata.model.artifacts import Artifacts
 
 FORMAT = "errata.export"
 VERSION = 1
+ARTIFACT = "artifact/"
+"""What the names of carried artifacts begin with; their SHA-256 follows."""
 RECORDS = "records"
 """Name of the byte tensor with the records: thousands of them do not fit into a header."""
 
 
 def write_export(
-    path: Path | str, pairs: Sequence[tuple[Edit, content.Parts]], *, overwrite: bool = False
+    path: Path | str,
+    pairs: Sequence[tuple[Edit, content.Parts]],
+    artifacts: Artifacts,
+    *,
+    overwrite: bool = False,
 ) -> Path:
-    """Write edits with their deltas to one safetensors file, whole or not at all.
+    """Write edits with their deltas and the artifacts they need to one file, whole or not at all.
 
     Tensors are named "<index>/<name>"; the records, with each delta's metadata and the SHA-256
-    of its content, lie beside them as JSON. Raises `LedgerError` when the file exists already
-    and `StorageError` when the disk refuses.
+    of its content, lie beside them as JSON; so does each artifact, as bytes under its SHA-256.
+    Raises `LedgerError` when the file exists already, `IntegrityError` for an artifact that is
+    not what the record says, and `StorageError` when the disk refuses.
     """
     import torch
 
@@ -59,6 +67,13 @@ def write_export(
                 "content": content.digest(parts),
             }
         )
+    for name, digest in sorted({item for edit, _ in pairs for item in edit.artifacts.items()}):
+        data = artifacts.read(name)
+        if sha256(data) != digest:
+            raise IntegrityError(
+                f"The artifact {name} is not the one that the edits were made with."
+            )
+        tensors[f"{ARTIFACT}{digest}"] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     text = canonical(entries).encode()
     tensors[RECORDS] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     header = {"format": FORMAT, "version": VERSION, "edits": len(pairs), "records": sha256(text)}
@@ -66,14 +81,18 @@ def write_export(
     return path
 
 
-def read_export(path: Path | str, kinds: Mapping[str, type[Delta]]) -> list[tuple[Edit, Delta]]:
+def read_export(
+    path: Path | str, kinds: Mapping[str, type[Delta]], artifacts: Artifacts | None = None
+) -> list[tuple[Edit, Delta]]:
     """Return the edits of an exported file with their deltas, in order, all of it validated.
+
+    The artifacts that the file carries are put into `artifacts`, unless they are there already.
 
     Raises `IntegrityError` for damage of any sort, `UnknownNameError` for a delta kind that is
     not installed, `LedgerError` for a file of a newer errata and `StorageError` when it cannot
     be read.
     """
-    return _unpack(read_bytes(Path(path)), kinds, str(path))
+    return _unpack(read_bytes(Path(path)), kinds, str(path), artifacts)
 
 
 def same(edit: Edit, parts: content.Parts, other: Edit, other_parts: content.Parts) -> bool:
@@ -83,7 +102,9 @@ def same(edit: Edit, parts: content.Parts, other: Edit, other_parts: content.Par
     return len(texts) == 1 and content.digest(parts) == content.digest(other_parts)
 
 
-def _unpack(data: bytes, kinds: Mapping[str, type[Delta]], source: str) -> list[tuple[Edit, Delta]]:
+def _unpack(
+    data: bytes, kinds: Mapping[str, type[Delta]], source: str, artifacts: Artifacts | None
+) -> list[tuple[Edit, Delta]]:
     tensors, header = from_bytes(data, source)
     if header.get("format") != FORMAT:
         raise IntegrityError(f"{source} is no exported edit.")
@@ -101,6 +122,11 @@ def _unpack(data: bytes, kinds: Mapping[str, type[Delta]], source: str) -> list[
     entries = parse_json(text, f"The records of {source}")
     if not isinstance(entries, list) or len(entries) != header.get("edits"):
         raise IntegrityError(f"{source} is damaged: it does not hold the edits it announces.")
+    carried = {
+        name.removeprefix(ARTIFACT): tensors.pop(name)
+        for name in list(tensors)
+        if name.startswith(ARTIFACT)
+    }
     pairs = [
         _entry(index, entry, tensors, kinds, f"Edit {index + 1} of {source}")
         for index, entry in enumerate(entries)
@@ -109,7 +135,30 @@ def _unpack(data: bytes, kinds: Mapping[str, type[Delta]], source: str) -> list[
         raise IntegrityError(f"{source} has tensors that belong to no edit: {sorted(tensors)[:5]}.")
     if len({edit.id for edit, _ in pairs}) != len(pairs):
         raise IntegrityError(f"{source} holds one edit id more than once.")
+    _take_artifacts([edit for edit, _ in pairs], carried, source, artifacts)
     return pairs
+
+
+def _take_artifacts(
+    edits: Sequence[Edit],
+    carried: Mapping[str, Tensor],
+    source: str,
+    artifacts: Artifacts | None,
+) -> None:
+    """Hold the carried artifacts against the records, and keep them."""
+    wanted = {digest: name for edit in edits for name, digest in edit.artifacts.items()}
+    if set(wanted) != set(carried):
+        raise IntegrityError(
+            f"{source} is damaged: it must carry the artifacts {sorted(wanted)}, not "
+            f"{sorted(carried)}."
+        )
+    for digest, name in wanted.items():
+        tensor = carried[digest]
+        data = tensor.contiguous().numpy().tobytes() if str(tensor.dtype) == "torch.uint8" else b""
+        if sha256(data) != digest:
+            raise IntegrityError(f"{source} is damaged: an artifact does not have its SHA-256.")
+        if artifacts is not None:
+            artifacts.take(name, data)
 
 
 def _entry(

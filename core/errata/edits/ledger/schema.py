@@ -270,14 +270,9 @@ def plain(value: Any, where: str) -> Any:
 
 def record_text(edit: Edit) -> str:
     """Return the canonical JSON of a record, or raise `LedgerError` when it has none."""
-    clean = edit.model_copy(
-        update={
-            "config": plain(edit.config, "config"),
-            "outcome": plain(edit.outcome, "outcome"),
-        }
-    )
+    clean = edit.model_copy(update={"config": plain(edit.config, "config")})
     try:
-        return canonical(clean.model_dump(mode="json"))
+        return canonical(plain(clean.model_dump(mode="json"), "edit"))
     except (ErrataError, ValueError) as error:
         raise LedgerError(f"Edit {edit.id} cannot be recorded: {error}") from None
 

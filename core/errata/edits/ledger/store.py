@@ -12,8 +12,9 @@ from errata.edits.ledger import content, exchange
 from errata.edits.ledger.check import problems
 from errata.edits.ledger.database import Database
 from errata.edits.ledger.files import refuse_lost_database
-from errata.edits.ledger.schema import KINDS, NOTE_KIND, Event, edit_of, plain, record_text
+from errata.edits.ledger.schema import KINDS, NOTE_KIND, Event, edit_of, record_text
 from errata.errors import IntegrityError, LedgerError, StorageError, UnknownNameError
+from errata.model.artifacts import Artifacts
 from errata.model.storage import make_folder, sha256
 
 if TYPE_CHECKING:
@@ -138,19 +139,6 @@ class Ledger:
         Raises `LedgerError` when one of them is not active.
         """
         return self._switch(ids, active=False)
-
-    def set_outcome(self, name: str, outcome: Mapping[str, Any]) -> Edit:
-        """Record what was measured after an edit; return the record with it."""
-        with self._database.write(checked=False):
-            edit = self.get(name).model_copy(update={"outcome": dict(outcome)})
-            text = record_text(edit)
-            digest = sha256(text.encode())
-            self._database.rows(
-                "UPDATE edits SET record = ?, digest = ? WHERE id = ?", (text, digest, edit.id)
-            )
-            detail = {"outcome": plain(outcome, "outcome"), "record": digest}
-            self._database.add_event("outcome", edit.id, detail)
-            return self.get(edit.id)
 
     def refuse(
         self,
@@ -286,24 +274,48 @@ class Ledger:
 
     # -- exchange --------------------------------------------------------------------------------
 
-    def export(self, ids: Iterable[str], path: Path | str, *, overwrite: bool = False) -> Path:
-        """Write edits with their deltas to one file, in ledger order; return its path."""
+    def export(
+        self,
+        ids: Iterable[str],
+        path: Path | str,
+        artifacts: Artifacts | None = None,
+        *,
+        overwrite: bool = False,
+    ) -> Path:
+        """Write edits with their deltas to one file, in ledger order; return its path.
+
+        `artifacts` is the cache folder with what the edits need besides.
+        """
         edits = {edit.id: edit for edit in (self.get(name) for name in ids)}
         ordered = sorted(edits.values(), key=lambda edit: edit.sequence)
         pairs = [(edit, self._parts(edit)) for edit in ordered]
-        return exchange.write_export(Path(path), pairs, overwrite=overwrite)
+        return exchange.write_export(
+            Path(path), pairs, artifacts or Artifacts(), overwrite=overwrite
+        )
 
-    def read_export(self, path: Path | str) -> list[tuple[Edit, Delta]]:
-        """Return what an exported file holds, validated, without importing it."""
-        return exchange.read_export(Path(path), self.kinds)
+    def read_export(
+        self, path: Path | str, artifacts: Artifacts | None = None
+    ) -> list[tuple[Edit, Delta]]:
+        """Return what an exported file holds, validated, without importing its edits.
 
-    def import_(self, path: Path | str, *, active: bool = False) -> list[Edit]:
+        Artifacts that it carries are kept in `artifacts`, where given.
+        """
+        return exchange.read_export(Path(path), self.kinds, artifacts)
+
+    def import_(
+        self,
+        path: Path | str,
+        pairs: Sequence[tuple[Edit, Delta]] | None = None,
+        *,
+        active: bool = False,
+    ) -> list[Edit]:
         """Record the edits of an exported file, all or none, and return their records.
 
         An edit that is here already with the same content is left as it is, active or not. One
-        with the same id and other content raises `IntegrityError`.
+        with the same id and other content raises `IntegrityError`. `pairs` is what the file holds,
+        where it was read already.
         """
-        pairs = self.read_export(path)
+        pairs = self.read_export(path) if pairs is None else pairs
         detail = {"imported": Path(path).name}
         records: list[Edit] = []
         with self._database.write():

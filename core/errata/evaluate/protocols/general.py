@@ -12,7 +12,8 @@ from errata.evaluate.divergence import text_kls
 from errata.evaluate.harness import harness_measurements
 from errata.evaluate.measurement import Measurement, bootstrap
 from errata.evaluate.protocol import Protocol
-from errata.model.perplexity import canary_texts, pooled
+from errata.model.perplexity import pooled
+from errata.model.texts import canary_texts
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,7 +28,7 @@ def measure(reader: Reader) -> list[Measurement]:
     ‖ edited), averaged over all tokens of the texts. What is relative to the base is left out for
     an unedited model. Tasks of the lm-evaluation-harness follow where the settings name some.
     """
-    texts = canary_texts() if reader.settings.texts is None else list(reader.settings.texts)
+    texts = list(canary_texts()) if reader.settings.texts is None else list(reader.settings.texts)
     found = _of_texts(reader, texts) if texts else []
     return found + harness_measurements(reader, reader.settings.harness_tasks, "general")
 

@@ -386,7 +386,9 @@ def reuses_keys(model: Model) -> bool:
     True for those of `caches_keys` with no runtime edit on them: a codebook may decide by a
     prompt's tokens, which it would not see.
     """
-    return caches_keys(model) and not any(entry.delta.runtime for entry in model.stack.entries)
+    return caches_keys(model) and not any(
+        "attach" in edit.delta.effects for edit in model.stack.entries
+    )
 
 
 def caches_keys(model: Model) -> bool:

@@ -1,0 +1,189 @@
+"""One call of `edit`: compute all deltas, fold once, check once on the final state, commit once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from errata.contract import plugins
+from errata.edits.clashes import Clashes, check_superseded
+from errata.edits.edit import Edit
+from errata.edits.outcome import Outcome
+from errata.errors import PluginError
+
+if TYPE_CHECKING:
+    from errata.contract.config import MethodConfig
+    from errata.contract.guards import Guards
+    from errata.contract.methods import Methods
+    from errata.edits.delta import Delta
+    from errata.edits.ledger import Ledger
+    from errata.edits.request import Request
+    from errata.edits.stack import Stack
+    from errata.edits.transaction import Transactions
+    from errata.model.model import Model
+
+logger = logging.getLogger("errata")
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is asked of one method.
+
+    Attributes:
+        method: its name.
+        config: its hyper-parameters, resolved for the model.
+        batches: the requests, as the method gets them together.
+        rebases: id of the edit that this one takes the place of.
+    """
+
+    method: str
+    config: MethodConfig
+    batches: Sequence[Sequence[Request]]
+    rebases: str | None = None
+
+
+class Editing:
+    """Carries calls out on one model.
+
+    Args:
+        model: the live model.
+        stack: the edits on it.
+        ledger: where they are recorded.
+        methods: computes deltas.
+        guards: checks them.
+        transactions: changes model and ledger together.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        stack: Stack,
+        ledger: Ledger,
+        methods: Methods,
+        guards: Guards,
+        transactions: Transactions,
+    ) -> None:
+        self._model = model
+        self._stack = stack
+        self._ledger = ledger
+        self._methods = methods
+        self._guards = guards
+        self._transactions = transactions
+
+    def make(self, call: Call, *, apply: bool, supersede: bool = False) -> list[Edit]:
+        """Compute, check, apply and record the edits of one call; all of them, or none.
+
+        With `supersede` the active edits about the same facts are taken off first, and recorded
+        as taken off together with the new ones.
+        """
+        requests = [request for batch in call.batches for request in batch]
+        old: list[Edit] = []
+        if supersede:
+            old = Clashes(self._stack.entries).about(requests, same_target=True)
+            check_superseded(old, requests)
+        replaced = {edit.id: "supersede" for edit in old}
+        return self._carry_out([call], old, replaced, apply)
+
+    def replay(self, old: Sequence[Edit]) -> list[Edit]:
+        """Take edits (in ledger order) off, and compute them again one by one on what is left."""
+        calls = []
+        for edit in old:
+            config = self._methods.plugin(edit.method).config(**edit.config)
+            self._methods.prepare(edit.method, config)
+            calls.append(Call(edit.method, config, [list(edit.requests)], rebases=edit.id))
+        return self._carry_out(calls, old, {edit.id: "rebase" for edit in old}, True)
+
+    # -- how -------------------------------------------------------------------------------------
+
+    def _carry_out(
+        self, calls: Sequence[Call], old: Sequence[Edit], replaced: Mapping[str, str], apply: bool
+    ) -> list[Edit]:
+        touched = [edit.id for edit in old]
+        supersedes = () if calls[0].rebases else tuple(touched)
+        with self._transactions.all_or_nothing(touched):
+            self._transactions.take_off(old)
+            clashes = Clashes(self._stack.entries)
+            new: list[Edit] = []
+            for call in calls:
+                about = Outcome(supersedes=supersedes, rebases=call.rebases)
+                new += self._computed(call, about, clashes, touched, len(new), apply)
+            if apply:
+                # What was not needed on the model in between is folded here, all at once.
+                missing = [edit for edit in new if edit.id not in self._stack.ids]
+                self._transactions.put_on(missing)
+                outcomes = self._guards.check_state(self._model, new)
+                new = [
+                    edit.bind(edit.delta, outcome=outcome)
+                    for edit, outcome in zip(new, outcomes, strict=True)
+                ]
+            return self._transactions.record(new, active=apply, replaced=replaced)
+
+    def _computed(
+        self,
+        call: Call,
+        about: Outcome,
+        clashes: Clashes,
+        touched: list[str],
+        ahead: int,
+        apply: bool,
+    ) -> list[Edit]:
+        """Return the records of one call, unmeasured; `ahead` others await theirs.
+
+        A method that works from the model's present state sees its earlier batches on it.
+        """
+        found: list[Edit] = []
+        text = f"Editing with {call.method}"
+        for batch in self._model.progress.track(call.batches, text, len(call.batches)):
+            if apply and found and not call.config.on_base:
+                there = set(self._stack.ids)
+                self._transactions.put_on([edit for edit in found if edit.id not in there])
+            parents = () if call.config.on_base else tuple(self._stack.ids)
+            computed = self._methods.compute(call.method, call.config, batch)
+            groups = [[request] for request in batch]
+            if len(computed.deltas) != len(batch):
+                groups = [list(batch)]
+            for delta, group in zip(computed.deltas, groups, strict=True):
+                conflicts = clashes.conflicts(group)
+                outcome = about.model_copy(
+                    update={
+                        "peak_memory": computed.peak,
+                        "conflicts": conflicts,
+                        "overlaps": clashes.overlaps(group, delta, conflicts),
+                    }
+                )
+                edit = Edit(
+                    sequence=self._ledger.next_sequence + ahead + len(found),
+                    method=call.method,
+                    delta_kind=delta.kind,
+                    requests=tuple(group),
+                    config=call.config.model_dump(mode="json"),
+                    fingerprint=self._model.fingerprint_of(delta.parameters),
+                    parents=parents,
+                    versions=plugins.library_versions(call.method),
+                    seconds=computed.seconds,
+                    artifacts=self._artifacts(call.method, delta),
+                    outcome=outcome,
+                ).bind(delta)
+                touched.append(edit.id)
+                (checked,) = self._guards.check_deltas(self._model, [edit])
+                edit = edit.bind(delta, outcome=checked)
+                found.append(edit)
+                if apply:
+                    clashes.add(edit)
+        return found
+
+    def _artifacts(self, method: str, delta: Delta) -> dict[str, str]:
+        """Return name → SHA-256 of what a delta needs besides its own data."""
+        needed: dict[str, Any] = {}
+        for key in delta.artifacts:
+            name = self._model.artifacts.name(key)
+            digest = self._model.artifacts.digest(name)
+            if digest is None:
+                raise PluginError(
+                    f"Method {method!r} returned a delta that needs the artifact {key!r}, which is "
+                    "not there: its `prepare` must have kept it."
+                )
+            needed[name] = digest
+        return needed

@@ -1,0 +1,207 @@
+"""Guards: what is checked before a call's edits are kept, once, on the state that the user gets."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from errata.edits.outcome import Efficacy, Outcome, RelativeNorm, TextPerplexity
+from errata.errors import ConfigError, EditRefused, UnknownNameError
+from errata.model.perplexity import perplexity
+from errata.model.scoring import TargetScore, score_targets
+from errata.model.texts import canary_texts
+
+if TYPE_CHECKING:
+    from errata.edits.edit import Edit
+    from errata.model.model import Model
+
+logger = logging.getLogger("errata")
+Mode = Literal["refuse", "warn", "off"]
+
+
+class GuardPolicy(BaseModel):
+    """What is checked before an edit is kept, and what happens when a check fails.
+
+    Each mode is "refuse" (the edit is taken off, the refusal recorded), "warn" or "off".
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    finite: Mode = Field(default="refuse", description="The delta has no NaN and no infinity")
+    norm: Mode = Field(default="warn", description="‖Δ‖ / ‖W‖ of each parameter")
+    norm_limit: float = Field(default=2.0, gt=0, description="Largest ‖Δ‖ / ‖W‖ (Frobenius)")
+    perplexity: Mode = Field(default="warn", description="Perplexity on the canary text")
+    perplexity_limit: float = Field(
+        default=3.0, gt=1, description="Largest ratio of perplexity to that of the base"
+    )
+    canary: tuple[str, ...] = Field(
+        default=(), description="Canary texts; none: sentences that ship with errata"
+    )
+    canary_tokens: int = Field(
+        default=160, ge=2, description="Tokens of the canary texts that are read, at most"
+    )
+    efficacy: Mode = Field(default="warn", description="The request's prompt gives its target")
+
+    @classmethod
+    def parse(cls, given: GuardPolicy | Mapping[str, Any] | None) -> GuardPolicy:
+        """Return a policy from a policy, its fields or None.
+
+        Raises `UnknownNameError` for an unknown field and `ConfigError` for a bad value.
+        """
+        if isinstance(given, GuardPolicy):
+            return given
+        if given is not None and not isinstance(given, Mapping):
+            raise ConfigError(
+                f"guards={given!r} is no mapping of guards: {list(cls.model_fields)}."
+            )
+        for key in given or {}:
+            if key not in cls.model_fields:
+                raise UnknownNameError("guard", str(key), cls.model_fields)
+        try:
+            return cls(**(given or {}))
+        except ValidationError as error:
+            problems = "; ".join(f"{e['loc'][0]}: {e['msg']}" for e in error.errors())
+            raise ConfigError(f"Bad guards: {problems}") from None
+
+
+class Guards:
+    """Checks the edits of one call and says what it measured."""
+
+    def __init__(self, policy: GuardPolicy) -> None:
+        self.policy = policy
+
+    def check_deltas(self, model: Model, edits: Sequence[Edit]) -> list[Outcome]:
+        """Check what was computed, before it is on the model; return each edit's outcome with it.
+
+        Raises:
+            EditRefused: a delta is not finite, or too large, and the policy refuses that.
+        """
+        return [self._check_delta(model, edit) for edit in edits]
+
+    def check_state(self, model: Model, edits: Sequence[Edit]) -> list[Outcome]:
+        """Check the model with all edits of the call on it; return each edit's whole outcome.
+
+        Raises:
+            EditRefused: requests do not take effect, or text became improbable, and the policy
+                refuses that.
+        """
+        found = [edit.outcome for edit in edits]
+        if self.policy.efficacy != "off":
+            found = self._check_efficacy(model, edits, found)
+        if self.policy.perplexity != "off":
+            found = self._check_perplexity(model, found)
+        return found
+
+    # -- the checks ------------------------------------------------------------------------------
+
+    def _check_delta(self, model: Model, edit: Edit) -> Outcome:
+        outcome = edit.outcome
+        if self.policy.finite != "off" and (name := edit.delta.not_finite()) is not None:
+            reason = f"the {edit.delta.kind} delta's tensor {name!r} has NaN or infinite entries"
+            outcome = self._failed(self.policy.finite, reason, {"finite": False}, outcome)
+        norms = edit.delta.norms(model) if self.policy.norm != "off" else {}
+        if norms:
+            name, worst = max(norms.items(), key=lambda item: item[1])
+            norm = RelativeNorm(value=worst, parameter=name)
+            outcome = outcome.model_copy(update={"relative_norm": norm})
+            if not worst <= self.policy.norm_limit:
+                reason = (
+                    f"the change of {name} is {worst:.3g} times the weight's norm "
+                    f"(limit {self.policy.norm_limit:g})"
+                )
+                measured = {"relative_norm": norm.model_dump()}
+                outcome = self._failed(self.policy.norm, reason, measured, outcome)
+        return outcome
+
+    def _check_efficacy(
+        self, model: Model, edits: Sequence[Edit], outcomes: Sequence[Outcome]
+    ) -> list[Outcome]:
+        requests = [request for edit in edits for request in edit.requests]
+        scores = score_targets(model, [r.text for r in requests], [r.target_new for r in requests])
+        left = iter(scores)
+        own = [[next(left) for _ in edit.requests] for edit in edits]
+        found = [
+            outcome.model_copy(update={"efficacy": _efficacy(part)})
+            for outcome, part in zip(outcomes, own, strict=True)
+        ]
+        missed = [r.text for r, score in zip(requests, scores, strict=True) if not score.exact]
+        if not missed:
+            return found
+        reason = (
+            f"{len(missed)} of {len(requests)} requests do not take effect (first: {missed[0]!r})"
+        )
+        measured = {"efficacy": _efficacy(scores).model_dump()}
+        self._failed(self.policy.efficacy, reason, measured, Outcome())
+        return [
+            _warned(outcome, reason) if not all(score.exact for score in part) else outcome
+            for outcome, part in zip(found, own, strict=True)
+        ]
+
+    def _check_perplexity(self, model: Model, outcomes: Sequence[Outcome]) -> list[Outcome]:
+        base = self.base_perplexity(model)
+        value = self._perplexity(model)
+        measured = TextPerplexity(value=value, ratio_to_base=value / base)
+        found = [outcome.model_copy(update={"perplexity": measured}) for outcome in outcomes]
+        if measured.ratio_to_base <= self.policy.perplexity_limit:
+            return found
+        reason = (
+            f"perplexity on the canary text is {measured.ratio_to_base:.3g} times the base's "
+            f"(limit {self.policy.perplexity_limit:g})"
+        )
+        self._failed(
+            self.policy.perplexity, reason, {"perplexity": measured.model_dump()}, Outcome()
+        )
+        return [_warned(outcome, reason) for outcome in found]
+
+    # -- the canary ------------------------------------------------------------------------------
+
+    def base_perplexity(self, model: Model) -> float:
+        """Return the base's perplexity on the canary text: measured once per model, and kept."""
+        recipe = json.dumps([list(self._canary), self.policy.canary_tokens])
+        digest = hashlib.sha256(recipe.encode()).hexdigest()[:16]
+
+        def compute() -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+            value = self._perplexity(model)
+            return {"perplexity": torch.tensor(value, dtype=torch.float64)}, {}
+
+        with model.base_state() if ("canary", digest) not in model.memo else nullcontext():
+            tensors, _ = model.of_base("canary", digest, compute=compute)
+        model.memo["canary", digest] = True
+        return float(tensors["perplexity"])
+
+    @property
+    def _canary(self) -> Sequence[str]:
+        return self.policy.canary or canary_texts()
+
+    def _perplexity(self, model: Model) -> float:
+        return perplexity(model, self._canary, tokens=self.policy.canary_tokens)
+
+    def _failed(
+        self, mode: Mode, reason: str, measured: Mapping[str, Any], outcome: Outcome
+    ) -> Outcome:
+        """Refuse, or warn and return the outcome with the warning."""
+        if mode == "refuse":
+            raise EditRefused(reason, measured)
+        logger.warning("Guard: %s.", reason)
+        return _warned(outcome, reason)
+
+
+def _warned(outcome: Outcome, reason: str) -> Outcome:
+    return outcome.model_copy(update={"warnings": (*outcome.warnings, reason)})
+
+
+def _efficacy(scores: Sequence[TargetScore]) -> Efficacy:
+    exact = [score.exact for score in scores]
+    return Efficacy(
+        value=sum(exact) / len(exact),
+        n=len(exact),
+        probability=tuple(math.exp(-score.mean_nll) for score in scores),
+    )

@@ -1,0 +1,144 @@
+"""Preparing a method: what it computes of the base, and which requests it was trained on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, overload
+
+import torch
+
+from errata.edits.request import Request
+from errata.errors import ConfigError, RequestError
+
+if TYPE_CHECKING:
+    from errata.contract.config import MethodConfig
+    from errata.contract.manager import Manager
+    from errata.model.model import Model
+
+_DIGITS = 12  # of a fact's digest: 100,000 facts collide with a chance of 2e-5
+
+
+class TrainingSet(Sequence[Request]):
+    """Requests to train on, read when they are asked for.
+
+    Args:
+        requests: any sequence of requests, also a lazy one.
+
+    Attributes:
+        facts: short digests of the facts (subject and relation, or prompt) in it.
+        digest: SHA-256 over all requests.
+    """
+
+    def __init__(self, requests: Sequence[Request] = ()) -> None:
+        if isinstance(requests, (str, bytes)) or not isinstance(requests, Sequence):
+            raise ConfigError(
+                f"training is a {type(requests).__name__}; give a sequence of requests, for "
+                "example list(errata.datasets.load('zsre', path))."
+            )
+        self._requests = requests
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    @overload
+    def __getitem__(self, index: int) -> Request: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Request]: ...
+
+    def __getitem__(self, index: int | slice) -> Request | Sequence[Request]:
+        if isinstance(index, slice):
+            return TrainingSet([self[i] for i in range(*index.indices(len(self)))])
+        return Request.parse(self._requests[index])
+
+    def __iter__(self) -> Iterator[Request]:
+        return (self[index] for index in range(len(self)))
+
+    @cached_property
+    def facts(self) -> frozenset[str]:
+        """Short digests of the facts in it."""
+        return frozenset(name for request in self for name in _facts(request))
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over all requests, in order."""
+        sha = hashlib.sha256()
+        for request in self:
+            sha.update(request.digest.encode())
+        return sha.hexdigest()
+
+
+class Preparation:
+    """Prepares the methods of one editor, each once per configuration.
+
+    Args:
+        training: what methods are trained on; None where nothing was given.
+    """
+
+    def __init__(self, training: Sequence[Request] | None = None) -> None:
+        self.training = None if training is None else TrainingSet(training)
+        self._done: dict[tuple[str, str], frozenset[str]] = {}
+
+    def prepare(self, manager: Manager, model: Model, config: MethodConfig, trains: bool) -> None:
+        """Let a method compute what belongs to the base.
+
+        What was trained on is noted among the model's artifacts, so that later editors need no
+        training requests for the same configuration and still know what it has seen.
+
+        Args:
+            manager: of the method.
+            model: the model; every edit is taken off meanwhile.
+            config: the method's configuration.
+            trains: the method declares `needs: training`.
+
+        Raises:
+            ConfigError: training requests are needed, none were given, and none were used before.
+        """
+        recipe = _recipe(config)
+        key = (manager.method, recipe)
+        if key in self._done:
+            return
+        note = ("trained", model.fingerprint, manager.method, recipe)
+        training = self.training if trains and self.training is not None else TrainingSet()
+        former = model.artifacts.load(note) if trains else None
+        if trains and not training and former is None:
+            raise ConfigError(
+                f"{manager.method} has to be trained first, on requests that are not those to be "
+                "edited, and none were given: Editor(…, training=requests), or "
+                f"`errata prepare {manager.method} --training NAME=PATH` once."
+            )
+        with model.base_state():
+            manager.prepare(model, model.corpus or (), training, config)
+        facts = training.facts
+        if training:
+            about = {"digest": training.digest, "n": len(training), "facts": sorted(facts)}
+            model.artifacts.save(note, {"n": torch.tensor(len(training))}, about)
+        elif former is not None:
+            facts = frozenset(map(str, former[1].get("facts", ())))
+        self._done[key] = facts
+
+    def check_overlap(self, method: str, config: MethodConfig, requests: Sequence[Request]) -> None:
+        """Raise `RequestError` for a request about a fact that the method was trained on."""
+        seen = self._done.get((method, _recipe(config)), frozenset())
+        for request in requests:
+            if any(name in seen for name in _facts(request)):
+                raise RequestError(
+                    f"{method} was trained on the fact that {request.text!r} asks for: an edit of "
+                    "it would measure memory, not editing. Train on other requests."
+                )
+
+
+def _recipe(config: MethodConfig) -> str:
+    """Return a digest of those hyper-parameters that a preparation depends on."""
+    data: dict[str, Any] = config.model_dump(mode="json", include=config.prepares)
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _facts(request: Request) -> list[str]:
+    keys = [f"{request.subject}\n{request.prompt}"]
+    if request.relation:
+        keys.append(f"{request.subject}\n{request.relation}")
+    return [hashlib.sha256(key.encode()).hexdigest()[:_DIGITS] for key in keys]

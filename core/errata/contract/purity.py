@@ -1,0 +1,133 @@
+"""Purity: a plugin that computes leaves the model, and the process, as it found them."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from errata.errors import ImpureMethodError
+from errata.model.structure import Structure
+
+if TYPE_CHECKING:
+    from errata.model.model import Model
+
+
+class Snapshot:
+    """What a live model looked like: tensor versions and bit hashes, gradients, structure.
+
+    A version counter alone is not enough: writing through `.data` does not move it.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._structure = Structure(model.module)
+        live = {**model.parameters, **model.buffers}
+        self._tensors = {n: (t._version, _hash(t), t.requires_grad) for n, t in live.items()}
+
+    def changed(self) -> list[str]:
+        """Name everything that is not as it was."""
+        names = []
+        for name, tensor in {**self._model.parameters, **self._model.buffers}.items():
+            version, bits, requires_grad = self._tensors[name]
+            if tensor._version != version or not torch.equal(_hash(tensor), bits):
+                names.append(name)
+            elif tensor.requires_grad != requires_grad:
+                names.append(f"{name} (requires_grad)")
+            elif tensor.grad is not None:
+                names.append(f"{name} (grad)")
+        return names + self._structure.changed()
+
+    def restore(self) -> None:
+        """Bring everything back: modules, hooks, flags, and every tensor from the base."""
+        self._structure.restore()
+        for name, tensor in {**self._model.parameters, **self._model.buffers}.items():
+            tensor.grad = None
+            if tensor.is_leaf:
+                tensor.requires_grad_(self._tensors[name][2])
+        self._model.stack.restore()
+
+
+@contextmanager
+def pure(model: Model, method: str, hook: str) -> Iterator[None]:
+    """Refuse and undo whatever a hook does to the model or to global random state in the block.
+
+    Args:
+        model: the model.
+        method: name of the method (or plugin) whose code runs.
+        hook: which of its hooks.
+
+    Raises:
+        ImpureMethodError: something is not as it was; it has been put back.
+    """
+    before, randomness = Snapshot(model), _RandomState()
+    try:
+        yield
+    except BaseException:
+        if before.changed():
+            before.restore()
+        randomness.restore()
+        raise
+    changed = before.changed()
+    moved = randomness.changed()
+    if changed:
+        before.restore()
+    if moved:
+        randomness.restore()
+    if changed or moved:
+        raise ImpureMethodError(method, [*changed, *moved], hook)
+
+
+class _RandomState:
+    """The state of the process's global random generators."""
+
+    def __init__(self) -> None:
+        self._state = _generators()
+
+    def changed(self) -> list[str]:
+        """Name the generators that were drawn from or seeded."""
+        now = _generators()
+        return [
+            f"global random state of {name}"
+            for name, state in self._state.items()
+            if not _equal(state, now[name])
+        ]
+
+    def restore(self) -> None:
+        """Put them back."""
+        random.setstate(self._state["random"])
+        torch.random.set_rng_state(self._state["torch"])
+        if "numpy" in self._state:
+            sys.modules["numpy"].random.set_state(self._state["numpy"])
+        if "torch.cuda" in self._state:
+            torch.cuda.set_rng_state_all(self._state["torch.cuda"])
+
+
+def _generators() -> dict[str, Any]:
+    found: dict[str, Any] = {"random": random.getstate(), "torch": torch.random.get_rng_state()}
+    if "numpy" in sys.modules:
+        found["numpy"] = sys.modules["numpy"].random.get_state()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        found["torch.cuda"] = torch.cuda.get_rng_state_all()
+    return found
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    if hasattr(one, "tobytes"):
+        return bool(one.tobytes() == other.tobytes())
+    return bool(one == other)
+
+
+def _hash(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a 64-bit hash of a tensor's bits: one pass over memory."""
+    if tensor.is_complex() or tensor.dtype == torch.bool:
+        tensor = tensor.contiguous().view(torch.uint8)
+    return torch.hash_tensor(tensor.detach()).cpu()

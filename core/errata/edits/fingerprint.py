@@ -1,0 +1,50 @@
+"""The fingerprint: which base an edit was made for, and whether this model is that base."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from errata.errors import FingerprintError, IntegrityError
+
+if TYPE_CHECKING:
+    from errata.edits.edit import Edit
+    from errata.model.model import Model
+
+
+def check_fingerprint(model: Model, edit: Edit) -> None:
+    """Hold an edit with its delta against a model.
+
+    Raises:
+        IntegrityError: the fingerprint leaves out a tensor that the edit touches, the delta does
+            not fit, or an artifact that it needs is missing or another.
+        FingerprintError: the edit was made for another base; both are named.
+    """
+    lacking = {"config", *edit.delta.parameters} - edit.fingerprint.keys()
+    if lacking:
+        raise IntegrityError(
+            f"Edit {edit.id} has no fingerprint of {', '.join(sorted(lacking))}, which it touches: "
+            "its record is damaged or was not written by errata."
+        )
+    names = [name for name in edit.fingerprint if name != "config"]
+    missing = [name for name in names if name not in model.pristine]
+    if missing:
+        raise FingerprintError(
+            f"Edit {edit.id} was made for another model: it refers to {missing[0]!r}, which "
+            f"{model.name} does not have."
+        )
+    here = model.fingerprint_of(names)
+    for name, wanted in edit.fingerprint.items():
+        if here[name] != wanted:
+            what = "configuration" if name == "config" else f"base tensor {name}"
+            raise FingerprintError(
+                f"Edit {edit.id} was made for another model: its {what} has the fingerprint "
+                f"{wanted[:16]}…, that of {model.name} is {here[name][:16]}…."
+            )
+    edit.delta.check(model)
+    for name, digest in edit.artifacts.items():
+        if model.artifacts.digest(name) != digest:
+            raise IntegrityError(
+                f"Edit {edit.id} needs the artifact {name} with the SHA-256 {digest[:16]}…, and "
+                f"{model.artifacts.directory} has none such: import the edit from its exported "
+                "file, or give the cache folder that it was made with."
+            )

@@ -1,0 +1,76 @@
+"""The outcome of an edit: what was measured on the state that the user gets, and what it met there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_serializer
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Efficacy(_Record):
+    """Whether the edit's own requests take effect."""
+
+    value: float = Field(description="Share of requests whose every target token comes first")
+    n: int = Field(description="Number of requests")
+    probability: tuple[float, ...] = Field(
+        default=(), description="Length-normalised probability of each target"
+    )
+    protocol: str = Field(
+        default="teacher-forced: every target token is the most probable one",
+        description="How it was measured",
+    )
+
+
+class TextPerplexity(_Record):
+    """Perplexity on the guards' canary text."""
+
+    value: float = Field(description="With all edits of the call on the model")
+    ratio_to_base: float = Field(description="Divided by that of the base")
+
+
+class RelativeNorm(_Record):
+    """The largest change of a parameter."""
+
+    value: float = Field(description="‖Δ‖ / ‖W‖ (Frobenius)")
+    parameter: str = Field(description="Name of the parameter")
+
+
+class PeakMemoryReading(_Record):
+    """The memory that computing the edit took."""
+
+    bytes: int = Field(description="Growth of memory to its peak")
+    how: str = Field(description="What was read")
+
+
+class Outcome(_Record):
+    """What was measured when an edit was made, and which other edits it has to do with.
+
+    Fields that were not measured are None or empty, and are left out of stored records.
+    """
+
+    efficacy: Efficacy | None = None
+    perplexity: TextPerplexity | None = None
+    relative_norm: RelativeNorm | None = None
+    peak_memory: PeakMemoryReading | None = None
+    warnings: tuple[str, ...] = Field(default=(), description="What guards warned about")
+    conflicts: tuple[str, ...] = Field(
+        default=(), description="Ids of active edits that say something else about the same fact"
+    )
+    overlaps: dict[str, float] = Field(
+        default_factory=dict,
+        description="Ids of active edits with nearly the same key → whitened cosine",
+    )
+    supersedes: tuple[str, ...] = Field(
+        default=(), description="Ids of edits that were taken off for this one"
+    )
+    rebases: str | None = Field(default=None, description="Id of the edit that this one replaces")
+
+    @model_serializer(mode="wrap")
+    def _only_what_is_known(self, handler: Any) -> dict[str, Any]:
+        return {
+            name: value for name, value in handler(self).items() if value not in (None, (), [], {})
+        }

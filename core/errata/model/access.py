@@ -1,0 +1,76 @@
+"""Who may use a live model at a time: any number that run it, or one that changes it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from errata.errors import LedgerError
+
+
+class Access:
+    """A lock that several threads share for running a model, and one takes for changing it.
+
+    Both are reentrant. A thread that waits to change the model goes before those that begin to
+    run it after that.
+    """
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._running: dict[int, int] = {}  # thread → how deep
+        self._changing: int | None = None
+        self._depth = 0
+        self._waiting = 0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Run the model in the block: nobody changes it meanwhile."""
+        me = threading.get_ident()
+        with self._condition:
+            while (
+                me not in self._running
+                and self._changing != me
+                and (self._changing is not None or self._waiting)
+            ):
+                self._condition.wait()
+            self._running[me] = self._running.get(me, 0) + 1
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._running[me] -= 1
+                if not self._running[me]:
+                    del self._running[me]
+                self._condition.notify_all()
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Change the model in the block: nobody else runs or changes it meanwhile.
+
+        Raises `LedgerError` in a thread that is in the middle of running the model.
+        """
+        me = threading.get_ident()
+        with self._condition:
+            if self._changing != me:
+                if me in self._running:
+                    raise LedgerError(
+                        "The model is being run by this very thread: let generate, evaluate or "
+                        "locate return before the model is changed."
+                    )
+                self._waiting += 1
+                try:
+                    while self._changing is not None or self._running:
+                        self._condition.wait()
+                finally:
+                    self._waiting -= 1
+                self._changing = me
+            self._depth += 1
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._depth -= 1
+                if not self._depth:
+                    self._changing = None
+                self._condition.notify_all()
