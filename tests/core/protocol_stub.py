@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
+from errata.contract.measurement import Measurement
+from errata.contract.protocol import Protocol
 from errata.edits.request import Request
-from errata.evaluate.measurement import Measurement
-from errata.evaluate.protocol import Protocol
 from errata.evaluate.reader import MeasureSettings, Memory, Reader
 from errata.model import Model
 from errata.model.scoring import TargetScore

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from errata.contract import measurement
 from errata.edits.request import Probe, Request
-from errata.evaluate import Measurement, failures, fluency, measurement
+from errata.evaluate import Measurement, failures, fluency, pooling
 from errata.evaluate.protocols import (
     counterfact,
     easyedit,
@@ -368,7 +369,7 @@ def test_a_request_without_prompts_gives_nothing_but_the_edit_itself() -> None:
         assert set(ask(protocol, [bare], **given)) == expected[protocol.name]
 
 
-@pytest.mark.parametrize("module", [failures, fluency, measurement, sanitation])
+@pytest.mark.parametrize("module", [failures, fluency, measurement, pooling, sanitation])
 def test_the_examples_in_docstrings_run(module: Any) -> None:
     results = doctest.testmod(module)
     assert results.attempted > 0

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from errata.contract.measurement import wilson
 from errata.edits.request import Probe, RelationView, Request
 from errata.evaluate import Answer, Measurement, pool
-from errata.evaluate.measurement import harmonic_mean, wilson
+from errata.evaluate.pooling import harmonic_mean
 from errata.evaluate.protocols import (
     counterfact,
     easyedit,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from errata.bench.run_spec import Case, name_of
 from errata.errors import IntegrityError, StorageError
 from errata.evaluate import PROTOCOLS, Baseline, Measurement, Reader, TargetScore
-from errata.evaluate.measurement import harmonic_mean
+from errata.evaluate.pooling import harmonic_mean
 from errata.evaluate.reader import Memory
 from errata.model.storage import write_bytes
 

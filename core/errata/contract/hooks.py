@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 if TYPE_CHECKING:
+    from errata.contract.location import Location
+    from errata.contract.measurement import Measurement
+    from errata.contract.protocol import Protocol
     from errata.edits.delta import Delta
     from errata.edits.edit import Edit
     from errata.edits.request import Request
-    from errata.evaluate import Measurement, Protocol
-    from errata.locate import Location
     from errata.model.model import Model
 
 PROJECT = "errata"

@@ -16,11 +16,12 @@ from errata.contract.hooks import GROUP, PROJECT, Specification
 from errata.errors import PluginError, UnknownNameError
 
 if TYPE_CHECKING:
+    from errata.contract.location import Location
+    from errata.contract.measurement import Measurement
+    from errata.contract.protocol import Protocol
     from errata.edits.delta import Delta
     from errata.edits.edit import Edit
     from errata.edits.request import Request
-    from errata.evaluate import Measurement, Protocol
-    from errata.locate import Location
     from errata.model.model import Model
 
 DISABLE = "ERRATA_DISABLE"

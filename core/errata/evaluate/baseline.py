@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter
 
+from errata.contract.measurement import Measurement
 from errata.errors import ConfigError, FingerprintError, IntegrityError
-from errata.evaluate.measurement import Measurement
 from errata.evaluate.protocols import PROTOCOLS
 from errata.evaluate.reader import MeasureSettings, Memory, Reader
 from errata.model.storage import parse_json, write_bytes

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from errata.contract.measurement import Answer, Measurement
 from errata.errors import SelfComparisonError
 from errata.evaluate.failures import classify_failure
 from errata.evaluate.matching import NORMALISATION, contained_match, exact_match
-from errata.evaluate.measurement import Answer, Measurement
 from errata.evaluate.sampled import sampled_texts
 from errata.model.generation import generate
 from errata.model.perplexity import text_nlls

@@ -1,11 +1,11 @@
 """Locating: where does a model keep a piece of knowledge, and does that help to edit it?"""
 
+from errata.contract.location import Location
 from errata.kit.auto_layers import ChosenLayers, cached_sweep, chosen_layers, settled
 from errata.locate.average import AverageTrace, Effects, average
 from errata.locate.causal_trace import Tracer, trace
 from errata.locate.corruption import embedding_std
 from errata.locate.lens import Trajectory, contribution_norms, logit_lens
-from errata.locate.location import Location
 from errata.locate.locator import LOCATORS, CoreLocator, TraceConfig
 from errata.locate.neurons import Attribution, KnowledgeNeurons, attribute, knowledge_neurons
 from errata.locate.rank_statistics import spearman

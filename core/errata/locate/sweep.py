@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 from errata.contract import plugins
+from errata.contract.measurement import RESAMPLES, mean_interval
 from errata.errors import CapabilityError, ConfigError, ErrataError, RequestError
-from errata.evaluate.measurement import RESAMPLES, mean_interval
 from errata.locate.average import AverageTrace, average
 from errata.locate.rank_statistics import spearman
 
