@@ -115,7 +115,7 @@ methods:
     <<: *nudge
     capabilities: {kinds: [modify], architectures: [decoder], needs: [training]}
 """
-ENTRY_POINTS = """[errata.contract.methods]
+ENTRY_POINTS = """[errata.methods]
 nudge = errata_nudges:Nudge
 lone = errata_nudges:Lone
 learner = errata_nudges:Learner

@@ -97,7 +97,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: errata-nudge\nVersion: 1.2\n")
     (info / "entry_points.txt").write_text(
-        "[errata.contract.methods]\nnudge = errata_nudge:Nudge\n"
+        "[errata.methods]\nnudge = errata_nudge:Nudge\n"
     )
     return folder
 
@@ -598,7 +598,7 @@ def test_doctor_names_a_plugin_that_does_not_load(
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 0\n")
     (info / "entry_points.txt").write_text(
-        "[errata.contract.methods]\nbroken = errata_broken:Broken\n"
+        "[errata.methods]\nbroken = errata_broken:Broken\n"
     )
     monkeypatch.syspath_prepend(workplace / "site")
     report = run_json("doctor", code=1)

@@ -123,7 +123,7 @@ def test_two_packages_with_one_name_are_both_named(
     info = tmp_path / "rival-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: rival\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[errata.contract.methods]\nrome = rival:Rome\n")
+    (info / "entry_points.txt").write_text("[errata.methods]\nrome = rival:Rome\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(PluginError, match=r"(?s)rome.*rival|rival.*rome"):
         plugins.installed()

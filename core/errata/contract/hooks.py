@@ -1,7 +1,7 @@
 """The plugin contract, whole: eight hooks, each a place where a stranger's code comes in.
 
 A plugin is an object (or class) with some of these methods, marked `@hookimpl`, published under
-its method's name in the entry point group "errata.contract.methods". Arguments not needed may be left out.
+its method's name in the entry point group "errata.methods". Arguments not needed may be left out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from errata.model.model import Model
 
 PROJECT = "errata"
-GROUP = "errata.contract.methods"
+GROUP = "errata.methods"
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
