@@ -21,7 +21,7 @@ from errata.edits.request import Request, parse_arguments
 from errata.edits.stack import Entry
 from errata.edits.transaction import Task, Transactions
 from errata.errors import ConfigError, EditRefused, ErrataError, LedgerError, UnknownNameError
-from errata.locate import settled
+from errata.kit.auto_layers import resolve_auto_layers
 from errata.model import generation
 from errata.model.artifacts import Artifacts
 from errata.model.loading import load_model
@@ -271,7 +271,7 @@ class Editor:
         }
         config = self._methods.plugin(method).config
         resolved, values = self.registry.resolve(method, config, facts, overrides)
-        named, why = settled(self.model, method, resolved)
+        named, why = resolve_auto_layers(self.model, method, resolved)
         return named, [
             value if value.value == getattr(named, value.name)
             else replace(value, value=getattr(named, value.name), source=why)
