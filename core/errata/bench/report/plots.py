@@ -14,8 +14,8 @@ from errata.errors import MissingExtraError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from errata.bench.report.contents import ReportContents
     from errata.bench.report.curves import Curve
-    from errata.bench.report.report import Report
     from errata.bench.report.tables import Head, Table
 
 COLOURS = (
@@ -41,7 +41,7 @@ STYLE = {
 }
 
 
-def draw(report: Report, folder: Path) -> list[Path]:
+def draw(report: ReportContents, folder: Path) -> list[Path]:
     """Draw every curve, and a bar chart per protocol; return the files.
 
     Raises:

@@ -9,15 +9,15 @@ from rich.cells import cell_len
 from rich.console import Group
 from rich.text import Text
 
-from errata.bench.report import formatting
+from errata.bench.report import formatting, run_facts
 from errata.bench.report.errors_and_costs import error_types
 from errata.cli.render import facts, heading, quoted, table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from errata.bench.report.contents import Part, ReportContents
     from errata.bench.report.errors_and_costs import Incident
-    from errata.bench.report.report import Part, Report
     from errata.bench.report.tables import Cell, Table
 
 RIGHT: dict[str, Any] = {"justify": "right", "no_wrap": True}
@@ -26,12 +26,12 @@ LISTED = 10
 """Failures and refusals that are listed; the page and --json have them all."""
 
 
-def terminal(report: Report, width: int) -> RenderableType:
+def terminal(report: ReportContents, width: int) -> RenderableType:
     """Return the whole report for a console of this width."""
     things: list[RenderableType] = []
     for run in report.runs:
-        things += [heading(run.name, str(run.path)), facts(formatting.facts_of(run)), Text()]
-    said = formatting.warnings(report)
+        things += [heading(run.name, str(run.path)), facts(run_facts.facts_of(run)), Text()]
+    said = run_facts.warnings(report)
     things += [Text.assemble(("Note: ", "warn"), one) for one in said]
     things += [Text()] if said else []
     for part in report.parts:
@@ -47,8 +47,8 @@ def _part(part: Part, width: int) -> list[RenderableType]:
         heading(part.section.title, part.section.model),
         Text("─" * min(width, 100), style="muted"),
     ]
-    if formatting.unmatched(part):
-        things.append(Text.assemble(("Note: ", "warn"), formatting.unmatched(part)))
+    if run_facts.unmatched(part):
+        things.append(Text.assemble(("Note: ", "warn"), run_facts.unmatched(part)))
     things += _overview(part, width)
     for one in part.tables:
         things += [*_table(one, width), Text()]
