@@ -23,7 +23,7 @@ from errata.evaluate.protocols import (
     probes,
     rake,
 )
-from errata.evaluate.reader import Memory
+from errata.evaluate.reader import KnownAnswers
 from tests.core.protocol_stub import ask, score
 
 MEANS = (
@@ -80,7 +80,7 @@ def worlds(draw: st.DrawFn) -> tuple[list[list[Request]], dict[str, Any]]:
     given = answers()
     base = answers()
     samples = {(r.text,): [dice.choice(["a b a b", "a a a"])] for c in cases for r in c}
-    return cases, {**given, "base": Memory(base["texts"], base["scores"]), "samples": samples}
+    return cases, {**given, "base": KnownAnswers(base["texts"], base["scores"]), "samples": samples}
 
 
 def measured(cases: Sequence[Sequence[Request]], given: dict[str, Any]) -> list[Measurement]:

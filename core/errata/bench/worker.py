@@ -25,7 +25,7 @@ from errata.evaluate import Baseline
 
 if TYPE_CHECKING:
     from errata.evaluate import Measurement
-    from errata.evaluate.reader import Memory
+    from errata.evaluate.reader import KnownAnswers
     from errata.model.progress import Progress
 
 logger = logging.getLogger("errata")
@@ -150,7 +150,7 @@ class Worker:
         cases = [spec.case(item, seed) for item in items]
         together = not unit.careful and measuring.apart(cases)
         groups = [list(range(len(cases)))] if together else [[i] for i in range(len(cases))]
-        kept: list[Memory] = []
+        kept: list[KnownAnswers] = []
         while groups:
             group = groups.pop(0)
             mine = [cases[i] for i in group]
@@ -208,7 +208,9 @@ class Worker:
         self._keep(dataset, seed, None, [measuring.added(baseline.memory, known.memory)])
         yield state_line(spec, place, found, time.perf_counter() - started)
 
-    def _keep(self, dataset: int, seed: int, chunk: int | None, memories: list[Memory]) -> None:
+    def _keep(
+        self, dataset: int, seed: int, chunk: int | None, memories: list[KnownAnswers]
+    ) -> None:
         path = self._memory_path(dataset, seed, chunk)
         measuring.save_memory(path, measuring.copied(memories), self.editor.model.fingerprint)
         self.memory.cache_clear()
@@ -218,7 +220,7 @@ class Worker:
         folder.mkdir(parents=True, exist_ok=True)
         return folder / ("state.json" if chunk is None else f"{chunk:06d}.json")
 
-    def _memory(self, dataset: int, seed: int, chunk: int | None) -> Memory:
+    def _memory(self, dataset: int, seed: int, chunk: int | None) -> KnownAnswers:
         path = self._memory_path(dataset, seed, chunk)
         return measuring.load_memory(path, self.editor.model.fingerprint)
 

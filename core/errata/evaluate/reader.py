@@ -78,7 +78,7 @@ class MeasureSettings:
 
 
 @dataclass
-class Memory:
+class KnownAnswers:
     """What a model in one state has answered.
 
     Attributes:
@@ -113,17 +113,17 @@ class Reader:
         model: Model,
         requests: Sequence[Request],
         settings: MeasureSettings,
-        baseline: Memory | None = None,
+        baseline: KnownAnswers | None = None,
         *,
         of_base: bool = False,
-        memory: Memory | None = None,
+        memory: KnownAnswers | None = None,
     ) -> None:
         self.model = model
         self.requests = requests
         self.settings = settings
         self._of_base = of_base
-        self._baseline = Memory() if baseline is None else baseline
-        self._memory = self._baseline if of_base else memory or Memory()
+        self._baseline = KnownAnswers() if baseline is None else baseline
+        self._memory = self._baseline if of_base else memory or KnownAnswers()
 
     @cached_property
     def base(self) -> Reader | None:

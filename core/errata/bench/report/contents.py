@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 
 from errata.bench.config import BASE
 from errata.bench.report.grouping import FINAL, IMMEDIATE
-from errata.bench.report.progress import Progress, progress
+from errata.bench.report.progress import RunProgress, progress
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from errata.bench.report.curves import Curve
-    from errata.bench.report.errors_and_costs import Cost, Errors, Incident
+    from errata.bench.report.errors_and_costs import ColumnCost, ErrorCounts, Incident
     from errata.bench.report.grouping import Section
     from errata.bench.report.locate_results import Located
-    from errata.bench.report.reading import Run
-    from errata.bench.report.tables import Cell, Row, Table
+    from errata.bench.report.reading import RunResults
+    from errata.bench.report.tables import MetricCell, MetricRow, MetricTable
 
 HEADLINE_METRICS = (
     "Score",
@@ -37,10 +37,10 @@ EFFICACY = "rewrite_exact"
 class Headline:
     """One metric at one moment, for every column of the section: None where it has none."""
 
-    table: Table
-    row: Row
+    table: MetricTable
+    row: MetricRow
     moment: str
-    cells: tuple[Cell | None, ...]
+    cells: tuple[MetricCell | None, ...]
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,10 @@ class Part:
     """
 
     section: Section
-    tables: tuple[Table, ...]
+    tables: tuple[MetricTable, ...]
     curves: tuple[Curve, ...]
-    errors: tuple[Errors, ...]
-    costs: tuple[Cost, ...]
+    errors: tuple[ErrorCounts, ...]
+    costs: tuple[ColumnCost, ...]
     failures: tuple[Incident, ...]
     refusals: tuple[Incident, ...]
 
@@ -99,7 +99,7 @@ class ReportContents:
         located: results of `errata locate` and `errata diff` shown beside them.
     """
 
-    runs: tuple[Run, ...]
+    runs: tuple[RunResults, ...]
     parts: tuple[Part, ...]
     reference: str = BASE
     located: tuple[Located, ...] = ()
@@ -117,12 +117,12 @@ class ReportContents:
         return [*(run.path for run in self.runs), *(one.path for one in self.located)]
 
     @property
-    def progress(self) -> list[Progress]:
+    def progress(self) -> list[RunProgress]:
         """How far each run is."""
         return [progress(run) for run in self.runs]
 
 
-def _headlines(table: Table) -> list[Row]:
+def _headlines(table: MetricTable) -> list[MetricRow]:
     """Return the rows of a table to look at first; none of what is only a cost."""
     rows = [row for row in table.rows if row.unit not in ("bytes", "s", "seconds")]
     by_name = {row.metric: row for row in rows}
@@ -133,8 +133,8 @@ def _moments(one: Headline) -> list[str]:
     return [head.moment for head in one.table.heads]
 
 
-def _headline(section: Section, table: Table, row: Row, moment: str) -> Headline:
-    cells: list[Cell | None] = [None] * len(section.columns)
+def _headline(section: Section, table: MetricTable, row: MetricRow, moment: str) -> Headline:
+    cells: list[MetricCell | None] = [None] * len(section.columns)
     for head, cell in zip(table.heads, row.cells, strict=True):
         if head.moment == moment or section.columns[head.column].is_base:
             cells[head.column] = cell

@@ -14,8 +14,8 @@ from errata.bench.report import run_facts
 if TYPE_CHECKING:
     from errata.bench.report.contents import Part, ReportContents
     from errata.bench.report.curves import Curve
-    from errata.bench.report.errors_and_costs import Cost
-    from errata.bench.report.tables import Row, Table
+    from errata.bench.report.errors_and_costs import ColumnCost
+    from errata.bench.report.tables import MetricRow, MetricTable
 
 FIELDS = (
     "model", "dataset", "regime", "column", "method", "runs", "seeds", "moment", "after_edits",
@@ -156,7 +156,7 @@ def _section(part: Part) -> dict[str, Any]:
     }
 
 
-def _table(table: Table) -> dict[str, Any]:
+def _table(table: MetricTable) -> dict[str, Any]:
     return {
         "protocol": table.protocol,
         "reference": table.reference,
@@ -165,7 +165,7 @@ def _table(table: Table) -> dict[str, Any]:
     }
 
 
-def _row(row: Row) -> dict[str, Any]:
+def _row(row: MetricRow) -> dict[str, Any]:
     return {
         "metric": row.metric,
         "protocol": row.protocol,
@@ -199,7 +199,7 @@ def _curve(curve: Curve) -> dict[str, Any]:
     }
 
 
-def _cost(cost: Cost) -> dict[str, Any]:
+def _cost(cost: ColumnCost) -> dict[str, Any]:
     return {
         "label": cost.label,
         "edits": cost.edits,

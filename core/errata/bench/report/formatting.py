@@ -9,8 +9,8 @@ from errata.bench.report.tables import MOMENT_NAMES
 from errata.cli.render import number, seconds, size
 
 if TYPE_CHECKING:
-    from errata.bench.report.errors_and_costs import Cost
-    from errata.bench.report.tables import Head, Table
+    from errata.bench.report.errors_and_costs import ColumnCost
+    from errata.bench.report.tables import ColumnHead, MetricTable
     from errata.evaluate import Measurement
 
 ARROWS = {"higher": "↑", "lower": "↓", "": ""}
@@ -65,12 +65,12 @@ def moment(name: str) -> str:
     return MOMENT_NAMES.get(name, name)
 
 
-def moment_in(table: Table, head: Head) -> str:
+def moment_in(table: MetricTable, head: ColumnHead) -> str:
     """Return a column's moment in words; with the number of edits where columns differ in it."""
     return head.when if len(table.ends) > 1 else moment(head.moment)
 
 
-def ends(table: Table) -> str:
+def ends(table: MetricTable) -> str:
     """Return after how many edits a table's columns end; "" outside streams."""
     if not table.ends:
         return ""
@@ -93,7 +93,7 @@ def seeds(found: Sequence[int]) -> str:
     return f"seed{'s' if len(found) > 1 else ''} {', '.join(map(str, found))}"
 
 
-def legend(table: Table) -> list[str]:
+def legend(table: MetricTable) -> list[str]:
     """Return what the signs of a table mean, and how its differences were tested."""
     said = []
     cells = [cell for row in table.rows for cell in row.cells if cell]
@@ -112,7 +112,7 @@ def legend(table: Table) -> list[str]:
     return said
 
 
-def cost_row(cost: Cost) -> list[str]:
+def cost_row(cost: ColumnCost) -> list[str]:
     """Return a cost as texts, in the order of `COST_COLUMNS`."""
     spread = cost.seconds and cost.seconds.interval
     return [

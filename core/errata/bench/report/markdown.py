@@ -13,7 +13,7 @@ from errata.cli.render import count
 if TYPE_CHECKING:
     from errata.bench.report.contents import Part, ReportContents
     from errata.bench.report.errors_and_costs import Incident
-    from errata.bench.report.tables import Cell, Table
+    from errata.bench.report.tables import MetricCell, MetricTable
 
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~#&])")
 
@@ -85,14 +85,14 @@ def _overview(part: Part) -> list[str]:
     return ["### At a glance", _grid(("column", *titles), rows, raw=True), note]
 
 
-def _short(cell: Cell | None) -> str:
+def _short(cell: MetricCell | None) -> str:
     if cell is None:
         return formatting.DASH
     value = formatting.value(cell.measurement)
     return f"**{value}** {formatting.BEST}" if cell.best else value
 
 
-def _table(table: Table) -> list[str]:
+def _table(table: MetricTable) -> list[str]:
     titles = [
         " ".join(filter(None, (h.label, formatting.moment_in(table, h)))) for h in table.heads
     ]
@@ -112,7 +112,7 @@ def _table(table: Table) -> list[str]:
     ]
 
 
-def _cell(cell: Cell | None) -> str:
+def _cell(cell: MetricCell | None) -> str:
     if cell is None:
         return formatting.DASH
     spread = formatting.interval(cell.measurement.interval, cell.measurement.unit)

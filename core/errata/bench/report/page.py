@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from errata.bench.report.contents import ReportContents
-    from errata.bench.report.tables import Cell
+    from errata.bench.report.tables import MetricCell
 
 TEMPLATES = "templates"
 
@@ -67,7 +67,7 @@ def page(report: ReportContents, cases: int | None = None) -> str:
     )
 
 
-def whisker(cell: Cell) -> dict[str, float] | None:
+def whisker(cell: MetricCell) -> dict[str, float] | None:
     """Return where a share and its interval lie, in per cent; None for other numbers."""
     one = cell.measurement
     if one.unit != "share" or not 0 <= one.value <= 1:

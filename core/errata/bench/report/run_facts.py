@@ -10,7 +10,7 @@ from errata.cli.render import count
 
 if TYPE_CHECKING:
     from errata.bench.report.contents import Part, ReportContents
-    from errata.bench.report.reading import Run
+    from errata.bench.report.reading import RunResults
 
 
 def warnings(report: ReportContents) -> list[str]:
@@ -46,7 +46,7 @@ def unmatched(part: Part) -> str:
     return f"The columns cover different numbers of cases: {listed}."
 
 
-def facts_of(run: Run) -> list[tuple[str, str]]:
+def facts_of(run: RunResults) -> list[tuple[str, str]]:
     """Return what was run, as (name, value)."""
     info = run.info
     model: Mapping[str, Any] = info.get("model") or {}
@@ -63,7 +63,7 @@ def facts_of(run: Run) -> list[tuple[str, str]]:
     return [(name, text) for name, text in rows if text]
 
 
-def identities(run: Run) -> list[tuple[str, str]]:
+def identities(run: RunResults) -> list[tuple[str, str]]:
     """Return the fingerprints and digests that a run can be recognised by."""
     info = run.info
     rows = [
@@ -74,13 +74,13 @@ def identities(run: Run) -> list[tuple[str, str]]:
     return [(name, str(text)) for name, text in rows if text]
 
 
-def repeat(run: Run) -> str:
+def repeat(run: RunResults) -> str:
     """Return the command that repeats a run, given its configuration as `run.yaml`."""
     command = run.info.get("command")
     return str(command) if command else "errata bench run.yaml --out FOLDER"
 
 
-def as_yaml(run: Run) -> str:
+def as_yaml(run: RunResults) -> str:
     """Return a run's configuration as a run file."""
     import yaml
 
@@ -90,7 +90,7 @@ def as_yaml(run: Run) -> str:
     )
 
 
-def surroundings(run: Run) -> list[tuple[str, str]]:
+def surroundings(run: RunResults) -> list[tuple[str, str]]:
     """Return what a run ran on: versions and machine."""
     return [*flat(run.info.get("versions") or {}), *flat(run.info.get("machine") or {})]
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from errata.bench.report.contents import Part, ReportContents
     from errata.bench.report.errors_and_costs import Incident
-    from errata.bench.report.tables import Cell, Table
+    from errata.bench.report.tables import MetricCell, MetricTable
 
 RIGHT: dict[str, Any] = {"justify": "right", "no_wrap": True}
 NAME: dict[str, Any] = {"no_wrap": True}
@@ -83,7 +83,7 @@ def _overview(part: Part, width: int) -> list[RenderableType]:
     return [heading("At a glance"), *made, note, Text()]
 
 
-def _short(cell: Cell | None) -> Text:
+def _short(cell: MetricCell | None) -> Text:
     if cell is None:
         return Text(formatting.DASH, style="muted")
     star = f"{formatting.BEST} " if cell.best else ""
@@ -92,7 +92,7 @@ def _short(cell: Cell | None) -> Text:
     )
 
 
-def _table(one: Table, width: int) -> list[RenderableType]:
+def _table(one: MetricTable, width: int) -> list[RenderableType]:
     """Return a protocol's table; in blocks of columns where they do not fit side by side."""
     how = [" ".join(f"[{k}]" for k in one.numbers(row)) for row in one.rows]
     taken = max(len(row.metric) for row in one.rows) + 3
@@ -154,7 +154,7 @@ def _width(text: str) -> int:
     return max(cell_len(line) for line in text.split("\n"))
 
 
-def _cell(cell: Cell | None) -> Text:
+def _cell(cell: MetricCell | None) -> Text:
     if cell is None:
         return Text(f"{formatting.DASH} ", style="muted")
     one = cell.measurement
