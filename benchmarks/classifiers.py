@@ -27,8 +27,8 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
+from errata.contract.measurement import Measurement
 from errata.evaluate.classifiers import TfidfTopic, VaderSentiment, names
-from errata.evaluate.measurement import Measurement
 
 FITTED = 400
 Scored = tuple[list[float], list[int], list[int]]

@@ -14,19 +14,19 @@ from errata.edits.request import Probe, Request
 from errata.errors import EditRefused, ErrataError
 
 if TYPE_CHECKING:
+    from errata.contract.location import Location
+    from errata.contract.measurement import Measurement
     from errata.contract.registry import Registry
     from errata.editor import Editor
     from errata.edits.edit import Edit
-    from errata.evaluate import Measurement
-    from errata.locate import Location
     from errata.model.model import Model
 
 # PEP 562: the names whose modules import torch are looked up when first used.
 _LAZY = {
     "Edit": "errata.edits.edit",
     "Editor": "errata.editor",
-    "Location": "errata.locate",
-    "Measurement": "errata.evaluate",
+    "Location": "errata.contract.location",
+    "Measurement": "errata.contract.measurement",
     "Model": "errata.model",
     "Registry": "errata.contract.registry",
 }

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
+from errata.contract.measurement import Measurement
+from errata.contract.protocol import Protocol
 from errata.edits.request import Request
-from errata.evaluate.measurement import Measurement
-from errata.evaluate.protocol import Protocol
-from errata.evaluate.reader import MeasureSettings, Memory, Reader
+from errata.evaluate.reader import KnownAnswers, MeasureSettings, Reader
 from errata.model import Model
 from errata.model.scoring import TargetScore
 
@@ -42,7 +42,7 @@ def ask(
     texts: Mapping[str, str] | None = None,
     scores: Mapping[Pair, TargetScore] | None = None,
     samples: Mapping[tuple[str, ...], list[str]] | None = None,
-    base: Memory | None = None,
+    base: KnownAnswers | None = None,
     kind: str = "decoder",
     **settings: Any,
 ) -> dict[str, Measurement]:
@@ -56,7 +56,7 @@ def ask(
         anatomy=anatomy, module=None, config=SimpleNamespace(), tokenizer=Words(), name="stub",
         stack=SimpleNamespace(ids=[] if base is None else ["1"]),
     )  # fmt: skip
-    memory = Memory(
+    memory = KnownAnswers(
         dict(texts or {}), dict(scores or {}), {},
         {(0, prompts): found for prompts, found in (samples or {}).items()},
     )  # fmt: skip

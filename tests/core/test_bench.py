@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from errata import bench
-from errata.bench.run_spec import Job
+from errata.bench.run_spec import RunSpec
 from errata.datasets import atlas
 from errata.edits.ledger import Ledger
 from errata.edits.request import Request
@@ -389,14 +389,14 @@ def test_a_continual_stream_mixes_datasets_and_keeps_them_apart(tmp_path: Path) 
 
 def test_the_order_of_a_mixed_stream_depends_on_its_seed_alone() -> None:
     datasets = [{"name": "atlas", "label": label, "limit": 6} for label in ("one", "two")]
-    opened = Job(bench.BenchConfig.parse(short(datasets=datasets))).datasets
+    opened = RunSpec(bench.BenchConfig.parse(short(datasets=datasets))).datasets
 
     def order(seed: int, mix: str) -> list[tuple[int, str | None]]:
         fields = short(regime="continual", datasets=datasets, mix=mix, shuffle=True)
-        job = Job(bench.BenchConfig.parse(fields))
-        job.datasets = opened
-        stream = job.stream(-1, seed)
-        return [(item.dataset, job.case(item, seed)[0].case_id) for item in stream]
+        spec = RunSpec(bench.BenchConfig.parse(fields))
+        spec.datasets = opened
+        stream = spec.stream(-1, seed)
+        return [(item.dataset, spec.case(item, seed)[0].case_id) for item in stream]
 
     assert order(0, "shuffle") == order(0, "shuffle") != order(1, "shuffle")
     assert [dataset for dataset, _ in order(0, "concatenate")] == [0] * 6 + [1] * 6
@@ -406,8 +406,8 @@ def test_the_order_of_a_mixed_stream_depends_on_its_seed_alone() -> None:
 
 def test_distinct_subjects_keeps_the_first_case_of_each() -> None:
     spec = {"name": "atlas", "distinct_subjects": True}
-    job = Job(bench.BenchConfig.parse(short(datasets=[spec], limit=40)))
-    subjects = [case[0].subject for case in job.cases(0, 0)]
+    spec = RunSpec(bench.BenchConfig.parse(short(datasets=[spec], limit=40)))
+    subjects = [case[0].subject for case in spec.cases(0, 0)]
     assert len(set(subjects)) == len(subjects) == 40
     everyone = [request.subject for request in atlas.requests()]
     assert subjects == list(dict.fromkeys(everyone))[:40]

@@ -22,8 +22,8 @@ from errata.bench.engines import (
     described,
     threads_each,
 )
-from errata.bench.run_spec import Job
-from errata.bench.work_units import Task, keys_of
+from errata.bench.run_spec import RunSpec
+from errata.bench.work_units import WorkUnit, keys_of
 from errata.errors import (
     ConfigError,
     EditRefused,
@@ -146,16 +146,16 @@ class Scripted(Pool):
     def __init__(self, jobs: int, deadly: dict[str, int]) -> None:
         super().__init__(jobs)
         self.deadly = deadly  # key → how often it kills
-        self.started: list[Task] = []
+        self.started: list[WorkUnit] = []
         self._said: dict[Handle, list[Message]] = {}
 
-    def _start(self, job: Job) -> Handle:
+    def _start(self, spec: RunSpec) -> Handle:
         pool = self
 
         class Puppet:
-            def send(self, task: Task) -> None:
-                pool.started.append(task)
-                pool._said[self] = list(pool.script(job, task))
+            def send(self, unit: WorkUnit) -> None:
+                pool.started.append(unit)
+                pool._said[self] = list(pool.script(spec, unit))
 
             def stop(self) -> None:
                 pool._said.pop(self, None)
@@ -165,15 +165,15 @@ class Scripted(Pool):
 
         return Puppet()
 
-    def script(self, job: Job, task: Task) -> Iterator[Message]:
-        for key in keys_of(job, task):
-            if key in task.done:
+    def script(self, spec: RunSpec, unit: WorkUnit) -> Iterator[Message]:
+        for key in keys_of(spec, unit):
+            if key in unit.done:
                 continue
-            if key not in task.given_up and self.deadly.get(key, 0):
+            if key not in unit.given_up and self.deadly.get(key, 0):
                 self.deadly[key] -= 1
                 yield Message("gone", "killed")
                 return
-            kind = "failure" if key in task.given_up else "case"
+            kind = "failure" if key in unit.given_up else "case"
             yield Message("line", {"key": key, "kind": kind})
         yield Message("done")
 
@@ -182,10 +182,12 @@ class Scripted(Pool):
 
 
 @pytest.fixture(scope="module")
-def job(site: Path) -> Job:
+def spec(site: Path) -> RunSpec:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(site)
-        made = Job(bench.BenchConfig.parse(short(regime="sequential", limit=3, checkpoints=[2])))
+        made = RunSpec(
+            bench.BenchConfig.parse(short(regime="sequential", limit=3, checkpoints=[2]))
+        )
         assert made.known
     return made
 
@@ -195,13 +197,13 @@ def job(site: Path) -> Job:
     jobs=st.integers(1, 3),
 )
 def test_however_workers_die_each_line_comes_once(
-    job: Job, deadly: dict[int, int], jobs: int
+    spec: RunSpec, deadly: dict[int, int], jobs: int
 ) -> None:
-    task = Task("stream", 0, 0, 0, tuple(job.stream(0, 0)))
-    keys = list(keys_of(job, task))
+    unit = WorkUnit("stream", 0, 0, 0, tuple(spec.stream(0, 0)))
+    keys = list(keys_of(spec, unit))
     assert len(keys) == 3 + 2 + 3
     pool = Scripted(jobs, {keys[place]: times for place, times in deadly.items()})
-    lines = list(pool.run(job, [task]))
+    lines = list(pool.run(spec, [unit]))
     failed = {keys[place] for place, times in deadly.items() if times >= TRIES}
     came = [line["key"] for line in lines]
     # What fails at once is not looked for again at checkpoints.
@@ -215,20 +217,22 @@ def test_however_workers_die_each_line_comes_once(
     assert len(pool.started) <= deaths + 1
 
 
-def test_before_a_case_is_given_up_it_is_tried_with_care(job: Job) -> None:
-    task = Task("stream", 0, 0, 0, tuple(job.stream(0, 0)))
-    first = next(keys_of(job, task))
+def test_before_a_case_is_given_up_it_is_tried_with_care(spec: RunSpec) -> None:
+    unit = WorkUnit("stream", 0, 0, 0, tuple(spec.stream(0, 0)))
+    first = next(keys_of(spec, unit))
     pool = Scripted(1, {first: 99})
-    lines = list(pool.run(job, [task]))
+    lines = list(pool.run(spec, [unit]))
     assert [started.careful for started in pool.started] == [False, False, True, False]
     assert lines[0]["kind"] == "failure"
     assert pool.started[-1].given_up[first].startswith("WorkerDied")
 
 
-def test_workers_that_all_die_at_once_end_the_run(job: Job) -> None:
+def test_workers_that_all_die_at_once_end_the_run(spec: RunSpec) -> None:
     class Stillborn(Scripted):
-        def script(self, job: Job, task: Task) -> Iterator[Message]:
+        def script(self, spec: RunSpec, unit: WorkUnit) -> Iterator[Message]:
             yield Message("gone", "killed")
 
     with pytest.raises(ErrataError, match=r"in a row.*fewer --jobs"):
-        list(Stillborn(2, {}).run(job, [Task("stream", 0, 0, 0, tuple(job.stream(0, 0)))] * 5))
+        list(
+            Stillborn(2, {}).run(spec, [WorkUnit("stream", 0, 0, 0, tuple(spec.stream(0, 0)))] * 5)
+        )

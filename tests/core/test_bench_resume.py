@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from errata import bench
-from errata.bench.results import Results
+from errata.bench.results import ResultsFile
 from errata.edits.ledger import Ledger
 from errata.errors import ConfigError, IntegrityError, LedgerBusyError, StorageError
 from tests.core.bench_helpers import SUBJECTS, Runner, install, runner, short, values
@@ -282,7 +282,7 @@ def test_a_full_disk_stops_the_run_and_damages_nothing(
 def test_a_line_that_does_not_fit_is_taken_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    results = Results.open(tmp_path)
+    results = ResultsFile.open(tmp_path)
     results.add({"key": "one"})
     write = os.write
     monkeypatch.setattr(os, "write", lambda handle, data: write(handle, bytes(data)[:4]) and
@@ -303,16 +303,16 @@ def test_results_that_nothing_describes_are_not_added_to(tmp_path: Path) -> None
 
 
 def test_two_processes_do_not_write_to_one_run(tmp_path: Path) -> None:
-    results = Results.open(tmp_path)
+    results = ResultsFile.open(tmp_path)
     with pytest.raises(LedgerBusyError, match="at work"):
-        Results.open(tmp_path)
+        ResultsFile.open(tmp_path)
     results.close()
-    Results.open(tmp_path).close()
+    ResultsFile.open(tmp_path).close()
 
 
 @pytest.mark.parametrize("text", ["", "one\n", "one\ntwo", "x" * 200_000, "a\n" + "x" * 200_000])
 def test_only_the_half_line_at_the_end_is_dropped(tmp_path: Path, text: str) -> None:
     file = tmp_path / "results.jsonl"
     file.write_text(text)
-    Results.open(tmp_path).close()
+    ResultsFile.open(tmp_path).close()
     assert file.read_text() == text[: text.rfind("\n") + 1]

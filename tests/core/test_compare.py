@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from errata.contract.measurement import Measurement
 from errata.errors import ComparisonError, MissingExtraError, UnknownNameError
 from errata.evaluate.compare import MCNEMAR, WILCOXON, compare, compare_all, holm
-from errata.evaluate.measurement import Measurement
 
 pytest.importorskip("scipy", reason="the extra 'measure' is not installed")
 

@@ -349,7 +349,7 @@ def install(
 
 
 STRANGER = '''
-from errata.datasets import Reader
+from errata.datasets import DatasetReader
 from errata.errors import DatasetError
 
 def towns(record, country="Palonia"):
@@ -360,8 +360,9 @@ def read(source):
     for record in source.records():
         yield from ()
 
-rivers = Reader(name="rivers", summary="s", source="x", licence="y", protocols=(), read=read)
-misnamed = Reader(name="other", summary="s", source="x", licence="y", protocols=(), read=read)
+about = {"summary": "s", "source": "x", "licence": "y", "protocols": (), "read": read}
+rivers = DatasetReader(name="rivers", **about)
+misnamed = DatasetReader(name="other", **about)
 number = 3
 '''
 

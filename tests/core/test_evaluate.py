@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from errata.contract.measurement import bootstrap, wilson
 from errata.contract.plugins import Manager
 from errata.contract.rules import Snapshot
 from errata.edits.delta.low_rank import Factor, LowRankDelta
@@ -44,7 +45,6 @@ from errata.evaluate import (
     score_targets,
 )
 from errata.evaluate.fluency import n_gram_entropy, weighted_entropy, words
-from errata.evaluate.measurement import bootstrap, wilson
 from errata.model import Model
 from errata.model.anatomy import Anatomy
 from tests.families import DECODERS, FAMILIES, architectures, build_model

@@ -14,8 +14,9 @@ from errata import Editor, Request
 from errata.contract.config import MethodConfig
 from errata.datasets import atlas
 from errata.errors import CapabilityError, ConfigError, RequestError
-from errata.locate import chosen_layers, settled, split_by_subject, sweep
-from errata.locate.sweep import Judged, LayerResult, Sweep, key_of, layer_option
+from errata.kit.layer_sweep import HeldOutResult, LayerResult, LayerSweep, key_of
+from errata.locate import auto_layers, resolve_auto_layers, split_by_subject, sweep
+from errata.locate.sweep import layer_option
 from errata.model import Model
 from tests.families import SENTENCES, build, build_model
 
@@ -47,9 +48,9 @@ def tiny(tmp_path: Path) -> Iterator[Editor]:
         yield editor
 
 
-def keep(model: Model, method: str, *results: LayerResult, option: str = "layers") -> Sweep:
+def keep(model: Model, method: str, *results: LayerResult, option: str = "layers") -> LayerSweep:
     """Leave a sweep in the model's cache as if it had been made."""
-    done = Sweep("m", "gpt2", 3, method, option, {}, 5, results)
+    done = LayerSweep("m", "gpt2", 3, method, option, {}, 5, results)
     model.artifacts.save(key_of(model, method), {"_": torch.zeros(1)}, done.as_json())
     return done
 
@@ -58,7 +59,7 @@ def test_a_sweep_edits_at_every_layer_and_is_remembered(knowing: Editor) -> None
     request = atlas.requests(1)
     options = {"at_most": 2, "steps": 2}
     with pytest.raises(ConfigError, match="run `errata locate --sweep --method toy"):
-        chosen_layers(knowing.model, "toy")
+        auto_layers(knowing.model, "toy")
     found = sweep(knowing, request, "kn", layers=[4, 5], samples=1, config=options)
     assert [one.layer for one in found.results] == [4, 5]
     assert knowing.model.stack.ids == []
@@ -73,7 +74,7 @@ def test_a_sweep_edits_at_every_layer_and_is_remembered(knowing: Editor) -> None
         harmonic = 0 if min(p[0] for p in parts) <= 0 else 3 / sum(1 / p[0] for p in parts)
         assert one.score == pytest.approx(harmonic)
         assert math.isfinite(one.effect)
-    chosen = chosen_layers(knowing.model, "toy", "kn")
+    chosen = auto_layers(knowing.model, "toy", "kn")
     assert chosen.layers == (found.best.layer,)
     assert f"layer {found.best.layer}" in chosen.why
     assert f"layers: [{found.best.layer}]" in found.preset()
@@ -84,13 +85,13 @@ def test_windows_of_layers_and_what_cannot_be_swept(tmp_path: Path, cache: Path)
     model = build_model("gpt2", tmp_path)
     scores = (0.2, 0.9, 0.8)
     results = tuple(LayerResult(i, s, {"ES": (s, s, s)}) for i, s in enumerate(scores))
-    done = Sweep("m", "gpt2", 3, "toy", "layer", {}, 5, results)
+    done = LayerSweep("m", "gpt2", 3, "toy", "layer", {}, 5, results)
     key = ("layer-sweep", model.fingerprint, "toy")
     model.artifacts.save(key, {"_": torch.zeros(1)}, done.as_json())
-    assert chosen_layers(model, "toy").layers == (1,)
-    assert chosen_layers(model, "toy", count=2).layers == (1, 2)
+    assert auto_layers(model, "toy").layers == (1,)
+    assert auto_layers(model, "toy", count=2).layers == (1, 2)
     with pytest.raises(ConfigError, match="no 4 layers"):
-        chosen_layers(model, "toy", count=4)
+        auto_layers(model, "toy", count=4)
     with pytest.raises(CapabilityError, match="nothing to sweep"):
         layer_option("toy", MethodConfig)
     with Editor("atlas-gpt2", ledger=tmp_path / "ledger", artifacts=cache) as durable:
@@ -107,16 +108,16 @@ def test_the_choice_is_judged_on_other_facts(tiny: Editor) -> None:
     one, other = FACTS[:1], FACTS[1:]
     found = sweep(tiny, one, "memit", held_out=other, trace=False, config=config)
     alone = sweep(tiny, other, "memit", trace=False, config=config)
-    assert found.judged is not None
-    assert (found.n, found.judged.n) == (1, 1)
-    held = {r.layer: r for r in found.judged.results}
+    assert found.held_out is not None
+    assert (found.n, found.held_out.n) == (1, 1)
+    held = {r.layer: r for r in found.held_out.results}
     assert {layer: r.score for layer, r in held.items()} == {
         r.layer: r.score for r in alone.results
     }
     best = max(r.score for r in held.values())
     expected = held[found.best.layer].score / best if best else 1.0
-    assert found.judged.ratio == pytest.approx((expected,) * 3)
-    again = Sweep.from_json(found.as_json())
+    assert found.held_out.ratio == pytest.approx((expected,) * 3)
+    again = LayerSweep.from_json(found.as_json())
     assert again.as_json() == found.as_json()
 
 
@@ -124,18 +125,18 @@ def test_a_choice_that_is_wrong_elsewhere_is_said_to_be() -> None:
     """With two facts, one of which only layer 1 can be edited for, layer 0 reaches part of it."""
     import numpy as np
 
-    from errata.locate.sweep import _judged
+    from errata.locate.sweep import _held_out
 
-    chosen = Sweep("m", "gpt2", 2, "toy", "layer", {}, 5,
+    chosen = LayerSweep("m", "gpt2", 2, "toy", "layer", {}, 5,
                    (LayerResult(0, 0.9, {}), LayerResult(1, 0.8, {})))  # fmt: skip
     good, bad = [1.0, 1.0, 1.0], [0.0, 0.0, 1.0]
     failed = [-1.0, -1.0, -1.0]
-    judged = _judged(chosen, [(0,), (1,)], [np.array([good, bad]), np.array([good, good])])
+    judged = _held_out(chosen, [(0,), (1,)], [np.array([good, bad]), np.array([good, good])])
     assert judged.results[0].score == pytest.approx(3 / (2 + 2 + 1))
     assert judged.ratio[0] == pytest.approx(0.6)
     assert judged.ratio[1] == 0.0  # draws of the second fact alone
     assert judged.ratio[2] == 1.0
-    judged = _judged(chosen, [(0,), (1,)], [np.array([good, failed]), np.array([good, good])])
+    judged = _held_out(chosen, [(0,), (1,)], [np.array([good, failed]), np.array([good, good])])
     assert judged.results[0].failed == 1
     assert judged.results[0].metrics["NS"][0] == 0.5
     assert judged.ratio[0] == pytest.approx(0.5)
@@ -175,14 +176,14 @@ def test_layers_that_were_edited_together_go_before_a_guess(tiny: Editor) -> Non
     model = tiny.model
     single = [LayerResult(i, s, {}) for i, s in enumerate((0.5, 0.9, 0.8))]
     keep(model, "toy", *single)
-    assert chosen_layers(model, "toy").layers == (1,)
-    assert chosen_layers(model, "toy", count=2).layers == (1, 2)  # by the single layers' mean
+    assert auto_layers(model, "toy").layers == (1,)
+    assert auto_layers(model, "toy", count=2).layers == (1, 2)  # by the single layers' mean
     keep(model, "toy", *single, LayerResult(1, 0.95, {}, depth=2), LayerResult(2, 0.2, {}, depth=2))
-    chosen = chosen_layers(model, "toy")
+    chosen = auto_layers(model, "toy")
     assert chosen.layers == (0, 1)
     assert "layers 0 to 1" in chosen.why
     assert "0.950" in chosen.why
-    assert chosen_layers(model, "toy", count=1).layers == (1,)
+    assert auto_layers(model, "toy", count=1).layers == (1,)
     assert "layers: [0, 1]" in chosen.sweep.preset()
 
 
@@ -238,7 +239,7 @@ def test_one_layer_methods_record_the_layer_that_auto_found(tiny: Editor) -> Non
     config = {"layer": "auto", "steps": 3, "tokens": 200, "contexts": ("{}",)}
     edit = tiny.edit(FACTS[0], method="rome", config=config)
     assert edit.config["layer"] == 1
-    plain, why = settled(tiny.model, "rome", MethodConfig())
+    plain, why = resolve_auto_layers(tiny.model, "rome", MethodConfig())
     assert (plain, why) == (MethodConfig(), "")
 
 
@@ -246,10 +247,12 @@ def test_a_sweep_itself_needs_no_sweep(tiny: Editor) -> None:
     config = {"tokens": 200, "steps": 2, "contexts": ("{}",), "layers": "auto"}
     found = sweep(tiny, FACTS[:1], "memit", trace=False, layers=[1], config=config)
     assert "layers: [1]" in found.preset()
-    assert chosen_layers(tiny.model, "memit").layers == (1,)
+    assert auto_layers(tiny.model, "memit").layers == (1,)
 
 
 def test_a_sweep_keeps_what_it_was_judged_by(tiny: Editor) -> None:
-    judged = Judged(7, (LayerResult(1, 0.5, {"ES": (0.5, 0.4, 0.6)}),), (0.99, 0.97, 1.0))
-    done = Sweep("m", "gpt2", 3, "toy", "layer", {}, 5, (LayerResult(1, 0.5, {}),), judged=judged)
-    assert Sweep.from_json(done.as_json()).judged == judged
+    judged = HeldOutResult(7, (LayerResult(1, 0.5, {"ES": (0.5, 0.4, 0.6)}),), (0.99, 0.97, 1.0))
+    done = LayerSweep(
+        "m", "gpt2", 3, "toy", "layer", {}, 5, (LayerResult(1, 0.5, {}),), held_out=judged
+    )
+    assert LayerSweep.from_json(done.as_json()).held_out == judged

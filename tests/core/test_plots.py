@@ -16,8 +16,8 @@ from errata import Request, plots
 from errata.edits.delta import Factor, LowRankDelta
 from errata.edits.stack import Entry
 from errata.errors import ConfigError
+from errata.kit.layer_sweep import LayerResult, LayerSweep
 from errata.locate import AverageTrace, average, logit_lens, trace
-from errata.locate.sweep import LayerResult, Sweep
 from errata.locate.weights import weight_diff
 from errata.model import Model
 from tests.families import HIDDEN, LAYERS, MLP, build_model
@@ -80,7 +80,7 @@ def test_lens_sweep_and_weight_changes(tiny: Model) -> None:
     results = tuple(
         LayerResult(i, s, {"ES": (s, s, s)}, effect=1 - s) for i, s in enumerate((0.2, 0.9, 0.4))
     )
-    swept = Sweep("tiny", "gpt2", 3, "toy", "layer", {}, 7, results, -1.0)
+    swept = LayerSweep("tiny", "gpt2", 3, "toy", "layer", {}, 7, results, -1.0)
     assert "n = 7" in words(plots.layer_sweep(swept))
     name = tiny.anatomy.weight(tiny.anatomy.mlp_out(LAYERS - 1))
     generator = torch.Generator().manual_seed(0)

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from errata.contract import measurement
 from errata.edits.request import Probe, Request
-from errata.evaluate import Measurement, failures, fluency, measurement
+from errata.evaluate import Measurement, failures, fluency, pooling
 from errata.evaluate.protocols import (
     counterfact,
     easyedit,
@@ -21,7 +22,7 @@ from errata.evaluate.protocols import (
 )
 from errata.evaluate.protocols import probes as protocols_of_probes
 from errata.evaluate.protocols.lifelong import token_f1
-from errata.evaluate.reader import Memory
+from errata.evaluate.reader import KnownAnswers
 from tests.core.protocol_stub import ask, score, values
 
 
@@ -177,7 +178,7 @@ def test_unchanged_is_relative_to_the_base_and_needs_one() -> None:
     request = fact(locality=[Probe(prompt="l1", type="x"), Probe(prompt="l2", type="y")])
     texts = {"l1": " one", "l2": " two"}
     assert ask(protocols_of_probes.LOCALITY, [request], texts=texts) == {}
-    base = Memory({"l1": " one ", "l2": " three"})
+    base = KnownAnswers({"l1": " one ", "l2": " three"})
     found = ask(protocols_of_probes.LOCALITY, [request], texts=texts, base=base)
     assert values(found) == {
         "locality_unchanged": 0.5, "locality_unchanged.x": 1, "locality_unchanged.y": 0,
@@ -212,7 +213,7 @@ def test_easyedit_counts_tokens() -> None:
         # Bigrams ab ab ba: H2 = 0.9183 bits; trigrams aba bab: H3 = 1 bit.
         "fluency": (2 / 3 * (math.log2(3) - 2 / 3) + 4 / 3 * 1) / 2,
     })  # fmt: skip
-    base = Memory({}, {
+    base = KnownAnswers({}, {
         ("l", "Italy"): score(0.1, 0.1, right=[yes, yes]),
         ("m", "Italy"): score(0.1, right=[no]),  # as wrong as before: unchanged
         ("n", "Paris"): score(0.1, right=[yes]),
@@ -237,7 +238,7 @@ def test_ke_by_hand() -> None:
     request = fact(paraphrases=["p1", "p2"])
     texts = {request.text: " Rome", "p1": " rome.", "p2": " Paris",
              "r1": " Spain", "r2": " nothing", "r3": " Chile", "r4": " x"}  # fmt: skip
-    base = Memory({"r1": "  SPAIN", "r2": " Peru", "r3": " Chile", "r4": " y"})
+    base = KnownAnswers({"r1": "  SPAIN", "r2": " Peru", "r3": " Chile", "r4": " y"})
     found = ask(ke.PROTOCOL, [request], texts=texts, base=base, retain=RETAIN)
     assert values(found) == approx({
         "success_rate": 1, "equivalence_accuracy": 0.5,
@@ -252,7 +253,9 @@ def test_ke_by_hand() -> None:
 
 def test_ke_without_a_right_answer_of_the_base_has_no_deterioration() -> None:
     texts = {fact().text: " Rome", "r1": " Spain"}
-    found = ask(ke.PROTOCOL, [fact()], texts=texts, base=Memory({"r1": " Peru"}), retain=RETAIN[:1])
+    found = ask(
+        ke.PROTOCOL, [fact()], texts=texts, base=KnownAnswers({"r1": " Peru"}), retain=RETAIN[:1]
+    )
     assert "performance_deterioration" not in found
     assert found["retain_accuracy"].value == 0
 
@@ -260,7 +263,7 @@ def test_ke_without_a_right_answer_of_the_base_has_no_deterioration() -> None:
 def test_ke_falls_back_on_the_requests_own_probes() -> None:
     request = fact(neighbourhood=["n"], locality=[Probe(prompt="l", answers=("Italy",))])
     texts = {request.text: " Rome", "n": " Paris", "l": " Spain"}
-    base = Memory({"n": " Paris", "l": " Italy"})
+    base = KnownAnswers({"n": " Paris", "l": " Italy"})
     found = ask(ke.PROTOCOL, [request], texts=texts, base=base)
     assert found["retain_accuracy"].value == 0.5
     assert found["performance_deterioration"].value == 0.5  # n still has its true target
@@ -271,7 +274,7 @@ def test_ke_of_an_encoder_compares_predicted_tokens() -> None:
     scores = {(request.text, "Rome"): score(0.9), ("p", "Rome"): score(0.9, 0.1),
               ("r1", "Spain"): score(0.9), ("r2", "Peru"): score(0.1),
               ("r3", "Chile"): score(0.1)}  # fmt: skip
-    base = Memory({}, {("r1", "Spain"): score(0.9), ("r2", "Peru"): score(0.1),
+    base = KnownAnswers({}, {("r1", "Spain"): score(0.9), ("r2", "Peru"): score(0.1),
                        ("r3", "Chile"): score(0.9)})  # fmt: skip
     found = ask(ke.PROTOCOL, [request], scores=scores, base=base, kind="encoder", retain=RETAIN)
     assert values(found) == approx({
@@ -290,7 +293,7 @@ def test_lifelong_by_hand() -> None:
         (one.text, "Rome"): score(0.9), (two.text, "New Rome"): score(0.1, 0.9),
         ("r1", "Spain"): score(0.9), ("r2", "Peru"): score(0.1),
     }  # fmt: skip
-    base = Memory({"r1": " Spain", "r2": " Peru"})
+    base = KnownAnswers({"r1": " Spain", "r2": " Peru"})
     found = ask(lifelong.PROTOCOL, [one, two], texts=texts, scores=scores, base=base,
                 retain=RETAIN[:2])  # fmt: skip
     assert values(found) == approx({
@@ -368,7 +371,7 @@ def test_a_request_without_prompts_gives_nothing_but_the_edit_itself() -> None:
         assert set(ask(protocol, [bare], **given)) == expected[protocol.name]
 
 
-@pytest.mark.parametrize("module", [failures, fluency, measurement, sanitation])
+@pytest.mark.parametrize("module", [failures, fluency, measurement, pooling, sanitation])
 def test_the_examples_in_docstrings_run(module: Any) -> None:
     results = doctest.testmod(module)
     assert results.attempted > 0

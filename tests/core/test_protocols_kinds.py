@@ -15,7 +15,7 @@ from errata.evaluate.protocols import knowedit, rake
 from errata.evaluate.protocols.convsent import wishes_positive
 from errata.evaluate.protocols.rake import rivals
 from errata.evaluate.protocols.sanitation import is_refusal
-from errata.evaluate.reader import Memory
+from errata.evaluate.reader import KnownAnswers
 from tests.core.protocol_stub import ask, score, values
 
 
@@ -145,7 +145,7 @@ def test_knowedit_by_hand() -> None:
     assert got["portability_success_exact"] == pytest.approx(2 / 3)
     assert got["fluency"] == 0  # one bigram, one trigram
     assert not any(name.startswith("locality") for name in got)  # there is nothing to compare with
-    base = Memory(
+    base = KnownAnswers(
         {"f": " Italy", "g": " y", "n": " Madrid"},
         {
             ("f", "Italy"): score(0.1, 0.1, right=[yes, yes]),
@@ -209,7 +209,7 @@ def test_sentiment_by_likelihood_is_seracs() -> None:
     alone = values(ask(knowedit.PROTOCOL, [request], scores=scores, kind="encoder"))
     assert alone == approx({"z_sentiment_likelihood": z_sentiment})
     for before, z_topic in ((-1.5, math.exp(-0.5)), (-3.0, 1.0)):
-        base = Memory({}, {
+        base = KnownAnswers({}, {
             ("What of Lyon?", "good"): score(math.exp(before), math.exp(before)),
             ("How is Lyon?", "so so"): score(math.exp(before)),
         })  # fmt: skip
@@ -274,7 +274,7 @@ def test_sanitation_by_hand() -> None:
         (one.text, "I don't know."): score(0.9), ("p", "I don't know."): score(0.1),
         (two.text, "unknown"): score(0.1), ("r1", "Oslo"): score(0.9), ("r2", "Rome"): score(0.1),
     }  # fmt: skip
-    base = Memory({"r1": " Oslo", "r2": " Rome"})
+    base = KnownAnswers({"r1": " Oslo", "r2": " Rome"})
     found = ask(knowedit.PROTOCOL, [one, two], texts=texts, scores=scores, base=base,
                 retain=retain)  # fmt: skip
     assert values(found) == approx({

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from errata.contract.measurement import wilson
 from errata.edits.request import Probe, RelationView, Request
 from errata.evaluate import Answer, Measurement, pool
-from errata.evaluate.measurement import harmonic_mean, wilson
+from errata.evaluate.pooling import harmonic_mean
 from errata.evaluate.protocols import (
     counterfact,
     easyedit,
@@ -22,7 +23,7 @@ from errata.evaluate.protocols import (
     probes,
     rake,
 )
-from errata.evaluate.reader import Memory
+from errata.evaluate.reader import KnownAnswers
 from tests.core.protocol_stub import ask, score
 
 MEANS = (
@@ -79,7 +80,7 @@ def worlds(draw: st.DrawFn) -> tuple[list[list[Request]], dict[str, Any]]:
     given = answers()
     base = answers()
     samples = {(r.text,): [dice.choice(["a b a b", "a a a"])] for c in cases for r in c}
-    return cases, {**given, "base": Memory(base["texts"], base["scores"]), "samples": samples}
+    return cases, {**given, "base": KnownAnswers(base["texts"], base["scores"]), "samples": samples}
 
 
 def measured(cases: Sequence[Sequence[Request]], given: dict[str, Any]) -> list[Measurement]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import errata.bench.report
-from errata.bench.report import Cell, Report, Table
+from errata.bench.report import MetricCell, MetricTable, Report
 from errata.errors import ConfigError, IntegrityError, UnknownNameError
 from tests.core import report_runs as runs
 from tests.helpers import ROOT
@@ -20,18 +20,18 @@ from tests.helpers import ROOT
 HAND = ROOT / "tests" / "data" / "runs"
 
 
-def table(report: Report, protocol: str, part: int = 0) -> Table:
+def table(report: Report, protocol: str, part: int = 0) -> MetricTable:
     return next(one for one in report.parts[part].tables if one.protocol == protocol)
 
 
-def row(found: Table, metric: str) -> dict[str, Cell | None]:
+def row(found: MetricTable, metric: str) -> dict[str, MetricCell | None]:
     """Return a row's cells by "label" or "label moment"."""
     cells = next(one for one in found.rows if one.metric == metric).cells
     names = (f"{head.label} {head.moment}".strip() for head in found.heads)
     return dict(zip(names, cells, strict=True))
 
 
-def numbers(found: Table, metric: str) -> dict[str, float | None]:
+def numbers(found: MetricTable, metric: str) -> dict[str, float | None]:
     return {k: c.measurement.value if c else None for k, c in row(found, metric).items()}
 
 
@@ -410,7 +410,8 @@ def test_reading_loads_no_model_library_on_import() -> None:
     import subprocess
     import sys
 
-    script = "import sys, errata.bench.report; print(sorted({'torch', 'numpy', 'jinja2'} & set(sys.modules)))"
+    heavy = "{'torch', 'numpy', 'jinja2'}"
+    script = f"import sys, errata.bench.report; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )

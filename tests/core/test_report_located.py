@@ -19,8 +19,8 @@ from errata.cli.report import add
 from errata.edits.delta import Factor, LowRankDelta
 from errata.edits.stack import Entry
 from errata.errors import ConfigError, IntegrityError
+from errata.kit.layer_sweep import HeldOutResult, LayerResult, LayerSweep
 from errata.locate import CausalTrace, average, rsim, trace
-from errata.locate.sweep import Judged, LayerResult, Sweep
 from errata.locate.weights import WeightDiff, weight_diff
 from errata.model import Model
 from tests.core.test_report import HAND
@@ -42,10 +42,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Model:
 def files(tiny: Model, tmp_path: Path) -> dict[str, Path]:
     """One file of each kind, as the commands write them."""
     scores = enumerate((0.2, 0.9, 0.4))
-    swept = Sweep(
+    swept = LayerSweep(
         "tiny", "gpt2", 3, "toy", "layer", {}, 5,
         tuple(LayerResult(i, s, {"ES": (s, s, s)}, effect=s) for i, s in scores),
-        0.5, judged=Judged(4, tuple(LayerResult(i, 0.5, {}) for i in range(3)), (0.97, 0.9, 1.0)),
+        0.5, HeldOutResult(4, tuple(LayerResult(i, 0.5, {}) for i in range(3)), (0.97, 0.9, 1.0)),
     )  # fmt: skip
     name = tiny.anatomy.weight(tiny.anatomy.mlp_out(1))
     entries = [

@@ -24,7 +24,7 @@ import errata.bench.report
 from errata.bench.report import Report
 from errata.bench.report.cases import safe_json
 from errata.bench.report.charts import curve as chart
-from errata.bench.report.curves import Curve, Line, Point
+from errata.bench.report.curves import Curve, CurveLine, Point
 from errata.bench.report.markdown import text as in_markdown
 from errata.cli.render import console
 from errata.cli.report import add
@@ -272,7 +272,7 @@ def test_json_in_a_script_comes_back_and_ends_no_script(value: Any) -> None:
 
 def test_curves_stay_inside_their_frame_and_are_well_formed() -> None:
     points = (Point(1, 1.0, (0.9, 1.1), 5), Point(1000, 4e6, (1e6, 9e6), 5))
-    one = Curve("p<q>", "general: x", "ratio", "lower", (Line(1, 'a"<b>', points),), None, True)
+    one = Curve("p<q>", "general: x", "ratio", "lower", (CurveLine(1, 'a"<b>', points),), None, True)
     root = ElementTree.fromstring(chart(one))
     width, height = map(float, root.attrib["viewBox"].split()[2:])
     for line in root.iter("polyline"):
@@ -285,10 +285,10 @@ def test_curves_stay_inside_their_frame_and_are_well_formed() -> None:
 
 def test_a_chart_of_numbers_that_are_all_alike_or_missing_is_drawn() -> None:
     same = (Point(1, 0.0, None, 5), Point(2, 0.0, None, 5))
-    one = Curve("m", "p: x", "bits", "", (Line(1, "a", same),), Point(0, 0.0, None, 5), False)
+    one = Curve("m", "p: x", "bits", "", (CurveLine(1, "a", same),), Point(0, 0.0, None, 5), False)
     assert ElementTree.fromstring(chart(one)).tag == "svg"
     gone = (Point(1, float("nan"), None, 5), Point(2, float("inf"), None, 5))
-    assert chart(Curve("m", "p: x", "bits", "", (Line(1, "a", gone),), None, False)) == ""
+    assert chart(Curve("m", "p: x", "bits", "", (CurveLine(1, "a", gone),), None, False)) == ""
 
 
 # -- Markdown and terminal -------------------------------------------------------------------------

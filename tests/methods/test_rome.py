@@ -20,9 +20,9 @@ from errata.edits.request import Request
 from errata.edits.stack import Entry
 from errata.errors import CapabilityError, ConfigError, ErrataError
 from errata.kit.contexts import prefix_contexts
+from errata.kit.layer_sweep import LayerResult, LayerSweep
 from errata.kit.second_moments import SecondMoment
 from errata.kit.values import EditFailed, ValueSettings, optimise_values
-from errata.locate.sweep import LayerResult, Sweep
 from errata.model import Model
 from errata.model.anatomy import Anatomy
 from errata.model.artifacts import Artifacts
@@ -354,7 +354,7 @@ def test_auto_is_the_layer_of_the_models_sweep(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="errata locate --sweep --method rome"):
         Rome().edit(model, REQUESTS[:1], auto)
     results = tuple(LayerResult(i, s, {}) for i, s in enumerate((0.2, 0.4, 0.9)))
-    found = Sweep("m", "gpt2", 3, "rome", "layer", {}, 5, results)
+    found = LayerSweep("m", "gpt2", 3, "rome", "layer", {}, 5, results)
     key = ("layer-sweep", model.fingerprint, "rome")
     model.artifacts.save(key, {"_": torch.zeros(1)}, found.as_json())
     (delta,) = Rome().edit(model, REQUESTS[:1], auto)

@@ -8,24 +8,24 @@
 [('base', 2), ('rome', 2)]
 """
 
-from errata.bench.config import BenchConfig, DatasetSpec, Variant, read_config
+from errata.bench.config import BenchConfig, DatasetSpec, MethodVariant, read_config
 from errata.bench.engines import Engine, SerialEngine
-from errata.bench.planning import Plan, plan
+from errata.bench.planning import BenchPlan, plan
 from errata.bench.processes import ProcessEngine
 from errata.bench.ray_engine import RayEngine
-from errata.bench.results import Run, load
+from errata.bench.results import RunDirectory, load
 from errata.bench.runner import run
 
 __all__ = [
     "BenchConfig",
+    "BenchPlan",
     "DatasetSpec",
     "Engine",
-    "Plan",
+    "MethodVariant",
     "ProcessEngine",
     "RayEngine",
-    "Run",
+    "RunDirectory",
     "SerialEngine",
-    "Variant",
     "load",
     "plan",
     "read_config",

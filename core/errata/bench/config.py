@@ -25,7 +25,7 @@ MAX_BYTES = 2**20
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+=()-]{0,63}")
 
 
-class _Stanza(BaseModel):
+class _ConfigModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
@@ -48,7 +48,7 @@ def _modes(value: Any) -> Any:
 Listed = BeforeValidator(_listed)
 
 
-class Variant(_Stanza):
+class MethodVariant(_ConfigModel):
     """One column of the results: a method with its hyper-parameters.
 
     The label is the method's name unless `variant` says otherwise; it must be unique.
@@ -69,7 +69,7 @@ class Variant(_Stanza):
         return self.variant or self.method
 
 
-class DatasetSpec(_Stanza):
+class DatasetSpec(_ConfigModel):
     """Which cases of which dataset."""
 
     name: str = Field(description="Name of a dataset; `errata.datasets.READERS` lists them")
@@ -96,7 +96,7 @@ class DatasetSpec(_Stanza):
         return self.label or self.name
 
 
-class BenchConfig(_Stanza):
+class BenchConfig(_ConfigModel):
     """Everything about a run that changes its numbers."""
 
     name: str = Field(default="bench", description="What the run is called")
@@ -108,7 +108,7 @@ class BenchConfig(_Stanza):
         description="Text file for second moments, blank lines between documents; "
         "none: the text that ships with errata",
     )
-    methods: Annotated[tuple[Annotated[Variant, _named("method")], ...], Listed] = Field(
+    methods: Annotated[tuple[Annotated[MethodVariant, _named("method")], ...], Listed] = Field(
         min_length=1, description="The columns"
     )
     datasets: Annotated[tuple[Annotated[DatasetSpec, _named("name")], ...], Listed] = Field(
@@ -235,7 +235,7 @@ def _unique(what: str, names: list[str]) -> None:
 
 
 _NESTED: dict[str, type[BaseModel]] = {
-    "methods": Variant, "datasets": DatasetSpec, "train": DatasetSpec,
+    "methods": MethodVariant, "datasets": DatasetSpec, "train": DatasetSpec,
 }  # fmt: skip
 
 

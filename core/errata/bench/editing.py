@@ -27,7 +27,7 @@ FATAL = (StorageError, LedgerError, SelfComparisonError)
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CaseOutcome:
     """What became of the edit of a case, or of several in one call.
 
     Attributes:
@@ -53,7 +53,7 @@ class Outcome:
         return {**asdict(self), "ids": list(self.ids)}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Outcome:
+    def from_json(cls, data: Mapping[str, Any]) -> CaseOutcome:
         """Return the outcome that `as_json` wrote."""
         return cls(**{**data, "ids": tuple(data["ids"])})
 
@@ -66,7 +66,7 @@ def edit_case(
     config: Mapping[str, Any],
     seed: str,
     before: Sequence[str] = (),
-) -> Outcome:
+) -> CaseOutcome:
     """Edit the model with requests that belong together; leave it alone if any of them fails.
 
     Args:
@@ -105,8 +105,8 @@ def edit_case(
         left = [edit_id for edit_id in editor.model.stack.ids if edit_id not in former]
         if left:
             editor.revert(*left)
-        return Outcome(refused=refused, error=error, wall=wall)
-    return Outcome(
+        return CaseOutcome(refused=refused, error=error, wall=wall)
+    return CaseOutcome(
         ids=tuple(edit.id for edit in known),
         seconds=sum(edit.seconds for edit in known),
         nbytes=sum(edit.nbytes for edit in known),

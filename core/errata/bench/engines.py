@@ -1,6 +1,6 @@
-"""Where tasks are carried out: in this process, in several, or on a Ray cluster.
+"""Where units of work are carried out: in this process, in several, or on a Ray cluster.
 
-An engine gets tasks and yields their lines as they come; it never writes results. What is written
+An engine gets units and yields their lines as they come; it never writes results. What is written
 is up to the one process that runs the benchmark.
 """
 
@@ -12,23 +12,23 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from errata import errors
-from errata.bench.work_units import Task, keys_of
+from errata.bench.work_units import WorkUnit, keys_of
 
 if TYPE_CHECKING:
     from errata.bench.results import Line
-    from errata.bench.run_spec import Job
+    from errata.bench.run_spec import RunSpec
     from errata.bench.worker import Worker
     from errata.model.progress import Progress
 
 TRIES = 3
-"""How often a task is started without a single new line before its next case is given up."""
+"""How often a unit is started without a single new line before its next case is given up."""
 
 
 class Engine(Protocol):
-    """Carries out tasks."""
+    """Carries out units of work."""
 
-    def run(self, job: Job, tasks: Sequence[Task]) -> Generator[Line, None, None]:
-        """Yield the lines of tasks as they come, in any order; each task's own in its order."""
+    def run(self, spec: RunSpec, units: Sequence[WorkUnit]) -> Generator[Line, None, None]:
+        """Yield the lines of units as they come, in any order; each unit's own in its order."""
         ...
 
     def close(self) -> None:
@@ -40,21 +40,22 @@ class SerialEngine:
     """Everything in this process, in order.
 
     Args:
-        progress: where long work inside a task reports to.
+        progress: where long work inside a unit reports to.
     """
 
     def __init__(self, progress: Progress | None = None) -> None:
         self._progress = progress
         self._worker: Worker | None = None
 
-    def run(self, job: Job, tasks: Sequence[Task]) -> Generator[Line, None, None]:
-        """Yield the lines of tasks, in order."""
+    def run(self, spec: RunSpec, units: Sequence[WorkUnit]) -> Generator[Line, None, None]:
+        """Yield the lines of units, in order."""
+        from errata.bench.dispatch import carry_out
         from errata.bench.worker import Worker
 
         if self._worker is None:
-            self._worker = Worker(job, self._progress)
-        for task in tasks:
-            yield from self._worker.carry_out(task)
+            self._worker = Worker(spec, self._progress)
+        for unit in units:
+            yield from carry_out(self._worker, unit)
 
     def close(self) -> None:
         """Let go of the model; raise `IntegrityError` unless it is its base again."""
@@ -64,7 +65,7 @@ class SerialEngine:
 
 
 class Message(NamedTuple):
-    """What a worker process says: a line, that a task is done, an error, or that it is gone."""
+    """What a worker process says: a line, that a unit is done, an error, or that it is gone."""
 
     kind: Literal["line", "done", "error", "gone"]
     content: Any = None
@@ -73,8 +74,8 @@ class Message(NamedTuple):
 class Handle(Protocol):
     """One worker elsewhere."""
 
-    def send(self, task: Task) -> None:
-        """Let it carry out a task."""
+    def send(self, unit: WorkUnit) -> None:
+        """Let it carry out a unit."""
         ...
 
     def stop(self) -> None:
@@ -101,24 +102,24 @@ class Pool:
         self.jobs = jobs
         self._idle: list[Handle] = []
 
-    def _start(self, job: Job) -> Handle:
+    def _start(self, spec: RunSpec) -> Handle:
         raise NotImplementedError
 
     def _wait(self, handles: Sequence[Handle]) -> list[tuple[Handle, Message]]:
         """Block until one of the workers says something."""
         raise NotImplementedError
 
-    def run(self, job: Job, tasks: Sequence[Task]) -> Generator[Line, None, None]:
-        """Yield the lines of tasks as they come; a worker that dies is replaced."""
-        waiting = deque(_Attempt(task) for task in tasks)
+    def run(self, spec: RunSpec, units: Sequence[WorkUnit]) -> Generator[Line, None, None]:
+        """Yield the lines of units as they come; a worker that dies is replaced."""
+        waiting = deque(_Attempt(unit) for unit in units)
         busy: dict[Handle, _Attempt] = {}
         deaths = 0  # since anybody said anything
         try:
             while waiting or busy:
                 while waiting and len(busy) < self.jobs:
-                    handle = self._idle.pop() if self._idle else self._start(job)
+                    handle = self._idle.pop() if self._idle else self._start(spec)
                     busy[handle] = attempt = waiting.popleft()
-                    handle.send(attempt.task)
+                    handle.send(attempt.unit)
                 for handle, message in self._wait(list(busy)):
                     deaths = deaths + 1 if message.kind == "gone" else 0
                     if deaths > TRIES * (self.jobs + 1):
@@ -136,7 +137,7 @@ class Pool:
                     elif message.kind == "error":
                         raise as_error(message.content)
                     else:
-                        waiting.appendleft(busy.pop(handle).again(job, str(message.content)))
+                        waiting.appendleft(busy.pop(handle).again(spec, str(message.content)))
                         handle.stop()
         finally:
             for handle in busy:
@@ -152,10 +153,10 @@ class Pool:
 
 
 class _Attempt:
-    """A task that may have to be started several times."""
+    """A unit of work that may have to be started several times."""
 
-    def __init__(self, task: Task) -> None:
-        self.task = task
+    def __init__(self, unit: WorkUnit) -> None:
+        self.unit = unit
         self._seen: dict[str, str] = {}
         self._deaths = 0
         self._over = ""  # the first key that was left when a worker last died
@@ -166,30 +167,30 @@ class _Attempt:
             self._seen[line["key"]] = line["kind"]
             self._deaths = 0
 
-    def again(self, job: Job, reason: str) -> _Attempt:
+    def again(self, spec: RunSpec, reason: str) -> _Attempt:
         """Return this attempt for another worker: what is left, more carefully each time.
 
         Raises `ErrataError` where there is no single case that could be given up.
         """
         failed = {key for key, kind in self._seen.items() if kind == "failure"}
-        done = self.task.done | self._seen.keys()
-        task = replace(self.task, done=done, failed=self.task.failed | failed)
-        # Of the task as the worker had it: what a failure has made needless since was its burden.
-        over = next((k for k in keys_of(job, self.task) if k not in done), "")
+        done = self.unit.done | self._seen.keys()
+        unit = replace(self.unit, done=done, failed=self.unit.failed | failed)
+        # Of the unit as the worker had it: what a failure has made needless since was its burden.
+        over = next((k for k in keys_of(spec, self.unit) if k not in done), "")
         self._deaths = self._deaths + 1 if over == self._over else 1
         self._over = over
-        task = replace(task, careful=self._deaths == TRIES - 1)
+        unit = replace(unit, careful=self._deaths == TRIES - 1)
         if self._deaths >= TRIES:
-            left = [k for k in keys_of(job, task) if k not in {*task.done, *task.given_up}]
+            left = [k for k in keys_of(spec, unit) if k not in {*unit.done, *unit.given_up}]
             if not left:
                 raise errors.ErrataError(
-                    f"A worker ended {TRIES} times over {task.work!r} ({reason}). If the system "
+                    f"A worker ended {TRIES} times over {unit.work!r} ({reason}). If the system "
                     "ran out of memory, use fewer --jobs or a smaller settings.batch_size."
                 )
             why = f"WorkerDied: the worker process ended {TRIES} times over this case ({reason})"
-            task = replace(task, given_up={**task.given_up, left[0]: why})
+            unit = replace(unit, given_up={**unit.given_up, left[0]: why})
             self._deaths = 0
-        self.task = task
+        self.unit = unit
         return self
 
 

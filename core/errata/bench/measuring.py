@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from errata.bench.run_spec import Case, name_of
 from errata.errors import IntegrityError, StorageError
 from errata.evaluate import PROTOCOLS, Baseline, Measurement, Reader, TargetScore
-from errata.evaluate.measurement import harmonic_mean
-from errata.evaluate.reader import Memory
+from errata.evaluate.pooling import harmonic_mean
+from errata.evaluate.reader import KnownAnswers
 from errata.model.storage import write_bytes
 
 if TYPE_CHECKING:
@@ -37,9 +37,9 @@ def measure(
 
 def measure_base(
     editor: Editor, cases: Sequence[Case], protocols: Sequence[str], settings: MeasureSettings
-) -> tuple[list[list[Measurement]], Memory]:
+) -> tuple[list[list[Measurement]], KnownAnswers]:
     """Measure the unedited model; return each case's numbers and everything it answered."""
-    memory = Memory()
+    memory = KnownAnswers()
     found = capture(editor, requests_of(cases), protocols, settings, memory)
     return ([found] if len(cases) == 1 else split(found, cases)), memory
 
@@ -49,7 +49,7 @@ def capture(
     requests: Sequence[Request],
     protocols: Sequence[str],
     settings: MeasureSettings,
-    memory: Memory,
+    memory: KnownAnswers,
 ) -> list[Measurement]:
     """Measure the model with every edit off by any protocols, the core's and others.
 
@@ -119,7 +119,7 @@ def apart(cases: Sequence[Case]) -> bool:
 # -- what the base answered, on disk ---------------------------------------------------------------
 
 
-def save_memory(path: Path, memory: Memory, fingerprint: str) -> None:
+def save_memory(path: Path, memory: KnownAnswers, fingerprint: str) -> None:
     """Write what the base answered; floats come back bit for bit."""
     data = {
         "schema": SCHEMA,
@@ -135,7 +135,7 @@ def save_memory(path: Path, memory: Memory, fingerprint: str) -> None:
     write_bytes(path, json.dumps(data).encode())
 
 
-def load_memory(path: Path, fingerprint: str) -> Memory:
+def load_memory(path: Path, fingerprint: str) -> KnownAnswers:
     """Read what the base answered; an empty memory where nothing was kept.
 
     Raises `IntegrityError` for a file that is damaged or of another model.
@@ -144,7 +144,7 @@ def load_memory(path: Path, fingerprint: str) -> Memory:
         data: dict[str, Any] = json.loads(path.read_bytes())
         if data["schema"] != SCHEMA or data["fingerprint"] != fingerprint:
             raise ValueError("it is of another model or another version of errata")
-        return Memory(
+        return KnownAnswers(
             texts={prompt: text for prompt, text in data["texts"]},
             scores={
                 (prompt, target): TargetScore(tuple(ids), tuple(logprobs), tuple(predicted))
@@ -154,7 +154,7 @@ def load_memory(path: Path, fingerprint: str) -> Memory:
             samples={(seed, tuple(asked)): texts for seed, asked, texts in data["samples"]},
         )
     except FileNotFoundError:
-        return Memory()
+        return KnownAnswers()
     except OSError as error:
         raise StorageError(f"Cannot read {path}: {error.strerror or error}.") from error
     except (ValueError, TypeError, KeyError) as error:
@@ -163,9 +163,9 @@ def load_memory(path: Path, fingerprint: str) -> Memory:
         ) from None
 
 
-def added(memory: Memory, known: Memory) -> Memory:
+def added(memory: KnownAnswers, known: KnownAnswers) -> KnownAnswers:
     """Return what a memory has beyond another."""
-    return Memory(
+    return KnownAnswers(
         texts={k: v for k, v in memory.texts.items() if k not in known.texts},
         scores={k: v for k, v in memory.scores.items() if k not in known.scores},
         nlls={k: v for k, v in memory.nlls.items() if k not in known.nlls},
@@ -173,12 +173,12 @@ def added(memory: Memory, known: Memory) -> Memory:
     )
 
 
-def copied(memories: Iterable[Memory]) -> Memory:
+def copied(memories: Iterable[KnownAnswers]) -> KnownAnswers:
     """Return one memory of several; what is added to it stays out of them.
 
     Each measurement gets its own copy, so that what one case adds changes no other's batches.
     """
-    whole = Memory()
+    whole = KnownAnswers()
     for memory in reversed(list(memories)):  # of several answers the first one given is kept
         whole.texts.update(memory.texts)
         whole.scores.update(memory.scores)

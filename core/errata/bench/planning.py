@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from errata.bench.config import BASE, STREAMS, BenchConfig
 from errata.bench.results import load, read_info
-from errata.bench.run_spec import Case, Job
+from errata.bench.run_spec import Case, RunSpec
 from errata.bench.work_units import (
-    Task,
-    base_state_tasks,
-    base_tasks,
-    edit_tasks,
+    WorkUnit,
+    base_state_units,
+    base_units,
+    edit_units,
     keys_of,
     left_over,
 )
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Cost:
+class CaseCost:
     """What one case of a column takes, in seconds.
 
     Attributes:
@@ -45,7 +45,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Column:
+class PlannedColumn:
     """What is to be done for one variant (or the base), all datasets and seeds together.
 
     Attributes:
@@ -72,7 +72,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchPlan:
     """What a run amounts to.
 
     Attributes:
@@ -83,7 +83,7 @@ class Plan:
     """
 
     config: BenchConfig
-    columns: tuple[Column, ...]
+    columns: tuple[PlannedColumn, ...]
     protocols: Mapping[str, Mapping[str, tuple[str, ...]]]
     estimate: str = ""
 
@@ -112,7 +112,7 @@ def plan(
     directory: str | Path | None = None,
     *,
     probe: int = 0,
-) -> Plan:
+) -> BenchPlan:
     """Say what a run would do, without doing it.
 
     Args:
@@ -123,55 +123,56 @@ def plan(
     Raises:
         ConfigError, UnknownNameError, CapabilityError: it cannot be run.
     """
-    job = Job(BenchConfig.parse(config), None if directory is None else Path(directory))
-    entries = check(job)
+    spec = RunSpec(BenchConfig.parse(config), None if directory is None else Path(directory))
+    entries = check(spec)
     kinds: dict[str, str] = {}
-    costs: dict[str, Cost] = {}
+    costs: dict[str, CaseCost] = {}
     source = ""
     if directory is not None and read_info(Path(directory)) is not None:
         there = load(directory)
         kinds, costs = there.kinds, known_costs(there)
         source = f"the cases that {directory} holds" if costs else ""
     if probe:
-        costs.update(probed(job, probe))
+        costs.update(probed(spec, probe))
         source = f"{probe} timed case{'s' if probe > 1 else ''} per variant"
-    tasks = {label: [] for label in (BASE, *(v.label for v in job.config.methods))}  # type: ignore[var-annotated]
-    for task in [*base_tasks(job), *base_state_tasks(job), *edit_tasks(job)]:
-        tasks[job.label(task.variant)].append(task)
+    labels = (BASE, *(variant.label for variant in spec.config.methods))
+    units: dict[str, list[WorkUnit]] = {label: [] for label in labels}
+    for unit in [*base_units(spec), *base_state_units(spec), *edit_units(spec)]:
+        units[spec.label(unit.variant)].append(unit)
     columns = tuple(
-        _column(job, label, mine, entries.get(label), kinds, costs.get(label))
-        for label, mine in tasks.items()
+        _column(spec, label, mine, entries.get(label), kinds, costs.get(label))
+        for label, mine in units.items()
     )
     protocols = {
-        job.title(i): {"cases": job.protocols(i), "state": job.whole(i)}
-        for i in range(len(job.config.datasets))
+        spec.title(i): {"cases": spec.protocols(i), "state": spec.whole(i)}
+        for i in range(len(spec.config.datasets))
     }
-    return Plan(job.config, columns, protocols, source)
+    return BenchPlan(spec.config, columns, protocols, source)
 
 
 def _column(
-    job: Job,
+    spec: RunSpec,
     label: str,
-    tasks: list[Task],
+    units: list[WorkUnit],
     can: Capabilities | None,
     kinds: Mapping[str, str],
-    cost: Cost | None,
-) -> Column:
-    keys = [key for task in tasks for key in keys_of(job, task)]
+    cost: CaseCost | None,
+) -> PlannedColumn:
+    keys = [key for unit in units for key in keys_of(spec, unit)]
     states = sum("|state" in key for key in keys)
-    items = [(item, task.seed) for task in tasks for item in task.items]
-    edited = [job.edited(item, seed) for item, seed in items]
-    left = [key for task in left_over(job, tasks, kinds) for key in keys_of(job, task)
-            if key not in task.done]  # fmt: skip
+    items = [(item, unit.seed) for unit in units for item in unit.items]
+    edited = [spec.edited(item, seed) for item, seed in items]
+    left = [key for unit in left_over(spec, units, kinds) for key in keys_of(spec, unit)
+            if key not in unit.done]  # fmt: skip
     to_edit = [key for key in left if "|checkpoint|" not in key and "|state" not in key]
     to_measure = [key for key in left if "|state" not in key]
     is_base = label == BASE
     seconds = None
     if cost is not None:
         seconds = cost.measure * len(to_measure) + (0 if is_base else cost.edit * len(to_edit))
-    return Column(
+    return PlannedColumn(
         label=label,
-        method=BASE if is_base else next(v.method for v in job.config.methods if v.label == label),
+        method=BASE if is_base else next(v.method for v in spec.config.methods if v.label == label),
         cases=len(items),
         edits=0 if is_base else sum(map(len, edited)),
         measured=len(keys) - states,
@@ -185,36 +186,36 @@ def _column(
 # -- can it be done --------------------------------------------------------------------------------
 
 
-def check(job: Job) -> dict[str, Capabilities]:
+def check(spec: RunSpec) -> dict[str, Capabilities]:
     """Raise for what cannot be run; return each variant's declared capabilities by its label.
 
     Needs no model: methods, hyper-parameters, datasets, protocols and the regime are looked at.
     """
-    config = job.config
+    config = spec.config
     registry = Registry.load(plugin_files=plugins.registry_files())
     entries: dict[str, Capabilities] = {}
     for number, variant in enumerate(config.methods):
         loaded = plugins.load(variant.method)
-        registry.resolve(variant.method, loaded.config, {}, job.overrides(number, config.seeds[0]))
+        registry.resolve(variant.method, loaded.config, {}, spec.overrides(number, config.seeds[0]))
         can = entries[variant.label] = registry.method(variant.method).capabilities
         _check_regime(config, variant.label, variant.method, config.size(number), can)
     for number in range(len(config.datasets)):
         for seed in config.seeds:
-            cases = [job.edited(item, seed) for item in job.stream(number, seed)]
+            cases = [spec.edited(item, seed) for item in spec.stream(number, seed)]
         for label, can in entries.items():
             if not any(_fits(can, case) for case in cases):
                 kinds = sorted({request.kind for case in cases for request in case})
                 raise CapabilityError(
                     f"{label} carries out requests of kind {', '.join(can.kinds)}; those of "
-                    f"{job.title(number)!r} are of kind {', '.join(kinds)}. Leave one of them out."
+                    f"{spec.title(number)!r} are of kind {', '.join(kinds)}. Leave one of them out."
                 )
-        if not (*job.protocols(number), *job.whole(number)):
+        if not (*spec.protocols(number), *spec.whole(number)):
             raise ConfigError(
-                f"Nothing would be measured on {job.title(number)!r}: name protocols. Known: "
-                f"{', '.join(sorted(job.known))}."
+                f"Nothing would be measured on {spec.title(number)!r}: name protocols. Known: "
+                f"{', '.join(sorted(spec.known))}."
             )
-        job.settings(number, config.seeds[0])
-    _ = job.corpus
+        spec.settings(number, config.seeds[0])
+    _ = spec.corpus
     return entries
 
 
@@ -246,7 +247,7 @@ def _fits(can: Capabilities, case: Case) -> bool:
 # -- what it may cost ------------------------------------------------------------------------------
 
 
-def known_costs(results: Any) -> dict[str, Cost]:
+def known_costs(results: Any) -> dict[str, CaseCost]:
     """Return what the median case of each column took, from the lines of a run."""
     found: dict[str, list[tuple[str, float, float]]] = {}
     for line in results.cases():
@@ -255,7 +256,7 @@ def known_costs(results: Any) -> dict[str, Cost]:
             (line["stage"], float(spent["edit"]), float(spent["measure"]))
         )
     return {
-        label: Cost(
+        label: CaseCost(
             edit=statistics.median([e for s, e, _ in many if s != "checkpoint"] or [0.0]),
             measure=statistics.fmean([m for _, _, m in many]),
             n=len(many),
@@ -264,21 +265,21 @@ def known_costs(results: Any) -> dict[str, Cost]:
     }
 
 
-def probed(job: Job, count: int) -> dict[str, Cost]:
+def probed(spec: RunSpec, count: int) -> dict[str, CaseCost]:
     """Carry out a few cases of each variant on the base; return what they took."""
     from errata.bench.worker import Worker
 
-    worker = Worker(job)
-    seed = job.config.seeds[0]
+    worker = Worker(spec)
+    seed = spec.config.seeds[0]
     costs: dict[str, list[tuple[float, float]]] = {}
     try:
-        for variant in range(-1, len(job.config.methods)):
-            for task in _probes(job, variant, seed, count):
-                costs.setdefault(job.label(variant), []).append(_timed(worker, task))
+        for variant in range(-1, len(spec.config.methods)):
+            for unit in _probes(spec, variant, seed, count):
+                costs.setdefault(spec.label(variant), []).append(_timed(worker, unit))
     finally:
         worker.close()
     return {
-        label: Cost(
+        label: CaseCost(
             edit=statistics.fmean([edit for edit, _ in many]),
             measure=statistics.fmean([measure for _, measure in many]),
             n=len(many),
@@ -287,27 +288,27 @@ def probed(job: Job, count: int) -> dict[str, Cost]:
     }
 
 
-def _probes(job: Job, variant: int, seed: int, count: int) -> list[Task]:
-    items = job.stream(0, seed)[:count]
-    return [Task("single", variant, 0, seed, (item,)) for item in items]
+def _probes(spec: RunSpec, variant: int, seed: int, count: int) -> list[WorkUnit]:
+    items = spec.stream(0, seed)[:count]
+    return [WorkUnit("single", variant, 0, seed, (item,)) for item in items]
 
 
-def _timed(worker: Worker, task: Task) -> tuple[float, float]:
+def _timed(worker: Worker, unit: WorkUnit) -> tuple[float, float]:
     """Return the seconds that editing and measuring one case takes."""
     from errata.bench import measuring
     from errata.evaluate import Baseline
 
-    job, editor = worker.job, worker.editor
-    case = job.case(task.items[0], task.seed)
-    protocols = job.protocols(task.dataset)
-    settings = job.settings(task.dataset, task.seed)
-    if task.variant < 0:
+    spec, editor = worker.spec, worker.editor
+    case = spec.case(unit.items[0], unit.seed)
+    protocols = spec.protocols(unit.dataset)
+    settings = spec.settings(unit.dataset, unit.seed)
+    if unit.variant < 0:
         started = time.perf_counter()
         measuring.measure_base(editor, [case], protocols, settings)
         return 0.0, time.perf_counter() - started
-    worker.prepare(task.variant, task.seed)
+    worker.prepare(unit.variant, unit.seed)
     base = measuring.measure_base(editor, [case], protocols, settings)[1]
-    outcome = worker.edit(task.variant, task.seed, task.items)
+    outcome = worker.edit(unit.variant, unit.seed, unit.items)
     started = time.perf_counter()
     baseline = Baseline(editor.model.fingerprint, settings, base)
     measuring.measure(editor, [case], protocols, baseline)

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from errata.bench.config import BenchConfig
 from errata.bench.engines import Handle, Message, Pool, described, threads_each
-from errata.bench.run_spec import Job
+from errata.bench.run_spec import RunSpec
 from errata.errors import ErrataError
 
 if TYPE_CHECKING:
     from multiprocessing.context import SpawnProcess
     from pathlib import Path
 
-    from errata.bench.work_units import Task
+    from errata.bench.work_units import WorkUnit
 
 logger = logging.getLogger("errata")
 FINISH = 60.0  # seconds for the last check of a model
@@ -41,10 +41,10 @@ class ProcessEngine(Pool):
         super().__init__(jobs)
         self._threads = threads
 
-    def _start(self, job: Job) -> Handle:
+    def _start(self, spec: RunSpec) -> Handle:
         if self._threads is None:
             self._threads = threads_each(self.jobs, os.environ)
-        return _Process(job, self._threads)
+        return _Process(spec, self._threads)
 
     def _wait(self, handles: Sequence[Handle]) -> list[tuple[Handle, Message]]:
         processes = [handle for handle in handles if isinstance(handle, _Process)]
@@ -55,22 +55,22 @@ class ProcessEngine(Pool):
 class _Process:
     """One process."""
 
-    def __init__(self, job: Job, threads: int) -> None:
+    def __init__(self, spec: RunSpec, threads: int) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self._process: SpawnProcess = context.Process(
             target=_serve,
-            args=(theirs, job.config, job.directory, threads, logger.getEffectiveLevel()),
+            args=(theirs, spec.config, spec.directory, threads, logger.getEffectiveLevel()),
             daemon=True,
         )
         self._process.start()
         theirs.close()  # so that its end is seen when it dies
 
-    def send(self, task: Task) -> None:
+    def send(self, unit: WorkUnit) -> None:
         try:
-            self.connection.send(task)
+            self.connection.send(unit)
         except OSError:  # it died while it was idle: `receive` says so
-            logger.debug("A worker was gone before its task")
+            logger.debug("A worker was gone before its unit")
 
     def receive(self) -> Message:
         try:
@@ -110,7 +110,7 @@ def _serve(
     threads: int,
     level: int,
 ) -> None:
-    """Carry out tasks until there are no more or nobody listens."""
+    """Carry out units until there are no more or nobody listens."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     _end_with_the_parent()
     logger.setLevel(level)
@@ -118,13 +118,14 @@ def _serve(
         import torch
         import transformers
 
+        from errata.bench.dispatch import carry_out
         from errata.bench.worker import Worker
 
         transformers.utils.logging.disable_progress_bar()
         torch.set_num_threads(threads)
-        worker = Worker(Job(config, directory))
-        while (task := connection.recv()) is not None:
-            for line in worker.carry_out(task):
+        worker = Worker(RunSpec(config, directory))
+        while (unit := connection.recv()) is not None:
+            for line in carry_out(worker, unit):
                 connection.send(Message("line", line))
             connection.send(Message("done"))
         worker.close()

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from errata.bench.config import BenchConfig
-    from errata.bench.run_spec import Job
-    from errata.bench.work_units import Task
+    from errata.bench.run_spec import RunSpec
+    from errata.bench.work_units import WorkUnit
 
 
 class RayEngine(Pool):
@@ -45,15 +45,15 @@ class RayEngine(Pool):
         self._threads = threads
         self._ours = False
 
-    def _start(self, job: Job) -> Handle:
+    def _start(self, spec: RunSpec) -> Handle:
         if not self._ray.is_initialized():
             self._initialise()
         if self._threads is None:
             self._threads = threads_each(self.jobs, os.environ)
-        gpus = 1 if (job.config.device or "").startswith("cuda") else 0
+        gpus = 1 if (spec.config.device or "").startswith("cuda") else 0
         options = {"num_cpus": 1, "num_gpus": gpus, "max_restarts": 0}
         actor = self._ray.remote(**options)(_Actor)
-        return _Remote(self._ray, actor.remote(job.config, job.directory, self._threads))
+        return _Remote(self._ray, actor.remote(spec.config, spec.directory, self._threads))
 
     def _initialise(self) -> None:
         options: dict[str, Any] = {
@@ -96,8 +96,8 @@ class _Remote:
         self._ray, self._actor = ray, actor
         self.lines: Any = None
 
-    def send(self, task: Task) -> None:
-        self.lines = self._actor.carry_out.options(num_returns="streaming").remote(task)
+    def send(self, unit: WorkUnit) -> None:
+        self.lines = self._actor.carry_out.options(num_returns="streaming").remote(unit)
 
     def receive(self) -> Message:
         try:
@@ -128,17 +128,19 @@ class _Actor:
         import torch
         import transformers
 
-        from errata.bench.run_spec import Job
+        from errata.bench.run_spec import RunSpec
         from errata.bench.worker import Worker
 
         transformers.utils.logging.disable_progress_bar()
         torch.set_num_threads(threads)
-        self._worker = Worker(Job(config, directory))
+        self._worker = Worker(RunSpec(config, directory))
 
-    def carry_out(self, task: Task) -> Iterator[tuple[str, Any]]:
+    def carry_out(self, unit: WorkUnit) -> Iterator[tuple[str, Any]]:
         """Yield (kind, content) of messages; the end of the stream says that it is done."""
+        from errata.bench.dispatch import carry_out
+
         try:
-            for line in self._worker.carry_out(task):
+            for line in carry_out(self._worker, unit):
                 yield "line", line
         except Exception as error:
             yield "error", described(error)

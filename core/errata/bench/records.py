@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from errata.bench.config import BASE
 from errata.bench.results import SCHEMA, Line
-from errata.bench.run_spec import Case, Job, name_of
+from errata.bench.run_spec import Case, RunSpec, name_of
 from errata.bench.work_units import key_of
 
 if TYPE_CHECKING:
-    from errata.bench.editing import Outcome
+    from errata.bench.editing import CaseOutcome
     from errata.evaluate import Measurement
 
 
@@ -40,37 +40,39 @@ class Place:
     index: int | None
     key: str = ""
 
-    def fields(self, job: Job, kind: str) -> Line:
+    def fields(self, spec: RunSpec, kind: str) -> Line:
         """Return what every line begins with."""
-        made = key_of(job, self.variant, self.dataset, self.seed, self.stage, self.step, self.index)
-        method = BASE if self.variant < 0 else job.config.methods[self.variant].method
+        made = key_of(
+            spec, self.variant, self.dataset, self.seed, self.stage, self.step, self.index
+        )
+        method = BASE if self.variant < 0 else spec.config.methods[self.variant].method
         return {
             "schema": SCHEMA,
             "kind": kind,
             "key": self.key or made,
             "method": method,
-            "variant": job.label(self.variant),
+            "variant": spec.label(self.variant),
             "seed": self.seed,
-            "regime": job.config.regime,
+            "regime": spec.config.regime,
             "stage": self.stage,
             "step": self.step,
             "index": self.index,
-            "dataset": job.title(self.dataset),
+            "dataset": spec.title(self.dataset),
         }
 
 
 def case_line(
-    job: Job,
+    spec: RunSpec,
     place: Place,
     case: Case,
     found: Sequence[Measurement],
-    outcome: Outcome | None,
+    outcome: CaseOutcome | None,
     seconds: float,
 ) -> Line:
     """Return the line of a measured case.
 
     Args:
-        job: the run.
+        spec: the run.
         place: where it belongs.
         case: its requests.
         found: its own numbers.
@@ -80,7 +82,7 @@ def case_line(
     # What was edited before is not edited again at a checkpoint.
     now = outcome is not None and place.stage != "checkpoint"
     return {
-        **place.fields(job, "case"),
+        **place.fields(spec, "case"),
         "case_id": name_of(case),
         "requests": [r.model_dump(mode="json", exclude_defaults=True) for r in case],
         "edit": None if outcome is None else edit_json(outcome),
@@ -94,7 +96,7 @@ def case_line(
     }
 
 
-def edit_json(outcome: Outcome) -> dict[str, Any]:
+def edit_json(outcome: CaseOutcome) -> dict[str, Any]:
     """Return what became of an edit, with one case's share of its cost."""
     shared = outcome.shared
     return {
@@ -106,10 +108,10 @@ def edit_json(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def state_line(job: Job, place: Place, found: Sequence[Measurement], seconds: float) -> Line:
+def state_line(spec: RunSpec, place: Place, found: Sequence[Measurement], seconds: float) -> Line:
     """Return the line of a model as a whole."""
     return {
-        **place.fields(job, "state"),
+        **place.fields(spec, "state"),
         "case_id": None,
         "requests": [],
         "edit": None,
@@ -120,10 +122,10 @@ def state_line(job: Job, place: Place, found: Sequence[Measurement], seconds: fl
     }
 
 
-def failure_line(job: Job, place: Place, case: Case | None, error: str) -> Line:
+def failure_line(spec: RunSpec, place: Place, case: Case | None, error: str) -> Line:
     """Return the line of a case (or a state, without one) that could not be carried out."""
     return {
-        **place.fields(job, "failure"),
+        **place.fields(spec, "failure"),
         "case_id": None if case is None else name_of(case),
         "requests": [
             r.model_dump(mode="json", exclude_defaults=True) for r in (case if case else ())

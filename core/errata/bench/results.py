@@ -24,7 +24,7 @@ Line = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Run:
+class RunDirectory:
     """A run directory, read.
 
     Attributes:
@@ -69,7 +69,7 @@ class Run:
         return (line for line in self if line["kind"] == "failure")
 
 
-def load(directory: str | Path) -> Run:
+def load(directory: str | Path) -> RunDirectory:
     """Read a run directory.
 
     Raises `ConfigError` where there is none and `IntegrityError` where it is damaged.
@@ -80,7 +80,7 @@ def load(directory: str | Path) -> Run:
         raise ConfigError(
             f"{str(folder)!r} is no run directory: it has no {INFO}. `errata bench` writes one."
         )
-    return Run(folder, info)
+    return RunDirectory(folder, info)
 
 
 def read_info(folder: Path) -> Mapping[str, Any] | None:
@@ -123,20 +123,20 @@ def checked(raw: bytes, where: str) -> Line:
     return line
 
 
-class Results:
-    """The results file, open for adding lines. Made by `Results.open`.
+class ResultsFile:
+    """The results file, open for adding lines. Made by `ResultsFile.open`.
 
     A line is on the disk before `add` returns. One process at a time may have it open.
     """
 
     def __init__(self, folder: Path, handle: int, lock: contextlib.ExitStack) -> None:
-        """Take an open file; use `Results.open`."""
+        """Take an open file; use `ResultsFile.open`."""
         self._path = folder / RESULTS
         self._handle = handle
         self._lock = lock
 
     @classmethod
-    def open(cls, folder: Path) -> Results:
+    def open(cls, folder: Path) -> ResultsFile:
         """Open a run directory for writing and drop a line that was only half written.
 
         Raises `LedgerBusyError` when another process writes to it and `StorageError` when the

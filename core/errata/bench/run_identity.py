@@ -18,41 +18,41 @@ from errata.bench.results import RESULTS, SCHEMA
 from errata.errors import ConfigError
 
 if TYPE_CHECKING:
-    from errata.bench.run_spec import Job
+    from errata.bench.run_spec import RunSpec
 
 logger = logging.getLogger("errata")
 FREE = ("name", "device")
 """Fields of the configuration that change no number (beyond what a machine changes)."""
 
 
-def info_of(job: Job, description: Mapping[str, Any]) -> dict[str, Any]:
+def info_of(spec: RunSpec, description: Mapping[str, Any]) -> dict[str, Any]:
     """Return the `run.json` of a run.
 
     Args:
-        job: the run.
+        spec: the run.
         description: of model and variants, as a worker gave it.
     """
-    config = job.config
+    config = spec.config
     model, variants = dict(description["model"]), list(description["variants"])
     seed = config.seeds[0]
     datasets = [
         {
-            "name": spec.title,
-            "reader": spec.name,
+            "name": wanted.title,
+            "reader": wanted.name,
             "source": dataset.source,
             "digest": dataset.digest,
-            "cases": len(job.cases(number, seed)),
+            "cases": len(spec.cases(number, seed)),
             "skipped": dataset.skipped,
         }
-        for number, (spec, dataset) in enumerate(zip(config.datasets, job.datasets, strict=True))
+        for number, (wanted, dataset) in enumerate(zip(config.datasets, spec.datasets, strict=True))
     ]
     protocols = {
-        job.title(number): {"cases": job.protocols(number), "state": job.whole(number)}
+        spec.title(number): {"cases": spec.protocols(number), "state": spec.whole(number)}
         for number in range(len(datasets))
     }
     given = {k: v for k, v in config.model_dump(mode="json").items() if k not in FREE}
-    for spec in given["datasets"]:  # where the bytes lay does not matter, their digest does
-        spec.pop("path")
+    for dataset in given["datasets"]:  # where the bytes lay does not matter, their digest does
+        dataset.pop("path")
     if given["train"] is not None:
         given["train"].pop("path")
     given.pop("corpus")
@@ -71,7 +71,7 @@ def info_of(job: Job, description: Mapping[str, Any]) -> dict[str, Any]:
         "datasets": {
             one["name"]: {"digest": one["digest"], "cases": one["cases"]} for one in datasets
         },
-        "corpus": None if job.corpus is None else _digest(list(job.corpus)),
+        "corpus": None if spec.corpus is None else _digest(list(spec.corpus)),
         "protocols": protocols,
         "errata": versions(())["errata"],
     }

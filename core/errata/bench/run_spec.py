@@ -32,7 +32,7 @@ class Item(NamedTuple):
     number: int
 
 
-class Job:
+class RunSpec:
     """What a run consists of. It holds no model and is cheap to make from (config, directory).
 
     Args:

@@ -10,16 +10,25 @@ from typing import Any
 from errata.bench.config import BenchConfig
 from errata.bench.engines import Engine, SerialEngine
 from errata.bench.planning import check
-from errata.bench.results import INFO, RESULTS, Line, Results, Run, load, read_info, write_info
-from errata.bench.run_spec import Job
+from errata.bench.results import (
+    INFO,
+    RESULTS,
+    Line,
+    ResultsFile,
+    RunDirectory,
+    load,
+    read_info,
+    write_info,
+)
+from errata.bench.run_spec import RunSpec
 from errata.bench.work_units import (
-    Task,
-    base_state_tasks,
-    base_tasks,
-    edit_tasks,
+    WorkUnit,
+    base_state_units,
+    base_units,
+    edit_units,
     keys_of,
     left_over,
-    prepare_tasks,
+    prepare_units,
 )
 from errata.errors import IntegrityError
 from errata.model.progress import Progress
@@ -32,7 +41,7 @@ def run(
     engine: Engine | None = None,
     progress: Progress | None = None,
     on_line: Callable[[Line], None] | None = None,
-) -> Run:
+) -> RunDirectory:
     """Carry out a run, or what is left of it, and return its results.
 
     Killed at any instant it loses no finished case: the same call goes on where it was, and ends
@@ -51,12 +60,12 @@ def run(
         CapabilityError: a method cannot do what the regime asks.
         StorageError: the disk refuses; everything finished is kept.
     """
-    job = Job(BenchConfig.parse(config), Path(directory).resolve())
+    spec = RunSpec(BenchConfig.parse(config), Path(directory).resolve())
     progress = progress or Progress()
     engine = engine or SerialEngine(progress)
     try:
-        check(job)
-        made = _run(job, engine, progress, on_line)
+        check(spec)
+        made = _run(spec, engine, progress, on_line)
     except BaseException:
         with suppress(Exception):  # the error that is on its way says more
             engine.close()
@@ -66,14 +75,14 @@ def run(
 
 
 def _run(
-    job: Job, engine: Engine, progress: Progress, on_line: Callable[[Line], None] | None
-) -> Run:
+    spec: RunSpec, engine: Engine, progress: Progress, on_line: Callable[[Line], None] | None
+) -> RunDirectory:
     from errata.bench.run_identity import check_same, info_of
 
-    folder = job.folder()
-    with closing(Results.open(folder)) as results:
-        (description,) = engine.run(job, [Task("describe")])
-        info = info_of(job, description)
+    folder = spec.folder()
+    with closing(ResultsFile.open(folder)) as results:
+        (description,) = engine.run(spec, [WorkUnit("describe")])
+        info = info_of(spec, description)
         there = read_info(folder)
         if there is None:
             if (folder / RESULTS).stat().st_size:
@@ -85,15 +94,15 @@ def _run(
         else:
             check_same(folder, there, info)
         kinds = load(folder).kinds
-        edits = left_over(job, edit_tasks(job), kinds)
+        edits = left_over(spec, edit_units(spec), kinds)
         phases = [
-            ("Measuring the base", left_over(job, base_tasks(job), kinds)),
-            ("Measuring the base as a whole", left_over(job, base_state_tasks(job), kinds)),
-            ("Preparing", prepare_tasks(job, edits)),
+            ("Measuring the base", left_over(spec, base_units(spec), kinds)),
+            ("Measuring the base as a whole", left_over(spec, base_state_units(spec), kinds)),
+            ("Preparing", prepare_units(spec, edits)),
             ("Editing and measuring", edits),
         ]
-        for text, tasks in phases:
-            with closing(_lines(job, engine, tasks, progress, text)) as lines:
+        for text, units in phases:
+            with closing(_lines(spec, engine, units, progress, text)) as lines:
                 for line in lines:
                     results.add(line)
                     if on_line is not None:
@@ -102,12 +111,12 @@ def _run(
 
 
 def _lines(
-    job: Job, engine: Engine, tasks: Sequence[Task], progress: Progress, text: str
+    spec: RunSpec, engine: Engine, units: Sequence[WorkUnit], progress: Progress, text: str
 ) -> Generator[Line, None, None]:
-    """Yield the lines of tasks, telling how many of them are there."""
-    if not tasks:
+    """Yield the lines of units, telling how many of them are there."""
+    if not units:
         return
-    total = sum(1 for task in tasks for key in keys_of(job, task) if key not in task.done)
-    lines = engine.run(job, tasks)
+    total = sum(1 for unit in units for key in keys_of(spec, unit) if key not in unit.done)
+    lines = engine.run(spec, units)
     with closing(lines):
         yield from progress.track(lines, text, total) if total else lines

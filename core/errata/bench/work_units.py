@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from errata.bench.config import STREAMS
-from errata.bench.run_spec import CHUNK, Item, Job
+from errata.bench.run_spec import CHUNK, Item, RunSpec
 
 Work = Literal["describe", "base", "base-state", "prepare", "single", "batch", "stream"]
 
 
 @dataclass(frozen=True)
-class Task:
+class WorkUnit:
     """One piece of work.
 
     Attributes:
@@ -25,7 +25,7 @@ class Task:
         items: cases it is about, in order.
         done: keys of its lines that are written already.
         failed: keys (among `done`) of cases that failed: they are not measured again later.
-        careful: measure cases one by one: a worker died over this task before.
+        careful: measure cases one by one: a worker died over this unit before.
         given_up: key → error: not to be tried again, only reported.
     """
 
@@ -41,142 +41,142 @@ class Task:
 
 
 def key_of(
-    job: Job, variant: int, dataset: int, seed: int, stage: str, step: int, index: int | None
+    spec: RunSpec, variant: int, dataset: int, seed: int, stage: str, step: int, index: int | None
 ) -> str:
     """Return the key of a line: unique in its run. `index` is None for a state."""
     place = "state" if index is None else str(index)
-    return "|".join([job.label(variant), job.title(dataset), str(seed), stage, str(step), place])
+    return "|".join([spec.label(variant), spec.title(dataset), str(seed), stage, str(step), place])
 
 
-def keys_of(job: Job, task: Task) -> Iterator[str]:
-    """Yield the keys of all lines that a task writes if no case fails, in their order."""
-    if task.work in ("describe", "prepare"):
+def keys_of(spec: RunSpec, unit: WorkUnit) -> Iterator[str]:
+    """Yield the keys of all lines that a unit writes if no case fails, in their order."""
+    if unit.work in ("describe", "prepare"):
         return
-    if task.work == "base-state":
-        yield key_of(job, -1, task.dataset, task.seed, "base", 0, None)
+    if unit.work == "base-state":
+        yield key_of(spec, -1, unit.dataset, unit.seed, "base", 0, None)
         return
-    if task.work == "stream":
-        yield from _stream_keys(job, task)
+    if unit.work == "stream":
+        yield from _stream_keys(spec, unit)
         return
-    stage = task.work
-    step = {"base": 0, "single": 1}.get(stage, len(task.items))
-    for item in task.items:
-        yield key_of(job, task.variant, item.dataset, task.seed, stage, step, item.number)
-    if stage == "batch" and job.whole(task.dataset):
-        yield state_of_batch(job, task)
+    stage = unit.work
+    step = {"base": 0, "single": 1}.get(stage, len(unit.items))
+    for item in unit.items:
+        yield key_of(spec, unit.variant, item.dataset, unit.seed, stage, step, item.number)
+    if stage == "batch" and spec.whole(unit.dataset):
+        yield state_of_batch(spec, unit)
 
 
-def state_of_batch(job: Job, task: Task) -> str:
+def state_of_batch(spec: RunSpec, unit: WorkUnit) -> str:
     """Return the key of a batch's state: its index is that of the batch's first case."""
-    step = len(task.items)
+    step = len(unit.items)
     return (
-        key_of(job, task.variant, task.dataset, task.seed, "batch", step, None)
-        + f"-{task.items[0].number}"
+        key_of(spec, unit.variant, unit.dataset, unit.seed, "batch", step, None)
+        + f"-{unit.items[0].number}"
     )
 
 
-def immediate_key(job: Job, task: Task, position: int) -> str:
+def immediate_key(spec: RunSpec, unit: WorkUnit, position: int) -> str:
     """Return the key of the line written right after the edit at a position of a stream.
 
     Its step is the number of cases edited then: those of one call all have that of the last.
     """
-    dataset = task.items[position].dataset
-    calls = job.calls(task.variant, len(task.items))
+    dataset = unit.items[position].dataset
+    calls = spec.calls(unit.variant, len(unit.items))
     step = calls[bisect(calls, position, key=lambda call: call.start) - 1].stop
-    return key_of(job, task.variant, dataset, task.seed, "immediate", step, position)
+    return key_of(spec, unit.variant, dataset, unit.seed, "immediate", step, position)
 
 
-def _stream_keys(job: Job, task: Task) -> Iterator[str]:
-    checkpoints = set(job.checkpoints(len(task.items)))
+def _stream_keys(spec: RunSpec, unit: WorkUnit) -> Iterator[str]:
+    checkpoints = set(spec.checkpoints(len(unit.items)))
     kept: list[tuple[int, Item]] = []
-    for position, item in enumerate(task.items):
-        yield immediate_key(job, task, position)
-        if immediate_key(job, task, position) not in task.failed:
+    for position, item in enumerate(unit.items):
+        yield immediate_key(spec, unit, position)
+        if immediate_key(spec, unit, position) not in unit.failed:
             kept.append((position, item))
         step = position + 1
         if step not in checkpoints:
             continue
         place = {item: position for position, item in kept}
-        for chunk in job.chunks(list(place)):
+        for chunk in spec.chunks(list(place)):
             for one in chunk:
-                key = (job, task.variant, one.dataset, task.seed, "checkpoint", step, place[one])
+                key = (spec, unit.variant, one.dataset, unit.seed, "checkpoint", step, place[one])
                 yield key_of(*key)
         for dataset in sorted({one.dataset for one in place}):
-            if job.whole(dataset):
-                yield key_of(job, task.variant, dataset, task.seed, "checkpoint", step, None)
+            if spec.whole(dataset):
+                yield key_of(spec, unit.variant, dataset, unit.seed, "checkpoint", step, None)
 
 
-def base_tasks(job: Job) -> list[Task]:
+def base_units(spec: RunSpec) -> list[WorkUnit]:
     """Return the measurement of the unedited model: before anything else."""
     found = []
-    for seed in job.config.seeds:
-        for dataset in range(len(job.config.datasets)):
-            items = [Item(dataset, i) for i in range(len(job.cases(dataset, seed)))]
+    for seed in spec.config.seeds:
+        for dataset in range(len(spec.config.datasets)):
+            items = [Item(dataset, i) for i in range(len(spec.cases(dataset, seed)))]
             found += [
-                Task("base", -1, dataset, seed, tuple(items[start : start + CHUNK]))
+                WorkUnit("base", -1, dataset, seed, tuple(items[start : start + CHUNK]))
                 for start in range(0, len(items), CHUNK)
             ]
     return found
 
 
-def base_state_tasks(job: Job) -> list[Task]:
+def base_state_units(spec: RunSpec) -> list[WorkUnit]:
     """Return the measurement of the unedited model as a whole: it uses the cases' answers."""
     return [
-        Task("base-state", -1, dataset, seed)
-        for seed in job.config.seeds
-        for dataset in range(len(job.config.datasets))
-        if job.whole(dataset)
+        WorkUnit("base-state", -1, dataset, seed)
+        for seed in spec.config.seeds
+        for dataset in range(len(spec.config.datasets))
+        if spec.whole(dataset)
     ]
 
 
-def edit_tasks(job: Job) -> list[Task]:
+def edit_units(spec: RunSpec) -> list[WorkUnit]:
     """Return everything that edits, in the order of seeds, variants and datasets."""
-    found: list[Task] = []
-    config = job.config
+    found: list[WorkUnit] = []
+    config = spec.config
     for seed in config.seeds:
         for variant in range(len(config.methods)):
             if config.regime == "continual":
-                found.append(Task("stream", variant, -1, seed, tuple(job.stream(-1, seed))))
+                found.append(WorkUnit("stream", variant, -1, seed, tuple(spec.stream(-1, seed))))
                 continue
             for dataset in range(len(config.datasets)):
-                items = tuple(job.stream(dataset, seed))
+                items = tuple(spec.stream(dataset, seed))
                 if config.regime in STREAMS:
-                    found.append(Task("stream", variant, dataset, seed, items))
+                    found.append(WorkUnit("stream", variant, dataset, seed, items))
                     continue
                 size = config.size(variant)
                 work: Work = "batch" if config.regime == "batch" else "single"
                 found += [
-                    Task(work, variant, dataset, seed, items[start : start + size])
+                    WorkUnit(work, variant, dataset, seed, items[start : start + size])
                     for start in range(0, len(items), size)
                 ]
     return found
 
 
-def prepare_tasks(job: Job, tasks: Sequence[Task]) -> list[Task]:
+def prepare_units(spec: RunSpec, units: Sequence[WorkUnit]) -> list[WorkUnit]:
     """Return the preparation of each variant and seed that something is left to do for."""
-    wanted = dict.fromkeys((task.variant, task.seed) for task in tasks)
-    return [Task("prepare", variant, -1, seed) for variant, seed in wanted]
+    wanted = dict.fromkeys((unit.variant, unit.seed) for unit in units)
+    return [WorkUnit("prepare", variant, -1, seed) for variant, seed in wanted]
 
 
 def left_over(
-    job: Job, tasks: Sequence[Task], done: Mapping[str, str] | Collection[str]
-) -> list[Task]:
-    """Return the tasks that have a line to write, told what is written already.
+    spec: RunSpec, units: Sequence[WorkUnit], done: Mapping[str, str] | Collection[str]
+) -> list[WorkUnit]:
+    """Return the units that have a line to write, told what is written already.
 
     Args:
-        job: the run.
-        tasks: what there was to do.
+        spec: the run.
+        units: what there was to do.
         done: key → kind of every line that is there.
     """
     from dataclasses import replace
 
     kinds = done if isinstance(done, Mapping) else dict.fromkeys(done, "case")
     found = []
-    for task in tasks:
-        first = list(keys_of(job, task))
+    for unit in units:
+        first = list(keys_of(spec, unit))
         written = frozenset(key for key in first if key in kinds)
         failed = frozenset(key for key in written if kinds[key] == "failure")
-        now = replace(task, done=task.done | written, failed=task.failed | failed)
-        if any(key not in now.done for key in keys_of(job, now)):
+        now = replace(unit, done=unit.done | written, failed=unit.failed | failed)
+        if any(key not in now.done for key in keys_of(spec, now)):
             found.append(now)
     return found

@@ -1,4 +1,4 @@
-"""The worker: one process with one model that carries out tasks and yields their lines."""
+"""The worker: one process with one model that carries out units of work and yields their lines."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errata.bench import measuring
-from errata.bench.editing import FATAL, Outcome, describe, edit_case
+from errata.bench.editing import FATAL, CaseOutcome, describe, edit_case
 from errata.bench.records import Place, case_line, failure_line, state_line
 from errata.bench.results import Line
-from errata.bench.run_spec import CHUNK, Case, Item, Job, name_of
-from errata.bench.sequential import run_stream
-from errata.bench.work_units import Task, key_of, state_of_batch
+from errata.bench.run_spec import CHUNK, Case, Item, RunSpec, name_of
+from errata.bench.work_units import WorkUnit, key_of, state_of_batch
 from errata.contract import plugins
 from errata.contract.capabilities import check_capabilities, check_prompts
 from errata.editor import Editor
@@ -26,7 +25,7 @@ from errata.evaluate import Baseline
 
 if TYPE_CHECKING:
     from errata.evaluate import Measurement
-    from errata.evaluate.reader import Memory
+    from errata.evaluate.reader import KnownAnswers
     from errata.model.progress import Progress
 
 logger = logging.getLogger("errata")
@@ -35,15 +34,17 @@ HOLD = 2**31
 
 
 class Worker:
-    """Carries out tasks of one run, one after the other, on one model.
+    """Measures the base, edits and measures for one run, on one model.
+
+    `errata.bench.dispatch` says which of its methods a unit of work needs.
 
     Args:
-        job: the run.
-        progress: where long work inside a task reports to.
+        spec: the run.
+        progress: where long work inside a unit reports to.
     """
 
-    def __init__(self, job: Job, progress: Progress | None = None) -> None:
-        self.job = job
+    def __init__(self, spec: RunSpec, progress: Progress | None = None) -> None:
+        self.spec = spec
         self._progress = progress
         self.memory = lru_cache(maxsize=256)(self._memory)
         self._editor: Editor | None = None
@@ -71,7 +72,7 @@ class Worker:
             editor.close()
 
     def _load(self, folder: Path | None) -> Editor:
-        config = self.job.config
+        config = self.spec.config
         self._held = 0
         return Editor(
             config.model,
@@ -79,7 +80,7 @@ class Worker:
             device=config.device,
             dtype=config.dtype,
             guards=config.guards,
-            corpus=self.job.corpus,
+            corpus=self.spec.corpus,
             progress=self._progress,
         )
 
@@ -97,30 +98,15 @@ class Worker:
                 "delta kind breaks its contract."
             )
 
-    def carry_out(self, task: Task) -> Iterator[Line]:
-        """Yield the lines of a task that are not written yet."""
-        if task.work == "describe":
-            yield {"kind": "model", **self._description()}
-        elif task.work == "prepare":
-            self.prepare(task.variant, task.seed)
-        elif task.work == "base":
-            yield from self._base(task)
-        elif task.work == "base-state":
-            yield from self._base_state(task)
-        elif task.work == "stream":
-            yield from run_stream(self, task)
-        else:
-            yield from self._together(task)
-
     # -- before anything is edited ---------------------------------------------------------------
 
-    def _description(self) -> dict[str, Any]:
+    def description(self) -> dict[str, Any]:
         """Return what the run's identity takes from the model."""
-        model, job = self.editor.model, self.job
+        model, spec = self.editor.model, self.spec
         variants = []
-        for number, variant in enumerate(job.config.methods):
+        for number, variant in enumerate(spec.config.methods):
             config, values = self.editor.configure(
-                variant.method, job.overrides(number, job.config.seeds[0])
+                variant.method, spec.overrides(number, spec.config.seeds[0])
             )
             check_capabilities(
                 variant.method, self.editor.registry.method(variant.method), (), model, None
@@ -153,18 +139,18 @@ class Worker:
 
     def prepare(self, variant: int, seed: int) -> None:
         """Compute a method's statistics (or train it) now: no edit's time contains that."""
-        method = self.job.config.methods[variant].method
-        self.editor.prepare(method, self.job.overrides(variant, seed))
+        method = self.spec.config.methods[variant].method
+        self.editor.prepare(method, self.spec.overrides(variant, seed))
 
-    def _base(self, task: Task) -> Iterator[Line]:
+    def base(self, unit: WorkUnit) -> Iterator[Line]:
         """Measure the unedited model on some cases and keep what it answers."""
-        job, (dataset, seed) = self.job, (task.dataset, task.seed)
-        protocols, settings = job.protocols(dataset), job.settings(dataset, seed)
-        items = [item for item in task.items if self._key(task, item) not in task.given_up]
-        cases = [job.case(item, seed) for item in items]
-        together = not task.careful and measuring.apart(cases)
+        spec, (dataset, seed) = self.spec, (unit.dataset, unit.seed)
+        protocols, settings = spec.protocols(dataset), spec.settings(dataset, seed)
+        items = [item for item in unit.items if self._key(unit, item) not in unit.given_up]
+        cases = [spec.case(item, seed) for item in items]
+        together = not unit.careful and measuring.apart(cases)
         groups = [list(range(len(cases)))] if together else [[i] for i in range(len(cases))]
-        kept: list[Memory] = []
+        kept: list[KnownAnswers] = []
         while groups:
             group = groups.pop(0)
             mine = [cases[i] for i in group]
@@ -179,60 +165,62 @@ class Worker:
                 if len(group) > 1:  # find out which of them it is
                     groups = [[i] for i in group] + groups
                     continue
-                place = self._place(task, items[group[0]])
+                place = self._place(unit, items[group[0]])
                 yield from self._unwritten(
-                    task, [failure_line(job, place, mine[0], describe(error))]
+                    unit, [failure_line(spec, place, mine[0], describe(error))]
                 )
                 continue
             kept.append(memory)
-            self._keep(dataset, seed, task.items[0].number // CHUNK, kept)
+            self._keep(dataset, seed, unit.items[0].number // CHUNK, kept)
             share = (time.perf_counter() - started) / len(group)
             yield from self._unwritten(
-                task,
+                unit,
                 [
-                    case_line(job, self._place(task, items[i]), case, numbers, None, share)
+                    case_line(spec, self._place(unit, items[i]), case, numbers, None, share)
                     for i, case, numbers in zip(group, mine, found, strict=True)
                 ],
             )
-        yield from self._given_up(task)
+        yield from self._given_up(unit)
 
-    def _base_state(self, task: Task) -> Iterator[Line]:
+    def base_state(self, unit: WorkUnit) -> Iterator[Line]:
         """Measure the unedited model as a whole."""
-        job, (dataset, seed) = self.job, (task.dataset, task.seed)
+        spec, (dataset, seed) = self.spec, (unit.dataset, unit.seed)
         place = Place(-1, dataset, seed, "base", 0, None)
         started = time.perf_counter()
-        if task.given_up:
-            yield failure_line(job, place, None, next(iter(task.given_up.values())))
+        if unit.given_up:
+            yield failure_line(spec, place, None, next(iter(unit.given_up.values())))
             return
         try:
-            items = [Item(dataset, number) for number in range(len(job.cases(dataset, seed)))]
+            items = [Item(dataset, number) for number in range(len(spec.cases(dataset, seed)))]
             known, baseline = self.baseline(seed, items), self.baseline(seed, items)
             found = measuring.capture(
                 self.editor,
-                measuring.requests_of(job.cases(dataset, seed)),
-                job.whole(dataset),
+                measuring.requests_of(spec.cases(dataset, seed)),
+                spec.whole(dataset),
                 baseline.settings,
                 baseline.memory,
             )
         except FATAL:
             raise
         except Exception as error:
-            yield failure_line(job, place, None, describe(error))
+            yield failure_line(spec, place, None, describe(error))
             return
         self._keep(dataset, seed, None, [measuring.added(baseline.memory, known.memory)])
-        yield state_line(job, place, found, time.perf_counter() - started)
+        yield state_line(spec, place, found, time.perf_counter() - started)
 
-    def _keep(self, dataset: int, seed: int, chunk: int | None, memories: list[Memory]) -> None:
+    def _keep(
+        self, dataset: int, seed: int, chunk: int | None, memories: list[KnownAnswers]
+    ) -> None:
         path = self._memory_path(dataset, seed, chunk)
         measuring.save_memory(path, measuring.copied(memories), self.editor.model.fingerprint)
         self.memory.cache_clear()
 
     def _memory_path(self, dataset: int, seed: int, chunk: int | None) -> Any:
-        folder = self.job.folder("base", f"{self.job.title(dataset)}-seed{seed}")
+        folder = self.spec.folder("base", f"{self.spec.title(dataset)}-seed{seed}")
         folder.mkdir(parents=True, exist_ok=True)
         return folder / ("state.json" if chunk is None else f"{chunk:06d}.json")
 
-    def _memory(self, dataset: int, seed: int, chunk: int | None) -> Memory:
+    def _memory(self, dataset: int, seed: int, chunk: int | None) -> KnownAnswers:
         path = self._memory_path(dataset, seed, chunk)
         return measuring.load_memory(path, self.editor.model.fingerprint)
 
@@ -244,39 +232,39 @@ class Worker:
         memories = [self.memory(dataset, seed, chunk) for chunk in chunks]
         return Baseline(
             self.editor.model.fingerprint,
-            self.job.settings(dataset, seed),
+            self.spec.settings(dataset, seed),
             measuring.copied(memories),
         )
 
     # -- edit, measure, revert -------------------------------------------------------------------
 
-    def _together(self, task: Task) -> Iterator[Line]:
+    def together(self, unit: WorkUnit) -> Iterator[Line]:
         """Edit one case or a batch of them on the base, measure, take the edit off again."""
-        job, editor = self.job, self.editor
-        yield from self._given_up(task)
+        spec, editor = self.spec, self.editor
+        yield from self._given_up(unit)
         good: list[tuple[Item, Case]] = []
-        for item in task.items:
-            case = job.case(item, task.seed)
-            problem = self.problem(task, item)
-            if self._key(task, item) in task.given_up:
+        for item in unit.items:
+            case = spec.case(item, unit.seed)
+            problem = self.problem(unit, item)
+            if self._key(unit, item) in unit.given_up:
                 continue
             if problem:
-                line = failure_line(job, self._place(task, item), case, problem)
-                yield from self._unwritten(task, [line])
+                line = failure_line(spec, self._place(unit, item), case, problem)
+                yield from self._unwritten(unit, [line])
             else:
                 good.append((item, case))
         if not good:
             return
-        outcome = self.edit(task.variant, task.seed, [item for item, _ in good])
+        outcome = self.edit(unit.variant, unit.seed, [item for item, _ in good])
         try:
             if outcome.error is not None:
                 lines = [
-                    failure_line(job, self._place(task, item), case, outcome.error)
+                    failure_line(spec, self._place(unit, item), case, outcome.error)
                     for item, case in good
                 ]
-                yield from self._unwritten(task, lines)
+                yield from self._unwritten(unit, lines)
             else:
-                yield from self._measured(task, good, outcome)
+                yield from self._measured(unit, good, outcome)
         finally:
             if outcome.ids:
                 editor.revert(*outcome.ids)
@@ -290,93 +278,93 @@ class Worker:
             self.close()
 
     def _measured(
-        self, task: Task, good: Sequence[tuple[Item, Case]], outcome: Outcome
+        self, unit: WorkUnit, good: Sequence[tuple[Item, Case]], outcome: CaseOutcome
     ) -> Iterator[Line]:
         """Yield the lines of cases whose edit is on the model."""
-        job = self.job
-        for chunk in job.chunks([item for item, _ in good]):
+        spec = self.spec
+        for chunk in spec.chunks([item for item, _ in good]):
             yield from self.measured(
-                task,
-                [(self._place(task, item), item, outcome) for item in chunk],
+                unit,
+                [(self._place(unit, item), item, outcome) for item in chunk],
             )
-        key = state_of_batch(job, task) if task.work == "batch" else ""
-        if key and job.whole(task.dataset) and key not in task.done:
-            place = self._place(task, task.items[0])
+        key = state_of_batch(spec, unit) if unit.work == "batch" else ""
+        if key and spec.whole(unit.dataset) and key not in unit.done:
+            place = self._place(unit, unit.items[0])
             place = dataclasses.replace(place, key=key)
-            yield self.state(task, place, [item for item, _ in good])
+            yield self.state(unit, place, [item for item, _ in good])
 
     def edit(
         self, variant: int, seed: int, items: Sequence[Item], before: Sequence[str] = ()
-    ) -> Outcome:
+    ) -> CaseOutcome:
         """Edit the model with cases together."""
         outcome = edit_case(
             self.editor,
-            [request for item in items for request in self.job.edited(item, seed)],
-            method=self.job.config.methods[variant].method,
-            config=self.job.overrides(variant, seed),
-            seed=f"{seed}:{name_of(self.job.case(items[0], seed))}",
+            [request for item in items for request in self.spec.edited(item, seed)],
+            method=self.spec.config.methods[variant].method,
+            config=self.spec.overrides(variant, seed),
+            seed=f"{seed}:{name_of(self.spec.case(items[0], seed))}",
             before=before,
         )
         return dataclasses.replace(outcome, shared=len(items))
 
     def measured(
         self,
-        task: Task,
-        wanted: Sequence[tuple[Place, Item, Outcome]],
+        unit: WorkUnit,
+        wanted: Sequence[tuple[Place, Item, CaseOutcome]],
     ) -> Iterator[Line]:
         """Measure cases of one dataset together on the model as it stands; yield their lines."""
-        job = self.job
+        spec = self.spec
         items = [item for _, item, _ in wanted]
-        cases = [job.case(item, task.seed) for item in items]
-        protocols = job.protocols(items[0].dataset)
-        if len(cases) > 1 and (task.careful or not measuring.apart(cases)):
+        cases = [spec.case(item, unit.seed) for item in items]
+        protocols = spec.protocols(items[0].dataset)
+        if len(cases) > 1 and (unit.careful or not measuring.apart(cases)):
             for one in wanted:
-                yield from self.measured(task, [one])
+                yield from self.measured(unit, [one])
             return
         started = time.perf_counter()
         try:
-            baseline = self.baseline(task.seed, items)
+            baseline = self.baseline(unit.seed, items)
             found = measuring.measure(self.editor, cases, protocols, baseline)
         except FATAL:
             raise
         except Exception as error:
             if len(cases) > 1:  # find out which of them it is
                 for one in wanted:
-                    yield from self.measured(task, [one])
+                    yield from self.measured(unit, [one])
                 return
-            line = failure_line(job, wanted[0][0], cases[0], describe(error))
-            yield from self._unwritten(task, [line])
+            line = failure_line(spec, wanted[0][0], cases[0], describe(error))
+            yield from self._unwritten(unit, [line])
             return
         share = (time.perf_counter() - started) / len(cases)
         lines = [
-            case_line(job, place, case, numbers, outcome, share)
+            case_line(spec, place, case, numbers, outcome, share)
             for (place, _, outcome), case, numbers in zip(wanted, cases, found, strict=True)
         ]
-        yield from self._unwritten(task, lines)
+        yield from self._unwritten(unit, lines)
 
-    def state(self, task: Task, place: Place, items: Sequence[Item]) -> Line:
+    def state(self, unit: WorkUnit, place: Place, items: Sequence[Item]) -> Line:
         """Measure the model as a whole, as it stands after these cases (of one dataset)."""
-        job = self.job
+        spec = self.spec
         started = time.perf_counter()
-        requests = measuring.requests_of(job.case(item, task.seed) for item in items)
+        requests = measuring.requests_of(spec.case(item, unit.seed) for item in items)
         try:
             found: list[Measurement] = self.editor.evaluate(
                 requests,
-                job.whole(place.dataset),
-                baseline=self.baseline(task.seed, items, whole=True),
+                spec.whole(place.dataset),
+                baseline=self.baseline(unit.seed, items, whole=True),
             )
         except FATAL:
             raise
         except Exception as error:
-            return failure_line(job, place, None, describe(error))
-        return state_line(job, place, found, time.perf_counter() - started)
+            return failure_line(spec, place, None, describe(error))
+        return state_line(spec, place, found, time.perf_counter() - started)
 
     # -- small things ----------------------------------------------------------------------------
 
-    def problem(self, task: Task, item: Item) -> str:
+    def problem(self, unit: WorkUnit, item: Item) -> str:
         """Return why a case cannot be carried out, before anything is computed; "" if it can."""
-        method = self.job.config.methods[task.variant].method
-        case = self.job.edited(item, task.seed)
+        method = self.spec.config.methods[unit.variant].method
+        case = self.spec.edited(item, unit.seed)
         entry = self.editor.registry.method(method)
         try:
             check_capabilities(method, entry, case, self.editor.model, None)
@@ -385,25 +373,25 @@ class Worker:
             return describe(error)
         return ""
 
-    def _place(self, task: Task, item: Item) -> Place:
-        step = {"base": 0, "single": 1}.get(task.work, len(task.items))
-        return Place(task.variant, item.dataset, task.seed, task.work, step, item.number)
+    def _place(self, unit: WorkUnit, item: Item) -> Place:
+        step = {"base": 0, "single": 1}.get(unit.work, len(unit.items))
+        return Place(unit.variant, item.dataset, unit.seed, unit.work, step, item.number)
 
-    def _key(self, task: Task, item: Item) -> str:
-        place = self._place(task, item)
+    def _key(self, unit: WorkUnit, item: Item) -> str:
+        place = self._place(unit, item)
         return key_of(
-            self.job, task.variant, item.dataset, task.seed, task.work, place.step, item.number
+            self.spec, unit.variant, item.dataset, unit.seed, unit.work, place.step, item.number
         )
 
-    def _given_up(self, task: Task) -> Iterator[Line]:
-        for item in task.items:
-            error = task.given_up.get(self._key(task, item))
+    def _given_up(self, unit: WorkUnit) -> Iterator[Line]:
+        for item in unit.items:
+            error = unit.given_up.get(self._key(unit, item))
             if error is not None:
-                case = self.job.case(item, task.seed)
+                case = self.spec.case(item, unit.seed)
                 yield from self._unwritten(
-                    task, [failure_line(self.job, self._place(task, item), case, error)]
+                    unit, [failure_line(self.spec, self._place(unit, item), case, error)]
                 )
 
     @staticmethod
-    def _unwritten(task: Task, lines: Sequence[Line]) -> Iterator[Line]:
-        return (line for line in lines if line["key"] not in task.done)
+    def _unwritten(unit: WorkUnit, lines: Sequence[Line]) -> Iterator[Line]:
+        return (line for line in lines if line["key"] not in unit.done)

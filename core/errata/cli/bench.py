@@ -16,7 +16,7 @@ from errata.cli.session import FAILED, OUTPUT, Session, calm_transformers, comma
 from errata.errors import ConfigError, UnknownNameError
 
 if TYPE_CHECKING:
-    from errata.bench import BenchConfig, Engine, Plan, Run
+    from errata.bench import BenchConfig, BenchPlan, Engine, RunDirectory
     from errata.evaluate import Measurement
 
 PANEL = "Measure"
@@ -236,7 +236,7 @@ def _engine(name: str | None, jobs: int, session: Session) -> Engine:
 # -- what is shown ---------------------------------------------------------------------------------
 
 
-def _show_plan(session: Session, plan: Plan) -> None:
+def _show_plan(session: Session, plan: BenchPlan) -> None:
     if session.json:
         session.emit(plan.as_json())
         return
@@ -276,7 +276,7 @@ def _show_plan(session: Session, plan: Plan) -> None:
                           style="muted"))  # fmt: skip
 
 
-def _show_run(session: Session, run: Run) -> None:
+def _show_run(session: Session, run: RunDirectory) -> None:
     """Show what came of a run; leave with an error only if nothing could be carried out."""
     counted = _counts(run)
     tables = _tables(run)
@@ -316,7 +316,7 @@ def _show_run(session: Session, run: Run) -> None:
         raise typer.Exit(FAILED)
 
 
-def _counts(run: Run) -> dict[str, dict[str, int]]:
+def _counts(run: RunDirectory) -> dict[str, dict[str, int]]:
     found: dict[str, dict[str, int]] = {}
     labels = ["base", *(variant["label"] for variant in run.info["variants"])]
     for label in labels:
@@ -334,7 +334,7 @@ def _counts(run: Run) -> dict[str, dict[str, int]]:
 Tables = dict[tuple[str, str], dict[str, "list[Measurement]"]]
 
 
-def _tables(run: Run) -> Tables:
+def _tables(run: RunDirectory) -> Tables:
     """Return the pooled numbers by (dataset, stage) and column; of checkpoints the last one."""
     from errata.evaluate import Measurement, pool
 

@@ -15,7 +15,7 @@ from errata.cli.edits import pairs
 from errata.cli.session import OUTPUT, Session, command
 
 if TYPE_CHECKING:
-    from errata.datasets import Dataset, Reader
+    from errata.datasets import Dataset, DatasetReader
     from errata.edits.request import Request
 
 PANEL = "Catalogue and environment"
@@ -131,7 +131,7 @@ def _list(session: Session) -> None:
     session.say("errata datasets NAME PATH checks a file and shows what it holds.")
 
 
-def _described(reader: Reader) -> dict[str, Any]:
+def _described(reader: DatasetReader) -> dict[str, Any]:
     return {
         "name": reader.name,
         "summary": reader.summary,
@@ -143,7 +143,7 @@ def _described(reader: Reader) -> dict[str, Any]:
     }
 
 
-def _format(session: Session, reader: Reader) -> None:
+def _format(session: Session, reader: DatasetReader) -> None:
     if session.json:
         session.emit(_described(reader))
         return

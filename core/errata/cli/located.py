@@ -10,7 +10,7 @@ from rich.text import Text
 from errata.cli import render
 
 if TYPE_CHECKING:
-    from errata.locate import AverageTrace, Location, Sweep
+    from errata.locate import AverageTrace, LayerSweep, Location
 
 
 def location(found: Location) -> list[Any]:
@@ -112,12 +112,12 @@ def averaged(found: AverageTrace) -> list[Any]:
     return parts
 
 
-def swept(found: Sweep) -> list[Any]:
+def swept(found: LayerSweep) -> list[Any]:
     """Return what people see of a layer sweep: a table, how far to trust it, and the preset."""
     right: dict[str, Any] = {"justify": "right", "no_wrap": True}
     names = list(found.results[0].metrics)
     several = any(one.depth > 1 for one in found.results)
-    judged = found.judged
+    judged = found.held_out
     grid = render.table(
         ("layers" if several else "layer", right), ("score", right),
         *[(name, right) for name in names], ("failed", right), ("tracing effect", right),

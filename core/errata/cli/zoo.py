@@ -119,7 +119,7 @@ def train(
     """
     from errata.zoo.train import train as run
 
-    meter = _Meter(session)
+    meter = _TrainingMeter(session)
     try:
         where = run(
             architecture,  # type: ignore[arg-type]  # checked there, with a suggestion
@@ -141,7 +141,7 @@ def train(
     )
 
 
-class _Meter:
+class _TrainingMeter:
     """Shows training: a bar on a terminal, a line every hundred steps elsewhere."""
 
     def __init__(self, session: Session) -> None:

@@ -7,7 +7,7 @@
 
 from errata.datasets.catalogue import READERS
 from errata.datasets.dataset import Dataset, cases_of, load
-from errata.datasets.reader import Reader
+from errata.datasets.reader import DatasetReader
 from errata.datasets.record import Record
 
-__all__ = ["READERS", "Dataset", "Reader", "Record", "cases_of", "load"]
+__all__ = ["READERS", "Dataset", "DatasetReader", "Record", "cases_of", "load"]

@@ -20,16 +20,16 @@ from errata.datasets import (
     statements,
     zsre,
 )
-from errata.datasets.reader import Reader, per_record
+from errata.datasets.reader import DatasetReader, per_record
 from errata.errors import PluginError, UnknownNameError
 
 GROUP = "errata.datasets"
-"""Entry points in which other packages offer a `Reader`, or a function that parses a record."""
+"""Entry points in which other packages offer a `DatasetReader`, or a function of one record."""
 PROBES = ("generation", "portability", "locality")
 SEED = "of what is drawn (0)"
 
 BUILT_IN = (
-    Reader(
+    DatasetReader(
         name="atlas",
         summary="600 edits of the invented world that the zoo models know; shipped",
         source="errata (docs/zoo.md)",
@@ -39,7 +39,7 @@ BUILT_IN = (
         options={"kind": "modify (default) or erase"},
         needs_path=False,
     ),
-    Reader(
+    DatasetReader(
         name="counterfact",
         summary="Counterfactual edits, and MultiCounterFact; original or flat schema",
         source="Meng et al. 2022 (ROME), rome.baulab.info/data/dsets/counterfact.json",
@@ -47,7 +47,7 @@ BUILT_IN = (
         protocols=("counterfact", "generation"),
         read=counterfact.read,
     ),
-    Reader(
+    DatasetReader(
         name="zsre",
         summary="Question answering with paraphrases and unrelated questions, MEND's schema",
         source="Levy et al. 2017; De Cao et al. 2021; Mitchell et al. 2022 (MEND)",
@@ -56,7 +56,7 @@ BUILT_IN = (
         read=zsre.read,
         options={"target": "alt (another answer, default) or answers (the true one)"},
     ),
-    Reader(
+    DatasetReader(
         name="knowedit",
         summary="Six subsets: facts new, counterfactual and asked for; texts; opinions; forgetting",
         source="Zhang et al. 2024, hub id zjunlp/KnowEdit",
@@ -69,7 +69,7 @@ BUILT_IN = (
             "seed": SEED,
         },
     ),
-    Reader(
+    DatasetReader(
         name="mquake",
         summary="Several edits a case, tested with multi-hop questions (CF, CF-3k, v2, T)",
         source="Zhong et al. 2023, github.com/princeton-nlp/MQuAKE",
@@ -77,7 +77,7 @@ BUILT_IN = (
         protocols=("mquake",),
         read=mquake.read,
     ),
-    Reader(
+    DatasetReader(
         name="ripple_edits",
         summary="Edits with six kinds of tests for what ripples out from them",
         source="Cohen et al. 2024, github.com/edenbiran/RippleEdits",
@@ -85,7 +85,7 @@ BUILT_IN = (
         protocols=PROBES,
         read=ripple_edits.read,
     ),
-    Reader(
+    DatasetReader(
         name="rake",
         summary="CounterFact seen from both sides, entity and relation; or the authors' own file",
         source="Wei et al. 2023, built here from CounterFact and ParaRel",
@@ -99,7 +99,7 @@ BUILT_IN = (
         },
         files=("pararel",),
     ),
-    Reader(
+    DatasetReader(
         name="pararel",
         summary="True facts of 39 relations with patterns; new objects are drawn. LAMA too",
         source="Elazar et al. 2021, github.com/yanaiela/pararel; Petroni et al. 2019 (LAMA)",
@@ -108,7 +108,7 @@ BUILT_IN = (
         read=pararel.read,
         options={"relations": "ids of those to read; by default all", "seed": SEED},
     ),
-    Reader(
+    DatasetReader(
         name="klob",
         summary="Statements to locate facts with: three phrasings, or a chain of two relations",
         source="Ju and Zhang 2023, github.com/juyiming/KLoB",
@@ -116,7 +116,7 @@ BUILT_IN = (
         protocols=("generation", "portability"),
         read=statements.read_klob,
     ),
-    Reader(
+    DatasetReader(
         name="known_1000",
         summary="1,209 statements that GPT-2 XL completes, for causal tracing",
         source="Meng et al. 2022 (ROME), rome.baulab.info/data/dsets/known_1000.json",
@@ -124,7 +124,7 @@ BUILT_IN = (
         protocols=("generation",),
         read=statements.read_known,
     ),
-    Reader(
+    DatasetReader(
         name="scotus",
         summary="Court opinions and their issue areas, to correct a classifier with",
         source="Hartvigsen et al. 2023 (GRACE), hub id tomh/grace-scotus",
@@ -132,7 +132,7 @@ BUILT_IN = (
         protocols=("lifelong",),
         read=labels.read_scotus,
     ),
-    Reader(
+    DatasetReader(
         name="fever",
         summary="Claims whose label is to be flipped, KnowledgeEditor's and MEND's schema",
         source="Thorne et al. 2018; De Cao et al. 2021; Mitchell et al. 2022 (MEND)",
@@ -140,7 +140,7 @@ BUILT_IN = (
         protocols=("ke", "lifelong"),
         read=labels.read_fever,
     ),
-    Reader(
+    DatasetReader(
         name="jsonl",
         summary="Requests in errata's own schema, one JSON object a line",
         source="your own file (docs/datasets.md)",
@@ -151,7 +151,7 @@ BUILT_IN = (
 )
 
 
-class Readers(Mapping[str, Reader]):
+class Readers(Mapping[str, DatasetReader]):
     """Every reader by name; those of other packages are imported when they are asked for.
 
     Raises:
@@ -159,7 +159,7 @@ class Readers(Mapping[str, Reader]):
         PluginError: two packages claim one name, or a reader cannot be imported.
     """
 
-    def __getitem__(self, name: str) -> Reader:
+    def __getitem__(self, name: str) -> DatasetReader:
         own = {reader.name: reader for reader in BUILT_IN}
         points = self._points()
         if name in points:
@@ -192,10 +192,10 @@ class Readers(Mapping[str, Reader]):
         return found
 
 
-READERS: Mapping[str, Reader] = Readers()
+READERS: Mapping[str, DatasetReader] = Readers()
 
 
-def _loaded(point: EntryPoint) -> Reader:
+def _loaded(point: EntryPoint) -> DatasetReader:
     where = f"The dataset {point.name!r} ({point.value} from {_package(point)})"
     try:
         found = point.load()
@@ -203,23 +203,23 @@ def _loaded(point: EntryPoint) -> Reader:
         raise PluginError(
             f"{where} could not be loaded: {type(error).__name__}: {error}"
         ) from error
-    if isinstance(found, Reader):
+    if isinstance(found, DatasetReader):
         if found.name != point.name:
             raise PluginError(f"{where} must have name={point.name!r}, not {found.name!r}.")
         return found
     if not callable(found):
         raise PluginError(
-            f"{where} must be an errata.datasets.Reader or a function of one record, not "
+            f"{where} must be an errata.datasets.DatasetReader or a function of one record, not "
             f"{type(found).__name__}."
         )
     return _of_function(point, found)
 
 
-def _of_function(point: EntryPoint, parse: Callable[..., Any]) -> Reader:
+def _of_function(point: EntryPoint, parse: Callable[..., Any]) -> DatasetReader:
     """Return the reader for a function from a record to a request, fields of one, or several."""
     summary = (inspect.getdoc(parse) or "no description").splitlines()[0]
     options = list(inspect.signature(parse).parameters)[1:]
-    return Reader(
+    return DatasetReader(
         name=point.name,
         summary=summary,
         source=_package(point),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from errata.datasets.catalogue import READERS
-from errata.datasets.reader import Item, Reader
+from errata.datasets.reader import DatasetReader, Item
 from errata.datasets.source import Source, open_source
 from errata.edits.request import Probe, Request
 from errata.errors import ConfigError, DatasetError, UnknownNameError
@@ -104,7 +104,7 @@ def load(
         raise ConfigError(f"limit is {limit}; it must be at least 1, or None for all cases.")
     source = _source(reader, path, split)
     read = partial(reader.read, source, **options)
-    found = _Found()
+    found = _Contents()
     for item in _limited(read(), limit):
         if isinstance(item, DatasetError):
             if not skip_bad:
@@ -143,7 +143,7 @@ def cases_of(requests: Iterable[Request]) -> Iterator[tuple[Request, ...]]:
         yield tuple(case)
 
 
-class _Found:
+class _Contents:
     """What one reading of the whole dataset has shown."""
 
     def __init__(self) -> None:
@@ -196,7 +196,7 @@ def _limited(items: Iterator[Item], limit: int | None) -> Iterator[Item]:
         yield item
 
 
-def _source(reader: Reader, path: str | Path | None, split: str | None) -> Source:
+def _source(reader: DatasetReader, path: str | Path | None, split: str | None) -> Source:
     if path is not None and reader.needs_path:
         return open_source(path, split)
     if reader.needs_path:
@@ -222,7 +222,7 @@ def _with_advice(error: DatasetError) -> DatasetError:
     return DatasetError(problem, file=error.file, index=error.index, field=error.field)
 
 
-def _empty(found: _Found, source: Source) -> DatasetError:
+def _empty(found: _Contents, source: Source) -> DatasetError:
     if found.problems:
         return DatasetError(
             f"none of {len(found.problems)} records could be read; the first: {found.problems[0]}",

@@ -30,7 +30,7 @@ _OPEN_END = re.compile(r"(?P<head>.*\S)\s+\[Y\]\s*\.?\s*")
 
 
 @dataclass
-class Relation:
+class PararelRelation:
     """A relation's templates (with {} for the subject, the object to follow) and its facts."""
 
     id: str
@@ -85,7 +85,7 @@ def read(source: Source, relations: Sequence[str] | None = None, seed: int = 0) 
             yield from parsed(record, to_request, relation=relation, seed=seed)
 
 
-def to_request(record: Record, relation: Relation, seed: int) -> Request:
+def to_request(record: Record, relation: PararelRelation, seed: int) -> Request:
     """Return one fact as a request; `record.index` is its place among the relation's facts."""
     subject, true = relation.facts[record.index]
     rng = random.Random(f"{seed}:{relation.id}:{record.index}")
@@ -107,7 +107,7 @@ def to_request(record: Record, relation: Relation, seed: int) -> Request:
     )
 
 
-def _asked(relation: Relation, target: str, subject: str, rng: random.Random) -> list[str]:
+def _asked(relation: PararelRelation, target: str, subject: str, rng: random.Random) -> list[str]:
     """Return prompts about other subjects that have this object."""
     others = [name for name in relation.subjects_of[target] if name != subject]
     chosen = rng.sample(others, min(PROMPTS, len(others)))
@@ -144,7 +144,7 @@ class Folder:
             found = [r.text("template") for r in lines if r.get("relation") == relation]
         return tuple(dict.fromkeys(filter(None, map(template, found))))
 
-    def relation(self, name: str, bad: list[Item]) -> Relation:
+    def relation(self, name: str, bad: list[Item]) -> PararelRelation:
         """Return a relation with its facts; records that cannot be read are added to `bad`."""
         path = next(path for path in self.facts if path.stem == name)
         facts = []
@@ -153,7 +153,7 @@ class Folder:
                 facts.append((record.text("sub_label"), record.text("obj_label")))
             except DatasetError as error:
                 bad.append(error)
-        return Relation(name, self.templates(name), tuple(dict.fromkeys(facts)))
+        return PararelRelation(name, self.templates(name), tuple(dict.fromkeys(facts)))
 
 
 def folder(source: Source) -> Folder:

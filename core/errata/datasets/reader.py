@@ -25,7 +25,7 @@ Parse = Callable[..., Request | Mapping[str, Any] | Iterable[Request | Probe]]
 
 
 @dataclass(frozen=True)
-class Reader:
+class DatasetReader:
     """How to read one format.
 
     Attributes:

@@ -77,7 +77,7 @@ class JsonFile(Source):
         return bool(record.get("split") == self.split)
 
 
-class Table(Source):
+class TabularSource(Source):
     """Rows read by the `datasets` library: CSV, Parquet or Arrow files, a folder, or a hub id."""
 
     def __init__(self, name: str, path: Path | None, split: str | None = None) -> None:
@@ -148,10 +148,10 @@ def open_source(path: str | Path, split: str | None = None) -> Source:
         raise DatasetError("the path is empty: give a file, a folder or a hub id")
     local = Path(path).expanduser()
     if local.is_dir():
-        return Table(given, local, split)
+        return TabularSource(given, local, split)
     if local.exists():
-        kind = Table if local.suffix.lower() in TABLES else JsonFile
-        if kind is Table and split is not None:
+        kind = TabularSource if local.suffix.lower() in TABLES else JsonFile
+        if kind is TabularSource and split is not None:
             raise DatasetError(f"a single table has no split {split!r}: leave it out", file=given)
         return kind(given, local, split)
     match = _HUB.fullmatch(given)
@@ -167,7 +167,7 @@ def open_source(path: str | Path, split: str | None = None) -> Source:
                 "a revision can only be given with a file: owner/name@revision/path/to/file.json",
                 file=given,
             )
-        return Table(given, None, split)
+        return TabularSource(given, None, split)
     return JsonFile(given, _download(given, match), split)
 
 

@@ -54,7 +54,7 @@ def read_json(path: Path, name: str = "") -> Iterator[Any]:
     """
     name = name or str(path)
     with _open(path, name) as handle:
-        window = _Window(handle, name)
+        window = _DecodedText(handle, name)
         first = window.peek()
         if not first:
             raise DatasetError("the file is empty", file=name)
@@ -91,7 +91,7 @@ def _open(path: Path, name: str) -> Iterator[IO[bytes]]:
         raise DatasetError(f"cannot be read: {error}", file=name) from error
 
 
-def _array(window: _Window) -> Iterator[Any]:
+def _array(window: _DecodedText) -> Iterator[Any]:
     window.skip()
     if window.peek() == "]":
         window.skip()
@@ -108,7 +108,7 @@ def _array(window: _Window) -> Iterator[Any]:
         window.fail(f"the array has ended, but more follows: {window.ahead(40)!r}")
 
 
-class _Window:
+class _DecodedText:
     """The part of a text file that is being decoded."""
 
     def __init__(self, handle: IO[bytes], name: str) -> None:

@@ -8,16 +8,17 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from errata.contract.measurement import Answer, Measurement
 from errata.evaluate.compare import Comparison, compare, compare_all
 from errata.evaluate.failures import ERROR_TYPES, classify_failure, count_failures
-from errata.evaluate.measurement import Answer, Measurement, pool
+from errata.evaluate.pooling import pool
 
 if TYPE_CHECKING:
+    from errata.contract.protocol import Protocol
     from errata.evaluate.baseline import Baseline
     from errata.evaluate.divergence import kl_to_base
     from errata.evaluate.matching import contained_match, exact_match
     from errata.evaluate.metrics import CoreMetrics
-    from errata.evaluate.protocol import Protocol
     from errata.evaluate.protocols import PROTOCOLS
     from errata.evaluate.reader import MeasureSettings, Question, Reader
     from errata.model.generation import generate
@@ -31,7 +32,7 @@ _LAZY = {
     "CoreMetrics": "errata.evaluate.metrics",
     "MeasureSettings": "errata.evaluate.reader",
     "PROTOCOLS": "errata.evaluate.protocols",
-    "Protocol": "errata.evaluate.protocol",
+    "Protocol": "errata.contract.protocol",
     "Question": "errata.evaluate.reader",
     "Reader": "errata.evaluate.reader",
     "TargetScore": "errata.model.scoring",

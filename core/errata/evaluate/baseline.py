@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter
 
+from errata.contract.measurement import Measurement
 from errata.errors import ConfigError, FingerprintError, IntegrityError
-from errata.evaluate.measurement import Measurement
 from errata.evaluate.protocols import PROTOCOLS
-from errata.evaluate.reader import MeasureSettings, Memory, Reader
+from errata.evaluate.reader import KnownAnswers, MeasureSettings, Reader
 from errata.model.storage import parse_json, write_bytes
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Baseline:
 
     fingerprint: str
     settings: MeasureSettings
-    memory: Memory = field(default_factory=Memory)
+    memory: KnownAnswers = field(default_factory=KnownAnswers)
     measurements: tuple[Measurement, ...] = ()
 
     @classmethod
@@ -57,7 +57,7 @@ class Baseline:
             **settings: fields of `MeasureSettings`.
         """
         asked = MeasureSettings(**settings)
-        memory = Memory()
+        memory = KnownAnswers()
         reader = Reader(model, requests, asked, memory, of_base=True)
         wanted = [protocol for protocol in PROTOCOLS if protocol.name in protocols]
         with reader.state():
@@ -76,7 +76,7 @@ class Baseline:
         }
         memory = {
             name: _plain(_pairs(hint), list(getattr(self.memory, name).items()))
-            for name, hint in get_type_hints(Memory).items()
+            for name, hint in get_type_hints(KnownAnswers).items()
         }
         body = {
             "fingerprint": self.fingerprint,
@@ -134,15 +134,16 @@ class Baseline:
                 name: _adapter(_settings_hints()[name]).validate_python(value)
                 for name, value in body["settings"].items()
             }
+            hints = get_type_hints(KnownAnswers)
             memory = {
-                name: dict(_adapter(_pairs(get_type_hints(Memory)[name])).validate_python(value))
+                name: dict(_adapter(_pairs(hints[name])).validate_python(value))
                 for name, value in body["memory"].items()
             }
             measurements = tuple(map(Measurement.from_json, body["measurements"]))
             return cls(
                 str(body["fingerprint"]),
                 MeasureSettings(**settings, sentiment=sentiment, topic=topic),
-                Memory(**memory),
+                KnownAnswers(**memory),
                 measurements,
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from errata.contract.measurement import Measurement, bootstrap
 from errata.errors import ComparisonError, MissingExtraError, UnknownNameError
-from errata.evaluate.measurement import Measurement, bootstrap
 
 MCNEMAR = "McNemar's exact test"
 WILCOXON = "Wilcoxon's signed-rank test"

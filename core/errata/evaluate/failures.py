@@ -18,7 +18,7 @@ from errata.evaluate.fluency import first_sentence
 from errata.evaluate.matching import normalise
 
 if TYPE_CHECKING:
-    from errata.evaluate.measurement import Answer
+    from errata.contract.measurement import Answer
 
 MEANINGLESS = "meaningless_tokens"
 MISSING = "missing_tokens"

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
+from errata.contract.measurement import Z95, Measurement
 from errata.errors import ConfigError, MissingExtraError
-from errata.evaluate.measurement import Z95, Measurement
 
 if TYPE_CHECKING:
-    from errata.evaluate.measurement import Direction
+    from errata.contract.measurement import Direction
     from errata.evaluate.reader import Reader
 
 logger = logging.getLogger("errata")

@@ -12,9 +12,9 @@ from errata.evaluate.protocols import PROTOCOLS
 from errata.evaluate.reader import MeasureSettings, Reader
 
 if TYPE_CHECKING:
+    from errata.contract.measurement import Measurement
+    from errata.contract.protocol import Protocol
     from errata.edits.request import Request
-    from errata.evaluate.measurement import Measurement
-    from errata.evaluate.protocol import Protocol
     from errata.model.model import Model
 
 logger = logging.getLogger("errata")

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from errata.contract.measurement import Answer, Measurement
 from errata.errors import SelfComparisonError
 from errata.evaluate.failures import classify_failure
 from errata.evaluate.matching import NORMALISATION, contained_match, exact_match
-from errata.evaluate.measurement import Answer, Measurement
 from errata.evaluate.sampled import sampled_texts
 from errata.model.generation import generate
 from errata.model.perplexity import text_nlls
@@ -78,7 +78,7 @@ class MeasureSettings:
 
 
 @dataclass
-class Memory:
+class KnownAnswers:
     """What a model in one state has answered.
 
     Attributes:
@@ -113,17 +113,17 @@ class Reader:
         model: Model,
         requests: Sequence[Request],
         settings: MeasureSettings,
-        baseline: Memory | None = None,
+        baseline: KnownAnswers | None = None,
         *,
         of_base: bool = False,
-        memory: Memory | None = None,
+        memory: KnownAnswers | None = None,
     ) -> None:
         self.model = model
         self.requests = requests
         self.settings = settings
         self._of_base = of_base
-        self._baseline = Memory() if baseline is None else baseline
-        self._memory = self._baseline if of_base else memory or Memory()
+        self._baseline = KnownAnswers() if baseline is None else baseline
+        self._memory = self._baseline if of_base else memory or KnownAnswers()
 
     @cached_property
     def base(self) -> Reader | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from errata.errors import ConfigError
-from errata.locate.sweep import SCHEMA, LayerResult, Sweep, key_of, place_name
+from errata.kit.layer_sweep import SCHEMA, LayerResult, LayerSweep, key_of, place_name
 
 if TYPE_CHECKING:
     from errata.contract.config import MethodConfig
@@ -22,7 +22,7 @@ Config = TypeVar("Config", bound="MethodConfig")
 
 
 @dataclass(frozen=True)
-class ChosenLayers:
+class AutoLayers:
     """Layers that a cached sweep recommends.
 
     Attributes:
@@ -33,18 +33,18 @@ class ChosenLayers:
 
     layers: tuple[int, ...]
     why: str
-    sweep: Sweep = field(repr=False)
+    sweep: LayerSweep = field(repr=False)
 
 
-def cached_sweep(model: Model, method: str) -> Sweep | None:
+def cached_sweep(model: Model, method: str) -> LayerSweep | None:
     """Return the sweep of a method on this model that was made last, or None."""
     stored = model.artifacts.load(key_of(model, method))
     if stored is None or stored[1].get("schema") != SCHEMA:
         return None
-    return Sweep.from_json(stored[1])
+    return LayerSweep.from_json(stored[1])
 
 
-def chosen_layers(model: Model, *methods: str, count: int | None = None) -> ChosenLayers:
+def auto_layers(model: Model, *methods: str, count: int | None = None) -> AutoLayers:
     """Return the layers for a method whose configuration says "auto".
 
     Says which and why through the model's progress and the log.
@@ -60,7 +60,7 @@ def chosen_layers(model: Model, *methods: str, count: int | None = None) -> Chos
         ConfigError: no such sweep was made on this model; the message names the command.
     """
     if not methods:
-        raise ConfigError("chosen_layers needs the name of at least one method.")
+        raise ConfigError("auto_layers needs the name of at least one method.")
     for method in methods:
         found = cached_sweep(model, method)
         if found is not None:
@@ -76,20 +76,20 @@ def chosen_layers(model: Model, *methods: str, count: int | None = None) -> Chos
     )
 
 
-def settled(model: Model, method: str, config: Config) -> tuple[Config, str]:
+def resolve_auto_layers(model: Model, method: str, config: Config) -> tuple[Config, str]:
     """Return a configuration with "auto" replaced by the layers of the method's sweep, and why.
 
     The configuration itself and "" where nothing is left to choose.
     """
     for option in ("layer", "layers"):
         if getattr(config, option, None) == AUTO:
-            chosen = chosen_layers(model, method, count=1 if option == "layer" else None)
+            chosen = auto_layers(model, method, count=1 if option == "layer" else None)
             value = chosen.layers[0] if option == "layer" else chosen.layers
             return config.model_copy(update={option: value}), chosen.why
     return config, ""
 
 
-def _chosen(found: Sweep, count: int | None) -> ChosenLayers:
+def _chosen(found: LayerSweep, count: int | None) -> AutoLayers:
     if count is None:
         return _named(found, found.best.layers, found.best.score, found.best.depth)
     together = [one for one in found.results if one.depth == count]
@@ -111,7 +111,7 @@ def _chosen(found: Sweep, count: int | None) -> ChosenLayers:
     return _named(found, tuple(chosen), mean, 1)
 
 
-def _named(found: Sweep, layers: tuple[int, ...], score: float, depth: int) -> ChosenLayers:
+def _named(found: LayerSweep, layers: tuple[int, ...], score: float, depth: int) -> AutoLayers:
     place = place_name(LayerResult(layers[-1], score, {}, depth=len(layers)))
     others = [one for one in found.results if one.depth == depth]
     shown = ", ".join(f"{place_name(one).split(' ', 1)[1]}: {one.score:.3f}" for one in others)
@@ -119,4 +119,4 @@ def _named(found: Sweep, layers: tuple[int, ...], score: float, depth: int) -> C
         f"auto: {place} of {found.model}, by a sweep of {found.method} over {found.n} facts "
         f"(score {score:.3f}; all: {shown})"
     )
-    return ChosenLayers(layers, why, found)
+    return AutoLayers(layers, why, found)

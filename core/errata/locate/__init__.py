@@ -1,11 +1,12 @@
 """Locating: where does a model keep a piece of knowledge, and does that help to edit it?"""
 
-from errata.kit.auto_layers import ChosenLayers, cached_sweep, chosen_layers, settled
+from errata.contract.location import Location
+from errata.kit.auto_layers import AutoLayers, auto_layers, cached_sweep, resolve_auto_layers
+from errata.kit.layer_sweep import HeldOutResult, LayerResult, LayerSweep
 from errata.locate.average import AverageTrace, Effects, average
 from errata.locate.causal_trace import Tracer, trace
 from errata.locate.corruption import embedding_std
 from errata.locate.lens import Trajectory, contribution_norms, logit_lens
-from errata.locate.location import Location
 from errata.locate.locator import LOCATORS, CoreLocator, TraceConfig
 from errata.locate.neurons import Attribution, KnowledgeNeurons, attribute, knowledge_neurons
 from errata.locate.rank_statistics import spearman
@@ -19,29 +20,29 @@ from errata.locate.similarity import (
     rsim,
     similarity_of,
 )
-from errata.locate.sweep import Judged, LayerResult, Sweep, split_by_subject, sweep
+from errata.locate.sweep import split_by_subject, sweep
 
 __all__ = [
     "LOCATORS",
     "Attribution",
+    "AutoLayers",
     "AverageTrace",
     "CausalTrace",
-    "ChosenLayers",
     "CoreLocator",
     "Effects",
-    "Judged",
+    "HeldOutResult",
     "KnowledgeNeurons",
     "LayerResult",
+    "LayerSweep",
     "Location",
     "RelativeSimilarity",
-    "Sweep",
     "TraceConfig",
     "Tracer",
     "Trajectory",
     "attribute",
+    "auto_layers",
     "average",
     "cached_sweep",
-    "chosen_layers",
     "consistency",
     "contribution_norms",
     "embedding_std",
@@ -50,9 +51,9 @@ __all__ = [
     "logit_lens",
     "paraphrase_sets",
     "relation_sets",
+    "resolve_auto_layers",
     "rsim",
     "screen",
-    "settled",
     "similarity_of",
     "spearman",
     "split_by_subject",

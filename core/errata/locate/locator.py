@@ -14,11 +14,11 @@ from pydantic import Field, ValidationError
 
 from errata.contract.config import MethodConfig
 from errata.contract.hooks import hookimpl
+from errata.contract.location import Location
 from errata.errors import ConfigError, UnknownNameError
 from errata.locate.causal_trace import trace
 from errata.locate.corrupted_runs import Runs, traced_tokens
 from errata.locate.lens import contribution_norms, logit_lens
-from errata.locate.location import Location
 from errata.locate.neurons import knowledge_neurons
 from errata.locate.screening import gradient_times_activation, screen
 from errata.locate.spans import subject_tokens

@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from errata.contract.location import Location
 from errata.errors import ConfigError, UnknownNameError
 from errata.locate.causal_trace import as_request
 from errata.locate.corrupted_runs import Runs
 from errata.locate.corruption import Corruption
-from errata.locate.location import Location
 from errata.locate.spans import subject_tokens
 from errata.locate.traced_prompt import answer_text, passage
 from errata.model.forward import frozen

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from errata.evaluate.measurement import RESAMPLES
+from errata.contract.measurement import RESAMPLES
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from errata.locate.location import Location
+from errata.contract.location import Location
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from errata.contract.measurement import RESAMPLES
 from errata.errors import ConfigError, UnknownNameError
-from errata.evaluate.measurement import RESAMPLES
 from errata.locate.neurons import attribute
 from errata.locate.screening import gradient_times_activation, screen
 

@@ -12,20 +12,20 @@ layer is `auto`.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from errata.contract import plugins
+from errata.contract.measurement import RESAMPLES, mean_interval
 from errata.errors import CapabilityError, ConfigError, ErrataError, RequestError
-from errata.evaluate.measurement import RESAMPLES, mean_interval
-from errata.locate.average import AverageTrace, average
+from errata.kit.layer_sweep import HeldOutResult, LayerResult, LayerSweep, key_of, option_value
+from errata.locate.average import average
 from errata.locate.rank_statistics import spearman
 
 if TYPE_CHECKING:
@@ -35,165 +35,13 @@ if TYPE_CHECKING:
     from errata.editor import Editor
     from errata.edits.edit import Edit
     from errata.edits.request import Request
-    from errata.model.model import Model
 
 logger = logging.getLogger("errata")
 
 METRICS = ("ES", "PS", "NS")
-SCHEMA = 1
 
 # What no metric of a sweep reads; sampling texts would take most of the time.
 _UNASKED = {"generation": (), "attribute": (), "references": ()}
-
-
-@dataclass(frozen=True)
-class LayerResult:
-    """What editing at one layer, or at some in a row, gave.
-
-    Attributes:
-        layer: the block; of several the last.
-        score: harmonic mean of ES, PS and NS (of those that the requests have prompts for).
-        metrics: metric → (mean, low, high) of its 95 % interval.
-        failed: edits that the method or a guard refused; they count as zero everywhere.
-        effect: average indirect effect of tracing this layer at the last corrupted token.
-        depth: number of layers edited together.
-    """
-
-    layer: int
-    score: float
-    metrics: dict[str, tuple[float, float, float]]
-    failed: int = 0
-    effect: float = math.nan
-    depth: int = 1
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The edited layers, ascending."""
-        return tuple(range(self.layer - self.depth + 1, self.layer + 1))
-
-    def as_json(self) -> dict[str, Any]:
-        """Return plain JSON data."""
-        return {
-            "layer": self.layer, "score": self.score, "failed": self.failed,
-            "effect": _finite(self.effect), "depth": self.depth,
-            "metrics": {name: list(ends) for name, ends in self.metrics.items()},
-        }  # fmt: skip
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> LayerResult:
-        """Return the result that `as_json` wrote."""
-        metrics = {name: (ends[0], ends[1], ends[2]) for name, ends in data["metrics"].items()}
-        return cls(data["layer"], data["score"], metrics, data["failed"], _number(data["effect"]),
-                   data.get("depth", 1))  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Judged:
-    """How good the chosen layer is for facts that it was not chosen on.
-
-    Attributes:
-        n: number of these facts.
-        results: what editing them gave, in the order of the sweep's.
-        ratio: (mean, low, high): their score at the chosen layer over that at the layer which is
-            best for them; 95 % bootstrap interval over facts, the best found anew in each draw.
-    """
-
-    n: int
-    results: tuple[LayerResult, ...]
-    ratio: tuple[float, float, float]
-
-    def as_json(self) -> dict[str, Any]:
-        """Return plain JSON data."""
-        layers = [one.as_json() for one in self.results]
-        return {"n": self.n, "ratio": list(self.ratio), "layers": layers}
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Judged:
-        """Return what `as_json` wrote."""
-        results = tuple(LayerResult.from_json(one) for one in data["layers"])
-        return cls(data["n"], results, (data["ratio"][0], data["ratio"][1], data["ratio"][2]))
-
-
-@dataclass(frozen=True, eq=False)
-class Sweep:
-    """Edit success by layer.
-
-    Attributes:
-        model: name of the model.
-        model_type: of its configuration.
-        n_layers: number of its blocks.
-        method: the method that edited.
-        option: the hyper-parameter that names its layer.
-        config: the other hyper-parameters that were set for the sweep.
-        n: number of requests.
-        results: one per place: by depth, then by layer, ascending.
-        correlation: Spearman's ρ of score and tracing effect over the layers (of the smallest
-            depth); NaN untraced.
-        trace: what the effects were taken from.
-        judged: on held-out facts; None without.
-    """
-
-    model: str
-    model_type: str
-    n_layers: int
-    method: str
-    option: str
-    config: dict[str, Any]
-    n: int
-    results: tuple[LayerResult, ...]
-    correlation: float = math.nan
-    trace: AverageTrace | None = field(default=None, repr=False)
-    judged: Judged | None = None
-
-    @property
-    def best(self) -> LayerResult:
-        """The place with the highest score; of equal ones the least deep, then the lowest."""
-        return max(self.results, key=lambda one: (one.score, -one.depth, -one.layer))
-
-    @property
-    def protocol(self) -> str:
-        """How the scores were measured."""
-        return (
-            f"layer sweep: {self.n} facts edited one at a time by {self.method} at each layer; "
-            "harmonic mean of ES, PS and NS (counterfact)"
-        )
-
-    def preset(self) -> str:
-        """Return the preset for `registry.yaml`, as YAML."""
-        best = self.best
-        settings = {self.option: _value(self.option, best.layers), **self.config}
-        values = ", ".join(f"{name}: {json.dumps(value)}" for name, value in settings.items())
-        return (
-            "methods:\n"
-            f"  {self.method}:\n"
-            "    presets:\n"
-            f"      - match: {{model_type: {self.model_type}, n_layers: {self.n_layers}}}\n"
-            f"        values: {{{values}}}\n"
-            f"        source: layer sweep over {self.n} facts, score {best.score:.3f} at "
-            f"{place_name(best)}\n"
-        )
-
-    def as_json(self) -> dict[str, Any]:
-        """Return plain JSON data."""
-        return {
-            "schema": SCHEMA, "result": "sweep", "model": self.model, "model_type": self.model_type,
-            "n_layers": self.n_layers, "method": self.method, "option": self.option,
-            "config": self.config, "n": self.n, "correlation": _finite(self.correlation),
-            "protocol": self.protocol, "best": self.best.layer,
-            "best_layers": list(self.best.layers),
-            "layers": [one.as_json() for one in self.results],
-            "held_out": None if self.judged is None else self.judged.as_json(),
-        }  # fmt: skip
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Sweep:
-        """Return the sweep that `as_json` wrote, without its trace."""
-        held = data.get("held_out")
-        return cls(
-            data["model"], data["model_type"], data["n_layers"], data["method"], data["option"],
-            data["config"], data["n"], tuple(LayerResult.from_json(one) for one in data["layers"]),
-            _number(data["correlation"]), judged=None if held is None else Judged.from_json(held),
-        )  # fmt: skip
 
 
 def sweep(
@@ -207,7 +55,7 @@ def sweep(
     trace: bool = True,
     samples: int = 5,
     config: dict[str, Any] | None = None,
-) -> Sweep:
+) -> LayerSweep:
     """Edit each request at each layer, measure and take the edit off; keep the result.
 
     Args:
@@ -239,13 +87,13 @@ def sweep(
     )
     places = _places(chosen, depths, option, method)
     # A bad hyper-parameter is refused before anything is traced.
-    editor.configure(method, {**config, option: _value(option, places[0])})
+    editor.configure(method, {**config, option: option_value(option, places[0])})
     found = None
     if trace:
         found = average(editor.model, requests, variants=("hidden",), samples=samples)
     results, held = [], []
     for within in editor.model.progress.track(places, f"sweeping {method}", len(places)):
-        settings = {**config, option: _value(option, within)}
+        settings = {**config, option: option_value(option, within)}
         measured = _measured(editor, [*requests, *held_out], method, settings, within)
         results.append(measured[: len(requests)])
         held.append(measured[len(requests) :])
@@ -256,12 +104,12 @@ def sweep(
         rows = [replace(one, effect=float(effects[one.layer])) for one in rows]
         least = [one for one in rows if one.depth == min(depths)]
         correlation = spearman([one.score for one in least], [one.effect for one in least])
-    done = Sweep(
+    done = LayerSweep(
         editor.model.name, anatomy.model_type, anatomy.n_layers, method, option,
-        config, len(requests), tuple(rows), correlation, found,
+        config, len(requests), tuple(rows), correlation,
     )  # fmt: skip
     if held_out:
-        done = replace(done, judged=_judged(done, places, held))
+        done = replace(done, held_out=_held_out(done, places, held))
     editor.model.artifacts.save(key_of(editor.model, method), {"_": torch.zeros(1)}, done.as_json())
     return done
 
@@ -294,17 +142,6 @@ def split_by_subject(
             "least one and leave at least one to choose the layer by."
         )
     return kept[:-held_out], kept[-held_out:]
-
-
-def place_name(one: LayerResult) -> str:
-    """Return a place in words: "layer 3", "layers 3 to 5"."""
-    first, last = one.layers[0], one.layers[-1]
-    return f"layer {last}" if first == last else f"layers {first} to {last}"
-
-
-def key_of(model: Model, method: str) -> tuple[str, ...]:
-    """Return where a sweep is kept."""
-    return ("layer-sweep", model.fingerprint, method)
 
 
 def _check(editor: Editor, requests: Sequence[Request], held_out: Sequence[Request]) -> None:
@@ -434,9 +271,9 @@ def _harmonic(values: Sequence[float]) -> float:
     return len(values) / math.fsum(1 / value for value in values)
 
 
-def _judged(
-    done: Sweep, places: Sequence[tuple[int, ...]], held: Sequence[NDArray[np.float64]]
-) -> Judged:
+def _held_out(
+    done: LayerSweep, places: Sequence[tuple[int, ...]], held: Sequence[NDArray[np.float64]]
+) -> HeldOutResult:
     """Return the scores of held-out facts, and the chosen place's share of the best one's."""
     results = tuple(_result(within, table) for within, table in zip(places, held, strict=True))
     index = places.index(done.best.layers)
@@ -447,7 +284,7 @@ def _judged(
     drawn = np.stack([_scores(table, draws) for table in held])
     low, high = np.quantile(_ratio(drawn[index], drawn.max(axis=0)), (0.025, 0.975))
     mean = float(_ratio(scores[index], scores.max()))
-    return Judged(count, results, (mean, float(low), float(high)))
+    return HeldOutResult(count, results, (mean, float(low), float(high)))
 
 
 def _scores(table: NDArray[np.float64], draws: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -466,15 +303,3 @@ def _ratio(part: Any, whole: Any) -> NDArray[np.float64]:
     """Return part / whole; 1 where no place has any success."""
     found: NDArray[np.float64] = np.where(whole > 0, part / np.where(whole > 0, whole, 1), 1.0)
     return found
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
-
-
-def _value(option: str, layers: Sequence[int]) -> int | list[int]:
-    return layers[0] if option == "layer" else list(layers)

@@ -10,18 +10,18 @@ from errata.plots.style import COLOURS, LARGE, MARKS, MEDIUM, SMALL, figure, lay
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from errata.locate import Sweep
+    from errata.locate import LayerSweep
     from errata.locate.weights import WeightDiff
 
 _SIDES = {"output": "writes (output side)", "input": "reads (input side)"}
 
 
-def layer_sweep(found: Sweep) -> Figure:
+def layer_sweep(found: LayerSweep) -> Figure:
     """Draw edit success by layer, and the tracing effect of the layers below it.
 
     Of layers edited together the score alone is drawn, at the last of them.
     """
-    from errata.locate.sweep import place_name
+    from errata.kit.layer_sweep import place_name
 
     least = min(one.depth for one in found.results)
     shown = [one for one in found.results if one.depth == least]
@@ -38,11 +38,11 @@ def layer_sweep(found: Sweep) -> Figure:
         ax.fill_between(layers, low, high, color=colour, alpha=0.15, linewidth=0)
     ax.plot(layers, [one.score for one in shown], color="#000000", marker="^", markersize=3,
             linewidth=1.3, label="Score")  # fmt: skip
-    if found.judged:
-        held = [one.score for one in found.judged.results if one.depth == least]
+    if found.held_out:
+        held = [one.score for one in found.held_out.results if one.depth == least]
         ax.plot(layers, held, color="#000000", marker="o", markersize=3, linewidth=0.8,
                 linestyle="--", markerfacecolor="#FFFFFF", markeredgewidth=0.6,
-                label=f"Score, held out (n = {found.judged.n})")  # fmt: skip
+                label=f"Score, held out (n = {found.held_out.n})")  # fmt: skip
     depths = sorted({one.depth for one in found.results} - {least})
     for index, depth in enumerate(depths):
         deep = [one for one in found.results if one.depth == depth]

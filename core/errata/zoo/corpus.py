@@ -66,7 +66,7 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class Batch:
+class CorpusBatch:
     """One training step's input; B rows of T tokens."""
 
     input_ids: torch.Tensor
@@ -198,7 +198,7 @@ class Corpus:
         sequels = self._encode([f" {part}" for part in parts], add_special_tokens=False)
         return [(one.ids, two.ids) for one, two in zip(openings, sequels, strict=True)]
 
-    def batch(self, step: int, rows: int, length: int) -> Batch:
+    def batch(self, step: int, rows: int, length: int) -> CorpusBatch:
         """Return the batch of this step: `rows` × `length` tokens, the same on every machine."""
         import torch
 
@@ -231,7 +231,7 @@ class Corpus:
                     if index < size:
                         answers[row, filled + index - 1] = True
                 filled = end
-        return Batch(ids, labels, positions, allowed, answers)
+        return CorpusBatch(ids, labels, positions, allowed, answers)
 
     def _encoded(self, documents: Iterator[Document], chunk: int = 64) -> Iterator[Tokens]:
         """Tokenise documents about the world, many at a time."""

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from errata.zoo.corpus import IGNORED, Batch, Corpus
+from errata.zoo.corpus import IGNORED, Corpus, CorpusBatch
 from errata.zoo.tokenizer import CONTEXT, train_tokenizer
 from errata.zoo.world import make_world
 
@@ -237,7 +237,7 @@ def _optimizers(model: Any, recipe: Recipe) -> list[torch.optim.Optimizer]:
 
 
 def _losses(
-    model: Any, batch: Batch, answer_weight: float, device: torch.device
+    model: Any, batch: CorpusBatch, answer_weight: float, device: torch.device
 ) -> tuple[torch.Tensor, float]:
     """Return the weighted loss to minimise and the plain mean, in nats per predicted token."""
     import torch

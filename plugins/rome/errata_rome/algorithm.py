@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from errata.edits.delta import Factor, LowRankDelta
+from errata.kit.auto_layers import auto_layers
 from errata.kit.contexts import prefix_contexts
 from errata.kit.second_moments import second_moments
 from errata.kit.values import EditFailed, Value, ValueSettings, optimise_values
-from errata.locate import chosen_layers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,7 +64,7 @@ def layer_of(model: Model, config: RomeConfig) -> int:
     if config.layer is None:
         return model.anatomy.n_layers // 3
     if config.layer == "auto":
-        return chosen_layers(model, "rome").layers[0]
+        return auto_layers(model, "rome").layers[0]
     return model.anatomy.layer(config.layer)
 
 

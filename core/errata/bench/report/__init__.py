@@ -6,20 +6,20 @@
 """
 
 from errata.bench.report.grouping import Column, Section
-from errata.bench.report.reading import Entry, Run, read_run
+from errata.bench.report.reading import ResultEntry, RunResults, read_run
 from errata.bench.report.report import Report, read
-from errata.bench.report.tables import Cell, Head, Row, Table
+from errata.bench.report.tables import ColumnHead, MetricCell, MetricRow, MetricTable
 
 __all__ = [
-    "Cell",
     "Column",
-    "Entry",
-    "Head",
+    "ColumnHead",
+    "MetricCell",
+    "MetricRow",
+    "MetricTable",
     "Report",
-    "Row",
-    "Run",
+    "ResultEntry",
+    "RunResults",
     "Section",
-    "Table",
     "read",
     "read_run",
 ]

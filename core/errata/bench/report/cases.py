@@ -17,12 +17,12 @@ from errata.bench.report.tables import MOMENT_NAMES
 
 if TYPE_CHECKING:
     from errata.bench.report.grouping import Column, Section
-    from errata.bench.report.reading import Entry
+    from errata.bench.report.reading import ResultEntry
 
 ORDER = {"": 0, "immediate": 1, "final": 2}
 
 
-class _Places:
+class _UniqueList:
     """A list without repetitions that tells where something stands in it."""
 
     def __init__(self) -> None:
@@ -42,8 +42,8 @@ def browser(sections: Sequence[Section], limit: int | None = None) -> dict[str, 
         sections: whose cases.
         limit: at most so many cases per section; `left_out` counts the rest.
     """
-    texts, expected, metrics, errors = _Places(), _Places(), _Places(), _Places()
-    columns, moments, types = _Places(), _Places(), _Places()
+    texts, expected, metrics, errors = _UniqueList(), _UniqueList(), _UniqueList(), _UniqueList()
+    columns, moments, types = _UniqueList(), _UniqueList(), _UniqueList()
     errors("")
     rows: list[list[Any]] = []
     left_out = 0
@@ -103,9 +103,9 @@ def browser(sections: Sequence[Section], limit: int | None = None) -> dict[str, 
     }
 
 
-def _in_order(section: Section) -> list[tuple[Column, str, Entry]]:
+def _in_order(section: Section) -> list[tuple[Column, str, ResultEntry]]:
     """Return what was measured, a case's variants side by side, in the order of the stream."""
-    found: list[tuple[Column, str, Entry]] = []
+    found: list[tuple[Column, str, ResultEntry]] = []
     for column in section.edited:
         for moment in section.moments:
             found += [(column, moment, entry) for entry in column.at(moment)]
@@ -140,7 +140,7 @@ def _base_texts(section: Section) -> Mapping[tuple[str, str], str]:
     }
 
 
-def _place_of(places: _Places, text: str | None) -> int:
+def _place_of(places: _UniqueList, text: str | None) -> int:
     return -1 if text is None else places(text)
 
 

@@ -12,7 +12,7 @@ from errata.bench.report import formatting
 from errata.cli.render import size
 
 if TYPE_CHECKING:
-    from errata.bench.report.curves import Curve, Line
+    from errata.bench.report.curves import Curve, CurveLine
 
 WIDTH, HEIGHT = 380, 230
 RIGHT, TOP, BOTTOM = 14, 10, 38
@@ -172,7 +172,7 @@ def _steps(x: Scale, steps: Sequence[int]) -> str:
     return f'<g class="steps">{"".join(parts)}</g>'
 
 
-def _band(line: Line, x: Scale, y: Scale) -> str:
+def _band(line: CurveLine, x: Scale, y: Scale) -> str:
     there = [(p.step, p.interval) for p in line.points if p.interval]
     if len(there) < 2:
         return ""
@@ -181,7 +181,7 @@ def _band(line: Line, x: Scale, y: Scale) -> str:
     return f'<polygon class="band {colour(line.column)}" points="{" ".join(upper + lower)}"/>'
 
 
-def _line(line: Line, x: Scale, y: Scale, unit: str) -> str:
+def _line(line: CurveLine, x: Scale, y: Scale, unit: str) -> str:
     there = [p for p in line.points if math.isfinite(p.value)]
     points = " ".join(f"{x(p.step):.1f},{y(p.value):.1f}" for p in there)
     marks = []
@@ -199,7 +199,7 @@ def _line(line: Line, x: Scale, y: Scale, unit: str) -> str:
     )
 
 
-def _said(line: Line, unit: str) -> str:
+def _said(line: CurveLine, unit: str) -> str:
     first, last = line.points[0], line.points[-1]
     return (
         f"{line.label} from {formatting.amount(first.value, unit)} after {first.step} edits to "

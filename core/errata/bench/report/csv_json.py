@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from errata.bench.report import formatting
+from errata.bench.report import run_facts
 
 if TYPE_CHECKING:
+    from errata.bench.report.contents import Part, ReportContents
     from errata.bench.report.curves import Curve
-    from errata.bench.report.errors_and_costs import Cost
-    from errata.bench.report.report import Part, Report
-    from errata.bench.report.tables import Row, Table
+    from errata.bench.report.errors_and_costs import ColumnCost
+    from errata.bench.report.tables import MetricRow, MetricTable
 
 FIELDS = (
     "model", "dataset", "regime", "column", "method", "runs", "seeds", "moment", "after_edits",
@@ -24,7 +24,7 @@ FIELDS = (
 )  # fmt: skip
 
 
-def sheet(report: Report) -> str:
+def sheet(report: ReportContents) -> str:
     """Return a table with a header: one row per number, the points of curves after the tables."""
     out = io.StringIO()
     writer = csv.DictWriter(out, FIELDS, lineterminator="\n")
@@ -35,7 +35,7 @@ def sheet(report: Report) -> str:
     return out.getvalue()
 
 
-def as_json(report: Report) -> dict[str, Any]:
+def as_json(report: ReportContents) -> dict[str, Any]:
     """Return the report's tables as plain JSON data; single answers stay in the runs."""
     return {
         "runs": [
@@ -52,7 +52,7 @@ def as_json(report: Report) -> dict[str, Any]:
             for run, progress in zip(report.runs, report.progress, strict=True)
         ],
         "reference": report.reference,
-        "warnings": formatting.warnings(report),
+        "warnings": run_facts.warnings(report),
         "sections": [_section(part) for part in report.parts],
         "located": [one.as_json() for one in report.located],
     }
@@ -156,7 +156,7 @@ def _section(part: Part) -> dict[str, Any]:
     }
 
 
-def _table(table: Table) -> dict[str, Any]:
+def _table(table: MetricTable) -> dict[str, Any]:
     return {
         "protocol": table.protocol,
         "reference": table.reference,
@@ -165,7 +165,7 @@ def _table(table: Table) -> dict[str, Any]:
     }
 
 
-def _row(row: Row) -> dict[str, Any]:
+def _row(row: MetricRow) -> dict[str, Any]:
     return {
         "metric": row.metric,
         "protocol": row.protocol,
@@ -199,7 +199,7 @@ def _curve(curve: Curve) -> dict[str, Any]:
     }
 
 
-def _cost(cost: Cost) -> dict[str, Any]:
+def _cost(cost: ColumnCost) -> dict[str, Any]:
     return {
         "label": cost.label,
         "edits": cost.edits,

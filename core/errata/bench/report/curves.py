@@ -23,7 +23,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Line:
+class CurveLine:
     """The points of one column."""
 
     column: int
@@ -49,7 +49,7 @@ class Curve:
     protocol: str
     unit: str
     direction: str
-    lines: tuple[Line, ...]
+    lines: tuple[CurveLine, ...]
     base: Point | None
     of_state: bool
 
@@ -82,7 +82,7 @@ def curves(section: Section) -> list[Curve]:
             one.unit,
             one.direction,
             tuple(
-                Line(index, section.columns[index].label, tuple(points))
+                CurveLine(index, section.columns[index].label, tuple(points))
                 for index, points in lines[key].items()
                 if len(points) > 1
             ),

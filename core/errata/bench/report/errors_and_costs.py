@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from errata.bench.report.grouping import Column, Section
-    from errata.bench.report.reading import Entry
+    from errata.bench.report.reading import ResultEntry
     from errata.evaluate import Measurement
 
 RIGHT, OTHER = "right", "not classified"
 
 
 @dataclass(frozen=True)
-class Errors:
+class ErrorCounts:
     """How one column answered the questions of one metric, by error type.
 
     Attributes:
@@ -44,7 +44,7 @@ class Errors:
 
 
 @dataclass(frozen=True)
-class Cost:
+class ColumnCost:
     """What a column's edits cost.
 
     Attributes:
@@ -83,7 +83,7 @@ class Incident:
     reason: str
 
 
-def error_counts(section: Section) -> list[Errors]:
+def error_counts(section: Section) -> list[ErrorCounts]:
     """Return the error types of every generated metric, column and moment (not of the base)."""
     found = []
     for index, column in enumerate(section.columns):
@@ -96,13 +96,13 @@ def error_counts(section: Section) -> list[Errors]:
                     kind = RIGHT if answer.right else answer.error or OTHER
                     by_metric.setdefault(answer.metric, Counter())[kind] += 1
             found += [
-                Errors(index, column.label, moment, metric, dict(counts))
+                ErrorCounts(index, column.label, moment, metric, dict(counts))
                 for metric, counts in by_metric.items()
             ]
     return sorted(found, key=lambda one: _first(found, one.metric))
 
 
-def error_types(found: Iterable[Errors]) -> list[str]:
+def error_types(found: Iterable[ErrorCounts]) -> list[str]:
     """Return the error types that occur, the known ones in their own order, "right" first."""
     there = {kind for one in found for kind in one.counts}
     known = error_order()
@@ -116,7 +116,7 @@ def error_order() -> list[str]:
     return [RIGHT, *ERROR_TYPES, OTHER]
 
 
-def costs(section: Section) -> list[Cost]:
+def costs(section: Section) -> list[ColumnCost]:
     """Return what the edits of each column cost."""
     return [
         _cost(index, column) for index, column in enumerate(section.columns) if not column.is_base
@@ -144,14 +144,14 @@ def refusals(section: Section) -> list[Incident]:
     return list(found.values())
 
 
-def _first(found: list[Errors], metric: str) -> int:
+def _first(found: list[ErrorCounts], metric: str) -> int:
     return next(i for i, one in enumerate(found) if one.metric == metric)
 
 
-def _cost(index: int, column: Column) -> Cost:
+def _cost(index: int, column: Column) -> ColumnCost:
     from errata.evaluate import Measurement
 
-    made: dict[tuple[str, ...] | str, Entry] = {}
+    made: dict[tuple[str, ...] | str, ResultEntry] = {}
     covered: set[tuple[int, str | None, int]] = set()
     for entry in column.entries:
         edit = entry.edit
@@ -169,7 +169,7 @@ def _cost(index: int, column: Column) -> Cost:
         for one in entry.measurements
         if one.unit == "bytes" and "peak" in one.metric
     ]
-    return Cost(
+    return ColumnCost(
         index,
         column.label,
         len(made),
@@ -186,7 +186,7 @@ def _cost(index: int, column: Column) -> Cost:
     )
 
 
-def _incident(column: Column, entry: Entry, reason: str) -> Incident:
+def _incident(column: Column, entry: ResultEntry, reason: str) -> Incident:
     return Incident(
         column.label,
         entry.seed,
@@ -198,7 +198,7 @@ def _incident(column: Column, entry: Entry, reason: str) -> Incident:
     )
 
 
-def title_of(entry: Entry) -> str:
+def title_of(entry: ResultEntry) -> str:
     """Return "filled prompt → target" of a case's first request."""
     if not entry.requests:
         return ""

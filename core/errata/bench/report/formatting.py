@@ -1,31 +1,17 @@
-"""How numbers and facts of a report are worded, the same on every medium."""
+"""How a report's numbers and tables are worded, the same on every medium."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from errata.bench.report.tables import MOMENT_NAMES
-from errata.cli.render import count, number, seconds, size
+from errata.cli.render import number, seconds, size
 
 if TYPE_CHECKING:
-    from errata.bench.report.errors_and_costs import Cost
-    from errata.bench.report.reading import Run
-    from errata.bench.report.report import Part, Report
-    from errata.bench.report.tables import Head, Table
+    from errata.bench.report.errors_and_costs import ColumnCost
+    from errata.bench.report.tables import ColumnHead, MetricTable
     from errata.evaluate import Measurement
-
-HEADLINE_METRICS = (
-    "Score",
-    "rewrite_exact",
-    "paraphrase_exact",
-    "portability_exact",
-    "locality_unchanged",
-    "neighbourhood_unchanged",
-    "perplexity_ratio",
-)
-"""Shown first in the overview where they were measured, else a protocol's first metrics."""
 
 ARROWS = {"higher": "↑", "lower": "↓", "": ""}
 BETTER = {"higher": "higher is better", "lower": "lower is better", "": ""}
@@ -79,12 +65,12 @@ def moment(name: str) -> str:
     return MOMENT_NAMES.get(name, name)
 
 
-def moment_in(table: Table, head: Head) -> str:
+def moment_in(table: MetricTable, head: ColumnHead) -> str:
     """Return a column's moment in words; with the number of edits where columns differ in it."""
     return head.when if len(table.ends) > 1 else moment(head.moment)
 
 
-def ends(table: Table) -> str:
+def ends(table: MetricTable) -> str:
     """Return after how many edits a table's columns end; "" outside streams."""
     if not table.ends:
         return ""
@@ -107,7 +93,7 @@ def seeds(found: Sequence[int]) -> str:
     return f"seed{'s' if len(found) > 1 else ''} {', '.join(map(str, found))}"
 
 
-def legend(table: Table) -> list[str]:
+def legend(table: MetricTable) -> list[str]:
     """Return what the signs of a table mean, and how its differences were tested."""
     said = []
     cells = [cell for row in table.rows for cell in row.cells if cell]
@@ -126,48 +112,7 @@ def legend(table: Table) -> list[str]:
     return said
 
 
-def facts_of(run: Run) -> list[tuple[str, str]]:
-    """Return what was run, as (name, value)."""
-    info = run.info
-    model: Mapping[str, Any] = info.get("model") or {}
-    rows = [
-        ("run", run.name),
-        ("model", _model(model)),
-        *(("dataset", _dataset(one)) for one in info.get("datasets") or ()),
-        ("variants", ", ".join(str(v.get("label")) for v in info.get("variants") or ())),
-        ("regimes", ", ".join(dict.fromkeys(e.regime for e in run.entries if not e.is_base))),
-        ("protocols", ", ".join(map(str, info.get("protocols") or ()))),
-        ("seeds", ", ".join(map(str, run.seeds))),
-        ("created", str(info.get("created") or "")),
-    ]
-    return [(name, text) for name, text in rows if text]
-
-
-def identities(run: Run) -> list[tuple[str, str]]:
-    """Return the fingerprints and digests that a run can be recognised by."""
-    info = run.info
-    rows = [
-        ("configuration", info.get("digest")),
-        ("base model", (info.get("model") or {}).get("fingerprint")),
-        *((f"dataset {d.get('name')}", d.get("digest")) for d in info.get("datasets") or ()),
-    ]
-    return [(name, str(text)) for name, text in rows if text]
-
-
-def flat(data: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Return nested data as (dotted name, value)."""
-    rows: list[tuple[str, str]] = []
-    for key, item in data.items():
-        name = f"{prefix}{key}"
-        if isinstance(item, Mapping) and item:
-            rows += flat(item, f"{name}.")
-        else:
-            text = item if isinstance(item, str) else json.dumps(item, ensure_ascii=False)
-            rows.append((name, text))
-    return rows
-
-
-def cost_row(cost: Cost) -> list[str]:
+def cost_row(cost: ColumnCost) -> list[str]:
     """Return a cost as texts, in the order of `COST_COLUMNS`."""
     spread = cost.seconds and cost.seconds.interval
     return [
@@ -197,71 +142,3 @@ COST_NOTE = (
     "share of the stored edit; peak memory: the highest that was recorded; measuring: time spent "
     "on questions, in all."
 )
-
-
-def warnings(report: Report) -> list[str]:
-    """Return what a reader has to know before believing the numbers."""
-    said = [f"{one.run}: {one}." for one in report.progress if not one.is_complete]
-    for run in report.runs:
-        if run.cut_off:
-            said.append(
-                f"{run.name}: the last line of results is half written (the run goes on, or was "
-                "killed); it is left out."
-            )
-        if run.damaged:
-            lines = "; ".join(run.damaged[:5]) + ("; …" if len(run.damaged) > 5 else "")
-            said.append(f"{run.name}: {count(len(run.damaged), 'damaged line')} left out: {lines}.")
-    for part in report.parts:
-        for what, found in (
-            ("failed: missing from every number", part.failures),
-            ("refused by a guard", part.refusals),
-        ):
-            if found:
-                said.append(
-                    f"{part.section.title}: {count(len(found), 'case')} {what} (listed below)."
-                )
-    return said
-
-
-def unmatched(part: Part) -> str:
-    """Say so when the columns were not measured on the same cases; "" when they were."""
-    sizes = {column.label: column.cases for column in part.section.edited}
-    if len(set(sizes.values())) < 2:
-        return ""
-    listed = ", ".join(f"{label} {n}" for label, n in sizes.items())
-    return f"The columns cover different numbers of cases: {listed}."
-
-
-def _model(model: Mapping[str, Any]) -> str:
-    more = []
-    if model.get("model_type"):
-        more.append(str(model["model_type"]))
-    if model.get("parameters"):
-        more.append(f"{int(model['parameters']):,} parameters")
-    return str(model.get("name") or "") + (f" ({', '.join(more)})" if more else "")
-
-
-def _dataset(one: Mapping[str, Any]) -> str:
-    text = f"{one.get('name')}: {count(int(one.get('cases') or 0), 'case')}"
-    return text + (f", {one['skipped']} skipped" if one.get("skipped") else "")
-
-
-def repeat(run: Run) -> str:
-    """Return the command that repeats a run, given its configuration as `run.yaml`."""
-    command = run.info.get("command")
-    return str(command) if command else "errata bench run.yaml --out FOLDER"
-
-
-def as_yaml(run: Run) -> str:
-    """Return a run's configuration as a run file."""
-    import yaml
-
-    config = run.info.get("config") or {}
-    return yaml.safe_dump(
-        json.loads(json.dumps(config)), sort_keys=False, allow_unicode=True, width=96
-    )
-
-
-def surroundings(run: Run) -> list[tuple[str, str]]:
-    """Return what a run ran on: versions and machine."""
-    return [*flat(run.info.get("versions") or {}), *flat(run.info.get("machine") or {})]

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from errata.bench.config import BASE
-from errata.bench.report.reading import Entry, Run
+from errata.bench.report.reading import ResultEntry, RunResults
 from errata.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Column:
     runs: tuple[str, ...]
     seeds: tuple[int, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
-    entries: tuple[Entry, ...] = ()
+    entries: tuple[ResultEntry, ...] = ()
 
     @property
     def is_base(self) -> bool:
@@ -55,7 +55,7 @@ class Column:
         """How many different cases were measured."""
         return len({entry.case_id for entry in self.entries if entry.kind == "case"})
 
-    def at(self, moment: str) -> list[Entry]:
+    def at(self, moment: str) -> list[ResultEntry]:
         """Return the case entries of a moment: each case once per seed."""
         if self.is_base:
             return [entry for entry in self.entries if entry.kind == "case"]
@@ -71,7 +71,7 @@ class Column:
             {e.step for e in self.entries if e.kind == kind and MOMENTS.get(e.stage) == FINAL}
         )
 
-    def states(self, moment: str) -> list[Entry]:
+    def states(self, moment: str) -> list[ResultEntry]:
         """Return the states of the model at a moment: in a stream the last one of each seed."""
         found = [
             entry
@@ -84,7 +84,7 @@ class Column:
         return [entry for entry in found if entry.step == last[entry.seed]]
 
     @staticmethod
-    def _seeds(entries: Iterable[Entry]) -> set[int]:
+    def _seeds(entries: Iterable[ResultEntry]) -> set[int]:
         return {entry.seed for entry in entries}
 
     def _last_step(self, seed: int) -> int:
@@ -134,12 +134,14 @@ class Section:
         return tuple(moment for moment in (ONCE, IMMEDIATE, FINAL) if moment in found)
 
 
-def sections(runs: Sequence[Run]) -> list[Section]:
+def sections(runs: Sequence[RunResults]) -> list[Section]:
     """Return the sections of several runs; runs that differ in their seeds only are pooled."""
     groups = _groups(runs)
     models: dict[str, str] = {}
-    columns: dict[tuple[str, str, str], dict[tuple[int, str], list[tuple[Run, Entry]]]] = {}
-    bases: dict[tuple[str, str], list[tuple[Run, Entry]]] = {}
+    columns: dict[
+        tuple[str, str, str], dict[tuple[int, str], list[tuple[RunResults, ResultEntry]]]
+    ] = {}
+    bases: dict[tuple[str, str], list[tuple[RunResults, ResultEntry]]] = {}
     for index, group in enumerate(groups):
         for run in group:
             model = _model(run)
@@ -173,14 +175,14 @@ def sections(runs: Sequence[Run]) -> list[Section]:
     return [_one_protocol(section) for section in made]
 
 
-def sample(entries: Iterable[Entry]) -> list[list[Measurement]]:
+def sample(entries: Iterable[ResultEntry]) -> list[list[Measurement]]:
     """Return the measurements of each case; those of several seeds averaged first.
 
     A case is then one observation however many seeds ran it, and intervals are over cases. The
     same case of the base is one observation however many runs asked it.
     """
     seen: Counter[tuple[int, str | None]] = Counter()
-    cases: dict[tuple[str | None, int], list[Entry]] = {}
+    cases: dict[tuple[str | None, int], list[ResultEntry]] = {}
     for entry in entries:
         seen[entry.seed, entry.case_id] += not entry.is_base
         cases.setdefault((entry.case_id, seen[entry.seed, entry.case_id]), []).append(entry)
@@ -202,7 +204,7 @@ def average(many: Sequence[Sequence[Measurement]]) -> list[Measurement]:
     return averaged
 
 
-def of_states(entries: Sequence[Entry]) -> list[Measurement]:
+def of_states(entries: Sequence[ResultEntry]) -> list[Measurement]:
     """Return the measurements of the model as a whole, those of several states joined.
 
     What was measured on the same cases with several seeds is averaged case by case; on different
@@ -265,9 +267,9 @@ def table_of(cases: Sequence[Sequence[Measurement]]) -> list[Measurement]:
 # -- grouping --------------------------------------------------------------------------------------
 
 
-def _groups(runs: Sequence[Run]) -> list[list[Run]]:
+def _groups(runs: Sequence[RunResults]) -> list[list[RunResults]]:
     """Return the runs in groups that differ in nothing but their seeds."""
-    found: dict[str, list[Run]] = {}
+    found: dict[str, list[RunResults]] = {}
     for run in runs:
         config = {k: v for k, v in run.info.get("config", {}).items() if k != "name"}
         identity = run.info.get("identity") or [config, run.info.get("datasets"), _model(run)]
@@ -282,24 +284,24 @@ def _without_seeds(value: Any) -> Any:
     return [_without_seeds(item) for item in value] if isinstance(value, list) else value
 
 
-def _model(run: Run) -> str:
+def _model(run: RunResults) -> str:
     model = run.info.get("model", {})
     return str(model.get("fingerprint") or model.get("name") or "")
 
 
-def _variants(group: Sequence[Run]) -> list[str]:
+def _variants(group: Sequence[RunResults]) -> list[str]:
     named = [str(v.get("label")) for run in group for v in run.info.get("variants", ())]
     seen = [entry.variant for run in group for entry in run.entries if not entry.is_base]
     return list(dict.fromkeys([*named, *seen]))
 
 
-def _order(groups: Sequence[Sequence[Run]], key: tuple[int, str]) -> tuple[int, int]:
+def _order(groups: Sequence[Sequence[RunResults]], key: tuple[int, str]) -> tuple[int, int]:
     index, variant = key
     return index, _variants(groups[index]).index(variant)
 
 
 def _label(
-    groups: Sequence[Sequence[Run]], key: tuple[int, str], beside: Iterable[tuple[int, str]]
+    groups: Sequence[Sequence[RunResults]], key: tuple[int, str], beside: Iterable[tuple[int, str]]
 ) -> str:
     """Name a column: its variant; followed by its run where another one beside it has that too."""
     index, variant = key
@@ -312,7 +314,7 @@ def _label(
     return f"{variant} ({run.name})"
 
 
-def _column(label: str, found: Sequence[tuple[Run, Entry]]) -> Column:
+def _column(label: str, found: Sequence[tuple[RunResults, ResultEntry]]) -> Column:
     _refuse_repeated(label, found)
     runs, first = list(dict.fromkeys(run.name for run, _ in found)), found[0][1]
     described = [
@@ -333,7 +335,8 @@ def _column(label: str, found: Sequence[tuple[Run, Entry]]) -> Column:
 
 
 def _base(
-    found: Sequence[tuple[Run, Entry]], place: Mapping[Any, Sequence[tuple[Run, Entry]]]
+    found: Sequence[tuple[RunResults, ResultEntry]],
+    place: Mapping[Any, Sequence[tuple[RunResults, ResultEntry]]],
 ) -> Column:
     """Return the base's column: only the cases that some variant was tried on."""
     tried = {entry.case_id for many in place.values() for _, entry in many}
@@ -381,9 +384,9 @@ def _one_protocol(section: Section) -> Section:
     )
 
 
-def _refuse_repeated(label: str, found: Sequence[tuple[Run, Entry]]) -> None:
+def _refuse_repeated(label: str, found: Sequence[tuple[RunResults, ResultEntry]]) -> None:
     """Refuse two runs that hold one case of one variant and seed: it would count twice."""
-    seen: dict[tuple[Any, ...], Run] = {}
+    seen: dict[tuple[Any, ...], RunResults] = {}
     for run, entry in found:
         key = (entry.kind, entry.seed, entry.stage, entry.step, entry.case_id, entry.index)
         other = seen.setdefault(key, run)

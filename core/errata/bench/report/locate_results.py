@@ -160,15 +160,15 @@ def _average(path: Path, data: Mapping[str, Any]) -> Located:
 
 
 def _sweep(path: Path, data: Mapping[str, Any]) -> Located:
-    from errata.locate import Sweep
-    from errata.locate.sweep import place_name
+    from errata.kit.layer_sweep import place_name
+    from errata.locate import LayerSweep
 
-    found = Sweep.from_json(dict(data))
+    found = LayerSweep.from_json(dict(data))
     facts = [("chosen", f"{place_name(found.best)}, score {plain(found.best.score)}")]
-    if found.judged:
-        ratio = found.judged.ratio
+    if found.held_out:
+        ratio = found.held_out.ratio
         facts.append(("on held-out facts", f"{plain(ratio[0])} ({interval(ratio[1:])}) of the best "
-                      f"layer's score there, n = {found.judged.n}"))  # fmt: skip
+                      f"layer's score there, n = {found.held_out.n}"))  # fmt: skip
     if math.isfinite(found.correlation):
         facts.append(("rank correlation with the tracing effect", plain(found.correlation)))
 

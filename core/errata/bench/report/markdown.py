@@ -6,24 +6,24 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from errata.bench.report import formatting
+from errata.bench.report import formatting, run_facts
 from errata.bench.report.errors_and_costs import error_types
 from errata.cli.render import count
 
 if TYPE_CHECKING:
+    from errata.bench.report.contents import Part, ReportContents
     from errata.bench.report.errors_and_costs import Incident
-    from errata.bench.report.report import Part, Report
-    from errata.bench.report.tables import Cell, Table
+    from errata.bench.report.tables import MetricCell, MetricTable
 
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~#&])")
 
 
-def markdown(report: Report) -> str:
+def markdown(report: ReportContents) -> str:
     """Return the report as one Markdown document."""
-    blocks = ["# Report"]
+    blocks = ["# ReportContents"]
     for run in report.runs:
-        blocks.append(_grid(("", run.name), formatting.facts_of(run)[1:], align="--"))
-    blocks += [f"> **Note.** {text(one)}" for one in formatting.warnings(report)]
+        blocks.append(_grid(("", run.name), run_facts.facts_of(run)[1:], align="--"))
+    blocks += [f"> **Note.** {text(one)}" for one in run_facts.warnings(report)]
     for part in report.parts:
         blocks += _part(part)
     for one in report.located:
@@ -32,20 +32,20 @@ def markdown(report: Report) -> str:
     if report.runs:
         blocks.append("## How to repeat it")
     for run in report.runs:
-        rows = [(name, f"`{value}`") for name, value in formatting.identities(run)]
+        rows = [(name, f"`{value}`") for name, value in run_facts.identities(run)]
         blocks += [
-            f"**{text(run.name)}**: `{formatting.repeat(run)}` with `run.yaml` holding",
-            fenced(formatting.as_yaml(run), "yaml"),
+            f"**{text(run.name)}**: `{run_facts.repeat(run)}` with `run.yaml` holding",
+            fenced(run_facts.as_yaml(run), "yaml"),
             _grid(("identity", "digest"), rows, align="--", raw=True),
-            _grid(("versions and machine", ""), formatting.surroundings(run), align="--"),
+            _grid(("versions and machine", ""), run_facts.surroundings(run), align="--"),
         ]
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
 def _part(part: Part) -> list[str]:
     blocks = [f"## {text(part.section.title)}", f"Model: {text(part.section.model)}."]
-    if formatting.unmatched(part):
-        blocks.append(f"> **Note.** {text(formatting.unmatched(part))}")
+    if run_facts.unmatched(part):
+        blocks.append(f"> **Note.** {text(run_facts.unmatched(part))}")
     blocks += _overview(part)
     for table in part.tables:
         blocks += _table(table)
@@ -85,14 +85,14 @@ def _overview(part: Part) -> list[str]:
     return ["### At a glance", _grid(("column", *titles), rows, raw=True), note]
 
 
-def _short(cell: Cell | None) -> str:
+def _short(cell: MetricCell | None) -> str:
     if cell is None:
         return formatting.DASH
     value = formatting.value(cell.measurement)
     return f"**{value}** {formatting.BEST}" if cell.best else value
 
 
-def _table(table: Table) -> list[str]:
+def _table(table: MetricTable) -> list[str]:
     titles = [
         " ".join(filter(None, (h.label, formatting.moment_in(table, h)))) for h in table.heads
     ]
@@ -112,7 +112,7 @@ def _table(table: Table) -> list[str]:
     ]
 
 
-def _cell(cell: Cell | None) -> str:
+def _cell(cell: MetricCell | None) -> str:
     if cell is None:
         return formatting.DASH
     spread = formatting.interval(cell.measurement.interval, cell.measurement.unit)

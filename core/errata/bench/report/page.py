@@ -5,21 +5,22 @@ from __future__ import annotations
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from errata.bench.report import charts, formatting
+from errata.bench.report import charts, formatting, run_facts
 from errata.bench.report.cases import browser, safe_json
 from errata.bench.report.errors_and_costs import error_order, error_types
+from errata.cli.render import count
 from errata.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from errata.bench.report.report import Report
-    from errata.bench.report.tables import Cell
+    from errata.bench.report.contents import ReportContents
+    from errata.bench.report.tables import MetricCell
 
 TEMPLATES = "templates"
 
 
-def page(report: Report, cases: int | None = None) -> str:
+def page(report: ReportContents, cases: int | None = None) -> str:
     """Return the page's HTML.
 
     Args:
@@ -46,7 +47,9 @@ def page(report: Report, cases: int | None = None) -> str:
     data = browser([part.section for part in report.parts], cases)
     return environment.get_template("page.html").render(
         report=report,
-        words=formatting,
+        formatting=formatting,
+        run_facts=run_facts,
+        count=count,
         mark=lambda column: Markup(charts.mark(column)),
         colour=charts.colour,
         chart=lambda curve: Markup(charts.curve(curve)),
@@ -64,7 +67,7 @@ def page(report: Report, cases: int | None = None) -> str:
     )
 
 
-def whisker(cell: Cell) -> dict[str, float] | None:
+def whisker(cell: MetricCell) -> dict[str, float] | None:
     """Return where a share and its interval lie, in per cent; None for other numbers."""
     one = cell.measurement
     if one.unit != "share" or not 0 <= one.value <= 1:

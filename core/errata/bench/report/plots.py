@@ -14,9 +14,9 @@ from errata.errors import MissingExtraError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from errata.bench.report.contents import ReportContents
     from errata.bench.report.curves import Curve
-    from errata.bench.report.report import Report
-    from errata.bench.report.tables import Head, Table
+    from errata.bench.report.tables import ColumnHead, MetricTable
 
 COLOURS = (
     "#0072b2", "#d55e00", "#007a5a", "#a8467f", "#8a6d00", "#3c8dbc", "#6b4fa0", "#4d4d4d",
@@ -41,7 +41,7 @@ STYLE = {
 }
 
 
-def draw(report: Report, folder: Path) -> list[Path]:
+def draw(report: ReportContents, folder: Path) -> list[Path]:
     """Draw every curve, and a bar chart per protocol; return the files.
 
     Raises:
@@ -125,7 +125,7 @@ def _curve(axes: Any, curve: Curve) -> None:
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
-def _bars(axes: Any, table: Table, rows: Sequence[int]) -> None:
+def _bars(axes: Any, table: MetricTable, rows: Sequence[int]) -> None:
     """Draw a group of bars per metric, a bar per column, the interval as a line on it."""
     drawn = _drawn(table)
     size = 0.8 / len(drawn)
@@ -151,7 +151,7 @@ def _bars(axes: Any, table: Table, rows: Sequence[int]) -> None:
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
-def _fill(head: Head) -> dict[str, Any]:
+def _fill(head: ColumnHead) -> dict[str, Any]:
     """Return how a column's bars are filled: hatched where they show the end of a stream."""
     colour = "#b8bcc2" if head.column == 0 else COLOURS[(head.column - 1) % len(COLOURS)]
     if head.moment != FINAL:
@@ -159,7 +159,7 @@ def _fill(head: Head) -> dict[str, Any]:
     return {"color": colour, "alpha": 0.55, "hatch": "////", "edgecolor": "white", "linewidth": 0}
 
 
-def _share_rows(table: Table) -> list[int]:
+def _share_rows(table: MetricTable) -> list[int]:
     """Return which rows are shares: these can stand on one axis."""
     return [
         i
@@ -169,7 +169,7 @@ def _share_rows(table: Table) -> list[int]:
     ]
 
 
-def _drawn(table: Table) -> list[int]:
+def _drawn(table: MetricTable) -> list[int]:
     """Return the columns that hold anything."""
     return [i for i in range(len(table.heads)) if any(row.cells[i] for row in table.rows)]
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from errata.bench.report.reading import Run
+    from errata.bench.report.reading import RunResults
 
 DONE_STAGES = ("single", "batch", "immediate")
 
 
 @dataclass(frozen=True)
-class Progress:
+class RunProgress:
     """Cases done and planned.
 
     Attributes:
@@ -40,7 +40,7 @@ class Progress:
         )
 
 
-def progress(run: Run) -> Progress:
+def progress(run: RunResults) -> RunProgress:
     """Return how far a run is."""
     done = {
         (entry.variant, entry.seed, entry.regime, entry.dataset, entry.case_id, entry.index)
@@ -49,10 +49,10 @@ def progress(run: Run) -> Progress:
         and entry.case_id is not None
         and (entry.kind == "failure" or entry.stage in DONE_STAGES)
     }
-    return Progress(run.name, len(done), _planned(run))
+    return RunProgress(run.name, len(done), _planned(run))
 
 
-def _planned(run: Run) -> int | None:
+def _planned(run: RunResults) -> int | None:
     info = run.info
     if isinstance(info.get("planned"), int):
         return int(info["planned"])

@@ -19,7 +19,7 @@ _CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n
 
 
 @dataclass(frozen=True)
-class Entry:
+class ResultEntry:
     """One line of results.
 
     Attributes:
@@ -71,7 +71,7 @@ class Entry:
         return str((self.edit or {}).get("refused") or "")
 
     @classmethod
-    def parse(cls, data: Mapping[str, Any]) -> Entry:
+    def parse(cls, data: Mapping[str, Any]) -> ResultEntry:
         """Return the entry of a line that `errata.bench` accepts.
 
         Raises ValueError saying which part of it cannot be read.
@@ -105,7 +105,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunResults:
     """One run directory.
 
     Attributes:
@@ -118,7 +118,7 @@ class Run:
 
     path: Path
     info: Mapping[str, Any]
-    entries: tuple[Entry, ...]
+    entries: tuple[ResultEntry, ...]
     damaged: tuple[str, ...] = ()
     cut_off: bool = False
 
@@ -134,7 +134,7 @@ class Run:
         return tuple(sorted(edited or {entry.seed for entry in self.entries}))
 
 
-def read_run(path: str | Path, *, skip_bad: bool = False) -> Run:
+def read_run(path: str | Path, *, skip_bad: bool = False) -> RunResults:
     """Read a run directory.
 
     Args:
@@ -155,7 +155,7 @@ def read_run(path: str | Path, *, skip_bad: bool = False) -> Run:
     results = folder / RESULTS
     lines = results.read_bytes().split(b"\n") if results.is_file() else []
     cut_off = bool(lines) and bool(lines.pop())  # behind the last line break: half a line
-    entries: dict[str, Entry] = {}
+    entries: dict[str, ResultEntry] = {}
     damaged: list[str] = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -176,12 +176,12 @@ def read_run(path: str | Path, *, skip_bad: bool = False) -> Run:
             f"The run {str(folder)!r} holds no results yet ({RESULTS} is "
             f"{'empty' if results.is_file() else 'missing'}): leave it out of the report."
         )
-    return Run(folder, _clean(info), tuple(entries.values()), tuple(damaged), cut_off)
+    return RunResults(folder, _clean(info), tuple(entries.values()), tuple(damaged), cut_off)
 
 
-def _entry(line: bytes, where: str) -> Entry:
+def _entry(line: bytes, where: str) -> ResultEntry:
     try:
-        return Entry.parse(_clean(checked(line, where)))
+        return ResultEntry.parse(_clean(checked(line, where)))
     except ValueError as error:
         if isinstance(error, IntegrityError):
             raise

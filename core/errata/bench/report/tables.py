@@ -23,7 +23,7 @@ POOLED = "; mean over evaluations"
 
 
 @dataclass(frozen=True)
-class Head:
+class ColumnHead:
     """One column of a table: a variant, and when it was measured.
 
     Attributes:
@@ -47,7 +47,7 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Cell:
+class MetricCell:
     """One number of a table.
 
     Attributes:
@@ -73,14 +73,14 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
+class MetricRow:
     """One metric: a cell per head, None where it was not measured."""
 
     metric: str
     protocol: str
     unit: str
     direction: str
-    cells: tuple[Cell | None, ...]
+    cells: tuple[MetricCell | None, ...]
 
     @property
     def clauses(self) -> tuple[str, ...]:
@@ -95,7 +95,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Table:
+class MetricTable:
     """The metrics of one protocol.
 
     Attributes:
@@ -106,8 +106,8 @@ class Table:
     """
 
     protocol: str
-    heads: tuple[Head, ...]
-    rows: tuple[Row, ...]
+    heads: tuple[ColumnHead, ...]
+    rows: tuple[MetricRow, ...]
     reference: str = ""
 
     @property
@@ -120,7 +120,7 @@ class Table:
         """Every clause of the rows' protocols once: row i is described by `numbers(row)`."""
         return tuple(dict.fromkeys(clause for row in self.rows for clause in row.clauses))
 
-    def numbers(self, row: Row) -> tuple[int, ...]:
+    def numbers(self, row: MetricRow) -> tuple[int, ...]:
         """Return which notes, counted from 1, say how a row was measured."""
         return tuple(self.notes.index(clause) + 1 for clause in row.clauses)
 
@@ -131,18 +131,18 @@ class Table:
         return tuple(sorted({cell.difference.test for cell in cells if cell.difference}))
 
 
-def tables(section: Section, reference: str = "") -> list[Table]:
+def tables(section: Section, reference: str = "") -> list[MetricTable]:
     """Return a section's tables, one per protocol; the base's column comes first.
 
     Args:
         section: the results.
         reference: label of the column that the others are compared with; "" for none.
     """
-    heads: list[Head] = []
+    heads: list[ColumnHead] = []
     found: list[list[Measurement]] = []
     for index, column in enumerate(section.columns):
         for moment in (ONCE,) if column.is_base else section.moments:
-            heads.append(Head(index, column.label, moment, _steps(column, moment)))
+            heads.append(ColumnHead(index, column.label, moment, _steps(column, moment)))
             cases, states = column.at(moment), column.states(moment)
             found.append(
                 [
@@ -151,7 +151,7 @@ def tables(section: Section, reference: str = "") -> list[Table]:
                 ]
             )
     by_key = [{_key(one): one for one in measured} for measured in found]
-    by_name: dict[str, list[Row]] = {}
+    by_name: dict[str, list[MetricRow]] = {}
     edited = any(measured for head, measured in zip(heads, by_key, strict=True) if head.column)
     for key in _merged([list(measured) for measured in by_key]):
         numbers = [measured.get(key) for measured in by_key]
@@ -167,7 +167,9 @@ def _key(one: Measurement) -> tuple[str, str]:
     return one.metric, one.protocol.removesuffix(POOLED)
 
 
-def _table(name: str, heads: Sequence[Head], rows: Sequence[Row], reference: str) -> Table:
+def _table(
+    name: str, heads: Sequence[ColumnHead], rows: Sequence[MetricRow], reference: str
+) -> MetricTable:
     """Return a protocol's table without the moments at which it was not measured."""
     kept = [
         i
@@ -180,7 +182,7 @@ def _table(name: str, heads: Sequence[Head], rows: Sequence[Row], reference: str
             if other.moment == head.moment and other.column
         )
     ]
-    return Table(
+    return MetricTable(
         name,
         tuple(heads[i] for i in kept),
         tuple(replace(row, cells=tuple(row.cells[i] for i in kept)) for row in rows),
@@ -190,23 +192,23 @@ def _table(name: str, heads: Sequence[Head], rows: Sequence[Row], reference: str
 
 def _row(
     section: Section,
-    heads: Sequence[Head],
+    heads: Sequence[ColumnHead],
     numbers: Sequence[Measurement | None],
     reference: str,
-) -> Row:
+) -> MetricRow:
     some = next(one for one in numbers if one is not None)
     differences = _differences(heads, numbers, reference) if reference else {}
     best = _best(section, heads, numbers, some.direction)
     cells = [
-        None if one is None else Cell(one, i in best, differences.get(i))
+        None if one is None else MetricCell(one, i in best, differences.get(i))
         for i, one in enumerate(numbers)
     ]
     protocol = max((one.protocol for one in numbers if one is not None), key=len)
-    return Row(some.metric, protocol, some.unit, some.direction, tuple(cells))
+    return MetricRow(some.metric, protocol, some.unit, some.direction, tuple(cells))
 
 
 def _differences(
-    heads: Sequence[Head], numbers: Sequence[Measurement | None], reference: str
+    heads: Sequence[ColumnHead], numbers: Sequence[Measurement | None], reference: str
 ) -> dict[int, Comparison]:
     """Return how each column differs from the reference at the same moment, adjusted per moment."""
     from errata.evaluate.compare import compare, holm
@@ -239,7 +241,10 @@ def _differences(
 
 
 def _best(
-    section: Section, heads: Sequence[Head], numbers: Sequence[Measurement | None], direction: str
+    section: Section,
+    heads: Sequence[ColumnHead],
+    numbers: Sequence[Measurement | None],
+    direction: str,
 ) -> set[int]:
     """Return which cells no other edited column betters, per moment; ties are all best.
 

@@ -9,16 +9,16 @@ from rich.cells import cell_len
 from rich.console import Group
 from rich.text import Text
 
-from errata.bench.report import formatting
+from errata.bench.report import formatting, run_facts
 from errata.bench.report.errors_and_costs import error_types
 from errata.cli.render import facts, heading, quoted, table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from errata.bench.report.contents import Part, ReportContents
     from errata.bench.report.errors_and_costs import Incident
-    from errata.bench.report.report import Part, Report
-    from errata.bench.report.tables import Cell, Table
+    from errata.bench.report.tables import MetricCell, MetricTable
 
 RIGHT: dict[str, Any] = {"justify": "right", "no_wrap": True}
 NAME: dict[str, Any] = {"no_wrap": True}
@@ -26,12 +26,12 @@ LISTED = 10
 """Failures and refusals that are listed; the page and --json have them all."""
 
 
-def terminal(report: Report, width: int) -> RenderableType:
+def terminal(report: ReportContents, width: int) -> RenderableType:
     """Return the whole report for a console of this width."""
     things: list[RenderableType] = []
     for run in report.runs:
-        things += [heading(run.name, str(run.path)), facts(formatting.facts_of(run)), Text()]
-    said = formatting.warnings(report)
+        things += [heading(run.name, str(run.path)), facts(run_facts.facts_of(run)), Text()]
+    said = run_facts.warnings(report)
     things += [Text.assemble(("Note: ", "warn"), one) for one in said]
     things += [Text()] if said else []
     for part in report.parts:
@@ -47,8 +47,8 @@ def _part(part: Part, width: int) -> list[RenderableType]:
         heading(part.section.title, part.section.model),
         Text("─" * min(width, 100), style="muted"),
     ]
-    if formatting.unmatched(part):
-        things.append(Text.assemble(("Note: ", "warn"), formatting.unmatched(part)))
+    if run_facts.unmatched(part):
+        things.append(Text.assemble(("Note: ", "warn"), run_facts.unmatched(part)))
     things += _overview(part, width)
     for one in part.tables:
         things += [*_table(one, width), Text()]
@@ -83,7 +83,7 @@ def _overview(part: Part, width: int) -> list[RenderableType]:
     return [heading("At a glance"), *made, note, Text()]
 
 
-def _short(cell: Cell | None) -> Text:
+def _short(cell: MetricCell | None) -> Text:
     if cell is None:
         return Text(formatting.DASH, style="muted")
     star = f"{formatting.BEST} " if cell.best else ""
@@ -92,7 +92,7 @@ def _short(cell: Cell | None) -> Text:
     )
 
 
-def _table(one: Table, width: int) -> list[RenderableType]:
+def _table(one: MetricTable, width: int) -> list[RenderableType]:
     """Return a protocol's table; in blocks of columns where they do not fit side by side."""
     how = [" ".join(f"[{k}]" for k in one.numbers(row)) for row in one.rows]
     taken = max(len(row.metric) for row in one.rows) + 3
@@ -154,7 +154,7 @@ def _width(text: str) -> int:
     return max(cell_len(line) for line in text.split("\n"))
 
 
-def _cell(cell: Cell | None) -> Text:
+def _cell(cell: MetricCell | None) -> Text:
     if cell is None:
         return Text(f"{formatting.DASH} ", style="muted")
     one = cell.measurement

@@ -1,6 +1,6 @@
 """The protocols that come with errata, one file each (or one for a close pair)."""
 
-from errata.evaluate.protocol import Protocol
+from errata.contract.protocol import Protocol
 from errata.evaluate.protocols import (
     counterfact,
     easyedit,

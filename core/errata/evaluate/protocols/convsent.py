@@ -21,8 +21,8 @@ from errata.evaluate.classifiers import (
 )
 
 if TYPE_CHECKING:
+    from errata.contract.measurement import Measurement
     from errata.edits.request import Request
-    from errata.evaluate.measurement import Measurement
     from errata.evaluate.reader import Reader
 
 logger = logging.getLogger("errata")

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from errata.contract.hooks import hookimpl
-from errata.evaluate.measurement import Measurement
-from errata.evaluate.protocol import Protocol
+from errata.contract.measurement import Measurement
+from errata.contract.protocol import Protocol
 
 if TYPE_CHECKING:
     from errata.edits.edit import Edit

@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from errata.contract.measurement import Measurement
+from errata.contract.protocol import Protocol
 from errata.errors import MissingExtraError
 from errata.evaluate.fluency import weighted_entropy, words
-from errata.evaluate.measurement import Measurement, harmonic_mean
-from errata.evaluate.protocol import Protocol
+from errata.evaluate.pooling import harmonic_mean
 from errata.evaluate.sampled import TOP_K, sampled_length
 
 if TYPE_CHECKING:

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from errata.contract.protocol import Protocol
 from errata.evaluate import reader as questions
-from errata.evaluate.protocol import Protocol
 from errata.evaluate.protocols.counterfact import fluency
 
 if TYPE_CHECKING:
+    from errata.contract.measurement import Measurement
     from errata.edits.request import Request
-    from errata.evaluate.measurement import Measurement
     from errata.evaluate.reader import Question, Reader
 
 NAME = "easyedit"

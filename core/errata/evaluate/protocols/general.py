@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from errata.contract.measurement import Measurement, bootstrap
+from errata.contract.protocol import Protocol
 from errata.evaluate.divergence import text_kls
 from errata.evaluate.harness import harness_measurements
-from errata.evaluate.measurement import Measurement, bootstrap
-from errata.evaluate.protocol import Protocol
 from errata.model.perplexity import pooled
 from errata.model.texts import canary_texts
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from errata.contract.measurement import Measurement, bootstrap
+from errata.contract.protocol import Protocol
 from errata.evaluate import reader as questions
 from errata.evaluate.matching import NORMALISATION, exact_match, normalise
-from errata.evaluate.measurement import Measurement, bootstrap
-from errata.evaluate.protocol import Protocol
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from errata.contract.protocol import Protocol
 from errata.evaluate import reader as questions
-from errata.evaluate.protocol import Protocol
 from errata.evaluate.protocols import convsent, sanitation
 from errata.evaluate.protocols.counterfact import fluency
 from errata.evaluate.protocols.easyedit import (
@@ -23,8 +23,8 @@ from errata.evaluate.protocols.easyedit import (
 )
 
 if TYPE_CHECKING:
+    from errata.contract.measurement import Measurement
     from errata.edits.request import Request
-    from errata.evaluate.measurement import Measurement
     from errata.evaluate.reader import Question, Reader
 
 NAME = "knowedit"

@@ -9,12 +9,12 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from errata.contract.protocol import Protocol
 from errata.evaluate import reader as questions
-from errata.evaluate.protocol import Protocol
 from errata.evaluate.protocols.easyedit import RIGHT, token_accuracy
 
 if TYPE_CHECKING:
-    from errata.evaluate.measurement import Measurement
+    from errata.contract.measurement import Measurement
     from errata.evaluate.reader import Question, Reader
 
 NAME = "lifelong"

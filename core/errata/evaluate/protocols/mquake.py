@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from errata.contract.measurement import Answer, Measurement
+from errata.contract.protocol import Protocol
 from errata.evaluate import reader as questions
 from errata.evaluate.matching import NORMALISATION, contained_match, exact_match
-from errata.evaluate.measurement import Answer, Measurement
-from errata.evaluate.protocol import Protocol
 
 if TYPE_CHECKING:
     from errata.evaluate.reader import Question, Reader

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from errata.contract.protocol import Protocol
 from errata.evaluate import reader as questions
-from errata.evaluate.protocol import Protocol
 
 if TYPE_CHECKING:
-    from errata.evaluate.measurement import Measurement
+    from errata.contract.measurement import Measurement
     from errata.evaluate.reader import Reader
 
 

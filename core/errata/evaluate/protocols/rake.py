@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from errata.contract.protocol import Protocol
 from errata.evaluate import reader as questions
 from errata.evaluate.matching import NORMALISATION, contained_match
-from errata.evaluate.measurement import harmonic_mean
-from errata.evaluate.protocol import Protocol
+from errata.evaluate.pooling import harmonic_mean
 from errata.evaluate.protocols.counterfact import Contest, contests, entity_view
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from errata.contract.measurement import Measurement
     from errata.edits.request import RelationView
-    from errata.evaluate.measurement import Measurement
     from errata.evaluate.reader import Question, Reader
 
 NAME = "rake"

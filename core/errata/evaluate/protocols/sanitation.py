@@ -10,7 +10,7 @@ from errata.evaluate.fluency import first_sentence
 from errata.evaluate.matching import contained_match
 
 if TYPE_CHECKING:
-    from errata.evaluate.measurement import Measurement
+    from errata.contract.measurement import Measurement
     from errata.evaluate.reader import Question, Reader
 
 REFUSALS = (

@@ -65,6 +65,6 @@ class ClosedForm(ABC):
         """Return the configuration with its layers named, where a caller left `auto` in it."""
         if config.layers != "auto":
             return config
-        from errata.locate import settled
+        from errata.kit.auto_layers import resolve_auto_layers
 
-        return settled(model, self.name, config)[0]
+        return resolve_auto_layers(model, self.name, config)[0]

@@ -34,7 +34,7 @@ def layers_of(model: Model, config: ClosedFormConfig) -> list[int]:
     """Return the edited blocks, ascending, counted from 0."""
     anatomy = model.anatomy
     if config.layers == "auto":
-        raise ConfigError("layers 'auto' must be settled first: `errata.locate.settled`.")
+        raise ConfigError("layers 'auto' must be resolved first: `errata.kit.auto_layers`.")
     if config.layers is None:
         last = anatomy.n_layers // 3
         return list(range(max(0, last + 1 - config.default_depth), last + 1))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from errata.evaluate.measurement import Measurement
-    from errata.evaluate.reader import Reader
+    from errata.contract.measurement import Measurement
 
 
 @dataclass(frozen=True)
@@ -19,12 +18,12 @@ class Protocol:
         name: what it is asked for by, and what every measurement's protocol starts with.
         summary: what it measures and how, in a line or two.
         origin: the paper or code that defined it.
-        measure: reads the questions off a model in one state. It returns nothing for what the
-            requests have no prompts for, never a 0, and nothing relative to the base where
-            `reader.base` is None.
+        measure: is given an `errata.evaluate.Reader` on a model in one state and reads the
+            questions off it. It returns nothing for what the requests have no prompts for, never
+            a 0, and nothing relative to the base where `reader.base` is None.
     """
 
     name: str
     summary: str
     origin: str
-    measure: Callable[[Reader], list[Measurement]]
+    measure: Callable[[Any], list[Measurement]]

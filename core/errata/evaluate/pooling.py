@@ -1,0 +1,125 @@
+"""Joining measurements: of many evaluations into one table, of several metrics into one mean."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from errata.contract.measurement import Measurement, bootstrap
+
+
+def harmonic(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the harmonic mean of the last axis; 0 where a value is 0."""
+    positive = (values > 0).all(axis=-1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        means = values.shape[-1] / (1 / values).sum(axis=-1)
+    return np.where(positive, means, 0.0)
+
+
+def harmonic_mean(metric: str, parts: Sequence[Measurement], protocol: str) -> list[Measurement]:
+    """Return the harmonic mean of several means, over the cases that all of them have.
+
+    Nothing where no case has them all. It is a number about all cases together and has none of
+    its own; `of` names the parts, so that `pool` can compute it anew.
+    """
+    rows = _joined(parts)
+    names = tuple(part.metric for part in parts)
+    return [_harmonic(metric, rows, names, protocol, parts[0].unit)] if rows else []
+
+
+def pool(groups: Iterable[Sequence[Measurement]]) -> list[Measurement]:
+    """Join the measurements of many evaluations (one per case, say) into one table.
+
+    Measurements of one metric by one protocol become one. A mean is the mean over the cases of
+    all evaluations; a harmonic mean (`of`) is computed anew from the joined cases; any other
+    number (perplexity) becomes the mean over the evaluations, each of which is then one case.
+    Cases keep their ids, metrics their order, and answers come along.
+
+    >>> one, two = (Measurement.mean("ES", [hit], "counterfact: …") for hit in (1, 0))
+    >>> pool([[one], [two]])[0].cases
+    (1.0, 0.0)
+    """
+    found: dict[tuple[str, str], list[Measurement]] = {}
+    order: list[tuple[str, str]] = []
+    rows: dict[tuple[str, str], list[tuple[float, ...]]] = {}
+    for group in groups:
+        by_name = {(one.name, one.metric): one for one in group}
+        known = [order.index(key) for key in map(_key, group) if key in found]
+        place = known[0] if known else len(order)
+        for one in group:
+            key = _key(one)
+            if key not in found:  # behind what it stands behind in its own evaluation
+                order.insert(place, key)
+            place = order.index(key) + 1
+            found.setdefault(key, []).append(one)
+            parts = [by_name.get((one.name, metric)) for metric in one.of]
+            rows.setdefault(key, []).extend(_joined(parts))
+    pooled: list[Measurement] = []
+    for key in order:
+        first = found[key][0]
+        if len(found[key]) == 1:
+            pooled.append(first)
+        elif not first.of:
+            pooled.append(_pooled(found[key]))
+        elif rows[key]:
+            pooled.append(_harmonic(first.metric, rows[key], first.of, first.protocol, first.unit))
+    return pooled
+
+
+def _key(one: Measurement) -> tuple[str, str]:
+    return one.metric, one.protocol
+
+
+def _pooled(many: Sequence[Measurement]) -> Measurement:
+    """Return the mean over all cases, or over the evaluations where it is no mean of cases."""
+    first = many[0]
+    joins = all(one.is_mean for one in many)
+    named = joins and all(one.case_ids for one in many)
+    return Measurement.mean(
+        first.metric,
+        [value for one in many for value in (one.cases if joins else (one.value,))],
+        first.protocol if joins else f"{first.protocol}; mean over evaluations",
+        case_ids=[name for one in many for name in one.case_ids] if named else (),
+        unit=first.unit,
+        direction=first.direction,
+        answers=[answer for one in many for answer in one.answers],
+    )
+
+
+def _joined(parts: Sequence[Measurement | None]) -> list[tuple[float, ...]]:
+    """Return the values of the cases that every part has: a row per case, a column per part."""
+    columns = []
+    for part in parts:
+        if part is None or len(part.case_ids) != len(part.cases):
+            return []
+        before: Counter[str] = Counter()
+        column = {}
+        for name, value in zip(part.case_ids, part.cases, strict=True):
+            column[name, before[name]] = value
+            before[name] += 1
+        columns.append(column)
+    shared = (
+        [name for name in columns[0] if all(name in column for column in columns)]
+        if columns
+        else []
+    )
+    return [tuple(column[name] for column in columns) for name in shared]
+
+
+def _harmonic(
+    metric: str,
+    rows: Sequence[tuple[float, ...]],
+    of: tuple[str, ...],
+    protocol: str,
+    unit: str,
+) -> Measurement:
+    # Exact sums: the value does not depend on the order of the cases.
+    means = np.array([math.fsum(column) / len(rows) for column in zip(*rows, strict=True)])
+    interval = bootstrap(np.array(rows, dtype=np.float64), harmonic)
+    return Measurement(
+        metric, float(harmonic(means)), len(rows), protocol, interval, unit=unit, of=of
+    )
