@@ -24,6 +24,7 @@ from tokenizers import (
     trainers,
 )
 
+from errata.edits.stack import Stack
 from errata.model import Model
 from errata.model.anatomy import Anatomy, parse_architectures
 from errata.model.artifacts import Artifacts
@@ -165,12 +166,14 @@ def build_model(
     """
     module, tokenizer = build(family, dtype, seed=seed)
     options.setdefault("name", f"tiny-{family}")
-    return Model(
-        module,
-        tokenizer,
-        Anatomy.of(module, architectures()),
-        artifacts=Artifacts(directory),
-        **options,
+    return Stack.on(
+        Model(
+            module,
+            tokenizer,
+            Anatomy.of(module, architectures()),
+            artifacts=Artifacts(directory),
+            **options,
+        )
     )
 
 

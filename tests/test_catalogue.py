@@ -8,7 +8,7 @@ import pytest
 
 from errata.contract import plugins
 from errata.contract.config import MethodConfig
-from errata.contract.hooks import GROUP
+from errata.contract.hooks import METHODS as GROUP
 from errata.contract.registry import Registry
 from tests.helpers import ROOT
 

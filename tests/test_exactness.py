@@ -28,10 +28,10 @@ from hypothesis.stateful import (
 
 from errata import Editor, Request
 from errata.edits.edit import Edit
-from errata.edits.stack import Entry
+from errata.edits.stack import Stack
 from errata.errors import LedgerError
 from errata.model import Model
-from errata.testing import state_of
+from errata.testing import edit_with, state_of
 from errata.testing.contract import assert_same
 from tests.families import build
 
@@ -137,10 +137,10 @@ class Programs(RuleBasedStateMachine):
     def fresh(self, ids: list[str]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Return tensors and logits of a new model with these edits applied one after another."""
         live = self.editor.model
-        model = Model(copy.deepcopy(self.module), self.tokenizer, live.anatomy)
+        model = Stack.on(Model(copy.deepcopy(self.module), self.tokenizer, live.anatomy))
         for edit_id in ids:
             edit = self.editor.ledger.get(edit_id)
-            model.stack.add(Entry(edit.sequence, edit.id, self.editor.ledger.delta(edit_id)))
+            model.stack.add(edit_with(edit.sequence, edit.id, self.editor.ledger.delta(edit_id)))
         return state_of(model), self.logits(model)
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from errata.edits.delta import CORE_KINDS
+from errata.edits.delta.kinds import DeltaKinds
 from errata.edits.ledger import Ledger
 from tests.helpers import ROOT
 
@@ -50,7 +50,7 @@ def test_killed_and_started_again_it_finishes_every_edit_once(tmp_path: Path) ->
     out, err = done.communicate()
     assert done.returncode == 0, err
     assert "bit for bit" in out
-    with Ledger.open(ledger, kinds={kind.kind: kind for kind in CORE_KINDS}) as opened:
+    with Ledger.open(ledger, kinds=DeltaKinds()) as opened:
         edits = opened.edits()
         assert opened.verify() == []
     assert set(reported) <= {edit.id for edit in edits}

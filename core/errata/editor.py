@@ -186,6 +186,7 @@ class Editor:
         batch_size: int | None = None,
         apply: bool = True,
         supersede: bool = False,
+        commit: Literal["call", "batch"] = "call",
         on_refused: Literal["raise", "skip"] = "raise",
         **fields: Any,
     ) -> Any:
@@ -199,9 +200,11 @@ class Editor:
             apply: False computes and records the edits without putting them on the model.
             supersede: take active edits about the same facts (subject and relation) off, as one
                 with putting the new ones on; `revert(edit, restore=True)` brings them back.
-            on_refused: "raise": the call is one transaction, all of it or nothing; "skip": each
-                batch is one, is recorded as soon as it is made, and one that a guard refuses is
-                left out.
+            commit: "call": the call is one transaction, all of it or nothing; "batch": each
+                batch is, so that a long call that is killed keeps what it had made (`done` on
+                an error holds those edits).
+            on_refused: "raise" stops where a guard refuses; "skip" leaves that batch out and goes
+                on (each batch is a transaction then).
             **fields: request fields (prompt, subject, target_new …) or hyper-parameters.
 
         Returns:
@@ -214,8 +217,11 @@ class Editor:
             After any error the model and the ledger are as they were.
         """
         single, requests, overrides = parse_arguments(request, config or {}, fields)
-        if on_refused not in ("raise", "skip"):
-            raise UnknownNameError("on_refused", str(on_refused), ("raise", "skip"))
+        for option, given, allowed in (
+            ("commit", commit, ("call", "batch")), ("on_refused", on_refused, ("raise", "skip")),
+        ):  # fmt: skip
+            if given not in allowed:
+                raise UnknownNameError(option, str(given), allowed)
         if supersede and not apply:
             raise ConfigError("supersede=True takes edits off the model, apply=False leaves it.")
         with self._changing("edit"):
@@ -228,15 +234,20 @@ class Editor:
             size = batch_size or entry.capabilities.default_batch or len(requests)
             batches = [requests[i : i + size] for i in range(0, len(requests), size)]
             done: list[Edit] = []
-            for part in [batches] if on_refused == "raise" else [[batch] for batch in batches]:
+            whole = commit == "call" and on_refused == "raise"
+            for part in [batches] if whole else [[batch] for batch in batches]:
                 call = Call(method, settings, part)
                 try:
                     done += self._editing.make(call, apply=apply, supersede=supersede)
                 except EditRefused as error:
                     self._record_refusal(call, error)
+                    error.done = list(done)
                     if on_refused == "raise":
                         raise
                     logger.warning("%s", error)
+                except ErrataError as error:
+                    error.done = list(done)
+                    raise
         return done[0] if single and done else (None if single else done)
 
     def rebase(self, *edits: EditLike) -> list[Edit]:

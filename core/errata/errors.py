@@ -6,12 +6,18 @@ A message says what was given, what is allowed and what to do next. Catch `Errat
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
 class ErrataError(Exception):
-    """Root of all errors that errata raises on purpose."""
+    """Root of all errors that errata raises on purpose.
+
+    Attributes:
+        done: edits that a call had made and recorded before it failed (`Editor.edit`).
+    """
+
+    done: Sequence[Any] = ()
 
 
 class RequestError(ErrataError, ValueError):

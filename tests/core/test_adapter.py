@@ -11,12 +11,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from errata.contract.rules import Snapshot
+from errata.contract.purity import Snapshot
 from errata.edits.delta import AdapterDelta, Factor, LowRankDelta
-from errata.edits.stack import Entry
+from errata.edits.stack import Stack
 from errata.errors import IntegrityError
 from errata.model import Model
 from errata.model.storage import from_bytes, to_bytes
+from errata.testing import edit_with
 
 FAMILIES = ("gpt2", "llama")
 IDS = tuple(f"{i:012x}" for i in range(1, 9))
@@ -36,7 +37,7 @@ def model_of(family: str, dtype: torch.dtype = torch.float32) -> Model:
                         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
                         bos_token_id=0, eos_token_id=0, pad_token_id=0)
         )  # fmt: skip
-    return Model(module.to(dtype), None, None)  # type: ignore[arg-type]
+    return Stack.on(Model(module.to(dtype), None, None))  # type: ignore[arg-type]
 
 
 def targets(model: Model) -> list[str]:
@@ -97,7 +98,7 @@ def low_rank(model: Model, seed: int) -> LowRankDelta:
 
 def stacked(model: Model, deltas: list[Any], keep: tuple[int, ...] | None = None) -> Model:
     chosen = range(len(deltas)) if keep is None else keep
-    model.stack.set([Entry(i + 1, IDS[i], deltas[i]) for i in chosen])
+    model.stack.set([edit_with(i + 1, IDS[i], deltas[i]) for i in chosen])
     return model
 
 
@@ -257,7 +258,7 @@ def test_weights_fold_underneath_an_attached_adapter() -> None:
     parameter = model.parameters[name]
     only_adapter = logits(stacked(model, deltas, (0,)).module)
     wrapper = model.module.get_submodule(name.removesuffix(".weight"))
-    model.stack.add(Entry(2, IDS[1], deltas[1]))
+    model.stack.add(edit_with(2, IDS[1], deltas[1]))
     assert model.module.get_submodule(name.removesuffix(".weight")) is wrapper
     assert model.parameters[name] is parameter
     assert not torch.equal(parameter, model.pristine[name])

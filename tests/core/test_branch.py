@@ -12,9 +12,10 @@ from errata import Editor
 from errata.datasets import atlas
 from errata.edits.delta.dense import DenseDelta
 from errata.edits.delta.low_rank import Factor, LowRankDelta
-from errata.edits.stack import Entry
+from errata.edits.edit import Edit
 from errata.errors import CapabilityError, ConfigError, UnknownNameError
 from errata.model import Model
+from errata.testing import edit_with
 from tests.families import build_model
 
 TOKENS = torch.tensor([[5, 9, 3, 12, 7], [8, 2, 14, 6, 4], [11, 3, 9, 1, 2]])
@@ -26,7 +27,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def edits(model: Model) -> list[Entry]:
+def edits(model: Model) -> list[Edit]:
     """Two low-rank edits of different layers, one of both, and a dense one."""
     generator = torch.Generator().manual_seed(3)
     found = []
@@ -38,10 +39,10 @@ def edits(model: Model) -> list[Entry]:
             u = torch.randn(d_out, 2, generator=generator) * 0.5
             v = torch.randn(d_in, 2, generator=generator) * 0.5
             factors[f"{path}.weight"] = Factor(u, v, model.anatomy.transposed(path))
-        found.append(Entry(number + 1, f"{number + 1:012x}", LowRankDelta(factors)))
+        found.append(edit_with(number + 1, f"{number + 1:012x}", LowRankDelta(factors)))
     name = f"{model.anatomy.mlp_out(1)}.weight"
     dense = torch.randn(model.parameter(name).shape, generator=generator) * 0.1
-    found.append(Entry(4, f"{4:012x}", DenseDelta({name: dense})))
+    found.append(edit_with(4, f"{4:012x}", DenseDelta({name: dense})))
     return found
 
 
@@ -89,7 +90,7 @@ def test_taking_edits_off_a_branch_leaves_no_trace(family: str, cache: Path) -> 
 def test_each_row_takes_its_own_edits(family: str, cache: Path) -> None:
     model = beside(family, cache)
     entries = edits(model)
-    one, two, both, _ = (entry.edit_id for entry in entries)
+    one, two, both, _ = (entry.id for entry in entries)
     rows = [{one, both}, set(), {two}]
     model.stack.set(entries)
     with model.rows(rows):
@@ -119,7 +120,7 @@ def test_rows_say_what_they_cannot_do(cache: Path) -> None:
 def test_a_change_of_an_embedding_has_no_branch(cache: Path) -> None:
     model = beside("gpt2", cache)
     name = "transformer.wte.weight"
-    entry = Entry(1, "1" * 12, DenseDelta({name: torch.ones_like(model.parameter(name))}))
+    entry = edit_with(1, "1" * 12, DenseDelta({name: torch.ones_like(model.parameter(name))}))
     with pytest.raises(CapabilityError, match="not the weight of a linear module"):
         model.stack.set([entry])
     assert model.stack.ids == []

@@ -96,9 +96,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     info = folder / "errata_nudge-1.2.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: errata-nudge\nVersion: 1.2\n")
-    (info / "entry_points.txt").write_text(
-        "[errata.methods]\nnudge = errata_nudge:Nudge\n"
-    )
+    (info / "entry_points.txt").write_text("[errata.methods]\nnudge = errata_nudge:Nudge\n")
     return folder
 
 
@@ -597,9 +595,7 @@ def test_doctor_names_a_plugin_that_does_not_load(
     info = workplace / "site" / "broken-0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 0\n")
-    (info / "entry_points.txt").write_text(
-        "[errata.methods]\nbroken = errata_broken:Broken\n"
-    )
+    (info / "entry_points.txt").write_text("[errata.methods]\nbroken = errata_broken:Broken\n")
     monkeypatch.syspath_prepend(workplace / "site")
     report = run_json("doctor", code=1)
     assert any("errata_broken" in problem for problem in report["problems"])

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from errata.edits.delta.codebook import CodebookDelta, CodebookSettings
 from errata.edits.delta.codebook_runtime import CodebookRuntime
-from errata.edits.stack import Entry
+from errata.edits.edit import Edit
+from errata.edits.stack import Stack
 from errata.errors import ConfigError, IntegrityError
 from errata.model import Model
 from errata.model.anatomy import Anatomy
 from errata.model.forward import trace
+from errata.testing import edit_with
 from tests.families import architectures, build
 
 MODULES = {
@@ -36,7 +38,7 @@ def wrapped(family: str, dtype: torch.dtype = torch.float32) -> Model:
         for parameter in module.parameters():
             if parameter.ndim == 2:  # weights far enough from zero that an edit shows
                 parameter.mul_(3)
-    return Model(module, tokenizer, Anatomy.of(module, architectures()))
+    return Stack.on(Model(module, tokenizer, Anatomy.of(module, architectures())))
 
 
 def padded(model: Model, prompts: Sequence[Sequence[int]], side: str) -> dict[str, Tensor]:
@@ -134,16 +136,16 @@ def test_beams_of_one_prompt_share_its_decision(family: str) -> None:
     assert_generation_agrees(model, edited(model, family, "replace_all"), num_beams=2)
 
 
-def edited(model: Model, family: str, replacement: str) -> list[Entry]:
+def edited(model: Model, family: str, replacement: str) -> list[Edit]:
     """Entries for the prompts 0 and 2."""
     path = MODULES[family]
     return [
-        Entry(n, f"{n}", entry_for(model, path, PROMPTS[n], 100 + n, replacement=replacement))
+        edit_with(n, f"{n}", entry_for(model, path, PROMPTS[n], 100 + n, replacement=replacement))
         for n in (0, 2)
     ]
 
 
-def assert_generation_agrees(model: Model, entries: list[Entry], **options: object) -> None:
+def assert_generation_agrees(model: Model, entries: list[Edit], **options: object) -> None:
     def generate(prompts: Sequence[Sequence[int]], use_cache: bool = True) -> Tensor:
         new: Tensor = model.module.generate(  # type: ignore[operator]
             **padded(model, prompts, "left"), max_new_tokens=4, do_sample=False,
@@ -164,7 +166,7 @@ def assert_generation_agrees(model: Model, entries: list[Entry], **options: obje
 def test_a_decode_loop_by_hand_agrees_with_generate() -> None:
     model = wrapped("gpt2")
     delta = entry_for(model, MODULES["gpt2"], PROMPTS[0], 1, replacement="replace_last")
-    model.stack.set([Entry(1, "a", delta)])
+    model.stack.set([edit_with(1, "a", delta)])
     ids = torch.tensor([PROMPTS[0]])
     wanted = model.module.generate(  # type: ignore[operator]
         ids, max_new_tokens=5, do_sample=False
@@ -193,7 +195,7 @@ def test_teacher_forcing_says_where_the_prompt_ends() -> None:
     mask = (ids != 0).long()
     with torch.no_grad():
         base = model.module(ids, attention_mask=mask).logits
-        model.stack.set([Entry(1, "a", delta)])
+        model.stack.set([edit_with(1, "a", delta)])
         unsaid = model.module(ids, attention_mask=mask).logits
         with model.prompts([5, 2]):
             said = model.module(ids, attention_mask=mask).logits
@@ -214,7 +216,7 @@ def test_positions_replaced() -> None:
     changed = {}
     for replacement in REPLACEMENTS:
         delta = entry_for(model, path, PROMPTS[0], 1, replacement=replacement)
-        model.stack.set([Entry(1, replacement, delta)])
+        model.stack.set([edit_with(1, replacement, delta)])
         with torch.no_grad(), model.prompts([5]), trace(model.module, path) as seen:
             model.module(ids)
         output = seen[path].output
@@ -232,7 +234,7 @@ def test_half_precision(family: str, dtype: torch.dtype) -> None:
     model = wrapped(family, dtype)
     base = logits_of(model, PROMPTS, "right")
     delta = entry_for(model, MODULES[family], PROMPTS[0], 1, replacement="replace_all")
-    model.stack.set([Entry(1, "a", delta)])
+    model.stack.set([edit_with(1, "a", delta)])
     edited = logits_of(model, PROMPTS, "right")
     assert edited[0].dtype == dtype
     assert not torch.equal(edited[0], base[0])
@@ -258,7 +260,7 @@ def test_attaching_and_detaching_leaves_no_trace(family: str) -> None:
     before = structure(model.module)
     delta = entry_for(model, MODULES[family], PROMPTS[0], 1)
     for _ in range(2):
-        model.stack.set([Entry(1, "a", delta)])
+        model.stack.set([edit_with(1, "a", delta)])
         assert structure(model.module) != before
         logits_of(model, PROMPTS, "right")
         model.stack.set([])
@@ -269,7 +271,7 @@ def test_an_own_generate_of_the_instance_comes_back() -> None:
     model = wrapped("gpt2")
     mine = model.module.generate
     model.module.generate = mine
-    model.stack.set([Entry(1, "a", entry_for(model, MODULES["gpt2"], PROMPTS[0], 1))])
+    model.stack.set([edit_with(1, "a", entry_for(model, MODULES["gpt2"], PROMPTS[0], 1))])
     assert model.module.generate is not mine
     model.stack.set([])
     assert vars(model.module)["generate"] is mine
@@ -281,7 +283,7 @@ def test_a_trial_acts_in_place_of_what_is_attached_and_leaves_it_alone() -> None
     attached = entry_for(model, path, PROMPTS[0], 1, replacement="replace_last")
     tried = entry_for(model, other, PROMPTS[0], 2, replacement="replace_last")
     base = logits_of(model, PROMPTS[:1], "right")[0]
-    model.stack.set([Entry(1, "a", attached)])
+    model.stack.set([edit_with(1, "a", attached)])
     edited = logits_of(model, PROMPTS[:1], "right")[0]
     before = structure(model.module)
     runtime = CodebookRuntime.of(model)
@@ -304,7 +306,7 @@ def test_reverting_brings_radii_back_and_codebooks_on_other_modules_stay() -> No
     near = first.key + 1.2 / math.sqrt(first.key.numel())
     rival = CodebookDelta(path, near, torch.ones(d_out), torch.tensor([2]), first.settings)
     elsewhere = entry_for(model, "transformer.h.2.mlp.c_fc", PROMPTS[1], 3)
-    entries = [Entry(n, f"{n}", d) for n, d in enumerate([first, elsewhere, rival])]
+    entries = [edit_with(n, f"{n}", d) for n, d in enumerate([first, elsewhere, rival])]
     model.stack.set(entries)
     book = CodebookRuntime.of(model).book(first.book)
     assert book.radii.tolist() == pytest.approx([0.6, 0.6], abs=1e-4)
@@ -325,7 +327,7 @@ def test_the_edit_that_came_last_wins_where_two_codebooks_share_a_module() -> No
     one = entry_for(model, path, PROMPTS[0], 1, replacement="replace_last")
     two = entry_for(model, path, PROMPTS[0], 2, replacement="replace_last", distance="cosine")
     for order in ([one, two], [two, one]):
-        model.stack.set([Entry(n, f"{id(d)}", d) for n, d in enumerate(order)])
+        model.stack.set([edit_with(n, f"{id(d)}", d) for n, d in enumerate(order)])
         with torch.no_grad(), trace(model.module, path) as seen:
             model.module(torch.tensor([PROMPTS[0]]))
         output = seen[path].output

@@ -21,10 +21,11 @@ from safetensors.torch import load_file
 
 from errata.contract.measurement import bootstrap, wilson
 from errata.contract.plugins import Manager
-from errata.contract.rules import Snapshot
+from errata.contract.purity import Snapshot
 from errata.edits.delta.low_rank import Factor, LowRankDelta
+from errata.edits.edit import Edit
 from errata.edits.request import Request
-from errata.edits.stack import Entry
+from errata.edits.stack import Stack
 from errata.errors import (
     CapabilityError,
     ConfigError,
@@ -47,6 +48,7 @@ from errata.evaluate import (
 from errata.evaluate.fluency import n_gram_entropy, weighted_entropy, words
 from errata.model import Model
 from errata.model.anatomy import Anatomy
+from errata.testing import edit_with
 from tests.families import DECODERS, FAMILIES, architectures, build_model
 from tests.helpers import shared_path
 
@@ -81,15 +83,15 @@ def recorded() -> Model:
     path = shared_path("golden", "model")
     module = transformers.AutoModelForCausalLM.from_pretrained(path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    return Model(module, tokenizer, Anatomy.of(module, architectures()))
+    return Stack.on(Model(module, tokenizer, Anatomy.of(module, architectures())))
 
 
-def rome_edit(case: int) -> Entry:
+def rome_edit(case: int) -> Edit:
     """The recorded edit of one fact: W += outer(u, right), stored as (in, out)."""
     tensors = load_file(shared_path("golden", "2_rome", "rome_L0_wd1e-3_mom2_true.safetensors"))
     u, right = tensors[f"f{case}.u"], tensors[f"f{case}.right"]
     factor = Factor(right[:, None], u[:, None], transposed=True)
-    return Entry(1, "0" * 12, LowRankDelta({"transformer.h.0.mlp.c_proj.weight": factor}))
+    return edit_with(1, "0" * 12, LowRankDelta({"transformer.h.0.mlp.c_proj.weight": factor}))
 
 
 def recorded_metrics() -> dict[str, Any]:
@@ -114,7 +116,7 @@ def by_metric(measurements: list[Measurement]) -> dict[str, Measurement]:
     return {measurement.metric: measurement for measurement in measurements}
 
 
-def an_edit(model: Model, scale: float = 1.0) -> Entry:
+def an_edit(model: Model, scale: float = 1.0) -> Edit:
     """A random rank-one edit of the first block's out projection."""
     path = model.anatomy.mlp_out(0)
     d_out, d_in = model.anatomy.shape(model.module, path)
@@ -122,7 +124,7 @@ def an_edit(model: Model, scale: float = 1.0) -> Entry:
     u = torch.randn(d_out, 1, generator=generator, dtype=model.dtype) * scale
     v = torch.randn(d_in, 1, generator=generator, dtype=model.dtype) * scale
     factor = Factor(u, v, model.anatomy.transposed(path))
-    return Entry(1, "1" * 12, LowRankDelta({model.anatomy.weight(path): factor}))
+    return edit_with(1, "1" * 12, LowRankDelta({model.anatomy.weight(path): factor}))
 
 
 # -- scoring -------------------------------------------------------------------------------------
@@ -214,7 +216,7 @@ def test_scoring_refuses_what_it_cannot_score(tiny: Model) -> None:
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("bert", "roberta")])
 def test_generation_is_the_same_batched_alone_and_by_transformers(family: str, cache: Path) -> None:
     model = build_model(family, cache)
-    wide = Model(copy.deepcopy(model.module).double(), model.tokenizer, model.anatomy)
+    wide = Stack.on(Model(copy.deepcopy(model.module).double(), model.tokenizer, model.anatomy))
     batched = generate(model, PROMPTS, max_new_tokens=8)
     assert batched == generate(wide, PROMPTS, max_new_tokens=8)
     assert batched == [generate(model, [p], max_new_tokens=8)[0] for p in PROMPTS]

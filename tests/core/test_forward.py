@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from errata.contract.rules import Snapshot
+from errata.contract.purity import Snapshot
 from errata.edits.delta import Delta
-from errata.edits.stack import Entry
+from errata.edits.stack import Stack
 from errata.errors import AnatomyError
 from errata.model import Model
 from errata.model.anatomy import Anatomy
@@ -27,6 +27,7 @@ from errata.model.forward import (
     patched,
     trace,
 )
+from errata.testing import edit_with
 from tests.families import DECODERS, FAMILIES, architectures, build, build_model
 
 LENGTHS, LOOKUPS = (9, 12, 7, 6), (4, 6, 0, 5)
@@ -196,7 +197,7 @@ class Attached(Delta):
 
 def test_earlier_columns_are_not_reused_under_a_runtime_edit(tmp_path: Path) -> None:
     model = build_model("gpt2", tmp_path)
-    model.stack.add(Entry(1, "0123456789ab", Attached()))
+    model.stack.add(edit_with(1, "0123456789ab", Attached()))
     check_all_layers(model, reuse=False)
 
 
@@ -217,7 +218,7 @@ def test_attached_adapters_keep_acting(tmp_path: Path) -> None:
 
 def model_of(directory: Path, module: Any, tokenizer: Any, anatomy: Anatomy | None = None) -> Model:
     """Return a `Model` of a module in memory."""
-    return Model(module, tokenizer, anatomy or Anatomy.of(module, architectures()))
+    return Stack.on(Model(module, tokenizer, anatomy or Anatomy.of(module, architectures())))
 
 
 # -- hooks ---------------------------------------------------------------------------------------

@@ -12,20 +12,20 @@ import numpy as np
 import pytest
 import torch
 
+from errata.contract.guards import Meter, Purity
 from errata.contract.hooks import hookimpl
 from errata.contract.plugins import Manager
-from errata.contract.rules import Meter, Purity
 from errata.edits.delta.low_rank import Factor, LowRankDelta
 from errata.edits.edit import Edit
 from errata.edits.request import Request
-from errata.edits.stack import Entry
 from errata.errors import ConfigError, IntegrityError, MissingExtraError, SelfComparisonError
 from errata.evaluate import Baseline, CoreMetrics, Measurement, divergence
 from errata.evaluate.divergence import divergences, kl_to_base
-from errata.evaluate.protocols.cost import CoreCost
+from errata.evaluate.protocols import cost
 from errata.evaluate.reader import MeasureSettings, Reader
 from errata.model import Model
 from errata.model.memory import PeakMemory
+from errata.testing import edit_with
 from tests.families import FAMILIES, build_model
 
 TEXTS = [
@@ -49,7 +49,7 @@ def edited(family: str, cache: Path, scale: float = 0.5) -> Model:
     generator = torch.Generator().manual_seed(1)
     u, v = (torch.randn(d, 1, generator=generator) * scale for d in (d_out, d_in))
     factor = Factor(u, v, model.anatomy.transposed(path))
-    model.stack.set([Entry(1, "1" * 12, LowRankDelta({model.anatomy.weight(path): factor}))])
+    model.stack.set([edit_with(1, "1" * 12, LowRankDelta({model.anatomy.weight(path): factor}))])
     return model
 
 
@@ -268,21 +268,23 @@ def an_edit(case: str, seconds: float, nbytes: int, peak: int | None = None) -> 
 def test_cost_is_measured_from_the_records_of_the_active_edits(cache: Path) -> None:
     edits = [an_edit("a", 1.0, 100, 4000), an_edit("b", 3.0, 300)]
     model = build_model("gpt2", cache)
-    manager = Manager("", [CoreMetrics(), CoreCost(lambda: edits)])
+    for edit in edits:
+        model.stack.add(edit)
+    manager = Manager("", [CoreMetrics()])
     assert manager.protocols()["cost"].summary
-    got = by_metric(manager.evaluate(model, [], ("cost",)))
+    got = by_metric(manager.evaluate(model, [], ("cost",), {}))
     assert (got["seconds_per_edit"].value, got["seconds_per_edit"].case_ids) == (2.0, ("a", "b"))
     assert got["bytes_per_edit"].value == 200
     assert (got["peak_memory"].value, got["peak_memory"].n) == (4000, 1)
     assert all(m.direction == "lower" and m.name == "cost" for m in got.values())
-    assert manager.evaluate(model, [], ("general-not",)) == []
-    assert CoreCost(list).evaluate(model, [], ["cost"]) == []
+    assert manager.evaluate(model, [], ("general-not",), {}) == []
+    assert cost.measurements([]) == []
 
 
 def test_an_edit_of_several_requests_is_one_case(cache: Path) -> None:
     one, other = an_edit("a", 1.0, 1), an_edit("b", 1.0, 1)
     both = one.model_copy(update={"requests": (*one.requests, *other.requests)})
-    (seconds, _) = CoreCost(lambda: [both]).measurements()
+    (seconds, _) = cost.measurements([both])
     assert (seconds.n, seconds.case_ids) == (1, (both.id,))
     assert "1 of several requests" in seconds.protocol
 

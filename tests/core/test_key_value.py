@@ -12,15 +12,15 @@ from torch import Tensor
 
 from errata.edits.delta import KeyValueDelta, KeyValues
 from errata.edits.delta.low_rank import Factor, LowRankDelta
+from errata.edits.edit import Edit
 from errata.edits.ledger import Ledger
-from errata.edits.stack import Entry
 from errata.errors import IntegrityError
 from errata.kit.metric import Metric, Plain, Whitening
 from errata.kit.second_moments import second_moments
 from errata.kit.solve import BLOCK
 from errata.model import Model
 from errata.model.artifacts import Artifacts
-from errata.testing import state_of
+from errata.testing import edit_with, state_of
 from errata.testing.contract import assert_same
 from tests.families import SENTENCES, build_model
 
@@ -66,8 +66,8 @@ def reloaded(delta: KeyValueDelta) -> KeyValueDelta:
     return KeyValueDelta.from_parts(delta.tensors(), delta.metadata())
 
 
-def entry(number: int, delta: KeyValueDelta | LowRankDelta) -> Entry:
-    return Entry(number + 1, f"{number:012x}", delta)
+def entry(number: int, delta: KeyValueDelta | LowRankDelta) -> Edit:
+    return edit_with(number + 1, f"{number:012x}", delta)
 
 
 def put(model: Model, deltas: list[KeyValueDelta | LowRankDelta]) -> None:
@@ -76,7 +76,7 @@ def put(model: Model, deltas: list[KeyValueDelta | LowRankDelta]) -> None:
     model.stack.set([entry(i, delta) for i, delta in enumerate(deltas)])
 
 
-def fresh(directory: Path, family: str, entries: list[Entry]) -> dict[str, Tensor]:
+def fresh(directory: Path, family: str, entries: list[Edit]) -> dict[str, Tensor]:
     """Return every tensor of a new model with these edits read back from what is stored."""
     model = build_model(family, directory)
     model.stack.set([e._replace(delta=reloaded(e.delta)) for e in entries])

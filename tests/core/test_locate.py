@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 
 from errata.contract.config import MethodConfig
 from errata.contract.plugins import Manager
-from errata.contract.rules import Snapshot
+from errata.contract.purity import Snapshot
 from errata.edits.request import Request
+from errata.edits.stack import Stack
 from errata.errors import ConfigError, RequestError, UnknownNameError
 from errata.locate import CausalTrace, CoreLocator, Location, TraceConfig, embedding_std, trace
 from errata.model import Model
@@ -44,7 +45,7 @@ def recorded() -> Model:
     path = shared_path("golden", "model")
     module = transformers.AutoModelForCausalLM.from_pretrained(path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    return Model(module, tokenizer, Anatomy.of(module, architectures()))
+    return Stack.on(Model(module, tokenizer, Anatomy.of(module, architectures())))
 
 
 def recorded_traces() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

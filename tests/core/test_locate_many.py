@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 from errata import Editor, Request, hookimpl
-from errata.contract.rules import Snapshot
+from errata.contract.purity import Snapshot
 from errata.datasets import atlas
 from errata.edits.delta import DenseDelta, Factor, LowRankDelta
-from errata.edits.stack import Entry
 from errata.errors import ConfigError, RequestError, UnknownNameError
 from errata.locate import (
     LOCATORS,
@@ -37,6 +36,7 @@ from errata.locate.similarity import cosine, overlap
 from errata.locate.weights import weight_diff
 from errata.model import Model
 from errata.model.scoring import score_targets
+from errata.testing import edit_with
 from tests.families import HIDDEN, LAYERS, MLP, build_model
 
 REQUEST = Request(
@@ -265,7 +265,7 @@ def test_the_measures_of_a_change_are_those_of_its_matrix(family: str, cache: Pa
     model = build_model(family, cache)
     name = model.anatomy.weight(model.anatomy.mlp_out(1))
     factor = _low_rank(0, 2, family == "gpt2")
-    one = Entry(0, "a", LowRankDelta({name: factor}))
+    one = edit_with(0, "a", LowRankDelta({name: factor}))
     live = {key: value.clone() for key, value in model.parameters.items()}
     (change,) = weight_diff(model, [], [one], top=3).changes
     assert all(torch.equal(model.parameters[key], value) for key, value in live.items())
@@ -291,7 +291,7 @@ def test_a_change_along_the_weights_first_direction_lies_in_it(tiny: Model) -> N
     weight = tiny.pristine[name].double().T  # Conv1D
     left, _, right = torch.linalg.svd(weight)
     factor = Factor(left[:, :1].float(), right.T[:, :1].float(), transposed=True)
-    (change,) = weight_diff(tiny, [], [Entry(0, "a", LowRankDelta({name: factor}))]).changes
+    (change,) = weight_diff(tiny, [], [edit_with(0, "a", LowRankDelta({name: factor}))]).changes
     assert change.energy["output"] == pytest.approx(1, abs=1e-6)
     assert change.cosines["input"][0] == pytest.approx(1, abs=1e-6)
 
@@ -300,9 +300,9 @@ def test_states_and_overlaps(tiny: Model) -> None:
     name = tiny.anatomy.weight(tiny.anatomy.mlp_out(0))
     first = _low_rank(1, 1, True)
     same_rows = Factor(_low_rank(2, 1, True).u, first.v, transposed=True)
-    a, b = (Entry(i, i_, LowRankDelta({name: f}))
+    a, b = (edit_with(i, i_, LowRankDelta({name: f}))
             for i, (i_, f) in enumerate((("a", first), ("b", same_rows))))  # fmt: skip
-    bias = Entry(2, "c", DenseDelta({f"{name[:-7]}.bias": torch.ones(HIDDEN)}))
+    bias = edit_with(2, "c", DenseDelta({f"{name[:-7]}.bias": torch.ones(HIDDEN)}))
     found = weight_diff(tiny, [a], [a, b, bias], groups={"a": [a], "b": [b]})
     assert {change.name for change in found.changes} == {name, f"{name[:-7]}.bias"}
     change = next(change for change in found.changes if change.name == name)

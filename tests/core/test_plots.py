@@ -14,12 +14,12 @@ from matplotlib.figure import Figure
 
 from errata import Request, plots
 from errata.edits.delta import Factor, LowRankDelta
-from errata.edits.stack import Entry
 from errata.errors import ConfigError
 from errata.kit.layer_sweep import LayerResult, LayerSweep
 from errata.locate import AverageTrace, average, logit_lens, trace
 from errata.locate.weights import weight_diff
 from errata.model import Model
+from errata.testing import edit_with
 from tests.families import HIDDEN, LAYERS, MLP, build_model
 
 REQUEST = Request(prompt="The mother tongue of {} is", subject="Miles Davis", target_new="x")
@@ -85,7 +85,7 @@ def test_lens_sweep_and_weight_changes(tiny: Model) -> None:
     name = tiny.anatomy.weight(tiny.anatomy.mlp_out(LAYERS - 1))
     generator = torch.Generator().manual_seed(0)
     entries = [
-        Entry(i, id_, LowRankDelta({name: Factor(
+        edit_with(i, id_, LowRankDelta({name: Factor(
             torch.randn(HIDDEN, 2, generator=generator), torch.randn(MLP, 2, generator=generator),
             transposed=True)}))
         for i, id_ in enumerate("ab")

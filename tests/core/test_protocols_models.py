@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from errata.edits.delta.low_rank import Factor, LowRankDelta
+from errata.edits.edit import Edit
 from errata.edits.request import Probe, RelationView, Request
-from errata.edits.stack import Entry
 from errata.evaluate import ERROR_TYPES, PROTOCOLS, CoreMetrics, Measurement, pool
 from errata.model import Model
+from errata.testing import edit_with
 from tests.families import build_model
 from tests.helpers import ROOT
 
@@ -62,7 +63,7 @@ def requests() -> list[Request]:
     ]  # fmt: skip
 
 
-def an_edit(model: Model) -> Entry:
+def an_edit(model: Model) -> Edit:
     """A random rank-one edit of the first block's out projection."""
     path = model.anatomy.mlp_out(0)
     d_out, d_in = model.anatomy.shape(model.module, path)
@@ -70,7 +71,7 @@ def an_edit(model: Model) -> Entry:
     u = torch.randn(d_out, 1, generator=generator, dtype=model.dtype)
     v = torch.randn(d_in, 1, generator=generator, dtype=model.dtype)
     delta = LowRankDelta({model.anatomy.weight(path): Factor(u, v, model.anatomy.transposed(path))})
-    return Entry(1, "1" * 12, delta)
+    return edit_with(1, "1" * 12, delta)
 
 
 @pytest.fixture(scope="module", params=["gpt2", "llama", "t5", "bert"])

@@ -11,12 +11,14 @@ import transformers
 from safetensors.torch import load_file
 
 from errata.edits.delta.low_rank import Factor, LowRankDelta
+from errata.edits.edit import Edit
 from errata.edits.request import Probe, Request
-from errata.edits.stack import Entry
+from errata.edits.stack import Stack
 from errata.evaluate import CoreMetrics
 from errata.evaluate.reader import MeasureSettings, Reader
 from errata.model import Model
 from errata.model.anatomy import Anatomy
+from errata.testing import edit_with
 from tests.families import architectures
 from tests.helpers import shared_path
 
@@ -26,15 +28,15 @@ def recorded() -> Model:
     path = shared_path("golden", "model")
     module = transformers.AutoModelForCausalLM.from_pretrained(path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    return Model(module, tokenizer, Anatomy.of(module, architectures()))
+    return Stack.on(Model(module, tokenizer, Anatomy.of(module, architectures())))
 
 
-def rome_edit(case: int) -> Entry:
+def rome_edit(case: int) -> Edit:
     """The recorded edit of one fact: W += outer(u, right), stored as (in, out)."""
     tensors = load_file(shared_path("golden", "2_rome", "rome_L0_wd1e-3_mom2_true.safetensors"))
     u, right = tensors[f"f{case}.u"], tensors[f"f{case}.right"]
     factor = Factor(right[:, None], u[:, None], transposed=True)
-    return Entry(1, "0" * 12, LowRankDelta({"transformer.h.0.mlp.c_proj.weight": factor}))
+    return edit_with(1, "0" * 12, LowRankDelta({"transformer.h.0.mlp.c_proj.weight": factor}))
 
 
 def record_of(*parts: str) -> dict[str, Any]:

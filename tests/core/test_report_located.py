@@ -17,12 +17,12 @@ import errata.bench.report
 from errata import Request
 from errata.cli.report import add
 from errata.edits.delta import Factor, LowRankDelta
-from errata.edits.stack import Entry
 from errata.errors import ConfigError, IntegrityError
 from errata.kit.layer_sweep import HeldOutResult, LayerResult, LayerSweep
 from errata.locate import CausalTrace, average, rsim, trace
 from errata.locate.weights import WeightDiff, weight_diff
 from errata.model import Model
+from errata.testing import edit_with
 from tests.core.test_report import HAND
 from tests.core.test_report_page import HOSTILE, Page
 from tests.families import HIDDEN, MLP, build_model
@@ -49,7 +49,7 @@ def files(tiny: Model, tmp_path: Path) -> dict[str, Path]:
     )  # fmt: skip
     name = tiny.anatomy.weight(tiny.anatomy.mlp_out(1))
     entries = [
-        Entry(i, id_, LowRankDelta({name: Factor(torch.randn(HIDDEN, 2), torch.randn(MLP, 2),
+        edit_with(i, id_, LowRankDelta({name: Factor(torch.randn(HIDDEN, 2), torch.randn(MLP, 2),
                                                  transposed=True)}))
         for i, id_ in enumerate("ab")
     ]  # fmt: skip

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from errata.edits.delta import Delta
-from errata.edits.stack import Entry
+from errata.edits.stack import Stack
 from errata.evaluate import generate, score_targets
 from errata.model import Model, prefix_sharing, trie
 from errata.model.anatomy import Anatomy
@@ -21,6 +21,7 @@ from errata.model.artifacts import Artifacts
 from errata.model.generation import generate_tokens
 from errata.model.scoring import TargetScore
 from errata.model.tokens import encode_masked, encode_seq2seq, encode_targets
+from errata.testing import edit_with
 from tests.families import FAMILIES, architectures, build, build_model
 
 SUBJECTS = ["France", "the old kingdom of Spain", "Italy", "Texas"]
@@ -141,7 +142,7 @@ def test_windows_and_biases_count_real_tokens(
     # What is gathered behind beginnings of other lengths must not move the window of attention.
     module, tokenizer = build(family, **changes)
     anatomy = Anatomy.of(module, architectures())
-    model = Model(module, tokenizer, anatomy, artifacts=Artifacts(cache))
+    model = Stack.on(Model(module, tokenizer, anatomy, artifacts=Artifacts(cache)))
     assert largest_difference(model, score(model, PAIRS)) < 2e-5
 
 
@@ -290,7 +291,7 @@ def test_runtime_edits_act_as_on_one_text_at_a_time(
 ) -> None:
     model = build_model(family, cache)
     before = score(model, PAIRS)
-    model.stack.set([Entry(1, "1" * 12, kind())])
+    model.stack.set([edit_with(1, "1" * 12, kind())])
     after = score(model, PAIRS)
     for pair, found, old in zip(PAIRS, after, before, strict=True):
         (alone,) = score(model, [pair], share=False)
@@ -301,9 +302,9 @@ def test_runtime_edits_act_as_on_one_text_at_a_time(
 def test_texts_are_shared_only_under_edits_that_do_not_look_at_prompts(cache: Path) -> None:
     model = build_model("gpt2", cache)
     assert prefix_sharing.may_share(model)
-    model.stack.set([Entry(1, "1" * 12, Doubling())])
+    model.stack.set([edit_with(1, "1" * 12, Doubling())])
     assert prefix_sharing.may_share(model)
-    model.stack.set([Entry(1, "1" * 12, Doubling()), Entry(2, "2" * 12, AtThePrompt())])
+    model.stack.set([edit_with(1, "1" * 12, Doubling()), edit_with(2, "2" * 12, AtThePrompt())])
     assert not prefix_sharing.may_share(model)
 
 

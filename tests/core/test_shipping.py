@@ -19,9 +19,9 @@ from errata.edits.delta.low_rank import Factor, LowRankDelta
 from errata.edits.edit import Edit
 from errata.edits.export import export_peft, merge_checkpoint
 from errata.edits.factors import compressed
-from errata.edits.stack import Entry
 from errata.errors import CapabilityError, ConfigError, UnknownNameError
 from errata.model import Model
+from errata.testing import edit_with
 from tests.core.test_adapter import adalora, lora
 from tests.families import build_model
 
@@ -103,7 +103,7 @@ def test_a_whole_stack_leaves_as_one_lora_adapter(family: str, cache: Path, tmp_
     base_logits = logits(model)
     model.module.save_pretrained(tmp_path / "base")
     edits = mixed(model)
-    model.stack.set([Entry(e.sequence, e.id, e.delta) for e in edits])
+    model.stack.set([edit_with(e.sequence, e.id, e.delta) for e in edits])
     wanted = logits(model)
     assert (wanted - base_logits).abs().max() > 0.1
     export_peft(model, edits, tmp_path / "adapter")
@@ -117,13 +117,15 @@ def test_a_whole_stack_leaves_as_one_lora_adapter(family: str, cache: Path, tmp_
 def test_some_edits_leave_without_the_others(cache: Path, tmp_path: Path) -> None:
     model = build_model("llama", cache)
     edits = mixed(model)
-    model.stack.set([Entry(e.sequence, e.id, e.delta) for e in edits])
+    model.stack.set([edit_with(e.sequence, e.id, e.delta) for e in edits])
     some = [edits[2], edits[0]]  # in any order, and whatever else is on the model
     export_peft(model, some, tmp_path / "adapter")
     again = build_model("llama", cache)
-    again.stack.set([Entry(e.sequence, e.id, e.delta) for e in some])
+    again.stack.set([edit_with(e.sequence, e.id, e.delta) for e in some])
     wanted = logits(again)
-    again.stack.set([Entry(1, "a" * 12, AdapterDelta.from_directory(tmp_path / "adapter", again))])
+    again.stack.set(
+        [edit_with(1, "a" * 12, AdapterDelta.from_directory(tmp_path / "adapter", again))]
+    )
     torch.testing.assert_close(logits(again), wanted, rtol=1e-5, atol=1e-5)
 
 

@@ -9,11 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from errata.edits.delta import CORE_KINDS, DenseDelta, Factor, LowRankDelta, Rows, SparseRowsDelta
+from errata.edits.delta import DenseDelta, Factor, LowRankDelta, Rows, SparseRowsDelta
+from errata.edits.delta.kinds import DeltaKinds
 from errata.edits.ledger import Ledger
-from errata.edits.stack import Entry
 from errata.errors import IntegrityError
 from errata.model import Model
+from errata.testing import edit_with
 from tests.core.ledger_helpers import small_edit
 from tests.families import build_model
 
@@ -57,7 +58,7 @@ def test_it_adds_its_rows_and_nothing_else(axis: int, name: str, model: Model) -
     delta = rows(1, axis, name)
     delta.check(model)
     base = model.parameters[name].detach().clone()
-    model.stack.set([Entry(1, IDS[0], delta)])
+    model.stack.set([edit_with(1, IDS[0], delta)])
     assert torch.equal(model.parameters[name], base + whole(delta, name))
     expected = float(whole(delta, name).norm() / base.norm().clamp_min(1e-30))  # a bias is zero
     assert delta.norms(model)[name] == pytest.approx(expected)
@@ -79,7 +80,7 @@ def test_any_set_of_edits_folds_as_if_the_others_never_were(
     dense = DenseDelta({NAME: 0.1 * torch.randn(48, 32, generator=torch.Generator())})
     factor = Factor(torch.ones(32, 1) / 8, torch.ones(48, 1) / 8, transposed=True)
     deltas += [dense, LowRankDelta({NAME: factor})]
-    entries = [Entry(i, IDS[i], delta) for i, delta in enumerate(deltas)]
+    entries = [edit_with(i, IDS[i], delta) for i, delta in enumerate(deltas)]
     model.stack.set(entries)
     kept = [entry for entry in entries if entry.sequence in keep]
     model.stack.set(kept)
@@ -120,7 +121,7 @@ def test_slices_of_a_difference_are_that_difference(axis: int) -> None:
 
 
 def test_it_is_stored_in_the_ledger_and_comes_back(tmp_path: Path) -> None:
-    kinds = {kind.kind: kind for kind in CORE_KINDS}
+    kinds = DeltaKinds()
     delta = rows(3, axis=1)
     with Ledger.open(tmp_path, kinds=kinds) as ledger:
         edit = ledger.commit(small_edit(kind="sparse_rows"), delta)

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 import errata.kit.second_moments as statistics
 from errata import zoo
-from errata.contract.rules import Snapshot
+from errata.contract.purity import Snapshot
 from errata.edits.delta.low_rank import Factor, LowRankDelta
-from errata.edits.stack import Entry
+from errata.edits.stack import Stack
 from errata.errors import ConfigError, StorageError
 from errata.kit.second_moments import RIDGES, SecondMoment, second_moments
 from errata.model import Model
@@ -22,6 +22,7 @@ from errata.model.anatomy import Anatomy
 from errata.model.artifacts import Artifacts
 from errata.model.progress import Progress
 from errata.model.tokens import encode
+from errata.testing import edit_with
 from tests.families import CONTEXT, MLP, SENTENCES, architectures, build, build_model
 from tests.helpers import shared_path
 
@@ -94,7 +95,7 @@ def test_parity_with_the_authors_code(tmp_path):
     module = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
     anatomy = Anatomy.of(module, architectures())
-    model = Model(module, tokenizer, anatomy, artifacts=Artifacts(tmp_path))
+    model = Stack.on(Model(module, tokenizer, anatomy, artifacts=Artifacts(tmp_path)))
     where = folder / "1_second_moment"
     documents = (where / "text.txt").read_text(encoding="utf-8").splitlines()
     golden = load_file(where / "second_moment.safetensors")
@@ -350,7 +351,7 @@ def test_an_edited_model_is_not_measured(tmp_path):
     model = build_model("gpt2", tmp_path, corpus=TEXT)
     name = model.anatomy.weight(model.anatomy.mlp_out(0))
     factor = Factor(torch.ones(32, 1), torch.ones(MLP, 1), transposed=True)
-    model.stack.add(Entry(1, "e1", LowRankDelta({name: factor})))
+    model.stack.add(edit_with(1, "e1", LowRankDelta({name: factor})))
     with pytest.raises(ConfigError, match=r"without edits, but 1 are active \(e1\)"):
         second_moments(model, [1], tokens=100)
     with model.base_state():
@@ -388,7 +389,7 @@ def test_keys_that_are_not_finite_are_refused(tmp_path):
     with torch.no_grad():
         module.transformer.h[0].mlp.c_fc.bias[0] = float("nan")
     anatomy = Anatomy.of(module, architectures())
-    model = Model(module, tokenizer, anatomy, artifacts=Artifacts(tmp_path))
+    model = Stack.on(Model(module, tokenizer, anatomy, artifacts=Artifacts(tmp_path)))
     with pytest.raises(ConfigError, match=r"layer 0 are not finite .*wider dtype"):
         second_moments(model, [0], corpus=TEXT)
     assert list(tmp_path.rglob("*.safetensors")) == []
@@ -400,10 +401,12 @@ def test_a_gpu_measures_the_same(tmp_path):
         pytest.skip("needs a CUDA device")
     module, tokenizer = build("llama")
     anatomy = Anatomy.of(module, architectures())
-    on_cpu = Model(module, tokenizer, anatomy, artifacts=Artifacts(tmp_path / "cpu"))
+    on_cpu = Stack.on(Model(module, tokenizer, anatomy, artifacts=Artifacts(tmp_path / "cpu")))
     expected = second_moments(on_cpu, [1], corpus=TEXT, tokens="all")[1]
     module, _ = build("llama")
-    on_gpu = Model(module.cuda(), tokenizer, anatomy, artifacts=Artifacts(tmp_path / "gpu"))
+    on_gpu = Stack.on(
+        Model(module.cuda(), tokenizer, anatomy, artifacts=Artifacts(tmp_path / "gpu"))
+    )
     measured = second_moments(on_gpu, [1], corpus=TEXT, tokens="all")[1]
     torch.testing.assert_close(measured.matrix, expected.matrix, rtol=1e-4, atol=1e-6)
     k = torch.ones(MLP, device="cuda")

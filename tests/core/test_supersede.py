@@ -181,7 +181,7 @@ def test_what_was_made_on_top_of_a_reverted_edit_is_stale_until_rebased(tmp_path
         assert [edit.config for edit in new] == [two.config, three.config]
         assert [edit.parents for edit in new] == [(), (new[0].id,)]
         assert not any(entry.stale for entry in editor.log())
-        assert {event.edit_id for event in editor.ledger.events() if event.kind == "rebase"} == {
+        assert {event.id for event in editor.ledger.events() if event.kind == "rebase"} == {
             two.id, three.id,
         }  # fmt: skip
         assert editor.verify() == []

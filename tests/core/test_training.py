@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from errata.contract.rules import Snapshot
+from errata.contract.purity import Snapshot
 from errata.errors import CapabilityError, ConfigError, UnknownNameError
 from errata.kit.training import (
     Objective,

@@ -9,9 +9,9 @@ import torch
 
 from errata.edits.delta import AdapterDelta
 from errata.edits.request import Request
-from errata.edits.stack import Entry
 from errata.model import Model, scoring
 from errata.model.progress import Progress
+from errata.testing import edit_with
 
 WHOLE = ("attention_in", "mlp_in", "mlp_out")
 IDS = tuple(f"{i:012x}" for i in range(1, 9))
@@ -40,7 +40,7 @@ def hold(model: Model, *requests: Request) -> list[bool]:
 
 
 def activate(model: Model, *deltas: AdapterDelta) -> None:
-    model.stack.set([Entry(i, IDS[i], delta) for i, delta in enumerate(deltas)])
+    model.stack.set([edit_with(i, IDS[i], delta) for i, delta in enumerate(deltas)])
 
 
 def same(one: AdapterDelta, other: AdapterDelta) -> bool:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from errata.edits.request import Request
+from errata.edits.stack import Stack
 from errata.kit.second_moments import SecondMoment
 from errata.model import Model
 from errata.model.anatomy import Anatomy
@@ -25,7 +26,7 @@ def golden_model(directory: Path) -> Model:
     module = transformers.AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     anatomy = Anatomy.of(module, architectures())
-    return Model(module, tokenizer, anatomy, artifacts=Artifacts(directory))
+    return Stack.on(Model(module, tokenizer, anatomy, artifacts=Artifacts(directory)))
 
 
 def second_moment(layer: int) -> SecondMoment:

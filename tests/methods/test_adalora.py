@@ -10,9 +10,10 @@ import torch
 from peft import PeftModel
 from pydantic import ValidationError
 
-from errata.contract.rules import Snapshot
+from errata.contract.purity import Snapshot
 from errata.edits.delta import AdapterDelta
 from errata.edits.request import Request
+from errata.edits.stack import Stack
 from errata.errors import ConfigError, UnknownNameError
 from errata.kit.training import AdapterTrainer
 from errata.model import Model, scoring
@@ -54,7 +55,7 @@ def golden() -> tuple[Model, list[Request]]:
         )
         for f in json.loads(text)["facts"]
     ]
-    return Model(module, tokenizer, Anatomy.of(module, {}), progress=Counting()), requests
+    return Stack.on(Model(module, tokenizer, Anatomy.of(module, {}), progress=Counting())), requests
 
 
 def train(model: Model, *requests: Request, **values: Any) -> AdapterDelta:

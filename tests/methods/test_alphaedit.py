@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from errata.edits.delta import KeyValueDelta
-from errata.edits.stack import Entry
 from errata.errors import ConfigError
 from errata.kit.closed_form.deltas import key_values, low_rank
 from errata.kit.closed_form.layer_updates import Prompts, grouped
 from errata.kit.metric import Projection
 from errata.kit.null_space import null_space
+from errata.testing import edit_with
 from errata_alphaedit import AlphaEdit, AlphaEditConfig
 from errata_alphaedit.algorithm import alphaedit, metrics_of
 from tests.families import SENTENCES, build_model
@@ -50,7 +50,7 @@ def test_parity_with_the_authors_code_over_two_batches(tmp_path: Path) -> None:
             assert relative(update.h, tensors[want + "cur_zs"]) < 1e-4
             factor = delta.factors[f"transformer.h.{update.layer}.mlp.c_proj.weight"]
             assert relative(factor.v @ factor.u.T, tensors[want + "dW"]) < 1e-4
-        model.stack.add(Entry(number + 1, f"{number:012x}", delta))
+        model.stack.add(edit_with(number + 1, f"{number:012x}", delta))
         # The keys of the batch count from now on, read again from the edited model.
         prompts = Prompts(model, chosen, config.contexts or ())
         for layer in past:

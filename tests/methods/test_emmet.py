@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from errata.edits.delta import KeyValueDelta
-from errata.edits.stack import Entry
 from errata.kit.closed_form.deltas import key_values, low_rank
 from errata.kit.closed_form.layer_updates import Prompts
 from errata.kit.metric import Whitening
+from errata.testing import edit_with
 from errata_emmet import Emmet, EmmetConfig
 from errata_emmet.algorithm import emmet
 from tests.families import SENTENCES, build_model
@@ -58,7 +58,7 @@ def test_without_a_ridge_every_constraint_is_met(tmp_path: Path) -> None:
         wanted = base + found.updates[0].R
         made = plugin.edit(model, REQUESTS, config)
         deltas = made if isinstance(made, list) else [made]
-        entries = [Entry(i + 1, f"{i:012x}", delta) for i, delta in enumerate(deltas)]
+        entries = [edit_with(i + 1, f"{i:012x}", delta) for i, delta in enumerate(deltas)]
         with model.stack.temporarily(entries):
             assert relative(outputs(), wanted) < 1e-4
         assert len(deltas) == (3 if history == "joint" else 1)

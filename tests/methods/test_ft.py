@@ -10,15 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from errata.contract.purity import Snapshot
 from errata.contract.registry import Registry
-from errata.contract.rules import Snapshot
 from errata.edits.delta import Delta, DenseDelta, LowRankDelta, SparseRowsDelta
 from errata.edits.request import Request
-from errata.edits.stack import Entry
+from errata.edits.stack import Stack
 from errata.errors import CapabilityError, ConfigError, UnknownNameError
 from errata.kit.training import target_batches
 from errata.model import Model, scoring
 from errata.model.forward import frozen
+from errata.testing import edit_with
 from errata_ft import Ft, FtConfig
 from errata_ft.config import VARIANTS
 from errata_ft.difference import Difference
@@ -64,7 +65,7 @@ def hold(model: Model, *requests: Request) -> list[bool]:
 
 
 def activate(model: Model, *deltas: Delta) -> None:
-    model.stack.set([Entry(i, IDS[i], delta) for i, delta in enumerate(deltas)])
+    model.stack.set([edit_with(i, IDS[i], delta) for i, delta in enumerate(deltas)])
 
 
 def same(one: Delta, other: Delta) -> bool:
@@ -425,7 +426,7 @@ def test_layers_and_modules_are_chosen_through_the_anatomy(model: Model) -> None
 def test_a_weight_that_is_shared_is_not_trained(model: Model, tmp_path: Path) -> None:
     module = copy.deepcopy(model.module)
     module.transformer.h[1].mlp.c_proj.weight = module.transformer.h[0].mlp.c_proj.weight
-    tied = Model(module, model.tokenizer, model.anatomy)
+    tied = Stack.on(Model(module, model.tokenizer, model.anatomy))
     with pytest.raises(CapabilityError, match="shares another module's"):
         tune(tied, CAPITAL)
 

@@ -14,16 +14,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import BertForSequenceClassification, GPT2LMHeadModel
 
-from errata.contract.rules import Snapshot
+from errata.contract.purity import Snapshot
 from errata.edits.delta.codebook import CodebookDelta
 from errata.edits.delta.codebook_runtime import CodebookRuntime
 from errata.edits.request import Request
-from errata.edits.stack import Entry
+from errata.edits.stack import Stack
 from errata.errors import ConfigError, MissingExtraError, RequestError
 from errata.model import Model
 from errata.model.anatomy import Anatomy
 from errata.model.generation import generate
 from errata.model.scoring import score_targets
+from errata.testing import edit_with
 from errata_grace import Grace, GraceConfig
 from errata_grace import algorithm as grace
 from errata_grace.cases import Case, case_of
@@ -46,7 +47,7 @@ OTHER = SHORT.model_copy(update={"target_new": "of"})
 
 def put(model: Model, deltas: list[CodebookDelta]) -> None:
     model.stack.set([])  # the ids are used again, and the stack goes by ids
-    model.stack.set([Entry(n, f"{n}", delta) for n, delta in enumerate(deltas)])
+    model.stack.set([edit_with(n, f"{n}", delta) for n, delta in enumerate(deltas)])
 
 
 def edit(model: Model, *requests: Request, **config: Any) -> list[CodebookDelta]:
@@ -67,7 +68,7 @@ class Recorded:
         source = shared_path("golden", "model")
         module = GPT2LMHeadModel.from_pretrained(source)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        self.model = Model(module, tokenizer, Anatomy.of(module, architectures()))
+        self.model = Stack.on(Model(module, tokenizer, Anatomy.of(module, architectures())))
         self.config = GraceConfig(
             layer=2,
             module="mlp_in",
@@ -178,7 +179,7 @@ def test_taking_out_the_split_restores_the_recorded_radii() -> None:
     assert radii().tolist() == pytest.approx(recorded.json["edits"][2]["epsilons"], abs=2e-6)
     model.stack.remove("2")
     assert radii().tolist() == [1.0, 1.0]
-    model.stack.set([Entry(n, f"{n}", deltas[n]) for n in (1, 2, 3)])  # the first never was
+    model.stack.set([edit_with(n, f"{n}", deltas[n]) for n in (1, 2, 3)])  # the first never was
     assert len(radii()) == 3
     half = float((deltas[3].key - deltas[2].key).norm()) / 2  # now it splits with the third
     assert radii()[1:].tolist() == pytest.approx([half - 1e-5, half], abs=1e-6)
@@ -263,7 +264,7 @@ def test_a_classifier_learns_a_class(tmp_path: Path) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module = BertForSequenceClassification(config)
-    model = Model(module, tokenizer, Anatomy.of(module, architectures()))
+    model = Stack.on(Model(module, tokenizer, Anatomy.of(module, architectures())))
     texts = [r.text for r in REQUESTS]
 
     def classes() -> list[int]:

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from errata.contract.rules import Snapshot
+from errata.contract.purity import Snapshot
 from errata.edits.delta import SparseRowsDelta
 from errata.edits.request import Request
-from errata.edits.stack import Entry
 from errata.errors import ConfigError
 from errata.locate import knowledge_neurons
 from errata.model import Model
 from errata.model.scoring import score_targets
+from errata.testing import edit_with
 from errata_kn import Kn, KnConfig
 from errata_kn.algorithm import NoNeurons
 from tests.families import build_model
@@ -64,7 +64,7 @@ def test_an_update_adds_the_papers_vector_to_the_slots_of_the_neurons(
         for layer in range(model.anatomy.n_layers)
     }
     before = {name: slots(model, name).clone() for name in delta.parameters}
-    model.stack.set([Entry(0, "one", delta)])
+    model.stack.set([edit_with(0, "one", delta)])
     wanted = 8 * embedding(model, "Rome") - embedding(model, "France")
     changed = set()
     for name, old in before.items():
@@ -83,7 +83,7 @@ def test_erasing_leaves_empty_slots(family: str, cache: Path) -> None:
     model = build_model(family, cache)
     request = REQUEST.model_copy(update={"kind": "erase", "target_new": "unknown"})
     delta = edit(model, request)
-    model.stack.set([Entry(0, "one", delta)])
+    model.stack.set([edit_with(0, "one", delta)])
     for name, part in delta.rows.items():
         held = slots(model, name)[part.index]
         assert float(held.abs().max()) < 1e-6 * float(slots(model, name).abs().max())
@@ -102,7 +102,7 @@ def test_more_of_the_new_answer_makes_it_more_probable(cache: Path) -> None:
     model = build_model("gpt2", cache)
 
     def probability(delta: SparseRowsDelta | None) -> float:
-        model.stack.set([] if delta is None else [Entry(0, "one", delta)])
+        model.stack.set([] if delta is None else [edit_with(0, "one", delta)])
         value = score_targets(model, [REQUEST.text], ["Rome"])[0].logprobs[0]
         model.stack.set([])
         return value

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from errata.contract.rules import Snapshot
+from errata.contract.purity import Snapshot
 from errata.edits.delta import AdapterDelta
 from errata.edits.request import Request
 from errata.errors import ConfigError, UnknownNameError

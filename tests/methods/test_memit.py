@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from errata.contract.rules import Snapshot
+from errata.contract.purity import Snapshot
 from errata.datasets import atlas
 from errata.edits.delta import KeyValueDelta, LowRankDelta
 from errata.edits.request import Request
-from errata.edits.stack import Entry
 from errata.errors import CapabilityError, ConfigError
 from errata.kit.closed_form.deltas import key_values, low_rank
 from errata.kit.closed_form.layer_updates import Prompts, boundary, grouped, spread
@@ -24,6 +23,7 @@ from errata.model import Model
 from errata.model.forward import trace
 from errata.model.loading import load_model
 from errata.model.tokens import encode, subject_position
+from errata.testing import edit_with
 from errata_memit import Memit, MemitConfig
 from errata_memit.algorithm import memit
 from tests.families import DECODERS, SENTENCES, architectures, build_model
@@ -47,7 +47,7 @@ def tiny(family: str, directory: Path, dtype: torch.dtype = torch.float32) -> Mo
 
 def on(model: Model, deltas: list[Any]) -> Any:
     return model.stack.temporarily(
-        [Entry(i + 1, f"{i:012x}", delta) for i, delta in enumerate(deltas)]
+        [edit_with(i + 1, f"{i:012x}", delta) for i, delta in enumerate(deltas)]
     )
 
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from errata.datasets import atlas
-from errata.edits.stack import Entry
 from errata.kit.closed_form.layer_updates import Prompts
 from errata.kit.closed_form.statistics import optimised, whitenings_of
 from errata.kit.values import ValueSettings, optimise_values
 from errata.model.loading import load_model
+from errata.testing import edit_with
 from errata_pmet import Pmet, PmetConfig
 from errata_pmet.algorithm import pmet
 from tests.families import SENTENCES, architectures, build_model
@@ -47,7 +47,7 @@ def test_both_values_take_part_and_the_mlps_is_written(family: str, tmp_path: Pa
     assert relative(base + update.R[:, 0], value.v_star) < 1e-4
     made = Pmet().edit(model, REQUESTS[:1], config)
     assert isinstance(made, list)
-    with model.stack.temporarily([Entry(1, "0123456789ab", made[0])]):
+    with model.stack.temporarily([edit_with(1, "0123456789ab", made[0])]):
         path = model.anatomy.mlp_out(1)
         now = Prompts(model, REQUESTS[:1], ("{}",)).read(1, path, (), False)[1][0]
     assert relative(now, value.v_star) < 1e-3

@@ -14,10 +14,10 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
-from errata.contract.rules import Snapshot
+from errata.contract.purity import Snapshot
 from errata.edits.delta import LowRankDelta
 from errata.edits.request import Request
-from errata.edits.stack import Entry
+from errata.edits.stack import Stack
 from errata.errors import CapabilityError, ConfigError, ErrataError
 from errata.kit.contexts import prefix_contexts
 from errata.kit.layer_sweep import LayerResult, LayerSweep
@@ -28,6 +28,7 @@ from errata.model.anatomy import Anatomy
 from errata.model.artifacts import Artifacts
 from errata.model.forward import logits_at, trace
 from errata.model.tokens import encode, encode_targets, subject_position
+from errata.testing import edit_with
 from errata_rome import Rome, RomeConfig
 from errata_rome.algorithm import RankOne, contexts_of, rome, statistic_of
 from tests.families import DECODERS, SENTENCES, architectures, build_model
@@ -48,7 +49,7 @@ def relative(given: Tensor, expected: Tensor) -> float:
 
 @contextmanager
 def applied(model: Model, delta: LowRankDelta) -> Iterator[None]:
-    with model.stack.temporarily([Entry(1, "0123456789ab", delta)]):
+    with model.stack.temporarily([edit_with(1, "0123456789ab", delta)]):
         yield
 
 
@@ -67,7 +68,7 @@ def golden() -> Model:
     folder = shared_path("golden", "model")
     module = transformers.AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    return Model(module, tokenizer, Anatomy.of(module, architectures()))
+    return Stack.on(Model(module, tokenizer, Anatomy.of(module, architectures())))
 
 
 def recorded(golden: Model, name: str) -> tuple[list[RankOne], dict[str, Tensor], dict[str, Any]]:
@@ -292,7 +293,7 @@ def test_contexts_are_reproducible_and_belong_to_the_model(tmp_path: Path) -> No
     assert prefix_contexts(first, ((5, 4), (10, 3)), seed=4) != made
     other = build_model("gpt2", tmp_path / "a", seed=1)
     assert prefix_contexts(other, ((5, 4), (10, 3)), seed=3) != made
-    kept = Model(first.module, None, first.anatomy, artifacts=Artifacts(tmp_path / "a"))  # type: ignore[arg-type]
+    kept = Stack.on(Model(first.module, None, first.anatomy, artifacts=Artifacts(tmp_path / "a")))  # type: ignore[arg-type]
     assert prefix_contexts(kept, ((5, 4), (10, 3)), seed=3) == made, "read, not sampled"
 
 

@@ -139,12 +139,12 @@ class RunSpec:
     def known(self) -> dict[str, Protocol]:
         """Every protocol by name: the core's and those of the run's methods."""
         from errata.contract import plugins
-        from errata.evaluate import CoreMetrics
+        from errata.contract.manager import Manager
 
         names = dict.fromkeys(variant.method for variant in self.config.methods)
         loaded = [plugins.load(name) for name in names]
         own = [plugin for plugin in loaded if hasattr(plugin, "protocols")]
-        return plugins.Manager("", [CoreMetrics(), *own]).protocols()
+        return Manager("", [*plugins.rooms(), *own]).protocols()
 
     def protocols(self, dataset: int) -> tuple[str, ...]:
         """Return how each case of a dataset is measured."""

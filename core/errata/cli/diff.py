@@ -17,7 +17,6 @@ from errata.errors import ConfigError, LedgerError, UnknownNameError
 if TYPE_CHECKING:
     from errata.editor import Editor
     from errata.edits.edit import Edit
-    from errata.edits.stack import Entry
     from errata.locate.weights import WeightChange, WeightDiff
 
 PANEL = "Look"
@@ -81,7 +80,7 @@ def diff(
         from errata.locate.weights import weight_diff
 
         states = _state(editor, before), _state(editor, after)
-        ids = dict.fromkeys(entry.edit_id for state in states for entry in state)
+        ids = dict.fromkeys(edit.id for state in states for edit in state)
         groups = _groups(editor, list(ids), overlap)
         found = weight_diff(editor.model, *states, names=(before, after), groups=groups, top=top)
         name = editor.model.name
@@ -102,7 +101,7 @@ def diff(
     say_pictures(session, drawn)
 
 
-def _state(editor: Editor, text: str) -> Sequence[Entry]:
+def _state(editor: Editor, text: str) -> Sequence[Edit]:
     """Return the entries of a state: base, now, or named edits."""
     if text == "base":
         return ()
@@ -122,18 +121,15 @@ def _state(editor: Editor, text: str) -> Sequence[Entry]:
         return editor.model.stack.entries
 
 
-def _groups(editor: Editor, ids: Sequence[str], overlap: str) -> Mapping[str, list[Entry]]:
+def _groups(editor: Editor, ids: Sequence[str], overlap: str) -> Mapping[str, list[Edit]]:
     if not overlap:
         return {}
     if len(ids) < 2:
         raise LedgerError(f"An overlap needs at least two edits; the two states have {len(ids)}.")
-    groups: dict[str, list[Entry]] = {}
+    groups: dict[str, list[Edit]] = {}
     with editor.only(*ids):
-        for entry in editor.model.stack.entries:
-            label = entry.edit_id
-            if overlap == "methods":
-                label = _label(editor.ledger.get(entry.edit_id))
-            groups.setdefault(label, []).append(entry)
+        for edit in editor.model.stack.entries:
+            groups.setdefault(_label(edit) if overlap == "methods" else edit.id, []).append(edit)
     return groups
 
 

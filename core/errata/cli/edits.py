@@ -163,6 +163,8 @@ def edit(
             "batch_size": batch_size,
             "apply": not no_apply,
             "supersede": supersede,
+            # A long file that is killed keeps what it had made, and goes on with --resume.
+            "commit": "call" if file is None else "batch",
             "on_refused": "skip" if skip_refused else "raise",
         }
         report = _run(session, editor, wanted, method, how, recorded=not dry_run)
@@ -366,13 +368,14 @@ def _one_edit(edit: Edit) -> Iterator[Any]:
     cost = f"{render.size(edit.nbytes)}, {render.seconds(edit.seconds)}"
     rows = [("made", f"{edit.method}, {edit.delta_kind}, {cost}"), *render.outcome(edit)]
     outcome = edit.outcome
-    if "supersedes" in outcome:
-        rows.append(("supersedes", f"{', '.join(outcome['supersedes'])}: same fact, taken off"))
-    if outcome.get("conflicts"):
-        names = ", ".join(outcome["conflicts"])
+    if outcome.supersedes:
+        rows.append(("supersedes", f"{', '.join(outcome.supersedes)}: same fact, taken off"))
+    if outcome.conflicts:
+        names = ", ".join(outcome.conflicts)
         rows.append(("conflicts", f"with {names}: same fact, other target"))
-    if outcome.get("overlaps"):
-        rows.append(("overlaps", f"with {render.names(outcome['overlaps'])}: nearly the same key"))
+    if outcome.overlaps:
+        names = render.names(tuple(outcome.overlaps))
+        rows.append(("overlaps", f"with {names}: nearly the same key"))
     yield render.facts(rows)
 
 
@@ -457,13 +460,13 @@ def _changed(session: Session, editor: Editor, done: Mapping[str, Sequence[Edit]
     active = editor.model.stack.ids
     if session.json:
         ids = {what: [e.id for e in edits] for what, edits in done.items()}
-        replaced = {e.id: e.outcome["rebases"] for e in done.get("rebased", ())}
+        replaced = {e.id: e.outcome.rebases for e in done.get("rebased", ())}
         extra = {"replaces": replaced} if replaced else {}
         session.emit({**ids, **extra, "active": active, "model": editor.model.name})
         return
     for what, edits in done.items():
         for one in edits:
-            instead = f", was {one.outcome['rebases']}" if what == "rebased" else ""
+            instead = f", was {one.outcome.rebases}" if what == "rebased" else ""
             line = f"  {what}{instead}  "
             session.show(Text.assemble((one.id, "accent"), line, render.short_request(one)))
     state = (

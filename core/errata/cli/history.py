@@ -143,9 +143,11 @@ def _state(edit: Edit, on: set[str]) -> Text:
 
 def _notes(edit: Edit) -> Iterator[str]:
     """Yield what the record says of other edits that get in its way."""
-    for what in ("conflicts", "overlaps"):
-        if edit.outcome.get(what):
-            yield f"{what} {render.names(edit.outcome[what])}"
+    for what, ids in (
+        ("conflicts", edit.outcome.conflicts), ("overlaps", tuple(edit.outcome.overlaps)),
+    ):  # fmt: skip
+        if ids:
+            yield f"{what} {render.names(ids)}"
 
 
 def _refusal_json(event: Event) -> dict[str, Any]:
@@ -201,10 +203,10 @@ def show(
                 ("delta", f"{edit.delta_kind}, {render.size(edit.nbytes)}"),
                 ("made", f"{render.when(edit.created)}, in {render.seconds(edit.seconds)}"),
                 ("on top of", ", ".join(edit.parents) or "the base"),
-                ("conflicts", ", ".join(edit.outcome.get("conflicts", ())) or None),
+                ("conflicts", ", ".join(edit.outcome.conflicts) or None),
                 ("overlaps", _cosines(edit)),
-                ("supersedes", ", ".join(edit.outcome.get("supersedes", ())) or None),
-                ("instead of", edit.outcome.get("rebases")),
+                ("supersedes", ", ".join(edit.outcome.supersedes) or None),
+                ("instead of", edit.outcome.rebases),
             ]
         ),
         "",
@@ -228,7 +230,7 @@ def show(
 
 def _cosines(edit: Edit) -> str | None:
     """Return the edits with nearly the same key, and the cosines of the keys."""
-    found = edit.outcome.get("overlaps", {})
+    found = edit.outcome.overlaps
     return ", ".join(f"{name} (cosine {cosine:.2f})" for name, cosine in found.items()) or None
 
 

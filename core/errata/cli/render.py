@@ -213,15 +213,15 @@ def outcomes(edits: Sequence[Edit]) -> Table:
         ("norm", right), ("perplexity", right), ("time", right),
     )  # fmt: skip
     for edit in edits:
-        efficacy = edit.outcome.get("efficacy")
-        norm, perplexity = edit.outcome.get("relative_norm"), edit.outcome.get("perplexity")
-        hits = f"{round(efficacy['value'] * efficacy['n'])} of {efficacy['n']}" if efficacy else "–"
+        efficacy, perplexity = edit.outcome.efficacy, edit.outcome.perplexity
+        norm = edit.outcome.relative_norm
+        hits = f"{round(efficacy.value * efficacy.n)} of {efficacy.n}" if efficacy else "–"
         made.add_row(
             Text(edit.id, style="accent"),
             short_request(edit),
-            Text(hits, style="warn" if efficacy and efficacy["value"] < 1 else ""),
-            f"{float(norm['value']):.3g}" if norm else "–",
-            f"× {float(perplexity['ratio_to_base']):.3f}" if perplexity else "–",
+            Text(hits, style="warn" if efficacy and efficacy.value < 1 else ""),
+            f"{norm.value:.3g}" if norm else "–",
+            f"× {perplexity.ratio_to_base:.3f}" if perplexity else "–",
             seconds(edit.seconds),
         )
     return made
@@ -237,25 +237,25 @@ def outcome(edit: Edit) -> list[tuple[str, str]]:
     """Return what the guards measured when an edit was applied, as (name, text)."""
     found = edit.outcome
     rows: list[tuple[str, str]] = []
-    efficacy = found.get("efficacy")
-    if efficacy:
-        chances = [float(p) for p in efficacy.get("probability", ())]
+    if found.efficacy is not None:
+        one = found.efficacy
+        chances = one.probability
         mean = f", mean probability {sum(chances) / len(chances):.3f}" if chances else ""
-        hits = round(efficacy["value"] * efficacy["n"])
-        rows.append(("takes effect", f"{hits} of {efficacy['n']}{mean} ({efficacy['protocol']})"))
-    norm = found.get("relative_norm")
-    if norm:
-        rows.append(("norm", f"‖Δ‖ is {float(norm['value']):.3g} × ‖W‖ of {norm['parameter']}"))
-    perplexity = found.get("perplexity")
-    if perplexity:
+        rows.append(
+            ("takes effect", f"{round(one.value * one.n)} of {one.n}{mean} ({one.protocol})")
+        )
+    if found.relative_norm is not None:
+        norm = found.relative_norm
+        rows.append(("norm", f"‖Δ‖ is {norm.value:.3g} × ‖W‖ of {norm.parameter}"))
+    if found.perplexity is not None:
+        text = found.perplexity
         rows.append(
             (
                 "perplexity",
-                f"{float(perplexity['value']):.4g} on the canary text, "
-                f"{float(perplexity['ratio_to_base']):.3f} × the base's",
+                f"{text.value:.4g} on the canary text, {text.ratio_to_base:.3f} × the base's",
             )
         )
-    rows += [("warning", str(text)) for text in found.get("warnings", ())]
+    rows += [("warning", text) for text in found.warnings]
     return rows
 
 

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from errata.editor import Editor
-    from errata.edits.delta import Delta
     from errata.edits.ledger import Ledger
 
 OK, FAILED, USAGE, REFUSED, DAMAGED, INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -175,7 +174,9 @@ class Session:
                 f"There is no ledger in {str(self.ledger)!r}: the first `errata edit` makes one; "
                 "name another folder with --ledger or the environment variable ERRATA_LEDGER."
             )
-        return Ledger.open(self.ledger, kinds=delta_kinds() if kinds else {}, readonly=True)
+        from errata.edits.delta.kinds import DeltaKinds
+
+        return Ledger.open(self.ledger, kinds=DeltaKinds() if kinds else {}, readonly=True)
 
     def remembered(self) -> dict[str, Any]:
         """Return what the ledger says about its model: name and dtype; empty if nothing."""
@@ -321,21 +322,6 @@ def remembered(ledger: Ledger) -> dict[str, Any]:
     """Return the last note about the ledger's model."""
     notes = [event for event in ledger.events() if event.kind == MODEL_NOTE]
     return dict(notes[-1].detail) if notes else {}
-
-
-def delta_kinds() -> Mapping[str, type[Delta]]:
-    """Return every delta kind: the core's, and those of the installed methods that load."""
-    from errata.contract import plugins
-    from errata.contract.builtin import CoreEditing
-    from errata.errors import PluginError
-
-    loaded = []
-    for name in plugins.installed():
-        try:
-            loaded.append(plugins.load(name))
-        except PluginError as error:
-            logging.getLogger("errata").warning("%s", error)
-    return plugins.Manager("", [CoreEditing(), *loaded]).delta_kinds()
 
 
 def calm_transformers() -> None:

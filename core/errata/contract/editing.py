@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -134,44 +135,43 @@ class Editing:
         A method that works from the model's present state sees its earlier batches on it.
         """
         found: list[Edit] = []
+        on_base = call.config.on_base
         text = f"Editing with {call.method}"
-        for batch in self._model.progress.track(call.batches, text, len(call.batches)):
-            if apply and found and not call.config.on_base:
-                there = set(self._stack.ids)
-                self._transactions.put_on([edit for edit in found if edit.id not in there])
-            parents = () if call.config.on_base else tuple(self._stack.ids)
-            computed = self._methods.compute(call.method, call.config, batch)
-            groups = [[request] for request in batch]
-            if len(computed.deltas) != len(batch):
-                groups = [list(batch)]
-            for delta, group in zip(computed.deltas, groups, strict=True):
-                conflicts = clashes.conflicts(group)
-                outcome = about.model_copy(
-                    update={
-                        "peak_memory": computed.peak,
-                        "conflicts": conflicts,
-                        "overlaps": clashes.overlaps(group, delta, conflicts),
-                    }
-                )
-                edit = Edit(
-                    sequence=self._ledger.next_sequence + ahead + len(found),
-                    method=call.method,
-                    delta_kind=delta.kind,
-                    requests=tuple(group),
-                    config=call.config.model_dump(mode="json"),
-                    fingerprint=self._model.fingerprint_of(delta.parameters),
-                    parents=parents,
-                    versions=plugins.library_versions(call.method),
-                    seconds=computed.seconds,
-                    artifacts=self._artifacts(call.method, delta),
-                    outcome=outcome,
-                ).bind(delta)
-                touched.append(edit.id)
-                (checked,) = self._guards.check_deltas(self._model, [edit])
-                edit = edit.bind(delta, outcome=checked)
-                found.append(edit)
-                if apply:
-                    clashes.add(edit)
+        with self._model.base_state() if on_base else nullcontext():
+            for batch in self._model.progress.track(call.batches, text, len(call.batches)):
+                if apply and not on_base:
+                    there = set(self._stack.ids)
+                    self._transactions.put_on([edit for edit in found if edit.id not in there])
+                parents = () if on_base else tuple(self._stack.ids)
+                computed = self._methods.compute(call.method, call.config, batch)
+                each = len(computed.deltas) == len(batch)
+                groups = [[request] for request in batch] if each else [list(batch)]
+                for delta, group in zip(computed.deltas, groups, strict=True):
+                    outcome = about.model_copy(
+                        update={
+                            "peak_memory": computed.peak,
+                            "conflicts": clashes.conflicts(group),
+                            "overlaps": clashes.overlaps(group, delta),
+                        }
+                    )
+                    edit = Edit(
+                        sequence=self._ledger.next_sequence + ahead + len(found),
+                        method=call.method,
+                        delta_kind=delta.kind,
+                        requests=tuple(group),
+                        config=call.config.model_dump(mode="json"),
+                        fingerprint=self._model.fingerprint_of(delta.parameters),
+                        parents=parents,
+                        versions=dict(plugins.library_versions(call.method)),
+                        seconds=computed.seconds,
+                        artifacts=self._artifacts(call.method, delta),
+                        outcome=outcome,
+                    ).bind(delta)
+                    touched.append(edit.id)
+                    (outcome,) = self._guards.check_deltas(self._model, [edit])
+                    found.append(edit.bind(delta, outcome=outcome))
+                    if apply:
+                        clashes.add(found[-1])
         return found
 
     def _artifacts(self, method: str, delta: Delta) -> dict[str, str]:

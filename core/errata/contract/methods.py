@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -160,8 +159,8 @@ class Methods:
         self._preparation.check_overlap(name, config, requests)
 
     def compute(self, name: str, config: MethodConfig, requests: Sequence[Request]) -> Computed:
-        """Compute the deltas of a prepared method, on the base where it works from the base."""
-        with self._model.base_state() if config.on_base else nullcontext(), Meter(self._model) as m:
+        """Compute the deltas of a prepared method, from the model's present state."""
+        with Meter(self._model) as m:
             deltas = self.manager(name).edit(self._model, requests, config)
         return Computed(deltas, m.seconds / len(deltas), m.peak)
 

@@ -63,21 +63,20 @@ class Clashes:
             )  # fmt: skip
         return ids
 
-    def overlaps(
-        self, requests: Sequence[Request], delta: Delta, known: Sequence[str] = ()
-    ) -> dict[str, float]:
+    def overlaps(self, requests: Sequence[Request], delta: Delta) -> dict[str, float]:
         """Return the ids of edits whose keys point the way of this delta's, with the cosine.
 
         The cosine is taken in the metric that the edits are solved in, kᵀ M k' / (|k| |k'|), the
-        largest of any parameter and keys; only kinds that store keys have one. Warns about them;
-        `known` ids are left out.
+        largest of any parameter and keys; only kinds that store keys have one. Edits about the
+        same fact are left out. Warns about the others.
         """
-        others = [e for e in self._edits if e.delta.kind == delta.kind and e.delta is not delta]
+        known = {edit.id for edit in self.about(requests)}
+        others = [e for e in self._edits if e.delta.kind == delta.kind and e.id not in known]
         cosines = delta.cosines([edit.delta for edit in others])
         close = {
             edit.id: round(cosine, 4)
             for edit, cosine in zip(others, cosines, strict=True)
-            if cosine >= OVERLAP and edit.id not in known
+            if cosine >= OVERLAP
         }
         if close:
             logger.warning(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from errata.contract.hooks import hookimpl
@@ -38,7 +38,18 @@ class CoreMetrics:
         """Return the protocols that come with errata."""
         return PROTOCOLS
 
-    @hookimpl
+    @hookimpl(specname="evaluate")
+    def evaluate_as_asked(
+        self,
+        model: Model,
+        requests: Sequence[Request],
+        protocols: Sequence[str],
+        settings: Mapping[str, Any],
+    ) -> list[Measurement]:
+        """Measure with the settings of one call: `baseline`, or fields of `MeasureSettings`."""
+        asked = CoreMetrics(**settings) if settings else self
+        return asked.evaluate(model, requests, protocols)
+
     def evaluate(
         self, model: Model, requests: Sequence[Request], protocols: Sequence[str]
     ) -> list[Measurement]:

@@ -11,6 +11,6 @@ Needs pytest, which is no dependency of errata itself.
 """
 
 from errata.testing.contract import MethodContract
-from errata.testing.models import perturbed, state_of
+from errata.testing.models import edit_with, perturbed, state_of
 
-__all__ = ["MethodContract", "perturbed", "state_of"]
+__all__ = ["MethodContract", "edit_with", "perturbed", "state_of"]

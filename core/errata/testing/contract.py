@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from errata.contract import plugins
+from errata.contract.purity import Snapshot
 from errata.contract.registry import MethodEntry
-from errata.contract.rules import Snapshot
 from errata.datasets import atlas
 from errata.editor import Editor
 from errata.edits.edit import Edit

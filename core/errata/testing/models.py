@@ -8,11 +8,23 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from errata.edits.edit import Edit
+from errata.edits.outcome import Outcome
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from errata.editor import Editor
+    from errata.edits.delta import Delta
     from errata.model.model import Model
+
+
+def edit_with(sequence: int, edit_id: str, delta: Delta) -> Edit:
+    """Return a bare record with a delta, as a stack holds it: only what folding needs is true."""
+    return Edit.model_construct(
+        id=edit_id, sequence=sequence, method="test", delta_kind=delta.kind, requests=(),
+        config={}, fingerprint={}, parents=(), outcome=Outcome(), artifacts={},
+    ).bind(delta)  # fmt: skip
 
 
 def state_of(model: Model) -> dict[str, Tensor]:

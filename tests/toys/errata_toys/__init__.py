@@ -215,10 +215,6 @@ class ToyScale:
         amount = torch.randn((), generator=generator(requests[0], config))
         return ScaleDelta(weight_name(model, config), amount)
 
-    @hookimpl
-    def delta_kinds(self):
-        return [ScaleDelta]
-
 
 class ToyImpureConfig(ToyConfig):
     how: str = Field(default="inplace", description="Which way of touching the model to show")

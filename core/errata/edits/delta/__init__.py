@@ -8,17 +8,7 @@ from errata.edits.delta.key_value import KeyValueDelta, KeyValues
 from errata.edits.delta.low_rank import Factor, LowRankDelta
 from errata.edits.delta.sparse_rows import Rows, SparseRowsDelta
 
-CORE_KINDS: tuple[type[Delta], ...] = (
-    AdapterDelta,
-    CodebookDelta,
-    DenseDelta,
-    KeyValueDelta,
-    LowRankDelta,
-    SparseRowsDelta,
-)
-
 __all__ = [
-    "CORE_KINDS",
     "AdapterDelta",
     "CodebookDelta",
     "Delta",

@@ -2,6 +2,7 @@
 
 from errata.contract.protocol import Protocol
 from errata.evaluate.protocols import (
+    cost,
     counterfact,
     easyedit,
     general,
@@ -26,6 +27,7 @@ PROTOCOLS: tuple[Protocol, ...] = (
     lifelong.PROTOCOL,
     easyedit.PROTOCOL,
     general.PROTOCOL,
+    cost.PROTOCOL,
 )
 
 __all__ = ["PROTOCOLS"]

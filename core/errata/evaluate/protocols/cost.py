@@ -2,91 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from errata.contract.hooks import hookimpl
 from errata.contract.measurement import Measurement
 from errata.contract.protocol import Protocol
 
 if TYPE_CHECKING:
     from errata.edits.edit import Edit
-    from errata.edits.request import Request
     from errata.evaluate.reader import Reader
-    from errata.model.model import Model
-
-
-class CoreCost:
-    """Measures seconds, peak memory and bytes per edit, from the records of the active edits.
-
-    A case is an edit: one that was computed for several requests at once is one case. What is
-    computed beforehand (statistics, a trained network), applying and checking are not counted.
-
-    Args:
-        active: returns the edits that are on the model.
-    """
-
-    def __init__(self, active: Callable[[], Sequence[Edit]]) -> None:
-        self._active = active
-        self._protocol = Protocol(
-            "cost",
-            "seconds and peak memory to compute an edit, and bytes to store it",
-            "Yao et al. 2023, Editing Large Language Models: Problems, Methods, and Opportunities, "
-            "section 5.3",
-            self._measure,
-        )
-
-    @hookimpl
-    def protocols(self) -> Sequence[Protocol]:
-        """Return the protocol."""
-        return (self._protocol,)
-
-    @hookimpl
-    def evaluate(
-        self, model: Model, requests: Sequence[Request], protocols: Sequence[str]
-    ) -> list[Measurement]:
-        """Measure the active edits, whatever requests are given; [] without any."""
-        del model, requests
-        return self.measurements() if self._protocol.name in protocols else []
-
-    def measurements(self) -> list[Measurement]:
-        """Return seconds, bytes and (where it was recorded) peak memory per edit."""
-        edits = list(self._active())
-        if not edits:
-            return []
-        several = sum(len(edit.requests) > 1 for edit in edits)
-        what = f"{len(edits)} active edits" + (f", {several} of several requests" * bool(several))
-        found = [
-            _mean(
-                "seconds_per_edit", [(e, e.seconds) for e in edits], "seconds",
-                f"cost: wall time to compute the change, {what}; edits computed together share it "
-                "equally",
-            ),
-            _mean(
-                "bytes_per_edit", [(e, e.nbytes) for e in edits], "bytes",
-                f"cost: bytes of the stored tensors, {what}",
-            ),
-        ]  # fmt: skip
-        metered = [(edit, edit.outcome["peak_memory"]) for edit in edits if _metered(edit)]
-        for how in dict.fromkeys(peak["how"] for _, peak in metered):
-            rows = [(edit, float(peak["bytes"])) for edit, peak in metered if peak["how"] == how]
-            found.append(
-                _mean(
-                    "peak_memory", rows, "bytes",
-                    f"cost: growth of memory while the change was computed ({how}), {what}; edits "
-                    "computed together each carry the whole",
-                )
-            )  # fmt: skip
-        return found
-
-    def _measure(self, reader: Reader) -> list[Measurement]:
-        del reader
-        return self.measurements()
-
-
-def _metered(edit: Edit) -> bool:
-    peak: Any = edit.outcome.get("peak_memory")
-    return isinstance(peak, dict) and {"bytes", "how"} <= peak.keys()
 
 
 def _mean(metric: str, rows: Sequence[tuple[Edit, float]], unit: str, how: str) -> Measurement:
@@ -104,3 +28,50 @@ def _case(edit: Edit) -> str:
     """Return the case that an edit is of, so that methods can be compared; else its own id."""
     names = {request.case_id or request.digest[:12] for request in edit.requests}
     return names.pop() if len(names) == 1 else edit.id
+
+
+def measurements(edits: Sequence[Edit]) -> list[Measurement]:
+    """Return seconds, bytes and (where it was recorded) peak memory per edit; [] without any.
+
+    A case is an edit: one that was computed for several requests at once is one case. What is
+    computed beforehand (statistics, a trained network), applying and checking are not counted.
+    """
+    if not edits:
+        return []
+    several = sum(len(edit.requests) > 1 for edit in edits)
+    what = f"{len(edits)} active edits" + (f", {several} of several requests" * bool(several))
+    found = [
+        _mean(
+            "seconds_per_edit", [(e, e.seconds) for e in edits], "seconds",
+            f"cost: wall time to compute the change, {what}; edits computed together share it "
+            "equally",
+        ),
+        _mean(
+            "bytes_per_edit", [(e, e.nbytes) for e in edits], "bytes",
+            f"cost: bytes of the stored tensors, {what}",
+        ),
+    ]  # fmt: skip
+    metered = [(edit, peak) for edit in edits if (peak := edit.outcome.peak_memory) is not None]
+    for how in dict.fromkeys(peak.how for _, peak in metered):
+        rows = [(edit, float(peak.bytes)) for edit, peak in metered if peak.how == how]
+        found.append(
+            _mean(
+                "peak_memory", rows, "bytes",
+                f"cost: growth of memory while the change was computed ({how}), {what}; edits "
+                "computed together each carry the whole",
+            )
+        )  # fmt: skip
+    return found
+
+
+def _measure(reader: Reader) -> list[Measurement]:
+    return measurements(list(reader.model.stack.entries))
+
+
+PROTOCOL = Protocol(
+    "cost",
+    "seconds and peak memory to compute an edit, and bytes to store it",
+    "Yao et al. 2023, Editing Large Language Models: Problems, Methods, and Opportunities, "
+    "section 5.3",
+    _measure,
+)
