@@ -223,7 +223,7 @@ def test_two_answers_to_one_question_are_reported(
     second = editor.edit("{} lives in", subject="Ada", target_new="Oslo", method="toy-low-rank")
     assert editor.log()[-1].conflicts == (first.id,)
     assert first.id in caplog.text
-    assert second.outcome["conflicts"] == [first.id]
+    assert second.outcome.conflicts == (first.id,)
 
 
 # -- guards --------------------------------------------------------------------------------------
@@ -245,11 +245,11 @@ def test_a_guard_refuses_records_and_leaves_no_trace(tmp_path: Path) -> None:
 def test_guards_measure_what_they_warn_about(caplog: pytest.LogCaptureFixture) -> None:
     with open_editor(guards={"norm_limit": 1e-3, "canary": ("Ada lives in Rome.",)}) as editor:
         (edit,) = editor.edit(requests(1), method="toy-low-rank")
-    assert edit.outcome["efficacy"]["n"] == 1
-    assert edit.outcome["perplexity"]["ratio_to_base"] > 0
-    assert edit.outcome["relative_norm"]["value"] > 1e-3
+    assert edit.outcome.efficacy.n == 1
+    assert edit.outcome.perplexity.ratio_to_base > 0
+    assert edit.outcome.relative_norm.value > 1e-3
     assert "times the weight's norm" in caplog.text
-    assert edit.outcome["warnings"]
+    assert edit.outcome.warnings
 
 
 # -- interruptions -------------------------------------------------------------------------------
@@ -259,7 +259,7 @@ class Interrupting:
     """An observer that presses Ctrl-C after an edit was put on the model."""
 
     @hookimpl(wrapper=True, tryfirst=True)
-    def apply(self, model: object, edit: object) -> object:
+    def apply(self, model: object, edits: object) -> object:
         result = yield
         del result
         raise KeyboardInterrupt

@@ -19,8 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from errata.contract.manager import Manager
 from errata.contract.measurement import bootstrap, wilson
-from errata.contract.plugins import Manager
 from errata.contract.purity import Snapshot
 from errata.edits.delta.low_rank import Factor, LowRankDelta
 from errata.edits.edit import Edit

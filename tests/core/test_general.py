@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from errata.contract.guards import Meter, Purity
-from errata.contract.hooks import hookimpl
-from errata.contract.plugins import Manager
+from errata.contract.manager import Manager
+from errata.contract.meter import Meter
 from errata.edits.delta.low_rank import Factor, LowRankDelta
 from errata.edits.edit import Edit
 from errata.edits.request import Request
@@ -256,13 +255,18 @@ def test_without_the_harness_the_extra_is_named(
 # -- cost ------------------------------------------------------------------------------------------
 
 
+DELTA = LowRankDelta(
+    {"transformer.h.0.mlp.c_proj.weight": Factor(torch.zeros(32, 1), torch.zeros(48, 1), True)}
+)
+
+
 def an_edit(case: str, seconds: float, nbytes: int, peak: int | None = None) -> Edit:
     request = Request(prompt="{} is in", subject="Rome", target_new="Spain", case_id=case)
     outcome = {} if peak is None else {"peak_memory": {"bytes": peak, "how": "sampled"}}
     return Edit(
         method="m", delta_kind="low_rank", requests=(request,), config={}, fingerprint={},
         seconds=seconds, nbytes=nbytes, outcome=outcome,
-    )  # fmt: skip
+    ).bind(DELTA)  # fmt: skip
 
 
 def test_cost_is_measured_from_the_records_of_the_active_edits(cache: Path) -> None:
@@ -289,37 +293,22 @@ def test_an_edit_of_several_requests_is_one_case(cache: Path) -> None:
     assert "1 of several requests" in seconds.protocol
 
 
-def test_the_meter_sees_the_memory_that_a_method_takes(cache: Path) -> None:
-    delta = edited("gpt2", cache).stack.entries[0].delta
-
-    class Hungry:
-        @hookimpl
-        def edit(self, model: Model, requests: Any, config: Any) -> Any:
-            torch.ones(2**24)  # 64 MiB, written to
-            return delta
-
-    meter = Meter()
-    model = build_model("gpt2", cache)
-    request = Request(prompt="{} is in", subject="Rome", target_new="Spain")
-    Manager("hungry", [Hungry(), Purity("hungry"), meter]).edit(model, [request], None)
-    assert meter.findings["peak_memory"]["bytes"] > 2**25
-    assert "memory" in meter.findings["peak_memory"]["how"]
-    json.dumps(meter.findings)
+def test_the_meter_sees_the_memory_that_a_block_takes(cache: Path) -> None:
+    with Meter(build_model("gpt2", cache)) as meter:
+        torch.ones(2**24)  # 64 MiB, written to
+    assert meter.peak is not None
+    assert meter.peak.bytes > 2**25
+    assert "memory" in meter.peak.how
+    assert meter.seconds > 0
 
 
-def test_a_method_that_fails_leaves_no_measurement_and_no_thread(cache: Path) -> None:
+def test_a_block_that_fails_leaves_no_thread(cache: Path) -> None:
     import threading
 
-    class Broken:
-        @hookimpl
-        def edit(self, model: Model, requests: Any, config: Any) -> Any:
-            raise RuntimeError("no")
-
-    meter = Meter()
+    model = build_model("gpt2", cache)
     before = threading.active_count()
-    with pytest.raises(RuntimeError, match="no"):
-        Manager("broken", [Broken(), meter]).edit(build_model("gpt2", cache), [], None)
-    assert meter.findings == {}
+    with pytest.raises(RuntimeError, match="no"), Meter(model):
+        raise RuntimeError("no")
     assert threading.active_count() == before
 
 

@@ -12,6 +12,7 @@ import pytest
 
 import errata
 from errata.edits.ledger import Ledger
+from errata.edits.outcome import Efficacy, Outcome, TextPerplexity
 from errata.errors import LedgerError, UnknownNameError
 from tests.core.ledger_helpers import KINDS, add, same_delta, small_delta, small_edit
 
@@ -105,13 +106,14 @@ def test_a_transaction_is_taken_back_whole_and_an_inner_change_alone(ledger: Led
 
 
 def test_measurements_are_kept_with_the_edit(ledger: Ledger) -> None:
-    (edit,) = add(ledger)
-    outcome = {"efficacy": {"value": 1.0, "n": 1, "protocol": "counterfact"}, "ppl": float("inf")}
-    after = ledger.set_outcome(edit.id, outcome)
-    assert after.outcome == {"efficacy": outcome["efficacy"], "ppl": "inf"}
-    assert after == ledger.get(edit.id)
-    assert after.model_copy(update={"outcome": {}}) == edit
-    assert float(after.outcome["ppl"]) == float("inf")
+    outcome = Outcome(
+        efficacy=Efficacy(value=1.0, n=1, probability=(0.5,)),
+        perplexity=TextPerplexity(value=float("inf"), ratio_to_base=float("inf")),
+        overlaps={"a" * 12: 0.95},
+    )
+    edit = small_edit(outcome=outcome)
+    ledger.commit(edit, small_delta(5))
+    assert ledger.get(edit.id).outcome == outcome
 
 
 def test_refusals_and_notes_are_kept_with_the_reason(ledger: Ledger) -> None:

@@ -37,7 +37,6 @@ def changes(ledger: Ledger) -> list[Callable[[], Any]]:
         lambda: ledger.commit(small_edit(), small_delta(70)),
         lambda: ledger.deactivate([IDS[0]]),
         lambda: ledger.activate([IDS[1]]),
-        lambda: ledger.set_outcome(IDS[0], {"x": 1.0}),
         lambda: ledger.note("x", {"text": "y" * 50_000}),
     ]
 

@@ -188,7 +188,6 @@ def test_strange_ids_are_unknown_and_touch_nothing(folder: Path, name: Any) -> N
             lambda: ledger.is_active(name),
             lambda: ledger.activate([name]),
             lambda: ledger.deactivate([IDS[0], name]),
-            lambda: ledger.set_outcome(name, {}),
             lambda: ledger.export([name], folder.parent / "x.errata"),
         ]
         for use in uses:

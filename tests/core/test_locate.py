@@ -15,7 +15,7 @@ import transformers
 from safetensors.torch import load_file
 
 from errata.contract.config import MethodConfig
-from errata.contract.plugins import Manager
+from errata.contract.manager import Manager
 from errata.contract.purity import Snapshot
 from errata.edits.request import Request
 from errata.edits.stack import Stack

@@ -43,8 +43,8 @@ def test_a_new_answer_takes_the_old_one_off(tmp_path: Path) -> None:
         other = editor.edit(lives("Alan", "Lima"), method="toy-low-rank")
         new = editor.edit(lives("Ada", "Oslo"), method="toy-low-rank", supersede=True)
         assert editor.model.stack.ids == [other.id, new.id]
-        assert new.outcome["supersedes"] == [old.id]
-        assert "conflicts" not in new.outcome
+        assert new.outcome.supersedes == (old.id,)
+        assert not new.outcome.conflicts
         assert new.parents == (other.id,), "computed on the model that it is for"
         kinds = [(event.kind, event.edit_id) for event in editor.ledger.events()][-4:]
         assert kinds[0] == ("revert", old.id)
@@ -76,14 +76,14 @@ def test_the_same_answer_again_replaces_it_too(editor: Editor) -> None:
     old = editor.edit(lives("Ada", "Rome"), method="toy-low-rank")
     again = editor.edit(lives("Ada", "Rome"), method="toy-dense", supersede=True)
     assert editor.model.stack.ids == [again.id]
-    assert again.outcome["supersedes"] == [old.id]
+    assert again.outcome.supersedes == (old.id,)
 
 
 def test_without_an_older_answer_nothing_is_superseded(editor: Editor) -> None:
     other = editor.edit(lives("Alan", "Rome"), method="toy-low-rank")
     new = editor.edit(lives("Ada", "Oslo"), method="toy-low-rank", supersede=True)
     assert editor.model.stack.ids == [other.id, new.id]
-    assert "supersedes" not in new.outcome
+    assert not new.outcome.supersedes
 
 
 def test_a_refusal_brings_the_old_one_back(tmp_path: Path) -> None:
@@ -134,8 +134,8 @@ def test_keys_that_hardly_differ_are_reported(
     caplog.clear()
     # The toy's key is that of the subject: the same one, in another relation.
     close = editor.edit("{} sings in", subject="Ada", target_new="Oslo", **fields)
-    assert close.outcome["overlaps"] == {first.id: pytest.approx(1.0, abs=1e-3)}
-    assert "conflicts" not in close.outcome
+    assert close.outcome.overlaps == {first.id: pytest.approx(1.0, abs=1e-3)}
+    assert not close.outcome.conflicts
     assert first.id in caplog.text
     assert apart.id not in caplog.text
     log = {entry.edit.id: entry for entry in editor.log()}
@@ -143,8 +143,8 @@ def test_keys_that_hardly_differ_are_reported(
     assert log[apart.id].overlaps == ()
     # A contradiction is reported as that, once.
     worse = editor.edit(lives("Ada", "Lima"), **fields)
-    assert worse.outcome["conflicts"] == [first.id]
-    assert first.id not in worse.outcome["overlaps"]
+    assert worse.outcome.conflicts == (first.id,)
+    assert first.id not in worse.outcome.overlaps
 
 
 # -- rebase --------------------------------------------------------------------------------------
@@ -177,11 +177,11 @@ def test_what_was_made_on_top_of_a_reverted_edit_is_stale_until_rebased(tmp_path
         assert observer.seen == [[], [new[0].id]], "each on top of what is left and rebased"
         assert editor.model.stack.ids == [edit.id for edit in new]
         assert [edit.requests for edit in new] == [two.requests, three.requests]
-        assert [edit.outcome["rebases"] for edit in new] == [two.id, three.id]
+        assert [edit.outcome.rebases for edit in new] == [two.id, three.id]
         assert [edit.config for edit in new] == [two.config, three.config]
         assert [edit.parents for edit in new] == [(), (new[0].id,)]
         assert not any(entry.stale for entry in editor.log())
-        assert {event.id for event in editor.ledger.events() if event.kind == "rebase"} == {
+        assert {event.edit_id for event in editor.ledger.events() if event.kind == "rebase"} == {
             two.id, three.id,
         }  # fmt: skip
         assert editor.verify() == []
@@ -237,7 +237,7 @@ class Refusing:
         self.left = 10**9
 
     @hookimpl(wrapper=True)
-    def apply(self, model: object, edit: object) -> object:
+    def apply(self, model: object, edits: object) -> object:
         self.left -= 1
         result = yield
         if self.left == 0:

@@ -109,7 +109,7 @@ class Editing:
             new: list[Edit] = []
             for call in calls:
                 about = Outcome(supersedes=supersedes, rebases=call.rebases)
-                new += self._computed(call, about, clashes, touched, len(new), apply)
+                self._compute(call, about, clashes, touched, new, apply)
             if apply:
                 # What was not needed on the model in between is folded here, all at once.
                 missing = [edit for edit in new if edit.id not in self._stack.ids]
@@ -121,27 +121,26 @@ class Editing:
                 ]
             return self._transactions.record(new, active=apply, replaced=replaced)
 
-    def _computed(
+    def _compute(
         self,
         call: Call,
         about: Outcome,
         clashes: Clashes,
         touched: list[str],
-        ahead: int,
+        new: list[Edit],
         apply: bool,
-    ) -> list[Edit]:
-        """Return the records of one call, unmeasured; `ahead` others await theirs.
+    ) -> None:
+        """Add the records of one call to `new`, those that are made but not recorded yet.
 
-        A method that works from the model's present state sees its earlier batches on it.
+        A method that works from the model's present state sees all of them on it.
         """
-        found: list[Edit] = []
         on_base = call.config.on_base
         text = f"Editing with {call.method}"
         with self._model.base_state() if on_base else nullcontext():
             for batch in self._model.progress.track(call.batches, text, len(call.batches)):
                 if apply and not on_base:
                     there = set(self._stack.ids)
-                    self._transactions.put_on([edit for edit in found if edit.id not in there])
+                    self._transactions.put_on([edit for edit in new if edit.id not in there])
                 parents = () if on_base else tuple(self._stack.ids)
                 computed = self._methods.compute(call.method, call.config, batch)
                 each = len(computed.deltas) == len(batch)
@@ -155,7 +154,7 @@ class Editing:
                         }
                     )
                     edit = Edit(
-                        sequence=self._ledger.next_sequence + ahead + len(found),
+                        sequence=self._ledger.next_sequence + len(new),
                         method=call.method,
                         delta_kind=delta.kind,
                         requests=tuple(group),
@@ -169,10 +168,9 @@ class Editing:
                     ).bind(delta)
                     touched.append(edit.id)
                     (outcome,) = self._guards.check_deltas(self._model, [edit])
-                    found.append(edit.bind(delta, outcome=outcome))
+                    new.append(edit.bind(delta, outcome=outcome))
                     if apply:
-                        clashes.add(found[-1])
-        return found
+                        clashes.add(new[-1])
 
     def _artifacts(self, method: str, delta: Delta) -> dict[str, str]:
         """Return name → SHA-256 of what a delta needs besides its own data."""

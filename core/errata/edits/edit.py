@@ -38,7 +38,7 @@ class Edit(BaseModel):
     The delta itself is stored beside the record, under `blob`, and read through the ledger.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
     id: str = Field(default_factory=new_id, description="Twelve hexadecimal digits")
     sequence: int = Field(default=0, ge=0, description="Place in its ledger; 0 before it has one")

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_serializer
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
 
 class Efficacy(_Record):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from errata.edits.ledger import content
 from errata.edits.ledger.schema import parse_record, record_text
+from errata.edits.outcome import Outcome
 from errata.errors import IntegrityError, LedgerError
 from errata.model.storage import (
     canonical,
@@ -97,7 +98,7 @@ def read_export(
 
 def same(edit: Edit, parts: content.Parts, other: Edit, other_parts: content.Parts) -> bool:
     """Say whether two edits are one: all but the place, the file's hash and what was measured."""
-    local = {"sequence": 0, "blob": "", "outcome": {}}
+    local = {"sequence": 0, "blob": "", "outcome": Outcome()}
     texts = {record_text(each.model_copy(update=local)) for each in (edit, other)}
     return len(texts) == 1 and content.digest(parts) == content.digest(other_parts)
 
