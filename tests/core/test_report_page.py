@@ -272,7 +272,9 @@ def test_json_in_a_script_comes_back_and_ends_no_script(value: Any) -> None:
 
 def test_curves_stay_inside_their_frame_and_are_well_formed() -> None:
     points = (Point(1, 1.0, (0.9, 1.1), 5), Point(1000, 4e6, (1e6, 9e6), 5))
-    one = Curve("p<q>", "general: x", "ratio", "lower", (CurveLine(1, 'a"<b>', points),), None, True)
+    one = Curve(
+        "p<q>", "general: x", "ratio", "lower", (CurveLine(1, 'a"<b>', points),), None, True
+    )
     root = ElementTree.fromstring(chart(one))
     width, height = map(float, root.attrib["viewBox"].split()[2:])
     for line in root.iter("polyline"):
