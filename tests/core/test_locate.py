@@ -20,7 +20,7 @@ from errata.contract.purity import Snapshot
 from errata.edits.request import Request
 from errata.edits.stack import Stack
 from errata.errors import ConfigError, RequestError, UnknownNameError
-from errata.locate import CausalTrace, CoreLocator, Location, TraceConfig, embedding_std, trace
+from errata.locate import CausalTrace, CoreLocator, Location, TraceSettings, embedding_std, trace
 from errata.model import Model
 from errata.model.anatomy import Anatomy
 from tests.families import DECODERS, LAYERS, architectures, build_model
@@ -300,7 +300,7 @@ def test_the_locator_answers_through_the_hook(tiny: Model) -> None:
     manager = Manager("", [CoreLocator()])
     found = manager.locate(tiny, REQUEST, None)
     assert isinstance(found, Location)
-    assert found == manager.locate(tiny, REQUEST, TraceConfig())
+    assert found == manager.locate(tiny, REQUEST, TraceSettings())
     assert found.evidence["answer_starts_target_true"] is False
     other = manager.locate(tiny, REQUEST, {"kind": "mlp", "window": 1, "samples": 2})
     assert other is not None

@@ -12,7 +12,14 @@ import torch
 
 from errata.edits.request import RelationView, Request
 from errata.errors import ConfigError, UnknownNameError
-from errata.locate import Tracer, gradient_times_activation, logit_lens, screen, trace
+from errata.locate import (
+    Tracer,
+    TraceSettings,
+    gradient_times_activation,
+    logit_lens,
+    screen,
+    trace,
+)
 from errata.locate.spans import span_of
 from errata.model import Model
 from errata.model.scoring import score_targets
@@ -113,7 +120,8 @@ def test_stacked_restorations_equal_single_ones(
 ) -> None:
     model = build_model(family, cache, torch.float64)
     answer = str(REQUEST.target_true)
-    tracer = Tracer(model, REQUEST, corrupt=corrupt, answer=answer, samples=2, side=side)
+    settings = TraceSettings(corrupt=corrupt, answer=answer, samples=2, side=side)
+    tracer = Tracer(model, REQUEST, settings)
     noise = tracer.corruption.values
     plain = Plain(model, answer, side, noise, tracer.corruption.columns)
     for kind, window in (("hidden", 1), ("mlp", 2), ("attn", 3)):
@@ -128,7 +136,7 @@ def test_stacked_restorations_equal_single_ones(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_traced_in_every_way(family: str, cache: Path) -> None:
     model = build_model(family, cache, torch.float64)
-    tracer = Tracer(model, REQUEST, answer="Rome", samples=2, score="first")
+    tracer = Tracer(model, REQUEST, TraceSettings(answer="Rome", samples=2, score="first"))
     assert abs(tracer.runs.high - tracer.runs.low) > 1e-6 * tracer.runs.high
     severed = {}
     for kind, cut in (("hidden", None), ("hidden", "mlp"), ("hidden", "attn"), ("mlp", None)):

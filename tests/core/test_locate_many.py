@@ -153,9 +153,9 @@ def test_attributions_add_up_to_what_the_layer_does(family: str, token: Any, cac
 def _without(model: Model, path: str, token: str) -> float:
     """Return the answer's probability with a layer's neurons at zero at the position."""
     from errata.locate.spans import subject_tokens
-    from errata.locate.traced_prompt import passage
+    from errata.locate.traced_prompt import traced_prompt
 
-    row = passage(model, REQUEST, "Rome")
+    row = traced_prompt(model, REQUEST, "Rome")
     places = list(row.reads if model.anatomy.kind == "encoder" else row.reads[:1])
     if token == "subject_last":
         places = list(row.places([subject_tokens(model.tokenizer, REQUEST)[1]]))

@@ -198,7 +198,7 @@ def _drawn(
 ) -> list[Path]:
     """Draw a prompt's traces, of all three kinds unless one was asked for, or its logit lens."""
     from errata import plots
-    from errata.locate import Tracer, logit_lens
+    from errata.locate import Tracer, TraceSettings, logit_lens
     from errata.locate import screen as screened
 
     if by == "logit-lens":
@@ -208,19 +208,16 @@ def _drawn(
         raise ConfigError(
             "--plot draws traces (--by trace, attribution) and the logit lens (--by logit-lens)."
         )
-    options = dict(settings)
-    kinds: tuple[Any, ...] = (options.pop("kind"),) if "kind" in options else KINDS
-    width = options.pop("window", 10)
+    kinds: tuple[Any, ...] = (settings["kind"],) if "kind" in settings else KINDS
     if by == "attribution":
-        traces = [
-            screened(editor.model, request, kind=kind, window=width, **options) for kind in kinds
-        ]
+        traces = [screened(editor.model, request, **{**settings, "kind": kind}) for kind in kinds]
         return [plots.save(plots.heat_map(*traces), plot)]
-    extra = {name: options.pop(name) for name in ("severed", "memory_mb") if name in options}
-    if extra.get("severed"):
-        kinds = ("hidden",)
-    tracer = Tracer(editor.model, request, **options)
-    traces = [tracer.trace(kind, width, **extra) for kind in kinds]
+    asked = TraceSettings(**settings)
+    tracer = Tracer(editor.model, request, asked)
+    traces = [
+        tracer.trace(kind, asked.window, severed=asked.severed, memory_mb=asked.memory_mb)
+        for kind in (("hidden",) if asked.severed else kinds)
+    ]
     return [plots.save(plots.heat_map(*traces), plot)]
 
 
@@ -259,10 +256,7 @@ def _average(
 
     options = {"variants": (*KINDS, *(("hidden-mlp", "hidden-attn") if severed else ()))}
     with session.editor() as editor:
-        found = average(
-            editor.model, requests, **_known(average, {**options, **settings}, "--average"),
-            screening=screen,
-        )  # fmt: skip
+        found = average(editor.model, requests, **{**options, **settings, "screening": screen})
     drawn = [] if plot is None else _average_pictures(found, severed, plot)
     if session.json:
         session.emit({**found.as_json(), "pictures": [str(path) for path in drawn]})
@@ -360,21 +354,6 @@ def _corrupt(text: str) -> Any:
         raise UnknownNameError(
             "part of the prompt", text, ("subject", "relation"), "Or numbers of tokens: 3,4."
         ) from None
-
-
-def _known(function: Any, options: dict[str, Any], what: str) -> dict[str, Any]:
-    """Return keyword arguments; raise for one that the function does not take."""
-    import inspect
-
-    known = [
-        name
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    ]
-    for name in options:
-        if name not in known:
-            raise UnknownNameError(f"setting of {what}", name, known)
-    return options
 
 
 def check_plot(path: Path) -> None:

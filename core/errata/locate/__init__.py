@@ -7,7 +7,7 @@ from errata.locate.average import AverageTrace, Effects, average
 from errata.locate.causal_trace import Tracer, trace
 from errata.locate.corruption import embedding_std
 from errata.locate.lens import Trajectory, contribution_norms, logit_lens
-from errata.locate.locator import LOCATORS, CoreLocator, TraceConfig
+from errata.locate.locator import LOCATORS, CoreLocator
 from errata.locate.neurons import Attribution, KnowledgeNeurons, attribute, knowledge_neurons
 from errata.locate.rank_statistics import spearman
 from errata.locate.result import CausalTrace
@@ -21,6 +21,7 @@ from errata.locate.similarity import (
     similarity_of,
 )
 from errata.locate.sweep import split_by_subject, sweep
+from errata.locate.trace_settings import ScreenSettings, TraceSettings
 
 __all__ = [
     "LOCATORS",
@@ -36,7 +37,8 @@ __all__ = [
     "LayerSweep",
     "Location",
     "RelativeSimilarity",
-    "TraceConfig",
+    "ScreenSettings",
+    "TraceSettings",
     "Tracer",
     "Trajectory",
     "attribute",

@@ -12,18 +12,18 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from errata.errors import ConfigError, RequestError, UnknownNameError
-from errata.locate.causal_trace import MEGABYTES, Tracer, check
-from errata.locate.corrupted_runs import Score
+from errata.locate.causal_trace import Tracer
 from errata.locate.corruption import embedding_std, span_std
 from errata.locate.rank_statistics import mean_intervals
-from errata.locate.result import KINDS, CausalTrace, Kind
+from errata.locate.result import KINDS, CausalTrace
 from errata.locate.screening import screened
 from errata.locate.spans import Span, role_order, roles, span_of
+from errata.locate.trace_settings import Kind, Severed, TraceSettings, parse_settings
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,8 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("errata")
 
-Variant = Literal["hidden", "mlp", "attn", "hidden-mlp", "hidden-attn"]
-VARIANTS: dict[str, tuple[Kind, Literal["mlp", "attn"] | None]] = {
+VARIANTS: dict[str, tuple[Kind, Severed | None]] = {
     "hidden": ("hidden", None),
     "mlp": ("mlp", None),
     "attn": ("attn", None),
@@ -42,6 +41,9 @@ VARIANTS: dict[str, tuple[Kind, Literal["mlp", "attn"] | None]] = {
     "hidden-attn": ("hidden", "attn"),
 }
 """Name → (what is restored, what is severed)."""
+
+SETTINGS = ("window", "corrupt", "relation", "noise", "samples", "seed", "score", "memory_mb")
+"""Fields of `TraceSettings` that an average takes."""
 
 _ALONE = "no subject of the same length"
 
@@ -62,7 +64,7 @@ class Effects:
     """
 
     kind: Kind
-    severed: Literal["mlp", "attn"] | None
+    severed: Severed | None
     window: int
     roles: tuple[str, ...]
     n: tuple[int, ...]
@@ -176,17 +178,10 @@ def average(
     requests: Sequence[Request],
     *,
     variants: Sequence[str] = KINDS,
-    window: int = 10,
-    corrupt: str = "subject",
-    relation: str | None = None,
-    noise: float = 3.0,
     replace: bool = False,
-    samples: int = 10,
-    seed: int = 0,
-    score: Score = "whole",
     known_only: bool = True,
     screening: bool = False,
-    memory_mb: float = MEGABYTES,
+    **settings: Any,
 ) -> AverageTrace:
     """Trace many prompts and average.
 
@@ -196,25 +191,20 @@ def average(
             first token where it has none.
         variants: what is restored: "hidden", "mlp", "attn", or "hidden-mlp", "hidden-attn" (the
             block's output with MLPs or attentions severed).
-        window: layers restored together for "mlp" and "attn".
-        corrupt: "subject" or "relation".
-        relation: text that expresses the relation, in every prompt; default: the stated rule.
-        noise: in units of the standard deviation over the corrupted tokens' embeddings of all
-            prompts.
         replace: put other prompts' subjects in instead of noise (as many as `samples`, of those
             with the same number of tokens).
-        samples: corrupted runs per prompt.
-        seed: of the noise, the same in every prompt.
-        score: as in `trace`.
         known_only: leave prompts out whose answer is not what the model says, token by token.
         screening: estimate by attribution patching instead of tracing (no severed variants).
-        memory_mb: as in `trace`.
+        **settings: of `TraceSettings`, those in `SETTINGS`. The noise is a number, in units of the
+            standard deviation over the corrupted tokens' embeddings of all prompts; what is
+            corrupted is "subject" or "relation".
 
     Raises:
         UnknownNameError, ConfigError: an argument that is not allowed.
         RequestError: no prompt is left to trace.
     """
-    check(window=window, samples=samples, score=score, memory_mb=memory_mb)
+    asked = _settings(settings)
+    corrupt, noise = str(asked.corrupt), asked.noise
     chosen = _variants(variants, screening)
     requests = list(requests)
     skipped: dict[str, int] = {}
@@ -222,7 +212,7 @@ def average(
         known = _known(model, requests)
         skipped["not known"] = len(requests) - len(known)
         requests = known
-    spans = [span_of(model.tokenizer, request, corrupt, relation) for request in requests]
+    spans = [span_of(model.tokenizer, request, corrupt, asked.relation) for request in requests]
     if not requests:
         raise RequestError(
             "There is no prompt to average over: the model knows none of the answers. Give facts "
@@ -234,13 +224,13 @@ def average(
     totals: list[float] = []
     last: CausalTrace | None = None
     for index, request in enumerate(model.progress.track(requests, "tracing", len(requests))):
-        others = _others(requests, index, samples) if replace else None
+        others = _others(requests, index, asked.samples) if replace else None
         try:
-            tracer = Tracer(
-                model, request, corrupt=corrupt, relation=relation, noise=noise,
-                noise_std=None if replace else std, replace_by=others, samples=samples,
-                seed=seed, answer=request.target_true, score=score, reruns=not screening,
-            )  # fmt: skip
+            own = {
+                "noise_std": None if replace else std, "replace_by": others,
+                "answer": request.target_true,
+            }  # fmt: skip
+            tracer = Tracer(model, request, asked.model_copy(update=own), reruns=not screening)
         except ConfigError:
             if not replace:
                 raise
@@ -248,10 +238,10 @@ def average(
             continue
         for name, (kind, severed) in chosen.items():
             if screening:
-                trace = tracer.result(kind, *screened(tracer, kind, window))
+                trace = tracer.result(kind, *screened(tracer, kind, asked.window))
             else:
-                trace = tracer.trace(kind, window, severed=severed, memory_mb=memory_mb)
-            masks = tracer.runs.passage.reads if model.anatomy.kind == "encoder" else ()
+                trace = tracer.trace(kind, asked.window, severed=severed, memory_mb=asked.memory_mb)
+            masks = tracer.runs.prompt.reads if model.anatomy.kind == "encoder" else ()
             placed = Span(corrupt, trace.corrupted, trace.rule)
             names = roles(len(trace.tokens), placed, trace.subject_span, masks)
             found[name].append((trace, names))
@@ -275,18 +265,31 @@ def average(
         total=(float(np.mean(totals)), float(ends[0][0]), float(ends[1][0])),
         clean=float(np.mean(highs)),
         samples=last.samples,
-        seed=seed,
+        seed=asked.seed,
         corruption="other subjects' embeddings" if replace else
         f"noise of std {noise * std:.4g} ({noise:g} x that of all {corrupt}s' token embeddings, "
-        f"seed {seed})",
-        score=score,
+        f"seed {asked.seed})",
+        score=asked.score,
         how="estimated by attribution patching" if screening else "",
     )  # fmt: skip
 
 
-def _variants(
-    names: Sequence[str], screening: bool
-) -> dict[str, tuple[Kind, Literal["mlp", "attn"] | None]]:
+def _settings(given: Mapping[str, Any]) -> TraceSettings:
+    for name in given:
+        if name not in SETTINGS:
+            own = ("variants", "replace", "known_only", "screening")
+            raise UnknownNameError("setting of an average", name, (*own, *SETTINGS))
+    settings = parse_settings(TraceSettings, given, "an average")
+    if settings.corrupt not in ("subject", "relation"):
+        raise UnknownNameError(
+            "part of the prompts", str(settings.corrupt), ("subject", "relation")
+        )
+    if not isinstance(settings.noise, float):
+        raise ConfigError("The noise of an average is a number: each prompt draws its own.")
+    return settings
+
+
+def _variants(names: Sequence[str], screening: bool) -> dict[str, tuple[Kind, Severed | None]]:
     for name in names:
         if name not in VARIANTS:
             raise UnknownNameError("variant of a trace", name, VARIANTS)
@@ -325,7 +328,7 @@ def _effects(
     traces: Sequence[tuple[CausalTrace, list[str]]],
     corrupt: str,
     kind: Kind,
-    severed: Literal["mlp", "attn"] | None,
+    severed: Severed | None,
 ) -> Effects:
     cases: dict[str, list[NDArray[np.float64]]] = {}
     for trace, names in traces:

@@ -19,7 +19,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from errata.locate.partial import joining, narrowed
-from errata.locate.result import KINDS, Kind
+from errata.locate.result import KINDS
 from errata.model.forward import Seen, answered, patched
 from errata.model.forward import trace as capture
 from errata.model.forward.resume import KeptLayer, accepted, chosen, reuses_keys
@@ -37,28 +37,27 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from errata.locate.corruption import Corruption
-    from errata.locate.traced_prompt import Passage
+    from errata.locate.trace_settings import Kind, Score, Side
+    from errata.locate.traced_prompt import TracedPrompt
     from errata.model.anatomy import Anatomy
     from errata.model.model import Model
 
 logger = logging.getLogger("errata")
 
-Score = Literal["whole", "first"]
-Side = Literal["encoder", "decoder"]
 Changes = Mapping[str, "Callable[[Tensor], Tensor]"]
 
 
-class Runs:
+class CorruptedRuns:
     """One prompt, run clean and corrupted.
 
     Args:
         model: the model as it stands. Hooks are put on it for single calls only.
-        passage: the prompt. Without an answer it gets the clean run's best token.
+        prompt: the prompt. Without an answer it gets the clean run's best token.
         side: the stack that is traced in an encoder-decoder.
         score: the probability of the whole answer (the product over its tokens) or of its first.
 
     Attributes:
-        passage: with its answer.
+        prompt: with its answer.
         anatomy: of the traced stack.
         length: columns of the traced stack that restorations are made in.
         clean: module path → (columns, d): outputs in the clean run.
@@ -71,9 +70,9 @@ class Runs:
     """
 
     def __init__(
-        self, model: Model, passage: Passage, *, side: Side = "encoder", score: Score = "whole"
+        self, model: Model, prompt: TracedPrompt, *, side: Side = "encoder", score: Score = "whole"
     ) -> None:
-        self.model, self.passage, self._score = model, passage, score
+        self.model, self.prompt, self._score = model, prompt, score
         whole = model.anatomy
         self.encoding = side == "encoder" and whole.encoder is not None
         self.anatomy: Anatomy = whole.encoder if self.encoding and whole.encoder else whole
@@ -81,17 +80,17 @@ class Runs:
         self.samples = 0
         traced = "decoder_input_ids" if whole.encoder and not self.encoding else "input_ids"
         # A decoder's answer is read, not restored in.
-        width = int(passage.inputs[traced].shape[1])
-        self.length = len(passage.tokens) if self.causal else width
+        width = int(prompt.inputs[traced].shape[1])
+        self.length = len(prompt.tokens) if self.causal else width
         self._width = width
-        names = (*passage.inputs, "use_cache", "past_key_values", "encoder_outputs")
+        names = (*prompt.inputs, "use_cache", "past_key_values", "encoder_outputs")
         self._takes = frozenset(accepted(model.module, dict.fromkeys(names)))
         self._watched = [path for kind in KINDS for path in self.paths(kind)]
         with torch.no_grad(), capture(model.module, self._watched) as seen:
             logits = self._run(1)
         self.clean = {name: states[0] for name, states in self._states(seen).items()}
-        if not passage.answer_ids:
-            self.passage = passage.answered(int(logits[0].argmax()))
+        if not prompt.answer_ids:
+            self.prompt = prompt.answered(int(logits[0].argmax()))
         self.high = float(self.probability(logits))
         self.low = math.nan
         self.cuts_columns = self.joins = False
@@ -165,7 +164,7 @@ class Runs:
         if any("attach" in entry.delta.effects for entry in entries):
             return
         edits = tuple(entry.id for entry in entries)
-        shape = (self._width, self.passage.reads, self.samples, self._cache is not None)
+        shape = (self._width, self.prompt.reads, self.samples, self._cache is not None)
         key = ("reruns", edits, self.encoding, *shape)
         if key in self.model.memo:
             self._resumes, self.cuts_columns, self._narrows, self.joins = self.model.memo[key]
@@ -176,7 +175,7 @@ class Runs:
     def _settle(self, recorded: Tensor, count: int) -> None:
         self._resumes, self.cuts_columns = count > 1, self._cache is not None
         self._narrows, self.joins = not self.encoding, self._resumes
-        middle = (self.passage.reads[0] + 1) // 2 if self.causal else 0
+        middle = (self.prompt.reads[0] + 1) // 2 if self.causal else 0
         while self._resumes or self.cuts_columns or self._narrows:
             if self._gives(recorded, count - 1 if self._resumes else 0,
                            middle if self.cuts_columns else 0):  # fmt: skip
@@ -280,7 +279,7 @@ class Runs:
         module, anatomy, count = self.model.module, self.anatomy, self.anatomy.n_layers
         if self._narrows and layer < count:
             last = submodule(module, anatomy.mlp(count - 1))
-            undo.enter_context(narrowed(last, [read - column for read in self.passage.reads]))
+            undo.enter_context(narrowed(last, [read - column for read in self.prompt.reads]))
         if not entries or entries[-1] <= layer:
             return
 
@@ -331,7 +330,7 @@ class Runs:
         """Return the logits (rows, n, vocabulary) at the answer's places, in fp32 or wider."""
         model, module = self.model, self.model.module
         inputs: dict[str, Any] = {
-            name: value.expand(rows, -1) for name, value in self.passage.inputs.items()
+            name: value.expand(rows, -1) for name, value in self.prompt.inputs.items()
         }
         for name in ("input_ids", "position_ids") if column else ():
             if name in inputs:
@@ -341,7 +340,7 @@ class Runs:
             inputs["past_key_values"] = past
         if encoded is not None:
             inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=encoded)
-        reads = torch.tensor(self.passage.reads) - column
+        reads = torch.tensor(self.prompt.reads) - column
         at_rows = torch.arange(rows).repeat_interleave(len(reads))
         with ExitStack() as undo:
             if corruption is not None:
@@ -350,7 +349,7 @@ class Runs:
                 layer, output = below
                 answers = {self.anatomy.block(i): _says(output) for i in range(layer + 1)}
                 undo.enter_context(answered(module, answers))
-            undo.enter_context(model.prompts([self.passage.end] * rows))
+            undo.enter_context(model.prompts([self.prompt.end] * rows))
             undo.enter_context(chosen(model.anatomy.head(module), at_rows, reads.repeat(rows)))
             output = module(**{name: inputs[name] for name in inputs if name in self._takes})
         if corruption is not None and below is None and column == 0 and not self.encoding:
@@ -365,7 +364,7 @@ class Runs:
 
     def log_probability(self, logits: Tensor) -> Tensor:
         """Return the answer's log-probability (rows,); gradients flow through it."""
-        ids = torch.tensor(self.passage.answer_ids, device=logits.device)
+        ids = torch.tensor(self.prompt.answer_ids, device=logits.device)
         picked = logits.gather(-1, ids.expand(len(logits), -1)[..., None])[..., 0]
         each = picked - logits.logsumexp(dim=-1)  # (rows, n)
         return each[:, 0] if self._score == "first" else each.sum(dim=1)
@@ -378,11 +377,11 @@ class Runs:
         }
 
 
-def traced_tokens(model: Model, runs: Runs) -> tuple[str, ...]:
+def traced_tokens(model: Model, runs: CorruptedRuns) -> tuple[str, ...]:
     """Return the tokens of the traced stack as text."""
     if runs.encoding or model.anatomy.encoder is None:
-        return runs.passage.tokens
-    ids = runs.passage.inputs["decoder_input_ids"][0].tolist()
+        return runs.prompt.tokens
+    ids = runs.prompt.inputs["decoder_input_ids"][0].tolist()
     return tuple(map(str, model.tokenizer.convert_ids_to_tokens(ids)))
 
 

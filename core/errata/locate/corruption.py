@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from errata.edits.request import Request
+    from errata.locate.trace_settings import ScreenSettings
     from errata.model.model import Model
 
 
@@ -113,33 +114,30 @@ def span_std(model: Model, requests: Sequence[Request], spans: Sequence[Span]) -
     return _std(model, ids)
 
 
+def corruption_of(
+    model: Model, request: Request, span: Span, columns: Sequence[int], settings: ScreenSettings
+) -> Corruption:
+    """Return the corruption that settings describe, for a span at these columns of the input."""
+    if settings.replace_by is not None:
+        return swapped_subject(model, request, span, columns, settings.replace_by, settings.samples)
+    return added_noise(model, request, span, columns, settings)
+
+
 @torch.no_grad()
 def added_noise(
-    model: Model,
-    request: Request,
-    span: Span,
-    columns: Sequence[int],
-    *,
-    size: float | Tensor,
-    std: float | None,
-    subjects: Sequence[str] | None,
-    samples: int,
-    seed: int,
+    model: Model, request: Request, span: Span, columns: Sequence[int], settings: ScreenSettings
 ) -> Corruption:
-    """Return noise for these columns.
+    """Return noise for these columns: drawn by a generator of its own in float64, or as given.
 
-    Args:
-        model: whose embeddings.
-        request: the prompt.
-        span: the tokens concerned.
-        columns: where they are in the model's input.
-        size: multiple of the standard deviation, or the noise itself.
-        std: the standard deviation; None measures it.
-        subjects: measure it on these subjects, each tokenised alone.
-        samples: number of draws.
-        seed: of a generator of its own; drawn in float64, whatever the model's dtype.
+    Its standard deviation is a multiple of that of the embeddings concerned: as given, of the
+    named subjects, or of the corrupted tokens.
+
+    Raises:
+        ConfigError: given noise of another shape, or subjects without tokens.
     """
     wide = len(columns), _width(model)
+    size, std, seed = settings.noise, settings.noise_std, settings.seed
+    subjects = settings.noise_subjects
     if isinstance(size, torch.Tensor):
         given = tuple(size.shape)
         if given[1:] != wide or not len(size):
@@ -158,7 +156,7 @@ def added_noise(
         std, whose = span_std(model, [request], [span]), "that of these tokens' embeddings"
     level = float(size) * std
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn((samples, *wide), generator=generator, dtype=torch.float64)
+    drawn = torch.randn((settings.samples, *wide), generator=generator, dtype=torch.float64)
     source = f"noise of std {level:.4g} ({size:g} x {whose}, seed {seed})"
     return Corruption(tuple(columns), drawn * level, False, level, source)
 

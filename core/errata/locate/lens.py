@@ -19,8 +19,8 @@ import torch
 
 from errata.errors import ConfigError
 from errata.locate.causal_trace import as_request
-from errata.locate.corrupted_runs import Runs, traced_tokens
-from errata.locate.traced_prompt import answer_text, passage
+from errata.locate.corrupted_runs import CorruptedRuns, traced_tokens
+from errata.locate.traced_prompt import answer_text, traced_prompt
 from errata.model.forward import answered
 from errata.model.forward.resume import accepted, chosen
 
@@ -72,20 +72,22 @@ def logit_lens(
     scaled inputs of the head and capped logits are as they are in the whole model.
     """
     request = as_request(request, subject)
-    runs = Runs(model, passage(model, request, answer), side="decoder", score="first")
+    runs = CorruptedRuns(
+        model, traced_prompt(model, request, answer), side="decoder", score="first"
+    )
     module, anatomy, length = model.module, model.anatomy, runs.length
-    inputs = runs.passage.inputs
+    inputs = runs.prompt.inputs
     blocks = [anatomy.block(layer) for layer in range(anatomy.n_layers)]
     outputs = runs.block_outputs()
     rows, columns = torch.zeros(length, dtype=torch.int64), torch.arange(length)
-    answer_id = runs.passage.answer_ids[0]
-    place = runs.passage.reads[0]
+    answer_id = runs.prompt.answer_ids[0]
+    place = runs.prompt.reads[0]
     probabilities, ranks, says = [], [], []
     for output in outputs:
         answers = {block: _says(output) for block in blocks}
         with (
             answered(module, answers),
-            model.prompts([runs.passage.end]),
+            model.prompts([runs.prompt.end]),
             chosen(anatomy.head(module), rows, columns),
         ):
             logits = module(**accepted(module, {**inputs, "use_cache": False})).logits[0].float()
@@ -95,7 +97,7 @@ def logit_lens(
         says.append(answer_text(model, [int(logits[place].argmax())]))
     return Trajectory(
         tokens=traced_tokens(model, runs)[:length],
-        answer=answer_text(model, runs.passage.answer_ids),
+        answer=answer_text(model, runs.prompt.answer_ids),
         answer_id=answer_id,
         probability=torch.stack(probabilities, dim=1),
         rank=torch.stack(ranks, dim=1),
@@ -116,11 +118,11 @@ def contribution_norms(
     *,
     kind: Literal["mlp", "attn"] = "mlp",
     side: Literal["encoder", "decoder"] = "encoder",
-) -> tuple[Runs, Tensor]:
+) -> tuple[CorruptedRuns, Tensor]:
     """Return the prompt's run and ‖out‖ / ‖h‖ (tokens, layers); h is the block's output."""
     if kind not in ("mlp", "attn"):
         raise ConfigError(f"kind={kind!r} must be 'mlp' or 'attn': norms are of what they add.")
-    runs = Runs(model, passage(model, as_request(request, subject), None), side=side)
+    runs = CorruptedRuns(model, traced_prompt(model, as_request(request, subject), None), side=side)
     parts = zip(runs.paths(kind), runs.paths("hidden"), strict=True)
     ratios = [
         runs.clean[part][: runs.length].double().norm(dim=-1)

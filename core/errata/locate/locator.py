@@ -10,18 +10,26 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from errata.contract.config import MethodConfig
 from errata.contract.hooks import hookimpl
 from errata.contract.location import Location
 from errata.errors import ConfigError, UnknownNameError
 from errata.locate.causal_trace import trace
-from errata.locate.corrupted_runs import Runs, traced_tokens
+from errata.locate.corrupted_runs import CorruptedRuns, traced_tokens
 from errata.locate.lens import contribution_norms, logit_lens
 from errata.locate.neurons import knowledge_neurons
 from errata.locate.screening import gradient_times_activation, screen
 from errata.locate.spans import subject_tokens
+from errata.locate.trace_settings import (
+    Kind,
+    ScreenSettings,
+    Severed,
+    Side,
+    TraceSettings,
+    parse_settings,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,57 +39,14 @@ if TYPE_CHECKING:
     from errata.model.model import Model
 
 
-class ScreenConfig(MethodConfig):
-    """Settings of attribution patching."""
-
-    kind: Literal["hidden", "mlp", "attn"] = Field(
-        default="hidden", description="What is restored: one block's output or a window of parts"
-    )
-    window: int = Field(default=10, ge=1, description="Layers restored together (mlp, attn)")
-    corrupt: Literal["subject", "relation"] | tuple[int, ...] = Field(
-        default="subject", description="Tokens that are corrupted: subject, relation, or indices"
-    )
-    relation: str | None = Field(
-        default=None, description="Text of the prompt that is its relation; default: a stated rule"
-    )
-    noise: float = Field(
-        default=3.0, gt=0, description="Noise, in standard deviations of those tokens' embeddings"
-    )
-    noise_subjects: tuple[str, ...] | None = Field(
-        default=None, description="Subjects whose embeddings give that; default: the request's own"
-    )
-    replace_by: tuple[str, ...] | None = Field(
-        default=None, description="Subjects put in the subject's place instead of noise"
-    )
-    samples: int = Field(default=10, ge=1, description="Corrupted runs")
-    answer: str | None = Field(
-        default=None, description="Answer to follow; default: what the model says"
-    )
-    score: Literal["whole", "first"] = Field(
-        default="whole", description="Probability of the whole answer or of its first token"
-    )
-    side: Literal["encoder", "decoder"] = Field(
-        default="encoder", description="Which stack of an encoder-decoder is looked at"
-    )
-
-
-class TraceConfig(ScreenConfig):
-    """Settings of the causal trace."""
-
-    severed: Literal["mlp", "attn"] | None = Field(
-        default=None, description="Outputs held at their corrupted values"
-    )
-    memory_mb: float = Field(default=256.0, gt=0, description="Megabytes that one batch may take")
-
-
 class GradientConfig(MethodConfig):
     """Settings of gradient x activation."""
 
-    kind: Literal["hidden", "mlp", "attn"] = Field(
+    kind: Kind = Field(
         default="mlp", description="Whose output: the block's, the MLP's or the attention's"
     )
     answer: str | None = Field(default=None, description="Answer to follow")
-    side: Literal["encoder", "decoder"] = Field(default="encoder", description="Which stack")
+    side: Side = Field(default="encoder", description="Which stack")
 
 
 class LensConfig(MethodConfig):
@@ -93,8 +58,8 @@ class LensConfig(MethodConfig):
 class NormConfig(MethodConfig):
     """Settings of contribution norms."""
 
-    kind: Literal["mlp", "attn"] = Field(default="mlp", description="Whose output")
-    side: Literal["encoder", "decoder"] = Field(default="encoder", description="Which stack")
+    kind: Severed = Field(default="mlp", description="Whose output")
+    side: Side = Field(default="encoder", description="Which stack")
 
 
 class NeuronConfig(MethodConfig):
@@ -120,11 +85,11 @@ class Locator:
     summary: str
 
 
-def _by_trace(model: Model, request: Request, config: TraceConfig) -> Location:
+def _by_trace(model: Model, request: Request, config: TraceSettings) -> Location:
     return _traced(trace(model, request, **dict(config)), request)
 
 
-def _by_screening(model: Model, request: Request, config: ScreenConfig) -> Location:
+def _by_screening(model: Model, request: Request, config: ScreenSettings) -> Location:
     return _traced(screen(model, request, **dict(config)), request)
 
 
@@ -145,7 +110,7 @@ def _by_gradient(model: Model, request: Request, config: GradientConfig) -> Loca
     runs, scores = gradient_times_activation(
         model, request, kind=config.kind, answer=config.answer, side=config.side
     )
-    answer = model.tokenizer.decode(list(runs.passage.answer_ids))
+    answer = model.tokenizer.decode(list(runs.prompt.answer_ids))
     how = (
         f"gradient x activation: |h · ∂ log P({answer!r}) / ∂h| of {config.kind} outputs in the "
         "clean run"
@@ -191,11 +156,16 @@ def _by_neurons(model: Model, request: Request, config: NeuronConfig) -> Locatio
 
 
 def _place(
-    model: Model, request: Request, runs: Runs, scores: Tensor, modules: list[str], how: str
+    model: Model,
+    request: Request,
+    runs: CorruptedRuns,
+    scores: Tensor,
+    modules: list[str],
+    how: str,
 ) -> Location:
     """Return the highest score among the subject's tokens (among all where it is elsewhere)."""
     tokens = traced_tokens(model, runs)[: runs.length]
-    first, last = runs.passage.places(subject_tokens(model.tokenizer, request))
+    first, last = runs.prompt.places(subject_tokens(model.tokenizer, request))
     inside = range(first, last + 1) if last < len(scores) else range(len(scores))
     token, layer = max(
         ((t, layer) for t in inside for layer in range(scores.shape[1])),
@@ -214,8 +184,8 @@ def _place(
 
 
 LOCATORS: Mapping[str, Locator] = {
-    "trace": Locator(TraceConfig, _by_trace, "causal trace (Meng et al. 2022)"),
-    "attribution": Locator(ScreenConfig, _by_screening, "its first-order estimate, one backward"),
+    "trace": Locator(TraceSettings, _by_trace, "causal trace (Meng et al. 2022)"),
+    "attribution": Locator(ScreenSettings, _by_screening, "its first-order estimate, one backward"),
     "gradient": Locator(GradientConfig, _by_gradient, "gradient x activation of the clean run"),
     "logit-lens": Locator(LensConfig, _by_lens, "where along the layers the answer rises"),
     "norm": Locator(NormConfig, _by_norm, "how much each MLP or attention adds"),
@@ -246,18 +216,13 @@ def _settings(config: Any) -> tuple[Locator, MethodConfig]:
         for locator in LOCATORS.values():
             if type(config) is locator.config:
                 return locator, config
-        return LOCATORS["trace"], TraceConfig(seed=config.seed)
-    given = dict(config) if isinstance(config, Mapping) else {}
+        return LOCATORS["trace"], TraceSettings(seed=config.seed)
+    given: dict[str, Any] = dict(config) if isinstance(config, Mapping) else {}
     name = given.pop("by", "trace")
     if name not in LOCATORS:
         raise UnknownNameError("locator", str(name), LOCATORS)
     locator = LOCATORS[name]
-    for key in given:
-        if key not in locator.config.model_fields:
-            problem = UnknownNameError(f"setting of {name}", key, locator.config.model_fields)
-            raise ConfigError(str(problem))
     try:
-        return locator, locator.config(**given)
-    except ValidationError as error:
-        problems = "; ".join(f"{e['loc'][0]}: {e['msg']}" for e in error.errors())
-        raise ConfigError(f"Bad settings of {name} {given!r}: {problems}") from None
+        return locator, parse_settings(locator.config, given, name)
+    except UnknownNameError as problem:
+        raise ConfigError(str(problem)) from None

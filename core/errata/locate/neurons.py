@@ -26,10 +26,10 @@ import torch
 from errata.contract.location import Location
 from errata.errors import ConfigError, UnknownNameError
 from errata.locate.causal_trace import as_request
-from errata.locate.corrupted_runs import Runs
+from errata.locate.corrupted_runs import CorruptedRuns
 from errata.locate.corruption import Corruption
 from errata.locate.spans import subject_tokens
-from errata.locate.traced_prompt import answer_text, passage
+from errata.locate.traced_prompt import answer_text, traced_prompt
 from errata.model.forward import frozen
 from errata.model.forward import trace as capture
 from errata.model.forward.trace import submodule
@@ -123,8 +123,8 @@ class KnowledgeNeurons:
         for neuron in self.neurons:
             sums[neuron.layer] += neuron.score
         layer = max(range(len(sums)), key=lambda index: sums[index])
-        tokens = [str(t) for t in passage(model, request, None).tokens]
-        at = min(passage(model, request, None).reads[0], len(tokens) - 1)
+        tokens = [str(t) for t in traced_prompt(model, request, None).tokens]
+        at = min(traced_prompt(model, request, None).reads[0], len(tokens) - 1)
         return Location(
             layer=layer,
             module=anatomy.mlp_out(layer),
@@ -175,12 +175,12 @@ def attribute(
     request = as_request(request, subject)
     kind = model.anatomy.kind
     side: Literal["encoder", "decoder"] = "encoder" if token == "subject_last" else "decoder"
-    runs = Runs(model, passage(model, request, answer), side=side)
+    runs = CorruptedRuns(model, traced_prompt(model, request, answer), side=side)
     anatomy = runs.anatomy
     if token == "subject_last":
-        places = runs.passage.places([subject_tokens(model.tokenizer, request)[1]])
+        places = runs.prompt.places([subject_tokens(model.tokenizer, request)[1]])
     else:
-        places = runs.passage.reads if kind == "encoder" else runs.passage.reads[:1]
+        places = runs.prompt.reads if kind == "encoder" else runs.prompt.reads[:1]
     outs = [anatomy.mlp_out(layer) for layer in range(anatomy.n_layers)]
     with torch.no_grad(), capture(model.module, outs, inputs=True, outputs=False) as seen:
         runs.run(None)
@@ -193,20 +193,25 @@ def attribute(
         activation = runs.shaped(found)[0, list(places)]  # (places, D)
         scores[layer] = _integrated(runs, outs[layer], layer, activation, places, steps)
     return Attribution(
-        request.text, answer_text(model, runs.passage.answer_ids), scores, runs.high, steps
+        request.text, answer_text(model, runs.prompt.answer_ids), scores, runs.high, steps
     )
 
 
-def _copies(model: Model, runs: Runs, count: int) -> Corruption:
+def _copies(model: Model, runs: CorruptedRuns, count: int) -> Corruption:
     """Return a corruption that changes nothing, so that all steps are one batch of clean runs."""
     embedding = model.anatomy.embedding(model.module)
     with torch.no_grad():
-        width = int(embedding(runs.passage.inputs["input_ids"][:, :1]).shape[-1])
+        width = int(embedding(runs.prompt.inputs["input_ids"][:, :1]).shape[-1])
     return Corruption((0,), torch.zeros(count, 1, width), False, 0.0, "nothing")
 
 
 def _integrated(
-    runs: Runs, path: str, layer: int, activation: Tensor, places: Sequence[int], steps: int
+    runs: CorruptedRuns,
+    path: str,
+    layer: int,
+    activation: Tensor,
+    places: Sequence[int],
+    steps: int,
 ) -> Tensor:
     """Return the attributions (D,) of one layer, summed over the places."""
     layer, column = runs.start(layer, min(places))
@@ -222,7 +227,7 @@ def _integrated(
 
 
 @contextmanager
-def _reading(runs: Runs, path: str, point: Tensor, columns: Tensor) -> Iterator[None]:
+def _reading(runs: CorruptedRuns, path: str, point: Tensor, columns: Tensor) -> Iterator[None]:
     """Let a module read `point` (rows, places, D) at these columns."""
 
     def put(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

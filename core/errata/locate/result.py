@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from errata.contract.location import Location
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Kind = Literal["hidden", "mlp", "attn"]
+    from errata.locate.trace_settings import Kind, Severed
+
 KINDS: tuple[Kind, ...] = ("hidden", "mlp", "attn")
 STATES = {"hidden": "block output", "mlp": "MLP outputs", "attn": "attention outputs"}
 
@@ -66,7 +67,7 @@ class CausalTrace:
     noise_source: str
     samples: int
     seed: int
-    severed: Literal["mlp", "attn"] | None
+    severed: Severed | None
     modules: tuple[str, ...]
     how: str = ""
 

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from errata.locate.causal_trace import Tracer, as_request, check
-from errata.locate.corrupted_runs import Runs, Score, Side
-from errata.locate.result import CausalTrace, Kind
-from errata.locate.traced_prompt import passage
+from errata.locate.causal_trace import Tracer, as_request
+from errata.locate.corrupted_runs import CorruptedRuns
+from errata.locate.result import CausalTrace
+from errata.locate.trace_settings import Kind, Score, ScreenSettings, Side, parse_settings
+from errata.locate.traced_prompt import traced_prompt
 from errata.model.forward import frozen, patched
 
 if TYPE_CHECKING:
@@ -65,36 +66,16 @@ class Probes:
 
 
 def screen(
-    model: Model,
-    request: Request | str,
-    subject: str | None = None,
-    *,
-    kind: Kind = "hidden",
-    window: int = 10,
-    corrupt: str | Sequence[int] = "subject",
-    relation: str | None = None,
-    noise: float | Tensor = 3.0,
-    noise_std: float | None = None,
-    noise_subjects: Sequence[str] | None = None,
-    replace_by: Sequence[str] | None = None,
-    samples: int = 10,
-    seed: int = 0,
-    answer: str | None = None,
-    score: Score = "whole",
-    side: Side = "encoder",
+    model: Model, request: Request | str, subject: str | None = None, **settings: Any
 ) -> CausalTrace:
     """Estimate the scores of `trace` for all tokens and layers with one backward pass.
 
-    The arguments are those of `trace`. A window's effect is the sum of its layers'. Estimated
-    scores may lie outside 0 to 1.
+    The arguments are those of `trace`, the settings those of `ScreenSettings`. A window's effect
+    is the sum of its layers'. Estimated scores may lie outside 0 to 1.
     """
-    check(kind=kind, window=window)
-    tracer = Tracer(
-        model, request, subject, corrupt=corrupt, relation=relation, noise=noise,
-        noise_std=noise_std, noise_subjects=noise_subjects, replace_by=replace_by,
-        samples=samples, seed=seed, answer=answer, score=score, side=side, reruns=False,
-    )  # fmt: skip
-    return tracer.result(kind, *screened(tracer, kind, window), how=HOW)
+    asked = parse_settings(ScreenSettings, settings, "attribution")
+    tracer = Tracer(model, as_request(request, subject), asked, reruns=False)
+    return tracer.result(asked.kind, *screened(tracer, asked.kind, asked.window), how=HOW)
 
 
 def screened(tracer: Tracer, kind: Kind, window: int) -> tuple[int, Tensor]:
@@ -124,7 +105,7 @@ def screened(tracer: Tracer, kind: Kind, window: int) -> tuple[int, Tensor]:
     return width, effects + runs.low
 
 
-def _along(runs: Runs, gradient: Tensor, difference: Tensor) -> Tensor:
+def _along(runs: CorruptedRuns, gradient: Tensor, difference: Tensor) -> Tensor:
     """Return (tokens,) mean over samples of difference · gradient."""
     product = (runs.shaped(gradient).double() * difference.double()).sum(dim=-1)
     return product.mean(dim=0)[: runs.length].cpu()
@@ -140,15 +121,16 @@ def gradient_times_activation(
     score: Score = "whole",
     side: Side = "encoder",
     of: Literal["log-probability", "probability"] = "log-probability",
-) -> tuple[Runs, Tensor]:
+) -> tuple[CorruptedRuns, Tensor]:
     """Return the prompt's run, and h · ∂/∂h of the answer's score for every token and layer.
 
     The arguments but the last are those of `trace`. `of` is what is differentiated: the gradient
     of a probability vanishes where the model is sure, that of its logarithm vanishes less.
     """
     request = as_request(request, subject)
-    check(kind=kind, score=score, side=side)
-    runs = Runs(model, passage(model, request, answer), side=side, score=score)
+    given = {"kind": kind, "score": score, "side": side}
+    parse_settings(ScreenSettings, given, "gradient")
+    runs = CorruptedRuns(model, traced_prompt(model, request, answer), side=side, score=score)
     probes = Probes(runs.paths(kind))
     with torch.enable_grad(), frozen(model.module), patched(model.module, probes.changes()):
         value = runs.log_probability(runs.run(None))

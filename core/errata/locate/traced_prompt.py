@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Passage:
+class TracedPrompt:
     """A row of model inputs.
 
     Attributes:
@@ -44,8 +44,8 @@ class Passage:
     answer_ids: tuple[int, ...]
     end: int
 
-    def answered(self, token: int) -> Passage:
-        """Return the passage with the model's own answer."""
+    def answered(self, token: int) -> TracedPrompt:
+        """Return the prompt with the model's own answer."""
         return replace(self, answer_ids=(token,))
 
     def places(self, tokens: Sequence[int]) -> tuple[int, ...]:
@@ -53,7 +53,7 @@ class Passage:
         return tuple(self.columns[token] for token in tokens)
 
 
-def passage(model: Model, request: Request, answer: str | None) -> Passage:
+def traced_prompt(model: Model, request: Request, answer: str | None) -> TracedPrompt:
     """Return the row for a prompt and an answer (None: the model's own first token).
 
     Raises:
@@ -67,7 +67,7 @@ def passage(model: Model, request: Request, answer: str | None) -> Passage:
     return made
 
 
-def _decoder(model: Model, request: Request, answer: str | None) -> Passage:
+def _decoder(model: Model, request: Request, answer: str | None) -> TracedPrompt:
     tokenizer, positions = model.tokenizer, takes_positions(model)
     alone = encode(tokenizer, [request.text], device=model.device)
     length = alone.lengths[0]
@@ -86,10 +86,12 @@ def _decoder(model: Model, request: Request, answer: str | None) -> Passage:
         whole = joined.inputs(positions=positions)
         inputs = {name: value[:, : end - 1] for name, value in whole.items()}
         reads, answer_ids = tuple(range(start - 1, end - 1)), tuple(joined.target_ids[0])
-    return Passage(inputs, _tokens(model, ids), tuple(range(length)), reads, answer_ids, length - 1)
+    return TracedPrompt(
+        inputs, _tokens(model, ids), tuple(range(length)), reads, answer_ids, length - 1
+    )
 
 
-def _encoder(model: Model, request: Request, answer: str | None) -> Passage:
+def _encoder(model: Model, request: Request, answer: str | None) -> TracedPrompt:
     tokenizer = model.tokenizer
     mask, mask_id = tokenizer.mask_token, tokenizer.mask_token_id
     if mask is None or not isinstance(mask_id, int):
@@ -124,10 +126,10 @@ def _encoder(model: Model, request: Request, answer: str | None) -> Passage:
     if [ids[c] for c in columns] != prompt:
         raise TokenError(f"The tokenizer reads {request.text!r} differently with its mask in it.")
     inputs = batch.inputs(positions=takes_positions(model))
-    return Passage(inputs, _tokens(model, ids), columns, reads, answer_ids, len(ids) - 1)
+    return TracedPrompt(inputs, _tokens(model, ids), columns, reads, answer_ids, len(ids) - 1)
 
 
-def _seq2seq(model: Model, request: Request, answer: str | None) -> Passage:
+def _seq2seq(model: Model, request: Request, answer: str | None) -> TracedPrompt:
     # Any target will do for the encoder's side where none is given.
     batch = encode_seq2seq(
         model.tokenizer, [request.text], [answer or request.target_new], device=model.device,
@@ -142,7 +144,7 @@ def _seq2seq(model: Model, request: Request, answer: str | None) -> Passage:
     for name in ("decoder_input_ids", "decoder_attention_mask"):
         inputs[name] = inputs[name][:, : reads[-1] + 1]
     ids = batch.source.input_ids[0].tolist()
-    return Passage(
+    return TracedPrompt(
         inputs, _tokens(model, ids), tuple(range(len(ids))), reads, answer_ids, len(ids) - 1
     )
 

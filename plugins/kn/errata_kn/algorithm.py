@@ -10,8 +10,8 @@ from errata.edits.delta import Rows, SparseRowsDelta
 from errata.edits.request import ERASED
 from errata.errors import ErrataError
 from errata.locate import knowledge_neurons
-from errata.locate.corrupted_runs import Runs
-from errata.locate.traced_prompt import passage
+from errata.locate.corrupted_runs import CorruptedRuns
+from errata.locate.traced_prompt import traced_prompt
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,7 +85,7 @@ def _update(model: Model, request: Request, config: KnConfig) -> Tensor:
 
 def _first(model: Model, request: Request, answer: str | None) -> int:
     """Return the first token of an answer (None: what the model says)."""
-    row = passage(model, request, answer)
-    if row.answer_ids:
-        return row.answer_ids[0]
-    return Runs(model, row, side="decoder").passage.answer_ids[0]
+    prompt = traced_prompt(model, request, answer)
+    if prompt.answer_ids:
+        return prompt.answer_ids[0]
+    return CorruptedRuns(model, prompt, side="decoder").prompt.answer_ids[0]
