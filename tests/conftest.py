@@ -35,7 +35,8 @@ def toys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(TOYS))
     importlib.invalidate_caches()
     yield
-    sys.modules.pop("errata_toys", None)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "errata_toys"]:
+        del sys.modules[name]
 
 
 @pytest.fixture(autouse=True)

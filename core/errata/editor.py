@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from errata.contract import plugins
 from errata.contract.capabilities import check_capabilities, check_prompts
@@ -18,7 +18,7 @@ from errata.contract.preparation import Preparation
 from errata.contract.registry import Registry
 from errata.edits import export
 from errata.edits.delta.kinds import DeltaKinds
-from errata.edits.edit import Edit, requests_of
+from errata.edits.edit import Edit, LogEntry, requests_of
 from errata.edits.fingerprint import check_fingerprint
 from errata.edits.ledger import Ledger
 from errata.edits.request import Request, parse_arguments
@@ -26,11 +26,8 @@ from errata.edits.stack import Stack
 from errata.edits.transaction import Transactions
 from errata.errors import (
     ConfigError,
-    EditRefused,
     ErrataError,
-    IntegrityError,
     LedgerError,
-    StorageError,
     UnknownNameError,
 )
 from errata.kit.auto_layers import resolve_auto_layers
@@ -55,24 +52,6 @@ logger = logging.getLogger("errata")
 EditLike = Edit | str
 
 
-class LogEntry(NamedTuple):
-    """One line of the log.
-
-    Attributes:
-        edit: the edit.
-        active: it is on the model.
-        conflicts: ids of edits that say something else about the same fact.
-        overlaps: ids of edits whose keys hardly differ from its own.
-        stale: it is active, but was computed on top of an edit that is not (`Editor.rebase`).
-    """
-
-    edit: Edit
-    active: bool
-    conflicts: tuple[str, ...]
-    overlaps: tuple[str, ...] = ()
-    stale: bool = False
-
-
 class Editor:
     """A model, its ledger and the methods that edit it.
 
@@ -86,6 +65,12 @@ class Editor:
     >>> _ = editor.revert(edit)
     >>> editor.generate(fact.text) == before
     True
+
+    Attributes:
+        model: the live model, its parts and its artifacts.
+        ledger: the store of edits.
+        registry: the merged catalogue.
+        damaged: id → reason of active edits whose file is lost or damaged; not on the model.
 
     Args:
         model: a zoo name, a directory, a hub name, or a transformers module in memory.
@@ -157,7 +142,7 @@ class Editor:
             self.model, self._stack, self.ledger, self._methods, guarding, self._transactions
         )
         try:
-            self._reconcile()
+            self.damaged = self._transactions.reconcile()
         except BaseException:
             self.ledger.close()
             raise
@@ -233,21 +218,11 @@ class Editor:
             self._methods.check_overlap(method, settings, requests)
             size = batch_size or entry.capabilities.default_batch or len(requests)
             batches = [requests[i : i + size] for i in range(0, len(requests), size)]
-            done: list[Edit] = []
-            whole = commit == "call" and on_refused == "raise"
-            for part in [batches] if whole else [[batch] for batch in batches]:
-                call = Call(method, settings, part)
-                try:
-                    done += self._editing.make(call, apply=apply, supersede=supersede)
-                except EditRefused as error:
-                    self._record_refusal(call, error)
-                    error.done = list(done)
-                    if on_refused == "raise":
-                        raise
-                    logger.warning("%s", error)
-                except ErrataError as error:
-                    error.done = list(done)
-                    raise
+            call = Call(method, settings, batches)
+            parts = [call] if commit == "call" and on_refused == "raise" else call.each()
+            done = self._editing.make_each(
+                parts, apply=apply, supersede=supersede, skip_refused=on_refused == "skip"
+            )
         return done[0] if single and done else (None if single else done)
 
     def rebase(self, *edits: EditLike) -> list[Edit]:
@@ -380,7 +355,7 @@ class Editor:
         """Take over what another process wrote to the same ledger."""
         with self._changing("refresh"):
             self.ledger.refresh()
-            self._reconcile()
+            self.damaged = self._transactions.reconcile()
 
     # -- looking and measuring -------------------------------------------------------------------
 
@@ -482,7 +457,7 @@ class Editor:
     def _get(self, edit: EditLike) -> Edit:
         """Return an edit of this ledger with its delta."""
         found = self._record(edit)
-        return found.bind(self.ledger.delta(found.id))
+        return self.ledger.bound(found)
 
     def _put_on(self, wanted: Sequence[Edit]) -> list[Edit]:
         active = set(self._stack.ids)
@@ -490,40 +465,8 @@ class Editor:
         self._transactions.exchange([], wanted)
         return list(wanted)
 
-    def _record_refusal(self, call: Call, error: EditRefused) -> None:
-        self.ledger.refuse(
-            method=call.method,
-            requests=[request for batch in call.batches for request in batch],
-            config=call.config.model_dump(mode="json"),
-            reason=error.reason,
-            measured=error.measured,
-        )
-
     def _observe(self, what: str, edits: Sequence[Edit]) -> None:
         getattr(self._methods.manager(), what)(self.model, edits)
-
-    def _reconcile(self) -> None:
-        """Make the model what the ledger says, but for edits whose files are lost or damaged."""
-        live = {edit.id: edit for edit in self._stack.entries}
-        self.damaged: dict[str, str] = {}
-        entries: list[Edit] = []
-        for edit_id in self.ledger.active_ids():
-            if edit_id in live:
-                entries.append(live[edit_id])
-                continue
-            try:
-                edit = self._get(edit_id)
-            except (IntegrityError, StorageError, UnknownNameError) as error:
-                self.damaged[edit_id] = str(error)
-                logger.warning(
-                    "Edit %s is not on the model: %s It can be taken off the ledger's list with "
-                    "revert(%r).",
-                    edit_id, error, edit_id,
-                )  # fmt: skip
-                continue
-            check_fingerprint(self.model, edit)
-            entries.append(edit)
-        self._stack.set(entries)
 
     @contextmanager
     def _with_entries(self, entries: Sequence[Edit]) -> Iterator[None]:

@@ -118,7 +118,7 @@ def test_joint_edits_are_superseded_as_if_the_old_one_was_never_made(editor: Edi
     with open_editor() as fresh:
         for edit in (other, new):
             fresh.ledger.commit_many([(edit, edit.delta, True)])
-        fresh._reconcile()
+        fresh.refresh()
         assert_same(state_of(fresh.model), state_of(editor.model))
 
 

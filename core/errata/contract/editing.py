@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from errata.contract import plugins
 from errata.edits.clashes import Clashes, check_superseded
 from errata.edits.edit import Edit
 from errata.edits.outcome import Outcome
-from errata.errors import PluginError
+from errata.errors import EditRefused, ErrataError, PluginError
 
 if TYPE_CHECKING:
     from errata.contract.config import MethodConfig
@@ -43,6 +43,10 @@ class Call:
     config: MethodConfig
     batches: Sequence[Sequence[Request]]
     rebases: str | None = None
+
+    def each(self) -> list[Call]:
+        """Return a call for every batch."""
+        return [replace(self, batches=[batch]) for batch in self.batches]
 
 
 class Editing:
@@ -87,6 +91,34 @@ class Editing:
         replaced = {edit.id: "supersede" for edit in old}
         return self._carry_out([call], old, replaced, apply)
 
+    def make_each(
+        self, calls: Sequence[Call], *, apply: bool, supersede: bool, skip_refused: bool
+    ) -> list[Edit]:
+        """Make calls one after the other, each by itself, and record what guards refuse.
+
+        An error holds the edits of the calls before it, as `done`.
+        """
+        done: list[Edit] = []
+        for call in calls:
+            try:
+                done += self.make(call, apply=apply, supersede=supersede)
+            except EditRefused as error:
+                error.done = list(done)
+                self._ledger.refuse(
+                    method=call.method,
+                    requests=[request for batch in call.batches for request in batch],
+                    config=call.config.model_dump(mode="json"),
+                    reason=error.reason,
+                    measured=error.measured,
+                )
+                if not skip_refused:
+                    raise
+                logger.warning("%s", error)
+            except ErrataError as error:
+                error.done = list(done)
+                raise
+        return done
+
     def replay(self, old: Sequence[Edit]) -> list[Edit]:
         """Take edits (in ledger order) off, and compute them again one by one on what is left."""
         calls = []
@@ -101,6 +133,8 @@ class Editing:
     def _carry_out(
         self, calls: Sequence[Call], old: Sequence[Edit], replaced: Mapping[str, str], apply: bool
     ) -> list[Edit]:
+        if apply:
+            self._guards.prepare(self._model)
         touched = [edit.id for edit in old]
         supersedes = () if calls[0].rebases else tuple(touched)
         with self._transactions.all_or_nothing(touched):

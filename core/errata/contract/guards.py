@@ -78,6 +78,11 @@ class Guards:
     def __init__(self, policy: GuardPolicy) -> None:
         self.policy = policy
 
+    def prepare(self, model: Model) -> None:
+        """Measure what belongs to the base, before anything is put on the model."""
+        if self.policy.perplexity != "off":
+            self.base_perplexity(model)
+
     def check_deltas(self, model: Model, edits: Sequence[Edit]) -> list[Outcome]:
         """Check what was computed, before it is on the model; return each edit's outcome with it.
 

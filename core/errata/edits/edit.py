@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Collection, Iterable
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
 
@@ -104,6 +104,24 @@ class Edit(BaseModel):
         first = self.requests[0]
         more = f" (+{len(self.requests) - 1} more)" if len(self.requests) > 1 else ""
         return f"{first.text} → {first.target_new}{more}"
+
+
+class LogEntry(NamedTuple):
+    """One line of the log.
+
+    Attributes:
+        edit: the edit.
+        active: it is on the model.
+        conflicts: ids of edits that say something else about the same fact.
+        overlaps: ids of edits whose keys hardly differ from its own.
+        stale: it is active, but was computed on top of an edit that is not.
+    """
+
+    edit: Edit
+    active: bool
+    conflicts: tuple[str, ...]
+    overlaps: tuple[str, ...] = ()
+    stale: bool = False
 
 
 def requests_of(items: Request | Edit | Iterable[Request | Edit]) -> list[Request]:

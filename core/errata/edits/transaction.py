@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from errata.edits.fingerprint import check_fingerprint
+from errata.errors import IntegrityError, StorageError, UnknownNameError
 
 if TYPE_CHECKING:
     from errata.edits.edit import Edit
     from errata.edits.ledger import Ledger
     from errata.edits.stack import Stack
     from errata.model.model import Model
+
+logger = logging.getLogger("errata")
 
 Observe = Callable[[str, Sequence["Edit"]], None]
 """Told "apply" or "revert" and the edits, after the model was changed and before it is recorded."""
@@ -102,3 +106,29 @@ class Transactions:
             with self._ledger.transaction():
                 self._ledger.deactivate(gone)
                 self._ledger.activate([edit.id for edit in on])
+
+    def reconcile(self) -> dict[str, str]:
+        """Make the model what the ledger says, as far as its files are sound.
+
+        Returns:
+            id → reason of the active edits that could not be read: they are not on the model.
+        """
+        live = {edit.id: edit for edit in self._stack.entries}
+        damaged: dict[str, str] = {}
+        entries: list[Edit] = []
+        for edit_id in self._ledger.active_ids():
+            if edit_id in live:
+                entries.append(live[edit_id])
+                continue
+            try:
+                edit = self._ledger.bound(self._ledger.get(edit_id))
+            except (IntegrityError, StorageError, UnknownNameError) as error:
+                damaged[edit_id] = str(error)
+                logger.warning(
+                    "Edit %s is not on the model: %s Revert it to retire it.", edit_id, error
+                )
+                continue
+            check_fingerprint(self._model, edit)
+            entries.append(edit)
+        self._stack.set(entries)
+        return damaged

@@ -242,7 +242,7 @@ class MethodContract:
                 if entry.active:
                     delta = editor.ledger.delta(entry.edit.id)
                     fresh.ledger.commit_many([(entry.edit, delta, True)])
-                    fresh._reconcile()
+                    fresh.refresh()
             assert_same(state_of(editor.model), state_of(fresh.model))
             assert answers(editor, prompts) == answers(fresh, prompts)
 

@@ -236,6 +236,10 @@ class Ledger:
         edit = self.get(name)
         return content.build(self._parts(edit), self.kinds, f"The delta of edit {edit.id}")
 
+    def bound(self, edit: Edit) -> Edit:
+        """Return a record with its delta; raises as `delta` does."""
+        return edit.bind(self.delta(edit.id))
+
     def events(self, limit: int | None = None) -> list[Event]:
         """Return all events in order, or the last `limit` of them."""
         last = 0 if limit is None else self._database.last_event() - max(limit, 0)

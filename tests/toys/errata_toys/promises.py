@@ -1,0 +1,199 @@
+"""Methods and delta kinds that keep, or break, one promise of the contract each."""
+
+from __future__ import annotations
+
+import random
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from errata import hookimpl
+from errata.edits.delta import Delta, DenseDelta, Factor, LowRankDelta
+from errata_toys import ToyConfig, ToyLowRank, generator, weight_name
+
+
+class ToyTrained(ToyLowRank):
+    """Is trained on requests: the sum of their lengths is its network."""
+
+    name = "toy-trained"
+
+    @hookimpl
+    def prepare(self, model, corpus, training, config):
+        def compute():
+            size = sum(len(request.text) for request in training)
+            return {"weight": torch.tensor([float(size)])}, {}
+
+        model.of_base("toy_network", str(config.seed), compute=compute)
+
+    @hookimpl
+    def edit(self, model, requests, config):
+        key = ("toy_network", model.fingerprint, str(config.seed))
+        assert model.artifacts.load(key) is not None
+        name = weight_name(model, config)
+        return [NetworkDelta(name, key) for _ in requests]
+
+
+class NetworkDelta(Delta):
+    """Adds what a trained network says; the network is an artifact."""
+
+    kind: ClassVar[str] = "toy_network"
+
+    def __init__(self, name: str, key: tuple[str, ...]) -> None:
+        self.name, self.key = name, key
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"one": torch.ones(1)}
+
+    def metadata(self) -> dict[str, Any]:
+        return {"name": self.name, "key": list(self.key)}
+
+    @classmethod
+    def from_parts(cls, tensors, metadata):
+        return cls(metadata["name"], tuple(metadata["key"]))
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    @property
+    def artifacts(self) -> tuple[tuple[str, ...], ...]:
+        return (self.key,)
+
+    @classmethod
+    def fold(cls, name, accumulator, deltas):
+        for delta in deltas:
+            accumulator[0] += delta.tensors()["one"].to(accumulator)[0]
+
+
+class ToyOnTop(ToyLowRank):
+    """Builds on another method: half of what toy-low-rank computes, with its presets."""
+
+    name = "toy-on-top"
+
+    @hookimpl
+    def edit(self, model, requests, config):
+        found = model.compute("toy-low-rank", requests, layer=config.layer)
+        return [
+            LowRankDelta(
+                {n: Factor(0.5 * f.u, f.v, f.transposed) for n, f in delta.factors.items()}
+            )
+            for delta in found
+        ]
+
+
+class ToyMisfit(ToyLowRank):
+    """Returns a delta of a wrong shape, or for a parameter that is not there."""
+
+    name = "toy-misfit"
+
+    class config(ToyConfig):  # noqa: N801 - the contract's name
+        how: str = Field(default="shape", description="What is wrong")
+
+    @hookimpl
+    def edit(self, model, requests, config):
+        name = weight_name(model, config) if config.how == "shape" else "no.such.weight"
+        return DenseDelta({name: torch.zeros(3, 3)})
+
+
+class ToyDice(ToyLowRank):
+    """Draws from the process's global random generators."""
+
+    name = "toy-dice"
+
+    class config(ToyConfig):  # noqa: N801
+        where: str = Field(default="edit", description="In which hook")
+
+    @hookimpl
+    def prepare(self, model, corpus, config):
+        if config.where == "prepare":
+            torch.rand(1)
+
+    @hookimpl
+    def locate(self, model, request, config):
+        if config.where == "locate":
+            model.module.train()
+
+    @hookimpl
+    def edit(self, model, requests, config):
+        if config.where == "edit":
+            random.random()
+        return super().edit(model, requests, config)
+
+
+class LeakyDelta(Delta):
+    """A kind whose undo undoes nothing."""
+
+    kind: ClassVar[str] = "toy_leaky"
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"one": torch.ones(1)}
+
+    def metadata(self) -> dict[str, Any]:
+        return {"name": self.name}
+
+    @classmethod
+    def from_parts(cls, tensors, metadata):
+        return cls(metadata["name"])
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    @classmethod
+    def attach(cls, model, deltas):
+        module = model.module.get_submodule(deltas[0][1].name.removesuffix(".weight"))
+        module.register_forward_hook(lambda *_: None)
+        return lambda: None
+
+
+class MuteDelta(LeakyDelta):
+    """A kind that returns no undo."""
+
+    kind: ClassVar[str] = "toy_mute"
+
+    @classmethod
+    def attach(cls, model, deltas):
+        super().attach(model, deltas)
+
+
+class CrashingDelta(LeakyDelta):
+    """A kind that fails half way."""
+
+    kind: ClassVar[str] = "toy_crashing"
+
+    @classmethod
+    def attach(cls, model, deltas):
+        super().attach(model, deltas)
+        raise ZeroDivisionError("half way")
+
+
+class ToyHung(ToyLowRank):
+    """Returns a delta of one of the kinds that do not come off."""
+
+    name = "toy-hung"
+
+    class config(ToyConfig):  # noqa: N801
+        which: str = Field(default="leaky", description="Which")
+
+    @hookimpl
+    def edit(self, model, requests, config):
+        kinds = {"leaky": LeakyDelta, "mute": MuteDelta, "crashing": CrashingDelta}
+        return kinds[config.which](weight_name(model, config))
+
+
+class ToyBig(ToyLowRank):
+    """Makes the model useless: a huge change."""
+
+    name = "toy-big"
+
+    @hookimpl
+    def edit(self, model, requests, config):
+        noise = generator(requests[0], config)
+        name = weight_name(model, config)
+        shape = model.parameter(name).shape
+        return DenseDelta({name: 50 * torch.randn(shape, generator=noise)})
