@@ -5,80 +5,159 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-
-import pytest
 
 from tests.helpers import ROOT
 
 CORE = ROOT / "core" / "errata"
 PLUGINS = ROOT / "plugins"
 SOURCES = sorted([*CORE.rglob("*.py"), *PLUGINS.rglob("*.py")])
+LAYERS = ("errors", "model", "edits", "contract", "kit", "editor")
+"""The engine, from the ground: each may import what stands before it."""
 
 
-def imported(path: Path) -> set[str]:
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
-    return names
+def module_of(path: Path) -> str:
+    base = CORE.parent
+    if PLUGINS in path.parents:
+        base = PLUGINS / path.relative_to(PLUGINS).parts[0]
+    parts = list(path.relative_to(base).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_nobody_imports_a_method(path: Path) -> None:
-    own = path.relative_to(PLUGINS).parts[1] if PLUGINS in path.parents else None
-    for name in imported(path):
-        package = name.partition(".")[0]
-        assert not package.startswith("errata_") or package == own, f"{path} imports {name}"
+@cache
+def imports() -> dict[str, set[str]]:
+    """Return every module and the modules it imports: for types and inside functions, too."""
+    paths = {module_of(path): path for path in SOURCES}
+    found: dict[str, set[str]] = {}
+    for name, path in paths.items():
+        found[name] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found[name] |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                for alias in node.names:
+                    inner = f"{node.module}.{alias.name}"
+                    found[name].add(inner if inner in paths else node.module)
+    return {name: used & paths.keys() - {name} for name, used in found.items()}
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_files_are_about_one_thing(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 500
+def room(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
 
 
-def test_the_hook_contract_fits_on_two_screens() -> None:
-    assert len((CORE / "hooks.py").read_text(encoding="utf-8").splitlines()) <= 110
+def circles(graph: dict[str, set[str]]) -> Iterator[list[str]]:
+    """Yield the strongly connected parts of more than one module (Tarjan 1972)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+
+    def visit(node: str) -> Iterator[list[str]]:
+        index[node] = low[node] = len(index)
+        stack.append(node)
+        for other in sorted(graph[node]):
+            if other not in index:
+                yield from visit(other)
+                low[node] = min(low[node], low[other])
+            elif other in stack:
+                low[node] = min(low[node], index[other])
+        if low[node] == index[node]:
+            part = stack[stack.index(node) :]
+            del stack[stack.index(node) :]
+            if len(part) > 1:
+                yield sorted(part)
+
+    for node in sorted(graph):
+        if node not in index:
+            yield from visit(node)
+
+
+def test_the_engine_stands_in_layers_and_imports_nothing_beside_it() -> None:
+    wrong = []
+    for module, used in imports().items():
+        own = room(module)
+        if not module.startswith("errata.") or own not in LAYERS:
+            continue
+        for other in used:
+            there = room(other)
+            if there not in LAYERS or LAYERS.index(there) > LAYERS.index(own):
+                wrong.append(f"{module} imports {other}")
+    assert wrong == []
+
+
+def test_no_modules_import_each_other() -> None:
+    # The package itself offers names of everything, looked up when first used.
+    graph = {name: used - {"errata"} for name, used in imports().items() if name != "errata"}
+    assert list(circles(graph)) == []
+
+
+def test_nobody_imports_a_method_and_methods_import_none_but_themselves() -> None:
+    wrong = [
+        f"{module} imports {other}"
+        for module, used in imports().items()
+        for other in used
+        if other.startswith("errata_") and other.partition(".")[0] != module.partition(".")[0]
+    ]
+    assert wrong == []
+
+
+def test_files_are_about_one_thing() -> None:
+    lengths = {p: len(p.read_text(encoding="utf-8").splitlines()) for p in SOURCES}
+    assert {str(p): n for p, n in lengths.items() if n > 500} == {}
+    assert lengths[CORE / "contract" / "hooks.py"] <= 110
+
+
+def test_one_class_name_exists_once() -> None:
+    seen: dict[str, list[str]] = {}
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                seen.setdefault(node.name.lstrip("_"), []).append(str(path.relative_to(ROOT)))
+    assert {name: paths for name, paths in seen.items() if len(paths) > 1} == {}
 
 
 def test_no_core_file_knows_a_method_by_name() -> None:
-    # The demo and the shipped models' presets speak of methods; nothing else does.
-    methods = {f'"{folder.name}"' for folder in PLUGINS.iterdir() if folder.is_dir()}
+    # The demo speaks of methods; nothing else does.
+    methods = {folder.name for folder in PLUGINS.iterdir() if folder.is_dir()}
+    wrong = []
     for path in CORE.rglob("*.py"):
         if path.name == "demo.py":
             continue
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        strings = {
-            f'"{node.value}"'
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Constant) and isinstance(node.value, str)
-        }
-        assert not strings & methods, f"{path} tests for a method by name"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and node.value in methods:
+                wrong.append(f"{path}:{node.lineno} {node.value}")
+    assert wrong == []
 
 
-@pytest.mark.parametrize("code", ["import errata", "import errata.cli"])
-def test_importing_is_light(code: str) -> None:
-    heavy = "{'torch', 'transformers', 'peft', 'numpy'}"
-    script = f"import sys; {code}; print(sorted({heavy} & set(sys.modules)))"
+def loaded(code: str, names: str) -> str:
+    script = f"import sys; {code}; print(sorted({names}))"
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
-    assert done.stdout.strip() == "[]"
+    return done.stdout.strip()
+
+
+def test_importing_is_light() -> None:
+    heavy = "{'torch', 'transformers', 'peft', 'numpy'} & set(sys.modules)"
+    for code in ("import errata", "import errata.cli"):
+        assert loaded(code, heavy) == "[]"
+
+
+def test_the_editor_loads_the_engine_and_nothing_beside_it() -> None:
+    beside = (
+        f"{{m.split('.')[1] for m in sys.modules if m.startswith('errata.')}} - {set(LAYERS)!r}"
+    )
+    assert loaded("from errata import Editor", beside) == "[]"
 
 
 def test_reading_results_needs_no_model() -> None:
     folder = ROOT / "tests" / "data" / "runs" / "single"
-    script = (
-        "import sys; from errata import bench, evaluate, report;"
-        f"assert report.read({str(folder)!r}).parts; assert list(bench.load({str(folder)!r}));"
-        "print(sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
+    code = (
+        "from errata import bench, evaluate; from errata.bench import report;"
+        f"assert report.read({str(folder)!r}).parts; assert list(bench.load({str(folder)!r}))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "[]"
+    assert loaded(code, "{'torch', 'transformers', 'peft'} & set(sys.modules)") == "[]"
 
 
 def test_importing_seeds_and_configures_nothing() -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from errata.contract import plugins
 from errata.contract.capabilities import check_capabilities, check_prompts
-from errata.contract.editing import Call, Editing
+from errata.contract.editing import EditCall, Editing
 from errata.contract.guards import GuardPolicy, Guards
 from errata.contract.manager import Manager
 from errata.contract.methods import Methods
@@ -218,7 +218,7 @@ class Editor:
             self._methods.check_overlap(method, settings, requests)
             size = batch_size or entry.capabilities.default_batch or len(requests)
             batches = [requests[i : i + size] for i in range(0, len(requests), size)]
-            call = Call(method, settings, batches)
+            call = EditCall(method, settings, batches)
             parts = [call] if commit == "call" and on_refused == "raise" else call.each()
             done = self._editing.make_each(
                 parts, apply=apply, supersede=supersede, skip_refused=on_refused == "skip"
@@ -292,8 +292,8 @@ class Editor:
             *edits: which.
             restore: put back on what these edits had superseded.
 
-        Raises `UnknownNameError` for an id that is not in the ledger and `LedgerError` for an
-        edit that is not active.
+        Raises `UnknownNameError` for an id that is not in the ledger and `LedgerError` for one that
+        is not active.
         """
         with self._changing("revert"):
             wanted = [self._record(edit) for edit in edits]
@@ -435,8 +435,7 @@ class Editor:
     def import_(self, path: str | Path) -> list[Edit]:
         """Take the edits of an exported file into the ledger, inactive.
 
-        Raises `FingerprintError` when they were made for another model and `IntegrityError` when
-        the file is damaged; nothing is taken over then.
+        Raises `FingerprintError` for another model's edits, `IntegrityError` for a damaged file.
         """
         with self._changing("import"):
             pairs = self.ledger.read_export(Path(path), self.model.artifacts)

@@ -29,7 +29,7 @@ logger = logging.getLogger("errata")
 
 
 @dataclass(frozen=True)
-class Call:
+class EditCall:
     """What is asked of one method.
 
     Attributes:
@@ -44,7 +44,7 @@ class Call:
     batches: Sequence[Sequence[Request]]
     rebases: str | None = None
 
-    def each(self) -> list[Call]:
+    def each(self) -> list[EditCall]:
         """Return a call for every batch."""
         return [replace(self, batches=[batch]) for batch in self.batches]
 
@@ -77,7 +77,7 @@ class Editing:
         self._guards = guards
         self._transactions = transactions
 
-    def make(self, call: Call, *, apply: bool, supersede: bool = False) -> list[Edit]:
+    def make(self, call: EditCall, *, apply: bool, supersede: bool = False) -> list[Edit]:
         """Compute, check, apply and record the edits of one call; all of them, or none.
 
         With `supersede` the active edits about the same facts are taken off first, and recorded
@@ -92,7 +92,7 @@ class Editing:
         return self._carry_out([call], old, replaced, apply)
 
     def make_each(
-        self, calls: Sequence[Call], *, apply: bool, supersede: bool, skip_refused: bool
+        self, calls: Sequence[EditCall], *, apply: bool, supersede: bool, skip_refused: bool
     ) -> list[Edit]:
         """Make calls one after the other, each by itself, and record what guards refuse.
 
@@ -125,13 +125,13 @@ class Editing:
         for edit in old:
             config = self._methods.plugin(edit.method).config(**edit.config)
             self._methods.prepare(edit.method, config)
-            calls.append(Call(edit.method, config, [list(edit.requests)], rebases=edit.id))
+            calls.append(EditCall(edit.method, config, [list(edit.requests)], rebases=edit.id))
         return self._carry_out(calls, old, {edit.id: "rebase" for edit in old}, True)
 
     # -- how -------------------------------------------------------------------------------------
 
     def _carry_out(
-        self, calls: Sequence[Call], old: Sequence[Edit], replaced: Mapping[str, str], apply: bool
+        self, calls: Sequence[EditCall], old: Sequence[Edit], replaced: Mapping[str, str], apply: bool
     ) -> list[Edit]:
         if apply:
             self._guards.prepare(self._model)
@@ -157,7 +157,7 @@ class Editing:
 
     def _compute(
         self,
-        call: Call,
+        call: EditCall,
         about: Outcome,
         clashes: Clashes,
         touched: list[str],

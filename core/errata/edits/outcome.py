@@ -7,11 +7,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, model_serializer
 
 
-class _Record(BaseModel):
+class _OutcomePart(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
 
-class Efficacy(_Record):
+class Efficacy(_OutcomePart):
     """Whether the edit's own requests take effect."""
 
     value: float = Field(description="Share of requests whose every target token comes first")
@@ -25,28 +25,28 @@ class Efficacy(_Record):
     )
 
 
-class TextPerplexity(_Record):
+class TextPerplexity(_OutcomePart):
     """Perplexity on the guards' canary text."""
 
     value: float = Field(description="With all edits of the call on the model")
     ratio_to_base: float = Field(description="Divided by that of the base")
 
 
-class RelativeNorm(_Record):
+class RelativeNorm(_OutcomePart):
     """The largest change of a parameter."""
 
     value: float = Field(description="‖Δ‖ / ‖W‖ (Frobenius)")
     parameter: str = Field(description="Name of the parameter")
 
 
-class PeakMemoryReading(_Record):
+class PeakMemoryReading(_OutcomePart):
     """The memory that computing the edit took."""
 
     bytes: int = Field(description="Growth of memory to its peak")
     how: str = Field(description="What was read")
 
 
-class Outcome(_Record):
+class Outcome(_OutcomePart):
     """What was measured when an edit was made, and which other edits it has to do with.
 
     Fields that were not measured are None or empty, and are left out of stored records.
