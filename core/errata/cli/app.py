@@ -19,6 +19,7 @@ from errata.cli import (
     history,
     measure,
     methods,
+    prepare,
     report,
     zoo,
 )
@@ -72,6 +73,7 @@ def root(
 demo.add(app)
 edits.add(app)
 history.add(app)
+prepare.add(app)
 measure.add(app)
 diff.add(app)
 bench.add(app)

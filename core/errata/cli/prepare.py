@@ -1,0 +1,88 @@
+"""`errata prepare`: what a method needs of the base, computed before the first edit."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from errata.cli import render
+from errata.cli.edits import check_method, pairs
+from errata.cli.session import MODEL, Session, command
+from errata.errors import ConfigError
+
+
+def add(app: typer.Typer) -> None:
+    """Add the command of this module."""
+    command(
+        app,
+        "prepare",
+        panel="Edit",
+        shared=MODEL,
+        examples=(
+            "errata prepare memit --model atlas-gpt2\n"
+            "errata prepare mend --training zsre=zsre_train.json --model atlas-gpt2"
+        ),
+    )(prepare)
+
+
+def prepare(
+    session: Session,
+    method: Annotated[str, typer.Argument(metavar="METHOD", help="Name of an installed method.")],
+    training: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--training",
+            metavar="NAME=PATH",
+            help="Requests to train on, as a dataset and its file; may be repeated. A method that "
+            "is trained remembers them: it never edits what it has seen.",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="At most so many requests of each.")
+    ] = None,
+    values: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="A hyper-parameter."),
+    ] = None,
+) -> None:
+    """Compute what a method needs of the base: statistics, contexts, a trained network.
+
+    `errata edit` does so by itself where it can. What is computed is kept in the cache folder under the
+    model's fingerprint, and used by every later command on that model.
+    """
+    check_method(method)
+    requests = [request for given in training or () for request in _requests(given, limit)]
+    with session.editor(durable=False, training=requests or None) as editor:
+        started = time.monotonic()
+        editor.prepare(method, pairs(values or (), "--set"))
+        seconds = time.monotonic() - started
+        folder = editor.model.artifacts.directory
+        if session.json:
+            session.emit(
+                {
+                    "method": method,
+                    "model": editor.model.name,
+                    "training": len(requests),
+                    "seconds": seconds,
+                    "artifacts": str(folder),
+                }
+            )
+            return
+        trained = f", trained on {render.count(len(requests), 'request')}" if requests else ""
+        session.show(
+            Text(f"{method} is ready for {editor.model.name}{trained} ({render.seconds(seconds)})"),
+            Text(f"kept in {folder}", style="muted"),
+        )
+
+
+def _requests(given: str, limit: int | None) -> list[object]:
+    """Return the requests of NAME=PATH (or a NAME that needs no file)."""
+    from errata.datasets import load
+
+    name, _, path = given.partition("=")
+    if not name:
+        raise ConfigError(f"--training {given!r}: give NAME=PATH, a dataset and its file.")
+    return list(load(name, path or None, limit=limit).requests())
