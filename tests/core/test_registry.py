@@ -7,7 +7,9 @@ import pytest
 from pydantic import Field
 
 from errata import MethodConfig
-from errata.contract.registry import Layer, Registry, read_yaml
+from errata.contract.layers import Layer
+from errata.contract.registry import Registry
+from errata.contract.yaml_file import read_yaml
 from errata.errors import ConfigError, PluginError, UnknownNameError
 
 METHOD = {
