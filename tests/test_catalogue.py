@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import sys
 from importlib.metadata import entry_points
@@ -98,9 +97,3 @@ def test_every_hyper_parameter_is_described_and_every_preset_is_valid(method: st
         assert preset.layer == here
         assert preset.source not in ("", here), f"{method}: {preset.match} has no source"
         config(**preset.values)
-
-
-def test_the_cores_own_plugins_exist() -> None:
-    for value in PROJECT["project"]["entry-points"]["errata.plugins"].values():
-        module, _, name = value.partition(":")
-        assert hasattr(importlib.import_module(module), name), value

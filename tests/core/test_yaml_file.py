@@ -37,7 +37,8 @@ def accepted(folder: Path, text: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "text",
     ["!!python/object/apply:os.system ['true']", "a: !tag b", "a: !!int x", "a: [", "a: *nobody",
-     "a: 1\n---\nb: 1", "[a]: 1", "? {a: b}\n: 1", "a: \x07", "a: " + "9" * 9999],
+     "a: 1\n---\nb: 1", "[a]: 1", "? {a: b}\n: 1", "a: \x07", "a: " + "9" * 9999,
+     'a: "\\e[31m"', '"\\x9b1m": 1'],
 )  # fmt: skip
 def test_what_is_not_plain_yaml_is_refused(tmp_path: Path, text: str) -> None:
     refused(tmp_path, text)

@@ -6,6 +6,7 @@ nor hang the program: size, nesting and what aliases expand to are limited.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,6 +17,8 @@ from errata.errors import ConfigError
 MAX_BYTES = 256 * 2**10
 MAX_DEPTH = 32
 MAX_NODES = 10_000
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""What a terminal could obey: text of the file comes back in messages and tables."""
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -73,6 +76,8 @@ class _PlainLoader(yaml.SafeLoader):
             return node
         if getattr(event, "tag", None) not in (None, "!"):
             self._refuse(event, f"the tag {event.tag!r} is not allowed; plain values only")
+        if isinstance(event, yaml.ScalarEvent) and CONTROL.search(event.value):
+            self._refuse(event, f"control characters are not allowed in {event.value[:60]!r}")
         if self._open >= MAX_DEPTH:
             self._refuse(event, f"nested more than {MAX_DEPTH} levels deep")
         self._count(event, 1)
