@@ -11,7 +11,6 @@ from errata.contract.manager import Manager
 from errata.contract.meter import Meter
 from errata.edits.outcome import PeakMemoryReading
 from errata.edits.request import parse_requests
-from errata.errors import ErrataError
 
 if TYPE_CHECKING:
     from errata.contract.config import MethodConfig
