@@ -97,6 +97,11 @@ def test_a_merged_mapping_may_be_overridden(tmp_path: Path) -> None:
     assert data == {"a": {"x": 1, "y": 2}, "b": {"x": 3, "y": 2}, "c": {"x": 1, "y": 4}}
 
 
+def test_what_was_read_is_the_readers_own(tmp_path: Path) -> None:
+    accepted(tmp_path, "a: [1]")["a"].append(2)
+    assert accepted(tmp_path, "a: [1]") == {"a": [1]}
+
+
 def test_dates_are_text(tmp_path: Path) -> None:
     assert accepted(tmp_path, "a: 2001-02-03\nb: 2001-99-99") == {
         "a": "2001-02-03", "b": "2001-99-99",

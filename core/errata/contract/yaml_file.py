@@ -6,7 +6,9 @@ nor hang the program: size, nesting and what aliases expand to are limited.
 
 from __future__ import annotations
 
+import copy
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,7 +39,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if len(raw) > MAX_BYTES:
         raise ConfigError(f"{path} is larger than {MAX_BYTES} bytes: split it or shorten it.")
     try:
-        data = yaml.load(text, Loader=_PlainLoader)
+        data = copy.deepcopy(_parsed(text))
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{path}{line}: this is not plain YAML: {error.problem}.") from None
@@ -51,6 +53,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"{path} must hold a mapping; it holds a {type(data).__name__}.")
     return data
+
+
+@lru_cache(maxsize=64)
+def _parsed(text: str) -> Any:
+    """Parse once per process what every editor reads again: the same text is the same data."""
+    return yaml.load(text, Loader=_PlainLoader)
 
 
 class _PlainLoader(yaml.SafeLoader):
