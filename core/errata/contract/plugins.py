@@ -33,6 +33,8 @@ def installed() -> dict[str, EntryPoint]:
         if point.name in blocked:
             continue
         other = found.setdefault(point.name, point)
+        if other is point:  # reading metadata for a distribution's name takes milliseconds
+            continue
         if other.value != point.value or _distribution(other) != _distribution(point):
             raise PluginError(
                 f"Two packages provide a method named {point.name!r}: {_distribution(other)} "
