@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import re
 import sys
 from importlib.metadata import entry_points
@@ -14,7 +16,8 @@ from errata.contract.config import MethodConfig
 from errata.contract.hooks import METHODS as GROUP
 from errata.contract.registry import Registry
 from errata.contract.yaml_file import read_yaml
-from errata.edits.delta import CORE_KINDS
+from errata.edits import delta
+from errata.edits.delta.kinds import GROUP as KINDS
 from tests.helpers import ROOT
 
 if sys.version_info >= (3, 11):
@@ -60,9 +63,15 @@ def test_a_method_stands_in_at_most_three_lines_of_pyproject(method: str) -> Non
 
 
 def test_every_delta_kind_of_the_core_is_an_entry_point() -> None:
-    points = PROJECT["project"]["entry-points"]["errata.deltas"]
-    kinds = {kind.kind: f"{kind.__module__}:{kind.__name__}" for kind in CORE_KINDS}
-    assert points == kinds
+    for module in pkgutil.iter_modules(delta.__path__):
+        importlib.import_module(f"{delta.__name__}.{module.name}")
+    found = {
+        kind.kind: f"{kind.__module__}:{kind.__name__}"
+        for kind in delta.Delta.__subclasses__()
+        if kind.__module__.startswith(f"{delta.__name__}.")
+    }
+    assert len(found) > 5
+    assert PROJECT["project"]["entry-points"][KINDS] == found
 
 
 def test_the_catalogue_lists_every_method_in_a_short_stanza() -> None:
