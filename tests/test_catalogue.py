@@ -1,8 +1,13 @@
-"""Folders under plugins/, entry points and registry.yaml name the same methods."""
+"""Folders under plugins/, pyproject.toml and the registry files name the same methods."""
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+import re
+import sys
 from importlib.metadata import entry_points
+from typing import Any
 
 import pytest
 
@@ -10,20 +15,84 @@ from errata.contract import plugins
 from errata.contract.config import MethodConfig
 from errata.contract.hooks import METHODS as GROUP
 from errata.contract.registry import Registry
+from errata.contract.yaml_file import read_yaml
+from errata.edits import delta
+from errata.edits.delta.kinds import GROUP as KINDS
 from tests.helpers import ROOT
 
-METHODS = sorted(folder.name for folder in (ROOT / "plugins").iterdir() if folder.is_dir())
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+TEXT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+PROJECT: dict[str, Any] = tomllib.loads(TEXT)
+POINTS: dict[str, str] = PROJECT["project"]["entry-points"][GROUP]
+PACKAGES = sorted((ROOT / "plugins").glob("*/errata_*"))
+METHODS = sorted(POINTS)
+CATALOGUE = {"title", "paper", "url", "family", "delta_kind", "status"}
 
 
-def test_folders_entry_points_and_registry_agree() -> None:
-    points = {p.name for p in entry_points(group=GROUP) if p.dist and p.dist.name == "errata"}
-    packages = {
-        p.module.partition(".")[0] for p in entry_points(group=GROUP)
-        if p.dist and p.dist.name == "errata"
-    }  # fmt: skip
-    folders = {child.name for child in (ROOT / "plugins").glob("*/errata_*")}
-    assert packages == folders
-    assert points == set(Registry.load(ROOT).methods)
+def package_of(method: str) -> str:
+    return POINTS[method].partition(":")[0].partition(".")[0]
+
+
+def test_folders_entry_points_and_build_roots_agree() -> None:
+    assert PACKAGES
+    assert {folder.name for folder in PACKAGES} == {package_of(method) for method in METHODS}
+    build = PROJECT["tool"]["hatch"]["build"]
+    wanted = [f"plugins/{folder.parent.name}/{folder.name}" for folder in PACKAGES]
+    assert sorted(build["targets"]["wheel"]["packages"]) == sorted(["core/errata", *wanted])
+    roots = [f"plugins/{folder.parent.name}" for folder in PACKAGES]
+    assert sorted(build["dev-mode-dirs"]) == sorted(["core", *roots])
+    assert all(folder.name == f"errata_{folder.parent.name}" for folder in PACKAGES)
+
+
+def test_what_is_installed_is_what_is_declared() -> None:
+    mine = {
+        p.name: p.value for p in entry_points(group=GROUP) if p.dist and p.dist.name == "errata"
+    }
+    assert mine == POINTS, "install again: pip install --editable ."
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_stands_in_at_most_three_lines_of_pyproject(method: str) -> None:
+    name = re.compile(rf"\b(errata_)?{re.escape(method)}\b")
+    code = TEXT[TEXT.index("[project.scripts]") :].splitlines()  # above: keywords, dependencies
+    assert len([line for line in code if name.search(line)]) <= 3
+
+
+def test_every_delta_kind_of_the_core_is_an_entry_point() -> None:
+    for module in pkgutil.iter_modules(delta.__path__):
+        importlib.import_module(f"{delta.__name__}.{module.name}")
+    found = {
+        kind.kind: f"{kind.__module__}:{kind.__name__}"
+        for kind in delta.Delta.__subclasses__()
+        if kind.__module__.startswith(f"{delta.__name__}.")
+    }
+    assert len(found) > 5
+    assert PROJECT["project"]["entry-points"][KINDS] == found
+
+
+def test_the_catalogue_lists_every_method_in_a_short_stanza() -> None:
+    link = ROOT / "core" / "errata" / "registry.yaml"
+    assert link.resolve() == (ROOT / "registry.yaml").resolve()
+    stanzas = read_yaml(link)["methods"]
+    assert sorted(stanzas) == METHODS
+    for stanza in stanzas.values():
+        assert set(stanza) == CATALOGUE
+        assert stanza["paper"]
+        assert stanza["url"].startswith("https://")
+
+
+@pytest.mark.parametrize("folder", PACKAGES, ids=lambda folder: folder.name)
+def test_every_package_describes_its_own_methods_and_repeats_nothing(folder: Any) -> None:
+    data = read_yaml(folder / "registry.yaml")
+    assert set(data) == {"methods"}
+    assert sorted(data["methods"]) == [m for m in METHODS if package_of(m) == folder.name]
+    for stanza in data["methods"].values():
+        assert not CATALOGUE & set(stanza)
+        assert stanza["summary"]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -31,13 +100,9 @@ def test_every_hyper_parameter_is_described_and_every_preset_is_valid(method: st
     config: type[MethodConfig] = plugins.load(method).config
     assert all(field.description for field in config.model_fields.values())
     registry = Registry.load(ROOT)
+    assert registry.missing(method) == ""
+    here = f"plugin {package_of(method)}"
     for preset in registry.method(method).presets:
-        assert preset.source
+        assert preset.layer == here
+        assert preset.source not in ("", here), f"{method}: {preset.match} has no source"
         config(**preset.values)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_the_catalogue_cites_the_paper(method: str) -> None:
-    entry = Registry.load(ROOT).method(method)
-    assert entry.paper
-    assert entry.url.startswith("https://")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import venv
@@ -13,18 +14,22 @@ import pytest
 from tests.helpers import ROOT
 
 pytestmark = pytest.mark.slow
+OUTSIDE = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
 METHODS = sorted(path.name for path in (ROOT / "plugins").iterdir() if path.is_dir())
 
 SCRIPT = """
 import sys, errata
 from errata.cli import main
 from errata.contract.registry import Registry
-from errata import plugins, zoo
+from errata.contract import plugins
 assert {root!r} not in errata.__file__, errata.__file__
 names = {methods!r}
-assert set(Registry.load().methods) == set(plugins.installed()) == set(names)
+registry = Registry.load()
+assert set(registry.methods) == set(plugins.installed()) == set(names)
+packages = {{name: point.module for name, point in plugins.installed().items()}}
 for name in names:
     plugins.load(name)
+    assert {{p.layer for p in registry.presets(name)}} == {{"plugin " + packages[name]}}
 from errata.datasets import atlas
 request = atlas.requests(1)[0]
 with errata.Editor("atlas-gpt2", artifacts="cache", guards={{"perplexity": "off"}}) as editor:
@@ -64,7 +69,7 @@ def test_the_wheel_from_the_sdist_is_the_wheel_from_the_checkout(
     assert "errata/registry.yaml" in content
     assert any(n.endswith("atlas-gpt2/model.safetensors") for n in content)
     for package in (ROOT / "plugins").glob("*/errata_*"):
-        assert f"{package.name}/__init__.py" in content
+        assert {f"{package.name}/__init__.py", f"{package.name}/registry.yaml"} <= content
     tracked = (ROOT / "core" / "errata").rglob("*")
     wanted = {
         str(p.relative_to(ROOT / "core")) for p in tracked
@@ -80,7 +85,9 @@ def test_it_works_where_only_the_wheel_is_installed(
     pip = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
     subprocess.run([*pip, str(archives[1])], check=True)
     script = SCRIPT.format(root=str(ROOT), methods=METHODS)
-    done = subprocess.run([str(python), "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [str(python), "-c", script], cwd=tmp_path, env=OUTSIDE, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("works\n")
 
@@ -95,12 +102,12 @@ def test_the_third_party_plugin_installs_and_keeps_the_contract(
     subprocess.run([*pip, "--no-build-isolation", str(plugin)], check=True)
     listing = subprocess.run(
         [str(python), "-m", "errata.cli", "methods", "constrained-ft"],
-        cwd=tmp_path, capture_output=True, text=True, check=True,
+        cwd=tmp_path, env=OUTSIDE, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "epsilon" in listing.stdout
     done = subprocess.run(
         [str(python), "-m", "pytest", "-p", "no:cacheprovider", str(plugin / "tests")],
-        cwd=tmp_path, capture_output=True, text=True,
+        cwd=tmp_path, env=OUTSIDE, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed" in done.stdout

@@ -109,7 +109,7 @@ class Editor:
         registry: Registry | None = None,
         progress: Progress | None = None,
     ) -> None:
-        self.registry = registry or Registry.load(plugin_files=plugins.registry_files())
+        self.registry = registry or Registry.load()
         guarding = Guards(GuardPolicy.parse(guards))
         preparation = Preparation(training)
         self._access = Access()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,20 @@ import pytest
 from pydantic import Field
 
 from errata import MethodConfig
-from errata.contract.registry import Layer, Registry, read_yaml
+from errata.contract.layers import Layer
+from errata.contract.registry import Registry
 from errata.errors import ConfigError, PluginError, UnknownNameError
 
 METHOD = {
     "title": "T", "family": "intrinsic", "delta_kind": "dense",
     "capabilities": {"kinds": ["modify"], "architectures": ["decoder"]},
+}  # fmt: skip
+
+
+PARTS = {
+    "layout": "out_in", "blocks": "h", "mlp": "mlp", "mlp_in": ["in"], "mlp_out": "out",
+    "attention": "attn", "attention_in": ["qkv"], "attention_out": "o", "embedding": "e",
+    "head": "head",
 }  # fmt: skip
 
 
@@ -78,30 +87,188 @@ def test_a_bad_value_names_where_it_was_set() -> None:
         registry.resolve("m", Config, {})
 
 
+PRESET = {"match": {"model_type": "gpt2"}, "values": {"layer": 1}}
+
+
 @pytest.mark.parametrize(
-    "data",
+    ("data", "said"),
     [
-        {"metods": {}},
-        {"methods": {"m": {**METHOD, "familly": "x"}}},
-        {"methods": {"m": {**METHOD, "family": "x"}}},
-        {"methods": ["m"]},
-        {"methods": {"m": {**METHOD, "presets": [{"match": {"size": 1}, "values": {}}]}}},
+        ({"metods": {}}, "Did you mean 'methods'"),
+        ({"methods": ["m"]}, "methods must map names"),
+        ({"methods": {"m": None}}, "methods must map names"),
+        ({"methods": {5: METHOD}}, "methods must map names"),
+        ({"methods": {"m": {**METHOD, "familly": "x"}}}, "Did you mean 'family'"),
+        ({"methods": {"m": {**METHOD, "family": "x"}}}, "family"),
+        ({"methods": {"m": {**METHOD, "title": ["x"]}}}, "title"),
+        ({"methods": {"m": {**METHOD, "capabilities": 5}}}, "capabilities"),
+        ({"methods": {"m": {**METHOD, "capabilities": {"bach": True}}}}, "Did you mean 'batch'"),
+        ({"methods": {"m": {**METHOD, "defaults": 5}}}, r"methods\.m\.defaults must map"),
+        ({"methods": {"m": {**METHOD, "presets": 5}}}, r"methods\.m\.presets must be a list"),
+        ({"methods": {"m": {**METHOD, "presets": PRESET}}}, r"methods\.m\.presets must be a list"),
+        ({"methods": {"m": {**METHOD, "presets": [5]}}}, r"presets\.0 must have"),
+        ({"methods": {"m": {**METHOD, "presets": [{"match": {}}]}}}, r"presets\.0.*values"),
+        ({"methods": {"m": {**METHOD, "presets": [{**PRESET, "valeus": {}}]}}}, "'values'"),
+        ({"methods": {"m": {**METHOD, "presets": [{**PRESET, "match": 5}]}}}, "match"),
+        ({"methods": {"m": {**METHOD, "presets": [{**PRESET, "values": [1]}]}}}, "values"),
+        ({"methods": {"m": {**METHOD, "presets": [{**PRESET, "match": {"nam": "x"}}]}}}, "'name'"),
+        (
+            {"methods": {"m": {**METHOD, "presets": [{**PRESET, "match": {"n_layers": "2"}}]}}},
+            "a whole number",
+        ),
+        ({"architectures": 5}, "architectures must map names"),
+        ({"architectures": {"a": {**PARTS, "mpl": "x"}}}, "Did you mean 'mlp'"),
+        ({"architectures": {"a": {**PARTS, "encoder": {"bloks": "x"}}}}, "Did you mean 'blocks'"),
+        ({"architectures": {"a": {**PARTS, "variants": [{"wen": {}}]}}}, "Did you mean 'when'"),
+        (
+            {"architectures": {"a": {**PARTS, "variants": [{"values": {"haed": "x"}}]}}},
+            "Did you mean 'head'",
+        ),
+        (
+            {"architectures": {"a": {**PARTS, "variants": [
+                {"when": {"x": 1}, "values": {"layout": "up"}}]}}},
+            r"a\.variants\.0.*layout",
+        ),
+        ({"architectures": {"a": {**PARTS, "layout": "up"}}}, "layout"),
+        ({"architectures": {"a": {"blocks": "x"}}}, "layout"),
     ],
-)
-def test_unknown_keys_and_values_are_errors(data: dict) -> None:
-    with pytest.raises(ConfigError):
-        merged(data).resolve("m", Config, {})
+)  # fmt: skip
+def test_unknown_keys_and_wrong_shapes_are_errors_at_load(data: dict, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        merged(data)
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["!!python/object/apply:os.system ['true']", "a: [", "- a list", "a: !tag b"],
-)
-def test_a_file_that_is_not_plain_yaml_is_refused(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "registry.yaml"
-    path.write_text(text)
-    with pytest.raises(ConfigError, match=r"registry\.yaml"):
-        read_yaml(path)
+def test_capabilities_merge_key_by_key() -> None:
+    catalogue = {k: v for k, v in METHOD.items() if k != "capabilities"}
+    registry = merged(
+        {"methods": {"m": catalogue}},
+        {"methods": {"m": {"capabilities": METHOD["capabilities"], "summary": "S"}}},
+        {"methods": {"m": {"capabilities": {"batch": True}}}},
+    )
+    entry = registry.method("m")
+    assert (entry.title, entry.summary) == ("T", "S")
+    assert entry.capabilities.kinds == ("modify",)
+    assert entry.capabilities.batch
+
+
+# -- what a plugin's file may say ------------------------------------------------------------------
+
+SHIPPED = Layer("shipped", {"methods": {"m": METHOD}, "architectures": {"a": PARTS}}, "shipped")
+
+
+def with_plugin(data: dict, *more: Layer) -> Registry:
+    plugin = Layer("plugin errata_n", data, "plugin", ("n", "n2"))
+    return Registry.merge([SHIPPED, plugin, *more], installed=("m", "n", "n2"))
+
+
+def test_a_plugins_file_describes_its_own_methods() -> None:
+    registry = with_plugin({"methods": {"n": METHOD, "n2": METHOD}})
+    assert set(registry.methods) == {"m", "n", "n2"}
+
+
+@pytest.mark.parametrize("stanza", [{"defaults": {"lr": 9}}, {"title": "mine"}, METHOD, {}])
+def test_a_plugins_file_may_not_speak_of_another_method(stanza: dict) -> None:
+    with pytest.raises(ConfigError, match=r"plugin errata_n.*\(n, n2\), not of 'm'"):
+        with_plugin({"methods": {"n": METHOD, "m": stanza}})
+
+
+def test_the_users_file_may_set_values_of_every_method() -> None:
+    user = Layer("mine", {"methods": {"m": {"defaults": {"lr": 2}}, "n": {"title": "N"}}}, "user")
+    registry = with_plugin({"methods": {"n": METHOD}}, user)
+    assert registry.resolve("m", Config, {})[0].lr == 2
+    assert registry.method("n").title == "N"
+
+
+def test_a_plugins_file_adds_architectures_and_changes_none() -> None:
+    other = {**PARTS, "head": "another"}
+    assert with_plugin({"architectures": {"b": other}}).architectures["b"]["head"] == "another"
+    assert with_plugin({"architectures": {"a": PARTS}}).architectures["a"] == PARTS
+    with pytest.raises(ConfigError, match=r"plugin errata_n: architectures\.a"):
+        with_plugin({"architectures": {"a": other}})
+    user = Layer("mine", {"architectures": {"a": {"head": "another"}}}, "user")
+    assert with_plugin({}, user).architectures["a"] == other
+
+
+def install(folder: Path, methods: Sequence[str], stanzas: str) -> None:
+    """Write a stranger's package with its metadata into a folder of sys.path."""
+    package = folder / "errata_stranger"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('it is found, not imported')\n")
+    (package / "registry.yaml").write_text(stanzas)
+    info = folder / "errata_stranger-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: errata-stranger\nVersion: 1.0\n")
+    points = "".join(f"{name} = errata_stranger:Method\n" for name in methods)
+    (info / "entry_points.txt").write_text(f"[errata.methods]\n{points}")
+
+
+def test_an_installed_file_about_anothers_method_is_refused_and_can_be_disabled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from errata.contract import plugins
+
+    install(tmp_path, ["one", "two"], "methods: {rome: {defaults: {layer: 9}}}")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(
+        ConfigError, match=r"errata_stranger.*\(one, two\), not of 'rome'"
+    ) as caught:
+        Registry.load(tmp_path)
+    way_out = str(caught.value).rpartition("ERRATA_DISABLE=")[2]
+    monkeypatch.setenv(plugins.DISABLE, way_out)
+    assert "rome" in Registry.load(tmp_path).methods
+
+
+def test_a_package_may_describe_a_method_that_is_disabled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from errata.contract import plugins
+
+    install(tmp_path, ["one", "two"], "methods: {one: {title: 1st}, two: {title: 2nd}}".replace(
+        "title", "family: merge, delta_kind: dense, capabilities: {kinds: [modify], "
+        "architectures: [decoder]}, title"))  # fmt: skip
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv(plugins.DISABLE, "two")
+    assert Registry.load(tmp_path).method("one").title == "1st"
+
+
+# -- methods that nobody describes -----------------------------------------------------------------
+
+
+def test_an_installed_method_without_a_stanza_is_named_by_what_is_missing() -> None:
+    registry = Registry.merge([SHIPPED], installed=("m", "bare"))
+    with pytest.raises(ConfigError, match=r"'bare'.*lacks title, family, delta_kind, capabilities"):
+        registry.method("bare")
+    assert "lacks title" in registry.missing("bare")
+    assert registry.missing("m") == ""
+    config, _ = registry.resolve("bare", Config, {}, {"layer": 2})
+    assert (config.layer, config.lr) == (2, 0.5)
+
+
+def test_values_for_a_method_without_a_full_stanza_are_kept() -> None:
+    some = Layer("mine", {"methods": {"bare": {"title": "B", "defaults": {"lr": 3}}}}, "user")
+    registry = Registry.merge([SHIPPED, some], installed=("m", "bare"))
+    with pytest.raises(ConfigError, match="lacks family, delta_kind, capabilities"):
+        registry.method("bare")
+    assert registry.resolve("bare", Config, {})[0].lr == 3
+
+
+def test_a_file_that_misspells_a_method_gets_a_suggestion(tmp_path: Path) -> None:
+    (tmp_path / "registry.yaml").write_text("methods: {roem: {defaults: {layer: 3}}}")
+    with pytest.raises(ConfigError, match=r"registry\.yaml: methods: .*Did you mean 'rome'"):
+        Registry.load(tmp_path)
+
+
+def test_a_disabled_method_leaves_the_rest_of_the_catalogue(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ERRATA_DISABLE", "rome")
+    registry = Registry.load(tmp_path)
+    assert "rome" not in registry.methods
+    assert "memit" in registry.methods
+    with pytest.raises(ConfigError, match="lacks capabilities"):
+        registry.method("rome")
+
+
+# -- files -----------------------------------------------------------------------------------------
 
 
 def test_the_project_layer_is_read_from_the_folder(tmp_path: Path) -> None:

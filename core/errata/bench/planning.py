@@ -26,7 +26,7 @@ from errata.errors import CapabilityError, ConfigError
 
 if TYPE_CHECKING:
     from errata.bench.worker import Worker
-    from errata.contract.registry import Capabilities
+    from errata.contract.stanzas import Capabilities
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def check(spec: RunSpec) -> dict[str, Capabilities]:
     Needs no model: methods, hyper-parameters, datasets, protocols and the regime are looked at.
     """
     config = spec.config
-    registry = Registry.load(plugin_files=plugins.registry_files())
+    registry = Registry.load()
     entries: dict[str, Capabilities] = {}
     for number, variant in enumerate(config.methods):
         loaded = plugins.load(variant.method)

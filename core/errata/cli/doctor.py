@@ -121,12 +121,11 @@ def _registry(problems: list[str]) -> dict[str, Any]:
     from errata.contract.registry import Registry, user_file
 
     try:
-        registry = Registry.load(plugin_files=plugins.registry_files())
+        registry = Registry.load()
     except ErrataError as error:
         problems.append(str(error))
         return {"layers": [], "user_file": str(user_file())}
-    missing = sorted(set(plugins.installed()) - set(registry.methods))
-    problems += [f"no registry file describes the installed method {name!r}" for name in missing]
+    problems += [registry.missing(name) for name in plugins.installed() if registry.missing(name)]
     return {
         "layers": [layer.source for layer in registry.layers],
         "user_file": str(user_file()),

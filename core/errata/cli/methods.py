@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,7 +22,8 @@ from errata.errors import ConfigError, UnknownNameError
 
 if TYPE_CHECKING:
     from errata.contract.config import MethodConfig
-    from errata.contract.registry import MethodEntry, Preset, Value
+    from errata.contract.registry import Value
+    from errata.contract.stanzas import MethodEntry, Preset
 
 PANEL = "Catalogue and environment"
 HOOKS = tuple(name for name in vars(Specification) if not name.startswith("_"))
@@ -62,11 +64,11 @@ def methods(
     The values are those for the model of --model or of the ledger; its weights are not loaded.
     """
     points = plugins.installed()
-    registry = Registry.load(plugin_files=plugins.registry_files())
+    registry = Registry.load()
     if name is None:
         _list(session, points, registry)
         return
-    if name not in points and name not in registry.methods:
+    if name not in points and name not in _described(registry):
         raise UnknownNameError("method", name, points)
     if name not in points:
         raise ConfigError(
@@ -81,7 +83,7 @@ def methods(
 
 def _list(session: Session, points: dict[str, EntryPoint], registry: Registry) -> None:
     rows = [_row(name, point, registry.methods.get(name)) for name, point in points.items()]
-    absent = sorted(set(registry.methods) - set(points))
+    absent = sorted(_described(registry) - set(points))
     if session.json:
         session.emit({"methods": rows, "described_but_not_installed": absent})
         return
@@ -99,7 +101,7 @@ def _list(session: Session, points: dict[str, EntryPoint], registry: Registry) -
             Text(row["name"], style="accent"),
             row["family"] or "–",
             row["delta_kind"] or "–",
-            row["status"] or "not in the registry",
+            row["status"] or "not described",
             ", ".join(row["kinds"]) or "–",
             ", ".join(row["implements"]) or "not readable",
             Text(row["distribution"], style="muted"),
@@ -108,6 +110,11 @@ def _list(session: Session, points: dict[str, EntryPoint], registry: Registry) -
     for name in absent:
         session.show(Text(f"{name}: in the registry, not installed", style="muted"))
     session.show(Text("\nOne method in full: errata methods NAME", style="muted"))
+
+
+def _described(registry: Registry) -> set[str]:
+    """Return the names of all methods that some registry file speaks of."""
+    return {*registry.methods, *registry.incomplete}
 
 
 def _row(name: str, point: EntryPoint, entry: MethodEntry | None) -> dict[str, Any]:
@@ -131,30 +138,54 @@ def _row(name: str, point: EntryPoint, entry: MethodEntry | None) -> dict[str, A
 
 
 def implements(point: EntryPoint) -> list[str]:
-    """Return the hooks that a plugin implements, read from its source: nothing is imported.
+    """Return the hooks that a plugin implements, inherited ones too, read from its source.
 
-    A plugin imports torch, which takes seconds; a list of methods should not.
+    Nothing is imported: a plugin imports torch, which takes seconds, and a list should not.
     """
-    module, name = point.module, point.attr
-    for _ in range(3):  # the class itself, or a module that re-exports it
-        tree = _source(module)
-        if tree is None:
-            return []
-        for node in tree.body:
-            if isinstance(node, ast.ClassDef) and node.name == name:
-                marked = {name for name in map(_hook_name, node.body) if name}
-                return [hook for hook in HOOKS if hook in marked]
-        for node in tree.body:
-            if isinstance(node, ast.ImportFrom):
-                found = [alias for alias in node.names if (alias.asname or alias.name) == name]
-                if found:
-                    inside = [module.rpartition(".")[0] or module] if node.level else []
-                    module, name = ".".join([*inside, node.module or ""]).strip("."), found[0].name
-                    break
-    return []
+    marked = _marked(point.module, point.attr)
+    return [hook for hook in HOOKS if hook in marked]
 
 
-def _source(module: str) -> ast.Module | None:
+def _marked(module: str, name: str, steps: int = 8) -> set[str]:
+    """Return the marked methods of a class and its bases, followed through at most `steps` files.
+
+    `name` is the class itself or what a module re-exports it as.
+    """
+    source = _source(module)
+    if source is None or not steps:
+        return set()
+    for node in source.tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            own = {item.name for item in node.body if isinstance(item, ast.FunctionDef)}
+            marked = {hook for hook in map(_hook_name, node.body) if hook}
+            for base in node.bases:
+                if isinstance(base, ast.Name) and base.id != name:
+                    marked |= _marked(module, base.id, steps - 1) - own
+            return marked
+    for node in source.tree.body:
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                if (alias.asname or alias.name) == name:
+                    return _marked(source.absolute(node), alias.name, steps - 1)
+    return set()
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A module's syntax tree, and the package that its relative imports start from."""
+
+    tree: ast.Module
+    package: str
+
+    def absolute(self, node: ast.ImportFrom) -> str:
+        """Return the full name of the module that an import statement names."""
+        if not node.level:
+            return node.module or ""
+        parts = self.package.split(".")
+        return ".".join([*parts[: len(parts) - node.level + 1], *filter(None, [node.module])])
+
+
+def _source(module: str) -> _Source | None:
     """Parse a module without importing its package."""
     top, *rest = module.split(".")
     try:
@@ -167,8 +198,9 @@ def _source(module: str) -> ast.Module | None:
     if rest:
         path = path.parent.joinpath(*rest)
         path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     try:
-        return ast.parse(path.read_text(encoding="utf-8"))
+        return _Source(ast.parse(path.read_text(encoding="utf-8")), package)
     except (OSError, SyntaxError, UnicodeDecodeError):
         return None
 
@@ -185,7 +217,7 @@ def _hook_name(node: ast.stmt) -> str:
 
 
 def _one(session: Session, name: str, registry: Registry, overrides: dict[str, Any]) -> None:
-    entry = registry.method(name)
+    entry, missing = registry.methods.get(name), registry.missing(name)
     model = session.model or session.remembered().get("name")
     with session.status(f"Loading {name}"):
         config: type[MethodConfig] = plugins.load(name).config
@@ -196,22 +228,23 @@ def _one(session: Session, name: str, registry: Registry, overrides: dict[str, A
         session.emit(
             {
                 **row,
-                "summary": entry.summary,
-                "capabilities": entry.capabilities.model_dump(mode="json"),
+                "summary": entry.summary if entry else None,
+                "capabilities": entry.capabilities.model_dump(mode="json") if entry else None,
+                "missing": missing or None,
                 "model": facts or None,
                 "hyper_parameters": [
                     {"name": v.name, "value": _json(v.value), "layer": v.layer,
                      "source": v.source, "description": v.description}
                     for v in resolved
                 ],
-                "presets": [preset.model_dump(mode="json") for preset in entry.presets],
+                "presets": [p.model_dump(mode="json") for p in registry.presets(name)],
             }
         )  # fmt: skip
         return
-    session.show(*_about(name, entry, row))
+    session.show(*(_about(name, entry, row) if entry else _undescribed(name, missing, row)))
     shown = f"for {facts['name']}" if facts else "for an unknown model; name one with --model"
     session.show("", render.heading("Hyper-parameters", shown), *_values(resolved))
-    others = [preset for preset in entry.presets if preset.match]
+    others = [preset for preset in registry.presets(name) if preset.match]
     if others:
         session.show("", *_presets(others, facts))
 
@@ -235,10 +268,22 @@ def _about(name: str, entry: MethodEntry, row: dict[str, Any]) -> list[Any]:
                 ("models", ", ".join(can.architectures)),
                 ("works", f"{batch}, {sequence}"),
                 ("needs", ", ".join(can.needs) or "nothing beforehand"),
-                ("implements", ", ".join(row["implements"]) or "not readable from its source"),
-                ("from", f"{row['distribution']}, {row['object']}"),
+                *_package(row),
             ]
         ),
+    ]
+
+
+def _undescribed(name: str, missing: str, row: dict[str, Any]) -> list[Any]:
+    """Return what can be shown of a method that no registry file describes in full."""
+    note = Text(f"{missing} Until then it edits nothing.", style="warn")
+    return [render.heading(name, "not described"), note, "", render.facts(_package(row))]
+
+
+def _package(row: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [
+        ("implements", ", ".join(row["implements"]) or "not readable from its source"),
+        ("from", f"{row['distribution']}, {row['object']}"),
     ]
 
 

@@ -9,7 +9,7 @@ from errata.errors import CapabilityError, RequestError
 from errata.model.tokens import encode_targets, subject_span
 
 if TYPE_CHECKING:
-    from errata.contract.registry import MethodEntry
+    from errata.contract.stanzas import MethodEntry
     from errata.edits.request import Request
     from errata.model.model import Model
 

@@ -11,12 +11,12 @@ from errata.contract.manager import Manager
 from errata.contract.meter import Meter
 from errata.edits.outcome import PeakMemoryReading
 from errata.edits.request import parse_requests
-from errata.errors import ErrataError
 
 if TYPE_CHECKING:
     from errata.contract.config import MethodConfig
     from errata.contract.preparation import Preparation
-    from errata.contract.registry import MethodEntry, Registry, Value
+    from errata.contract.registry import Registry, Value
+    from errata.contract.stanzas import MethodEntry
     from errata.edits.delta import Delta
     from errata.edits.request import Request
     from errata.model.model import Model
@@ -90,14 +90,9 @@ class Methods:
         """Return the registry's entry of an installed method.
 
         Raises `UnknownNameError` for a misspelt name, `PluginError` for a broken package, and
-        `ErrataError` for a method that no registry file describes.
+        `ConfigError` for a method that no registry file describes in full.
         """
         self.plugin(name)
-        if name not in self._registry.methods:
-            raise ErrataError(
-                f"The method {name!r} is installed but no registry file describes it: ship a "
-                f"registry.yaml with the stanza methods.{name} beside its package."
-            )
         return self._registry.method(name)
 
     def locating(self, name: str = "") -> Manager:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points
 from importlib.metadata import version as distribution_version
@@ -32,6 +33,8 @@ def installed() -> dict[str, EntryPoint]:
         if point.name in blocked:
             continue
         other = found.setdefault(point.name, point)
+        if other is point:  # reading metadata for a distribution's name takes milliseconds
+            continue
         if other.value != point.value or _distribution(other) != _distribution(point):
             raise PluginError(
                 f"Two packages provide a method named {point.name!r}: {_distribution(other)} "
@@ -41,14 +44,31 @@ def installed() -> dict[str, EntryPoint]:
     return dict(sorted(found.items()))
 
 
-def registry_files() -> list[tuple[str, Path]]:
-    """Return (distribution, path) of the registry file of every plugin that brings one.
+@dataclass(frozen=True)
+class RegistryFile:
+    """The registry file that a plugin brings.
 
-    It lies beside the plugin's package `__init__`; the package is found, not imported.
+    Attributes:
+        package: the plugin's top-level package; the file lies beside its `__init__`.
+        path: of the file.
+        methods: every method that the package provides, disabled ones too, in order of name.
     """
-    files: dict[Path, str] = {}
-    for point in installed().values():
-        package = point.module.partition(".")[0]
+
+    package: str
+    path: Path
+    methods: tuple[str, ...]
+
+
+def registry_files() -> list[RegistryFile]:
+    """Return the registry file of every package of an installed method that has one.
+
+    Packages are found, not imported.
+    """
+    provided: dict[str, set[str]] = {}
+    for point in entry_points(group=METHODS):
+        provided.setdefault(_package(point), set()).add(point.name)
+    files = []
+    for package in dict.fromkeys(map(_package, installed().values())):
         try:
             spec = importlib.util.find_spec(package)
         except (ImportError, ValueError):
@@ -56,8 +76,8 @@ def registry_files() -> list[tuple[str, Path]]:
         for folder in (spec.submodule_search_locations or []) if spec else []:
             path = Path(folder) / "registry.yaml"
             if path.is_file():
-                files.setdefault(path, _distribution(point))
-    return [(name, path) for path, name in files.items()]
+                files.append(RegistryFile(package, path, tuple(sorted(provided[package]))))
+    return files
 
 
 def load(name: str) -> Any:
@@ -119,6 +139,10 @@ def library_versions(method: str) -> Mapping[str, str]:
         except PackageNotFoundError:
             continue
     return MappingProxyType(found)
+
+
+def _package(point: EntryPoint) -> str:
+    return point.module.partition(".")[0]
 
 
 def _distribution(point: EntryPoint) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from errata.contract import plugins
 from errata.contract.purity import Snapshot
-from errata.contract.registry import MethodEntry
+from errata.contract.stanzas import MethodEntry
 from errata.datasets import atlas
 from errata.editor import Editor
 from errata.edits.edit import Edit
@@ -73,7 +73,7 @@ class MethodContract:
         """The method's stanza of the registry."""
         from errata.contract.registry import Registry
 
-        return Registry.load(plugin_files=plugins.registry_files()).method(self.method)
+        return Registry.load().method(self.method)
 
     def requests(self, n: int) -> list[Request]:
         """Return n cases about n different subjects."""

@@ -1,0 +1,94 @@
+"""What a registry says about one method: its paper, what it can do, and presets for models."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from errata.edits.request import Kind
+from errata.errors import UnknownNameError
+
+Architecture = Literal["decoder", "encoder-decoder", "encoder"]
+MATCH_KEYS = ("model_type", "n_layers", "hidden_size", "name", "variant")
+NUMBERS = ("n_layers", "hidden_size")
+
+
+class _Stanza(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Capabilities(_Stanza):
+    """What a method can do. The core checks requests and models against it."""
+
+    kinds: tuple[Kind, ...] = Field(description="Kinds of request it carries out")
+    batch: bool = Field(default=False, description="Takes several requests at once")
+    default_batch: int | None = Field(
+        default=1, ge=1, description="Requests per call when none is said; null: all at once"
+    )
+    sequential: bool = Field(default=True, description="Can edit a model that is already edited")
+    architectures: tuple[Architecture, ...] = Field(description="Kinds of transformer it edits")
+    needs: tuple[str, ...] = Field(default=(), description="second_moment, training …")
+    edits_work: float = Field(
+        default=0.9, ge=0, le=1, description="Least share of single edits that take effect"
+    )
+    retains: float = Field(
+        default=0.0, ge=0, le=1, description="Least share of 20 edits in sequence that still hold"
+    )
+
+
+class Preset(_Stanza):
+    """Hyper-parameters for the models that `match`.
+
+    All keys must match; name is a glob pattern, and of several values in a list one must match.
+    variant is not the model's but the method's hyper-parameter of that name.
+    """
+
+    match: dict[str, str | int | tuple[str | int, ...]] = Field(default_factory=dict)
+    values: dict[str, Any]
+    source: str = Field(default="", description="Where the numbers come from")
+    layer: str = Field(default="", description="The registry file it stands in; set when merging")
+
+    @field_validator("match")
+    @classmethod
+    def _can_match(cls, match: dict[str, Any]) -> dict[str, Any]:
+        for key, wanted in match.items():
+            if key not in MATCH_KEYS:
+                raise ValueError(str(UnknownNameError("preset match key", key, MATCH_KEYS)))
+            for choice in wanted if isinstance(wanted, tuple) else (wanted,):
+                if isinstance(choice, int) != (key in NUMBERS):
+                    kind = "a whole number" if key in NUMBERS else "text"
+                    raise ValueError(f"{key} = {choice!r} matches nothing: give {kind}")
+        return match
+
+    def fits(self, facts: Mapping[str, Any]) -> bool:
+        """Say whether a model (and the method's variant) with these facts is meant."""
+        for key, wanted in self.match.items():
+            given = facts.get(key)
+            choices = wanted if isinstance(wanted, tuple) else (wanted,)
+            if key == "name":
+                name = str(given).lower()
+                if not any(fnmatch.fnmatch(name, str(choice).lower()) for choice in choices):
+                    return False
+            elif given not in choices:
+                return False
+        return True
+
+
+class MethodEntry(_Stanza):
+    """What the catalogue says about one method."""
+
+    title: str
+    summary: str = ""
+    paper: str = ""
+    url: str = ""
+    family: Literal["external", "merge", "intrinsic"]
+    delta_kind: str
+    status: Literal["stable", "experimental"] = Field(
+        default="stable", description="How well tried it is"
+    )
+    capabilities: Capabilities
+    defaults: dict[str, Any] = Field(default_factory=dict, description="Values for every model")
+    presets: tuple[Preset, ...] = ()
