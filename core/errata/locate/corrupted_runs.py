@@ -225,8 +225,8 @@ class CorruptedRuns:
         """Run `copies` of the corrupted runs again, from a block and a column on.
 
         Args:
-            changes: module path → change of its output (`errata.model.forward.patched`), for modules
-                of that block and above. They see column c of the prompt at c - `column`.
+            changes: module path → change of its output (`errata.model.forward.patched`), for
+                modules of that block and above. They see column c of the prompt at c - `column`.
             layer: first block that runs; `n_layers` runs the head only.
             column: first column.
             copies: rows are copies times samples, copies outermost.
