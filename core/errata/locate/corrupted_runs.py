@@ -26,8 +26,8 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from errata.locate.partial import joining, narrowed
-from errata.locate.result import KINDS
+from errata.locate.partial_forward import joining, narrowed
+from errata.locate.trace_result import KINDS
 from errata.model.forward import Seen, answered, patched
 from errata.model.forward import trace as capture
 from errata.model.forward.resume import KeptLayer, accepted, chosen, reuses_keys

@@ -17,7 +17,7 @@ import torch
 
 from errata.locate.causal_trace import Tracer, as_request
 from errata.locate.corrupted_runs import CorruptedRuns
-from errata.locate.result import CausalTrace
+from errata.locate.trace_result import CausalTrace
 from errata.locate.trace_settings import Kind, Score, ScreenSettings, Side, parse_settings
 from errata.locate.traced_prompt import traced_prompt
 from errata.model.forward import frozen, patched
