@@ -450,7 +450,7 @@ def test_cases_measured_together_are_told_apart(tmp_path: Path) -> None:
             assert one.value == pytest.approx(other.value, rel=1e-4, abs=1e-6), one.metric
             assert (one.n, one.case_ids, one.protocol) == (other.n, other.case_ids, other.protocol)
             assert one.answers == other.answers
-    measuring.save_memory(tmp_path / "memory.json", memory, "f")
-    assert measuring.load_memory(tmp_path / "memory.json", "f") == memory
+    measuring.save_answers(tmp_path / "memory.json", memory, "f")
+    assert measuring.load_answers(tmp_path / "memory.json", "f") == memory
     with pytest.raises(IntegrityError, match="another model"):
-        measuring.load_memory(tmp_path / "memory.json", "g")
+        measuring.load_answers(tmp_path / "memory.json", "g")

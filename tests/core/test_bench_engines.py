@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from errata import bench
 from errata.bench.engines import (
     TRIES,
-    Handle,
-    Message,
-    Pool,
-    as_error,
-    described,
+    WorkerHandle,
+    WorkerMessage,
+    WorkerPool,
+    received_error,
+    sent_error,
     threads_each,
 )
 from errata.bench.run_spec import RunSpec
@@ -126,7 +126,7 @@ def test_no_job_makes_no_sense() -> None:
 def test_an_error_crosses_processes_with_its_message(
     error: Exception, kind: type[Exception]
 ) -> None:
-    there = as_error(described(error))
+    there = received_error(sent_error(error))
     assert type(there) is kind
     assert str(error) in str(there)
 
@@ -140,16 +140,16 @@ def test_threads_are_divided() -> None:
 # -- what a pool does about deaths, without processes ----------------------------------------------
 
 
-class Scripted(Pool):
+class Scripted(WorkerPool):
     """Workers that write every line at once, except that some keys kill them."""
 
     def __init__(self, jobs: int, deadly: dict[str, int]) -> None:
         super().__init__(jobs)
         self.deadly = deadly  # key → how often it kills
         self.started: list[WorkUnit] = []
-        self._said: dict[Handle, list[Message]] = {}
+        self._said: dict[WorkerHandle, list[WorkerMessage]] = {}
 
-    def _start(self, spec: RunSpec) -> Handle:
+    def _start(self, spec: RunSpec) -> WorkerHandle:
         pool = self
 
         class Puppet:
@@ -160,24 +160,24 @@ class Scripted(Pool):
             def stop(self) -> None:
                 pool._said.pop(self, None)
 
-            def finish(self) -> Message:
-                return Message("done")
+            def finish(self) -> WorkerMessage:
+                return WorkerMessage("done")
 
         return Puppet()
 
-    def script(self, spec: RunSpec, unit: WorkUnit) -> Iterator[Message]:
+    def script(self, spec: RunSpec, unit: WorkUnit) -> Iterator[WorkerMessage]:
         for key in keys_of(spec, unit):
             if key in unit.done:
                 continue
             if key not in unit.given_up and self.deadly.get(key, 0):
                 self.deadly[key] -= 1
-                yield Message("gone", "killed")
+                yield WorkerMessage("gone", "killed")
                 return
             kind = "failure" if key in unit.given_up else "case"
-            yield Message("line", {"key": key, "kind": kind})
-        yield Message("done")
+            yield WorkerMessage("line", {"key": key, "kind": kind})
+        yield WorkerMessage("done")
 
-    def _wait(self, handles: Sequence[Handle]) -> list[tuple[Handle, Message]]:
+    def _wait(self, handles: Sequence[WorkerHandle]) -> list[tuple[WorkerHandle, WorkerMessage]]:
         return [(handle, self._said[handle].pop(0)) for handle in handles]
 
 
@@ -229,8 +229,8 @@ def test_before_a_case_is_given_up_it_is_tried_with_care(spec: RunSpec) -> None:
 
 def test_workers_that_all_die_at_once_end_the_run(spec: RunSpec) -> None:
     class Stillborn(Scripted):
-        def script(self, spec: RunSpec, unit: WorkUnit) -> Iterator[Message]:
-            yield Message("gone", "killed")
+        def script(self, spec: RunSpec, unit: WorkUnit) -> Iterator[WorkerMessage]:
+            yield WorkerMessage("gone", "killed")
 
     with pytest.raises(ErrataError, match=r"in a row.*fewer --jobs"):
         list(

@@ -186,7 +186,7 @@ def test_runtime_edits_do_not_run_on_recorded_states(
 ) -> None:
     expected = trace(tiny, REQUEST, samples=2).scores
 
-    runtime = SimpleNamespace(delta=SimpleNamespace(runtime=True))
+    runtime = SimpleNamespace(id="0" * 12, delta=SimpleNamespace(effects={"attach"}))
     calls: list[int] = []
     block = tiny.module.get_submodule(tiny.anatomy.mlp(0))
     monkeypatch.setattr(tiny.stack, "_entries", [runtime])
@@ -281,7 +281,9 @@ def test_severing_only_matters_above_the_restored_layer(tiny: Model) -> None:
         ({"severed": "mlpp"}, UnknownNameError, "Did you mean 'mlp'"),
         ({"severed": "mlp", "kind": "mlp"}, ConfigError, "needs kind='hidden'"),
         ({"samples": 0}, ConfigError, "at least 1"),
-        ({"window": 0}, ConfigError, "at least 1"),
+        ({"window": 0}, ConfigError, "window=0: must be at least 1"),
+        ({"noise": 0.0}, ConfigError, "noise=0.0: must be above 0"),
+        ({"sample": 3}, UnknownNameError, "Did you mean 'samples'"),
         ({"noise": torch.zeros(2, 3)}, ConfigError, "noise has shape"),
         ({"noise_subjects": [""]}, ConfigError, "have no tokens"),
     ],

@@ -122,6 +122,12 @@ def test_averages_of_relations_replacements_and_estimates(knowing: Editor) -> No
         average(knowing.model, requests, variants=("hidden-mlp",), screening=True)
     with pytest.raises(UnknownNameError, match="Did you mean 'hidden'"):
         average(knowing.model, requests, variants=("hiden",))
+    with pytest.raises(UnknownNameError, match="setting of an average 'answer'"):
+        average(knowing.model, requests, answer="Paris")
+    with pytest.raises(UnknownNameError, match="Did you mean 'subject'"):
+        average(knowing.model, requests, corrupt="subjects")
+    with pytest.raises(ConfigError, match="is a number"):
+        average(knowing.model, requests, noise=torch.zeros(1, 1, 1))
 
 
 def test_encoders_are_averaged_with_their_mask(cache: Path) -> None:

@@ -90,7 +90,7 @@ def test_lens_sweep_and_weight_changes(tiny: Model) -> None:
             transposed=True)}))
         for i, id_ in enumerate("ab")
     ]  # fmt: skip
-    groups = {entry.edit_id: [entry] for entry in entries}
+    groups = {entry.id: [entry] for entry in entries}
     found = weight_diff(tiny, [], entries, groups=groups, names=("base", "now"))
     assert "base → now" in words(plots.weight_changes(found))
     assert "lower left: read" in words(plots.overlap_map(found))

@@ -53,7 +53,7 @@ def files(tiny: Model, tmp_path: Path) -> dict[str, Path]:
                                                  transposed=True)}))
         for i, id_ in enumerate("ab")
     ]  # fmt: skip
-    changed = weight_diff(tiny, [], entries, groups={e.edit_id: [e] for e in entries},
+    changed = weight_diff(tiny, [], entries, groups={e.id: [e] for e in entries},
                           names=("base", "now"))  # fmt: skip
     similar = rsim([[{1}, {1}], [{2}, {3}]], lambda a, b: float(a == b), protocol="rsim: by hand")
     found: dict[str, dict[str, Any]] = {

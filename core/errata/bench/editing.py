@@ -91,7 +91,7 @@ def edit_case(
         if wanted:
             can = editor.registry.method(method).capabilities
             size = len(wanted) if can.batch and len(wanted) > 1 else None
-            with repeatable(seed):
+            with seeded(seed):
                 known += editor.edit(wanted, method=method, config=config, batch_size=size)
     except EditRefused as problem:
         refused = problem.reason
@@ -99,7 +99,7 @@ def edit_case(
         raise
     except Exception as problem:
         logger.debug("A case failed", exc_info=True)
-        error = describe(problem)
+        error = error_text(problem)
     wall = time.perf_counter() - started
     if refused is not None or error is not None:
         left = [edit_id for edit_id in editor.model.stack.ids if edit_id not in former]
@@ -114,13 +114,13 @@ def edit_case(
     )
 
 
-def describe(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     """Return an error in one line: its type and what it says."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
 
 
 @contextmanager
-def repeatable(seed: str) -> Iterator[None]:
+def seeded(seed: str) -> Iterator[None]:
     """Start the global random generators from a seed for the block, and put them back after it.
 
     Methods seed generators of their own from their configuration. One that draws from the global

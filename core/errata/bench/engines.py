@@ -64,14 +64,14 @@ class SerialEngine:
             worker.close()
 
 
-class Message(NamedTuple):
+class WorkerMessage(NamedTuple):
     """What a worker process says: a line, that a unit is done, an error, or that it is gone."""
 
     kind: Literal["line", "done", "error", "gone"]
     content: Any = None
 
 
-class Handle(Protocol):
+class WorkerHandle(Protocol):
     """One worker elsewhere."""
 
     def send(self, unit: WorkUnit) -> None:
@@ -82,12 +82,12 @@ class Handle(Protocol):
         """End it now, whatever it does."""
         ...
 
-    def finish(self) -> Message:
+    def finish(self) -> WorkerMessage:
         """Let it check its model and end by itself; return its last word."""
         ...
 
 
-class Pool:
+class WorkerPool:
     """An engine with several workers that may die: what engines on processes share.
 
     A subclass says how a worker is started and how one waits for several.
@@ -100,19 +100,19 @@ class Pool:
         if jobs < 1:
             raise errors.ConfigError(f"jobs={jobs} makes no sense: give 1 or more.")
         self.jobs = jobs
-        self._idle: list[Handle] = []
+        self._idle: list[WorkerHandle] = []
 
-    def _start(self, spec: RunSpec) -> Handle:
+    def _start(self, spec: RunSpec) -> WorkerHandle:
         raise NotImplementedError
 
-    def _wait(self, handles: Sequence[Handle]) -> list[tuple[Handle, Message]]:
+    def _wait(self, handles: Sequence[WorkerHandle]) -> list[tuple[WorkerHandle, WorkerMessage]]:
         """Block until one of the workers says something."""
         raise NotImplementedError
 
     def run(self, spec: RunSpec, units: Sequence[WorkUnit]) -> Generator[Line, None, None]:
         """Yield the lines of units as they come; a worker that dies is replaced."""
         waiting = deque(_Attempt(unit) for unit in units)
-        busy: dict[Handle, _Attempt] = {}
+        busy: dict[WorkerHandle, _Attempt] = {}
         deaths = 0  # since anybody said anything
         try:
             while waiting or busy:
@@ -135,7 +135,7 @@ class Pool:
                         del busy[handle]
                         self._idle.append(handle)
                     elif message.kind == "error":
-                        raise as_error(message.content)
+                        raise received_error(message.content)
                     else:
                         waiting.appendleft(busy.pop(handle).again(spec, str(message.content)))
                         handle.stop()
@@ -149,7 +149,7 @@ class Pool:
         last = [handle.finish() for handle in idle]
         for message in last:
             if message.kind == "error":
-                raise as_error(message.content)
+                raise received_error(message.content)
 
 
 class _Attempt:
@@ -194,13 +194,13 @@ class _Attempt:
         return self
 
 
-def described(error: BaseException) -> tuple[str, str]:
+def sent_error(error: BaseException) -> tuple[str, str]:
     """Return what is sent of an error: not every exception survives being pickled."""
     return type(error).__name__, str(error)
 
 
-def as_error(content: tuple[str, str]) -> errors.ErrataError:
-    """Return the error a worker described, of its own class where that takes a message alone."""
+def received_error(content: tuple[str, str]) -> errors.ErrataError:
+    """Return the error that a worker sent, of its own class where that takes a message alone."""
     name, message = content
     kind = getattr(errors, name, None)
     if isinstance(kind, type) and issubclass(kind, errors.ErrataError):

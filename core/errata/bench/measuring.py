@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errata.bench.run_spec import Case, name_of
+from errata.bench.run_spec import Case, case_name
 from errata.errors import IntegrityError, StorageError
 from errata.evaluate import PROTOCOLS, Baseline, Measurement, Reader, TargetScore
 from errata.evaluate.pooling import harmonic_mean
@@ -32,7 +32,7 @@ def measure(
     if not protocols:
         return [[] for _ in cases]
     found = editor.evaluate(requests_of(cases), protocols, baseline=baseline)
-    return [found] if len(cases) == 1 else split(found, cases)
+    return [found] if len(cases) == 1 else of_each_case(found, cases)
 
 
 def measure_base(
@@ -40,11 +40,11 @@ def measure_base(
 ) -> tuple[list[list[Measurement]], KnownAnswers]:
     """Measure the unedited model; return each case's numbers and everything it answered."""
     memory = KnownAnswers()
-    found = capture(editor, requests_of(cases), protocols, settings, memory)
-    return ([found] if len(cases) == 1 else split(found, cases)), memory
+    found = measure_unedited(editor, requests_of(cases), protocols, settings, memory)
+    return ([found] if len(cases) == 1 else of_each_case(found, cases)), memory
 
 
-def capture(
+def measure_unedited(
     editor: Editor,
     requests: Sequence[Request],
     protocols: Sequence[str],
@@ -73,9 +73,9 @@ def capture(
     return found
 
 
-def split(found: Sequence[Measurement], cases: Sequence[Case]) -> list[list[Measurement]]:
+def of_each_case(found: Sequence[Measurement], cases: Sequence[Case]) -> list[list[Measurement]]:
     """Return the measurements of each case by itself, as if it had been measured alone."""
-    names = [name_of(case) for case in cases]
+    names = [case_name(case) for case in cases]
     own: dict[str, list[Measurement]] = {name: [] for name in names}
     for item in found:
         if item.of:
@@ -111,15 +111,15 @@ def requests_of(cases: Iterable[Case]) -> list[Request]:
     return [request for case in cases for request in case]
 
 
-def apart(cases: Sequence[Case]) -> bool:
+def told_apart_by_name(cases: Sequence[Case]) -> bool:
     """Say whether cases can be told apart by their names."""
-    return len({name_of(case) for case in cases}) == len(cases)
+    return len({case_name(case) for case in cases}) == len(cases)
 
 
 # -- what the base answered, on disk ---------------------------------------------------------------
 
 
-def save_memory(path: Path, memory: KnownAnswers, fingerprint: str) -> None:
+def save_answers(path: Path, memory: KnownAnswers, fingerprint: str) -> None:
     """Write what the base answered; floats come back bit for bit."""
     data = {
         "schema": SCHEMA,
@@ -135,7 +135,7 @@ def save_memory(path: Path, memory: KnownAnswers, fingerprint: str) -> None:
     write_bytes(path, json.dumps(data).encode())
 
 
-def load_memory(path: Path, fingerprint: str) -> KnownAnswers:
+def load_answers(path: Path, fingerprint: str) -> KnownAnswers:
     """Read what the base answered; an empty memory where nothing was kept.
 
     Raises `IntegrityError` for a file that is damaged or of another model.
@@ -163,7 +163,7 @@ def load_memory(path: Path, fingerprint: str) -> KnownAnswers:
         ) from None
 
 
-def added(memory: KnownAnswers, known: KnownAnswers) -> KnownAnswers:
+def answers_beyond(memory: KnownAnswers, known: KnownAnswers) -> KnownAnswers:
     """Return what a memory has beyond another."""
     return KnownAnswers(
         texts={k: v for k, v in memory.texts.items() if k not in known.texts},
@@ -173,7 +173,7 @@ def added(memory: KnownAnswers, known: KnownAnswers) -> KnownAnswers:
     )
 
 
-def copied(memories: Iterable[KnownAnswers]) -> KnownAnswers:
+def joined_answers(memories: Iterable[KnownAnswers]) -> KnownAnswers:
     """Return one memory of several; what is added to it stays out of them.
 
     Each measurement gets its own copy, so that what one case adds changes no other's batches.

@@ -124,7 +124,7 @@ def plan(
         ConfigError, UnknownNameError, CapabilityError: it cannot be run.
     """
     spec = RunSpec(BenchConfig.parse(config), None if directory is None else Path(directory))
-    entries = check(spec)
+    entries = check_run(spec)
     kinds: dict[str, str] = {}
     costs: dict[str, CaseCost] = {}
     source = ""
@@ -133,7 +133,7 @@ def plan(
         kinds, costs = there.kinds, known_costs(there)
         source = f"the cases that {directory} holds" if costs else ""
     if probe:
-        costs.update(probed(spec, probe))
+        costs.update(timed_sample(spec, probe))
         source = f"{probe} timed case{'s' if probe > 1 else ''} per variant"
     labels = (BASE, *(variant.label for variant in spec.config.methods))
     units: dict[str, list[WorkUnit]] = {label: [] for label in labels}
@@ -186,7 +186,7 @@ def _column(
 # -- can it be done --------------------------------------------------------------------------------
 
 
-def check(spec: RunSpec) -> dict[str, Capabilities]:
+def check_run(spec: RunSpec) -> dict[str, Capabilities]:
     """Raise for what cannot be run; return each variant's declared capabilities by its label.
 
     Needs no model: methods, hyper-parameters, datasets, protocols and the regime are looked at.
@@ -265,7 +265,7 @@ def known_costs(results: Any) -> dict[str, CaseCost]:
     }
 
 
-def probed(spec: RunSpec, count: int) -> dict[str, CaseCost]:
+def timed_sample(spec: RunSpec, count: int) -> dict[str, CaseCost]:
     """Carry out a few cases of each variant on the base; return what they took."""
     from errata.bench.worker import Worker
 

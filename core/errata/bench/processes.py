@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
 from errata.bench.config import BenchConfig
-from errata.bench.engines import Handle, Message, Pool, described, threads_each
+from errata.bench.engines import WorkerHandle, WorkerMessage, WorkerPool, sent_error, threads_each
 from errata.bench.run_spec import RunSpec
 from errata.errors import ErrataError
 
@@ -26,7 +26,7 @@ logger = logging.getLogger("errata")
 FINISH = 60.0  # seconds for the last check of a model
 
 
-class ProcessEngine(Pool):
+class ProcessEngine(WorkerPool):
     """Several spawned processes; lines come back through pipes.
 
     A program that uses it must be importable: as everywhere with spawned processes, start it
@@ -41,12 +41,12 @@ class ProcessEngine(Pool):
         super().__init__(jobs)
         self._threads = threads
 
-    def _start(self, spec: RunSpec) -> Handle:
+    def _start(self, spec: RunSpec) -> WorkerHandle:
         if self._threads is None:
             self._threads = threads_each(self.jobs, os.environ)
         return _Process(spec, self._threads)
 
-    def _wait(self, handles: Sequence[Handle]) -> list[tuple[Handle, Message]]:
+    def _wait(self, handles: Sequence[WorkerHandle]) -> list[tuple[WorkerHandle, WorkerMessage]]:
         processes = [handle for handle in handles if isinstance(handle, _Process)]
         ready = set(wait([process.connection for process in processes]))
         return [(one, one.receive()) for one in processes if one.connection in ready]
@@ -72,15 +72,15 @@ class _Process:
         except OSError:  # it died while it was idle: `receive` says so
             logger.debug("A worker was gone before its unit")
 
-    def receive(self) -> Message:
+    def receive(self) -> WorkerMessage:
         try:
-            message: Message = self.connection.recv()
+            message: WorkerMessage = self.connection.recv()
         except (EOFError, OSError):
             self._process.join(5)
             code = self._process.exitcode
             if code is not None and code < 0:
-                return Message("gone", f"killed by {signal.Signals(-code).name}")
-            return Message("gone", f"exit code {code}")
+                return WorkerMessage("gone", f"killed by {signal.Signals(-code).name}")
+            return WorkerMessage("gone", f"exit code {code}")
         return message
 
     def stop(self) -> None:
@@ -90,8 +90,8 @@ class _Process:
         self.connection.close()
         self._process.close()
 
-    def finish(self) -> Message:
-        last = Message("gone")
+    def finish(self) -> WorkerMessage:
+        last = WorkerMessage("gone")
         try:
             self.connection.send(None)
             if self.connection.poll(FINISH):
@@ -126,16 +126,16 @@ def _serve(
         worker = Worker(RunSpec(config, directory))
         while (unit := connection.recv()) is not None:
             for line in carry_out(worker, unit):
-                connection.send(Message("line", line))
-            connection.send(Message("done"))
+                connection.send(WorkerMessage("line", line))
+            connection.send(WorkerMessage("done"))
         worker.close()
-        connection.send(Message("done"))
+        connection.send(WorkerMessage("done"))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         os._exit(1)  # the parent is gone
     except Exception as error:
         if not isinstance(error, ErrataError):
             logger.error("A worker failed", exc_info=True)
-        connection.send(Message("error", described(error)))
+        connection.send(WorkerMessage("error", sent_error(error)))
 
 
 def _end_with_the_parent() -> None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from errata.bench.engines import Handle, Message, Pool, described, threads_each
+from errata.bench.engines import WorkerHandle, WorkerMessage, WorkerPool, sent_error, threads_each
 from errata.errors import MissingExtraError
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from errata.bench.work_units import WorkUnit
 
 
-class RayEngine(Pool):
+class RayEngine(WorkerPool):
     """Ray actors, one model each; lines come back as they are made.
 
     Without a cluster a local one is started and stopped again. On a cluster the run's directory
@@ -45,7 +45,7 @@ class RayEngine(Pool):
         self._threads = threads
         self._ours = False
 
-    def _start(self, spec: RunSpec) -> Handle:
+    def _start(self, spec: RunSpec) -> WorkerHandle:
         if not self._ray.is_initialized():
             self._initialise()
         if self._threads is None:
@@ -74,7 +74,7 @@ class RayEngine(Pool):
             )
         self._ours = True
 
-    def _wait(self, handles: Sequence[Handle]) -> list[tuple[Handle, Message]]:
+    def _wait(self, handles: Sequence[WorkerHandle]) -> list[tuple[WorkerHandle, WorkerMessage]]:
         remote = [handle for handle in handles if isinstance(handle, _Remote)]
         ready, _ = self._ray.wait([one.lines for one in remote], num_returns=1, fetch_local=False)
         return [(one, one.receive()) for one in remote if any(one.lines is r for r in ready)]
@@ -99,26 +99,26 @@ class _Remote:
     def send(self, unit: WorkUnit) -> None:
         self.lines = self._actor.carry_out.options(num_returns="streaming").remote(unit)
 
-    def receive(self) -> Message:
+    def receive(self) -> WorkerMessage:
         try:
             kind, content = self._ray.get(next(self.lines))
         except StopIteration:
-            return Message("done")
+            return WorkerMessage("done")
         except self._ray.exceptions.RayActorError as error:
-            return Message("gone", " ".join(str(error).split())[:200])
-        return Message(kind, content)
+            return WorkerMessage("gone", " ".join(str(error).split())[:200])
+        return WorkerMessage(kind, content)
 
     def stop(self) -> None:
         self._ray.kill(self._actor)
 
-    def finish(self) -> Message:
+    def finish(self) -> WorkerMessage:
         try:
             kind, content = self._ray.get(self._actor.close.remote())
         except self._ray.exceptions.RayActorError:
-            return Message("gone")
+            return WorkerMessage("gone")
         finally:
             self.stop()
-        return Message(kind, content)
+        return WorkerMessage(kind, content)
 
 
 class _Actor:
@@ -143,12 +143,12 @@ class _Actor:
             for line in carry_out(self._worker, unit):
                 yield "line", line
         except Exception as error:
-            yield "error", described(error)
+            yield "error", sent_error(error)
 
     def close(self) -> tuple[str, Any]:
         """Check that the model is its base again."""
         try:
             self._worker.close()
         except Exception as error:
-            return "error", described(error)
+            return "error", sent_error(error)
         return "done", None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from errata.bench.config import BASE
 from errata.bench.results import SCHEMA, Line
-from errata.bench.run_spec import Case, RunSpec, name_of
+from errata.bench.run_spec import Case, RunSpec, case_name
 from errata.bench.work_units import key_of
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Place:
+class LinePlace:
     """Where in a run a line belongs.
 
     Attributes:
@@ -63,7 +63,7 @@ class Place:
 
 def case_line(
     spec: RunSpec,
-    place: Place,
+    place: LinePlace,
     case: Case,
     found: Sequence[Measurement],
     outcome: CaseOutcome | None,
@@ -83,7 +83,7 @@ def case_line(
     now = outcome is not None and place.stage != "checkpoint"
     return {
         **place.fields(spec, "case"),
-        "case_id": name_of(case),
+        "case_id": case_name(case),
         "requests": [r.model_dump(mode="json", exclude_defaults=True) for r in case],
         "edit": None if outcome is None else edit_json(outcome),
         "measurements": [item.as_json(cases=True) for item in found],
@@ -108,7 +108,9 @@ def edit_json(outcome: CaseOutcome) -> dict[str, Any]:
     }
 
 
-def state_line(spec: RunSpec, place: Place, found: Sequence[Measurement], seconds: float) -> Line:
+def state_line(
+    spec: RunSpec, place: LinePlace, found: Sequence[Measurement], seconds: float
+) -> Line:
     """Return the line of a model as a whole."""
     return {
         **place.fields(spec, "state"),
@@ -122,11 +124,11 @@ def state_line(spec: RunSpec, place: Place, found: Sequence[Measurement], second
     }
 
 
-def failure_line(spec: RunSpec, place: Place, case: Case | None, error: str) -> Line:
+def failure_line(spec: RunSpec, place: LinePlace, case: Case | None, error: str) -> Line:
     """Return the line of a case (or a state, without one) that could not be carried out."""
     return {
         **place.fields(spec, "failure"),
-        "case_id": None if case is None else name_of(case),
+        "case_id": None if case is None else case_name(case),
         "requests": [
             r.model_dump(mode="json", exclude_defaults=True) for r in (case if case else ())
         ],

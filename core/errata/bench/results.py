@@ -49,7 +49,7 @@ class RunDirectory:
             for number, raw in enumerate(handle, start=1):
                 if not raw.endswith(b"\n"):
                     return
-                line = checked(raw, f"{path}:{number}")
+                line = checked_line(raw, f"{path}:{number}")
                 if line["key"] in seen:
                     raise IntegrityError(f"{path}:{number}: the key {line['key']!r} is there twice")
                 seen.add(line["key"])
@@ -106,7 +106,7 @@ def write_info(folder: Path, info: Mapping[str, Any]) -> None:
     write_bytes(folder / INFO, (text + "\n").encode("utf-8", "backslashreplace"))
 
 
-def checked(raw: bytes, where: str) -> Line:
+def checked_line(raw: bytes, where: str) -> Line:
     """Return the JSON of one line; raise `IntegrityError` saying what is wrong with it."""
     try:
         line = json.loads(raw)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errata.bench.records import machine, timestamp, versions
-from errata.bench.results import RESULTS, SCHEMA
+from errata.bench.results import SCHEMA
 from errata.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -120,11 +120,6 @@ def differences(there: Any, here: Any, where: str = "") -> Iterator[str]:
             yield from differences(there.get(key), here.get(key), place)
     elif there != here:
         yield f"{where}: {_short(there)} there, {_short(here)} here"
-
-
-def describe_folder(folder: Path) -> str:
-    """Return how a run in a folder is gone on with, for people."""
-    return f"{folder / RESULTS} keeps every finished case; the same command goes on from there."
 
 
 def _short(value: Any) -> str:

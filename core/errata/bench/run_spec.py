@@ -65,7 +65,7 @@ class RunSpec:
         key = (dataset, seed if self.config.shuffle else 0)
         if key not in self._cases:
             spec = self.config.datasets[dataset]
-            found = chosen(self.datasets[dataset], spec, spec.limit or self.config.limit)
+            found = selected_cases(self.datasets[dataset], spec, spec.limit or self.config.limit)
             if not found:
                 raise ConfigError(f"The dataset {spec.title!r} gives no case to run.")
             if self.config.shuffle:
@@ -127,7 +127,7 @@ class RunSpec:
         """Texts that methods prepare with; in the regime cross-domain they carry `requests`."""
         if self.config.train is not None:
             spec = self.config.train
-            cases = chosen(open_dataset(spec, spec.limit), spec, spec.limit)
+            cases = selected_cases(open_dataset(spec, spec.limit), spec, spec.limit)
             if not cases:
                 raise ConfigError(f"The training data {spec.title!r} holds no case.")
             return TrainingTexts(request for case in cases for request in case)
@@ -243,7 +243,7 @@ def open_dataset(spec: DatasetSpec, limit: int | None) -> Dataset:
     )
 
 
-def chosen(dataset: Dataset, spec: DatasetSpec, limit: int | None) -> list[Case]:
+def selected_cases(dataset: Dataset, spec: DatasetSpec, limit: int | None) -> list[Case]:
     """Return the first `limit` cases (all when None) that the specification lets through."""
     if not spec.distinct_subjects:
         return list(dataset.cases(limit))
@@ -271,6 +271,6 @@ def read_corpus(path: Path) -> list[str]:
     return documents
 
 
-def name_of(case: Case) -> str:
+def case_name(case: Case) -> str:
     """Return a case's id as measurements carry it: its case_id, else part of its digest."""
     return case[0].case_id or case[0].digest[:12]

@@ -9,7 +9,7 @@ from typing import Any
 
 from errata.bench.config import BenchConfig
 from errata.bench.engines import Engine, SerialEngine
-from errata.bench.planning import check
+from errata.bench.planning import check_run
 from errata.bench.results import (
     INFO,
     RESULTS,
@@ -64,7 +64,7 @@ def run(
     progress = progress or Progress()
     engine = engine or SerialEngine(progress)
     try:
-        check(spec)
+        check_run(spec)
         made = _run(spec, engine, progress, on_line)
     except BaseException:
         with suppress(Exception):  # the error that is on its way says more

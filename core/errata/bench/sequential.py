@@ -12,9 +12,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from errata.bench.editing import CaseOutcome
-from errata.bench.records import Place, failure_line
+from errata.bench.records import LinePlace, failure_line
 from errata.bench.results import Line, locked
-from errata.bench.run_spec import Item, name_of
+from errata.bench.run_spec import Item, case_name
 from errata.bench.work_units import WorkUnit, immediate_key, key_of
 from errata.errors import IntegrityError
 from errata.model.storage import make_folder
@@ -62,10 +62,12 @@ class _Stream:
     def _immediate(self, call: range, left: Collection[int]) -> Iterator[Line]:
         """Measure the cases that were edited in one call, those that are left."""
         unit, spec = self.unit, self.spec
-        place: dict[Item, Place] = {}
+        place: dict[Item, LinePlace] = {}
         for position in call:
             item, key = unit.items[position], immediate_key(spec, unit, position)
-            where = Place(unit.variant, item.dataset, unit.seed, "immediate", call.stop, position)
+            where = LinePlace(
+                unit.variant, item.dataset, unit.seed, "immediate", call.stop, position
+            )
             error = self.outcomes[position].error or unit.given_up.get(key)
             if error is None:
                 place[item] = where
@@ -88,7 +90,7 @@ class _Stream:
         for chunk in spec.chunks(list(place)):
             wanted = [
                 (
-                    Place(unit.variant, i.dataset, unit.seed, "checkpoint", step, place[i]),
+                    LinePlace(unit.variant, i.dataset, unit.seed, "checkpoint", step, place[i]),
                     i,
                     self.outcomes[place[i]],
                 )
@@ -111,7 +113,7 @@ class _Stream:
         for dataset in sorted({item.dataset for item in place}):
             key = key_of(spec, unit.variant, dataset, unit.seed, "checkpoint", step, None)
             if spec.whole(dataset) and key not in unit.done:
-                where = Place(unit.variant, dataset, unit.seed, "checkpoint", step, None)
+                where = LinePlace(unit.variant, dataset, unit.seed, "checkpoint", step, None)
                 if key in unit.given_up:
                     yield failure_line(spec, where, None, unit.given_up[key])
                     continue
@@ -120,7 +122,7 @@ class _Stream:
 
     # -- edits -----------------------------------------------------------------------------------
 
-    def _outcome(self, place: Place) -> CaseOutcome:
+    def _outcome(self, place: LinePlace) -> CaseOutcome:
         assert place.index is not None
         return self.outcomes[place.index]
 
@@ -141,7 +143,7 @@ class _Stream:
             outcome = self.worker.edit(unit.variant, unit.seed, items, self._unclaimed())
         detail = {
             "position": call.start,
-            "cases": [name_of(spec.case(unit.items[p], unit.seed)) for p in call],
+            "cases": [case_name(spec.case(unit.items[p], unit.seed)) for p in call],
             "errors": {str(position): error for position, error in errors.items()},
             **outcome.as_json(),
         }
@@ -172,10 +174,10 @@ class _Stream:
             call = range(start, start + len(cases))
             for position, name in zip(call, cases, strict=True):
                 case = self.spec.case(self.unit.items[position], self.unit.seed)
-                if name != name_of(case):
+                if name != case_name(case):
                     raise IntegrityError(
                         f"The ledger {self.editor.ledger.where} has {name!r} as case {position} "
-                        f"of its stream, not {name_of(case)!r}: it is of another run."
+                        f"of its stream, not {case_name(case)!r}: it is of another run."
                     )
             found.update(_shared(call, errors, CaseOutcome.from_json(detail)))
         return found

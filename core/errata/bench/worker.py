@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errata.bench import measuring
-from errata.bench.editing import FATAL, CaseOutcome, describe, edit_case
-from errata.bench.records import Place, case_line, failure_line, state_line
+from errata.bench.editing import FATAL, CaseOutcome, edit_case, error_text
+from errata.bench.records import LinePlace, case_line, failure_line, state_line
 from errata.bench.results import Line
-from errata.bench.run_spec import CHUNK, Case, Item, RunSpec, name_of
+from errata.bench.run_spec import CHUNK, Case, Item, RunSpec, case_name
 from errata.bench.work_units import WorkUnit, key_of, state_of_batch
 from errata.contract import plugins
 from errata.contract.capabilities import check_capabilities, check_prompts
@@ -148,7 +148,7 @@ class Worker:
         protocols, settings = spec.protocols(dataset), spec.settings(dataset, seed)
         items = [item for item in unit.items if self._key(unit, item) not in unit.given_up]
         cases = [spec.case(item, seed) for item in items]
-        together = not unit.careful and measuring.apart(cases)
+        together = not unit.careful and measuring.told_apart_by_name(cases)
         groups = [list(range(len(cases)))] if together else [[i] for i in range(len(cases))]
         kept: list[KnownAnswers] = []
         while groups:
@@ -167,7 +167,7 @@ class Worker:
                     continue
                 place = self._place(unit, items[group[0]])
                 yield from self._unwritten(
-                    unit, [failure_line(spec, place, mine[0], describe(error))]
+                    unit, [failure_line(spec, place, mine[0], error_text(error))]
                 )
                 continue
             kept.append(memory)
@@ -185,7 +185,7 @@ class Worker:
     def base_state(self, unit: WorkUnit) -> Iterator[Line]:
         """Measure the unedited model as a whole."""
         spec, (dataset, seed) = self.spec, (unit.dataset, unit.seed)
-        place = Place(-1, dataset, seed, "base", 0, None)
+        place = LinePlace(-1, dataset, seed, "base", 0, None)
         started = time.perf_counter()
         if unit.given_up:
             yield failure_line(spec, place, None, next(iter(unit.given_up.values())))
@@ -193,7 +193,7 @@ class Worker:
         try:
             items = [Item(dataset, number) for number in range(len(spec.cases(dataset, seed)))]
             known, baseline = self.baseline(seed, items), self.baseline(seed, items)
-            found = measuring.capture(
+            found = measuring.measure_unedited(
                 self.editor,
                 measuring.requests_of(spec.cases(dataset, seed)),
                 spec.whole(dataset),
@@ -203,16 +203,18 @@ class Worker:
         except FATAL:
             raise
         except Exception as error:
-            yield failure_line(spec, place, None, describe(error))
+            yield failure_line(spec, place, None, error_text(error))
             return
-        self._keep(dataset, seed, None, [measuring.added(baseline.memory, known.memory)])
+        self._keep(dataset, seed, None, [measuring.answers_beyond(baseline.memory, known.memory)])
         yield state_line(spec, place, found, time.perf_counter() - started)
 
     def _keep(
         self, dataset: int, seed: int, chunk: int | None, memories: list[KnownAnswers]
     ) -> None:
         path = self._memory_path(dataset, seed, chunk)
-        measuring.save_memory(path, measuring.copied(memories), self.editor.model.fingerprint)
+        measuring.save_answers(
+            path, measuring.joined_answers(memories), self.editor.model.fingerprint
+        )
         self.memory.cache_clear()
 
     def _memory_path(self, dataset: int, seed: int, chunk: int | None) -> Any:
@@ -222,7 +224,7 @@ class Worker:
 
     def _memory(self, dataset: int, seed: int, chunk: int | None) -> KnownAnswers:
         path = self._memory_path(dataset, seed, chunk)
-        return measuring.load_memory(path, self.editor.model.fingerprint)
+        return measuring.load_answers(path, self.editor.model.fingerprint)
 
     def baseline(self, seed: int, items: Sequence[Item], whole: bool = False) -> Baseline:
         """Return what the base answers to these cases (of one dataset), in a copy of its own."""
@@ -233,7 +235,7 @@ class Worker:
         return Baseline(
             self.editor.model.fingerprint,
             self.spec.settings(dataset, seed),
-            measuring.copied(memories),
+            measuring.joined_answers(memories),
         )
 
     # -- edit, measure, revert -------------------------------------------------------------------
@@ -302,7 +304,7 @@ class Worker:
             [request for item in items for request in self.spec.edited(item, seed)],
             method=self.spec.config.methods[variant].method,
             config=self.spec.overrides(variant, seed),
-            seed=f"{seed}:{name_of(self.spec.case(items[0], seed))}",
+            seed=f"{seed}:{case_name(self.spec.case(items[0], seed))}",
             before=before,
         )
         return dataclasses.replace(outcome, shared=len(items))
@@ -310,14 +312,14 @@ class Worker:
     def measured(
         self,
         unit: WorkUnit,
-        wanted: Sequence[tuple[Place, Item, CaseOutcome]],
+        wanted: Sequence[tuple[LinePlace, Item, CaseOutcome]],
     ) -> Iterator[Line]:
         """Measure cases of one dataset together on the model as it stands; yield their lines."""
         spec = self.spec
         items = [item for _, item, _ in wanted]
         cases = [spec.case(item, unit.seed) for item in items]
         protocols = spec.protocols(items[0].dataset)
-        if len(cases) > 1 and (unit.careful or not measuring.apart(cases)):
+        if len(cases) > 1 and (unit.careful or not measuring.told_apart_by_name(cases)):
             for one in wanted:
                 yield from self.measured(unit, [one])
             return
@@ -332,7 +334,7 @@ class Worker:
                 for one in wanted:
                     yield from self.measured(unit, [one])
                 return
-            line = failure_line(spec, wanted[0][0], cases[0], describe(error))
+            line = failure_line(spec, wanted[0][0], cases[0], error_text(error))
             yield from self._unwritten(unit, [line])
             return
         share = (time.perf_counter() - started) / len(cases)
@@ -342,7 +344,7 @@ class Worker:
         ]
         yield from self._unwritten(unit, lines)
 
-    def state(self, unit: WorkUnit, place: Place, items: Sequence[Item]) -> Line:
+    def state(self, unit: WorkUnit, place: LinePlace, items: Sequence[Item]) -> Line:
         """Measure the model as a whole, as it stands after these cases (of one dataset)."""
         spec = self.spec
         started = time.perf_counter()
@@ -356,7 +358,7 @@ class Worker:
         except FATAL:
             raise
         except Exception as error:
-            return failure_line(spec, place, None, describe(error))
+            return failure_line(spec, place, None, error_text(error))
         return state_line(spec, place, found, time.perf_counter() - started)
 
     # -- small things ----------------------------------------------------------------------------
@@ -370,12 +372,12 @@ class Worker:
             check_capabilities(method, entry, case, self.editor.model, None)
             check_prompts(self.editor.model, case)
         except Exception as error:
-            return describe(error)
+            return error_text(error)
         return ""
 
-    def _place(self, unit: WorkUnit, item: Item) -> Place:
+    def _place(self, unit: WorkUnit, item: Item) -> LinePlace:
         step = {"base": 0, "single": 1}.get(unit.work, len(unit.items))
-        return Place(unit.variant, item.dataset, unit.seed, unit.work, step, item.number)
+        return LinePlace(unit.variant, item.dataset, unit.seed, unit.work, step, item.number)
 
     def _key(self, unit: WorkUnit, item: Item) -> str:
         place = self._place(unit, item)

@@ -10,7 +10,7 @@ import typer
 
 from errata.cli import render
 from errata.cli.edits import check_method, pairs, read_requests
-from errata.cli.located import averaged, location, swept
+from errata.cli.locate_views import average_view, location_view, sweep_view
 from errata.cli.session import MODEL, Session, command
 from errata.edits.request import Request
 from errata.errors import ConfigError, RequestError, UnknownNameError
@@ -189,7 +189,7 @@ def _one(
     if session.json:
         session.emit({**found.as_json(), "pictures": [str(path) for path in drawn]})
         return
-    session.show(*location(found))
+    session.show(*location_view(found))
     say_pictures(session, drawn)
 
 
@@ -261,7 +261,7 @@ def _average(
     if session.json:
         session.emit({**found.as_json(), "pictures": [str(path) for path in drawn]})
         return
-    session.show(*averaged(found))
+    session.show(*average_view(found))
     say_pictures(session, drawn)
 
 
@@ -305,7 +305,7 @@ def _sweep(
         pictures = [str(path) for path in drawn]
         session.emit({**found.as_json(), "preset": found.preset(), "pictures": pictures})
         return
-    session.show(*swept(found))
+    session.show(*sweep_view(found))
     say_pictures(session, drawn)
 
 

@@ -21,19 +21,6 @@ BARE = "{}"
 """The context that is none; the first of every list of contexts."""
 
 
-def check_contexts(contexts: Sequence[str]) -> tuple[str, ...]:
-    """Return contexts as a tuple; raise `ConfigError` unless the bare one leads and all have {}."""
-    if not contexts or contexts[0] != BARE:
-        raise ConfigError(
-            f"contexts must begin with {BARE!r} (the prompt without a prefix), not with "
-            f"{contexts[0] if contexts else None!r}."
-        )
-    for context in contexts:
-        if context.count(BARE) != 1:
-            raise ConfigError(f"The context {context!r} must have exactly one {{}} for the prompt.")
-    return tuple(contexts)
-
-
 def prefix_contexts(
     model: Model,
     lengths: Sequence[tuple[int, int]],

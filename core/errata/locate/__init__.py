@@ -10,7 +10,6 @@ from errata.locate.lens import Trajectory, contribution_norms, logit_lens
 from errata.locate.locator import LOCATORS, CoreLocator
 from errata.locate.neurons import Attribution, KnowledgeNeurons, attribute, knowledge_neurons
 from errata.locate.rank_statistics import spearman
-from errata.locate.result import CausalTrace
 from errata.locate.screening import gradient_times_activation, screen
 from errata.locate.similarity import (
     RelativeSimilarity,
@@ -21,6 +20,7 @@ from errata.locate.similarity import (
     similarity_of,
 )
 from errata.locate.sweep import split_by_subject, sweep
+from errata.locate.trace_result import CausalTrace
 from errata.locate.trace_settings import ScreenSettings, TraceSettings
 
 __all__ = [

@@ -20,9 +20,9 @@ from errata.errors import ConfigError, RequestError, UnknownNameError
 from errata.locate.causal_trace import Tracer
 from errata.locate.corruption import embedding_std, span_std
 from errata.locate.rank_statistics import mean_intervals
-from errata.locate.result import KINDS, CausalTrace
 from errata.locate.screening import screened
 from errata.locate.spans import Span, role_order, roles, span_of
+from errata.locate.trace_result import KINDS, CausalTrace
 from errata.locate.trace_settings import Kind, Severed, TraceSettings, parse_settings
 
 if TYPE_CHECKING:

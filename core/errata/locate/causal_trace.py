@@ -14,8 +14,8 @@ from errata.errors import ConfigError
 from errata.locate.corrupted_runs import CorruptedRuns, traced_tokens
 from errata.locate.corruption import Corruption, corruption_of
 from errata.locate.restorations import Restorations
-from errata.locate.result import CausalTrace
 from errata.locate.spans import span_of, subject_tokens
+from errata.locate.trace_result import CausalTrace
 from errata.locate.trace_settings import (
     MEGABYTES,
     Kind,

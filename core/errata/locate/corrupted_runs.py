@@ -26,8 +26,8 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from errata.locate.partial import joining, narrowed
-from errata.locate.result import KINDS
+from errata.locate.partial_forward import joining, narrowed
+from errata.locate.trace_result import KINDS
 from errata.model.forward import Seen, answered, patched
 from errata.model.forward import trace as capture
 from errata.model.forward.resume import KeptLayer, accepted, chosen, reuses_keys
@@ -225,8 +225,8 @@ class CorruptedRuns:
         """Run `copies` of the corrupted runs again, from a block and a column on.
 
         Args:
-            changes: module path → change of its output (`errata.model.forward.patched`), for modules
-                of that block and above. They see column c of the prompt at c - `column`.
+            changes: module path → change of its output (`errata.model.forward.patched`), for
+                modules of that block and above. They see column c of the prompt at c - `column`.
             layer: first block that runs; `n_layers` runs the head only.
             column: first column.
             copies: rows are copies times samples, copies outermost.

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from errata.edits.request import Request
-    from errata.locate.result import CausalTrace
+    from errata.locate.trace_result import CausalTrace
     from errata.model.model import Model
 
 

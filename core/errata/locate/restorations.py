@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from errata.locate.result import STATES
+from errata.locate.trace_result import STATES
 from errata.model.forward import adding
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import torch
 
 from errata.locate.causal_trace import Tracer, as_request
 from errata.locate.corrupted_runs import CorruptedRuns
-from errata.locate.result import CausalTrace
+from errata.locate.trace_result import CausalTrace
 from errata.locate.trace_settings import Kind, Score, ScreenSettings, Side, parse_settings
 from errata.locate.traced_prompt import traced_prompt
 from errata.model.forward import frozen, patched
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 HOW = "attribution patching (first order)"
 
 
-class Probes:
+class GradientProbes:
     """Zeros that are added to module outputs, so that gradients can be taken there.
 
     Adding leaves every number as it is and works whatever a model does with the output next
@@ -82,7 +82,7 @@ def screened(tracer: Tracer, kind: Kind, window: int) -> tuple[int, Tensor]:
     """Return the width of the windows and the estimated scores (tokens, layers)."""
     runs = tracer.runs
     paths = runs.paths(kind)
-    probes = Probes(paths)
+    probes = GradientProbes(paths)
     module = runs.model.module
     with torch.enable_grad(), frozen(module), patched(module, probes.changes()):
         scores = runs.log_probability(runs.run(tracer.corruption)).exp()
@@ -131,7 +131,7 @@ def gradient_times_activation(
     given = {"kind": kind, "score": score, "side": side}
     parse_settings(ScreenSettings, given, "gradient")
     runs = CorruptedRuns(model, traced_prompt(model, request, answer), side=side, score=score)
-    probes = Probes(runs.paths(kind))
+    probes = GradientProbes(runs.paths(kind))
     with torch.enable_grad(), frozen(model.module), patched(model.module, probes.changes()):
         value = runs.log_probability(runs.run(None))
         gradients: dict[str, Any] = probes.gradients(

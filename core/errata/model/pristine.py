@@ -48,12 +48,10 @@ class Pristine:
         mapped = {} if keep == "clone" or checkpoint is None else _mapped(checkpoint)
         self._tensors: dict[str, Tensor] = {}
         self._digests: dict[str, str] = {}
-        self.mapped_bytes = 0
         for name, live in tensors.items():
             stored = _lookup(mapped, name)
             if stored is not None and _same(stored, live):
                 self._tensors[name] = stored
-                self.mapped_bytes += stored.numel() * stored.element_size()
             else:
                 self._tensors[name] = live.detach().to("cpu", copy=True)
 

@@ -24,7 +24,7 @@ FIELDS = (
 )  # fmt: skip
 
 
-def sheet(report: ReportContents) -> str:
+def as_csv(report: ReportContents) -> str:
     """Return a table with a header: one row per number, the points of curves after the tables."""
     out = io.StringIO()
     writer = csv.DictWriter(out, FIELDS, lineterminator="\n")

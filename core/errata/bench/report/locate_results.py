@@ -100,7 +100,7 @@ _HINT = "Write it with `errata locate … --json > FILE` or `errata diff … --j
 
 
 def _location(path: Path, data: Mapping[str, Any]) -> Located:
-    from errata.locate.result import CausalTrace
+    from errata.locate.trace_result import CausalTrace
     from errata.plots.style import token
 
     evidence = data["evidence"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errata.bench.config import BASE
-from errata.bench.results import INFO, RESULTS, checked, read_info
+from errata.bench.results import INFO, RESULTS, checked_line, read_info
 from errata.errors import ConfigError, IntegrityError
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def read_run(path: str | Path, *, skip_bad: bool = False) -> RunResults:
 
 def _entry(line: bytes, where: str) -> ResultEntry:
     try:
-        return ResultEntry.parse(_clean(checked(line, where)))
+        return ResultEntry.parse(_clean(checked_line(line, where)))
     except ValueError as error:
         if isinstance(error, IntegrityError):
             raise

@@ -53,9 +53,9 @@ class Report(ReportContents):
 
     def csv(self) -> str:
         """Return every number as a row of a comma-separated table with a header."""
-        from errata.bench.report.csv_json import sheet
+        from errata.bench.report.csv_json import as_csv
 
-        return sheet(self)
+        return as_csv(self)
 
     def as_json(self) -> dict[str, Any]:
         """Return the tables as plain JSON data, without single answers."""

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from errata.locate import AverageTrace, LayerSweep, Location
 
 
-def location(found: Location) -> list[Any]:
+def location_view(found: Location) -> list[Any]:
     """Return what people see of a location: the place, then the scores of every token and layer.
 
     Scores are drawn as bars of eight heights, one per layer, on a common scale from 0. Tokens
@@ -78,7 +78,7 @@ def _token(text: str) -> str:
     return text.replace("Ġ", " ").replace("▁", " ").replace("Ċ", "⏎")
 
 
-def averaged(found: AverageTrace) -> list[Any]:
+def average_view(found: AverageTrace) -> list[Any]:
     """Return what people see of average indirect effects: the total, then a table for each kind."""
     mean, low, high = found.total
     total = (
@@ -112,7 +112,7 @@ def averaged(found: AverageTrace) -> list[Any]:
     return parts
 
 
-def swept(found: LayerSweep) -> list[Any]:
+def sweep_view(found: LayerSweep) -> list[Any]:
     """Return what people see of a layer sweep: a table, how far to trust it, and the preset."""
     right: dict[str, Any] = {"justify": "right", "no_wrap": True}
     names = list(found.results[0].metrics)
