@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from errata.edits.delta import KeyValueDelta
+from errata.edits.request import Request
 from errata.errors import ConfigError
 from errata.kit.closed_form.deltas import key_values, low_rank
-from errata.kit.closed_form.layer_updates import Prompts, grouped
-from errata.kit.metric import Projection
+from errata.kit.metric import Metric, Projection
 from errata.kit.null_space import null_space
 from errata.testing import edit_with
 from errata_alphaedit import AlphaEdit, AlphaEditConfig
-from errata_alphaedit.algorithm import alphaedit, metrics_of
+from errata_alphaedit.algorithm import alphaedit, keys_of, null_spaces
 from tests.families import SENTENCES, build_model
 from tests.methods.golden import golden_model, recorded, relative, second_moment
 from tests.methods.test_memit import CONTEXTS, REQUESTS
@@ -33,39 +33,37 @@ def test_parity_with_the_authors_code_over_two_batches(tmp_path: Path) -> None:
     config = AlphaEditConfig(
         **settings, threshold=given["nullspace_threshold"], l2=given["L2"], history="none"
     )
-    P, past = {}, {}
+    P: dict[int, Metric] = {}
     for layer in config.layers or ():
         space = null_space(model, second_moment(layer), threshold=config.threshold)
         assert space.rank == about["null_space"][str(layer)]["kept_directions"]
         assert relative(space.basis @ space.basis.T, tensors[f"layer{layer}.P"]) < 1e-4
         P[layer] = Projection(space)
-        past[layer] = torch.zeros(space.size, 0).double()
+    earlier: list[Request] = []
     for number, batch in enumerate(about["batches"]):
         chosen = [requests[index] for index in batch["batch"]]
-        updates = alphaedit(model, chosen, P, config, past).updates
+        updates = alphaedit(model, chosen, P, config, dict.fromkeys(P, earlier))
         delta = low_rank(model, updates)
         for update in updates:
             want = f"b{number}.layer{update.layer}."
-            assert relative(update.K, tensors[want + "keys"]) < 1e-4
-            assert relative(update.h, tensors[want + "cur_zs"]) < 1e-4
+            assert relative(update.K.flat, tensors[want + "keys"]) < 1e-4
+            assert relative(update.h.flat, tensors[want + "cur_zs"]) < 1e-4
             factor = delta.factors[f"transformer.h.{update.layer}.mlp.c_proj.weight"]
             assert relative(factor.v @ factor.u.T, tensors[want + "dW"]) < 1e-4
         model.stack.add(edit_with(number + 1, f"{number:012x}", delta))
         # The keys of the batch count from now on, read again from the edited model.
-        prompts = Prompts(model, chosen, config.contexts or ())
-        for layer in past:
-            keys, _ = prompts.read(layer, model.anatomy.mlp_out(layer), (), False)
-            K = grouped(keys).T
-            assert relative(K, tensors[f"b{number}.layer{layer}.keys_for_cache"]) < 1e-4
-            past[layer] = torch.cat([past[layer], K], 1)
+        for layer in P:
+            K = keys_of(model, chosen, layer, config)
+            assert relative(K.flat, tensors[f"b{number}.layer{layer}.keys_for_cache"]) < 1e-4
+        earlier = earlier + chosen
 
 
 def test_nothing_is_written_outside_the_null_space(tmp_path: Path) -> None:
     model = build_model("gpt2", tmp_path, corpus=SENTENCES)
     config = AlphaEditConfig(**TINY)
-    P = metrics_of(model, config)
-    found = alphaedit(model, REQUESTS, P, config)
-    deltas = key_values(model, found.updates, P, found.slack, config)
+    P = null_spaces(model, config)
+    updates = alphaedit(model, REQUESTS, P, config, {})
+    deltas = key_values(model, updates, config, metrics=P, slack=config.l2)
     outside = torch.randn(48, 200, generator=torch.Generator().manual_seed(0)).double()
     for layer in (0, 1):
         name = model.anatomy.weight(model.anatomy.mlp_out(layer))
@@ -78,14 +76,15 @@ def test_joint_edits_are_one_batch(tmp_path: Path) -> None:
     """At one layer, a joint solution and the published batch agree: the keys are the same."""
     model = build_model("gpt2", tmp_path, corpus=SENTENCES)
     config = AlphaEditConfig(**{**TINY, "layers": (1,)})
-    P = metrics_of(model, config)
+    P = null_spaces(model, config)
     published = config.model_copy(update={"history": "none"})
-    batch = alphaedit(model, REQUESTS, P, published).updates[0]
-    found = alphaedit(model, REQUESTS, P, config)
+    (batch,) = alphaedit(model, REQUESTS, P, published, {})
     name = model.anatomy.weight(model.anatomy.mlp_out(1))
-    deltas = key_values(model, found.updates, P, found.slack, config)
+    updates = alphaedit(model, REQUESTS, P, config, {})
+    deltas = key_values(model, updates, config, metrics=P, slack=config.l2)
     (total,) = KeyValueDelta.totals(name, deltas)
-    assert relative(total, batch.R @ batch.V.T) < 1e-5
+    u, v = batch.Δ.factors
+    assert relative(total, u @ v.T) < 1e-5
 
 
 def test_the_projector_is_told_and_kept_under_the_models_fingerprint(tmp_path: Path) -> None:
@@ -112,9 +111,9 @@ def test_the_projector_is_told_and_kept_under_the_models_fingerprint(tmp_path: P
 
 def test_a_fraction_wins_over_the_threshold_and_one_is_needed(tmp_path: Path) -> None:
     model = build_model("gpt2", tmp_path, corpus=SENTENCES)
-    small = metrics_of(model, AlphaEditConfig(**{**TINY, "fraction": 0.25}))
+    small = null_spaces(model, AlphaEditConfig(**{**TINY, "fraction": 0.25}))
     assert {metric.rank for metric in small.values()} == {12}
     with pytest.raises(ConfigError, match="keeps 0 of 48"):
-        metrics_of(model, AlphaEditConfig(**{**TINY, "fraction": None, "threshold": 1e-12}))
+        null_spaces(model, AlphaEditConfig(**{**TINY, "fraction": None, "threshold": 1e-12}))
     with pytest.raises(ValueError, match="both none"):
         AlphaEditConfig(threshold=None)
