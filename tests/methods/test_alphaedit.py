@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from errata.edits.delta import KeyValueDelta
+from errata import Editor
+from errata.edits.delta import Delta, KeyValueDelta, LowRankDelta
 from errata.edits.request import Request
 from errata.errors import ConfigError
 from errata.kit.closed_form.deltas import key_values, low_rank
@@ -15,8 +16,8 @@ from errata.kit.metric import Metric, Projection
 from errata.kit.null_space import null_space
 from errata.testing import edit_with
 from errata_alphaedit import AlphaEdit, AlphaEditConfig
-from errata_alphaedit.algorithm import alphaedit, keys_of, null_spaces
-from tests.families import SENTENCES, build_model
+from errata_alphaedit.algorithm import alphaedit, earlier_requests, keys_of, null_spaces
+from tests.families import SENTENCES, build, build_model
 from tests.methods.golden import golden_model, recorded, relative, second_moment
 from tests.methods.test_memit import CONTEXTS, REQUESTS
 
@@ -117,3 +118,42 @@ def test_a_fraction_wins_over_the_threshold_and_one_is_needed(tmp_path: Path) ->
         null_spaces(model, AlphaEditConfig(**{**TINY, "fraction": None, "threshold": 1e-12}))
     with pytest.raises(ValueError, match="both none"):
         AlphaEditConfig(threshold=None)
+
+
+# -- batches as published, one after the other ---------------------------------------------------
+
+
+def test_a_published_batch_leaves_the_keys_of_earlier_ones_alone(tmp_path: Path) -> None:
+    """K_p is what the published edits that are active wrote, whoever opens the ledger again."""
+    settings = {**TINY, "layers": (1,), "history": "none", "l2": 1e-3}
+    config = AlphaEditConfig(**settings)
+
+    def opened() -> Editor:
+        module, tokenizer = build("gpt2")
+        folder = tmp_path / "ledger"
+        quiet = dict.fromkeys(("norm", "perplexity", "efficacy"), "off")
+        return Editor(
+            module, tokenizer, ledger=folder, artifacts=tmp_path, guards=quiet, corpus=SENTENCES
+        )
+
+    def change(delta: Delta) -> torch.Tensor:
+        assert isinstance(delta, LowRankDelta)
+        (factor,) = delta.factors.values()
+        return (factor.u @ factor.v.T).double()
+
+    with opened() as editor:
+        (first,) = set(editor.edit([*REQUESTS[:2]], method="alphaedit", config=settings))
+    with opened() as editor:
+        model = editor.model
+        assert earlier_requests(model, "alphaedit") == {1: [*first.requests]}
+        P = null_spaces(model, config)
+        K_p = keys_of(model, first.requests, 1, config).flat
+        unaware = low_rank(model, alphaedit(model, REQUESTS[2:], P, config, {}))
+        (second,) = editor.edit([REQUESTS[2]], method="alphaedit", config=settings)
+        assert relative(change(second.delta), change(unaware)) > 1e-2
+        assert float((change(second.delta) @ K_p).norm()) < 1e-2 * float(
+            (change(unaware) @ K_p).norm()
+        )
+        # What was taken off asks for nothing.
+        editor.revert([first, second])
+        assert earlier_requests(model, "alphaedit") == {}
