@@ -20,7 +20,6 @@ from errata.edits.request import Request
 from errata.edits.stack import Stack
 from errata.errors import CapabilityError, ConfigError, ErrataError
 from errata.kit.contexts import prefix_contexts
-from errata.kit.layer_sweep import LayerResult, LayerSweep
 from errata.kit.second_moments import SecondMoment
 from errata.kit.values import EditFailed, ValueSettings, optimise_values
 from errata.model import Model

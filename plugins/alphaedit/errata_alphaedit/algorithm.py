@@ -49,12 +49,11 @@ def null_spaces(model: Model, config: AlphaEditConfig) -> dict[int, Metric]:
 def earlier_requests(model: Model, method: str) -> dict[int, list[Request]]:
     """Return what the method's active published edits wrote into each layer, in ledger order."""
     found: dict[int, list[Request]] = {}
-    for entry in model.stack.entries:
-        edit = entry.edit
-        if edit is None or edit.method != method or edit.config.get("history") != "none":
+    for edit in model.stack.entries:
+        if edit.method != method or edit.config.get("history") != "none":
             continue
         for layer in range(model.anatomy.n_layers):
-            if model.anatomy.weight(model.anatomy.mlp_out(layer)) in entry.delta.parameters:
+            if model.anatomy.weight(model.anatomy.mlp_out(layer)) in edit.delta.parameters:
                 found.setdefault(layer, []).extend(edit.requests)
     return found
 
