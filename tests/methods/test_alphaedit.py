@@ -142,18 +142,18 @@ def test_a_published_batch_leaves_the_keys_of_earlier_ones_alone(tmp_path: Path)
         return (factor.u @ factor.v.T).double()
 
     with opened() as editor:
-        (first,) = set(editor.edit([*REQUESTS[:2]], method="alphaedit", config=settings))
+        (first,) = editor.edit(REQUESTS[:2], method="alphaedit", config=settings)
     with opened() as editor:
         model = editor.model
         assert earlier_requests(model, "alphaedit") == {1: [*first.requests]}
         P = null_spaces(model, config)
         K_p = keys_of(model, first.requests, 1, config).flat
         unaware = low_rank(model, alphaedit(model, REQUESTS[2:], P, config, {}))
-        (second,) = editor.edit([REQUESTS[2]], method="alphaedit", config=settings)
+        (second,) = editor.edit(REQUESTS[2:], method="alphaedit", config=settings)
         assert relative(change(second.delta), change(unaware)) > 1e-2
         assert float((change(second.delta) @ K_p).norm()) < 1e-2 * float(
             (change(unaware) @ K_p).norm()
         )
         # What was taken off asks for nothing.
-        editor.revert([first, second])
+        editor.revert(first, second)
         assert earlier_requests(model, "alphaedit") == {}

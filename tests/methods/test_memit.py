@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from errata.contract.purity import Snapshot
+from errata import zoo
 from errata.datasets import atlas
 from errata.edits.delta import KeyValueDelta, LowRankDelta
 from errata.edits.request import Request
@@ -260,7 +261,7 @@ def test_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
 
 
 def test_it_stops_when_the_target_comes_first_everywhere() -> None:
-    model = load_model("atlas-gpt2", architectures=architectures())
+    model = load_model(zoo.model_path("atlas-gpt2"), architectures=architectures())
     requests = atlas.requests(3)
     settings = ValueSettings(layer=1, at="block", steps=20, lr=0.3, clamp=15.0, kl_prompt=None)
 

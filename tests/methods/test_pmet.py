@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from errata import zoo
 from errata.datasets import atlas
 from errata.kit.closed_form.layer_updates import Prompts
 from errata.kit.closed_form.statistics import known_keys
@@ -74,7 +75,7 @@ def test_a_value_at_two_places_is_no_worse_than_at_one(tmp_path: Path) -> None:
 
 
 def test_it_relaxes_and_stops_once_the_target_comes_first() -> None:
-    model = load_model("atlas-gpt2", architectures=architectures())
+    model = load_model(zoo.model_path("atlas-gpt2"), architectures=architectures())
     settings = ValueSettings(layer=1, at="attention+mlp", steps=25, lr=0.2, clamp=15.0)
 
     def value(top_factor: float, top_kl: float | None) -> OptimisedValue:
