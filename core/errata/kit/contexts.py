@@ -17,21 +17,8 @@ if TYPE_CHECKING:
 
     from errata.model.model import Model
 
-BARE = "{}"
+_BARE = "{}"
 """The context that is none; the first of every list of contexts."""
-
-
-def check_contexts(contexts: Sequence[str]) -> tuple[str, ...]:
-    """Return contexts as a tuple; raise `ConfigError` unless the bare one leads and all have {}."""
-    if not contexts or contexts[0] != BARE:
-        raise ConfigError(
-            f"contexts must begin with {BARE!r} (the prompt without a prefix), not with "
-            f"{contexts[0] if contexts else None!r}."
-        )
-    for context in contexts:
-        if context.count(BARE) != 1:
-            raise ConfigError(f"The context {context!r} must have exactly one {{}} for the prompt.")
-    return tuple(contexts)
 
 
 def prefix_contexts(
@@ -71,10 +58,10 @@ def prefix_contexts(
             "edits off, or pass contexts=(…)."
         )
     generator = torch.Generator().manual_seed(seed)
-    texts = [BARE]
+    texts = [_BARE]
     for tokens, count in lengths:
         begun = [starts[index % len(starts)] for index in range(count)]
-        texts += [f"{text}. {BARE}" for text in _sample(model, begun, tokens, top_k, generator)]
+        texts += [f"{text}. {_BARE}" for text in _sample(model, begun, tokens, top_k, generator)]
     model.artifacts.save(key, {"count": torch.tensor(len(texts))}, {"texts": texts})
     return tuple(texts)
 

@@ -66,8 +66,8 @@ def layer_of(model: Model, config: RomeConfig) -> int:
     layer = config.for_model(model.anatomy).layer
     if not isinstance(layer, int):
         raise ConfigError(
-            "layer 'auto' takes the layer from a sweep, which the editor does before it calls the "
-            "method: go through `Editor`, or name the layer."
+            "layer 'auto' is resolved by the editor, from a sweep (`errata locate --sweep`): go "
+            "through `Editor`, or name the layer."
         )
     return layer
 

@@ -37,8 +37,8 @@ def layers_of(model: Model, config: ClosedFormConfig) -> tuple[int, ...]:
     layers = config.for_model(model.anatomy).layers
     if layers is None or layers == "auto":
         raise ConfigError(
-            "layers 'auto' takes the layers from a sweep, which the editor does before it calls "
-            "the method: go through `Editor`, or name the layers."
+            "layers 'auto' is resolved by the editor, from a sweep (`errata locate --sweep`): go "
+            "through `Editor`, or name the layers."
         )
     return layers
 
