@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from errata.contract.purity import Snapshot
 from errata import zoo
+from errata.contract.purity import Snapshot
 from errata.datasets import atlas
 from errata.edits.delta import KeyValueDelta, LowRankDelta
 from errata.edits.request import Request
