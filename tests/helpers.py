@@ -6,8 +6,16 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+
+from errata.kit.metric import Whitening
+from errata.kit.second_moments import SecondMoment
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+GOLDEN = ROOT / "tests" / "golden"
+"""What the authors' code of published methods and metrics gave on one small model."""
 
 
 def shared_path(*parts: str) -> Path:
@@ -17,3 +25,8 @@ def shared_path(*parts: str) -> Path:
     if not path.exists():
         pytest.skip(f"recorded data {'/'.join(parts)} not found: set ERRATA_SHARED to its folder")
     return path
+
+
+def identity_metric(size: int) -> Whitening:
+    """Return the metric M = I, as that of C = I."""
+    return Whitening(SecondMoment(torch.eye(size, dtype=torch.float64), 1, 0))

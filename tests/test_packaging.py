@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -76,6 +77,11 @@ def test_the_wheel_from_the_sdist_is_the_wheel_from_the_checkout(
         if p.is_file() and "__pycache__" not in p.parts
     }  # fmt: skip
     assert wanted <= content
+    # What the parity tests read is in every clone and sdist, and in no wheel.
+    golden = {str(p.relative_to(ROOT)) for p in (ROOT / "tests" / "golden").rglob("*.*")}
+    with tarfile.open(archives[0]) as archive:
+        assert golden <= {name.partition("/")[2] for name in archive.getnames()}
+    assert not any("golden" in name for name in content)
 
 
 def test_it_works_where_only_the_wheel_is_installed(

@@ -50,7 +50,7 @@ from errata.model import Model
 from errata.model.anatomy import Anatomy
 from errata.testing import edit_with
 from tests.families import DECODERS, FAMILIES, architectures, build_model
-from tests.helpers import shared_path
+from tests.helpers import GOLDEN
 
 PROMPTS = [
     "Rome",
@@ -80,7 +80,7 @@ def tiny(cache: Path) -> Model:
 
 @pytest.fixture(scope="module")
 def recorded() -> Model:
-    path = shared_path("golden", "model")
+    path = GOLDEN / "model"
     module = transformers.AutoModelForCausalLM.from_pretrained(path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     return Stack.on(Model(module, tokenizer, Anatomy.of(module, architectures())))
@@ -88,14 +88,14 @@ def recorded() -> Model:
 
 def rome_edit(case: int) -> Edit:
     """The recorded edit of one fact: W += outer(u, right), stored as (in, out)."""
-    tensors = load_file(shared_path("golden", "2_rome", "rome_L0_wd1e-3_mom2_true.safetensors"))
+    tensors = load_file(GOLDEN / "2_rome" / "rome_L0_wd1e-3_mom2_true.safetensors")
     u, right = tensors[f"f{case}.u"], tensors[f"f{case}.right"]
     factor = Factor(right[:, None], u[:, None], transposed=True)
     return edit_with(1, "0" * 12, LowRankDelta({"transformer.h.0.mlp.c_proj.weight": factor}))
 
 
 def recorded_metrics() -> dict[str, Any]:
-    path = shared_path("golden", "8_counterfact_metrics", "counterfact_metrics.json")
+    path = GOLDEN / "8_counterfact_metrics" / "counterfact_metrics.json"
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -403,9 +403,7 @@ def test_intervals_follow_the_cases() -> None:
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_probabilities_are_those_of_the_authors_code(recorded: Model, when: str) -> None:
-    tensors = load_file(
-        shared_path("golden", "8_counterfact_metrics", "counterfact_metrics.safetensors")
-    )
+    tensors = load_file(GOLDEN / "8_counterfact_metrics" / "counterfact_metrics.safetensors")
     for fact in recorded_metrics()["facts"]:
         case, record = fact["case_id"], fact["record"]
         request = as_request(record)

@@ -24,7 +24,7 @@ from errata.locate import CausalTrace, CoreLocator, Location, TraceSettings, emb
 from errata.model import Model
 from errata.model.anatomy import Anatomy
 from tests.families import DECODERS, LAYERS, architectures, build_model
-from tests.helpers import shared_path
+from tests.helpers import GOLDEN
 
 PROMPT, SUBJECT = "The mother tongue of {} is", "Danielle Darrieux"
 REQUEST = Request(prompt=PROMPT, subject=SUBJECT, target_new="Italian", target_true="French")
@@ -42,14 +42,14 @@ def tiny(cache: Path) -> Model:
 
 @pytest.fixture(scope="module")
 def recorded() -> Model:
-    path = shared_path("golden", "model")
+    path = GOLDEN / "model"
     module = transformers.AutoModelForCausalLM.from_pretrained(path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     return Stack.on(Model(module, tokenizer, Anatomy.of(module, architectures())))
 
 
 def recorded_traces() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    folder = shared_path("golden", "7_causal_trace")
+    folder = GOLDEN / "7_causal_trace"
     text = (folder / "causal_trace.json").read_text(encoding="utf-8")
     return json.loads(text), load_file(folder / "causal_trace.safetensors")
 

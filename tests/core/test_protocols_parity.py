@@ -20,12 +20,12 @@ from errata.model import Model
 from errata.model.anatomy import Anatomy
 from errata.testing import edit_with
 from tests.families import architectures
-from tests.helpers import shared_path
+from tests.helpers import GOLDEN
 
 
 @pytest.fixture(scope="module")
 def recorded() -> Model:
-    path = shared_path("golden", "model")
+    path = GOLDEN / "model"
     module = transformers.AutoModelForCausalLM.from_pretrained(path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     return Stack.on(Model(module, tokenizer, Anatomy.of(module, architectures())))
@@ -33,14 +33,14 @@ def recorded() -> Model:
 
 def rome_edit(case: int) -> Edit:
     """The recorded edit of one fact: W += outer(u, right), stored as (in, out)."""
-    tensors = load_file(shared_path("golden", "2_rome", "rome_L0_wd1e-3_mom2_true.safetensors"))
+    tensors = load_file(GOLDEN / "2_rome" / "rome_L0_wd1e-3_mom2_true.safetensors")
     u, right = tensors[f"f{case}.u"], tensors[f"f{case}.right"]
     factor = Factor(right[:, None], u[:, None], transposed=True)
     return edit_with(1, "0" * 12, LowRankDelta({"transformer.h.0.mlp.c_proj.weight": factor}))
 
 
 def record_of(*parts: str) -> dict[str, Any]:
-    data: dict[str, Any] = json.loads(shared_path("golden", *parts).read_text(encoding="utf-8"))
+    data: dict[str, Any] = json.loads(GOLDEN.joinpath(*parts).read_text(encoding="utf-8"))
     return data
 
 

@@ -8,12 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from errata.edits.delta.joint_solve import BLOCK, RIDGE, JointSolve, KeyRows
 from errata.errors import ConfigError, IntegrityError
-from errata.kit.metric import Metric, Plain, Projection, Whitening
+from errata.kit.closed_form.matrices import Columns, I, NormalMatrix, inverse
+from errata.kit.metric import Metric, Projection, Whitening
 from errata.kit.null_space import null_space
 from errata.kit.second_moments import SecondMoment
-from errata.kit.solve import BLOCK, RIDGE, JointSolve, Rows, adjoint, alone
 from tests.families import build_model
+from tests.helpers import identity_metric
 
 
 def moment(size: int, seed: int = 0, tokens: int | None = None) -> SecondMoment:
@@ -32,19 +34,25 @@ def problem(size: int, out: int, keys: int, seed: int = 1) -> tuple[Tensor, Tens
     return K, torch.randn(out, keys, generator=random, dtype=torch.float64)
 
 
-def rows(metric: Metric, K: Tensor, R: Tensor, slack: float) -> Rows:
+def rows(metric: Metric, K: Tensor, R: Tensor, slack: float) -> KeyRows:
     s = torch.full(K.shape[1:], slack, dtype=torch.float64)
-    return Rows(K.T.contiguous(), metric.whiten(K).T.contiguous(), R.T.contiguous(), s)
+    return KeyRows(K.T.contiguous(), metric.whiten(K).T.contiguous(), R.T.contiguous(), s)
 
 
-def joint(rows: Rows) -> Tensor:
+def right(metric: Metric, K: Tensor, slack: float, *, each: bool = False) -> Tensor:
+    """Return V (D, N) of Δ = R Vᵀ, by MEMIT's formula."""
+    keys = Columns.of(K.T, each=each)
+    return (keys @ keys.T @ inverse(slack * NormalMatrix(metric) + keys @ keys.T)).factors[1]
+
+
+def joint(rows: KeyRows) -> Tensor:
     solver = JointSolve(rows.k.shape[1], rows.r.shape[1])
     solver.extend(rows)
     return solver.change
 
 
-def pick(rows: Rows, index: list[int]) -> Rows:
-    return Rows(*(part[index] for part in rows))
+def pick(rows: KeyRows, index: list[int]) -> KeyRows:
+    return KeyRows(*(part[index] for part in rows))
 
 
 def relative(given: Tensor, expected: Tensor) -> float:
@@ -61,9 +69,12 @@ def test_it_is_the_papers_formula(keys: int, slack: float) -> None:
     C = moment(40)
     K, R = problem(40, 11, keys)
     direct = torch.linalg.solve(slack * C.matrix + K @ K.T, K).mm(R.T).T
-    metric = Whitening(C)
-    assert relative(R @ adjoint(metric, K, slack).T, direct) < 1e-9
-    assert relative(joint(rows(metric, K, R, slack)), direct) < 1e-9
+    assert relative(R @ right(Whitening(C), K, slack).T, direct) < 1e-9
+    assert relative(joint(rows(Whitening(C), K, R, slack)), direct) < 1e-9
+    # EMMET's, with a ridge, is the same thing.
+    k, r, M = Columns.of(K.T), Columns.of(R.T), inverse(NormalMatrix(Whitening(C)))
+    u, v = (r @ inverse(k.T @ M @ k + slack * I) @ k.T @ M).factors
+    assert relative(u @ v.T, direct) < 1e-9
 
 
 def test_the_reduced_form_is_alphaedits_full_one(tmp_path) -> None:
@@ -74,11 +85,14 @@ def test_the_reduced_form_is_alphaedits_full_one(tmp_path) -> None:
     for keys in (9, 70):  # fewer and more than the 16 directions kept
         K, R = problem(40, 11, keys)
         everything = torch.cat([past, K], 1)
+        k, r, k_p = Columns.of(K.T), Columns.of(R.T), Columns.of(past.T)
         full = torch.linalg.solve(
             P @ (everything @ everything.T) + 0.3 * torch.eye(40).double(), P @ K @ R.T
         ).T
-        ours = adjoint(Projection(space), everything, 0.3)[:, 30:]
-        assert relative(R @ ours.T, full) < 1e-9
+        M = Projection(space)
+        u, v = (r @ k.T @ M @ inverse(k_p @ k_p.T @ M + k @ k.T @ M + 0.3 * I)).factors
+        assert relative(u @ v.T, full) < 1e-9
+        # Joined, earlier keys are keys that want nothing.
         zeros = torch.cat([torch.zeros(11, 30).double(), R], 1)
         assert relative(joint(rows(Projection(space), everything, zeros, 0.3)), full) < 1e-9
 
@@ -101,11 +115,11 @@ def test_order_and_batches_do_not_matter(
     # In sequence: each step writes, on top of what is there, what is missing at its own keys, and
     # asks the earlier keys for nothing more.
     cut = data.draw(st.integers(0, keys))
-    first = R[:, :cut] @ adjoint(metric, K[:, :cut], slack).T if cut else torch.zeros_like(delta)
+    first = R[:, :cut] @ right(metric, K[:, :cut], slack).T if cut else torch.zeros_like(delta)
     if cut < keys:
         # Recursive least squares: W₂ = W₁ + (R₂ − W₁K₂) K₂ᵀ (λC + KKᵀ)⁻¹ over all keys.
         left = R[:, cut:] - first @ K[:, cut:]
-        first = first + left @ adjoint(metric, K, slack)[:, cut:].T
+        first = first + left @ right(metric, K, slack)[:, cut:].T
     assert relative(first, delta) < 1e-9
 
 
@@ -115,7 +129,7 @@ def test_removed_is_never_made(seed: int, keys: int, data: st.DataObject) -> Non
     K, R = problem(24, 5, keys, seed)
     gone = data.draw(st.integers(0, keys - 1))
     left = [index for index in range(keys) if index != gone]
-    never = R[:, left] @ adjoint(metric, K[:, left], 3.0).T
+    never = R[:, left] @ right(metric, K[:, left], 3.0).T
     # The information form: take the key's own terms out of the normal equations of all.
     C = moment(24).matrix
     M = 3.0 * C + K @ K.T - torch.outer(K[:, gone], K[:, gone])
@@ -128,15 +142,31 @@ def test_a_key_alone_is_a_batch_of_one() -> None:
     metric = Whitening(moment(24))
     K, _ = problem(24, 5, 4)
     for index in range(4):
-        column = adjoint(metric, K[:, [index]], 7.0)
-        torch.testing.assert_close(alone(metric, K, 7.0)[:, [index]], column)
+        column = right(metric, K[:, [index]], 7.0)
+        torch.testing.assert_close(right(metric, K, 7.0, each=True)[:, [index]], column)
+
+
+def test_a_formula_that_has_no_such_form_is_refused() -> None:
+    """Two kinds of keys, P on one side only, λ in the wrong place: each would be another matrix."""
+    K, other = (Columns.of(problem(24, 5, 3, seed)[0].T) for seed in (1, 2))
+    C, P = NormalMatrix(Whitening(moment(24))), identity_metric(24)
+    with pytest.raises(ValueError, match="same K"):
+        _ = (K.T @ inverse(3.0 * C + other @ other.T)).rows
+    with pytest.raises(ValueError, match="both sides"):
+        _ = K.T @ inverse(K @ K.T @ P + 2.0 * I)
+    with pytest.raises(ValueError, match="same P"):
+        _ = 3.0 * C + K @ other.T
+    with pytest.raises(ValueError, match="can be scaled"):
+        _ = 3.0 * (C + K @ K.T)
+    with pytest.raises(ValueError, match="add λ C"):
+        _ = C + K @ K.T + 2.0 * I
 
 
 # -- constraints ---------------------------------------------------------------------------------
 
 
 def test_without_slack_the_constraints_are_met() -> None:
-    for metric in (Whitening(moment(40)), Plain(40)):
+    for metric in (Whitening(moment(40)), identity_metric(40)):
         K, R = problem(40, 11, 25)
         assert relative(joint(rows(metric, K, R, 0.0)) @ K, R) < 1e-6
     # And of all changes that meet them it is the cheapest, tr(Δ C Δᵀ): EMMET's closed form.
@@ -160,7 +190,7 @@ def test_equal_keys_with_different_residuals_meet_half_way() -> None:
 
 
 def test_more_constraints_than_dimensions_are_met_as_well_as_they_can_be() -> None:
-    metric = Plain(12)
+    metric = identity_metric(12)
     K, R = problem(12, 4, 90)
     size = K.norm(dim=0)  # misses count relative to each key's own kᵀ M k
     least = torch.linalg.lstsq((K / size).T, (R / size).T).solution.T
@@ -168,7 +198,7 @@ def test_more_constraints_than_dimensions_are_met_as_well_as_they_can_be() -> No
 
 
 def test_what_is_not_finite_is_an_error() -> None:
-    bad = rows(Plain(8), *problem(8, 3, 2), 1.0)
+    bad = rows(identity_metric(8), *problem(8, 3, 2), 1.0)
     bad.k[0, 0] = float("nan")
     with pytest.raises(IntegrityError, match="not finite"):
         joint(bad)
@@ -187,7 +217,7 @@ def test_the_result_is_a_function_of_the_list_of_keys(
 ) -> None:
     """Whatever was appended and removed before, also across the turn to the D × D form."""
     K, R = problem(width, 7, 5 * BLOCK)
-    everything = rows(Plain(width), K, R, 2.0)
+    everything = rows(identity_metric(width), K, R, 2.0)
     present = list(range(start))
     solver = JointSolve(width, 7)
     solver.extend(pick(everything, present))
@@ -225,7 +255,7 @@ def test_metrics_are_told_apart(tmp_path) -> None:
     model = build_model("gpt2", tmp_path)
     C, other = moment(20), moment(20, seed=3)
     spaces = [null_space(model, C, fraction=f) for f in (0.3, 0.5)]
-    metrics = [Whitening(C), Whitening(other), *map(Projection, spaces), Plain(20)]
+    metrics = [Whitening(C), Whitening(other), *map(Projection, spaces), identity_metric(20)]
     assert len({metric.reference["digest"] for metric in metrics}) == len(metrics)
     assert Whitening(moment(20)).reference == Whitening(C).reference
     for metric in metrics:

@@ -20,7 +20,7 @@ from errata.model import Model, scoring
 from errata.model.anatomy import Anatomy
 from errata_adalora import Adalora, AdaloraConfig
 from tests.families import build, build_model
-from tests.helpers import shared_path
+from tests.helpers import GOLDEN
 from tests.methods.adapters import (
     CAPITAL,
     MUSIC,
@@ -45,8 +45,8 @@ def golden() -> tuple[Model, list[Request]]:
     """Return the recorded trained model and facts that it knows, with other answers wanted."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = shared_path("golden", "model")
-    text = shared_path("golden", "0_facts", "facts_and_templates.json").read_text("utf-8")
+    folder = GOLDEN / "model"
+    text = (GOLDEN / "0_facts" / "facts_and_templates.json").read_text("utf-8")
     module = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     requests = [

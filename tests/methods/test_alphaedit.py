@@ -7,16 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from errata.edits.delta import KeyValueDelta
+from errata import Editor
+from errata.edits.delta import Delta, KeyValueDelta, LowRankDelta
+from errata.edits.request import Request
 from errata.errors import ConfigError
 from errata.kit.closed_form.deltas import key_values, low_rank
-from errata.kit.closed_form.layer_updates import Prompts, grouped
-from errata.kit.metric import Projection
+from errata.kit.metric import Metric, Projection
 from errata.kit.null_space import null_space
 from errata.testing import edit_with
 from errata_alphaedit import AlphaEdit, AlphaEditConfig
-from errata_alphaedit.algorithm import alphaedit, metrics_of
-from tests.families import SENTENCES, build_model
+from errata_alphaedit.algorithm import alphaedit, earlier_requests, keys_of, null_spaces
+from tests.families import SENTENCES, build, build_model
 from tests.methods.golden import golden_model, recorded, relative, second_moment
 from tests.methods.test_memit import CONTEXTS, REQUESTS
 
@@ -33,39 +34,37 @@ def test_parity_with_the_authors_code_over_two_batches(tmp_path: Path) -> None:
     config = AlphaEditConfig(
         **settings, threshold=given["nullspace_threshold"], l2=given["L2"], history="none"
     )
-    P, past = {}, {}
+    P: dict[int, Metric] = {}
     for layer in config.layers or ():
         space = null_space(model, second_moment(layer), threshold=config.threshold)
         assert space.rank == about["null_space"][str(layer)]["kept_directions"]
         assert relative(space.basis @ space.basis.T, tensors[f"layer{layer}.P"]) < 1e-4
         P[layer] = Projection(space)
-        past[layer] = torch.zeros(space.size, 0).double()
+    earlier: list[Request] = []
     for number, batch in enumerate(about["batches"]):
         chosen = [requests[index] for index in batch["batch"]]
-        updates = alphaedit(model, chosen, P, config, past).updates
+        updates = alphaedit(model, chosen, P, config, dict.fromkeys(P, earlier))
         delta = low_rank(model, updates)
         for update in updates:
             want = f"b{number}.layer{update.layer}."
-            assert relative(update.K, tensors[want + "keys"]) < 1e-4
-            assert relative(update.h, tensors[want + "cur_zs"]) < 1e-4
+            assert relative(update.K.flat, tensors[want + "keys"]) < 1e-4
+            assert relative(update.h.flat, tensors[want + "cur_zs"]) < 1e-4
             factor = delta.factors[f"transformer.h.{update.layer}.mlp.c_proj.weight"]
             assert relative(factor.v @ factor.u.T, tensors[want + "dW"]) < 1e-4
         model.stack.add(edit_with(number + 1, f"{number:012x}", delta))
         # The keys of the batch count from now on, read again from the edited model.
-        prompts = Prompts(model, chosen, config.contexts or ())
-        for layer in past:
-            keys, _ = prompts.read(layer, model.anatomy.mlp_out(layer), (), False)
-            K = grouped(keys).T
-            assert relative(K, tensors[f"b{number}.layer{layer}.keys_for_cache"]) < 1e-4
-            past[layer] = torch.cat([past[layer], K], 1)
+        for layer in P:
+            K = keys_of(model, chosen, layer, config)
+            assert relative(K.flat, tensors[f"b{number}.layer{layer}.keys_for_cache"]) < 1e-4
+        earlier = earlier + chosen
 
 
 def test_nothing_is_written_outside_the_null_space(tmp_path: Path) -> None:
     model = build_model("gpt2", tmp_path, corpus=SENTENCES)
     config = AlphaEditConfig(**TINY)
-    P = metrics_of(model, config)
-    found = alphaedit(model, REQUESTS, P, config)
-    deltas = key_values(model, found.updates, P, found.slack, config)
+    P = null_spaces(model, config)
+    updates = alphaedit(model, REQUESTS, P, config, {})
+    deltas = key_values(model, updates, config, metrics=P, slack=config.l2)
     outside = torch.randn(48, 200, generator=torch.Generator().manual_seed(0)).double()
     for layer in (0, 1):
         name = model.anatomy.weight(model.anatomy.mlp_out(layer))
@@ -78,14 +77,15 @@ def test_joint_edits_are_one_batch(tmp_path: Path) -> None:
     """At one layer, a joint solution and the published batch agree: the keys are the same."""
     model = build_model("gpt2", tmp_path, corpus=SENTENCES)
     config = AlphaEditConfig(**{**TINY, "layers": (1,)})
-    P = metrics_of(model, config)
+    P = null_spaces(model, config)
     published = config.model_copy(update={"history": "none"})
-    batch = alphaedit(model, REQUESTS, P, published).updates[0]
-    found = alphaedit(model, REQUESTS, P, config)
+    (batch,) = alphaedit(model, REQUESTS, P, published, {})
     name = model.anatomy.weight(model.anatomy.mlp_out(1))
-    deltas = key_values(model, found.updates, P, found.slack, config)
+    updates = alphaedit(model, REQUESTS, P, config, {})
+    deltas = key_values(model, updates, config, metrics=P, slack=config.l2)
     (total,) = KeyValueDelta.totals(name, deltas)
-    assert relative(total, batch.R @ batch.V.T) < 1e-5
+    u, v = batch.Δ.factors
+    assert relative(total, u @ v.T) < 1e-5
 
 
 def test_the_projector_is_told_and_kept_under_the_models_fingerprint(tmp_path: Path) -> None:
@@ -112,9 +112,48 @@ def test_the_projector_is_told_and_kept_under_the_models_fingerprint(tmp_path: P
 
 def test_a_fraction_wins_over_the_threshold_and_one_is_needed(tmp_path: Path) -> None:
     model = build_model("gpt2", tmp_path, corpus=SENTENCES)
-    small = metrics_of(model, AlphaEditConfig(**{**TINY, "fraction": 0.25}))
+    small = null_spaces(model, AlphaEditConfig(**{**TINY, "fraction": 0.25}))
     assert {metric.rank for metric in small.values()} == {12}
     with pytest.raises(ConfigError, match="keeps 0 of 48"):
-        metrics_of(model, AlphaEditConfig(**{**TINY, "fraction": None, "threshold": 1e-12}))
+        null_spaces(model, AlphaEditConfig(**{**TINY, "fraction": None, "threshold": 1e-12}))
     with pytest.raises(ValueError, match="both none"):
         AlphaEditConfig(threshold=None)
+
+
+# -- batches as published, one after the other ---------------------------------------------------
+
+
+def test_a_published_batch_leaves_the_keys_of_earlier_ones_alone(tmp_path: Path) -> None:
+    """K_p is what the published edits that are active wrote, whoever opens the ledger again."""
+    settings = {**TINY, "layers": (1,), "history": "none", "l2": 1e-3}
+    config = AlphaEditConfig(**settings)
+
+    def opened() -> Editor:
+        module, tokenizer = build("gpt2")
+        folder = tmp_path / "ledger"
+        quiet = dict.fromkeys(("norm", "perplexity", "efficacy"), "off")
+        return Editor(
+            module, tokenizer, ledger=folder, artifacts=tmp_path, guards=quiet, corpus=SENTENCES
+        )
+
+    def change(delta: Delta) -> torch.Tensor:
+        assert isinstance(delta, LowRankDelta)
+        (factor,) = delta.factors.values()
+        return (factor.u @ factor.v.T).double()
+
+    with opened() as editor:
+        (first,) = editor.edit(REQUESTS[:2], method="alphaedit", config=settings)
+    with opened() as editor:
+        model = editor.model
+        assert earlier_requests(model, "alphaedit") == {1: [*first.requests]}
+        P = null_spaces(model, config)
+        K_p = keys_of(model, first.requests, 1, config).flat
+        unaware = low_rank(model, alphaedit(model, REQUESTS[2:], P, config, {}))
+        (second,) = editor.edit(REQUESTS[2:], method="alphaedit", config=settings)
+        assert relative(change(second.delta), change(unaware)) > 1e-2
+        assert float((change(second.delta) @ K_p).norm()) < 1e-2 * float(
+            (change(unaware) @ K_p).norm()
+        )
+        # What was taken off asks for nothing.
+        editor.revert(first, second)
+        assert earlier_requests(model, "alphaedit") == {}

@@ -8,14 +8,17 @@ import pytest
 import torch
 
 from errata.edits.delta import KeyValueDelta
-from errata.kit.closed_form.deltas import key_values, low_rank
+from errata.kit.closed_form.deltas import low_rank
 from errata.kit.closed_form.layer_updates import Prompts
-from errata.kit.metric import Whitening
+from errata.kit.closed_form.statistics import known_keys
 from errata.testing import edit_with
 from errata_emmet import Emmet, EmmetConfig
 from errata_emmet.algorithm import emmet
+from errata_memit import MemitConfig
+from errata_memit.algorithm import memit
 from tests.families import SENTENCES, build_model
-from tests.methods.golden import golden_model, recorded, relative, second_moment
+from tests.methods.golden import golden_model, recorded, relative
+from tests.methods.golden import known_keys as golden_keys
 from tests.methods.test_memit import REQUESTS
 
 BARE = {"contexts": ("{}",), "layers": (1,), "steps": 4, "weight_decay": 0.0, "tokens": 200}
@@ -31,13 +34,12 @@ def test_parity_with_the_authors_code(name: str, tmp_path: Path) -> None:
         history="none",
     )
     model = golden_model(tmp_path)
-    C = {layer: Whitening(second_moment(layer)) for layer in config.layers or ()}
-    updates = emmet(model, requests, C, config).updates
+    updates = emmet(model, requests, golden_keys(settings["layers"]), config)
     delta = low_rank(model, updates)
     for update in updates:
         want = f"layer{update.layer}."
-        assert relative(update.K, tensors[want + "keys"]) < 1e-4
-        assert relative(update.h, tensors[want + "cur_zs"]) < 1e-4
+        assert relative(update.K.flat, tensors[want + "keys"]) < 1e-4
+        assert relative(update.h.flat, tensors[want + "cur_zs"]) < 1e-4
         factor = delta.factors[f"transformer.h.{update.layer}.mlp.c_proj.weight"]
         assert relative(factor.v @ factor.u.T, tensors[want + "dW"]) < 1e-4
 
@@ -49,13 +51,13 @@ def test_without_a_ridge_every_constraint_is_met(tmp_path: Path) -> None:
     path = model.anatomy.mlp_out(1)
 
     def outputs() -> torch.Tensor:
-        return Prompts(model, REQUESTS, ("{}",)).read(1, path, (), False)[1].T
+        return Prompts(model, REQUESTS, ("{}",)).read(1, path)[1].flat
 
     base = outputs()
     for history in ("none", "joint"):
         config = EmmetConfig(**BARE, ridge=0.0, history=history)
-        found = plugin.find(model, REQUESTS, config)
-        wanted = base + found.updates[0].R
+        (update,) = emmet(model, REQUESTS, known_keys(model, config), config)
+        wanted = base + update.R.flat
         made = plugin.edit(model, REQUESTS, config)
         deltas = made if isinstance(made, list) else [made]
         entries = [edit_with(i + 1, f"{i:012x}", delta) for i, delta in enumerate(deltas)]
@@ -66,30 +68,42 @@ def test_without_a_ridge_every_constraint_is_met(tmp_path: Path) -> None:
 
 def test_a_single_request_gets_no_ridge_in_a_batch(tmp_path: Path) -> None:
     model = build_model("gpt2", tmp_path, corpus=SENTENCES)
-    plugin = Emmet()
     config = EmmetConfig(**BARE, ridge=50.0, history="none")
-    (one,) = plugin.find(model, REQUESTS[:1], config).updates
-    assert float((one.K.T @ one.V).squeeze()) == pytest.approx(1.0, rel=1e-6)
-    (many,) = plugin.find(model, REQUESTS, config).updates
-    gram = many.K.T @ many.V
-    assert float((gram - torch.eye(3)).norm()) > 0.1
+    C = known_keys(model, config)
+
+    def written(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return Δ K and R."""
+        (update,) = emmet(model, REQUESTS[:count], C, config)
+        u, v = update.Δ.factors
+        return u @ v.T @ update.K.flat, update.R.flat
+
+    assert relative(*written(1)) < 1e-6
+    assert relative(*written(3)) > 0.1
 
 
 def test_with_a_ridge_it_is_memit(tmp_path: Path) -> None:
     """Kᵀ(λC)⁻¹K + εI: what is stored has the slack λε."""
     model = build_model("gpt2", tmp_path, corpus=SENTENCES)
     config = EmmetConfig(**BARE, second_moment_weight=200.0, ridge=0.1)
-    found = Emmet().find(model, REQUESTS, config)
-    assert found.slack == pytest.approx(20.0)
-    deltas = key_values(model, found.updates, found.metrics, found.slack, config)
-    assert all(isinstance(delta, KeyValueDelta) for delta in deltas)
-    (pair,) = deltas[0].pairs.values()
-    assert pair.s.tolist() == [pytest.approx(20.0)]
+    deltas = Emmet().edit(model, REQUESTS, config)
+    assert isinstance(deltas, list)
+    for delta in deltas:
+        assert isinstance(delta, KeyValueDelta)
+        (pair,) = delta.pairs.values()
+        assert pair.s.tolist() == [pytest.approx(20.0)]
+    C = known_keys(model, config)
+    published = config.model_copy(update={"history": "none"})
+    memits = MemitConfig(**BARE, second_moment_weight=20.0, history="none")
+    (ours,) = emmet(model, REQUESTS, C, published)
+    (theirs,) = memit(model, REQUESTS, C, memits)
+    (u, v), (left, right) = ours.Δ.factors, theirs.Δ.factors
+    assert relative(u @ v.T, left @ right.T) < 1e-6
 
 
 def test_by_default_one_layer(tmp_path: Path) -> None:
     model = build_model("gpt2", tmp_path, corpus=SENTENCES)
     config = EmmetConfig(**{**BARE, "layers": None})
-    assert [update.layer for update in Emmet().find(model, REQUESTS, config).updates] == [1]
+    (delta, *_) = Emmet().edit(model, REQUESTS, config)
+    assert delta.parameters == (model.anatomy.weight(model.anatomy.mlp_out(1)),)
     with pytest.raises(ValueError, match="greater than or equal to 0"):
         EmmetConfig(ridge=-1)

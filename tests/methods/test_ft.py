@@ -21,11 +21,10 @@ from errata.model import Model, scoring
 from errata.model.forward import frozen
 from errata.testing import edit_with
 from errata_ft import Ft, FtConfig
+from errata_ft.algorithm import FineTuner, above
 from errata_ft.config import VARIANTS
-from errata_ft.difference import Difference
+from errata_ft.difference import Difference, forms
 from errata_ft.fisher import fisher_of
-from errata_ft.storing import forms
-from errata_ft.training import FineTuner, above
 from tests.families import SENTENCES, build_model
 from tests.helpers import ROOT
 

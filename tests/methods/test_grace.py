@@ -29,7 +29,7 @@ from errata_grace import Grace, GraceConfig
 from errata_grace import algorithm as grace
 from errata_grace.cases import Case, case_of
 from tests.families import architectures, build, build_model
-from tests.helpers import shared_path
+from tests.helpers import GOLDEN
 
 PLUGIN = Grace()
 
@@ -62,10 +62,10 @@ class Recorded:
     """One file of golden set 6, with the model it was made on."""
 
     def __init__(self, name: str) -> None:
-        folder = shared_path("golden", "6_grace")
+        folder = GOLDEN / "6_grace"
         self.tensors = load_file(folder / f"{name}.safetensors")
         self.json = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-        source = shared_path("golden", "model")
+        source = GOLDEN / "model"
         module = GPT2LMHeadModel.from_pretrained(source)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         self.model = Stack.on(Model(module, tokenizer, Anatomy.of(module, architectures())))

@@ -9,16 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from errata import zoo
 from errata.contract.purity import Snapshot
 from errata.datasets import atlas
 from errata.edits.delta import KeyValueDelta, LowRankDelta
 from errata.edits.request import Request
 from errata.errors import CapabilityError, ConfigError
 from errata.kit.closed_form.deltas import key_values, low_rank
-from errata.kit.closed_form.layer_updates import Prompts, boundary, grouped, spread
-from errata.kit.closed_form.statistics import anchored, mean_norm, whitenings_of
-from errata.kit.metric import Whitening
-from errata.kit.values import EditFailed, Value, ValueSettings, optimise_values
+from errata.kit.closed_form.layer_updates import LayerUpdate, Prompts, boundary, grouped, spread
+from errata.kit.closed_form.matrices import Columns, NormalMatrix
+from errata.kit.closed_form.statistics import known_keys, mean_norm
+from errata.kit.closed_form.target_values import MemitObjective, norm_anchored
+from errata.kit.values import EditFailed, OptimisedValue, ValueSettings, optimise_values
 from errata.model import Model
 from errata.model.forward import trace
 from errata.model.loading import load_model
@@ -27,7 +29,8 @@ from errata.testing import edit_with
 from errata_memit import Memit, MemitConfig
 from errata_memit.algorithm import memit
 from tests.families import DECODERS, SENTENCES, architectures, build_model
-from tests.methods.golden import golden_model, recorded, relative, second_moment
+from tests.methods.golden import golden_model, recorded, relative
+from tests.methods.golden import known_keys as golden_keys
 
 CONTEXTS = ("{}", "Once upon a time. {}", "The city of Paris. {}")
 REQUESTS = (
@@ -51,9 +54,24 @@ def on(model: Model, deltas: list[Any]) -> Any:
     )
 
 
-def found(model: Model, requests: Any, **changes: Any) -> tuple[Any, MemitConfig]:
+def found(
+    model: Model, requests: Any, **changes: Any
+) -> tuple[list[LayerUpdate], dict[int, NormalMatrix], MemitConfig]:
     config = MemitConfig(**{**FAST, **changes})
-    return memit(model, requests, whitenings_of(model, config), config), config
+    C = known_keys(model, config)
+    return memit(model, requests, C, config), C, config
+
+
+def stored(
+    model: Model,
+    updates: list[LayerUpdate],
+    C: dict[int, NormalMatrix],
+    config: MemitConfig,
+) -> list[KeyValueDelta]:
+    """Return the joint edits of some updates."""
+    metrics = {layer: matrix.metric for layer, matrix in C.items()}
+    slack = config.second_moment_weight
+    return key_values(model, updates, config, metrics=metrics, slack=slack)
 
 
 # -- the authors' code ---------------------------------------------------------------------------
@@ -65,21 +83,21 @@ def test_parity_with_the_authors_code(batch: str, tmp_path: Path) -> None:
     model = golden_model(tmp_path)
     weight = about["hparams"]["mom2_update_weight"]
     config = MemitConfig(**settings, second_moment_weight=weight, history="none")
-    C = {layer: Whitening(second_moment(layer)) for layer in config.layers or ()}
-    updates = memit(model, requests, C, config).updates
+    updates = memit(model, requests, golden_keys(settings["layers"]), config)
     delta = low_rank(model, updates)
     for update in updates:
         want = f"layer{update.layer}."
-        assert relative(update.K, tensors[want + "keys"]) < 1e-4
-        assert relative(update.h, tensors[want + "cur_zs"]) < 1e-4
-        assert relative(update.R, tensors[want + "resid"]) < 1e-4
-        assert relative(update.V, tensors[want + "adj_k"]) < 1e-4
+        assert relative(update.K.flat, tensors[want + "keys"]) < 1e-4
+        assert relative(update.h.flat, tensors[want + "cur_zs"]) < 1e-4
+        assert relative(update.R.flat, tensors[want + "resid"]) < 1e-4
+        assert relative(update.Δ.factors[1], tensors[want + "adj_k"]) < 1e-4
         factor = delta.factors[f"transformer.h.{update.layer}.mlp.c_proj.weight"]
         assert relative(factor.v @ factor.u.T, tensors[want + "dW"]) < 1e-4
     # What is measured on the edited model comes out, too.
     with on(model, [delta]):
-        h = Prompts(model, requests, CONTEXTS[:1]).read(2, model.anatomy.block(2), (), False)[1]
-    assert float((h.T - tensors["zs"]).norm()) < float((updates[0].h - tensors["zs"]).norm())
+        h = Prompts(model, requests, CONTEXTS[:1]).read(2, model.anatomy.block(2))[1].flat
+    before = updates[0].h.flat
+    assert float((h - tensors["zs"]).norm()) < float((before - tensors["zs"]).norm())
 
 
 def test_a_single_frozen_edit_is_the_published_one(tmp_path: Path) -> None:
@@ -87,8 +105,8 @@ def test_a_single_frozen_edit_is_the_published_one(tmp_path: Path) -> None:
     model = golden_model(tmp_path)
     weight = about["hparams"]["mom2_update_weight"]
     config = MemitConfig(**settings, second_moment_weight=weight)
-    C = {layer: Whitening(second_moment(layer)) for layer in config.layers or ()}
-    (delta,) = key_values(model, memit(model, requests, C, config).updates, C, weight, config)
+    C = golden_keys(settings["layers"])
+    (delta,) = stored(model, memit(model, requests, C, config), C, config)
     for layer in config.layers or ():
         name = f"transformer.h.{layer}.mlp.c_proj.weight"
         (total,) = KeyValueDelta.totals(name, [delta])
@@ -99,13 +117,9 @@ def test_a_single_frozen_edit_is_the_published_one(tmp_path: Path) -> None:
 
 
 def test_shares_and_places() -> None:
-    assert [stage.share for stage in spread([3, 4, 5])] == [1 / 3, 1 / 2, 1.0]
-    assert [stage.share for stage in spread([3, 4, 5], root=True)] == pytest.approx(
-        [3**-0.5, 2**-0.5, 1.0]
-    )
-    assert {stage.target for stage in spread([3, 4, 5])} == {5}
-    assert boundary([3, 4, 5]) == [(3, 3, 1.0), (5, 5, 1.0)]
-    assert boundary([4]) == [(4, 4, 1.0)]
+    assert spread([3, 4, 5]) == [(3, 5, 3), (4, 5, 2), (5, 5, 1)]
+    assert boundary([3, 4, 5]) == [(3, 3, 1), (5, 5, 1)]
+    assert boundary([4]) == [(4, 4, 1)]
 
 
 def test_keys_are_averaged_over_two_groups() -> None:
@@ -124,10 +138,10 @@ def test_what_was_to_be_written_is_there(family: str, tmp_path: Path) -> None:
     model = tiny(family, tmp_path)
     before = Snapshot(model)
     settings = {"contexts": ("{}",), "second_moment_weight": 1e-9, "layers": (0, 1)}
-    (updates, C, slack), config = found(model, REQUESTS[:1], **settings)
+    updates, C, config = found(model, REQUESTS[:1], **settings)
     assert before.changed() == []
-    z = updates[-1].h + updates[-1].R  # the last layer brings all that is left
-    (delta,) = key_values(model, updates, C, slack, config)
+    z = (updates[-1].h + updates[-1].R).flat  # the last layer brings all that is left
+    (delta,) = stored(model, updates, C, config)
     delta.check(model)
     assert set(delta.pairs) == {model.anatomy.weight(model.anatomy.mlp_out(i)) for i in (0, 1)}
     with on(model, [delta]):
@@ -138,27 +152,28 @@ def test_what_was_to_be_written_is_there(family: str, tmp_path: Path) -> None:
         h = seen[model.anatomy.block(1)].output
         assert h is not None
     assert relative(h[0, position], z[:, 0]) < 1e-3
-    assert relative(updates[0].h[:, 0], z[:, 0]) > 1e-2
+    assert relative(updates[0].h.flat, z) > 1e-2
 
 
 def test_a_batch_meets_its_values_together_or_alone(tmp_path: Path) -> None:
     model = tiny("gpt2", tmp_path)
-    together, _ = found(model, REQUESTS, history="none")
-    alone, _ = found(model, REQUESTS, history="joint")
+    together, *_ = found(model, REQUESTS, history="none")
+    alone, *_ = found(model, REQUESTS, history="joint")
     for index, request in enumerate(REQUESTS):
-        single, _ = found(model, [request], history="none")
-        for batch, own, one in zip(together.updates, alone.updates, single.updates, strict=True):
+        single, *_ = found(model, [request], history="none")
+        for batch, own, one in zip(together, alone, single, strict=True):
             # In a joint edit each request is as if it were the only one; in a batch it is not.
-            assert relative(own.R[:, index], one.R[:, 0]) < 1e-4
-            assert relative(own.V[:, index], one.V[:, 0]) < 1e-4
-            assert relative(batch.V[:, index], one.V[:, 0]) > 1e-3
+            V, V_own, V_one = (update.Δ.factors[1] for update in (batch, own, one))
+            assert relative(own.R.flat[:, index], one.R.flat[:, 0]) < 1e-4
+            assert relative(V_own[:, index], V_one[:, 0]) < 1e-4
+            assert relative(V[:, index], V_one[:, 0]) > 1e-3
 
 
 @pytest.mark.parametrize("placement", ["spread", "boundary"])
 def test_a_boundary_layer_gets_its_whole_residual(placement: str, tmp_path: Path) -> None:
     model = tiny("llama", tmp_path)
-    given, _ = found(model, REQUESTS[:1], layers=(0, 1, 2), placement=placement)
-    layers = [update.layer for update in given.updates]
+    given, *_ = found(model, REQUESTS[:1], layers=(0, 1, 2), placement=placement)
+    layers = [update.layer for update in given]
     assert layers == ([0, 1, 2] if placement == "spread" else [0, 2])
 
 
@@ -183,7 +198,7 @@ def test_joint_edits_give_one_delta_each_and_a_batch_one(tmp_path: Path) -> None
 def outputs(model: Model, requests: Any, layer: int) -> Tensor:
     """Return what a layer's down projection gives at the requests' own keys, (d, N)."""
     path = model.anatomy.mlp_out(layer)
-    return Prompts(model, requests, CONTEXTS[:1]).read(layer, path, (), False)[1].T
+    return Prompts(model, requests, CONTEXTS[:1]).read(layer, path)[1].flat
 
 
 def test_history_keeps_what_earlier_batches_wrote(tmp_path: Path) -> None:
@@ -195,15 +210,15 @@ def test_history_keeps_what_earlier_batches_wrote(tmp_path: Path) -> None:
     settings = {"layers": (1,), "contexts": ("{}",), "second_moment_weight": 1e-6}
     first, later = REQUESTS[:1], REQUESTS[1:]
     base = outputs(model, first, 1)
-    (updates, C, slack), config = found(model, REQUESTS, **settings)
-    wanted = base + updates[0].R[:, :1]
-    joint = key_values(model, updates, C, slack, config)
+    updates, C, config = found(model, REQUESTS, **settings)
+    wanted = base + updates[0].R.flat[:, :1]
+    joint = stored(model, updates, C, config)
     with on(model, joint):
         kept = relative(outputs(model, first, 1), wanted)
     published = MemitConfig(**{**FAST, **settings, "history": "none"})
-    one = low_rank(model, memit(model, first, C, published).updates)
+    one = low_rank(model, memit(model, first, C, published))
     with on(model, [one]):
-        two = low_rank(model, memit(model, later, C, published).updates)
+        two = low_rank(model, memit(model, later, C, published))
     with on(model, [one, two]):
         lost = relative(outputs(model, first, 1), wanted)
     assert kept < 1e-3
@@ -214,29 +229,28 @@ def test_replayed_edits_are_read_from_the_model_as_it_stands(tmp_path: Path) -> 
     """At one layer, replaying meets the present model's value: W₀ + Δ_joint gives v at the key."""
     model = tiny("gpt2", tmp_path)
     settings = {"layers": (1,), "contexts": ("{}",), "second_moment_weight": 1e-6}
-    (updates, C, slack), config = found(model, REQUESTS[:2], **settings)
-    active = key_values(model, updates, C, slack, config)
+    updates, C, config = found(model, REQUESTS[:2], **settings)
+    active = stored(model, updates, C, config)
     replay = config.model_copy(update={"policy": "replay"})
     with on(model, active):
         present = outputs(model, REQUESTS[2:], 1)
-        again = memit(model, REQUESTS[2:], C, replay).updates
-        (delta,) = key_values(model, again, C, slack, replay)
+        again = memit(model, REQUESTS[2:], C, replay)
+        (delta,) = stored(model, again, C, replay)
     with on(model, [*active, delta]):
-        assert relative(outputs(model, REQUESTS[2:], 1), present + again[0].R) < 1e-3
+        assert relative(outputs(model, REQUESTS[2:], 1), present + again[0].R.flat) < 1e-3
         assert relative(outputs(model, REQUESTS[2:], 1), present) > 1e-2
-    frozen, _ = found(model, REQUESTS[2:], **settings)
+    frozen, *_ = found(model, REQUESTS[2:], **settings)
     name = model.anatomy.weight(model.anatomy.mlp_out(1))
-    assert relative(delta.pairs[name].r.T, frozen.updates[0].R) > 1e-4
+    assert relative(delta.pairs[name].r.T, frozen[0].R.flat) > 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
-    wide, _ = found(tiny("llama", tmp_path / "a"), REQUESTS[:1])
-    narrow, config = found(tiny("llama", tmp_path / "b", dtype), REQUESTS[:1])
-    for one, other in zip(wide.updates, narrow.updates, strict=True):
-        assert relative(other.K, one.K) < 5e-2
-    (delta,) = key_values(tiny("llama", tmp_path / "b", dtype), narrow.updates, narrow.metrics,
-                          narrow.slack, config)  # fmt: skip
+    wide, *_ = found(tiny("llama", tmp_path / "a"), REQUESTS[:1])
+    narrow, C, config = found(tiny("llama", tmp_path / "b", dtype), REQUESTS[:1])
+    for one, other in zip(wide, narrow, strict=True):
+        assert relative(other.K.flat, one.K.flat) < 5e-2
+    (delta,) = stored(tiny("llama", tmp_path / "b", dtype), narrow, C, config)
     (pair, *_) = delta.pairs.values()
     assert (pair.k.dtype, pair.w.dtype, pair.r.dtype) == (
         torch.float32, torch.float64, torch.float32,
@@ -247,14 +261,14 @@ def test_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
 
 
 def test_it_stops_when_the_target_comes_first_everywhere() -> None:
-    model = load_model("atlas-gpt2", architectures=architectures())
+    model = load_model(zoo.model_path("atlas-gpt2"), architectures=architectures())
     requests = atlas.requests(3)
-    settings = {"layer": 1, "at": "block", "steps": 20, "lr": 0.3, "weight_decay": 0.0,
-                "clamp": 15.0, "early_stop": 0.0, "kl_factor": 0.0}  # fmt: skip
+    settings = ValueSettings(layer=1, at="block", steps=20, lr=0.3, clamp=15.0, kl_prompt=None)
 
-    def values(**changes: Any) -> list[Value]:
-        given = ValueSettings(**{**settings, **changes})
-        return optimise_values(model, requests, CONTEXTS[:1], given)
+    def values(**changes: Any) -> list[OptimisedValue]:
+        config = MemitConfig(weight_decay=0.0, early_stop=0.0, kl_factor=0.0, **changes)
+        objective = MemitObjective(config)
+        return optimise_values(model, requests, CONTEXTS[:1], settings, objective)
 
     full, sooner, later = values(), values(top_steps=1), values(top_steps=3)
     for whole, one, three in zip(full, sooner, later, strict=True):
@@ -268,25 +282,25 @@ def test_a_value_can_be_brought_to_the_usual_norm(tmp_path: Path) -> None:
     model = tiny("gpt2", tmp_path)
     norm = mean_norm(model, 1)
     m0, delta = torch.randn(4, 32).double(), torch.randn(4, 32).double()
-    new = m0 + anchored(m0, delta, norm)
+    new = m0 + norm_anchored(Columns.of(m0), Columns.of(delta), norm).flat.T
     torch.testing.assert_close(new.norm(dim=1), torch.full((4,), norm, dtype=torch.float64))
     cosines = torch.cosine_similarity(new, m0 + delta)
     torch.testing.assert_close(cosines, torch.ones(4).double())
     assert mean_norm(tiny("gpt2", tmp_path), 1) == norm
-    plain, _ = found(model, REQUESTS, layers=(1,))
-    scaled, _ = found(model, REQUESTS, layers=(1,), norm_anchor=1.0)
+    plain, *_ = found(model, REQUESTS, layers=(1,))
+    scaled, *_ = found(model, REQUESTS, layers=(1,), norm_anchor=1.0)
     m0 = outputs(model, REQUESTS, 1)
-    sizes = (m0 + scaled.updates[0].R).norm(dim=0)
+    sizes = (m0 + scaled[0].R.flat).norm(dim=0)
     torch.testing.assert_close(
         sizes, torch.full((3,), norm, dtype=torch.float64), rtol=1e-4, atol=0
     )
-    assert relative(scaled.updates[0].R, plain.updates[0].R) > 1e-3
+    assert relative(scaled[0].R.flat, plain[0].R.flat) > 1e-3
 
 
 def test_the_anchor_is_not_measured_on_an_edited_model(tmp_path: Path) -> None:
     model = tiny("gpt2", tmp_path)
-    (updates, C, slack), config = found(model, REQUESTS[:1])
-    deltas = key_values(model, updates, C, slack, config)
+    updates, C, config = found(model, REQUESTS[:1])
+    deltas = stored(model, updates, C, config)
     with on(model, deltas), pytest.raises(ConfigError, match="prepare"):
         mean_norm(model, 1)
 
@@ -323,7 +337,22 @@ def test_what_cannot_be_computed_is_refused(tmp_path: Path) -> None:
 
 
 def test_without_layers_those_that_end_a_third_of_the_way_up(tmp_path: Path) -> None:
-    given, _ = found(tiny("gpt2", tmp_path), REQUESTS[:1], layers=None)
-    assert [update.layer for update in given.updates] == [0, 1]
-    given, _ = found(tiny("gpt2", tmp_path), REQUESTS[:1], layers=(-1, 0))
-    assert [update.layer for update in given.updates] == [0, 2]
+    model = tiny("gpt2", tmp_path)
+    given, *_ = found(model, REQUESTS[:1], layers=None)
+    assert [update.layer for update in given] == [0, 1]
+    given, *_ = found(model, REQUESTS[:1], layers=(-1, 0))
+    assert [update.layer for update in given] == [0, 2]
+
+
+def test_the_configuration_writes_its_layers_out(tmp_path: Path) -> None:
+    anatomy = tiny("gpt2", tmp_path).anatomy
+    for given, layers in ((None, (0, 1)), ((-1, 0), (0, 2)), ("auto", "auto")):
+        config = MemitConfig(layers=given, loss_layer=-1).for_model(anatomy)
+        assert config.layers == layers
+        assert config.loss_layer == 2
+        assert config.for_model(anatomy) == config
+    assert MemitConfig().for_model(anatomy).loss_layer is None
+    with pytest.raises(ConfigError, match="twice"):
+        MemitConfig(layers=(2, -1)).for_model(anatomy)
+    with pytest.raises(ConfigError, match="Editor"):
+        Memit().edit(tiny("gpt2", tmp_path), REQUESTS[:1], MemitConfig(layers="auto"))

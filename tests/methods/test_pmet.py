@@ -6,19 +6,22 @@ There is no recorded run of the authors' code: what is checked here is what the 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from errata import zoo
 from errata.datasets import atlas
 from errata.kit.closed_form.layer_updates import Prompts
-from errata.kit.closed_form.statistics import optimised, whitenings_of
-from errata.kit.values import ValueSettings, optimise_values
+from errata.kit.closed_form.statistics import known_keys
+from errata.kit.closed_form.target_values import MemitObjective, value_settings
+from errata.kit.values import OptimisedValue, ValueSettings, optimise_values
 from errata.model.loading import load_model
 from errata.testing import edit_with
 from errata_pmet import Pmet, PmetConfig
-from errata_pmet.algorithm import pmet
+from errata_pmet.algorithm import PmetObjective, pmet
 from tests.families import SENTENCES, architectures, build_model
 from tests.methods.golden import relative
 from tests.methods.test_memit import CONTEXTS, REQUESTS
@@ -33,56 +36,56 @@ TINY = {
 def test_both_values_take_part_and_the_mlps_is_written(family: str, tmp_path: Path) -> None:
     model = build_model(family, tmp_path, corpus=SENTENCES)
     config = PmetConfig(**{**TINY, "layers": (1,), "contexts": ("{}",)})
-    C = whitenings_of(model, config)
-    (update,) = pmet(model, REQUESTS[:1], C, config).updates
-    base = update.h[:, 0]
-    (value,) = optimised(
-        model, REQUESTS[:1], ("{}",), 1, config, at="attention+mlp",
-        top_factor=config.top_factor, top_kl=config.top_kl,
-    )  # fmt: skip
+    (update,) = pmet(model, REQUESTS[:1], known_keys(model, config), config)
+    base = update.h.flat[:, 0]
+    settings = replace(value_settings(1, config), at="attention+mlp")
+    (value,) = optimise_values(model, REQUESTS[:1], ("{}",), settings, PmetObjective(config))
     # ‖δ‖ in the losses is that of both; the MLP's is less.
     assert value.losses[-1][4] > float(value.delta.norm()) * 1.01
     assert value.losses[-1][1] < value.losses[0][1]
     assert relative(base, value.v0) < 1e-4
-    assert relative(base + update.R[:, 0], value.v_star) < 1e-4
+    assert relative(base + update.R.flat[:, 0], value.v_star) < 1e-4
     made = Pmet().edit(model, REQUESTS[:1], config)
     assert isinstance(made, list)
     with model.stack.temporarily([edit_with(1, "0123456789ab", made[0])]):
         path = model.anatomy.mlp_out(1)
-        now = Prompts(model, REQUESTS[:1], ("{}",)).read(1, path, (), False)[1][0]
+        now = Prompts(model, REQUESTS[:1], ("{}",)).read(1, path)[1].flat[:, 0]
     assert relative(now, value.v_star) < 1e-3
 
 
 def test_the_residual_is_shared_out_by_the_root(tmp_path: Path) -> None:
     model = build_model("gpt2", tmp_path, corpus=SENTENCES)
     config = PmetConfig(**TINY)
-    first, last = pmet(model, REQUESTS, whitenings_of(model, config), config).updates
-    whole = first.R * math.sqrt(2)
+    first, last = pmet(model, REQUESTS, known_keys(model, config), config)
+    whole = first.R.flat * math.sqrt(2)
     # The last layer brings all that is left at its own output.
-    wanted = first.h + whole
-    assert relative(last.h + last.R, wanted) < 1e-4
+    assert relative((last.h + last.R).flat, first.h.flat + whole) < 1e-4
 
 
 def test_a_value_at_two_places_is_no_worse_than_at_one(tmp_path: Path) -> None:
     model = build_model("llama", tmp_path)
-    settings = {"layer": 1, "steps": 8, "lr": 0.1, "weight_decay": 0.0, "kl_factor": 0.0}
-    one, two = (
-        optimise_values(model, REQUESTS, CONTEXTS, ValueSettings(at=at, **settings))
-        for at in ("mlp", "attention+mlp")
-    )
+    config = PmetConfig(weight_decay=0.0, kl_factor=0.0, top_kl=None)
+    settings = ValueSettings(layer=1, steps=8, lr=0.1, kl_prompt=None)
+    one = optimise_values(model, REQUESTS, CONTEXTS, settings, MemitObjective(config))
+    both = replace(settings, at="attention+mlp")
+    two = optimise_values(model, REQUESTS, CONTEXTS, both, PmetObjective(config))
     for single, double in zip(one, two, strict=True):
         assert relative(double.v0, single.v0) < 1e-5
         assert double.losses[-1][1] < single.losses[-1][1]
 
 
 def test_it_relaxes_and_stops_once_the_target_comes_first() -> None:
-    model = load_model("atlas-gpt2", architectures=architectures())
-    settings = {"layer": 1, "at": "attention+mlp", "steps": 25, "lr": 0.2, "weight_decay": 0.0,
-                "clamp": 15.0, "early_stop": 0.0, "kl_factor": 1.0}  # fmt: skip
-    full, relaxed, short = (
-        optimise_values(model, atlas.requests(1), ("{}",), ValueSettings(**settings, **more))[0]
-        for more in ({}, {"top_factor": 0.1}, {"top_kl": 1e9})
-    )
+    model = load_model(zoo.model_path("atlas-gpt2"), architectures=architectures())
+    settings = ValueSettings(layer=1, at="attention+mlp", steps=25, lr=0.2, clamp=15.0)
+
+    def value(top_factor: float, top_kl: float | None) -> OptimisedValue:
+        config = PmetConfig(
+            weight_decay=0.0, early_stop=0.0, kl_factor=1.0, top_factor=top_factor, top_kl=top_kl
+        )
+        objective = PmetObjective(config)
+        return optimise_values(model, atlas.requests(1), ("{}",), settings, objective)[0]
+
+    full, relaxed, short = value(1.0, None), value(0.1, None), value(1.0, 1e9)
     assert full.top
     assert short.top
     assert len(short.losses) < len(full.losses)

@@ -20,7 +20,6 @@ from errata.edits.request import Request
 from errata.edits.stack import Stack
 from errata.errors import CapabilityError, ConfigError, ErrataError
 from errata.kit.contexts import prefix_contexts
-from errata.kit.layer_sweep import LayerResult, LayerSweep
 from errata.kit.second_moments import SecondMoment
 from errata.kit.values import EditFailed, ValueSettings, optimise_values
 from errata.model import Model
@@ -30,9 +29,9 @@ from errata.model.forward import logits_at, trace
 from errata.model.tokens import encode, encode_targets, subject_position
 from errata.testing import edit_with
 from errata_rome import Rome, RomeConfig
-from errata_rome.algorithm import RankOne, contexts_of, rome, statistic_of
+from errata_rome.algorithm import RankOne, RomeObjective, contexts_of, rome, statistic_of
 from tests.families import DECODERS, SENTENCES, architectures, build_model
-from tests.helpers import shared_path
+from tests.helpers import GOLDEN
 
 CONTEXTS = ("{}", "Once upon a time. {}", "The city of Paris. {}")
 REQUESTS = (
@@ -55,7 +54,7 @@ def applied(model: Model, delta: LowRankDelta) -> Iterator[None]:
 
 # -- the authors' code ---------------------------------------------------------------------------
 
-GOLDEN = {
+RECORDED = {
     "2_rome/rome_L2_mom2_true": "rome",
     "2_rome/rome_L0_wd1e-3_mom2_true": "rome",
     "3_r_rome/r_rome_L0_wd1e-3_mom2_true": "r-rome",
@@ -65,7 +64,7 @@ GOLDEN = {
 
 @pytest.fixture(scope="module")
 def golden() -> Model:
-    folder = shared_path("golden", "model")
+    folder = GOLDEN / "model"
     module = transformers.AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     return Stack.on(Model(module, tokenizer, Anatomy.of(module, architectures())))
@@ -73,15 +72,15 @@ def golden() -> Model:
 
 def recorded(golden: Model, name: str) -> tuple[list[RankOne], dict[str, Tensor], dict[str, Any]]:
     """Return our edits of the recorded facts, and what was recorded."""
-    tensors = load_file(shared_path("golden", f"{name}.safetensors"))
-    about = json.loads(shared_path("golden", f"{name}.json").read_text(encoding="utf-8"))
+    tensors = load_file(GOLDEN / f"{name}.safetensors")
+    about = json.loads((GOLDEN / f"{name}.json").read_text(encoding="utf-8"))
     layer = about["hparams"]["layers"][0]
-    moments = load_file(shared_path("golden", "1_second_moment", "second_moment.safetensors"))
+    moments = load_file(GOLDEN / "1_second_moment" / "second_moment.safetensors")
     C = SecondMoment(matrix=moments[f"C.{layer}"].double(), count=69700, layer=layer)
     config = RomeConfig(
         layer=layer,
         weight_decay=about["hparams"]["v_weight_decay"],
-        variant=GOLDEN[name],
+        variant=RECORDED[name],
         contexts=tuple(about["context_templates"]),
     )
     requests = [
@@ -91,7 +90,7 @@ def recorded(golden: Model, name: str) -> tuple[list[RankOne], dict[str, Tensor]
     return rome(golden, requests, contexts_of(golden, config), C, config), tensors, about
 
 
-@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize("name", RECORDED)
 def test_parity_with_the_authors_code(golden: Model, name: str) -> None:
     edits, tensors, about = recorded(golden, name)
     for index, (edit, fact) in enumerate(zip(edits, about["facts"], strict=True)):
@@ -218,9 +217,13 @@ def test_requests_do_not_see_each_other(tmp_path: Path) -> None:
 
 def test_the_batch_may_be_cut_anywhere(tmp_path: Path) -> None:
     model = build_model("gpt2", tmp_path)
-    settings = {"layer": 1, "steps": 4, "weight_decay": 0.0}
-    whole = optimise_values(model, REQUESTS, CONTEXTS, ValueSettings(**settings))
-    cut = optimise_values(model, REQUESTS, CONTEXTS, ValueSettings(**settings, rows=5))
+    objective = RomeObjective(RomeConfig(weight_decay=0.0))
+    whole, cut = (
+        optimise_values(
+            model, REQUESTS, CONTEXTS, ValueSettings(layer=1, steps=4, rows=rows), objective
+        )
+        for rows in (None, 5)
+    )
     for one, other in zip(whole, cut, strict=True):
         assert relative(other.delta, one.delta) < 1e-4
 
@@ -349,17 +352,14 @@ def test_without_a_layer_a_third_of_the_way_up(tmp_path: Path) -> None:
     assert delta.parameters == (model.anatomy.weight(model.anatomy.mlp_out(1)),)
 
 
-def test_auto_is_the_layer_of_the_models_sweep(tmp_path: Path) -> None:
+def test_the_configuration_writes_its_layer_out(tmp_path: Path) -> None:
     model = build_model("gpt2", tmp_path)
-    auto = RomeConfig(**{**FAST, "layer": "auto"})
-    with pytest.raises(ConfigError, match="errata locate --sweep --method rome"):
-        Rome().edit(model, REQUESTS[:1], auto)
-    results = tuple(LayerResult(i, s, {}) for i, s in enumerate((0.2, 0.4, 0.9)))
-    found = LayerSweep("m", "gpt2", 3, "rome", "layer", {}, 5, results)
-    key = ("layer-sweep", model.fingerprint, "rome")
-    model.artifacts.save(key, {"_": torch.zeros(1)}, found.as_json())
-    (delta,) = Rome().edit(model, REQUESTS[:1], auto)
-    assert delta.parameters == (model.anatomy.weight(model.anatomy.mlp_out(2)),)
+    for given, layer in ((None, 1), (-1, 2), (0, 0), ("auto", "auto")):
+        config = RomeConfig(layer=given, loss_layer=-1).for_model(model.anatomy)
+        assert (config.layer, config.loss_layer) == (layer, 2)
+        assert config.for_model(model.anatomy) == config
+    with pytest.raises(ConfigError, match="Editor"):
+        Rome().edit(model, REQUESTS[:1], RomeConfig(**{**FAST, "layer": "auto"}))
 
 
 @pytest.mark.parametrize(
@@ -401,10 +401,9 @@ def test_values_at_block_outputs(tmp_path: Path) -> None:
     """The MEMIT family's place for δ, also at the last block."""
     model = build_model("llama", tmp_path)
     for layer in (1, 2):
-        settings = ValueSettings(
-            layer=layer, at="block", steps=4, weight_decay=0.0, anchor="contexts"
-        )
-        (value,) = optimise_values(model, REQUESTS[:1], CONTEXTS, settings)
+        settings = ValueSettings(layer=layer, at="block", steps=4)
+        objective = RomeObjective(RomeConfig(weight_decay=0.0))
+        (value,) = optimise_values(model, REQUESTS[:1], CONTEXTS, settings, objective)
         batch = encode(model.tokenizer, [REQUESTS[0].text])
         with torch.no_grad(), trace(model.module, model.anatomy.block(layer)) as seen:
             model.module(input_ids=batch.input_ids)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from errata.model.model import Model
 
-BARE = "{}"
+_BARE = "{}"
 """The context that is none; the first of every list of contexts."""
 
 
@@ -58,10 +58,10 @@ def prefix_contexts(
             "edits off, or pass contexts=(…)."
         )
     generator = torch.Generator().manual_seed(seed)
-    texts = [BARE]
+    texts = [_BARE]
     for tokens, count in lengths:
         begun = [starts[index % len(starts)] for index in range(count)]
-        texts += [f"{text}. {BARE}" for text in _sample(model, begun, tokens, top_k, generator)]
+        texts += [f"{text}. {_BARE}" for text in _sample(model, begun, tokens, top_k, generator)]
     model.artifacts.save(key, {"count": torch.tensor(len(texts))}, {"texts": texts})
     return tuple(texts)
 

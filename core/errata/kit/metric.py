@@ -2,7 +2,7 @@
 
 A change Δ of a projection W costs tr(Δ M⁻¹ Δᵀ). MEMIT, EMMET and ROME take M = C⁻¹, so that what
 the layer says on ordinary text stays; AlphaEdit takes M = P, the projector onto directions that
-ordinary text does not use, and forbids all others; M = I asks for the smallest change.
+ordinary text does not use, and forbids all others.
 
 Every metric is M = B Bᵀ, with B of (D, r). `reduce` gives Bᵀ k, `expand` B x, `whiten` M k.
 """
@@ -90,19 +90,3 @@ class Projection(Metric):
     def expand(self, reduced: Tensor) -> Tensor:
         """Return U₀ X."""
         return self._basis @ reduced.to(self._basis)
-
-
-class Plain(Metric):
-    """M = I: every direction costs the same."""
-
-    def __init__(self, size: int) -> None:
-        self.size = self.rank = size
-        self.reference = {"metric": "identity", "digest": "identity"}
-
-    def reduce(self, keys: Tensor) -> Tensor:
-        """Return K."""
-        return keys.double()
-
-    def expand(self, reduced: Tensor) -> Tensor:
-        """Return X."""
-        return reduced.double()

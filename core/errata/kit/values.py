@@ -1,19 +1,13 @@
 """Value optimisation: which vector, at which place, makes the model say the new target?
 
-The step every closed-form method shares (ROME section 3.1 step 2, MEMIT equation 16). For each
-request a vector δ is added to the output v0 of the MLP's down projection (ROME) or of the block
-(the MEMIT family) at the subject's last token, in every context, and
+The step that every closed-form method shares (ROME's section 3.1, step 2; MEMIT's equation 16). For
+each request a vector δ is added to the output v0 of a module at the subject's last token, in every
+context, and a loss L(δ) is brought down with Adam, ‖δ‖ ≤ clamp · ‖v0‖. Which loss, and when it is
+low enough, is the method's: a `ValueObjective`, computed from what an `Evaluation` reads.
 
-    L(δ) = mean over contexts of −(1/|o|) Σ_j log P(o_j | context, prompt, o_<j; v0 + δ)
-           + kl_factor · KL(P_δ ‖ P_0)  at the subject's last token of "{} is a"
-           + weight_decay · ‖δ‖ / ‖v0‖²
-
-is brought down with Adam, ‖δ‖ ≤ clamp · ‖v0‖. PMET adds a second δ, to the attention's output of
-the same block, which takes up what the MLP should not be made to say.
-
-Many requests run together: rows are laid out so that all edited positions share one column, and
-every step runs only the blocks and columns that δ can reach (`errata.model.forward.Resumed`). Requests
-do not see each other, whatever the batch.
+Many requests run together. Rows are laid out so that all edited positions share one column, and
+every step runs only the blocks and columns that δ can reach (`errata.model.forward.Resumed`).
+Requests do not see each other, whatever the batch.
 """
 
 from __future__ import annotations
@@ -24,9 +18,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch.nn import functional
 
 from errata.errors import CapabilityError, ErrataError, RequestError
+from errata.kit.value_loss import Evaluation, ValueLoss, ValueObjective
 from errata.model.forward import Resumed, adding, aligned, bypassed, frozen, patched
 from errata.model.prompts import padding_id
 from errata.model.tokens import encode, encode_targets, subject_position
@@ -64,7 +58,7 @@ class EditFailed(ErrataError, ArithmeticError):
 
 @dataclass(frozen=True, kw_only=True)
 class ValueSettings:
-    """How values are optimised; the defaults are ROME's for GPT-2 XL.
+    """Where and how values are optimised; the defaults are ROME's for GPT-2 XL.
 
     Attributes:
         layer: block whose output is changed.
@@ -74,16 +68,9 @@ class ValueSettings:
             None is the last block.
         steps: evaluations of the loss; one less updates.
         lr: Adam's learning rate.
-        weight_decay: factor of ‖δ‖ / ‖v0‖²: the norm is not squared above the line.
         clamp: largest ‖δ‖, in units of ‖v0‖.
-        anchor: whose norm ‖v0‖ is: the output in the bare prompt, or the mean over contexts.
-        kl_factor: factor of the KL term; 0 leaves its prompt out.
-        kl_prompt: template that the KL term is read on, at the edited position itself.
-        early_stop: a request is done once its total loss is below this.
-        top_steps: a request is done once every target token was the most probable one in all
-            contexts at so many evaluations in a row (MPES, 2502.01636); None: never.
-        top_factor: factor of the NLL while that is so (PMET: 0.1).
-        top_kl: a request is done when that is so and its KL term is at most this (PMET: 0.01).
+        kl_prompt: template that the loss's KL term is read on, at the edited token itself; None
+            leaves it out.
         fact_token: the position that is edited.
         rows: most rows (requests times contexts) that run together; None: as many as suit the
             device.
@@ -94,21 +81,14 @@ class ValueSettings:
     loss_layer: int | None = None
     steps: int = 20
     lr: float = 0.5
-    weight_decay: float = 0.5
     clamp: float = 4.0
-    anchor: Literal["bare", "contexts"] = "bare"
-    kl_factor: float = 0.0625
-    kl_prompt: str = "{} is a"
-    early_stop: float = 5e-2
-    top_steps: int | None = None
-    top_factor: float = 1.0
-    top_kl: float | None = None
+    kl_prompt: str | None = "{} is a"
     fact_token: FactToken = "subject_last"
     rows: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
-class Value:
+class OptimisedValue:
     """What the optimisation found for one request; vectors are fp32, D and d as in methods' maths.
 
     Attributes:
@@ -134,7 +114,7 @@ class Value:
 
 
 @dataclass
-class _Rows:
+class _RequestRows:
     """The token rows of one request: its contexts, then (if wanted) the KL prompt."""
 
     tokens: list[list[int]] = field(default_factory=list)
@@ -150,15 +130,20 @@ class _Rows:
 
 
 def optimise_values(
-    model: Model, requests: Sequence[Request], contexts: Sequence[str], settings: ValueSettings
-) -> list[Value]:
+    model: Model,
+    requests: Sequence[Request],
+    contexts: Sequence[str],
+    settings: ValueSettings,
+    objective: ValueObjective,
+) -> list[OptimisedValue]:
     """Return the optimised value of each request, in order, all from the model's present state.
 
     Args:
         model: the model; it is not changed.
         requests: what should be said instead.
         contexts: templates with one {} for the prompt; the first is "{}", the bare prompt.
-        settings: see `ValueSettings`.
+        settings: where and how.
+        objective: the loss, and when a request is done.
 
     Raises:
         CapabilityError: the model is no causal decoder.
@@ -172,10 +157,10 @@ def optimise_values(
             "Use a method that lists this architecture (`errata methods`)."
         )
     rows = [_rows(model, request, contexts, settings) for request in requests]
-    values: list[Value | None] = [None] * len(requests)
+    values: list[OptimisedValue | None] = [None] * len(requests)
     most = settings.rows or row_limit(model)
     for chunk in _chunks(rows, most):
-        found = _Problem(model, [rows[i] for i in chunk], settings).solve()
+        found = _Problem(model, [rows[i] for i in chunk], settings, objective).solve()
         for index, value in zip(chunk, found, strict=True):
             values[index] = value
     return [value for value in values if value is not None]
@@ -186,7 +171,7 @@ def row_limit(model: Model) -> int:
     return _ROWS_CPU if model.device.type == "cpu" else _ROWS_ACCELERATOR
 
 
-def _chunks(rows: Sequence[_Rows], limit: int) -> Iterator[list[int]]:
+def _chunks(rows: Sequence[_RequestRows], limit: int) -> Iterator[list[int]]:
     """Yield indices of requests that run together: alike in reach, at most `limit` rows."""
     chunk: list[int] = []
     taken = 0
@@ -202,13 +187,13 @@ def _chunks(rows: Sequence[_Rows], limit: int) -> Iterator[list[int]]:
 
 def _rows(
     model: Model, request: Request, contexts: Sequence[str], settings: ValueSettings
-) -> _Rows:
+) -> _RequestRows:
     """Tokenise one request in all contexts, without the tokens that nothing depends on."""
     tokenizer, which = model.tokenizer, FACT_TOKENS[settings.fact_token]
     templates = [context.replace("{}", request.prompt) for context in contexts]
     prompts = [template.replace("{}", request.subject) for template in templates]
     batch = encode_targets(tokenizer, prompts, [request.target_new] * len(prompts))
-    rows = _Rows(contexts=len(templates))
+    rows = _RequestRows(contexts=len(templates))
     for row, template in enumerate(templates):
         begin, end = batch.target_spans[row]
         tokens = batch.input_ids[row][batch.attention_mask[row].bool()].tolist()[:end]
@@ -223,7 +208,7 @@ def _rows(
         rows.tokens.append(tokens[:-1])
         rows.lookups.append(lookup)
         rows.reads += [(row, column - 1, tokens[column]) for column in range(begin, end)]
-    if settings.kl_factor:
+    if settings.kl_prompt is not None:
         template = settings.kl_prompt
         filled = encode(tokenizer, [template.replace("{}", request.subject)])
         lookup = subject_position(tokenizer, template, request.subject, which)
@@ -237,10 +222,16 @@ def _rows(
 
 
 class _Problem:
-    """Several requests as one batch: its layout, its loss, its optimisation."""
+    """Several requests as one batch: its layout, its evaluations, its optimisation."""
 
-    def __init__(self, model: Model, parts: Sequence[_Rows], settings: ValueSettings) -> None:
-        self.model, self.settings = model, settings
+    def __init__(
+        self,
+        model: Model,
+        parts: Sequence[_RequestRows],
+        settings: ValueSettings,
+        objective: ValueObjective,
+    ) -> None:
+        self.model, self.settings, self.objective = model, settings, objective
         anatomy, device = model.anatomy, model.device
         self.layer = anatomy.layer(settings.layer)
         out = anatomy.mlp_out(self.layer)
@@ -281,10 +272,8 @@ class _Problem:
         home = self.run.reference.device
         self.owner = index.to(home)  # (n,) request of each read position
         self.target = target.to(home)  # (n,) token id, -1 where the KL term is read
-        # The target has as many tokens in every context, so one mean over all its positions is
-        # the mean over contexts of the means over target tokens.
-        weight = [1.0 / sum(t >= 0 for _, _, t in part.reads) for part in parts]
-        self.weight = torch.tensor(weight, device=home)
+        share = [1.0 / sum(t >= 0 for _, _, t in part.reads) for part in parts]
+        self.share = torch.tensor(share, device=home)
         self.reference = self._log_p(self.run.reference[self.target < 0])  # at the KL positions
         self._read_out(parts, first, out)
 
@@ -299,7 +288,7 @@ class _Problem:
             return (anatomy.attention(layer),)
         return (anatomy.attention(layer), *anatomy.mlp_in(layer), anatomy.mlp_out(layer))
 
-    def _read_out(self, parts: Sequence[_Rows], first: Sequence[int], out: str) -> None:
+    def _read_out(self, parts: Sequence[_RequestRows], first: Sequence[int], out: str) -> None:
         """Take keys, outputs and ‖v0‖ from the recorded run."""
         size = len(self.row_owner)
         keys = _at(self.run.seen[out].input, size, self.column)
@@ -309,95 +298,82 @@ class _Problem:
         self.keys = [keys[span] for span in spans]
         self.outputs = [outputs[span] for span in spans]
         self.v0 = torch.stack([output[0] for output in self.outputs])  # (N, P, d)
-        bare = self.settings.anchor == "bare"
-        anchors = self.v0 if bare else torch.stack([o.mean(0) for o in self.outputs])
-        self.anchor = anchors.norm(dim=2)  # (N, P)
+        self.v0_norm = self.v0.norm(dim=2)  # (N, P)
         self.run.seen.clear()  # all columns of two modules
 
-    def solve(self) -> list[Value]:
+    def solve(self) -> list[OptimisedValue]:
         """Run Adam on all δ together; a request that is done keeps its δ."""
         settings, count = self.settings, len(self.v0)
         delta = torch.zeros_like(self.v0)  # (N, P, d), fp32 whatever the model's dtype
-        first, second = torch.zeros_like(delta), torch.zeros_like(delta)
+        moments = torch.zeros_like(delta), torch.zeros_like(delta)
         losses: list[list[tuple[float, ...]]] = [[] for _ in range(count)]
         active = torch.ones(count, dtype=torch.bool)
-        top = torch.zeros(count, dtype=torch.long)  # evaluations in a row
+        first_before = torch.zeros(count, dtype=torch.long)
         with torch.enable_grad(), frozen(self.model.module), self._truncated():
             for step in range(settings.steps):
                 delta.requires_grad_(True)
-                parts, first_choice = self._loss(delta, top > 0)  # (4, N), (N,)
-                self._note(parts, delta, active, losses)
-                top = torch.where(active, (top + 1) * first_choice, top)
-                active = active & ~self._done(parts.detach().cpu(), top)
+                at = self._evaluate(delta, first_before)
+                loss = self.objective.loss(at)
+                self._note(loss, delta, active, losses)
+                with torch.no_grad():
+                    done = self.objective.done(at, loss).cpu()
+                first_before = torch.where(active, at.first.cpu(), first_before)
+                active = active & ~done
                 if step == settings.steps - 1 or not bool(active.any()):
                     break
-                (gradient,) = torch.autograd.grad(parts[0].sum() * self._scale, delta)
+                (gradient,) = torch.autograd.grad(loss.total.sum() * self._scale, delta)
                 delta = delta.detach()
-                update = self._adam(gradient / self._scale, first, second, step + 1)
+                update = self._adam(gradient / self._scale, *moments, step + 1)
                 moved = self._clamped(delta - update)
                 delta = torch.where(active.to(delta.device)[:, None, None], moved, delta)
                 self._shed(active)
         delta = delta.detach()
         return [
-            Value(
+            OptimisedValue(
                 v0=self.v0[i, 0],
                 delta=delta[i, 0],
                 keys=self.keys[i],
                 outputs=self.outputs[i][:, 0],
                 losses=tuple(losses[i]),  # type: ignore[arg-type]
-                top=bool(top[i]),
+                top=bool(first_before[i]),
             )
             for i in range(count)
         ]
 
-    # -- the loss --------------------------------------------------------------------------------
+    # -- one evaluation ----------------------------------------------------------------------------
 
-    def _loss(self, delta: Tensor, relaxed: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the losses at δ (N, P, d), and whether each request's target comes first.
-
-        The losses are (total, NLL, KL term, weight-decay term) per request, (4, N). `relaxed`
-        requests get their NLL times `top_factor`.
-        """
-        settings = self.settings
+    def _evaluate(self, delta: Tensor, first_before: Tensor) -> Evaluation:
+        """Run the model with δ (N, P, d) in place and read what losses are computed from."""
         added = delta[self.row_owner.to(delta.device)]  # (B, P, d)
         at = self.column - self.run.start
         changes = {place: adding(added[:, i], at) for i, place in enumerate(self.places)}
         with patched(self.model.module, changes):
             log_p = self._log_p(self.run.logits())  # (n, V)
-        nothing = torch.zeros(len(delta), device=log_p.device)
-        asked = self.target >= 0
-        owner, target = self.owner[asked], self.target[asked, None]
-        picked = -log_p[asked].gather(1, target).squeeze(1)
-        factor = torch.where(relaxed, settings.top_factor, 1.0).to(log_p.device)
-        nll = nothing.index_add(0, owner, picked) * self.weight * factor
-        missed = (log_p[asked].detach().argmax(1) != target.squeeze(1)).to(nothing)
-        first_choice = (nothing.index_add(0, owner, missed) == 0).cpu()
-        # The published code gives `kl_div` the reference as input and the edited distribution as
-        # target: KL(P_δ ‖ P_0).
-        kl = nothing
-        if not bool(asked.all()):
-            pair = self.reference, log_p[~asked]
-            each = functional.kl_div(*pair, log_target=True, reduction="none").sum(1)
-            kl = settings.kl_factor * nothing.index_add(0, self.owner[~asked], each)
-        decay = (settings.weight_decay * delta.norm(dim=2) / self.anchor**2).sum(1).to(nll.device)
-        return torch.stack([nll + kl + decay, nll, kl, decay]), first_choice
-
-    def _done(self, parts: Tensor, top: Tensor) -> Tensor:
-        """Return which requests have reached what they were to reach, (N,)."""
-        settings = self.settings
-        done = parts[0] < settings.early_stop
-        if settings.top_steps is not None:
-            done |= top >= settings.top_steps
-        if settings.top_kl is not None:
-            done |= (top > 0) & (parts[2] <= settings.top_kl)
-        return done
+        home, asked = log_p.device, self.target >= 0
+        owner, target, spoken = self.owner[asked], self.target[asked, None], log_p[asked]
+        missed = spoken.detach().argmax(1) != target.squeeze(1)
+        wrong = torch.zeros(len(delta), device=home).index_add(0, owner, missed.float())
+        before = first_before.to(home)
+        return Evaluation(
+            log_p=spoken.gather(1, target).squeeze(1),
+            essence=log_p[~asked],
+            essence_before=self.reference,
+            δ_norm=delta.norm(dim=2).T.to(home),
+            v0_norm=self.v0_norm.T.to(home),
+            first_before=before,
+            first=(before + 1) * (wrong == 0),
+            _owner=owner,
+            _essence_owner=self.owner[~asked],
+            _share=self.share,
+        )
 
     def _note(
-        self, parts: Tensor, delta: Tensor, active: Tensor, losses: list[list[tuple[float, ...]]]
+        self, loss: ValueLoss, delta: Tensor, active: Tensor, losses: list[list[tuple[float, ...]]]
     ) -> None:
         """Record the losses of active requests; raise `EditFailed` when one is not finite."""
-        norms = delta.detach().flatten(1).norm(dim=1)[None].cpu()
-        rows = torch.cat([parts.detach().cpu(), norms]).T  # (N, 5)
+        norms = delta.detach().flatten(1).norm(dim=1).cpu()
+        terms = (loss.total, *loss)
+        rows = torch.stack([*(term.detach().cpu() for term in terms), norms], dim=1)  # (N, 5)
         for index in active.nonzero().flatten().tolist():
             if not bool(torch.isfinite(rows[index]).all()):
                 raise EditFailed(
@@ -426,7 +402,7 @@ class _Problem:
 
     def _clamped(self, delta: Tensor) -> Tensor:
         """Project each δ onto the ball of radius clamp · ‖v0‖."""
-        norm, most = delta.norm(dim=2), self.settings.clamp * self.anchor
+        norm, most = delta.norm(dim=2), self.settings.clamp * self.v0_norm
         return torch.where((norm > most)[..., None], delta * (most / norm)[..., None], delta)
 
     def _shed(self, active: Tensor) -> None:

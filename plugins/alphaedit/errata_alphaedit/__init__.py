@@ -6,45 +6,52 @@ projector, K the new keys, K_p those of earlier edits:
 
     Δ = R Kᵀ P (K_p K_pᵀ P + K Kᵀ P + L2 I)⁻¹
 
-`algorithm.py` is the paper in its reduced form, `config.py` its hyper-parameters.
+Batches as published (`history: none`) take K_p from the published AlphaEdit edits that are active.
+With `history: joint` all active edits are one problem, and K_p is empty. `algorithm.py` is the
+paper, `config.py` its hyper-parameters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from errata.contract.hooks import hookimpl
-from errata.kit.closed_form.method import ClosedForm, Found
 from errata_alphaedit.config import AlphaEditConfig
 
 if TYPE_CHECKING:
+    from errata.edits.delta import Delta
     from errata.edits.request import Request
-    from errata.kit.closed_form.config import ClosedFormConfig
     from errata.model import Model
 
 __all__ = ["AlphaEdit", "AlphaEditConfig"]
 
 
-class AlphaEdit(ClosedForm):
-    """The plugin."""
+class AlphaEdit:
+    """The plugin: one key-value delta per request, or one low-rank delta for the batch."""
 
     name = "alphaedit"
     config = AlphaEditConfig
 
     @hookimpl
-    def prepare(self, model: Model, corpus: Sequence[str], config: ClosedFormConfig) -> None:
+    def prepare(self, model: Model, corpus: Sequence[str], config: AlphaEditConfig) -> None:
         """Compute what belongs to the base, the null spaces among it."""
         from errata.kit.closed_form.statistics import prepare
-        from errata_alphaedit.algorithm import metrics_of
+        from errata_alphaedit.algorithm import null_spaces
 
-        config = self.settled(model, config)
         prepare(model, corpus, config)
-        metrics_of(model, cast(AlphaEditConfig, config))
+        null_spaces(model, config)
 
-    def find(self, model: Model, requests: Sequence[Request], config: ClosedFormConfig) -> Found:
-        """Solve within the null space."""
-        from errata_alphaedit.algorithm import alphaedit, metrics_of
+    @hookimpl
+    def edit(
+        self, model: Model, requests: Sequence[Request], config: AlphaEditConfig
+    ) -> Delta | Sequence[Delta]:
+        """Return the change, computed from the base (frozen) or the model's present state."""
+        from errata.kit.closed_form.deltas import deltas_of
+        from errata_alphaedit.algorithm import alphaedit, earlier_requests, null_spaces
 
-        settings = cast(AlphaEditConfig, config)
-        return alphaedit(model, requests, metrics_of(model, settings), settings)
+        P = null_spaces(model, config)
+        earlier = earlier_requests(model, self.name) if config.history == "none" else {}
+        updates = alphaedit(model, requests, P, config, earlier)
+        # The joint problem of all active edits: M = P, and L2 is what a miss costs.
+        return deltas_of(model, updates, config, metrics=P, slack=config.l2)

@@ -1,8 +1,11 @@
 """AlphaEdit as in the paper's equation 14 and the authors' code, solved in the null space itself.
 
-The published solve is of D × D: (P (K Kᵀ + K_p K_pᵀ) + L2 I)⁻¹ P K. With P = U₀ U₀ᵀ, U₀ of (D, r),
-it is U₀ (K̃ K̃ᵀ + K̃_p K̃_pᵀ + L2 I)⁻¹ K̃ with K̃ = U₀ᵀ K: r × r, or of as many unknowns as there are
-keys, whichever is less.
+The shapes: D is the width of the MLP, d that of the model, N the number of requests; K (D, N),
+K_p (D, N_p), R (d, N), z (d, N), h (d, N), P (D, D) of rank r, Δ (d, D). A batch is one problem of
+this form; in joint edits (`history: joint`) every request is one, with N = 1.
+
+The published solve is of D × D unknowns. Here, with P = U₀ U₀ᵀ and K̃ = U₀ᵀ K, it is one of r, or
+of as many unknowns as there are keys, whichever is less: the same numbers.
 """
 
 from __future__ import annotations
@@ -13,16 +16,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from errata.kit.closed_form.layer_updates import Prompts, walk
-from errata.kit.closed_form.method import Found
-from errata.kit.closed_form.statistics import block_targets, contexts_of, moments_of, stages_of
+from errata.kit.closed_form.layer_updates import LayerUpdate, Prompts
+from errata.kit.closed_form.matrices import Columns, I, inverse
+from errata.kit.closed_form.statistics import contexts_of, moments_of, prompts_of, stages_of
+from errata.kit.closed_form.target_values import memit_values
 from errata.kit.metric import Projection
 from errata.kit.null_space import null_space
-from errata.kit.solve import adjoint, alone
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from errata.edits.request import Request
     from errata.kit.metric import Metric
     from errata.model import Model
@@ -31,11 +32,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("errata")
 
 
-def metrics_of(model: Model, config: AlphaEditConfig) -> dict[int, Metric]:
+def null_spaces(model: Model, config: AlphaEditConfig) -> dict[int, Metric]:
     """Return P of every edited layer."""
-    layers = [stage.layer for stage in stages_of(model, config)]
     found: dict[int, Metric] = {}
-    for layer, C in moments_of(model, layers, config).items():
+    for layer, C in moments_of(model, config).items():
         threshold = config.threshold if config.fraction is None else None
         space = null_space(model, C, threshold=threshold, fraction=config.fraction)
         logger.info(
@@ -46,42 +46,67 @@ def metrics_of(model: Model, config: AlphaEditConfig) -> dict[int, Metric]:
     return found
 
 
+def earlier_requests(model: Model, method: str) -> dict[int, list[Request]]:
+    """Return what the method's active published edits wrote into each layer, in ledger order."""
+    found: dict[int, list[Request]] = {}
+    for edit in model.stack.entries:
+        if edit.method != method or edit.config.get("history") != "none":
+            continue
+        for layer in range(model.anatomy.n_layers):
+            if model.anatomy.weight(model.anatomy.mlp_out(layer)) in edit.delta.parameters:
+                found.setdefault(layer, []).extend(edit.requests)
+    return found
+
+
 def alphaedit(
     model: Model,
     requests: Sequence[Request],
     P: Mapping[int, Metric],
     config: AlphaEditConfig,
-    past: Mapping[int, Tensor] | None = None,
-) -> Found:
+    earlier: Mapping[int, Sequence[Request]],
+) -> list[LayerUpdate]:
     """Return what each layer is asked for, all from the model's present state.
 
     Args:
-        model: the model.
+        model: the model; it is not changed.
         requests: what to write.
         P: the projector of each layer.
         config: hyper-parameters.
-        past: K_p, (D, N') per layer, of a batch as published: the keys of earlier edits, read
-            again after each was made. Joint edits need none: all active edits are one problem.
+        earlier: layer → the requests of earlier batches as published, whose keys are K_p. Joint
+            edits need none: all active edits are one problem.
 
     Raises:
         EditFailed: a loss is not finite.
     """
-    contexts = contexts_of(model, config)
-    prompts = Prompts(model, requests, contexts, config.fact_token)
+    L2 = config.l2
+    prompts = prompts_of(model, requests, config)
     stages = stages_of(model, config)
 
+    # K_p: what was written before is to stay as it is now, so its keys are read again.
+    past = {layer: keys_of(model, earlier.get(layer, ()), layer, config) for layer, _, _ in stages}
+
     # z = h + δ, as MEMIT's.
-    z = block_targets(model, requests, contexts, prompts, stages, config)
+    z: dict[int, Columns] = {}
+    for target in sorted({stage.target for stage in stages}):
+        h, δ = memit_values(prompts, target, config)
+        z[target] = h + δ
 
-    def right(layer: int, K: Tensor) -> Tensor:
-        """Return (P (K Kᵀ + K_p K_pᵀ) + L2 I)⁻¹ P K."""
-        if config.history == "joint":
-            return alone(P[layer], K, config.l2)
-        if past is None:
-            return adjoint(P[layer], K, config.l2)
-        # What was written before is to stay as it is now: a key that wants nothing more.
-        K_p = past[layer].to(K)
-        return adjoint(P[layer], torch.cat([K_p, K], 1), config.l2)[:, K_p.shape[1] :]
+    updates: list[LayerUpdate] = []
+    for layer, target, layers_left in stages:
+        K, h = prompts.read(layer, model.anatomy.block(target), updates)
+        R = (z[target] - h) / layers_left
+        K_p, P_l = past[layer], P[layer]
+        Δ = R @ K.T @ P_l @ inverse(K_p @ K_p.T @ P_l + K @ K.T @ P_l + L2 * I)
+        updates.append(LayerUpdate(layer, K, R, Δ, h))
+    return updates
 
-    updates = walk(prompts, stages, z, right, alone=config.history == "joint")
-    return Found(updates, P, config.l2)
+
+def keys_of(
+    model: Model, requests: Sequence[Request], layer: int, config: AlphaEditConfig
+) -> Columns:
+    """Return the keys of requests at a layer as it stands, (1, D, N); N may be 0."""
+    if not requests:
+        return Columns(torch.zeros(1, model.anatomy.key_size, 0, dtype=torch.float64))
+    prompts = Prompts(model, requests, contexts_of(model, config), config.fact_token)
+    K, _ = prompts.read(layer, model.anatomy.mlp_out(layer))
+    return K

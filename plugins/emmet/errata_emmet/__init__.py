@@ -11,29 +11,43 @@ many exactly, by the same preservation objective:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
-from errata.kit.closed_form.method import ClosedForm, Found
+from errata.contract.hooks import hookimpl
 from errata_emmet.config import EmmetConfig
 
 if TYPE_CHECKING:
+    from errata.edits.delta import Delta
     from errata.edits.request import Request
-    from errata.kit.closed_form.config import ClosedFormConfig
     from errata.model import Model
 
 __all__ = ["Emmet", "EmmetConfig"]
 
 
-class Emmet(ClosedForm):
-    """The plugin."""
+class Emmet:
+    """The plugin: one key-value delta per request, or one low-rank delta for the batch."""
 
     name = "emmet"
     config = EmmetConfig
 
-    def find(self, model: Model, requests: Sequence[Request], config: ClosedFormConfig) -> Found:
-        """Solve the constrained problem."""
-        from errata.kit.closed_form.statistics import whitenings_of
+    @hookimpl
+    def prepare(self, model: Model, corpus: Sequence[str], config: EmmetConfig) -> None:
+        """Compute what belongs to the base: contexts, second moments, the norm anchor."""
+        from errata.kit.closed_form.statistics import prepare
+
+        prepare(model, corpus, config)
+
+    @hookimpl
+    def edit(
+        self, model: Model, requests: Sequence[Request], config: EmmetConfig
+    ) -> Delta | Sequence[Delta]:
+        """Return the change, computed from the base (frozen) or the model's present state."""
+        from errata.kit.closed_form.deltas import deltas_of
+        from errata.kit.closed_form.statistics import known_keys
         from errata_emmet.algorithm import emmet
 
-        settings = cast(EmmetConfig, config)
-        return emmet(model, requests, whitenings_of(model, settings), settings)
+        C = known_keys(model, config)
+        updates = emmet(model, requests, C, config)
+        # The joint problem of all active edits: M = C⁻¹, and the ridge λε is what a miss costs.
+        M = {layer: matrix.metric for layer, matrix in C.items()}
+        return deltas_of(model, updates, config, metrics=M, slack=config.slack)

@@ -1,7 +1,8 @@
 """EMMET as in the paper's equation 14 and the authors' code.
 
 The shapes: D is the width of the MLP, d that of the model, N the number of requests; K (D, N),
-R (d, N), z (d, N), C (D, D).
+R (d, N), z (d, N), h (d, N), C (D, D), Δ (d, D). A batch is one problem of this form; in joint
+edits (`history: joint`) every request is one, with N = 1, and all of them run side by side.
 """
 
 from __future__ import annotations
@@ -9,43 +10,49 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from errata.kit.closed_form.layer_updates import Prompts, walk
-from errata.kit.closed_form.method import Found
-from errata.kit.closed_form.statistics import block_targets, contexts_of, stages_of
-from errata.kit.solve import adjoint, alone
+from errata.kit.closed_form.layer_updates import LayerUpdate
+from errata.kit.closed_form.matrices import Columns, I, inverse
+from errata.kit.closed_form.statistics import prompts_of, stages_of
+from errata.kit.closed_form.target_values import memit_values
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from errata.edits.request import Request
-    from errata.kit.metric import Metric
+    from errata.kit.closed_form.matrices import NormalMatrix
     from errata.model import Model
     from errata_emmet.config import EmmetConfig
 
 
 def emmet(
-    model: Model, requests: Sequence[Request], C: Mapping[int, Metric], config: EmmetConfig
-) -> Found:
+    model: Model, requests: Sequence[Request], C: Mapping[int, NormalMatrix], config: EmmetConfig
+) -> list[LayerUpdate]:
     """Return what each layer is asked for, all from the model's present state.
+
+    Args:
+        model: the model; it is not changed.
+        requests: what to write.
+        C: E[k kᵀ] of each edited layer.
+        config: hyper-parameters.
 
     Raises:
         EditFailed: a loss is not finite.
     """
-    # Kᵀ(λC)⁻¹K + εI is Kᵀ C⁻¹ K + λε I up to the factor λ, which cancels: with a ridge EMMET is
-    # MEMIT at λε. The authors' code leaves the ridge out for a single request.
-    slack = config.second_moment_weight * config.ridge
-    contexts = contexts_of(model, config)
-    prompts = Prompts(model, requests, contexts, config.fact_token)
+    # The authors' code leaves the ridge out for a single request.
+    single = config.history == "none" and len(requests) == 1
+    λε = 0.0 if single else config.slack
+    prompts = prompts_of(model, requests, config)
     stages = stages_of(model, config)
 
     # z = h + δ, as MEMIT's.
-    z = block_targets(model, requests, contexts, prompts, stages, config)
+    z: dict[int, Columns] = {}
+    for target in sorted({stage.target for stage in stages}):
+        h, δ = memit_values(prompts, target, config)
+        z[target] = h + δ
 
-    def right(layer: int, K: Tensor) -> Tensor:
-        """Return C⁻¹K (Kᵀ C⁻¹ K + λε I)⁻¹ of the batch, or of each request by itself."""
-        if config.history == "none":
-            return adjoint(C[layer], K, slack if K.shape[1] > 1 else 0.0)
-        return alone(C[layer], K, slack)
-
-    updates = walk(prompts, stages, z, right, alone=config.history == "joint")
-    return Found(updates, C, slack)
+    updates: list[LayerUpdate] = []
+    for layer, target, layers_left in stages:
+        K, h = prompts.read(layer, model.anatomy.block(target), updates)
+        R = (z[target] - h) / layers_left
+        C_inv = inverse(C[layer])
+        Δ = R @ inverse(K.T @ C_inv @ K + λε * I) @ K.T @ C_inv
+        updates.append(LayerUpdate(layer, K, R, Δ, h))
+    return updates

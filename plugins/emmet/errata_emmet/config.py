@@ -26,3 +26,8 @@ class EmmetConfig(ClosedFormConfig):
         description="ε, added to Kᵀ (λC)⁻¹ K so that it can be inverted; with it EMMET is MEMIT at "
         "λε. 0 meets every constraint exactly",
     )
+
+    @property
+    def slack(self) -> float:
+        """λε: Kᵀ (λC)⁻¹ K + εI is Kᵀ C⁻¹ K + λε I up to the factor λ, which cancels in Δ."""
+        return self.second_moment_weight * self.ridge

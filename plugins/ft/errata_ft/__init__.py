@@ -2,8 +2,8 @@
 
 What is trained is the difference D of the weight W from what it is now, beside W: a module then
 computes (W + D) x. `config.py` names the variants (FT, FT-L, FT-M, FT + EWC, FT + Retrain, LocFT),
-each a set of switches that also combine; `difference.py` is D with its box, `fisher.py` elastic
-weight consolidation, `training.py` the loop, `storing.py` what is kept of D.
+each a set of switches that also combine; `algorithm.py` is the training, `difference.py` D with its
+box and the ways to keep it, `fisher.py` elastic weight consolidation.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Ft:
     @hookimpl
     def prepare(self, model: Model, corpus: Sequence[str], config: FtConfig) -> None:
         """Estimate the Fisher information of the base on the corpus, where it is asked for."""
+        from errata_ft.algorithm import modules_of
         from errata_ft.fisher import fisher_of
-        from errata_ft.training import modules_of
 
         if config.ewc_weight:
             fisher_of(model, modules_of(model, config), config, corpus or None)
@@ -40,6 +40,6 @@ class Ft:
     @hookimpl
     def edit(self, model: Model, requests: Sequence[Request], config: FtConfig) -> Delta:
         """Fine-tune on all requests, on top of the edits that are active."""
-        from errata_ft.training import fine_tune
+        from errata_ft.algorithm import fine_tune
 
         return fine_tune(model, requests, config)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
 from errata.contract.config import MethodConfig
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from errata.model.anatomy import Anatomy
 
 Variant = Literal["ft", "ft-l", "ft-m", "ft-ewc", "ft-retrain", "locft"]
 
@@ -108,6 +113,12 @@ class FtConfig(MethodConfig):
         lt=1,
         description="Largest ‖D − stored‖ / ‖D‖ (Frobenius, per parameter); dense has none",
     )
+
+    def for_model(self, anatomy: Anatomy) -> Self:
+        """Return the configuration with its layers written out, counted from 0."""
+        if self.layers is None:
+            return self.model_copy(update={"layers": (2 * anatomy.n_layers // 3,)})
+        return self.model_copy(update={"layers": tuple(map(anatomy.layer, self.layers))})
 
     @model_validator(mode="before")
     @classmethod

@@ -14,29 +14,43 @@ edits are in K and R, so that batches do not wear each other out, and each edit 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
-from errata.kit.closed_form.method import ClosedForm, Found
+from errata.contract.hooks import hookimpl
 from errata_memit.config import MemitConfig
 
 if TYPE_CHECKING:
+    from errata.edits.delta import Delta
     from errata.edits.request import Request
-    from errata.kit.closed_form.config import ClosedFormConfig
     from errata.model import Model
 
 __all__ = ["Memit", "MemitConfig"]
 
 
-class Memit(ClosedForm):
-    """The plugin."""
+class Memit:
+    """The plugin: one key-value delta per request, or one low-rank delta for the batch."""
 
     name = "memit"
     config = MemitConfig
 
-    def find(self, model: Model, requests: Sequence[Request], config: ClosedFormConfig) -> Found:
-        """Run algorithm 1."""
-        from errata.kit.closed_form.statistics import whitenings_of
+    @hookimpl
+    def prepare(self, model: Model, corpus: Sequence[str], config: MemitConfig) -> None:
+        """Compute what belongs to the base: contexts, second moments, the norm anchor."""
+        from errata.kit.closed_form.statistics import prepare
+
+        prepare(model, corpus, config)
+
+    @hookimpl
+    def edit(
+        self, model: Model, requests: Sequence[Request], config: MemitConfig
+    ) -> Delta | Sequence[Delta]:
+        """Return the change, computed from the base (frozen) or the model's present state."""
+        from errata.kit.closed_form.deltas import deltas_of
+        from errata.kit.closed_form.statistics import known_keys
         from errata_memit.algorithm import memit
 
-        settings = cast(MemitConfig, config)
-        return memit(model, requests, whitenings_of(model, settings), settings)
+        C = known_keys(model, config)
+        updates = memit(model, requests, C, config)
+        # The joint problem of all active edits: M = C⁻¹, and λ is what a miss costs.
+        M = {layer: matrix.metric for layer, matrix in C.items()}
+        return deltas_of(model, updates, config, metrics=M, slack=config.second_moment_weight)

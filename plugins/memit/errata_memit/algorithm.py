@@ -1,7 +1,8 @@
 """MEMIT as in the paper's algorithm 1 and the authors' code, with their letters.
 
 The shapes: D is the width of the MLP, d that of the model, N the number of requests; K (D, N),
-R (d, N), z (d, N), C (D, D).
+R (d, N), z (d, N), h (d, N), C (D, D), Δ (d, D). A batch is one problem of this form; in joint
+edits (`history: joint`) every request is one, with N = 1, and all of them run side by side.
 """
 
 from __future__ import annotations
@@ -9,42 +10,47 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from errata.kit.closed_form.layer_updates import Prompts, walk
-from errata.kit.closed_form.method import Found
-from errata.kit.closed_form.statistics import block_targets, contexts_of, stages_of
-from errata.kit.solve import adjoint, alone
+from errata.kit.closed_form.layer_updates import LayerUpdate
+from errata.kit.closed_form.matrices import Columns, inverse
+from errata.kit.closed_form.statistics import prompts_of, stages_of
+from errata.kit.closed_form.target_values import memit_values
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from errata.edits.request import Request
-    from errata.kit.metric import Metric
+    from errata.kit.closed_form.matrices import NormalMatrix
     from errata.model import Model
     from errata_memit.config import MemitConfig
 
 
 def memit(
-    model: Model, requests: Sequence[Request], C: Mapping[int, Metric], config: MemitConfig
-) -> Found:
+    model: Model, requests: Sequence[Request], C: Mapping[int, NormalMatrix], config: MemitConfig
+) -> list[LayerUpdate]:
     """Return what each layer is asked for, all from the model's present state.
+
+    Args:
+        model: the model; it is not changed.
+        requests: what to write.
+        C: E[k kᵀ] of each edited layer.
+        config: hyper-parameters.
 
     Raises:
         EditFailed: a loss is not finite.
     """
     λ = config.second_moment_weight
-    contexts = contexts_of(model, config)
-    prompts = Prompts(model, requests, contexts, config.fact_token)
+    prompts = prompts_of(model, requests, config)
     stages = stages_of(model, config)
 
-    # z = h + δ, the vectors that make the model say the new targets; all of them together.
-    z = block_targets(model, requests, contexts, prompts, stages, config)
+    # z = h + δ, the vectors at the last layer that make the model say the new targets.
+    z: dict[int, Columns] = {}
+    for target in sorted({stage.target for stage in stages}):
+        h, δ = memit_values(prompts, target, config)
+        z[target] = h + δ
 
-    def right(layer: int, K: Tensor) -> Tensor:
-        """Return (λC + K Kᵀ)⁻¹ K of the batch; in a joint edit, of each request by itself.
-
-        As C⁻¹K (λI + Kᵀ C⁻¹ K)⁻¹ while N < D: the Cholesky factor of C is computed once.
-        """
-        return adjoint(C[layer], K, λ) if config.history == "none" else alone(C[layer], K, λ)
-
-    updates = walk(prompts, stages, z, right, alone=config.history == "joint")
-    return Found(updates, C, λ)
+    updates: list[LayerUpdate] = []
+    for layer, target, layers_left in stages:
+        # Keys and outputs as they are with the lower layers changed.
+        K, h = prompts.read(layer, model.anatomy.block(target), updates)
+        R = (z[target] - h) / layers_left
+        Δ = R @ K.T @ inverse(λ * C[layer] + K @ K.T)
+        updates.append(LayerUpdate(layer, K, R, Δ, h))
+    return updates

@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING
 import torch
 
 from errata.edits.delta import Factor, LowRankDelta
-from errata.kit.auto_layers import auto_layers
+from errata.errors import ConfigError
 from errata.kit.contexts import prefix_contexts
 from errata.kit.second_moments import second_moments
-from errata.kit.values import EditFailed, Value, ValueSettings, optimise_values
+from errata.kit.value_loss import ValueLoss
+from errata.kit.values import EditFailed, OptimisedValue, ValueSettings, optimise_values
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from errata.edits.request import Request
     from errata.kit.second_moments import SecondMoment
+    from errata.kit.value_loss import Evaluation
     from errata.model import Model
     from errata_rome.config import RomeConfig
 
@@ -46,7 +48,7 @@ class RankOne:
     k: Tensor
     Wk: Tensor
     Λ: Tensor
-    value: Value
+    value: OptimisedValue
 
     def delta(self, model: Model, layer: int) -> LowRankDelta:
         """Return the change as it is stored: Λ uᵀ for the down projection of block `layer`."""
@@ -61,11 +63,13 @@ class RankOne:
 
 def layer_of(model: Model, config: RomeConfig) -> int:
     """Return the edited block, counted from 0; raise `ConfigError` when there is none."""
-    if config.layer is None:
-        return model.anatomy.n_layers // 3
-    if config.layer == "auto":
-        return auto_layers(model, "rome").layers[0]
-    return model.anatomy.layer(config.layer)
+    layer = config.for_model(model.anatomy).layer
+    if not isinstance(layer, int):
+        raise ConfigError(
+            "layer 'auto' is resolved by the editor, from a sweep (`errata locate --sweep`): go "
+            "through `Editor`, or name the layer."
+        )
+    return layer
 
 
 def contexts_of(model: Model, config: RomeConfig) -> tuple[str, ...]:
@@ -103,20 +107,47 @@ def rome(
         loss_layer=config.loss_layer,
         steps=config.steps,
         lr=config.lr,
-        weight_decay=config.weight_decay,
         clamp=config.clamp,
-        kl_factor=config.kl_factor,
-        kl_prompt=config.kl_prompt,
-        early_stop=config.early_stop,
+        kl_prompt=config.kl_prompt if config.kl_factor else None,
         fact_token=config.fact_token,
     )
-    values = optimise_values(model, requests, contexts, settings)
+    values = optimise_values(model, requests, contexts, settings, RomeObjective(config))
     return [
         rank_one(value, C, config, request) for value, request in zip(values, requests, strict=True)
     ]
 
 
-def rank_one(value: Value, C: SecondMoment | None, config: RomeConfig, request: Request) -> RankOne:
+@dataclass(frozen=True)
+class RomeObjective:
+    """The loss that v* minimises, the paper's equation 4 (step 2 of section 3.1), v* = v0 + δ.
+
+        L(δ) = (1/N) Σ_j −log P_{v0 + δ}[o* | x_j + p]                      (a) o* is said
+             + kl_factor · KL(P_{v0 + δ}[x | p′] ‖ P[x | p′])               (b) the essence stays
+             + weight_decay · ‖δ‖ / ‖v0‖²
+
+    x_j are the contexts and p′ is "{subject} is a", read at the subject's last token. The KL
+    term's factor and the weight decay, whose norm is not squared, are the authors' code's.
+    """
+
+    config: RomeConfig
+
+    def loss(self, at: Evaluation) -> ValueLoss:
+        """Return the loss of each request."""
+        log_P, log_P0 = at.essence, at.essence_before
+        return ValueLoss(
+            nll=at.mean_over_contexts(-at.log_p),
+            kl=self.config.kl_factor * at.per_request((log_P.exp() * (log_P - log_P0)).sum(1)),
+            decay=self.config.weight_decay * (at.δ_norm / at.v0_norm**2)[0],
+        )
+
+    def done(self, at: Evaluation, loss: ValueLoss) -> Tensor:
+        """Return whose loss is low enough."""
+        return loss.total < self.config.early_stop
+
+
+def rank_one(
+    value: OptimisedValue, C: SecondMoment | None, config: RomeConfig, request: Request
+) -> RankOne:
     """Return the edit that writes an optimised value.
 
     ROME whitens the averaged key but divides by the bare prompt's: where the two differ much (a

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from errata.contract.config import Contexts, MethodConfig, Template
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from errata.model.anatomy import Anatomy
 
 
 class RomeConfig(MethodConfig):
@@ -56,3 +61,17 @@ class RomeConfig(MethodConfig):
     min_division: float = Field(
         default=1e-4, ge=0, description="Refuse an edit with |⟨k, u⟩| below this times ‖k‖"
     )
+
+    def for_model(self, anatomy: Anatomy) -> Self:
+        """Return the configuration with its layers counted from 0; "auto" stays as it is.
+
+        Raises `ConfigError` for a layer that the model does not have.
+        """
+        changes: dict[str, object] = {}
+        if self.loss_layer is not None:
+            changes["loss_layer"] = anatomy.layer(self.loss_layer)
+        if self.layer is None:
+            changes["layer"] = anatomy.n_layers // 3
+        elif self.layer != "auto":
+            changes["layer"] = anatomy.layer(self.layer)
+        return self.model_copy(update=changes)

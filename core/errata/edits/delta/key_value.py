@@ -2,16 +2,16 @@
 
 An edit stores, per parameter, its keys k and the residuals r that it wants on top of the base,
 W₀ k + r. What is folded is not the sum of what each edit would do alone but one least-squares
-solution for all active edits of the kind (`errata.kit.solve`):
+solution for all active edits of the kind (`JointSolve`):
 
     Δ = R (S + Kᵀ M K)⁻¹ (M K)ᵀ
 
 So the order does not matter, editing one by one and all at once agree, and an edit that is taken
 out is gone as if never made (OTE ≡ SE: 2605.26670; recursive least squares).
 
-The metric M (C⁻¹, a projector; `errata.kit.metric`) is not needed for that: each edit also stores its
-whitened keys w = M k, and Kᵀ M K = Kᵀ [w_1 … w_N]. An edit is therefore complete in itself, in any
-ledger, file or process, and C stays where it was measured; the delta names it by its digest.
+The metric M (C⁻¹, a projector) is not needed for that: each edit also stores its whitened keys
+w = M k, and Kᵀ M K = Kᵀ [w_1 … w_N]. An edit is therefore complete in itself, in any ledger, file
+or process, and C stays where it was measured; the delta names it by its digest.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from errata.edits.delta.base import Delta, require
+from errata.edits.delta.joint_solve import KeyRows, floored
 from errata.edits.delta.key_value_joint import Joint
 from errata.edits.delta.low_rank import Factor
-from errata.kit.solve import Rows, floored
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,9 +67,9 @@ class KeyValues:
         """√(kᵀ M k) of each key, (n,) fp32."""
         return (self.k.double() * self.w.double()).sum(1).sqrt().float()
 
-    def rows(self, device: torch.device | str = "cpu") -> Rows:
+    def rows(self, device: torch.device | str = "cpu") -> KeyRows:
         """Return the tensors in fp64 on a device."""
-        return Rows(*(getattr(self, part).to(device, torch.float64) for part in PARTS))
+        return KeyRows(*(getattr(self, part).to(device, torch.float64) for part in PARTS))
 
     def alone(self) -> Factor:
         """Return the change that these keys make by themselves, (R (S + Kᵀ M K)⁻¹) (M K)ᵀ."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from errata.kit.solve import JointSolve, Rows
+from errata.edits.delta.joint_solve import JointSolve, KeyRows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,7 +72,7 @@ class Joint:
             self._solve.truncate(0)
             raise
 
-    def _rows(self, deltas: Sequence[KeyValueDelta], counts: Sequence[int]) -> Rows:
+    def _rows(self, deltas: Sequence[KeyValueDelta], counts: Sequence[int]) -> KeyRows:
         """Return the keys that the solver does not hold, stacked."""
         skip, index = self._solve.count, 0
         while skip and skip >= counts[index]:
@@ -81,5 +81,5 @@ class Joint:
         rows = [delta.pairs[self._name].rows(self._device) for delta in deltas[index:]]
         if not rows:
             pair = deltas[0].pairs[self._name].rows(self._device)
-            return Rows(*(part[:0] for part in pair))
-        return Rows(*(torch.cat(parts)[skip:] for parts in zip(*rows, strict=True)))
+            return KeyRows(*(part[:0] for part in pair))
+        return KeyRows(*(torch.cat(parts)[skip:] for parts in zip(*rows, strict=True)))

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from errata.contract.config import Contexts, MethodConfig, Template
+from errata.errors import ConfigError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from errata.model.anatomy import Anatomy
 
 
 class ClosedFormConfig(MethodConfig):
@@ -91,6 +97,30 @@ class ClosedFormConfig(MethodConfig):
     def on_base(self) -> bool:
         """Edits are computed from the base alone, whatever is active."""
         return self.history == "joint" and self.policy == "frozen"
+
+    def for_model(self, anatomy: Anatomy) -> Self:
+        """Return the configuration with its layers written out: ascending, counted from 0.
+
+        "auto" stays as it is: it needs a sweep of the model.
+
+        Raises:
+            ConfigError: a layer that the model does not have, or one that is named twice.
+        """
+        changes: dict[str, object] = {}
+        if self.loss_layer is not None:
+            changes["loss_layer"] = anatomy.layer(self.loss_layer)
+        if self.layers is None:
+            last = anatomy.n_layers // 3
+            changes["layers"] = tuple(range(max(0, last + 1 - self.default_depth), last + 1))
+        elif self.layers != "auto":
+            layers = sorted(anatomy.layer(layer) for layer in self.layers)
+            if len(set(layers)) != len(layers):
+                raise ConfigError(
+                    f"layers {list(self.layers)} name one of the model's {anatomy.n_layers} blocks "
+                    "twice: negative numbers count from the end."
+                )
+            changes["layers"] = tuple(layers)
+        return self.model_copy(update=changes)
 
     @field_validator("layers")
     @classmethod

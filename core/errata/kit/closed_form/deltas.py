@@ -1,4 +1,4 @@
-"""How what a walk has found is stored: one low-rank change, or keys and residuals per request."""
+"""How an edit is stored: as one low-rank change, or as keys and residuals of each request."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from errata.edits.delta import Factor, KeyValueDelta, KeyValues, LowRankDelta
-from errata.kit.closed_form.layer_updates import Update
+from errata.kit.closed_form.layer_updates import LayerUpdate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,40 +18,63 @@ if TYPE_CHECKING:
     from errata.model.model import Model
 
 
-def low_rank(model: Model, updates: Sequence[Update]) -> LowRankDelta:
-    """Return one delta for all requests: R Vᵀ per layer."""
+def deltas_of(
+    model: Model,
+    updates: Sequence[LayerUpdate],
+    config: ClosedFormConfig,
+    *,
+    metrics: Mapping[int, Metric],
+    slack: float,
+) -> LowRankDelta | list[KeyValueDelta]:
+    """Return what is stored: one change for the batch, or keys and residuals of each request.
+
+    Args:
+        model: the model that the updates were computed for.
+        updates: what each layer is asked for.
+        config: its `history` says which of the two.
+        metrics: M of each layer, and
+        slack: s: what has been written is solved again with all other active edits, as
+            Δ = R (s I + Kᵀ M K)⁻¹ Kᵀ M.
+    """
+    if config.history == "none":
+        return low_rank(model, updates)
+    return key_values(model, updates, config, metrics=metrics, slack=slack)
+
+
+def low_rank(model: Model, updates: Sequence[LayerUpdate]) -> LowRankDelta:
+    """Return one delta for all requests, the two factors of each layer's Δ."""
     factors = {}
     for update in updates:
         path = model.anatomy.mlp_out(update.layer)
+        u, v = update.Δ.factors
         factors[model.anatomy.weight(path)] = Factor(
-            u=update.R.float().cpu(),
-            v=update.V.float().cpu(),
-            transposed=model.anatomy.transposed(path),
+            u=u.float().cpu(), v=v.float().cpu(), transposed=model.anatomy.transposed(path)
         )
     return LowRankDelta(factors)
 
 
 def key_values(
     model: Model,
-    updates: Sequence[Update],
+    updates: Sequence[LayerUpdate],
+    config: ClosedFormConfig,
+    *,
     metrics: Mapping[int, Metric],
     slack: float,
-    config: ClosedFormConfig,
 ) -> list[KeyValueDelta]:
     """Return one delta per request, to be solved with all others that are active.
 
     A residual of the `replay` policy was read from the model as it stands; what the active edits
     of the kind already write at its key is added, so that it counts from the base like theirs.
     """
-    count = updates[0].K.shape[1]
+    count = updates[0].K.flat.shape[1]
     pairs: list[dict[str, KeyValues]] = [{} for _ in range(count)]
     for update in updates:
         metric = metrics[update.layer]
         path = model.anatomy.mlp_out(update.layer)
         name = model.anatomy.weight(path)
-        keys = update.K.float().cpu()  # what is stored is what is whitened
+        keys = update.K.flat.float().cpu()  # what is stored is what is whitened
         whitened = metric.whiten(keys.double()).cpu().to(getattr(torch, config.precision))
-        residuals = update.R.cpu()
+        residuals = update.R.flat.cpu()
         if not config.on_base:
             residuals = residuals + _written(model, name, metric, keys)
         residuals = residuals.float()

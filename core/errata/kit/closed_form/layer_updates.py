@@ -1,24 +1,24 @@
-"""From layer to layer: which keys are there, how much is still to be written, what writes it.
+"""From layer to layer, as in MEMIT's algorithm 1: which keys are there, and what is still missing.
 
-MEMIT's algorithm 1. For each edited layer, ascending, with the lower ones already changed:
+For each edited layer, ascending, with the lower ones already changed:
 
     K  keys at the subject's last token, averaged over contexts: ½ bare + ½ mean of the others
-    R  what is missing at the target layer, (z − h) times this layer's share
-    V  = M K (S + Kᵀ M K)⁻¹,  so that  Δ = R Vᵀ
+    h  what the target layer gives there now, in the bare prompts
+    R  what is to be written: z − h, spread over the layers that are left
 
-The lower layers' changes act through hooks beside the weights: the model is not touched.
+The lower layers' changes Δ act through hooks beside the weights: the model is not touched.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from errata.kit.closed_form.matrices import Columns, Product
 from errata.kit.values import FACT_TOKENS, FactToken, row_limit
 from errata.model.forward import aligned, inputs_of, trace
 from errata.model.prompts import padding_id
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from errata.edits.request import Request
     from errata.model.model import Model
 
-Place = Literal["block", "mlp"]
-
 
 class Stage(NamedTuple):
     """One layer to be written.
@@ -39,77 +37,45 @@ class Stage(NamedTuple):
     Attributes:
         layer: the block whose down projection changes.
         target: the block at whose output (or MLP output) the residual is measured.
-        share: the part of that residual that this layer is to bring.
+        left: number of layers, this one included, that the residual is still spread over.
     """
 
     layer: int
     target: int
-    share: float
+    left: int
 
 
-def spread(layers: Sequence[int], root: bool = False) -> list[Stage]:
-    """Share one residual, at the last layer, out over all: one over the layers that are left.
-
-    `root` takes the square root of that share, as PMET does, to bring more at the lower layers.
-    """
-    left = [len(layers) - index for index in range(len(layers))]
-    shares = [1 / math.sqrt(n) if root else 1 / n for n in left]
-    return [Stage(layer, layers[-1], s) for layer, s in zip(layers, shares, strict=True)]
+def spread(layers: Sequence[int]) -> list[Stage]:
+    """Return the stages of one value at the last layer, its residual spread over all (MEMIT)."""
+    return [Stage(layer, layers[-1], len(layers) - i) for i, layer in enumerate(layers)]
 
 
 def boundary(layers: Sequence[int]) -> list[Stage]:
-    """Write the first and the last layer, each with its own full residual (BLUE)."""
-    return [Stage(layer, layer, 1.0) for layer in dict.fromkeys((layers[0], layers[-1]))]
+    """Return the first and the last layer, each with a value and the whole residual of its own.
+
+    BLUE, boundary layer update (arXiv 2502.03748): a residual that is spread over layers reaches
+    its target distorted.
+    """
+    return [Stage(layer, layer, 1) for layer in dict.fromkeys((layers[0], layers[-1]))]
 
 
 @dataclass(frozen=True, eq=False)
-class Update:
-    """What one layer is asked for; N requests as columns, fp64.
+class LayerUpdate:
+    """What one layer is asked for.
 
     Attributes:
         layer: the block.
-        K: (D, N) keys.
-        R: (d, N) residuals.
-        V: (D, N) the right factor: the layer changes by R Vᵀ.
-        h: (d, N) what was at the target layer when this one was read, in the bare prompts.
+        K: (G, D, N) keys.
+        R: (G, d, N) residuals.
+        Δ: (G, d, D) the change of the down projection that writes them.
+        h: (G, d, N) what was at the target layer when this one was read, in the bare prompts.
     """
 
     layer: int
-    K: Tensor
-    R: Tensor
-    V: Tensor
-    h: Tensor
-
-
-def walk(
-    prompts: Prompts,
-    stages: Sequence[Stage],
-    targets: Mapping[int, Tensor],
-    right: Callable[[int, Tensor], Tensor],
-    *,
-    place: Place = "block",
-    alone: bool = False,
-) -> list[Update]:
-    """Go through the stages and return what each layer is asked for.
-
-    Args:
-        prompts: the requests in their contexts.
-        stages: the layers, ascending.
-        targets: target layer → z, (d, N): what should be there.
-        right: V of a layer, from its number and keys (D, N).
-        place: z is the output of the block, or of its MLP's down projection.
-        alone: each request sees only its own change of the lower layers, as if it were the only
-            one; `right` then gives each column of V from that column of K alone.
-    """
-    anatomy = prompts.model.anatomy
-    where = anatomy.block if place == "block" else anatomy.mlp_out
-    updates: list[Update] = []
-    for layer, target, share in stages:
-        keys, h = prompts.read(layer, where(target), updates, alone)
-        K = grouped(keys).T
-        R = share * (targets[target].to(h) - h.T)
-        updates.append(Update(layer, K, R, right(layer, K), h.T))
-    return updates
+    K: Columns
+    R: Columns
+    Δ: Product
+    h: Columns
 
 
 def grouped(keys: Tensor) -> Tensor:
@@ -127,6 +93,8 @@ class Prompts:
         requests: N requests.
         contexts: templates with one {} for the prompt; the first is "{}".
         fact_token: the token that is edited.
+        each: every request is a problem of its own and sees only its own change of the lower
+            layers, as if it were the only one. Otherwise all are one problem.
     """
 
     def __init__(
@@ -135,9 +103,11 @@ class Prompts:
         requests: Sequence[Request],
         contexts: Sequence[str],
         fact_token: FactToken = "subject_last",
+        *,
+        each: bool = False,
     ) -> None:
-        self.model = model
-        self._count, self._contexts = len(requests), len(contexts)
+        self.model, self.requests, self.contexts = model, tuple(requests), tuple(contexts)
+        self.each = each
         tokenizer, which = model.tokenizer, FACT_TOKENS[fact_token]
         self._rows: list[list[int]] = []
         for request in requests:
@@ -148,57 +118,59 @@ class Prompts:
                 real = batch.input_ids[row][batch.attention_mask[row].bool()]
                 self._rows.append(real[:end].tolist())
 
+    def columns(self, rows: Tensor) -> Columns:
+        """Return one vector per request (N, x) as columns, in the problems of these prompts."""
+        return Columns.of(rows, each=self.each)
+
     @torch.no_grad()
     def read(
-        self, layer: int, output: str, updates: Sequence[Update], alone: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Return the keys of a block (N, contexts, D) and a module's bare outputs (N, d), fp64.
+        self, layer: int, output: str, updates: Sequence[LayerUpdate] = ()
+    ) -> tuple[Columns, Columns]:
+        """Return K (G, D, N), the keys of a block, and h (G, d, N), a module's bare outputs.
 
         Args:
             layer: block whose down projection is given the keys.
             output: path of the module.
             updates: what lower layers have been asked for; it acts while reading.
-            alone: each request's own column acts on its own rows only.
         """
-        model = self.model
+        model, per = self.model, len(self.contexts)
         source = model.anatomy.mlp_out(layer)
+        names = tuple(dict.fromkeys((source, output)))
         keys, outputs = [], []
-        most = max(1, row_limit(model) // self._contexts)
-        for start in range(0, self._count, most):
-            stop = min(start + most, self._count)
-            tokens = self._rows[start * self._contexts : stop * self._contexts]
+        most = max(1, row_limit(model) // per)
+        for start in range(0, len(self.requests), most):
+            stop = min(start + most, len(self.requests))
+            tokens = self._rows[start * per : stop * per]
             last = [len(row) - 1 for row in tokens]
             inputs, column = aligned(tokens, last, padding_id(model.tokenizer))
-            owner = torch.arange(start, stop).repeat_interleave(self._contexts) if alone else None
-            names = tuple(dict.fromkeys((source, output)))
+            owner = torch.arange(start, stop).repeat_interleave(per) if self.each else None
             with (
                 _written(model, updates, owner, len(tokens)),
                 trace(model.module, names, inputs=True, stop=True) as seen,
             ):
                 model.module(**inputs_of(model, {**inputs, "use_cache": False}))
-            shape = (stop - start, self._contexts, -1)
-            keys.append(_column(seen[source].input, len(tokens), column).view(shape))
-            outputs.append(_column(seen[output].output, len(tokens), column).view(shape)[:, 0])
-        return torch.cat(keys), torch.cat(outputs)
+            read_keys = _column(seen[source].input, len(tokens), column)
+            keys.append(read_keys.unflatten(0, (stop - start, per)))
+            read_outputs = _column(seen[output].output, len(tokens), column)
+            outputs.append(read_outputs.unflatten(0, (stop - start, per))[:, 0])
+        return self.columns(grouped(torch.cat(keys))), self.columns(torch.cat(outputs))
 
 
 @contextmanager
 def _written(
-    model: Model, updates: Sequence[Update], owner: Tensor | None, rows: int
+    model: Model, updates: Sequence[LayerUpdate], owner: Tensor | None, rows: int
 ) -> Iterator[None]:
-    """Let changes R Vᵀ act beside the weights; with `owner` (B,), each row's own column only."""
+    """Let changes Δ act beside the weights; with `owner` (B,), each row's own problem only."""
 
-    def hook_for(update: Update) -> Callable[..., Tensor]:
+    def hook_for(Δ: Product) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             del module
             given = args[0]
             x = given.reshape(rows, -1, given.shape[-1]).float()  # (B, T, D), also OPT's flat one
-            left, right = update.R.T.to(x), update.V.T.to(x)  # (N, d), (N, D)
-            if owner is None:
-                added = (x @ right.T) @ left
-            else:
-                mine = owner.to(x.device)
-                added = torch.einsum("btD,bD->bt", x, right[mine])[..., None] * left[mine][:, None]
+            left, right = Δ.left.tensor.to(x), Δ.right.rows.to(x)  # (G, d, N), (G, N, D)
+            if owner is not None:
+                left, right = left[owner.to(x.device)], right[owner.to(x.device)]
+            added = (x @ right.mT) @ left.mT
             wide: Tensor = output.float() + added.view(output.shape)
             return wide.to(output.dtype)
 
@@ -207,7 +179,7 @@ def _written(
     with ExitStack() as undo:
         for update in updates:
             module = model.module.get_submodule(model.anatomy.mlp_out(update.layer))
-            undo.callback(module.register_forward_hook(hook_for(update)).remove)
+            undo.callback(module.register_forward_hook(hook_for(update.Δ)).remove)
         yield
 
 

@@ -1,6 +1,6 @@
-"""The least-squares solve behind every closed-form edit, at once and one key after the other.
+"""The least-squares problem behind every closed-form edit, solved one key after the other.
 
-Keys K (D, N), wanted residuals R (d, N), slacks s (N) and a metric M (`errata.kit.metric`):
+Keys K (D, N), wanted residuals R (d, N), slacks s (N) and a metric M, (D, D) such as C⁻¹:
 
     min over Δ of  Σ_i ‖Δ k_i − r_i‖² / s_i + tr(Δ M⁻¹ Δᵀ)   ⇒   Δ = R (S + Kᵀ M K)⁻¹ (M K)ᵀ
 
@@ -22,8 +22,6 @@ from errata.errors import IntegrityError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from errata.kit.metric import Metric
-
 RIDGE = 1e-9
 """Least slack of a key, relative to kᵀ M k.
 
@@ -35,7 +33,7 @@ BLOCK = 64
 """Keys that `JointSolve` takes at a time."""
 
 
-class Rows(NamedTuple):
+class KeyRows(NamedTuple):
     """Keys as they are solved for, one per row, all fp64 and on one device.
 
     Attributes:
@@ -51,46 +49,20 @@ class Rows(NamedTuple):
     s: Tensor
 
 
-def adjoint(metric: Metric, keys: Tensor, slack: float | Tensor) -> Tensor:
-    """Return M K (S + Kᵀ M K)⁻¹, (D, N) fp64: R times its transpose is Δ.
-
-    By a system of N unknowns while N is below the metric's rank r, else by one of r unknowns;
-    both give the same. For AlphaEdit the second is the reduced form of its D × D solve.
-
-    Args:
-        metric: M.
-        keys: K, (D, N).
-        slack: s, one for all keys or (N,); at least `RIDGE` times kᵀ M k is taken.
-    """
-    reduced = metric.reduce(keys.double())  # K̃ = Bᵀ K, (r, N)
-    s = floored(
-        torch.as_tensor(slack).to(reduced).expand(reduced.shape[1]), reduced.square().sum(0)
-    )
-    if reduced.shape[1] <= metric.rank:
-        system = torch.diag(s) + reduced.T @ reduced
-        return metric.expand(torch.cholesky_solve(reduced.T, _cholesky(system)).T)
-    scaled = reduced / s  # K̃ S⁻¹
-    system = torch.eye(metric.rank).to(reduced) + scaled @ reduced.T
-    return metric.expand(torch.cholesky_solve(scaled, _cholesky(system)))
-
-
-def alone(metric: Metric, keys: Tensor, slack: float) -> Tensor:
-    """Return the adjoint of each key by itself, M k / (s + kᵀ M k), as columns (D, N) fp64."""
-    reduced = metric.reduce(keys.double())
-    own = reduced.square().sum(0)
-    return metric.expand(reduced / (floored(torch.full_like(own, slack), own) + own))
-
-
 def floored(slack: Tensor, own: Tensor) -> Tensor:
     """Return slacks of at least `RIDGE` times the keys' own kᵀ M k."""
     floor: Tensor = RIDGE * own
     return torch.maximum(slack, floor)
 
 
-def _cholesky(system: Tensor) -> Tensor:
+def cholesky(system: Tensor) -> Tensor:
+    """Return the lower Cholesky factor of a system, or of several, (…, N, N).
+
+    Raises `IntegrityError` where there is none.
+    """
     factor: Tensor
     factor, info = torch.linalg.cholesky_ex(system)
-    if int(info) or not bool(torch.isfinite(factor).all()):
+    if bool(info.any()) or not bool(torch.isfinite(factor).all()):
         raise IntegrityError(
             "The least-squares system of these keys cannot be solved: a key or its whitened form "
             "is not finite, or they do not belong together."
@@ -145,19 +117,19 @@ class JointSolve:
             y, z = torch.cat([y, self._rest[1]]), torch.cat([z, self._rest[0]])
         return y.T, z.T
 
-    def extend(self, rows: Rows) -> None:
+    def extend(self, rows: KeyRows) -> None:
         """Append `rows`: whole blocks of them for good.
 
         The keys after the last whole block are solved for and not kept: give them again, with
         what follows them, next time.
         """
         for start in range(0, len(rows.k) - BLOCK + 1, BLOCK):
-            block = Rows(*(part[start : start + BLOCK].contiguous() for part in rows))
+            block = KeyRows(*(part[start : start + BLOCK].contiguous() for part in rows))
             self._append(*self._solved(block))
         rest = len(rows.k) % BLOCK
         self._rest = None
         if rest:
-            self._rest = self._solved(Rows(*(part[-rest:].contiguous() for part in rows)))
+            self._rest = self._solved(KeyRows(*(part[-rest:].contiguous() for part in rows)))
 
     def truncate(self, count: int) -> None:
         """Forget the keys from number `count` on, and those that share a block with it."""
@@ -176,7 +148,7 @@ class JointSolve:
 
     # -- how -------------------------------------------------------------------------------------
 
-    def _solved(self, rows: Rows) -> tuple[Tensor, Tensor]:
+    def _solved(self, rows: KeyRows) -> tuple[Tensor, Tensor]:
         """Return the block's rows of Z and Y."""
         k, w, r, s = rows
         if self._q is not None:
@@ -188,7 +160,7 @@ class JointSolve:
             v = w
         left = r - k @ self._delta.T  # what the earlier keys leave to be written
         system = torch.diag(floored(s, (k * w).sum(1))) + k @ v.T
-        factor = _cholesky(0.5 * (system + system.T))
+        factor = cholesky(0.5 * (system + system.T))
         z, y = (torch.linalg.solve_triangular(factor, part, upper=False) for part in (v, left))
         return z.contiguous(), y.contiguous()
 

@@ -24,7 +24,7 @@ from errata.model.progress import Progress
 from errata.model.tokens import encode
 from errata.testing import edit_with
 from tests.families import CONTEXT, MLP, SENTENCES, architectures, build, build_model
-from tests.helpers import shared_path
+from tests.helpers import GOLDEN
 
 TEXT = [*SENTENCES, *(f"{a} {b}" for a, b in zip(SENTENCES, SENTENCES[3:], strict=False))]
 
@@ -91,7 +91,7 @@ def small_windows(monkeypatch):
 
 
 def test_parity_with_the_authors_code(tmp_path):
-    folder = shared_path("golden")
+    folder = GOLDEN
     module = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
     anatomy = Anatomy.of(module, architectures())

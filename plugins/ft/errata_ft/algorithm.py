@@ -22,9 +22,8 @@ from errata.kit.training import (
 from errata.kit.training.trainer import Above
 from errata.kit.training.training_batches import negative_log_likelihood
 from errata.model.forward import frozen
-from errata_ft.difference import Difference, trained_modules
+from errata_ft.difference import Difference, Stored, forms, trained_modules
 from errata_ft.fisher import fisher_of, sample
-from errata_ft.storing import Stored, forms
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,9 +68,8 @@ def fine_tune(model: Model, requests: Sequence[Request], config: FtConfig) -> De
 
 def modules_of(model: Model, config: FtConfig) -> list[str]:
     """Return the paths of the modules that are trained."""
-    layers = config.layers
-    if layers is None:
-        layers = (2 * model.anatomy.n_layers // 3,)
+    layers = config.for_model(model.anatomy).layers
+    assert layers is not None
     modules = linear_modules(model, config.target_modules, layers)
     trained_modules(model, modules)
     return modules

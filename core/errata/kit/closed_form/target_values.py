@@ -1,0 +1,110 @@
+"""MEMIT's target values: what the last edited layer should say at the subject, z = h + δ.
+
+Also the two options that later papers add to any method of the family: when the optimisation of δ
+may stop (MPES), and how long a value may be (NAS).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from errata.kit.closed_form.matrices import Columns
+from errata.kit.closed_form.statistics import mean_norm
+from errata.kit.value_loss import ValueLoss
+from errata.kit.values import ValueSettings, optimise_values
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from errata.kit.closed_form.config import ClosedFormConfig
+    from errata.kit.closed_form.layer_updates import Prompts
+    from errata.kit.value_loss import Evaluation, ValueObjective
+
+
+@dataclass(frozen=True)
+class MemitObjective:
+    """MEMIT's loss of δ (equation 16, with the KL term and the weight decay of the authors' code).
+
+    δ = argmin  −(1/P) Σ_j log P_{h += δ}(o | x_j ⊕ p)                 the new object is said
+              + kl_factor · KL(P_{h += δ}(· | p′) ‖ P(· | p′))       p′ = "{subject} is a"
+              + weight_decay · ‖δ‖ / ‖h‖²
+    """
+
+    config: ClosedFormConfig
+
+    def loss(self, at: Evaluation) -> ValueLoss:
+        """Return the loss of each request."""
+        log_P, log_P0 = at.essence, at.essence_before
+        return ValueLoss(
+            nll=at.mean_over_contexts(-at.log_p),
+            kl=self.config.kl_factor * at.per_request((log_P.exp() * (log_P - log_P0)).sum(1)),
+            decay=self.config.weight_decay * (at.δ_norm / at.v0_norm**2)[0],
+        )
+
+    def done(self, at: Evaluation, loss: ValueLoss) -> Tensor:
+        """Return whose loss is low enough, or whose target is the most probable one (MPES)."""
+        return (loss.total < self.config.early_stop) | most_probable(at, self.config.top_steps)
+
+
+def most_probable(at: Evaluation, steps: int | None) -> Tensor:
+    """Return whose target came first in all contexts at so many evaluations in a row, (N,) bool.
+
+    MPES, most probable early stopping (Gupta et al., arXiv 2502.01636): a value that is optimised
+    further is overfitted, and its norm grows. None: nobody's.
+    """
+    return torch.zeros_like(at.first, dtype=torch.bool) if steps is None else at.first >= steps
+
+
+def value_settings(layer: int, config: ClosedFormConfig) -> ValueSettings:
+    """Return where and how values of a layer are optimised, by default at the block's output."""
+    return ValueSettings(
+        layer=layer,
+        at="block",
+        loss_layer=config.loss_layer,
+        steps=config.steps,
+        lr=config.lr,
+        clamp=config.clamp,
+        kl_prompt=config.kl_prompt if config.kl_factor else None,
+        fact_token=config.fact_token,
+    )
+
+
+def optimised(
+    prompts: Prompts, settings: ValueSettings, objective: ValueObjective
+) -> tuple[Columns, Columns]:
+    """Return v0 and δ of each request, (G, d, N), optimised from the model's present state.
+
+    Raises:
+        EditFailed: a loss is not finite.
+    """
+    values = optimise_values(prompts.model, prompts.requests, prompts.contexts, settings, objective)
+    v0 = torch.stack([value.v0 for value in values]).cpu()  # (N, d)
+    delta = torch.stack([value.delta for value in values]).cpu()
+    return prompts.columns(v0), prompts.columns(delta)
+
+
+def memit_values(prompts: Prompts, layer: int, config: ClosedFormConfig) -> tuple[Columns, Columns]:
+    """Return h and δ of each request at a block's output: the target value is z = h + δ.
+
+    Raises:
+        EditFailed: a loss is not finite.
+    """
+    h, δ = optimised(prompts, value_settings(layer, config), MemitObjective(config))
+    if config.norm_anchor is not None:
+        _, m = prompts.read(layer, prompts.model.anatomy.mlp_out(layer))
+        δ = norm_anchored(m, δ, config.norm_anchor * mean_norm(prompts.model, layer))
+    return h, δ
+
+
+def norm_anchored(m: Columns, δ: Columns, norm: float) -> Columns:
+    """Return δ such that what the MLP is to say, m + δ, has this norm.
+
+    NAS, norm anchor scaling (arXiv 2602.02543). What attention and the residual stream bring is
+    left alone. The authors' code drops an edit, silently, whose value is more than twice the
+    anchor; here it is scaled like any other.
+    """
+    value = (m + δ).tensor
+    return Columns(value * (norm / value.norm(dim=1, keepdim=True))) - m
