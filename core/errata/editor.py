@@ -199,7 +199,6 @@ class Editor:
             UnknownNameError: no such method. RequestError: a request that cannot be carried out.
             ConfigError: a bad hyper-parameter. CapabilityError: not for this method.
             EditRefused: a guard said no. LedgerError, StorageError: nothing was recorded.
-            After any error the model and the ledger are as they were.
         """
         single, requests, overrides = parse_arguments(request, config or {}, fields)
         for option, given, allowed in (

@@ -131,7 +131,11 @@ class Editing:
     # -- how -------------------------------------------------------------------------------------
 
     def _carry_out(
-        self, calls: Sequence[EditCall], old: Sequence[Edit], replaced: Mapping[str, str], apply: bool
+        self,
+        calls: Sequence[EditCall],
+        old: Sequence[Edit],
+        replaced: Mapping[str, str],
+        apply: bool,
     ) -> list[Edit]:
         if apply:
             self._guards.prepare(self._model)

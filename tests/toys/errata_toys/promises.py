@@ -88,7 +88,7 @@ class ToyMisfit(ToyLowRank):
 
     name = "toy-misfit"
 
-    class config(ToyConfig):  # noqa: N801 - the contract's name
+    class config(ToyConfig):
         how: str = Field(default="shape", description="What is wrong")
 
     @hookimpl
@@ -102,7 +102,7 @@ class ToyDice(ToyLowRank):
 
     name = "toy-dice"
 
-    class config(ToyConfig):  # noqa: N801
+    class config(ToyConfig):
         where: str = Field(default="edit", description="In which hook")
 
     @hookimpl
@@ -177,7 +177,7 @@ class ToyHung(ToyLowRank):
 
     name = "toy-hung"
 
-    class config(ToyConfig):  # noqa: N801
+    class config(ToyConfig):
         which: str = Field(default="leaky", description="Which")
 
     @hookimpl

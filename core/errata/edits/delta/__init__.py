@@ -4,7 +4,8 @@ from errata.edits.delta.adapter import AdapterDelta
 from errata.edits.delta.base import Delta, Undo
 from errata.edits.delta.codebook import CodebookDelta
 from errata.edits.delta.dense import DenseDelta
-from errata.edits.delta.key_value import KeyValueDelta, KeyValues
+from errata.edits.delta.key_value import KeyValueDelta
+from errata.edits.delta.key_values import KeyValues
 from errata.edits.delta.low_rank import Factor, LowRankDelta
 from errata.edits.delta.sparse_rows import Rows, SparseRowsDelta
 

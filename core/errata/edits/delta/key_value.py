@@ -17,66 +17,19 @@ or process, and C stays where it was measured; the delta names it by its digest.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from errata.edits.delta.base import Delta, require
-from errata.edits.delta.joint_solve import KeyRows, floored
 from errata.edits.delta.key_value_joint import Joint
-from errata.edits.delta.low_rank import Factor
+from errata.edits.delta.key_values import PARTS, KeyValues
 
 if TYPE_CHECKING:
     from torch import Tensor
     from typing_extensions import Self
 
     from errata.model.model import Model
-
-PARTS = ("k", "w", "r", "s")
-
-
-@dataclass(frozen=True, eq=False)
-class KeyValues:
-    """What one edit asks of one parameter: n keys and their residuals.
-
-    Attributes:
-        k: (n, D) keys.
-        w: (n, D) whitened keys M k.
-        r: (n, d) residuals wanted on top of what the base gives there.
-        s: (n,) slack of each: how much a miss is tolerated (MEMIT's λ; 0 is a constraint).
-        transposed: the parameter is stored as (D, d), as GPT-2's Conv1D does.
-        metric: what M is, `Metric.reference`; edits with one `digest` are solved together.
-    """
-
-    k: Tensor
-    w: Tensor
-    r: Tensor
-    s: Tensor
-    transposed: bool = False
-    metric: Mapping[str, Any] = field(default_factory=lambda: {"digest": "identity"})
-
-    @property
-    def group(self) -> str:
-        """The digest of the metric."""
-        return str(self.metric["digest"])
-
-    @cached_property
-    def norms(self) -> Tensor:
-        """√(kᵀ M k) of each key, (n,) fp32."""
-        return (self.k.double() * self.w.double()).sum(1).sqrt().float()
-
-    def rows(self, device: torch.device | str = "cpu") -> KeyRows:
-        """Return the tensors in fp64 on a device."""
-        return KeyRows(*(getattr(self, part).to(device, torch.float64) for part in PARTS))
-
-    def alone(self) -> Factor:
-        """Return the change that these keys make by themselves, (R (S + Kᵀ M K)⁻¹) (M K)ᵀ."""
-        k, w, r, s = self.rows()
-        gram = k @ w.T
-        system = torch.diag(floored(s, gram.diagonal())) + 0.5 * (gram + gram.T)
-        return Factor(torch.linalg.solve(system, r).T.contiguous(), w.T.contiguous())
 
 
 class KeyValueDelta(Delta):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -17,20 +17,27 @@ from errata.edits.delta.joint_solve import JointSolve, KeyRows
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from errata.edits.delta.key_value import KeyValueDelta
+    from errata.edits.delta.key_values import KeyValues
+
+
+class JointMember(Protocol):
+    """What a solution knows of an edit that is part of it."""
+
+    pairs: dict[str, KeyValues]
+    joints: dict[tuple[str, str], Joint]
 
 
 class Joint:
     """The solution for one parameter, and the edits it is for."""
 
-    def __init__(self, name: str, first: KeyValueDelta, device: torch.device) -> None:
+    def __init__(self, name: str, first: JointMember, device: torch.device) -> None:
         pair = first.pairs[name]
         self._name, self._device = name, device
         self._solve = JointSolve(pair.k.shape[1], pair.r.shape[1], device)
-        self._members: list[KeyValueDelta] = []
+        self._members: list[JointMember] = []
 
     @classmethod
-    def of(cls, name: str, deltas: Sequence[KeyValueDelta], device: torch.device | str) -> Joint:
+    def of(cls, name: str, deltas: Sequence[JointMember], device: torch.device | str) -> Joint:
         """Return the solution for these deltas, going on from one that some of them share."""
         home = torch.device(device)
         home = torch.device("cpu") if home.type == "mps" else home  # it has no fp64
@@ -56,7 +63,7 @@ class Joint:
         total = self.total
         return torch.eye(height).to(total), total.T.contiguous()
 
-    def _move(self, deltas: Sequence[KeyValueDelta]) -> None:
+    def _move(self, deltas: Sequence[JointMember]) -> None:
         """Make this the solution for `deltas`."""
         pairs = zip(self._members, deltas, strict=False)
         same = sum(1 for _ in takewhile(lambda pair: pair[0] is pair[1], pairs))
@@ -72,7 +79,7 @@ class Joint:
             self._solve.truncate(0)
             raise
 
-    def _rows(self, deltas: Sequence[KeyValueDelta], counts: Sequence[int]) -> KeyRows:
+    def _rows(self, deltas: Sequence[JointMember], counts: Sequence[int]) -> KeyRows:
         """Return the keys that the solver does not hold, stacked."""
         skip, index = self._solve.count, 0
         while skip and skip >= counts[index]:

@@ -236,7 +236,7 @@ class ScaledIdentity:
         return gram + torch.diag_embed(floored(torch.full_like(own, self.scale), own))
 
 
-I = ScaledIdentity(1.0)  # noqa: E741
+I = ScaledIdentity(1.0)
 """The identity, under the papers' name."""
 
 
