@@ -76,9 +76,7 @@ def test_a_call_that_works_from_the_base_is_folded_checked_and_recorded_once(
 def test_an_outcome_belongs_to_the_state_that_the_user_gets() -> None:
     with open_editor(guards={"efficacy": "warn", "norm": "off"}) as editor:
         edits = editor.edit(requests(3), method="toy-low-rank", size=3.0)
-        for edit in edits:
-            again = editor.model.stack.entries
-            assert [e.id for e in again] == [e.id for e in edits]
+        assert editor.model.stack.ids == [edit.id for edit in edits]
         from errata.evaluate import score_targets
 
         scores = score_targets(
@@ -185,11 +183,9 @@ def test_a_delta_that_does_not_fit_is_the_plugin_s_mistake(how: str, says: str) 
 def test_every_hook_that_computes_is_pure(where: str) -> None:
     with open_editor() as editor:
         state = torch.random.get_rng_state()
+        call = editor.locate if where == "locate" else editor.edit
         with pytest.raises(ImpureMethodError, match=where):
-            if where == "locate":
-                editor.locate(requests(1)[0], method="toy-dice", where=where)
-            else:
-                editor.edit(requests(1)[0], method="toy-dice", where=where)
+            call(requests(1)[0], method="toy-dice", where=where)
         assert torch.equal(torch.random.get_rng_state(), state)
         assert not editor.model.module.training
 
@@ -252,7 +248,7 @@ def test_training_is_done_once_and_what_was_trained_on_is_not_edited(tmp_path: P
 def test_an_export_carries_the_artifacts_that_its_edits_need(tmp_path: Path) -> None:
     with open_editor(training=TRAINING, artifacts=tmp_path / "here") as editor:
         edit = editor.edit(requests(1)[0], method="toy-trained")
-        assert list(edit.artifacts.values())[0]
+        assert next(iter(edit.artifacts.values()))
         file = editor.export(tmp_path / "one.errata")
         expected = state_of(editor.model)
     with open_editor(artifacts=tmp_path / "there") as other:

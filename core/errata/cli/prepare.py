@@ -50,8 +50,8 @@ def prepare(
 ) -> None:
     """Compute what a method needs of the base: statistics, contexts, a trained network.
 
-    `errata edit` does so by itself where it can. What is computed is kept in the cache folder under the
-    model's fingerprint, and used by every later command on that model.
+    `errata edit` does so by itself where it can. What is computed is kept in the cache folder
+    under the model's fingerprint, and used by every later command on that model.
     """
     check_method(method)
     requests = [request for given in training or () for request in _requests(given, limit)]

@@ -1,4 +1,4 @@
-"""Finding plugins: methods by name, and the rooms and strangers that measure, locate or bring models."""
+"""Finding plugins: methods by name, and what measures, locates or brings models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The outcome of an edit: what was measured on the state that the user gets, and what it met there."""
+"""The outcome of an edit: what was measured on the state that the user gets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The questions that errata asks a model, and who answers them: the model, or something in its place.
+"""The questions that errata asks a model, and who answers: the model, or something else.
 
 Everything that scores or generates in errata goes through `errata.model.scoring` and
 `errata.model.generation`, which first let the active edits rewrite the prompts and then ask, row

@@ -1,4 +1,4 @@
-"""How a module is put together: its submodules, hooks, flags and attributes, to compare and restore."""
+"""How a module is put together: submodules, hooks, flags and attributes, to compare and restore."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Structure:
             for former, now in ((parameters, module._parameters), (buffers, module._buffers)):
                 now.clear()
                 now.update(former)
-        for name, module in list(self._root.named_modules()):
+        for name in [name for name, _ in self._root.named_modules()]:
             if name not in self._modules:
                 parent, _, child = name.rpartition(".")
                 self._root.get_submodule(parent)._modules.pop(child, None)

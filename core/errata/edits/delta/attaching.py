@@ -1,4 +1,4 @@
-"""Hanging a delta kind on a live model, and holding it to its promise to come off without a trace."""
+"""Hanging a delta kind on a live model, and holding it to coming off without a trace."""
 
 from __future__ import annotations
 
