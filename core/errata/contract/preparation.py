@@ -33,9 +33,10 @@ class TrainingSet(Sequence[Request]):
     """
 
     def __init__(self, requests: Sequence[Request] = ()) -> None:
-        if isinstance(requests, (str, bytes)) or not isinstance(requests, Sequence):
+        given: Any = requests
+        if isinstance(given, (str, bytes)) or not isinstance(given, Sequence):
             raise ConfigError(
-                f"training is a {type(requests).__name__}; give a sequence of requests, for "
+                f"training is a {type(given).__name__}; give a sequence of requests, for "
                 "example list(errata.datasets.load('zsre', path))."
             )
         self._requests = requests

@@ -111,7 +111,7 @@ def _generators() -> dict[str, Any]:
     found: dict[str, Any] = {"random": random.getstate(), "torch": torch.random.get_rng_state()}
     if "numpy" in sys.modules:
         found["numpy"] = sys.modules["numpy"].random.get_state()
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         found["torch.cuda"] = torch.cuda.get_rng_state_all()
     return found
 

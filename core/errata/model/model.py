@@ -242,8 +242,9 @@ class Model:
                         f"computed yet, but edits are active ({', '.join(self.stack.ids[:3])}): "
                         "call `prepare` first, which takes them off meanwhile."
                     )
-                stored = compute()
-                self.artifacts.save(whole, *stored)
+                tensors, metadata = compute()
+                self.artifacts.save(whole, tensors, metadata)
+                stored = dict(tensors), dict(metadata)
             self.memo[whole] = stored
         found: tuple[Mapping[str, Tensor], Mapping[str, Any]] = self.memo[whole]
         return found

@@ -43,6 +43,7 @@ class Structure:
             if module is None or module is not self._modules.get(name):
                 names.append(f"module {name}")
                 continue
+            assert module is not None
             training, hooks, attributes, parameters, buffers = self._state[name]
             where = name or "the top module"
             if module.training != training:

@@ -150,9 +150,9 @@ class Prompts:
             ):
                 model.module(**inputs_of(model, {**inputs, "use_cache": False}))
             read_keys = _column(seen[source].input, len(tokens), column)
-            keys.append(read_keys.unflatten(0, (stop - start, per)))
+            keys.append(read_keys.reshape(stop - start, per, -1))
             read_outputs = _column(seen[output].output, len(tokens), column)
-            outputs.append(read_outputs.unflatten(0, (stop - start, per))[:, 0])
+            outputs.append(read_outputs.reshape(stop - start, per, -1)[:, 0])
         return self.columns(grouped(torch.cat(keys))), self.columns(torch.cat(outputs))
 
 
