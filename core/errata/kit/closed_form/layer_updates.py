@@ -149,10 +149,9 @@ class Prompts:
                 trace(model.module, names, inputs=True, stop=True) as seen,
             ):
                 model.module(**inputs_of(model, {**inputs, "use_cache": False}))
-            read_keys = _column(seen[source].input, len(tokens), column)
-            keys.append(read_keys.unflatten(0, (stop - start, per)))
-            read_outputs = _column(seen[output].output, len(tokens), column)
-            outputs.append(read_outputs.unflatten(0, (stop - start, per))[:, 0])
+            shape = (stop - start, per, -1)
+            keys.append(_column(seen[source].input, len(tokens), column).view(shape))
+            outputs.append(_column(seen[output].output, len(tokens), column).view(shape)[:, 0])
         return self.columns(grouped(torch.cat(keys))), self.columns(torch.cat(outputs))
 
 

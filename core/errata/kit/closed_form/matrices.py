@@ -260,4 +260,4 @@ def _by_column(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     """Apply a function of (x, N) to the columns of all problems at once, (G, x, N)."""
     problems, _, count = tensor.shape
     found = function(tensor.transpose(0, 1).flatten(1))
-    return found.unflatten(1, (problems, count)).transpose(0, 1)
+    return found.reshape(-1, problems, count).transpose(0, 1)
