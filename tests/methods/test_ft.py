@@ -511,8 +511,8 @@ def test_the_published_numbers_are_the_presets() -> None:
 
 
 def test_the_configuration_writes_its_layers_out(model: Model) -> None:
-    for given, layers in ((None, (2,)), ((0, -1), (0, 2))):
-        config = FtConfig(layers=given).for_model(model.anatomy)
+    for layers_given, layers in ((None, (2,)), ((0, -1), (0, 2))):
+        config = FtConfig(layers=layers_given).for_model(model.anatomy)
         assert config.layers == layers
         assert config.for_model(model.anatomy) == config
     with pytest.raises(ConfigError, match="out of range"):
