@@ -28,18 +28,21 @@ import torch
 from rome import CLOCKS, random_model, timed  # benchmarks/rome.py
 from torch import Tensor
 
+from errata import zoo
 from errata.contract.registry import Registry
 from errata.datasets import atlas
 from errata.edits.request import Request
+from errata.kit.closed_form.config import ClosedFormConfig
+from errata.kit.closed_form.target_values import MemitObjective, value_settings
 from errata.kit.contexts import prefix_contexts
-from errata.kit.values import ValueSettings, optimise_values
+from errata.kit.values import optimise_values
 from errata.model import Model
 from errata.model.loading import load_model
 from errata.model.tokens import encode, encode_targets, subject_position
 
 
 def plain_value(
-    model: Model, request: Request, contexts: Sequence[str], settings: ValueSettings
+    model: Model, request: Request, contexts: Sequence[str], layer: int, config: ClosedFormConfig
 ) -> Tensor:
     """Return δ of one request as MEMIT's `compute_z` finds it."""
     module, tokenizer, device = model.module, model.tokenizer, model.device
@@ -48,10 +51,10 @@ def plain_value(
     batch = encode_targets(tokenizer, prompts, [request.target_new] * len(prompts))
     spans = batch.target_spans
     rows = [row[: end - 1].tolist() for row, (_, end) in zip(batch.input_ids, spans, strict=True)]
-    kl_prompt = settings.kl_prompt.replace("{}", request.subject)
+    kl_prompt = config.kl_prompt.replace("{}", request.subject)
     rows.append(encode(tokenizer, [kl_prompt]).input_ids[0].tolist())
     lookups = [subject_position(tokenizer, t, request.subject) for t in templates]
-    lookups.append(subject_position(tokenizer, settings.kl_prompt, request.subject))
+    lookups.append(subject_position(tokenizer, config.kl_prompt, request.subject))
     width = max(map(len, rows))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
     mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows], device=device)
@@ -73,27 +76,27 @@ def plain_value(
         tensor[everyone, where] += delta.to(tensor.dtype)
         return (tensor, *output[1:]) if isinstance(output, tuple) else tensor
 
-    optimiser = torch.optim.Adam([delta], lr=settings.lr)
-    handle = module.get_submodule(model.anatomy.block(settings.layer)).register_forward_hook(add)
+    optimiser = torch.optim.Adam([delta], lr=config.lr)
+    handle = module.get_submodule(model.anatomy.block(layer)).register_forward_hook(add)
     flags = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in flags:
         parameter.requires_grad_(False)
-    for step in range(settings.steps):
+    for step in range(config.steps):
         optimiser.zero_grad()
         log_p = module(input_ids=ids, attention_mask=mask).logits.float().log_softmax(-1)
         now = log_p[-1, lookups[-1]]
         before = start.setdefault("kl", now.detach().clone())
         picked = log_p[:-1].gather(1, at[..., None].expand(-1, -1, log_p.shape[-1]))
         nll = -picked.gather(2, target[..., None]).squeeze(2).mean(1).mean()
-        kl = settings.kl_factor * torch.nn.functional.kl_div(
+        kl = config.kl_factor * torch.nn.functional.kl_div(
             before[None], now[None], log_target=True, reduction="batchmean"
         )
-        loss = nll + kl + settings.weight_decay * delta.norm() / start["h0"].norm() ** 2
-        if float(loss.detach()) < settings.early_stop or step == settings.steps - 1:
+        loss = nll + kl + config.weight_decay * delta.norm() / start["h0"].norm() ** 2
+        if float(loss.detach()) < config.early_stop or step == config.steps - 1:
             break
         loss.backward()
         optimiser.step()
-        most = settings.clamp * start["h0"].norm()
+        most = config.clamp * start["h0"].norm()
         if delta.norm() > most:
             with torch.no_grad():
                 delta.mul_(most / delta.norm())
@@ -106,7 +109,8 @@ def plain_value(
 def measure(
     model: Model,
     contexts: Sequence[str],
-    settings: ValueSettings,
+    layer: int,
+    config: ClosedFormConfig,
     *,
     requests: int,
     plain: int,
@@ -117,19 +121,21 @@ def measure(
     chosen = atlas.requests(requests)
     sample = chosen[:: max(1, requests // plain)][:plain]
 
+    settings, objective = value_settings(layer, config), MemitObjective(config)
+
     def together() -> list[Any]:
-        values = optimise_values(model, chosen, contexts, settings)
+        values = optimise_values(model, chosen, contexts, settings, objective)
         if model.device.type == "cuda":
             torch.cuda.synchronize()
         return values
 
     def alone() -> list[Tensor]:
-        deltas = [plain_value(model, request, contexts, settings) for request in sample]
+        deltas = [plain_value(model, request, contexts, layer, config) for request in sample]
         if model.device.type == "cuda":
             torch.cuda.synchronize()
         return deltas
 
-    optimise_values(model, chosen[:2], contexts, replace(settings, steps=2))  # warm up
+    optimise_values(model, chosen[:2], contexts, replace(settings, steps=2), objective)  # warm up
     ours, theirs, worst, steps = [], [], 0.0, []
     for _ in range(repeats):
         seconds, deltas = timed(alone, clock)
@@ -145,7 +151,7 @@ def measure(
         "model": model.name,
         "layers": model.anatomy.n_layers,
         "width": model.anatomy.hidden_size,
-        "edited layer": settings.layer,
+        "edited layer": layer,
         "contexts": len(contexts),
         "steps": statistics.mean(steps),
         "requests": len(chosen),
@@ -181,31 +187,38 @@ def main() -> None:
 
     registry = Registry.load()
     small = load_model(
-        "atlas-gpt2", architectures=registry.architectures, device=options.device,
-        dtype=options.dtype,
+        zoo.model_path("atlas-gpt2"), architectures=registry.architectures, device=options.device,
+        dtype=options.dtype, name="atlas-gpt2",
     )  # fmt: skip
     contexts = prefix_contexts(
         small, ((10, 5),), starts=("The", "Therefore", "Because", "I", "You")
     )
 
-    def settings(model: Model) -> ValueSettings:
-        layer = model.anatomy.n_layers // 3 if options.layer is None else options.layer
-        # No early stop: both ways take the same number of steps.
-        return ValueSettings(layer=layer, at="block", steps=options.steps, clamp=0.75, early_stop=0)
+    def layer_of(model: Model) -> int:
+        return model.anatomy.n_layers // 3 if options.layer is None else int(options.layer)
+
+    # No early stop: both ways take the same number of steps.
+    config = ClosedFormConfig(steps=options.steps, early_stop=0)
 
     results = [
         measure(
-            small, contexts, settings(small), requests=options.requests, plain=options.plain, **how
+            small,
+            contexts,
+            layer_of(small),
+            config,
+            requests=options.requests,
+            plain=options.plain,
+            **how,
         )
-    ]
+    ]  # fmt: skip
     if not options.skip_random:
         # An untrained model generates no text to speak of: it gets the small one's contexts.
         big = random_model(small, options.vocabulary)
         big.module.to(options.device)
         count = options.random_requests or options.requests
         results.append(
-            measure(big, contexts, settings(big), requests=count, plain=options.random_plain,
-                    **{**how, "repeats": 1})
+            measure(big, contexts, layer_of(big), config, requests=count,
+                    plain=options.random_plain, **{**how, "repeats": 1})
         )  # fmt: skip
     report = {
         "torch": torch.__version__,

@@ -28,10 +28,10 @@ from torch import Tensor
 
 from errata import Editor, Request
 from errata.edits.delta import KeyValueDelta, KeyValues
+from errata.edits.delta.joint_solve import JointSolve, KeyRows
 from errata.edits.edit import Edit
-from errata.kit.metric import Plain, Whitening
+from errata.kit.metric import Whitening
 from errata.kit.second_moments import SecondMoment
-from errata.kit.solve import JointSolve, Rows
 
 CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
 SLACK = 20.0
@@ -57,7 +57,7 @@ def problem(width: int, out: int, keys: int) -> tuple[SecondMoment, Tensor, Tens
     return SecondMoment(C, 2 * width, 0), K, torch.randn(out, keys, generator=random).double()
 
 
-def change(solver: JointSolve, rows: Rows) -> Tensor:
+def change(solver: JointSolve, rows: KeyRows) -> Tensor:
     """Append keys and return the change of all of them."""
     solver.extend(rows)
     return solver.change
@@ -69,22 +69,22 @@ def compare(width: int, out: int, keys: int, clock: Callable[[], float]) -> dict
     factor_s, _ = timed(lambda: C.cholesky, clock)
     whiten_s, W = timed(lambda: Whitening(C).whiten(K), clock)
     s = torch.full((keys,), SLACK, dtype=torch.float64)
-    rows = Rows(K.T.contiguous(), W.T.contiguous(), R.T.contiguous(), s)
+    rows = KeyRows(K.T.contiguous(), W.T.contiguous(), R.T.contiguous(), s)
     before = peak()
     solver = JointSolve(width, out)
     fold_s, folded = timed(lambda: change(solver, rows), clock)
     fold_mb = peak() - before
-    last = Rows(*(part[:-1] for part in rows))
+    last = KeyRows(*(part[:-1] for part in rows))
     prefix = JointSolve(width, out)
     prefix.extend(last)
-    new = Rows(*(part[prefix.count :] for part in rows))
+    new = KeyRows(*(part[prefix.count :] for part in rows))
     add_s, added = timed(lambda: change(prefix, new), clock)
     middle = keys // 2
-    left = Rows(*(torch.cat([part[:middle], part[middle + 1 :]]) for part in rows))
+    left = KeyRows(*(torch.cat([part[:middle], part[middle + 1 :]]) for part in rows))
 
     def remove() -> Tensor:
         prefix.truncate(middle)
-        return change(prefix, Rows(*(part[prefix.count :] for part in left)))
+        return change(prefix, KeyRows(*(part[prefix.count :] for part in left)))
 
     remove_s, removed = timed(remove, clock)
     assert torch.equal(added, folded)
@@ -117,7 +117,6 @@ def on_a_model(name: str, edits: int, clock: Callable[[], float]) -> dict[str, A
             anatomy = editor.model.anatomy
             path = anatomy.mlp_out(0)
             d_out, d_in = anatomy.shape(editor.model.module, path)
-            metric = Plain(d_in)
             random = torch.Generator().manual_seed(0)
             entries = []
             for index in range(edits):
@@ -128,7 +127,6 @@ def on_a_model(name: str, edits: int, clock: Callable[[], float]) -> dict[str, A
                     r=0.01 * torch.randn(1, d_out, generator=random),
                     s=torch.full((1,), SLACK, dtype=torch.float64),
                     transposed=anatomy.transposed(path),
-                    metric=metric.reference,
                 )
                 delta = KeyValueDelta({anatomy.weight(path): pair})
                 request = Request(prompt="{} is", subject=f"Number {index}", target_new="new")

@@ -272,15 +272,17 @@ def main() -> None:
         torch.set_num_threads(options.threads)
 
     registry = Registry.load()
-    small = load_model(options.model, architectures=registry.architectures)
+    given = options.model
+    where = zoo.model_path(given) if given in zoo.MODELS else given
+    small = load_model(where, architectures=registry.architectures, name=given)
     facts = {
         "model_type": small.anatomy.model_type,
         "n_layers": small.anatomy.n_layers,
         "hidden_size": small.anatomy.hidden_size,
         "name": small.name,
     }
-    given = {} if options.layer is None else {"layer": options.layer}
-    preset, _ = registry.resolve("rome", RomeConfig, facts, given)
+    chosen = {} if options.layer is None else {"layer": options.layer}
+    preset, _ = registry.resolve("rome", RomeConfig, facts, chosen)
     run = {"batch": options.batch, "clock": CLOCKS[options.clock]}
     results = [measure(small, preset, singles=6, repeats=options.repeats, **run)]
     if not options.skip_random:

@@ -508,3 +508,12 @@ def test_the_published_numbers_are_the_presets() -> None:
     assert of(llama3, "ft-m").layers == (21,)
     assert (of(llama3, "locft").layers, of(llama3, "locft").batch_size) == ((22,), 100)
     assert (of(xl, "ft-m").lr, of(xl, "ft-m").steps) == (5e-4, 25)
+
+
+def test_the_configuration_writes_its_layers_out(model: Model) -> None:
+    for layers_given, layers in ((None, (2,)), ((0, -1), (0, 2))):
+        config = FtConfig(layers=layers_given).for_model(model.anatomy)
+        assert config.layers == layers
+        assert config.for_model(model.anatomy) == config
+    with pytest.raises(ConfigError, match="out of range"):
+        FtConfig(layers=(9,)).for_model(model.anatomy)

@@ -406,3 +406,13 @@ def test_the_module_is_found_by_role_or_path(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             found(model, **config)
+
+
+def test_the_configuration_writes_its_layer_out(tmp_path: Path) -> None:
+    anatomy = build_model("gpt2", tmp_path).anatomy
+    for given, layer in ((None, 1), (-1, 2), (0, 0)):
+        config = GraceConfig(layer=given).for_model(anatomy)
+        assert config.layer == layer
+        assert config.for_model(anatomy) == config
+    named = GraceConfig(module="transformer.h.0.mlp.c_fc")
+    assert named.for_model(anatomy) == named

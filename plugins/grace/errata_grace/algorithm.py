@@ -250,9 +250,9 @@ def module_of(model: Model, config: GraceConfig) -> str:
                 f"'mlp_out' or a path such as {anatomy.mlp_out(0)!r}."
             )
         return config.module
-    anatomy = anatomy.encoder or anatomy  # where the authors put it, and all of the prompt is
-    # The authors' layer in GPT-2 XL: 35 of 48.
-    layer = 3 * (anatomy.n_layers - 1) // 4 if config.layer is None else config.layer
+    layer = config.for_model(anatomy).layer
+    assert layer is not None
+    anatomy = anatomy.encoder or anatomy
     names = anatomy.mlp_in(layer) if config.module == "mlp_in" else (anatomy.mlp_out(layer),)
     if len(names) > 1:
         raise ConfigError(

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from errata.contract.config import MethodConfig
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from errata.model.anatomy import Anatomy
 
 
 class GraceConfig(MethodConfig):
@@ -58,3 +63,13 @@ class GraceConfig(MethodConfig):
         "codebook is large and faiss is there",
     )
     faiss_from: int = Field(default=20_000, ge=1, description="Entries of a large codebook")
+
+    def for_model(self, anatomy: Anatomy) -> Self:
+        """Return the configuration with its layer written out, where a layer is meant at all."""
+        if self.module not in ("mlp_in", "mlp_out"):
+            return self
+        # Where the authors put it, and where all of the prompt is.
+        anatomy = anatomy.encoder or anatomy
+        # The authors' layer in GPT-2 XL: 35 of 48.
+        layer = 3 * (anatomy.n_layers - 1) // 4 if self.layer is None else anatomy.layer(self.layer)
+        return self.model_copy(update={"layer": layer})

@@ -149,10 +149,9 @@ class Prompts:
                 trace(model.module, names, inputs=True, stop=True) as seen,
             ):
                 model.module(**inputs_of(model, {**inputs, "use_cache": False}))
-            read_keys = _column(seen[source].input, len(tokens), column)
-            keys.append(read_keys.reshape(stop - start, per, -1))
-            read_outputs = _column(seen[output].output, len(tokens), column)
-            outputs.append(read_outputs.reshape(stop - start, per, -1)[:, 0])
+            shape = (stop - start, per, -1)
+            keys.append(_column(seen[source].input, len(tokens), column).view(shape))
+            outputs.append(_column(seen[output].output, len(tokens), column).view(shape)[:, 0])
         return self.columns(grouped(torch.cat(keys))), self.columns(torch.cat(outputs))
 
 

@@ -236,7 +236,7 @@ class ScaledIdentity:
         return gram + torch.diag_embed(floored(torch.full_like(own, self.scale), own))
 
 
-I = ScaledIdentity(1.0)  # noqa: E741 - the papers call it so
+I = ScaledIdentity(1.0)  # noqa: E741
 """The identity, under the papers' name."""
 
 
@@ -260,4 +260,4 @@ def _by_column(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     """Apply a function of (x, N) to the columns of all problems at once, (G, x, N)."""
     problems, _, count = tensor.shape
     found = function(tensor.transpose(0, 1).flatten(1))
-    return found.reshape(len(found), problems, count).transpose(0, 1)
+    return found.reshape(-1, problems, count).transpose(0, 1)
