@@ -27,6 +27,7 @@ PLUGIN = '''
 import os
 import signal
 import time
+import zlib
 from pathlib import Path
 
 import torch
@@ -47,7 +48,7 @@ class NudgeConfig(MethodConfig):
 
 
 class Nudge:
-    """Moves a weight at random: drawn from the global generator, as careless methods do."""
+    """Moves a weight at random, drawn for each subject by a generator of its own."""
 
     name = "nudge"
     config = NudgeConfig
@@ -71,10 +72,13 @@ class Nudge:
         d_out, d_in = model.anatomy.shape(model.module, where)
         deltas = []
         for request in requests:
-            u = torch.randn(d_out, 1) * config.scale
+            seed = zlib.crc32(f"{config.seed}:{request.subject}".encode())
+            own = torch.Generator().manual_seed(seed)
+            u = torch.randn(d_out, 1, generator=own) * config.scale
             if request.subject == config.refuse_on:
                 u[0, 0] = float("nan")
-            factor = Factor(u, torch.randn(d_in, 1), model.anatomy.transposed(where))
+            v = torch.randn(d_in, 1, generator=own)
+            factor = Factor(u, v, model.anatomy.transposed(where))
             deltas.append(LowRankDelta({model.anatomy.weight(where): factor}))
         return deltas
 

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from errata.edits.delta.adapter_layers import no_randomness
 from errata.errors import EditRefused, LedgerError, SelfComparisonError, StorageError
 
 if TYPE_CHECKING:
@@ -64,7 +58,6 @@ def edit_case(
     *,
     method: str,
     config: Mapping[str, Any],
-    seed: str,
     before: Sequence[str] = (),
 ) -> CaseOutcome:
     """Edit the model with requests that belong together; leave it alone if any of them fails.
@@ -74,7 +67,6 @@ def edit_case(
         requests: of one case, or of a batch of cases.
         method: name of the method.
         config: its hyper-parameters.
-        seed: what the global random generators start from while it runs.
         before: ids of edits that carry out some of the requests already: a run that was killed
             between two of them goes on there.
 
@@ -91,8 +83,7 @@ def edit_case(
         if wanted:
             can = editor.registry.method(method).capabilities
             size = len(wanted) if can.batch and len(wanted) > 1 else None
-            with seeded(seed):
-                known += editor.edit(wanted, method=method, config=config, batch_size=size)
+            known += editor.edit(wanted, method=method, config=config, batch_size=size)
     except EditRefused as problem:
         refused = problem.reason
     except FATAL:
@@ -117,22 +108,3 @@ def edit_case(
 def error_text(error: BaseException) -> str:
     """Return an error in one line: its type and what it says."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
-
-
-@contextmanager
-def seeded(seed: str) -> Iterator[None]:
-    """Start the global random generators from a seed for the block, and put them back after it.
-
-    Methods seed generators of their own from their configuration. One that draws from the global
-    ones all the same then gives the same edit for a case in whatever order and process it runs.
-    """
-    number = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:4], "big")
-    python, numpy = random.getstate(), np.random.get_state()
-    with no_randomness(number):
-        random.seed(number)
-        np.random.seed(number)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)

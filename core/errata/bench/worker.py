@@ -15,7 +15,7 @@ from errata.bench import measuring
 from errata.bench.editing import FATAL, CaseOutcome, edit_case, error_text
 from errata.bench.records import LinePlace, case_line, failure_line, state_line
 from errata.bench.results import Line
-from errata.bench.run_spec import CHUNK, Case, Item, RunSpec, case_name
+from errata.bench.run_spec import CHUNK, Case, Item, RunSpec
 from errata.bench.work_units import WorkUnit, key_of, state_of_batch
 from errata.contract import plugins
 from errata.contract.capabilities import check_capabilities, check_prompts
@@ -304,7 +304,6 @@ class Worker:
             [request for item in items for request in self.spec.edited(item, seed)],
             method=self.spec.config.methods[variant].method,
             config=self.spec.overrides(variant, seed),
-            seed=f"{seed}:{case_name(self.spec.case(items[0], seed))}",
             before=before,
         )
         return dataclasses.replace(outcome, shared=len(items))
