@@ -100,10 +100,10 @@ class Learner(Nudge):
     config = LearnerConfig
 
     @hookimpl
-    def prepare(self, model, corpus, config):
+    def prepare(self, model, training, config):
         assert not model.stack.ids
-        targets = ", ".join(request.target_new for request in corpus.requests)
-        Path(config.seen).write_text(f"{len(corpus)}: {corpus[0]}: {targets}")
+        targets = ", ".join(request.target_new for request in training)
+        Path(config.seen).write_text(f"{len(training)}: {targets}")
 '''
 REGISTRY = """
 methods:

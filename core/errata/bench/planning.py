@@ -215,7 +215,7 @@ def check_run(spec: RunSpec) -> dict[str, Capabilities]:
                 f"{', '.join(sorted(spec.known))}."
             )
         spec.settings(number, config.seeds[0])
-    _ = spec.corpus
+    _ = spec.corpus, spec.training
     return entries
 
 
@@ -232,6 +232,11 @@ def _check_regime(
         raise CapabilityError(
             f"{label}: {method} takes one request at a time, and the regime {config.regime} gives "
             f"it {size}. Leave it out, or {advice}."
+        )
+    if "training" in can.needs and config.train is None:
+        raise ConfigError(
+            f"{label}: {method} has to be trained, and the run names no `train`: give the dataset "
+            "that it learns from."
         )
     if config.regime == "cross-domain" and "training" not in can.needs:
         raise CapabilityError(

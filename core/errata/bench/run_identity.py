@@ -72,6 +72,9 @@ def info_of(spec: RunSpec, description: Mapping[str, Any]) -> dict[str, Any]:
             one["name"]: {"digest": one["digest"], "cases": one["cases"]} for one in datasets
         },
         "corpus": None if spec.corpus is None else _digest(list(spec.corpus)),
+        "training": None
+        if spec.training is None
+        else _digest([request.digest for request in spec.training]),
         "protocols": protocols,
         "errata": versions(())["errata"],
     }
