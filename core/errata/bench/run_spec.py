@@ -133,7 +133,7 @@ class RunSpec:
         spec = self.config.train
         if spec is None:
             return None
-        cases = chosen(open_dataset(spec, spec.limit), spec, spec.limit)
+        cases = selected_cases(open_dataset(spec, spec.limit), spec, spec.limit)
         if not cases:
             raise ConfigError(f"The training data {spec.title!r} holds no case.")
         return [request for case in cases for request in case]
