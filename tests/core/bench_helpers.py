@@ -38,7 +38,7 @@ from errata.edits.delta import Factor, LowRankDelta
 
 
 class NudgeConfig(MethodConfig):
-    scale: float = Field(default=0.2, gt=0, description="How far a weight is moved")
+    scale: float = Field(default=0.4, gt=0, description="How far a weight is moved")
     pause: float = Field(default=0.0, ge=0, description="Seconds to think")
     log: str = Field(default="", description="File that gets a line when an edit begins")
     refuse_on: str = Field(default="", description="Subject whose edit is not finite")
@@ -100,10 +100,10 @@ class Learner(Nudge):
     config = LearnerConfig
 
     @hookimpl
-    def prepare(self, model, corpus, config):
+    def prepare(self, model, training, config):
         assert not model.stack.ids
-        targets = ", ".join(request.target_new for request in corpus.requests)
-        Path(config.seen).write_text(f"{len(corpus)}: {corpus[0]}: {targets}")
+        targets = ", ".join(request.target_new for request in training)
+        Path(config.seen).write_text(f"{len(training)}: {targets}")
 '''
 REGISTRY = """
 methods:

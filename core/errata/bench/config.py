@@ -169,8 +169,6 @@ class BenchConfig(_ConfigModel):
             raise ValueError(f"batch_size belongs to the regimes batch, {', '.join(STREAMS)}")
         if (self.regime == "cross-domain") != (self.train is not None):
             raise ValueError("train names the training data of the regime cross-domain")
-        if self.regime == "cross-domain" and self.corpus is not None:
-            raise ValueError("corpus is what `train` gives in the regime cross-domain")
         if self.regime == "continual" and len(self.datasets) < 2:
             raise ValueError("a continual stream mixes several datasets: name two or more")
         return self

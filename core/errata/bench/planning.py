@@ -215,7 +215,7 @@ def check_run(spec: RunSpec) -> dict[str, Capabilities]:
                 f"{', '.join(sorted(spec.known))}."
             )
         spec.settings(number, config.seeds[0])
-    _ = spec.corpus
+    _ = spec.corpus, spec.training
     return entries
 
 

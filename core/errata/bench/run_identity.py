@@ -71,10 +71,12 @@ def info_of(spec: RunSpec, description: Mapping[str, Any]) -> dict[str, Any]:
         "datasets": {
             one["name"]: {"digest": one["digest"], "cases": one["cases"]} for one in datasets
         },
-        "corpus": None if spec.corpus is None else _digest(list(spec.corpus)),
+        "corpus": None if spec.corpus is None else _digest(spec.corpus),
         "protocols": protocols,
         "errata": versions(())["errata"],
     }
+    if spec.training is not None:
+        identity["training"] = _digest([request.digest for request in spec.training])
     identity = json.loads(json.dumps(identity))
     named = {name for one in protocols.values() for many in one.values() for name in many}
     return {

@@ -124,14 +124,19 @@ class RunSpec:
 
     @cached_property
     def corpus(self) -> list[str] | None:
-        """Texts that methods prepare with; in the regime cross-domain they carry `requests`."""
-        if self.config.train is not None:
-            spec = self.config.train
-            cases = selected_cases(open_dataset(spec, spec.limit), spec, spec.limit)
-            if not cases:
-                raise ConfigError(f"The training data {spec.title!r} holds no case.")
-            return TrainingTexts(request for case in cases for request in case)
+        """Texts that second moments are computed from; None: those that ship with errata."""
         return None if self.config.corpus is None else read_corpus(Path(self.config.corpus))
+
+    @cached_property
+    def training(self) -> list[Request] | None:
+        """The requests that methods are trained on; None outside the regime cross-domain."""
+        spec = self.config.train
+        if spec is None:
+            return None
+        cases = selected_cases(open_dataset(spec, spec.limit), spec, spec.limit)
+        if not cases:
+            raise ConfigError(f"The training data {spec.title!r} holds no case.")
+        return [request for case in cases for request in case]
 
     # -- measuring -------------------------------------------------------------------------------
 
@@ -215,18 +220,6 @@ class RunSpec:
     def overrides(self, variant: int, seed: int) -> dict[str, Any]:
         """Return the hyper-parameters a variant is run with, beside the registry's."""
         return {"seed": seed, **self.config.methods[variant].config}
-
-
-class TrainingTexts(list[str]):
-    """Requests as plain sentences, with the requests themselves at hand.
-
-    What `prepare` gets as its corpus in the regime cross-domain: a method that reads texts sees
-    "prompt target." sentences, one that needs more reads `requests`.
-    """
-
-    def __init__(self, requests: Iterator[Request]) -> None:
-        self.requests = tuple(requests)
-        super().__init__(f"{request.text} {request.target_new}." for request in self.requests)
 
 
 def open_dataset(spec: DatasetSpec, limit: int | None) -> Dataset:

@@ -81,6 +81,7 @@ class Worker:
             dtype=config.dtype,
             guards=config.guards,
             corpus=self.spec.corpus,
+            training=self.spec.training,
             progress=self._progress,
         )
 
