@@ -38,7 +38,7 @@ from errata.edits.delta import Factor, LowRankDelta
 
 
 class NudgeConfig(MethodConfig):
-    scale: float = Field(default=0.2, gt=0, description="How far a weight is moved")
+    scale: float = Field(default=0.4, gt=0, description="How far a weight is moved")
     pause: float = Field(default=0.0, ge=0, description="Seconds to think")
     log: str = Field(default="", description="File that gets a line when an edit begins")
     refuse_on: str = Field(default="", description="Subject whose edit is not finite")
