@@ -157,3 +157,21 @@ def test_a_published_batch_leaves_the_keys_of_earlier_ones_alone(tmp_path: Path)
         # What was taken off asks for nothing.
         editor.revert(first, second)
         assert earlier_requests(model, "alphaedit") == {}
+
+
+def test_batches_of_one_call_know_each_other(tmp_path: Path) -> None:
+    """`batch_size` cuts a call into batches as published: each finds the former on the model."""
+    module, tokenizer = build("gpt2")
+    quiet = dict.fromkeys(("norm", "perplexity", "efficacy"), "off")
+    settings = {**TINY, "layers": (1,), "history": "none"}
+    with Editor(module, tokenizer, artifacts=tmp_path, guards=quiet, corpus=SENTENCES) as editor:
+        first, second = editor.edit(REQUESTS[:2], method="alphaedit", config=settings, batch_size=1)
+        assert second.parents == (first.id,)
+        one_by_one = [edit.delta.tensors() for edit in (first, second)]
+        editor.revert(first, second)
+        again = [
+            editor.edit(request, method="alphaedit", config=settings) for request in REQUESTS[:2]
+        ]
+        for tensors, edit in zip(one_by_one, again, strict=True):
+            for name, tensor in edit.delta.tensors().items():
+                assert torch.equal(tensors[name], tensor)
