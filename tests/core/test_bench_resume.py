@@ -214,7 +214,7 @@ def small(runs: Runner, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"protocols": ["generation", "locality"]}, r"protocols\.atlas\.cases"),
         (
             {"methods": [{"method": "nudge", "config": {"scale": 0.3}}]},
-            r"variants\.nudge\.config\.scale: 0\.2 there, 0\.3 here",
+            r"variants\.nudge\.config\.scale: 0\.4 there, 0\.3 here",
         ),
         ({"methods": ["nudge", {"method": "nudge", "variant": "x"}]}, r"variants\.x: null there"),
         ({"datasets": [{"name": "atlas", "options": {"kind": "modify"}}]}, r"config\.datasets"),
