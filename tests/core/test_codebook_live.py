@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from errata.edits.delta.codebook import CodebookDelta, CodebookSettings
-from errata.edits.delta.codebook_runtime import CodebookRuntime
+from errata.edits.delta.codebook_router import Codebooks
 from errata.edits.edit import Edit
 from errata.edits.stack import Stack
 from errata.errors import ConfigError, IntegrityError
@@ -286,7 +286,7 @@ def test_a_trial_acts_in_place_of_what_is_attached_and_leaves_it_alone() -> None
     model.stack.set([edit_with(1, "a", attached)])
     edited = logits_of(model, PROMPTS[:1], "right")[0]
     before = structure(model.module)
-    runtime = CodebookRuntime.of(model)
+    runtime = Codebooks.of(model)
     with runtime.trial([]):
         assert torch.equal(logits_of(model, PROMPTS[:1], "right")[0], base)
     with runtime.trial([("b", tried)]):
@@ -308,7 +308,7 @@ def test_reverting_brings_radii_back_and_codebooks_on_other_modules_stay() -> No
     elsewhere = entry_for(model, "transformer.h.2.mlp.c_fc", PROMPTS[1], 3)
     entries = [edit_with(n, f"{n}", d) for n, d in enumerate([first, elsewhere, rival])]
     model.stack.set(entries)
-    book = CodebookRuntime.of(model).book(first.book)
+    book = Codebooks.of(model).book(first.book)
     assert book.radii.tolist() == pytest.approx([0.6, 0.6], abs=1e-4)
     edited = logits_of(model, PROMPTS, "right")
     model.stack.remove("2")
@@ -318,7 +318,7 @@ def test_reverting_brings_radii_back_and_codebooks_on_other_modules_stay() -> No
     assert all(torch.equal(a, b) for a, b in zip(edited, again, strict=True))
     model.stack.remove("0")
     assert len(book) == 1
-    assert len(CodebookRuntime.of(model).book(elsewhere.book)) == 1
+    assert len(Codebooks.of(model).book(elsewhere.book)) == 1
 
 
 def test_the_edit_that_came_last_wins_where_two_codebooks_share_a_module() -> None:

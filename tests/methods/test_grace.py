@@ -16,7 +16,7 @@ from transformers import BertForSequenceClassification, GPT2LMHeadModel
 
 from errata.contract.purity import Snapshot
 from errata.edits.delta.codebook import CodebookDelta
-from errata.edits.delta.codebook_runtime import CodebookRuntime
+from errata.edits.delta.codebook_router import Codebooks
 from errata.edits.request import Request
 from errata.edits.stack import Stack
 from errata.errors import ConfigError, MissingExtraError, RequestError
@@ -118,7 +118,7 @@ def test_six_edits_agree_with_the_authors_code(name: str) -> None:
         delta = recorded.algorithm(index).entry(recorded.case(index), before)
         deltas.append(delta)
         put(recorded.model, deltas)
-        book = CodebookRuntime.of(recorded.model).book(delta.book)
+        book = Codebooks.of(recorded.model).book(delta.book)
         row = book.rows[str(index)]
         trained_once[row] = row not in trained_once
 
@@ -171,7 +171,7 @@ def test_taking_out_the_split_restores_the_recorded_radii() -> None:
     model = recorded.model
 
     def radii() -> Tensor:
-        return CodebookRuntime.of(model).book(deltas[0].book).radii
+        return Codebooks.of(model).book(deltas[0].book).radii
 
     put(model, deltas)
     assert radii().tolist() == pytest.approx(recorded.json["edits"][3]["epsilons"], abs=2e-6)
@@ -320,7 +320,7 @@ def test_what_the_model_says_already_gives_a_void_entry(tmp_path: Path) -> None:
     assert void.notes == {"operation": "void"}
     before = score_targets(model, [SHORT.text], ["of"])
     put(model, [void])  # alone, it leaves an empty codebook
-    assert len(CodebookRuntime.of(model).book(void.book)) == 0
+    assert len(Codebooks.of(model).book(void.book)) == 0
     put(model, [void, *edit(model, SHORT, steps=60)])
     assert score_targets(model, [SHORT.text], ["of"]) == before
     (trained,) = edit(model, SHORT, only_when_wrong=False)

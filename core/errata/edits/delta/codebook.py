@@ -232,7 +232,7 @@ class CodebookDelta(Delta):
 
     @classmethod
     def attach(cls, model: Model, deltas: Sequence[tuple[str, Self]]) -> Undo:
-        """Hang the codebooks that these entries make on the model; see `CodebookRuntime`."""
-        from errata.edits.delta.codebook_runtime import CodebookRuntime
+        """Hang the codebooks that these entries make on the model; see `Codebooks`."""
+        from errata.edits.delta.codebook_router import Codebooks
 
-        return CodebookRuntime.of(model).attach(deltas)
+        return Codebooks.of(model).attach(deltas)
