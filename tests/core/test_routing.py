@@ -26,7 +26,7 @@ from tests.families import architectures, build
 PROMPTS = [[11, 12, 13, 14, 15, 16], [21, 22, 23], [31, 32, 33, 34], [41, 42]]
 CLAIMED = [True, False, True, False]
 WHERE = {  # module that decides, module that is acted on
-    "gpt2": ("transformer.h.0.mlp.c_proj", "transformer.h.2.mlp.c_fc"),
+    "gpt2": ("transformer.h.0.mlp.c_proj", "transformer.h.1.mlp.c_fc"),
     "llama": ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"),
     "opt": ("model.decoder.layers.0.fc2", "model.decoder.layers.1.fc1"),
     "t5": (
@@ -47,6 +47,7 @@ class Adding(Router):
         super().__init__(model, {key: (acted,)})
         self.positions: Positions = positions
         self.arrived: list[list[int]] = []
+        self.acted: list[list[int]] = []
         self.needs_whole_prompts = positions in ("before", "prompt", "all")
         width, _ = model.anatomy.shape(model.module, acted)
         states = torch.stack([last_state(model, family, prompt) for prompt in PROMPTS])
@@ -62,6 +63,7 @@ class Adding(Router):
         return [row @ self.map if row @ self.plane > 0 else None for row in arrivals.inputs]
 
     def act(self, visit: Visit) -> Tensor:
+        self.acted.append(visit.rows)
         added = torch.zeros(len(visit.decisions), visit.outputs.shape[-1])
         for row in visit.rows:
             added[row] = visit.decisions[row]
@@ -281,12 +283,13 @@ def test_a_second_prompt_in_one_cache_decides_anew() -> None:
     router = Adding(model, "gpt2", "after")
     with torch.no_grad(), attached(router):
         with model.prompts([5]):
-            first = model.module(torch.tensor([PROMPTS[0]]), use_cache=True)
-        router.arrived.clear()
+            cache = model.module(torch.tensor([PROMPTS[0]]), use_cache=True).past_key_values
+        assert (router.arrived, router.acted) == ([[0]], [[0]])
         with model.prompts([8]):  # in two pieces: the first holds no prompt's end
-            for piece in ([21, 22], [23]):
-                model.module(torch.tensor([piece]), past_key_values=first.past_key_values)
-    assert router.arrived == [[0]]
+            model.module(torch.tensor([[21, 22]]), past_key_values=cache)
+            assert (router.arrived, router.acted) == ([[0]], [[0]])
+            model.module(torch.tensor([[23]]), past_key_values=cache)
+    assert router.arrived == [[0], [0]]
 
 
 def test_a_cache_that_lost_rows_is_refused() -> None:

@@ -218,7 +218,7 @@ class CodebookDelta(Delta):
         return (f"{self.module}.weight",)
 
     def check(self, model: Model) -> None:
-        """Raise `IntegrityError` unless it is finite and fits the module's widths."""
+        """Raise `IntegrityError` unless it fits the module's widths."""
         super().check(model)
         d_out, d_in = model.anatomy.shape(model.module, self.module)
         width = d_out if self.value is None else self.value.numel()
