@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from errata.model.routing import Arrivals, Positions, Router, Visit
 from errata.model.structure import Structure
 from errata.testing import edit_with
 from tests.families import architectures, build
+from tests.helpers import ROOT
 
 PROMPTS = [[11, 12, 13, 14, 15, 16], [21, 22, 23], [31, 32, 33, 34], [41, 42]]
 CLAIMED = [True, False, True, False]
@@ -365,6 +368,29 @@ def test_where_rows_cannot_be_told_apart_it_is_refused() -> None:
         model.module.get_submodule(KEY)(torch.zeros(1, 48))
 
 
+def test_the_example_of_the_docs_runs() -> None:
+    text = (ROOT / "docs" / "plugin.md").read_text(encoding="utf-8")
+    code = re.search(r"```py\n(.*?)```", text, re.DOTALL)
+    assert code is not None
+    space: dict[str, Any] = {"Router": Router, "torch": torch}
+    exec(compile(code[1], "plugin.md", "exec"), space)
+    model = model_of("gpt2")
+    keys = torch.stack([last_state(model, "gpt2", PROMPTS[row]) for row in (0, 2)])
+    generator = torch.Generator().manual_seed(0)
+    width, given = model.anatomy.shape(model.module, ACTED)
+    adapters = [
+        (torch.randn(given, 2, generator=generator), torch.randn(2, width, generator=generator))
+        for _ in keys
+    ]
+    base = generated(model, PROMPTS)
+    router = space["NearestAdapter"](model, KEY, (ACTED,), keys, 1e-2, adapters)
+    with attached(router):
+        edited = generated(model, PROMPTS)
+        alone = torch.cat([generated(model, [prompt]) for prompt in PROMPTS])
+    assert changed(edited, base) == CLAIMED
+    assert torch.allclose(edited, alone, atol=1e-3)
+
+
 # -- on and off, in this thread and in others ----------------------------------------------------
 
 
@@ -461,11 +487,11 @@ def test_four_threads_get_the_answers_that_one_gets() -> None:
         return [texts[(number + i) % len(texts)] for i in range(1 + number % 4)]
 
     def by_errata(number: int) -> object:
-        return generate(model, mixed(number), max_new_tokens=5)
+        return generate(model, mixed(number), max_new_tokens=3)
 
     def plainly(number: int) -> object:
         batch = model.tokenizer(mixed(number), return_tensors="pt", padding=True)
-        new = model.module.generate(**batch, max_new_tokens=5, do_sample=False)  # type: ignore[operator]
+        new = model.module.generate(**batch, max_new_tokens=3, do_sample=False)  # type: ignore[operator]
         return new.tolist()
 
     model.tokenizer.padding_side = "left"

@@ -318,11 +318,13 @@ def test_what_the_model_says_already_gives_a_void_entry(tmp_path: Path) -> None:
     (void,) = edit(model, SHORT)
     assert void.value is None
     assert void.notes == {"operation": "void"}
-    before = score_targets(model, [SHORT.text], ["of"])
+    (before,) = score_targets(model, [SHORT.text], ["of"])
     put(model, [void])  # alone, it leaves an empty codebook
     assert len(Codebooks.of(model).book(void.book)) == 0
     put(model, [void, *edit(model, SHORT, steps=60)])
-    assert score_targets(model, [SHORT.text], ["of"]) == before
+    # Trained by another route (no keys and values reused below the void entry), hence rounding.
+    (after,) = score_targets(model, [SHORT.text], ["of"])
+    assert after.mean_nll == pytest.approx(before.mean_nll, abs=1e-4)
     (trained,) = edit(model, SHORT, only_when_wrong=False)
     assert trained.notes["operation"] == "retrain"
 

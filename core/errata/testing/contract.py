@@ -17,7 +17,9 @@ from errata.editor import Editor
 from errata.edits.edit import Edit
 from errata.edits.request import Kind, Request
 from errata.errors import CapabilityError, FingerprintError
+from errata.model import tokens
 from errata.model.scoring import score_targets
+from errata.model.structure import Structure
 from errata.testing.models import perturbed, state_of
 
 QUIET = {"efficacy": "off", "perplexity": "off", "norm": "off"}
@@ -138,13 +140,30 @@ class MethodContract:
     ) -> None:
         request = self.requests(1)[0]
         before = answers(editor, [request])
-        modules = dict(editor.model.module.named_modules())
+        built = Structure(editor.model.module)
         edit = self.edit(editor, request)
         editor.revert(edit)
+        assert built.changed() == []  # modules, hooks, flags and attributes
         assert_same(state_of(editor.model), base)
         assert answers(editor, [request]) == before
-        assert dict(editor.model.module.named_modules()) == modules
         assert editor.verify() == []
+
+    def test_prompts_of_a_batch_get_what_each_gets_alone_cached_or_not(
+        self, editor: Editor
+    ) -> None:
+        edited, *others = self.requests(4)
+        self.edit(editor, edited)
+        requests = [edited, *(r for r in others if len(r.text) != len(edited.text))]
+        alone = [answers(editor, [request])[0] for request in requests]
+        for together, single in zip(answers(editor, requests), alone, strict=True):
+            assert together == pytest.approx(single, abs=1e-3)
+        model, prompts = editor.model, [request.text for request in requests]
+        if model.anatomy.kind == "encoder":
+            return
+        texts = [editor.generate(prompt, max_new_tokens=6) for prompt in prompts]
+        assert editor.generate(prompts, max_new_tokens=6) == texts
+        cached, uncached = (plainly_generated(editor, prompts, cache) for cache in (True, False))
+        assert torch.equal(cached, uncached)
 
     def test_reverting_the_middle_edit_leaves_the_others_as_if_it_never_was(
         self, editor: Editor, cache: Path
@@ -260,6 +279,17 @@ def answers(editor: Editor, requests: list[Request]) -> list[list[float]]:
         editor.model, [r.text for r in requests], [r.target_new for r in requests]
     )
     return [list(score.logprobs) for score in scores]
+
+
+def plainly_generated(editor: Editor, prompts: list[str], cache: bool) -> torch.Tensor:
+    """Return what the module's own `generate` continues a padded batch with, greedily."""
+    model = editor.model
+    batch = tokens.encode(model.tokenizer, prompts, padding_side="left", device=model.device)
+    new: torch.Tensor = model.module.generate(  # type: ignore[operator]
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=cache,
+        max_new_tokens=6, do_sample=False, pad_token_id=model.tokenizer.pad_token_id or 0,
+    )  # fmt: skip
+    return new
 
 
 def effective(editor: Editor, requests: list[Request]) -> int:
