@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from errata.edits.delta.codebook import CodebookDelta, CodebookSettings
+from errata.edits.delta.codebook import CodebookDelta
+from errata.edits.delta.codebook_entry import CodebookSettings
 from errata.edits.stack import Stack
 from errata.errors import ConfigError
 from errata.model import Model

@@ -93,11 +93,11 @@ class Recorded:
             self.json["sequence"][index][1],
         )
 
-    def algorithm(self, index: int) -> grace.Grace:
+    def algorithm(self, index: int) -> grace.GraceRun:
         """The algorithm with the recorded start value in the place of a drawn one."""
         start = self.tensors[f"e{index}.init_value"][0]
 
-        class Injected(grace.Grace):
+        class Injected(grace.GraceRun):
             def start_value(self, case: Case, entries: grace.Entries) -> Tensor:
                 del case, entries
                 return start

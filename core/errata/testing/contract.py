@@ -70,6 +70,14 @@ class MethodContract:
         with shared_editor.disabled():
             return state_of(shared_editor.model)
 
+    @pytest.fixture(scope="class")
+    @classmethod
+    def first(cls, shared_editor: Editor) -> Edit:
+        """The edit of the first case, computed once for the class and put on by no one yet."""
+        suite = cls()
+        edit: Edit = suite.edit(shared_editor, suite.requests(1)[0], apply=False)
+        return edit
+
     @property
     def entry(self) -> MethodEntry:
         """The method's stanza of the registry."""
@@ -112,10 +120,10 @@ class MethodContract:
         assert first.delta.metadata() == second.delta.metadata()
 
     def test_an_edit_saved_and_loaded_is_the_same_edit(
-        self, editor: Editor, cache: Path, tmp_path: Path
+        self, editor: Editor, first: Edit, cache: Path, tmp_path: Path
     ) -> None:
         request = self.requests(1)[0]
-        edit = self.edit(editor, request)
+        (edit,) = editor.apply(first)
         file = editor.export(tmp_path / "one.errata", edit)
         expected = state_of(editor.model), answers(editor, [request])
         with Editor(self.model, guards=QUIET, artifacts=cache) as fresh:
@@ -136,23 +144,23 @@ class MethodContract:
         assert hits / len(requests) >= self.entry.capabilities.edits_work
 
     def test_reverting_gives_the_base_back_bit_for_bit(
-        self, editor: Editor, base: dict[str, torch.Tensor]
+        self, editor: Editor, first: Edit, base: dict[str, torch.Tensor]
     ) -> None:
         request = self.requests(1)[0]
         before = answers(editor, [request])
         built = Structure(editor.model.module)
-        edit = self.edit(editor, request)
-        editor.revert(edit)
+        editor.apply(first)
+        editor.revert(first)
         assert built.changed() == []  # modules, hooks, flags and attributes
         assert_same(state_of(editor.model), base)
         assert answers(editor, [request]) == before
         assert editor.verify() == []
 
     def test_prompts_of_a_batch_get_what_each_gets_alone_cached_or_not(
-        self, editor: Editor
+        self, editor: Editor, first: Edit
     ) -> None:
         edited, *others = self.requests(4)
-        self.edit(editor, edited)
+        editor.apply(first)
         requests = [edited, *(r for r in others if len(r.text) != len(edited.text))]
         alone = [answers(editor, [request])[0] for request in requests]
         for together, single in zip(answers(editor, requests), alone, strict=True):
@@ -224,9 +232,10 @@ class MethodContract:
                 difference = (edit.delta.tensors()[name] - tensor).norm()
                 assert difference <= self.tolerance * tensor.norm(), name
 
-    def test_another_model_refuses_it(self, editor: Editor, cache: Path, tmp_path: Path) -> None:
-        edit = self.edit(editor, self.requests(1)[0], apply=False)
-        file = editor.export(tmp_path / "one.errata", edit)
+    def test_another_model_refuses_it(
+        self, editor: Editor, first: Edit, cache: Path, tmp_path: Path
+    ) -> None:
+        file = editor.export(tmp_path / "one.errata", first)
         module = perturbed(editor)
         with Editor(module, editor.model.tokenizer, guards=QUIET, artifacts=cache) as other:
             before = state_of(other.model)

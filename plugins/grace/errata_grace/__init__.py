@@ -40,4 +40,4 @@ class Grace:
         """Return one entry per request; each is computed with those before it in force."""
         from errata_grace import algorithm
 
-        return algorithm.Grace.on(model, config).edit(requests)
+        return algorithm.GraceRun.on(model, config).edit(requests)

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
-from errata.edits.delta.codebook import CodebookDelta, CodebookSettings
+from errata.edits.delta.codebook import CodebookDelta
+from errata.edits.delta.codebook_entry import CodebookEntry, CodebookSettings
 from errata.edits.delta.codebook_replay import import_faiss
 from errata.edits.delta.codebook_router import CodebookRouter, Codebooks
 from errata.errors import ConfigError
@@ -46,7 +47,7 @@ _HALF_SCALE = 1024.0  # fp16 gradients underflow, and Adam's steps do not depend
 
 
 @dataclass(frozen=True)
-class Grace:
+class GraceRun:
     """One run of the algorithm on one model.
 
     Attributes:
@@ -60,7 +61,7 @@ class Grace:
     module: str
 
     @classmethod
-    def on(cls, model: Model, config: GraceConfig) -> Grace:
+    def on(cls, model: Model, config: GraceConfig) -> GraceRun:
         """Return the algorithm for a model.
 
         Raises `ConfigError` for a module that will not do, and `MissingExtraError` when faiss is
@@ -164,7 +165,7 @@ class Grace:
         router: CodebookRouter,
         draft: CodebookDelta,
         row: int,
-        start: CodebookDelta,
+        start: CodebookEntry,
     ) -> tuple[Tensor, list[float]]:
         """Return the trained value and the losses: before each step, then of the result."""
         assert start.value is not None

@@ -36,12 +36,12 @@ from errata.errors import MissingExtraError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from errata.edits.delta.codebook import BookName, CodebookDelta
+    from errata.edits.delta.codebook_entry import BookName, CodebookEntry
 
 logger = logging.getLogger("errata")
 
 Operation = Literal["add", "expand", "split", "supersede", "retrain", "void"]
-Entries = Sequence[tuple[str, "CodebookDelta"]]
+Entries = Sequence[tuple[str, "CodebookEntry"]]
 
 RETIRED = -1.0
 """Radius of a key that a newer answer to the same prompt took the place of."""
@@ -66,7 +66,7 @@ class Step:
     """
 
     edit_id: str
-    delta: CodebookDelta
+    delta: CodebookEntry
     operation: Operation
     row: int
     distance: float = float("inf")
@@ -164,7 +164,7 @@ class Codebook:
         for edit_id, delta in entries[shared:]:
             self.insert(edit_id, delta)
 
-    def insert(self, edit_id: str, delta: CodebookDelta) -> Step:
+    def insert(self, edit_id: str, delta: CodebookEntry) -> Step:
         """Add one entry by the rules of this module's docstring and return what it did."""
         require(
             delta.book == self.name,
@@ -223,7 +223,7 @@ class Codebook:
             self._radii[step.neighbour] = step.former_radius
         return step
 
-    def _reserve(self, delta: CodebookDelta) -> None:
+    def _reserve(self, delta: CodebookEntry) -> None:
         """Make room for one more row; capacity doubles, so that appending is cheap."""
         assert delta.value is not None
         if self._search.ndim == 2:
@@ -244,7 +244,7 @@ class Codebook:
         self._values = grown(self._values, delta.value.numel())
         self._radii = grown(self._radii)
 
-    def _append(self, delta: CodebookDelta, eps: float, step: int) -> int:
+    def _append(self, delta: CodebookEntry, eps: float, step: int) -> int:
         row = self._count
         self._count += 1
         self._added.append(step)
@@ -254,7 +254,7 @@ class Codebook:
         self._write(row, delta, step)
         return row
 
-    def _write(self, row: int, delta: CodebookDelta, step: int) -> None:
+    def _write(self, row: int, delta: CodebookEntry, step: int) -> None:
         assert delta.value is not None
         self._values[row] = delta.value.to(self.device)
         self._trained[row] = step
@@ -365,7 +365,7 @@ class Codebook:
         self._indexed = self._count
 
 
-def replay(deltas: Iterable[tuple[str, CodebookDelta]], device: str = "cpu") -> Codebook:
+def replay(deltas: Iterable[tuple[str, CodebookEntry]], device: str = "cpu") -> Codebook:
     """Return the codebook that these entries make; all must belong to the same one."""
     entries = list(deltas)
     require(bool(entries), "There is nothing to replay: give at least one entry.")

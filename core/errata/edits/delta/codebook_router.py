@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from errata.edits.delta.base import Undo
-    from errata.edits.delta.codebook import BookName, CodebookDelta, Replacement
+    from errata.edits.delta.codebook_entry import BookName, CodebookEntry, Replacement
     from errata.model.model import Model
 
 KIND = "codebook"
@@ -140,13 +140,13 @@ class Codebooks:
 
     def _filled(self, entries: Entries, books: dict[BookName, Codebook]) -> list[Codebook]:
         """Return the codebooks of exactly these entries; the one edited last stands last."""
-        grouped: dict[BookName, list[tuple[str, CodebookDelta]]] = {}
+        grouped: dict[BookName, list[tuple[str, CodebookEntry]]] = {}
         for edit_id, delta in entries:
             # Taken out and put in again: the order of the dict is that of the latest entries.
             grouped[delta.book] = [*grouped.pop(delta.book, []), (edit_id, delta)]
         for name, group in grouped.items():
             if name not in books:
-                weight = self._model.parameter(group[0][1].parameters[0])
+                weight = self._model.parameter(f"{name.module}.weight")
                 device = "cpu" if weight.device.type == "meta" else weight.device
                 books[name] = Codebook(name, device)
             books[name].become(group)
