@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from errata.edits.delta import codebook_replay
-from errata.edits.delta.codebook import CodebookDelta, CodebookSettings
+from errata.edits.delta.codebook import CodebookDelta
+from errata.edits.delta.codebook_entry import CodebookSettings
 from errata.edits.delta.codebook_replay import Codebook, replay
 from errata.errors import IntegrityError, MissingExtraError
 
@@ -244,6 +245,26 @@ def test_the_index_agrees_with_comparing_all(distance: str) -> None:
         book.insert("new", entry([9.0] * 16, 999, 1.0, index="faiss", distance=distance))
     wanted, got = exact.look_up(queries[:250]), approximate.look_up(queries[:250])
     assert torch.equal(wanted.rows, got.rows)
+
+
+def test_a_copy_of_an_indexed_codebook_changes_on_its_own() -> None:
+    pytest.importorskip("faiss")
+    book, exact = crowd("faiss"), crowd("exact")
+    queries = exact.keys + 0.05
+    wanted = book.look_up(queries)
+    other, entries = book.copy(), [(s.edit_id, s.delta) for s in book.log]
+    far = [(f"far {n}", entry([30.0 + n] * 16, 1000 + n, index="faiss")) for n in range(300)]
+    for count in (1, 300):  # beside the index, and too many for that
+        other.become([*entries, *far[:count]])
+        found = other.look_up(torch.full((1, 16), 29.0 + count))
+        assert found.rows.tolist() == [299 + count]
+        assert torch.equal(other.look_up(queries).rows, wanted.rows)
+        assert len(book) == 300
+        assert not book.look_up(torch.full((1, 16), 29.0 + count)).inside.any()
+    book.become(entries[:10])
+    assert torch.equal(other.look_up(queries).rows, wanted.rows)
+    few = crowd("exact", 10)
+    assert torch.equal(book.look_up(queries).rows, few.look_up(queries).rows)
 
 
 def test_the_index_looks_behind_retired_keys() -> None:

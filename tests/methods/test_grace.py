@@ -16,7 +16,7 @@ from transformers import BertForSequenceClassification, GPT2LMHeadModel
 
 from errata.contract.purity import Snapshot
 from errata.edits.delta.codebook import CodebookDelta
-from errata.edits.delta.codebook_runtime import CodebookRuntime
+from errata.edits.delta.codebook_router import Codebooks
 from errata.edits.request import Request
 from errata.edits.stack import Stack
 from errata.errors import ConfigError, MissingExtraError, RequestError
@@ -93,11 +93,11 @@ class Recorded:
             self.json["sequence"][index][1],
         )
 
-    def algorithm(self, index: int) -> grace.Grace:
+    def algorithm(self, index: int) -> grace.GraceRun:
         """The algorithm with the recorded start value in the place of a drawn one."""
         start = self.tensors[f"e{index}.init_value"][0]
 
-        class Injected(grace.Grace):
+        class Injected(grace.GraceRun):
             def start_value(self, case: Case, entries: grace.Entries) -> Tensor:
                 del case, entries
                 return start
@@ -118,7 +118,7 @@ def test_six_edits_agree_with_the_authors_code(name: str) -> None:
         delta = recorded.algorithm(index).entry(recorded.case(index), before)
         deltas.append(delta)
         put(recorded.model, deltas)
-        book = CodebookRuntime.of(recorded.model).book(delta.book)
+        book = Codebooks.of(recorded.model).book(delta.book)
         row = book.rows[str(index)]
         trained_once[row] = row not in trained_once
 
@@ -171,7 +171,7 @@ def test_taking_out_the_split_restores_the_recorded_radii() -> None:
     model = recorded.model
 
     def radii() -> Tensor:
-        return CodebookRuntime.of(model).book(deltas[0].book).radii
+        return Codebooks.of(model).book(deltas[0].book).radii
 
     put(model, deltas)
     assert radii().tolist() == pytest.approx(recorded.json["edits"][3]["epsilons"], abs=2e-6)
@@ -318,11 +318,13 @@ def test_what_the_model_says_already_gives_a_void_entry(tmp_path: Path) -> None:
     (void,) = edit(model, SHORT)
     assert void.value is None
     assert void.notes == {"operation": "void"}
-    before = score_targets(model, [SHORT.text], ["of"])
+    (before,) = score_targets(model, [SHORT.text], ["of"])
     put(model, [void])  # alone, it leaves an empty codebook
-    assert len(CodebookRuntime.of(model).book(void.book)) == 0
+    assert len(Codebooks.of(model).book(void.book)) == 0
     put(model, [void, *edit(model, SHORT, steps=60)])
-    assert score_targets(model, [SHORT.text], ["of"]) == before
+    # Trained by another route (no keys and values reused below the void entry), hence rounding.
+    (after,) = score_targets(model, [SHORT.text], ["of"])
+    assert after.mean_nll == pytest.approx(before.mean_nll, abs=1e-4)
     (trained,) = edit(model, SHORT, only_when_wrong=False)
     assert trained.notes["operation"] == "retrain"
 

@@ -17,7 +17,9 @@ from errata.editor import Editor
 from errata.edits.edit import Edit
 from errata.edits.request import Kind, Request
 from errata.errors import CapabilityError, FingerprintError
+from errata.model import tokens
 from errata.model.scoring import score_targets
+from errata.model.structure import Structure
 from errata.testing.models import perturbed, state_of
 
 QUIET = {"efficacy": "off", "perplexity": "off", "norm": "off"}
@@ -68,6 +70,14 @@ class MethodContract:
         with shared_editor.disabled():
             return state_of(shared_editor.model)
 
+    @pytest.fixture(scope="class")
+    @classmethod
+    def first(cls, shared_editor: Editor) -> Edit:
+        """The edit of the first case, computed once for the class and put on by no one yet."""
+        suite = cls()
+        edit: Edit = suite.edit(shared_editor, suite.requests(1)[0], apply=False)
+        return edit
+
     @property
     def entry(self) -> MethodEntry:
         """The method's stanza of the registry."""
@@ -110,10 +120,10 @@ class MethodContract:
         assert first.delta.metadata() == second.delta.metadata()
 
     def test_an_edit_saved_and_loaded_is_the_same_edit(
-        self, editor: Editor, cache: Path, tmp_path: Path
+        self, editor: Editor, first: Edit, cache: Path, tmp_path: Path
     ) -> None:
         request = self.requests(1)[0]
-        edit = self.edit(editor, request)
+        (edit,) = editor.apply(first)
         file = editor.export(tmp_path / "one.errata", edit)
         expected = state_of(editor.model), answers(editor, [request])
         with Editor(self.model, guards=QUIET, artifacts=cache) as fresh:
@@ -134,17 +144,34 @@ class MethodContract:
         assert hits / len(requests) >= self.entry.capabilities.edits_work
 
     def test_reverting_gives_the_base_back_bit_for_bit(
-        self, editor: Editor, base: dict[str, torch.Tensor]
+        self, editor: Editor, first: Edit, base: dict[str, torch.Tensor]
     ) -> None:
         request = self.requests(1)[0]
         before = answers(editor, [request])
-        modules = dict(editor.model.module.named_modules())
-        edit = self.edit(editor, request)
-        editor.revert(edit)
+        built = Structure(editor.model.module)
+        editor.apply(first)
+        editor.revert(first)
+        assert built.changed() == []  # modules, hooks, flags and attributes
         assert_same(state_of(editor.model), base)
         assert answers(editor, [request]) == before
-        assert dict(editor.model.module.named_modules()) == modules
         assert editor.verify() == []
+
+    def test_prompts_of_a_batch_get_what_each_gets_alone_cached_or_not(
+        self, editor: Editor, first: Edit
+    ) -> None:
+        edited, *others = self.requests(4)
+        editor.apply(first)
+        requests = [edited, *(r for r in others if len(r.text) != len(edited.text))]
+        alone = [answers(editor, [request])[0] for request in requests]
+        for together, single in zip(answers(editor, requests), alone, strict=True):
+            assert together == pytest.approx(single, abs=1e-3)
+        model, prompts = editor.model, [request.text for request in requests]
+        if model.anatomy.kind == "encoder":
+            return
+        texts = [editor.generate(prompt, max_new_tokens=6) for prompt in prompts]
+        assert editor.generate(prompts, max_new_tokens=6) == texts
+        cached, uncached = (plainly_generated(editor, prompts, cache) for cache in (True, False))
+        assert torch.equal(cached, uncached)
 
     def test_reverting_the_middle_edit_leaves_the_others_as_if_it_never_was(
         self, editor: Editor, cache: Path
@@ -205,9 +232,10 @@ class MethodContract:
                 difference = (edit.delta.tensors()[name] - tensor).norm()
                 assert difference <= self.tolerance * tensor.norm(), name
 
-    def test_another_model_refuses_it(self, editor: Editor, cache: Path, tmp_path: Path) -> None:
-        edit = self.edit(editor, self.requests(1)[0], apply=False)
-        file = editor.export(tmp_path / "one.errata", edit)
+    def test_another_model_refuses_it(
+        self, editor: Editor, first: Edit, cache: Path, tmp_path: Path
+    ) -> None:
+        file = editor.export(tmp_path / "one.errata", first)
         module = perturbed(editor)
         with Editor(module, editor.model.tokenizer, guards=QUIET, artifacts=cache) as other:
             before = state_of(other.model)
@@ -260,6 +288,17 @@ def answers(editor: Editor, requests: list[Request]) -> list[list[float]]:
         editor.model, [r.text for r in requests], [r.target_new for r in requests]
     )
     return [list(score.logprobs) for score in scores]
+
+
+def plainly_generated(editor: Editor, prompts: list[str], cache: bool) -> torch.Tensor:
+    """Return what the module's own `generate` continues a padded batch with, greedily."""
+    model = editor.model
+    batch = tokens.encode(model.tokenizer, prompts, padding_side="left", device=model.device)
+    new: torch.Tensor = model.module.generate(  # type: ignore[operator]
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=cache,
+        max_new_tokens=6, do_sample=False, pad_token_id=model.tokenizer.pad_token_id or 0,
+    )  # fmt: skip
+    return new
 
 
 def effective(editor: Editor, requests: list[Request]) -> int:

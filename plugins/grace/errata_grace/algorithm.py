@@ -19,12 +19,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
-from errata.edits.delta.codebook import CodebookDelta, CodebookSettings
+from errata.edits.delta.codebook import CodebookDelta
+from errata.edits.delta.codebook_entry import CodebookEntry, CodebookSettings
 from errata.edits.delta.codebook_replay import import_faiss
-from errata.edits.delta.codebook_runtime import CodebookRuntime
+from errata.edits.delta.codebook_router import CodebookRouter, Codebooks
 from errata.errors import ConfigError
 from errata.kit.values import EditFailed
 from errata.model.forward import Resumed, frozen, trace
+from errata.model.routing import end_rule
 from errata_grace.cases import Case, case_of
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ _HALF_SCALE = 1024.0  # fp16 gradients underflow, and Adam's steps do not depend
 
 
 @dataclass(frozen=True)
-class Grace:
+class GraceRun:
     """One run of the algorithm on one model.
 
     Attributes:
@@ -59,7 +61,7 @@ class Grace:
     module: str
 
     @classmethod
-    def on(cls, model: Model, config: GraceConfig) -> Grace:
+    def on(cls, model: Model, config: GraceConfig) -> GraceRun:
         """Return the algorithm for a model.
 
         Raises `ConfigError` for a module that will not do, and `MissingExtraError` when faiss is
@@ -100,13 +102,12 @@ class Grace:
             logger.info("%r is what the model says already: a void entry", case.text)
             return self._delta(case, key, None, {"operation": "void"})
         draft = self._delta(case, key, self.start_value(case, entries), {})
-        with self._trial([*entries, (DRAFT, draft)], case) as runtime:
-            step = runtime.book(draft.book).log[-1]
+        with self._trial([*entries, (DRAFT, draft)], case) as router:
+            log = router.book(draft.book).log
+            step = log[-1]
             # A key that stays keeps its value as the start, as published.
-            start = draft if step.former_step < 0 else (
-                runtime.book(draft.book).log[step.former_step].delta
-            )  # fmt: skip
-            value, losses = self._train(case, runtime, draft, step.row, start)
+            start = draft if step.former_step < 0 else log[step.former_step].delta
+            value, losses = self._train(case, router, draft, step.row, start)
         notes: dict[str, object] = {
             "operation": step.operation,
             "distance": step.distance if math.isfinite(step.distance) else None,
@@ -133,19 +134,19 @@ class Grace:
     # -- how -------------------------------------------------------------------------------------
 
     @contextmanager
-    def _trial(self, entries: Entries, case: Case) -> Iterator[CodebookRuntime]:
+    def _trial(self, entries: Entries, case: Case) -> Iterator[CodebookRouter]:
         """Run the model with these entries in force, in place of what is attached."""
         model = self.model
         with (
-            CodebookRuntime.of(model).trial(entries) as runtime,
+            Codebooks.of(model).trial(entries) as router,
             model.prompts([case.end]),
             frozen(model.module),
         ):
-            yield runtime
+            yield router
 
     def _column(self, case: Case) -> int:
         """Return the column of the key position among the tokens that the module sees."""
-        rule = CodebookRuntime.of(self.model).key_rule(self.module)
+        rule = end_rule(self.model, self.module)
         last = case.inputs["input_ids"].shape[1] - 1
         return {"prompt": case.end, "first": 0, "last": last}[rule]
 
@@ -161,15 +162,15 @@ class Grace:
     def _train(
         self,
         case: Case,
-        runtime: CodebookRuntime,
+        router: CodebookRouter,
         draft: CodebookDelta,
         row: int,
-        start: CodebookDelta,
+        start: CodebookEntry,
     ) -> tuple[Tensor, list[float]]:
         """Return the trained value and the losses: before each step, then of the result."""
         assert start.value is not None
-        value = start.value.to(runtime.book(draft.book).device, copy=True).requires_grad_()
-        runtime.train(draft.book, row, value)
+        value = start.value.to(router.book(draft.book).device, copy=True).requires_grad_()
+        router.train(draft.book, row, value)
         optimizer = torch.optim.Adam([value], lr=self.config.lr)
         scale = _HALF_SCALE if self.model.dtype == torch.float16 else 1.0
         logits = self._runner(case)

@@ -23,7 +23,7 @@ from errata.edits.delta import (
     Rows,
     SparseRowsDelta,
 )
-from errata.edits.delta.codebook import CodebookSettings
+from errata.edits.delta.codebook_entry import CodebookSettings
 
 
 class ToyConfig(MethodConfig):

@@ -20,7 +20,9 @@ nearest key decides, then its radius.
 
 from __future__ import annotations
 
+import copy
 import logging
+import threading
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -34,17 +36,18 @@ from errata.errors import MissingExtraError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from errata.edits.delta.codebook import BookName, CodebookDelta
+    from errata.edits.delta.codebook_entry import BookName, CodebookEntry
 
 logger = logging.getLogger("errata")
 
 Operation = Literal["add", "expand", "split", "supersede", "retrain", "void"]
-Entries = Sequence[tuple[str, "CodebookDelta"]]
+Entries = Sequence[tuple[str, "CodebookEntry"]]
 
 RETIRED = -1.0
 """Radius of a key that a newer answer to the same prompt took the place of."""
 
 _CANDIDATES = 16  # keys that the approximate index proposes and that are then compared exactly
+_BESIDE = 256  # keys that may stand beside the index and are compared one by one
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +66,7 @@ class Step:
     """
 
     edit_id: str
-    delta: CodebookDelta
+    delta: CodebookEntry
     operation: Operation
     row: int
     distance: float = float("inf")
@@ -102,6 +105,8 @@ class Codebook:
         self._without_faiss = False
         self._graph: Any = None
         self._indexed = 0  # rows of the graph that still are what they were
+        self._borrowed = False  # the graph belongs to another codebook: nothing is added to it
+        self._asking = threading.Lock()  # several threads may look up, and the graph grows
 
     # -- reading ---------------------------------------------------------------------------------
 
@@ -137,6 +142,16 @@ class Codebook:
 
     # -- changing --------------------------------------------------------------------------------
 
+    def copy(self) -> Codebook:
+        """Return one of the same entries that changes on its own."""
+        other = copy.copy(self)
+        other.log, other._added = list(self.log), list(self._added)
+        other._trained = list(self._trained)
+        other._search, other._values = self._search.clone(), self._values.clone()
+        other._radii = self._radii.clone()
+        other._borrowed = True
+        return other
+
     def become(self, entries: Entries) -> None:
         """Make the codebook that of exactly these entries, in this order."""
         shared = 0
@@ -149,7 +164,7 @@ class Codebook:
         for edit_id, delta in entries[shared:]:
             self.insert(edit_id, delta)
 
-    def insert(self, edit_id: str, delta: CodebookDelta) -> Step:
+    def insert(self, edit_id: str, delta: CodebookEntry) -> Step:
         """Add one entry by the rules of this module's docstring and return what it did."""
         require(
             delta.book == self.name,
@@ -208,7 +223,7 @@ class Codebook:
             self._radii[step.neighbour] = step.former_radius
         return step
 
-    def _reserve(self, delta: CodebookDelta) -> None:
+    def _reserve(self, delta: CodebookEntry) -> None:
         """Make room for one more row; capacity doubles, so that appending is cheap."""
         assert delta.value is not None
         if self._search.ndim == 2:
@@ -229,7 +244,7 @@ class Codebook:
         self._values = grown(self._values, delta.value.numel())
         self._radii = grown(self._radii)
 
-    def _append(self, delta: CodebookDelta, eps: float, step: int) -> int:
+    def _append(self, delta: CodebookEntry, eps: float, step: int) -> int:
         row = self._count
         self._count += 1
         self._added.append(step)
@@ -239,7 +254,7 @@ class Codebook:
         self._write(row, delta, step)
         return row
 
-    def _write(self, row: int, delta: CodebookDelta, step: int) -> None:
+    def _write(self, row: int, delta: CodebookEntry, step: int) -> None:
         assert delta.value is not None
         self._values[row] = delta.value.to(self.device)
         self._trained[row] = step
@@ -322,16 +337,14 @@ class Codebook:
         A hit is always a true one (its distance is exact); what the index may do is propose
         another key than the nearest.
         """
-        if self._graph is None or self._graph.ntotal > self._indexed:  # rows were taken back
-            self._graph = self._faiss.IndexHNSWFlat(self._search.shape[1], 32)
-            self._graph.hnsw.efSearch = 64
-            self._indexed = 0
-        if self._indexed < self._count:
-            self._graph.add(self._search[self._indexed : self._count].cpu().numpy())
-            self._indexed = self._count
-        wanted = min(_CANDIDATES, self._count)
-        _, proposed = self._graph.search(queries.detach().cpu().numpy(), wanted)
+        with self._asking:
+            self._bring_index_up_to_date()
+            wanted = min(_CANDIDATES, self._graph.ntotal)
+            _, proposed = self._graph.search(queries.detach().cpu().numpy(), wanted)
         rows = torch.from_numpy(proposed).to(self.device)
+        rows = rows.masked_fill(rows >= self._indexed, -1)  # taken back, or of another codebook
+        beside = torch.arange(self._indexed, self._count, device=self.device)
+        rows = torch.cat([rows, beside.expand(len(rows), -1)], dim=1)
         distances = (self._search[rows.clamp_min(0)] - queries[:, None]).norm(dim=-1)
         live = (rows >= 0) & (self.radii[rows.clamp_min(0)] >= 0)
         smallest, best = distances.masked_fill(~live, float("inf")).min(dim=1)
@@ -339,8 +352,20 @@ class Codebook:
             return self._compare_all(queries)
         return rows.gather(1, best[:, None])[:, 0], self._scaled(smallest)
 
+    def _bring_index_up_to_date(self) -> None:
+        """Make the graph one of all keys but a few new ones."""
+        if self._graph is not None and self._count - self._indexed <= _BESIDE:
+            return
+        stale = self._graph is not None and self._graph.ntotal > self._indexed
+        if self._graph is None or stale or self._borrowed:
+            self._graph = self._faiss.IndexHNSWFlat(self._search.shape[1], 32)
+            self._graph.hnsw.efSearch = 64
+            self._indexed, self._borrowed = 0, False
+        self._graph.add(self._search[self._indexed : self._count].cpu().numpy())
+        self._indexed = self._count
 
-def replay(deltas: Iterable[tuple[str, CodebookDelta]], device: str = "cpu") -> Codebook:
+
+def replay(deltas: Iterable[tuple[str, CodebookEntry]], device: str = "cpu") -> Codebook:
     """Return the codebook that these entries make; all must belong to the same one."""
     entries = list(deltas)
     require(bool(entries), "There is nothing to replay: give at least one entry.")

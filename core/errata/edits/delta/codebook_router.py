@@ -1,0 +1,153 @@
+"""How codebooks act on a live model: a hit replaces outputs of the module beside the codebook.
+
+The published code decides once per forward call, at one index for the whole batch, and again at
+every decode step on that step's own activation. Here each row decides once, at the end of its own
+prompt (`errata.model.routing`); `replace_all` keeps that decision for the tokens decoded after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+from errata.edits.delta.codebook_replay import Codebook, Entries
+from errata.model.routing import Arrivals, Positions, Router, Visit, rounding
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from errata.edits.delta.base import Undo
+    from errata.edits.delta.codebook_entry import BookName, CodebookEntry, Replacement
+    from errata.model.model import Model
+
+KIND = "codebook"
+
+Hits = dict["BookName", int]
+"""What is decided about a row: the codebooks that it hits, and the row of each that it gets."""
+
+_POSITIONS: dict[Replacement, Positions] = {
+    "replace_last": "end", "replace_prompt": "before", "replace_all": "all",
+}  # fmt: skip
+
+
+class CodebookRouter(Router):
+    """Looks prompts up in codebooks and writes their hits into the outputs beside them.
+
+    Args:
+        model: the model.
+        books: codebooks in the order in which they act; the last one has the last word.
+    """
+
+    def __init__(self, model: Model, books: Sequence[Codebook]) -> None:
+        modules = dict.fromkeys(book.name.module for book in books)
+        super().__init__(model, {module: (module,) for module in modules})
+        self._books = {book.name: book for book in books}
+        self._trained: tuple[BookName, int, Tensor] | None = None
+        self.needs_whole_prompts = any(b.name.replacement != "replace_last" for b in books)
+
+    def book(self, name: BookName) -> Codebook:
+        """Return one of the codebooks."""
+        return self._books[name]
+
+    def train(self, name: BookName, row: int, value: Tensor) -> None:
+        """Use `value` (d_out, fp32, may require grad) for a row of a codebook from now on."""
+        self._trained = (name, row, value)
+
+    def decide(self, arrivals: Arrivals) -> list[Hits | None]:
+        """Return the hits of each row; None for a row without any."""
+        hits: list[Hits] = [{} for _ in arrivals.rows]
+        for book in self._beside(arrivals.module):
+            match = book.look_up(arrivals.inputs, rounding(arrivals.inputs.dtype))
+            rows, inside = match.rows.tolist(), match.inside.tolist()
+            for found, row, hit in zip(hits, rows, inside, strict=True):
+                if hit:
+                    found[book.name] = row
+        return [found or None for found in hits]
+
+    def act(self, visit: Visit) -> Tensor:
+        """Return the outputs with the hits of all codebooks beside the module written in."""
+        outputs = visit.outputs
+        for book in self._beside(visit.module):
+            name = book.name
+            found = {row: visit.decisions[row].get(name) for row in visit.rows}
+            values = {row: self._value(book, at) for row, at in found.items() if at is not None}
+            outputs = visit.replaced(values, _POSITIONS[name.replacement], outputs)
+        return outputs
+
+    def _beside(self, module: str) -> list[Codebook]:
+        """Return the codebooks of a module that hold more than void entries."""
+        return [b for b in self._books.values() if b.name.module == module and len(b)]
+
+    def _value(self, book: Codebook, row: int) -> Tensor:
+        if self._trained is not None and self._trained[:2] == (book.name, row):
+            return self._trained[2]
+        return book.values[row]
+
+
+class Codebooks:
+    """All codebooks of one model.
+
+    There is one of these per model (`Codebooks.of`); it outlives attachments, so that attaching
+    the same entries plus one costs one insertion and not a replay.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._books: dict[BookName, Codebook] = {}
+        self._router: CodebookRouter | None = None
+
+    @classmethod
+    def of(cls, model: Model) -> Codebooks:
+        """Return the model's codebooks."""
+        books = model.runtimes.get(KIND)
+        if not isinstance(books, cls):
+            books = model.runtimes[KIND] = cls(model)
+        return books
+
+    def book(self, name: BookName) -> Codebook:
+        """Return one of the codebooks."""
+        return self._books[name]
+
+    def attach(self, entries: Entries) -> Undo:
+        """Let these entries act until the returned function is called."""
+        if self._router is not None:
+            raise RuntimeError("Codebooks are attached already; detach them first.")
+        router = CodebookRouter(self._model, self._filled(entries, self._books))
+        take_off = router.attach()
+        self._router = router
+
+        def undo() -> None:
+            take_off()
+            self._router = None
+
+        return undo
+
+    @contextmanager
+    def trial(self, entries: Entries) -> Iterator[CodebookRouter]:
+        """Let these entries act in place of the attached ones on what this thread runs.
+
+        Other threads, and the attached codebooks, do not notice.
+        """
+        copies = {delta.book for _, delta in entries} & self._books.keys()
+        books = self._filled(entries, {name: self._books[name].copy() for name in copies})
+        router = CodebookRouter(self._model, books)
+        with ExitStack() as stack:
+            if self._router is not None:
+                stack.enter_context(self._router.set_aside())
+            stack.enter_context(router.here_only())
+            yield router
+
+    def _filled(self, entries: Entries, books: dict[BookName, Codebook]) -> list[Codebook]:
+        """Return the codebooks of exactly these entries; the one edited last stands last."""
+        grouped: dict[BookName, list[tuple[str, CodebookEntry]]] = {}
+        for edit_id, delta in entries:
+            # Taken out and put in again: the order of the dict is that of the latest entries.
+            grouped[delta.book] = [*grouped.pop(delta.book, []), (edit_id, delta)]
+        for name, group in grouped.items():
+            if name not in books:
+                weight = self._model.parameter(f"{name.module}.weight")
+                device = "cpu" if weight.device.type == "meta" else weight.device
+                books[name] = Codebook(name, device)
+            books[name].become(group)
+        return [books[name] for name in grouped]
