@@ -26,7 +26,8 @@ from tokenizers import (
 
 from errata.edits.stack import Stack
 from errata.model import Model
-from errata.model.anatomy import Anatomy, parse_architectures
+from errata.model.anatomy import Anatomy
+from errata.model.architecture import parse_architectures
 from errata.model.artifacts import Artifacts
 from tests.helpers import ROOT
 

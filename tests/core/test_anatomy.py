@@ -10,7 +10,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from errata.errors import AnatomyError, ConfigError
-from errata.model.anatomy import Anatomy, parse_architectures
+from errata.model.anatomy import Anatomy
+from errata.model.architecture import parse_architectures
 from tests.families import CONTEXT, FAMILIES, HIDDEN, LAYERS, MLP, architectures, build
 
 # Norms between sublayer and residual stream: the contribution is not the MLP's bare output.
