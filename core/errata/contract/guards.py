@@ -15,8 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from errata.edits.outcome import Efficacy, Outcome, RelativeNorm, TextPerplexity
 from errata.errors import ConfigError, EditRefused, UnknownNameError
+from errata.model.answers import TargetScore
 from errata.model.perplexity import perplexity
-from errata.model.scoring import TargetScore, score_targets
+from errata.model.scoring import score_targets
 from errata.model.texts import canary_texts
 
 if TYPE_CHECKING:
@@ -101,7 +102,8 @@ class Guards:
         found = [edit.outcome for edit in edits]
         if self.policy.efficacy != "off":
             found = self._check_efficacy(model, edits, found)
-        if self.policy.perplexity != "off":
+        # A sequence classifier predicts no text: it has no perplexity to guard.
+        if self.policy.perplexity != "off" and model.task != "classify":
             found = self._check_perplexity(model, found)
         return found
 

@@ -25,6 +25,7 @@ from errata.model.task import task_of_module
 if TYPE_CHECKING:
     from torch import nn
 
+
 @dataclass(frozen=True)
 class Anatomy:
     """The parts of one model by name. Layers count from 0; negative ones from the end.

@@ -163,9 +163,7 @@ class _Run:
         self._rows = list(range(len(prompts)))
 
     @torch.no_grad()
-    def to_end(
-        self, limit: int, sampling: Sampling, generator: torch.Generator
-    ) -> list[Generated]:
+    def to_end(self, limit: int, sampling: Sampling, generator: torch.Generator) -> list[Generated]:
         """Continue until every row has ended."""
         model = self._model
         context = model.anatomy.context

@@ -87,7 +87,8 @@ class PreparedPrompts:
 
     * causal: prompt and target in one row; a token is predicted at the column before its own;
     * masked: a mask in the place of each target token, predicted there;
-    * seq2seq: the prompt in the encoder, the target in the decoder, predicted at its label's column;
+    * seq2seq: the prompt in the encoder, the target in the decoder, each token predicted at its
+      label's column;
     * classify: the prompt alone; the one label of a row is a class, and its column means nothing.
 
     Attributes:

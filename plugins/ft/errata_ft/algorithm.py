@@ -11,10 +11,10 @@ import torch
 from errata.errors import ConfigError
 from errata.kit.second_moments import documents_of
 from errata.kit.training import (
-    TrainingBatch,
     Objective,
     Trainer,
     TrainerSettings,
+    TrainingBatch,
     linear_modules,
     target_batches,
     text_batches,

@@ -18,7 +18,7 @@ import torch
 
 from errata.errors import ConfigError
 from errata.kit.second_moments import documents_of, text_hash
-from errata.kit.training import TrainingBatch, Trainer, TrainerSettings, text_batches
+from errata.kit.training import Trainer, TrainerSettings, TrainingBatch, text_batches
 from errata.model.forward import frozen
 from errata_ft.difference import Difference
 

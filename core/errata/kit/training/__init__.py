@@ -17,11 +17,11 @@ from errata.kit.training.training_batches import (
 __all__ = [
     "ROLES",
     "AdapterTrainer",
-    "TrainingBatch",
     "Loss",
     "Objective",
     "Trainer",
     "TrainerSettings",
+    "TrainingBatch",
     "linear_modules",
     "target_batches",
     "text_batches",
