@@ -1,4 +1,4 @@
-"""Edits that rewrite prompts or answer in the model's place, wherever errata scores or generates."""
+"""Edits that rewrite prompts or answer in the model's place, in everything that errata asks."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def test_the_harness_asks_the_edits(
 
 def test_the_harness_generates_through_the_edits(cache: Path, tmp_path: Path, toys: None) -> None:
     lm_eval = pytest.importorskip("lm_eval", reason="the extra 'harness' is not installed")
-    import lm_eval.models.huggingface
+    pytest.importorskip("lm_eval.models.huggingface")
     from lm_eval.api.instance import Instance
 
     from errata.evaluate.harness import _wrapped

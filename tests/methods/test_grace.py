@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import BertForSequenceClassification, GPT2LMHeadModel
+from transformers import GPT2LMHeadModel
 
 from errata.contract.purity import Snapshot
 from errata.edits.delta.codebook import CodebookDelta
@@ -23,6 +23,7 @@ from errata.errors import ConfigError, MissingExtraError, RequestError
 from errata.model import Model
 from errata.model.anatomy import Anatomy
 from errata.model.generation import generate
+from errata.model.next_token import class_scores
 from errata.model.prompts import PreparedPrompts
 from errata.model.running import run
 from errata.model.scoring import score_targets
@@ -30,7 +31,7 @@ from errata.testing import edit_with
 from errata_grace import Grace, GraceConfig
 from errata_grace import algorithm as grace
 from errata_grace.cases import Case, case_of
-from tests.families import architectures, build, build_model
+from tests.families import CLASSIFIERS, architectures, build_model
 from tests.helpers import GOLDEN
 
 PLUGIN = Grace()
@@ -257,30 +258,20 @@ def test_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
     assert edited[0].mean_nll < base[0].mean_nll - 0.5
 
 
-def test_a_classifier_learns_a_class(tmp_path: Path) -> None:
-    _, tokenizer = build("bert")
-    config = transformers.BertConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
-        intermediate_size=48, max_position_embeddings=128, pad_token_id=tokenizer.pad_token_id,
-        id2label={0: "criminal", 1: "economic", 2: "other"},
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        module = BertForSequenceClassification(config)
-    model = Stack.on(Model(module, tokenizer, Anatomy.of(module, architectures())))
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_a_classifier_learns_a_class(family: str, tmp_path: Path) -> None:
+    model = build_model(family, tmp_path)
     texts = [r.text for r in REQUESTS]
-
-    def classes() -> list[int]:
-        batch = tokenizer(texts, padding=True, return_tensors="pt")
-        with torch.no_grad():
-            return [int(c) for c in model.module(**batch).logits.argmax(-1)]
-
-    base = classes()
+    base = class_scores(model, texts).argmax(-1).tolist()
     wanted = (base[0] + 1) % 3
-    name = config.id2label[wanted]
-    request = REQUESTS[0].model_copy(update={"kind": "label", "target_new": name})
-    put(model, edit(model, request, eps=0.01, replacement="replace_all"))
-    assert classes() == [wanted, *base[1:]]
+    request = REQUESTS[0].model_copy(
+        update={"kind": "label", "target_new": model.config.id2label[wanted]}
+    )
+    put(model, edit(model, request, eps=0.01, steps=60, replacement="replace_all"))
+    assert class_scores(model, texts).argmax(-1).tolist() == [wanted, *base[1:]]
+    assert score_targets(model, texts[:1], [str(wanted)])[0].exact
+    model.stack.set([])
+    assert class_scores(model, texts).argmax(-1).tolist() == base
     unknown = request.model_copy(update={"target_new": "maritime"})
     with pytest.raises(RequestError, match=r"'maritime'.*criminal, economic, other"):
         edit(model, unknown)

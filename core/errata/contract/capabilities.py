@@ -29,6 +29,11 @@ def check_capabilities(
             f"{method} edits {', '.join(can.architectures)} models; {model.name} is an "
             f"{model.anatomy.kind} ({model.anatomy.model_type})."
         )
+    if model.task not in can.tasks:
+        raise CapabilityError(
+            f"{method} edits models for {', '.join(can.tasks)}; {model.name} is one for "
+            f"{model.task} ({type(model.module).__name__})."
+        )
     for request in requests:
         if request.kind not in can.kinds:
             raise CapabilityError(

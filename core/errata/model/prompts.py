@@ -131,9 +131,12 @@ class PreparedPrompts:
 
     def targets(self) -> list[tuple[list[int], list[int]]]:
         """Return (columns, labels) of each row."""
-        columns, labels = self.columns.split(self.counts), self.labels.split(self.counts)
-        pairs = zip(columns, labels, strict=True)
-        return [(places.tolist(), wanted.tolist()) for places, wanted in pairs]
+        columns, labels = self.columns.tolist(), self.labels.tolist()
+        found, at = [], 0
+        for count in self.counts:
+            found.append((columns[at : at + count], labels[at : at + count]))
+            at += count
+        return found
 
     def tokens(self, row: int) -> list[int]:
         """Return the real tokens of a row (the encoder's, where there are two sequences)."""

@@ -6,8 +6,9 @@ which was trained so that the model then gives the wanted target:
 
     h_out = v_i  if  d(h_in, k_i) ≤ ε_i  with  i = argmin_j d(h_in, k_j),  else  W h_in + b
 
-How keys and radii come about is in `errata.edits.delta.codebook_replay`, how a hit acts on a batch, in
-generation and in an encoder, in `errata.edits.delta.codebook_runtime`; `algorithm.py` trains values.
+How keys and radii come about is in `errata.edits.delta.codebook_replay`, how a hit acts on a batch,
+in generation and in an encoder, in `errata.edits.delta.codebook_runtime`; `algorithm.py` trains
+values.
 """
 
 from __future__ import annotations
