@@ -157,7 +157,7 @@ class Reader:
     @property
     def generates(self) -> bool:
         """Whether the model can continue a text at all."""
-        return self.model.task in ("causal", "seq2seq")
+        return self.model.generates
 
     @property
     def greedy(self) -> str:

@@ -99,7 +99,7 @@ def own_texts(
 
 def require_generation(model: Model) -> None:
     """Raise `CapabilityError` for a model that cannot continue a text."""
-    if model.task not in ("causal", "seq2seq"):
+    if not model.generates:
         what, how = {
             "masked": ("an encoder", "Measure it with the teacher-forced protocol 'counterfact'"),
             "classify": ("a sequence classifier", "Score its classes, with the protocol 'ke'"),

@@ -115,6 +115,11 @@ class Model:
         return require_task(task_of_module(self.module), self.name, [type(self.module).__name__])
 
     @property
+    def generates(self) -> bool:
+        """Whether it can continue a text at all."""
+        return self.task in ("causal", "seq2seq")
+
+    @property
     def device(self) -> torch.device:
         """Where inputs go: the device of the token embedding."""
         return self.parameters[self.anatomy.weight(self.anatomy.embedding_name)].device
