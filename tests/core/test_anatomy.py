@@ -339,10 +339,8 @@ def test_a_classifier_s_parts_are_where_its_language_model_s_are(family: str, pr
     for layer in range(found.n_layers):
         for part in ("block", "mlp_in", "mlp_out", "attention", "attention_in", "attention_out"):
             path, wanted = getattr(found, part)(layer), getattr(language_model, part)(layer)
-            both = (
-                zip([path], [wanted], strict=True) if isinstance(path, str) else zip(path, wanted)
-            )
-            assert all(one.endswith(other) for one, other in both)
+            pairs = [(path, wanted)] if isinstance(path, str) else zip(path, wanted, strict=True)
+            assert all(one.endswith(end) for one, end in pairs)
     assert (found.encoder is None) == (language_model.encoder is None)
 
 

@@ -1,4 +1,4 @@
-"""Sequence classifiers: their classes are scored, taught, guarded and measured; nothing is written."""
+"""Sequence classifiers: their classes are scored, taught, guarded and measured."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from errata.model.next_token import class_scores
 from errata.model.perplexity import perplexity
 from errata.model.running import prepare
 from errata.model.scoring import score_targets
+from errata.testing import edit_with
 from tests.families import CLASSIFIERS, SENTENCES, build, build_model
 
 TEXTS = list(SENTENCES[:5])
@@ -83,7 +84,7 @@ def test_a_class_is_taught_by_its_log_probability(tmp_path: Path) -> None:
 
 def test_what_a_classifier_cannot_do_is_said(tmp_path: Path) -> None:
     model = build_model("bert-classifier", tmp_path)
-    with pytest.raises(CapabilityError, match="is a sequence classifier.*cannot continue a text"):
+    with pytest.raises(CapabilityError, match=r"is a sequence classifier.*cannot continue a text"):
         generate(model, TEXTS)
     with pytest.raises(CapabilityError, match="no perplexity"):
         perplexity(model, TEXTS)
@@ -101,7 +102,9 @@ def test_an_editor_teaches_a_class_and_takes_it_back(tmp_path: Path) -> None:
             editor.edit(request.model_copy(update={"kind": "modify"}), method="ft")
         with pytest.raises(RequestError, match="'maritime'"):
             editor.edit(REQUEST.model_copy(update={"target_new": "maritime"}), method="grace")
-        edit = editor.edit(request, method="grace", config={"steps": 60, "eps": 0.01})
+        edit = editor.edit(
+            request, method="grace", config={"steps": 60, "replacement": "replace_all"}
+        )
         assert edit.outcome.efficacy.value == 1.0
         assert edit.outcome.perplexity is None
         with pytest.raises(CapabilityError, match="cannot continue"):
@@ -112,8 +115,6 @@ def test_an_editor_teaches_a_class_and_takes_it_back(tmp_path: Path) -> None:
 
 def test_protocols_count_classes(tmp_path: Path, toys: None) -> None:
     from errata_toys import OracleDelta
-
-    from errata.testing import edit_with
 
     model = build_model("bert-classifier", tmp_path)
     base = class_scores(model, TEXTS).argmax(-1).tolist()
