@@ -26,7 +26,8 @@ from tokenizers import (
 
 from errata.edits.stack import Stack
 from errata.model import Model
-from errata.model.anatomy import Anatomy, parse_architectures
+from errata.model.anatomy import Anatomy
+from errata.model.architecture import parse_architectures
 from errata.model.artifacts import Artifacts
 from tests.helpers import ROOT
 
@@ -119,7 +120,23 @@ _FAMILIES: dict[str, tuple[str, str, dict[str, Any], str]] = {
     ),
 }  # fmt: skip
 
+_LABELS = {"id2label": {0: "criminal", 1: "economic", 2: "other"}}
+_CLASSIFIERS: dict[str, tuple[str, str, dict[str, Any], str]] = {
+    "bert-classifier": (
+        "BertConfig", "BertForSequenceClassification", {**_BERT, **_LABELS}, "wordpiece",
+    ),
+    "llama-classifier": (
+        "LlamaConfig", "LlamaForSequenceClassification", {**_LLAMA, **_LABELS}, "sentencepiece",
+    ),
+    "t5-classifier": (
+        "T5Config", "T5ForSequenceClassification",
+        {**_FAMILIES["t5"][2], "classifier_dropout": 0.0, **_LABELS}, "unigram",
+    ),
+}  # fmt: skip
+
 FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
+CLASSIFIERS: tuple[str, ...] = tuple(_CLASSIFIERS)
+"""Sequence classifiers, with the classes "criminal", "economic" and "other"."""
 DECODERS: tuple[str, ...] = tuple(f for f in FAMILIES if f not in ("t5", "bert", "roberta"))
 STYLES = ("bytes", "bytes-bos", "bytes-untrimmed", "sentencepiece", "llama", "unigram",
           "wordpiece", "roberta")  # fmt: skip
@@ -133,7 +150,7 @@ def build(
     Equal arguments give equal weights; torch's global generator is left as it was. `changes` are
     further entries of the configuration.
     """
-    config_name, model_name, arguments, style = _FAMILIES[family]
+    config_name, model_name, arguments, style = {**_FAMILIES, **_CLASSIFIERS}[family]
     tokenizer = build_tokenizer(style)
     config = getattr(transformers, config_name)(
         **{
@@ -142,7 +159,7 @@ def build(
             "pad_token_id": tokenizer.pad_token_id,
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
-            **({"decoder_start_token_id": tokenizer.pad_token_id} if family == "t5" else {}),
+            **({"decoder_start_token_id": tokenizer.pad_token_id} if style == "unigram" else {}),
             **changes,
         }
     )

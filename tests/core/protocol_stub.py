@@ -12,7 +12,7 @@ from errata.contract.protocol import Protocol
 from errata.edits.request import Request
 from errata.evaluate.reader import KnownAnswers, MeasureSettings, Reader
 from errata.model import Model
-from errata.model.scoring import TargetScore
+from errata.model.answers import TargetScore
 
 Pair = tuple[str, str]
 

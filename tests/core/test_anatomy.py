@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
@@ -10,8 +13,19 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from errata.errors import AnatomyError, ConfigError
-from errata.model.anatomy import Anatomy, parse_architectures
-from tests.families import CONTEXT, FAMILIES, HIDDEN, LAYERS, MLP, architectures, build
+from errata.model.anatomy import Anatomy
+from errata.model.architecture import parse_architectures
+from errata.model.loading import load_model
+from tests.families import (
+    CLASSIFIERS,
+    CONTEXT,
+    FAMILIES,
+    HIDDEN,
+    LAYERS,
+    MLP,
+    architectures,
+    build,
+)
 
 # Norms between sublayer and residual stream: the contribution is not the MLP's bare output.
 POST_NORM = ("gemma2", "gemma3_text", "bert", "roberta")
@@ -305,3 +319,57 @@ def test_half_precision_models_build_and_are_reproducible():
     one, two = build("llama", torch.bfloat16)[0], build("llama", torch.bfloat16)[0]
     assert next(one.parameters()).dtype == torch.bfloat16
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+# -- what a model was made to do -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", CLASSIFIERS)
+@pytest.mark.parametrize("probed", [False, True])
+def test_a_classifier_s_parts_are_where_its_language_model_s_are(family: str, probed: bool) -> None:
+    module, _ = build(family)
+    whole, _ = build(family.partition("-")[0])
+    found = Anatomy.of(module, {} if probed else architectures())
+    language_model = Anatomy.of(whole, architectures())
+    assert found.kind == language_model.kind
+    assert found.probed == probed
+    head = found.head(module)
+    assert head is module.get_submodule(found.head_name)
+    assert found.head_name in ("score", "classifier", "classification_head")
+    for layer in range(found.n_layers):
+        for part in ("block", "mlp_in", "mlp_out", "attention", "attention_in", "attention_out"):
+            path, wanted = getattr(found, part)(layer), getattr(language_model, part)(layer)
+            pairs = [(path, wanted)] if isinstance(path, str) else zip(path, wanted, strict=True)
+            assert all(one.endswith(end) for one, end in pairs)
+    assert (found.encoder is None) == (language_model.encoder is None)
+
+
+@pytest.mark.parametrize(
+    ("family", "task"),
+    [("gpt2", "causal"), ("llama", "causal"), ("t5", "seq2seq"), ("bert", "masked"),
+     *[(family, "classify") for family in CLASSIFIERS]],
+)  # fmt: skip
+def test_a_checkpoint_opens_as_what_it_is(family: str, task: str, tmp_path: Path) -> None:
+    module, tokenizer = build(family)
+    folder = tmp_path / family
+    module.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    model = load_model(folder, architectures=architectures())
+    assert model.task == task
+    assert type(model.module) is type(module)
+    saved = module.state_dict()
+    assert all(torch.equal(value, saved[name]) for name, value in model.module.state_dict().items())
+    assert load_model(module, tokenizer, architectures=architectures()).task == task
+
+
+def test_a_task_is_never_guessed(tmp_path: Path) -> None:
+    module, tokenizer = build("bert")
+    module.bert.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"is BertModel: .*ForSequenceClassification"):
+        load_model(tmp_path, architectures=architectures())
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    del config["architectures"]
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ConfigError, match="of no class"):
+        load_model(tmp_path, architectures=architectures())

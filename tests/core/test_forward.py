@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -346,3 +347,50 @@ def test_bypassed_blocks_change_nothing(tmp_path: Path) -> None:
     ):
         model.module(**inputs)
     assert torch.equal(seen[norm].input, seen[model.anatomy.block(0)].output)
+
+
+def test_hooks_act_in_the_thread_that_put_them_there(tmp_path: Path) -> None:
+    model = build_model("gpt2", tmp_path)
+    inputs, columns, column = batch_of(model)
+    before = Snapshot(model)
+
+    def plain() -> Tensor:
+        with torch.no_grad():
+            return logits_at(model, inputs, ROWS, columns)
+
+    def resumed() -> Tensor:
+        run = Resumed(model, inputs, layer=2, rows=ROWS, columns=columns, start=column)
+        with torch.no_grad():
+            return run.logits()
+
+    def changed() -> Tensor:
+        block, other = model.anatomy.block(1), model.anatomy.mlp(0)
+        with (
+            bypassed(model.module, [block]),
+            patched(model.module, {other: lambda output: output * 2}),
+            answered(model.module, {model.anatomy.attention(2): lambda *_, **__: (0.0, None)}),
+            trace(model.module, other) as seen,
+        ):
+            found = plain()
+            assert seen
+            return found
+
+    calls = [plain, resumed, changed, changed]
+    wanted = [call() for call in calls]
+    assert not torch.allclose(wanted[0], wanted[2], atol=1e-3)
+    found: list[list[Tensor]] = [[] for _ in calls]
+    start = threading.Barrier(len(calls))
+
+    def work(index: int) -> None:
+        start.wait()
+        found[index] += [calls[index]() for _ in range(5)]
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for given, expected in zip(found, wanted, strict=True):
+        assert len(given) == 5
+        assert all(torch.equal(one, expected) for one in given)
+    assert before.changed() == []

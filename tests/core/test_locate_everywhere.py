@@ -22,8 +22,10 @@ from errata.locate import (
 )
 from errata.locate.spans import span_of
 from errata.model import Model
+from errata.model.prompts import TokenError
+from errata.model.running import prepare
 from errata.model.scoring import score_targets
-from errata.model.tokens import TokenError, encode, encode_masked, encode_seq2seq, encode_targets
+from errata.model.tokens import encode
 from tests.families import DECODERS, FAMILIES, build_model
 
 REQUEST = Request(
@@ -50,18 +52,10 @@ class Plain:
 
     def __init__(self, model: Model, answer: str, side: str, noise: torch.Tensor, at: Any) -> None:
         self.model, self.noise, self.at = model, noise, list(at)
-        kind, tokenizer = model.anatomy.kind, model.tokenizer
-        rows = len(noise) + 1
-        if kind == "encoder-decoder":
-            pair = encode_seq2seq(tokenizer, [REQUEST.text], [answer],
-                                  decoder_start=model.config.decoder_start_token_id)  # fmt: skip
-            inputs, reads = pair.inputs(), pair.logit_columns(0)
-            self.ids = pair.target_ids[0]
-        else:
-            encoder = encode_masked if kind == "encoder" else encode_targets
-            batch = encoder(tokenizer, [REQUEST.text], [answer])
-            inputs, reads = batch.inputs(positions=False), batch.logit_columns(0)
-            self.ids = batch.target_ids[0]
+        rows, kind = len(noise) + 1, model.anatomy.kind
+        batch = prepare(model, [REQUEST.text], [answer])
+        ((reads, self.ids),) = batch.targets()
+        inputs = {n: v for n, v in batch.inputs.items() if n != "position_ids"}
         self.inputs = {name: value.expand(rows, -1) for name, value in inputs.items()}
         self.reads = reads
         two = kind == "encoder-decoder" and side == "encoder"

@@ -35,6 +35,7 @@ from errata.locate import (
 from errata.locate.similarity import cosine, overlap
 from errata.locate.weights import weight_diff
 from errata.model import Model
+from errata.model.running import prepare
 from errata.model.scoring import score_targets
 from errata.testing import edit_with
 from tests.families import HIDDEN, LAYERS, MLP, build_model
@@ -188,14 +189,12 @@ def test_one_step_is_gradient_times_activation(tiny: Model) -> None:
         return (held[0],)
 
     handle = module.register_forward_pre_hook(keep)
-    from errata.model.tokens import encode_targets
-
-    batch = encode_targets(tiny.tokenizer, [REQUEST.text], ["Rome"])
-    logits = tiny.module(**batch.inputs()).logits[0]
+    batch = prepare(tiny, [REQUEST.text], ["Rome"])
+    logits = tiny.module(**batch.inputs).logits[0]
     handle.remove()
     begin, end = batch.target_spans[0]
     logprobs = logits[begin - 1 : end - 1].log_softmax(-1)
-    p = logprobs[range(end - begin), batch.target_ids[0]].sum().exp()
+    p = logprobs[range(end - begin), batch.labels.tolist()].sum().exp()
     (gradient,) = torch.autograd.grad(p, held[0])
     expected = (held[0] * gradient)[0, begin - 1]
     torch.testing.assert_close(one.scores[1], expected, rtol=1e-6, atol=1e-12)

@@ -17,10 +17,11 @@ from errata.edits.stack import Stack
 from errata.evaluate import generate, score_targets
 from errata.model import Model, prefix_sharing, trie
 from errata.model.anatomy import Anatomy
+from errata.model.answers import TargetScore
 from errata.model.artifacts import Artifacts
-from errata.model.generation import generate_tokens
-from errata.model.scoring import TargetScore
-from errata.model.tokens import encode_masked, encode_seq2seq, encode_targets
+from errata.model.generation import generated
+from errata.model.running import prepare
+from errata.model.sampling import GenerationSettings
 from errata.testing import edit_with
 from tests.families import FAMILIES, architectures, build, build_model
 
@@ -52,17 +53,10 @@ def score(model: Model, pairs: Sequence[tuple[str, str]], **options: Any) -> lis
 @torch.no_grad()
 def by_hand(model: Model, prompt: str, target: str) -> tuple[list[int], list[float]]:
     """The target's tokens and log-probabilities by one forward of the bare module."""
-    kind = model.anatomy.kind
-    if kind == "encoder-decoder":
-        two = encode_seq2seq(model.tokenizer, [prompt], [target])
-        logits = model.module(**two.inputs()).logits[0]
-        columns, ids = two.logit_columns(0), two.target_ids[0]
-    else:
-        encode = encode_masked if kind == "encoder" else encode_targets
-        one = encode(model.tokenizer, [prompt], [target])
-        logits = model.module(input_ids=one.input_ids).logits[0]
-        columns, ids = one.logit_columns(0), one.target_ids[0]
-    logprobs = logits.float().log_softmax(-1)
+    batch = prepare(model, [prompt], [target])
+    ((columns, ids),) = batch.targets()
+    inputs = {name: value for name, value in batch.inputs.items() if name != "position_ids"}
+    logprobs = model.module(**inputs).logits[0].float().log_softmax(-1)
     return ids, [float(logprobs[c, t]) for c, t in zip(columns, ids, strict=True)]
 
 
@@ -368,7 +362,7 @@ def test_a_row_is_covered_by_one_that_starts_with_it(rows: list[Any]) -> None:
 def ending_early(model: Model) -> list[str]:
     """Make the token an end that comes at the most different times after some prompts."""
     prompts = [f"{subject} is" for subject in (*SUBJECTS, "Rome", "Madrid", "The band", "Miles")]
-    _, free = generate_tokens(model, prompts, max_new_tokens=12)
+    free = [g.ids for g in generated(model, prompts, GenerationSettings(max_new_tokens=12))]
     first = {
         token: {ids.index(token) for ids in free if token in ids} for ids in free for token in ids
     }

@@ -11,11 +11,11 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from errata.errors import ConfigError, RequestError, UnknownNameError
+from errata.model.prompts import IGNORED, TokenError
 from errata.model.tokens import (
-    IGNORED,
-    TokenError,
     encode,
     encode_masked,
+    encode_next,
     encode_seq2seq,
     encode_targets,
     subject_position,
@@ -276,28 +276,22 @@ def test_left_and_right_padding_give_the_same_logits(family):
 
 
 @pytest.mark.parametrize("style", ALL)
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_a_target_is_what_follows_the_prompt(style, side):
+def test_a_target_is_what_follows_the_prompt(style):
     tokenizer = _tokenizer(style)
     prompts = ["The Eiffel Tower is in", "Paris is in"]
     targets = ["Rome, Italy", "France"]
-    batch = encode_targets(tokenizer, prompts, targets, padding_side=side)
+    batch = encode_targets(tokenizer, prompts, targets)
     for row, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
         start, end = batch.target_spans[row]
-        assert batch.prompt_lengths[row] == start
+        columns, ids = batch.targets()[row]
+        assert batch.ends[row] == start - 1
         alone = encode(tokenizer, [prompt], keep_end=False)
         whole = encode(tokenizer, [f"{prompt} {target}"], keep_end=False)
         assert alone.lengths == [start]
-        assert whole.lengths == [end] == [batch.lengths[row]]
-        assert whole.input_ids[0, start:end].tolist() == batch.target_ids[row]
-        columns = [batch.column(row, index) for index in range(start, end)]
-        assert batch.input_ids[row, columns].tolist() == batch.target_ids[row]
-        assert batch.logit_columns(row) == [column - 1 for column in columns]
-        said = tokenizer.decode(batch.target_ids[row]).strip()
-        assert said.lower() == target.lower()
-        labels = batch.labels()[row]
-        assert labels[columns].tolist() == batch.target_ids[row]
-        assert int((labels != IGNORED).sum()) == end - start
+        assert whole.lengths == [end] == [len(batch.tokens(row))]
+        assert whole.input_ids[0, start:end].tolist() == ids
+        assert columns == list(range(start - 1, end - 1))
+        assert tokenizer.decode(ids).strip().lower() == target.lower()
 
 
 @pytest.mark.parametrize("style", ALL)
@@ -312,7 +306,7 @@ def test_prompt_and_target_make_up_the_joint_tokens(style, prompt, target):
     (row,) = tokenise(tokenizer, [text], keep_end=False)
     assert 0 < start < end == len(row.ids)
     assert row.ids == batch.input_ids[0].tolist()
-    assert row.ids[start:end] == batch.target_ids[0]
+    assert row.ids[start:end] == batch.labels.tolist()
     # No token before the target has characters of it, and each of its own begins after the prompt.
     boundary = len(prompt)
     assert all(b <= boundary + 1 for _, b in row.offsets[:start])
@@ -333,7 +327,7 @@ def test_spaces_at_the_end_of_a_prompt_are_the_targets(style):
 def test_a_line_break_at_the_end_of_a_prompt_is_the_prompts():
     tokenizer = _tokenizer("real-gpt2")
     batch = encode_targets(tokenizer, ["Q: Where is Paris?\nA:\n"], ["France"])
-    assert tokenizer.decode(batch.target_ids[0]) == "France"
+    assert tokenizer.decode(batch.labels.tolist()) == "France"
 
 
 def test_a_token_across_the_boundary_is_the_targets():
@@ -345,10 +339,10 @@ def test_a_token_across_the_boundary_is_the_targets():
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<unk>")
     merged = encode_targets(tokenizer, ["ab"], ["c"])
-    assert tokenizer.convert_ids_to_tokens(merged.target_ids[0]) == ["bĠc"]
+    assert tokenizer.convert_ids_to_tokens(merged.labels.tolist()) == ["bĠc"]
     # "bĠ" holds the space but nothing else of the target: there it is the prompt's.
     apart = encode_targets(tokenizer, ["ab"], ["a"])
-    assert tokenizer.convert_ids_to_tokens(apart.target_ids[0]) == ["a"]
+    assert tokenizer.convert_ids_to_tokens(apart.labels.tolist()) == ["a"]
 
 
 def test_impossible_targets_say_why():
@@ -362,7 +356,7 @@ def test_impossible_targets_say_why():
     with pytest.raises(TokenError, match="No token of"):
         encode_targets(_tokenizer("wordpiece"), ["Paris is in"], ["\x00"])
     with_bos = encode_targets(_tokenizer("bytes-bos"), [""], ["France"])
-    assert with_bos.prompt_lengths == [1]
+    assert with_bos.ends == [0]
 
 
 # -- encoders and encoder-decoders ---------------------------------------------------------------
@@ -376,12 +370,13 @@ def test_an_encoder_gets_a_mask_for_each_token_of_the_target(style):
     batch = encode_masked(tokenizer, prompts, ["North France", "Italy"])
     for row, target in enumerate(["North France", "Italy"]):
         start, end = batch.target_spans[row]
+        columns, ids = batch.targets()[row]
         assert batch.input_ids[row, start:end].unique().tolist() == [tokenizer.mask_token_id]
         assert int((batch.input_ids[row] == tokenizer.mask_token_id).sum()) == end - start
-        assert tokenizer.decode(batch.target_ids[row]).strip().lower() == target.lower()
-        assert batch.logit_columns(row) == list(range(start, end))
-        filled = batch.input_ids[row, : batch.lengths[row]].clone()
-        filled[start:end] = torch.tensor(batch.target_ids[row])
+        assert tokenizer.decode(ids).strip().lower() == target.lower()
+        assert columns == list(range(start, end))
+        filled = torch.tensor(batch.tokens(row))
+        filled[start:end] = torch.tensor(ids)
         text = (
             prompts[row].replace(mask, target) if mask in prompts[row] else f"Paris is in {target}"
         )
@@ -401,29 +396,51 @@ def test_a_decoder_has_no_mask():
 def test_an_encoder_decoder_reads_the_prompt_and_writes_the_target(style):
     tokenizer = _tokenizer(style)
     targets = ["Rome, Italy", "France"]
-    batch = encode_seq2seq(tokenizer, ["The Eiffel Tower is in", "Paris is in"], targets)
+    prompts = ["The Eiffel Tower is in", "Paris is in"]
+    batch = encode_seq2seq(tokenizer, prompts, targets)
+    closed = encode_seq2seq(tokenizer, prompts, targets, closing=True)
+    decoder = batch.inputs["decoder_input_ids"]
     for row, target in enumerate(targets):
         start, end = batch.target_spans[row]
-        labels = batch.labels[row].tolist()
-        assert labels[start:end] == batch.target_ids[row]
-        assert tokenizer.decode(batch.target_ids[row]) == target
-        assert labels[end] == tokenizer.eos_token_id
-        assert set(labels[end + 1 :]) <= {IGNORED}
-        assert batch.decoder_input_ids[row, 0] == tokenizer.pad_token_id
-        assert batch.decoder_input_ids[row, 1 : end + 1].tolist() == labels[:end]
-        assert batch.decoder_attention_mask[row].sum() == end + 1
-        assert batch.logit_columns(row) == list(range(start, end))
-    assert batch.source.input_ids[0, -1] == tokenizer.eos_token_id
+        columns, ids = batch.targets()[row]
+        assert tokenizer.decode(ids) == target
+        assert columns == list(range(start, end))
+        assert closed.targets()[row][1] == [*ids, tokenizer.eos_token_id]
+        assert decoder[row, 0] == tokenizer.pad_token_id
+        assert decoder[row, 1 : end + 1].tolist() == ids
+        assert batch.inputs["decoder_attention_mask"][row].sum() == end + 1
+        assert batch.tokens(row)[-1] == tokenizer.eos_token_id
+        assert batch.ends[row] == len(batch.tokens(row)) - 1
 
 
 def test_the_logits_at_a_targets_columns_are_its_loss():
     module, tokenizer = build("t5")
-    batch = encode_seq2seq(tokenizer, ["Paris is in", "Rome"], ["France", "Italy, they said"])
+    prompts, targets = ["Paris is in", "Rome"], ["France", "Italy, they said"]
+    batch = encode_seq2seq(tokenizer, prompts, targets, closing=True)
     assert len(batch) == 2
+    labels = tokenizer(targets, padding=True, return_tensors="pt")["input_ids"]
+    labels[labels == tokenizer.pad_token_id] = IGNORED
     with torch.no_grad():
-        output = module(**batch.inputs(), use_cache=False)
-        wanted = module(**batch.inputs(), labels=batch.labels, use_cache=False).loss
-    losses = torch.nn.functional.cross_entropy(
-        output.logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED
-    )
-    torch.testing.assert_close(losses, wanted)
+        logits = module(**batch.inputs, use_cache=False).logits[batch.rows, batch.columns]
+        wanted = module(**batch.inputs, labels=labels, use_cache=False).loss
+    torch.testing.assert_close(torch.nn.functional.cross_entropy(logits, batch.labels), wanted)
+
+
+# -- the first token after a prompt ----------------------------------------------------------------
+
+
+def test_what_predicts_the_next_token_is_read_for_each_task():
+    prompts = ["The Eiffel Tower is in", "Paris"]
+    causal = encode_next(_tokenizer("bytes"), prompts, "causal")
+    assert causal.columns.tolist() == causal.ends
+    masked = encode_next(_tokenizer("wordpiece"), [prompts[0], "[MASK] is in Spain"], "masked")
+    assert masked.columns.tolist() == [len(masked.tokens(0)) - 2, 1]
+    mask = _tokenizer("wordpiece").mask_token_id
+    assert masked.input_ids[masked.rows, masked.columns].tolist() == [mask, mask]
+    two = encode_next(_tokenizer("unigram"), prompts, "seq2seq", decoder_start=[0, 7])
+    assert two.inputs["decoder_input_ids"].tolist() == [[0, 7], [0, 7]]
+    assert two.columns.tolist() == [1, 1]
+    for batch in (causal, masked, two):
+        assert batch.labels.tolist() == [IGNORED, IGNORED]
+    with pytest.raises(ConfigError, match="2 mask tokens"):
+        encode_next(_tokenizer("wordpiece"), ["[MASK] is [MASK]"], "masked")

@@ -29,8 +29,8 @@ def model(tmp_path: Path) -> Model:
     return build_model("gpt2", tmp_path)
 
 
-def loss_of(model: Model, lesson: Any) -> float:
-    return Trainer(model, [lesson], TrainerSettings(lr=1, steps=1)).objective().loss.item()
+def loss_of(model: Model, batch: Any) -> float:
+    return Trainer(model, [batch], TrainerSettings(lr=1, steps=1)).objective().loss.item()
 
 
 @torch.no_grad()
@@ -62,8 +62,8 @@ def by_hand(model: Model, prompt: str, target: str, loss: str) -> float:
 @pytest.mark.parametrize("loss", ["target", "text", "prompt_last"])
 def test_a_loss_is_what_its_formula_says(loss: Any, model: Model) -> None:
     wanted = [by_hand(model, *pair, loss) for pair in PAIRS]
-    (lesson,) = target_batches(model, PAIRS, loss=loss)
-    assert loss_of(model, lesson) == pytest.approx(sum(wanted) / 2, rel=1e-5)
+    (batch,) = target_batches(model, PAIRS, loss=loss)
+    assert loss_of(model, batch) == pytest.approx(sum(wanted) / 2, rel=1e-5)
     for pair, one in zip(PAIRS, wanted, strict=True):
         assert loss_of(model, *target_batches(model, [pair], loss=loss)) == pytest.approx(
             one, rel=1e-5
@@ -93,16 +93,16 @@ def test_only_the_target_is_learnt_where_the_prompt_is_never_predicted(
     scores = scoring.score_targets(model, [p for p, _ in PAIRS], [t for _, t in PAIRS])
     wanted = sum(score.mean_nll for score in scores) / 2
     for loss in ("target", "text"):
-        (lesson,) = target_batches(model, PAIRS, loss=loss)  # type: ignore[arg-type]
-        assert loss_of(model, lesson) == pytest.approx(wanted, rel=1e-5)
+        (batch,) = target_batches(model, PAIRS, loss=loss)  # type: ignore[arg-type]
+        assert loss_of(model, batch) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_an_end_token_is_the_target_s_last(model: Model) -> None:
     (plain,), (ended,) = target_batches(model, PAIRS), target_batches(model, PAIRS, end=True)
     end = model.tokenizer.eos_token_id
     for owner in range(2):
-        labels = ended.labels[ended.owners == owner].tolist()
-        assert labels == [*plain.labels[plain.owners == owner].tolist(), end]
+        labels = ended.prompts.labels[ended.prompts.rows == owner].tolist()
+        assert labels == [*plain.prompts.labels[plain.prompts.rows == owner].tolist(), end]
 
 
 def test_encoders_write_nothing_from_left_to_right(tmp_path: Path) -> None:
@@ -127,10 +127,12 @@ def test_plain_text_is_read_as_perplexity_reads_it(model: Model) -> None:
 def test_plain_text_is_read_by_other_kinds_too(family: str, tmp_path: Path) -> None:
     model = build_model(family, tmp_path)
     batches = text_batches(model, [*SENTENCES, "word"], batch_size=5)
-    assert sum(batch.size for batch in batches) == len(SENTENCES)
+    assert sum(map(len, batches)) == len(SENTENCES)
     assert all(loss_of(model, batch) > 0 for batch in batches)
     again = text_batches(model, [*SENTENCES, "word"], batch_size=5)
-    assert all(torch.equal(a.labels, b.labels) for a, b in zip(batches, again, strict=True))
+    assert all(
+        torch.equal(a.prompts.labels, b.prompts.labels) for a, b in zip(batches, again, strict=True)
+    )
 
 
 # -- the loop --------------------------------------------------------------------------------------
@@ -149,15 +151,15 @@ class Steering(Trainer):
         self._where = model.anatomy.block(at)
 
     def compute(self) -> Objective:
-        self.seen.append(self.lessons.index(self._current))
+        self.seen.append(self.batches.index(self._current))
         return super().compute()
 
-    def logits(self, lesson: Any) -> torch.Tensor:
+    def logits(self, batch: Any) -> torch.Tensor:
         def steer(output: torch.Tensor) -> torch.Tensor:
             return output + self.vector.to(output.dtype)
 
         with patched(self.model.module, {self._where: steer}):
-            return super().logits(lesson)
+            return super().logits(batch)
 
     def run(self) -> Steering:
         with torch.enable_grad(), frozen(self.model.module):
@@ -192,7 +194,7 @@ def test_what_holds_already_is_left_alone(model: Model) -> None:
     assert len(again.losses) == 1
 
 
-def test_breadth_first_sees_every_lesson_in_every_pass(model: Model) -> None:
+def test_breadth_first_sees_every_batch_in_every_pass(model: Model) -> None:
     pairs = [("The capital of France is", t) for t in ("Rome", "Oslo", "Lima", "Bern")]
     trainer = Steering(model, each(model, *pairs), steps=6, early_stop=False).run()
     passes = [trainer.seen[i : i + 4] for i in range(0, 24, 4)]
@@ -205,7 +207,7 @@ def test_breadth_first_sees_every_lesson_in_every_pass(model: Model) -> None:
     assert other.seen != trainer.seen
 
 
-def test_depth_first_finishes_one_lesson_before_the_next(model: Model) -> None:
+def test_depth_first_finishes_one_batch_before_the_next(model: Model) -> None:
     pairs = [PAIRS[0], ("Miles Davis plays the", "in")]
     trainer = Steering(model, each(model, *pairs), order="depth-first").run()
     assert trainer.seen == sorted(trainer.seen)
@@ -249,7 +251,7 @@ def test_the_prompt_s_end_is_said_to_kinds_that_ask(model: Model) -> None:
     trainer = Trainer(
         model, target_batches(model, PAIRS), TrainerSettings(lr=1, steps=1), above=Above(2)
     )
-    trainer.record(trainer.lessons)
+    trainer.record(trainer.batches)
     trainer.objective()
     handle.remove()
     wanted = [len(model.tokenizer(p)["input_ids"]) - 1 for p, _ in PAIRS]

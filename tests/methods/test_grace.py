@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import BertForSequenceClassification, GPT2LMHeadModel
+from transformers import GPT2LMHeadModel
 
 from errata.contract.purity import Snapshot
 from errata.edits.delta.codebook import CodebookDelta
@@ -23,12 +23,15 @@ from errata.errors import ConfigError, MissingExtraError, RequestError
 from errata.model import Model
 from errata.model.anatomy import Anatomy
 from errata.model.generation import generate
+from errata.model.next_token import class_scores
+from errata.model.prompts import PreparedPrompts
+from errata.model.running import run
 from errata.model.scoring import score_targets
 from errata.testing import edit_with
 from errata_grace import Grace, GraceConfig
 from errata_grace import algorithm as grace
 from errata_grace.cases import Case, case_of
-from tests.families import architectures, build, build_model
+from tests.families import CLASSIFIERS, architectures, build_model
 from tests.helpers import GOLDEN
 
 PLUGIN = Grace()
@@ -84,14 +87,16 @@ class Recorded:
         """The recorded tokens of an edit, and the position that was used as key."""
         labels = self.tensors[f"e{index}.labels"][0]
         places = (labels != -100).nonzero()[:, 0]
-        return Case(
+        prompt = PreparedPrompts(
             {n: self.tensors[f"e{index}.{n}"] for n in ("input_ids", "attention_mask")},
-            self.json["edits"][index]["key_token_index"],
-            labels[places],
+            torch.zeros_like(places),
             places - 1,
-            int((labels == -100).sum()),
-            self.json["sequence"][index][1],
+            labels[places],
+            (len(places),),
+            [self.json["edits"][index]["key_token_index"]],
+            ahead=1,
         )
+        return Case(prompt, int((labels == -100).sum()), self.json["sequence"][index][1])
 
     def algorithm(self, index: int) -> grace.GraceRun:
         """The algorithm with the recorded start value in the place of a drawn one."""
@@ -137,8 +142,8 @@ def test_six_edits_agree_with_the_authors_code(name: str) -> None:
                 assert (book.values[r] - wanted).norm() <= 1e-4 * wanted.norm()
         for other, seen in enumerate(expected["eval_after"]):
             case = recorded.case(other)
-            with torch.no_grad(), recorded.model.prompts([case.end]):
-                logits = case.logits(recorded.model)
+            with torch.no_grad():
+                logits = run(recorded.model, case.prompt)
             logprobs = torch.log_softmax(logits, -1).gather(1, case.labels[:, None])[:, 0]
             atol = 1e-4 if trained_once.get(seen["chosen_key"]) or not seen["active"] else loose
             assert -logprobs.mean().item() == pytest.approx(seen["loss"], abs=atol)
@@ -156,9 +161,8 @@ def test_the_plain_cases_are_what_the_plugin_makes_of_the_requests() -> None:
         made, wanted = case_of(recorded.model, request), recorded.case(index)
         assert (made.end, made.ignored) == (wanted.end, wanted.ignored)
         assert torch.equal(made.labels, wanted.labels)
-        assert made.columns is not None
-        assert torch.equal(made.columns, wanted.columns)
-        assert torch.equal(made.inputs["input_ids"], wanted.inputs["input_ids"])
+        assert torch.equal(made.prompt.columns, wanted.prompt.columns)
+        assert torch.equal(made.prompt.input_ids, wanted.prompt.input_ids)
 
 
 def test_taking_out_the_split_restores_the_recorded_radii() -> None:
@@ -254,30 +258,20 @@ def test_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
     assert edited[0].mean_nll < base[0].mean_nll - 0.5
 
 
-def test_a_classifier_learns_a_class(tmp_path: Path) -> None:
-    _, tokenizer = build("bert")
-    config = transformers.BertConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
-        intermediate_size=48, max_position_embeddings=128, pad_token_id=tokenizer.pad_token_id,
-        id2label={0: "criminal", 1: "economic", 2: "other"},
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        module = BertForSequenceClassification(config)
-    model = Stack.on(Model(module, tokenizer, Anatomy.of(module, architectures())))
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_a_classifier_learns_a_class(family: str, tmp_path: Path) -> None:
+    model = build_model(family, tmp_path)
     texts = [r.text for r in REQUESTS]
-
-    def classes() -> list[int]:
-        batch = tokenizer(texts, padding=True, return_tensors="pt")
-        with torch.no_grad():
-            return [int(c) for c in model.module(**batch).logits.argmax(-1)]
-
-    base = classes()
+    base = class_scores(model, texts).argmax(-1).tolist()
     wanted = (base[0] + 1) % 3
-    name = config.id2label[wanted]
-    request = REQUESTS[0].model_copy(update={"kind": "label", "target_new": name})
-    put(model, edit(model, request, eps=0.01, replacement="replace_all"))
-    assert classes() == [wanted, *base[1:]]
+    request = REQUESTS[0].model_copy(
+        update={"kind": "label", "target_new": model.config.id2label[wanted]}
+    )
+    put(model, edit(model, request, eps=0.01, steps=60, replacement="replace_all"))
+    assert class_scores(model, texts).argmax(-1).tolist() == [wanted, *base[1:]]
+    assert score_targets(model, texts[:1], [str(wanted)])[0].exact
+    model.stack.set([])
+    assert class_scores(model, texts).argmax(-1).tolist() == base
     unknown = request.model_copy(update={"target_new": "maritime"})
     with pytest.raises(RequestError, match=r"'maritime'.*criminal, economic, other"):
         edit(model, unknown)

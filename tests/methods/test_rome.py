@@ -25,8 +25,9 @@ from errata.kit.values import EditFailed, ValueSettings, optimise_values
 from errata.model import Model
 from errata.model.anatomy import Anatomy
 from errata.model.artifacts import Artifacts
-from errata.model.forward import logits_at, trace
-from errata.model.tokens import encode, encode_targets, subject_position
+from errata.model.forward import trace
+from errata.model.scoring import own_scores
+from errata.model.tokens import encode, subject_position
 from errata.testing import edit_with
 from errata_rome import Rome, RomeConfig
 from errata_rome.algorithm import RankOne, RomeObjective, contexts_of, rome, statistic_of
@@ -127,11 +128,7 @@ def test_the_recorded_effect_comes_out(golden: Model) -> None:
 
 def log_probs(model: Model, prompt: str, target: str) -> list[float]:
     """Return the log-probability of each target token after the prompt."""
-    batch = encode_targets(model.tokenizer, [prompt], [target])
-    columns = torch.tensor(batch.logit_columns(0))
-    with torch.no_grad():
-        logits = logits_at(model, batch.inputs(), torch.zeros_like(columns), columns)
-    return logits.float().log_softmax(-1)[range(len(columns)), batch.target_ids[0]].tolist()
+    return list(own_scores(model, [prompt], [target], share=False)[0].logprobs)
 
 
 # -- what an edit must be, on every family -------------------------------------------------------

@@ -284,7 +284,7 @@ def _run(
 ) -> dict[str, Any]:
     """Edit, and show what the model says before and after; `how` goes to `Editor.edit`."""
     apply = bool(how["apply"])
-    shown = list(requests[:MANY]) if editor.model.anatomy.kind != "encoder" else []
+    shown = list(requests[:MANY]) if editor.model.generates else []
     before = answers(editor, shown)
     refused_before = len(_refused(editor))
     edits: list[Edit] = editor.edit(list(requests), method=method, **how) if requests else []

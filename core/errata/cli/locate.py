@@ -223,7 +223,7 @@ def _drawn(
 
 def _first_word(editor: Editor, prompt: str) -> str:
     """Return the first word of what the model says: what a trace follows if nothing is named."""
-    if editor.model.anatomy.kind == "encoder":
+    if not editor.model.generates:
         return "?"  # it generates nothing; the locator takes the most probable token
     words = str(editor.generate(prompt, max_new_tokens=8)).split()
     return words[0].strip(".,;:!?") if words and words[0].strip(".,;:!?") else "?"

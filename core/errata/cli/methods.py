@@ -342,7 +342,8 @@ def model_facts(source: str, registry: Registry) -> dict[str, Any]:
     import transformers
 
     from errata import zoo
-    from errata.model.anatomy import Anatomy, ArchitectureSpec
+    from errata.model.anatomy import Anatomy
+    from errata.model.loading import auto_class
 
     calm_transformers()
     where = str(zoo.model_path(source)) if source in zoo.MODELS else source
@@ -353,15 +354,9 @@ def model_facts(source: str, registry: Registry) -> dict[str, Any]:
             "model", source, zoo.MODELS,
             f"Give one of these, a checkpoint folder, or a hub name ({str(error)[:200]})",
         ) from error  # fmt: skip
-    loader = transformers.AutoModelForCausalLM
-    if config.is_encoder_decoder:
-        loader = transformers.AutoModelForSeq2SeqLM
-    elif any("MaskedLM" in name for name in config.architectures or ()):
-        loader = transformers.AutoModelForMaskedLM
     with torch.device("meta"):
-        module = loader.from_config(config)
-    specs = {key: ArchitectureSpec(**value) for key, value in registry.architectures.items()}
-    anatomy = Anatomy.of(module, specs)
+        module = auto_class(config, source).from_config(config)
+    anatomy = Anatomy.of(module, registry.architectures)
     return {
         "model_type": anatomy.model_type,
         "n_layers": anatomy.n_layers,

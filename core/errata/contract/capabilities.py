@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from errata.errors import CapabilityError, RequestError
-from errata.model.tokens import encode_targets, subject_span
+from errata.errors import CapabilityError
+from errata.model.running import prepare
+from errata.model.tokens import subject_span
 
 if TYPE_CHECKING:
     from errata.contract.stanzas import MethodEntry
@@ -28,6 +29,11 @@ def check_capabilities(
             f"{method} edits {', '.join(can.architectures)} models; {model.name} is an "
             f"{model.anatomy.kind} ({model.anatomy.model_type})."
         )
+    if model.task not in can.tasks:
+        raise CapabilityError(
+            f"{method} edits models for {', '.join(can.tasks)}; {model.name} is one for "
+            f"{model.task} ({type(model.module).__name__})."
+        )
     for request in requests:
         if request.kind not in can.kinds:
             raise CapabilityError(
@@ -48,19 +54,10 @@ def check_capabilities(
 
 
 def check_prompts(model: Model, requests: Sequence[Request]) -> None:
-    """Raise `RequestError` for a subject or target that the tokenizer cannot place."""
-    limit = model.anatomy.context or 10**9
+    """Raise `RequestError` for a subject or target that the model cannot be asked about.
+
+    The tokenizer must place both; the target fits in behind the prompt, or is a class of the model.
+    """
     for request in requests:
         subject_span(model.tokenizer, request.prompt, request.subject)
-        batch = encode_targets(model.tokenizer, [request.text], [request.target_new])
-        start, end = batch.target_spans[0]
-        if end <= start:
-            raise RequestError(
-                f"The target {request.target_new!r} of {request.text!r} gives no token with this "
-                "model's tokenizer."
-            )
-        if batch.lengths[0] > limit:
-            raise RequestError(
-                f"{request.text[:60]!r}… with its target has {batch.lengths[0]} tokens; this "
-                f"model reads {limit}."
-            )
+        prepare(model, [request.text], [request.target_new], device="cpu")

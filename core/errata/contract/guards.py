@@ -15,8 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from errata.edits.outcome import Efficacy, Outcome, RelativeNorm, TextPerplexity
 from errata.errors import ConfigError, EditRefused, UnknownNameError
+from errata.model.answers import TargetScore
 from errata.model.perplexity import perplexity
-from errata.model.scoring import TargetScore, score_targets
+from errata.model.scoring import score_targets
 from errata.model.texts import canary_texts
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class Guards:
 
     def prepare(self, model: Model) -> None:
         """Measure what belongs to the base, before anything is put on the model."""
-        if self.policy.perplexity != "off":
+        if self._reads_text(model):
             self.base_perplexity(model)
 
     def check_deltas(self, model: Model, edits: Sequence[Edit]) -> list[Outcome]:
@@ -101,7 +102,7 @@ class Guards:
         found = [edit.outcome for edit in edits]
         if self.policy.efficacy != "off":
             found = self._check_efficacy(model, edits, found)
-        if self.policy.perplexity != "off":
+        if self._reads_text(model):
             found = self._check_perplexity(model, found)
         return found
 
@@ -167,6 +168,10 @@ class Guards:
         return [_warned(outcome, reason) for outcome in found]
 
     # -- the canary ------------------------------------------------------------------------------
+
+    def _reads_text(self, model: Model) -> bool:
+        """Say whether the canary is read: a sequence classifier predicts no text."""
+        return self.policy.perplexity != "off" and model.task != "classify"
 
     def base_perplexity(self, model: Model) -> float:
         """Return the base's perplexity on the canary text: measured once per model, and kept."""

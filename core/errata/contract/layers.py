@@ -14,7 +14,12 @@ from pydantic import ValidationError
 
 from errata.contract.stanzas import Capabilities, MethodEntry, Preset
 from errata.errors import ConfigError, UnknownNameError
-from errata.model.anatomy import ArchitectureSpec, StackSpec, Variant, parse_architectures
+from errata.model.architecture import (
+    ArchitectureSpec,
+    StackSpec,
+    Variant,
+    parse_architectures,
+)
 
 Stanza = dict[str, Any]
 

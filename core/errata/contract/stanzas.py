@@ -6,13 +6,17 @@ import fnmatch
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from errata.edits.request import Kind
 from errata.errors import UnknownNameError
+from errata.model.task import Task
 
 Architecture = Literal["decoder", "encoder-decoder", "encoder"]
 MATCH_KEYS = ("model_type", "n_layers", "hidden_size", "name", "variant")
+_LANGUAGE_TASKS: dict[str, Task] = {
+    "decoder": "causal", "encoder-decoder": "seq2seq", "encoder": "masked",
+}  # fmt: skip
 NUMBERS = ("n_layers", "hidden_size")
 
 
@@ -30,6 +34,9 @@ class Capabilities(_Stanza):
     )
     sequential: bool = Field(default=True, description="Can edit a model that is already edited")
     architectures: tuple[Architecture, ...] = Field(description="Kinds of transformer it edits")
+    tasks: tuple[Task, ...] = Field(
+        default=(), description="Tasks of a model; none: language models of these architectures"
+    )
     needs: tuple[str, ...] = Field(default=(), description="second_moment, training …")
     edits_work: float = Field(
         default=0.9, ge=0, le=1, description="Least share of single edits that take effect"
@@ -37,6 +44,14 @@ class Capabilities(_Stanza):
     retains: float = Field(
         default=0.0, ge=0, le=1, description="Least share of 20 edits in sequence that still hold"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _language_models(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Fill in the tasks of language models where none is declared."""
+        kinds = given.get("architectures", ())
+        usual = [_LANGUAGE_TASKS[kind] for kind in kinds if kind in _LANGUAGE_TASKS]
+        return given if given.get("tasks") else {**given, "tasks": usual}
 
 
 class Preset(_Stanza):

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from errata.evaluate.metrics import CoreMetrics
     from errata.evaluate.protocols import PROTOCOLS
     from errata.evaluate.reader import MeasureSettings, Question, Reader
+    from errata.model.answers import TargetScore
     from errata.model.generation import generate
     from errata.model.perplexity import perplexity
-    from errata.model.scoring import TargetScore, score_targets
+    from errata.model.scoring import score_targets
     from errata.model.texts import canary_texts
 
 # PEP 562, as in the package itself: looked up when first used.
@@ -35,7 +36,7 @@ _LAZY = {
     "Protocol": "errata.contract.protocol",
     "Question": "errata.evaluate.reader",
     "Reader": "errata.evaluate.reader",
-    "TargetScore": "errata.model.scoring",
+    "TargetScore": "errata.model.answers",
     "canary_texts": "errata.model.texts",
     "contained_match": "errata.evaluate.matching",
     "exact_match": "errata.evaluate.matching",

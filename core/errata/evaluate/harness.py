@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import difflib
 import logging
 import math
@@ -16,10 +17,14 @@ import torch
 
 from errata.contract.measurement import Z95, Measurement
 from errata.errors import ConfigError, MissingExtraError
+from errata.model.active_edits import ask
+from errata.model.sampling import GenerationSettings, Sampling
 
 if TYPE_CHECKING:
     from errata.contract.measurement import Direction
     from errata.evaluate.reader import Reader
+    from errata.model.answers import Answers
+    from errata.model.model import Model
 
 logger = logging.getLogger("errata")
 
@@ -29,7 +34,9 @@ def harness_measurements(reader: Reader, tasks: Sequence[str], protocol: str) ->
 
     The harness brings its own prompts, few-shot examples and data (which it may have to download).
     It pads and scores by itself: an edit that decides at a prompt's last token (a codebook) takes
-    a text's last token for that. Global random states are left as they were.
+    a text's last token for that. Edits rewrite the contexts of its questions, and answer those
+    that they claim; texts whose whole likelihood it asks for are no prompts. Global random states
+    are left as they were.
 
     Args:
         reader: asks the model.
@@ -39,15 +46,17 @@ def harness_measurements(reader: Reader, tasks: Sequence[str], protocol: str) ->
 
     Raises:
         MissingExtraError: lm-eval is not installed.
-        ConfigError: an encoder; an unknown task; or one that the harness cannot load.
+        ConfigError: an encoder or a classifier; an unknown task; or one that the harness cannot
+            load.
     """
     if not tasks:
         return []
     lm_eval = _harness()
     model = reader.model
     if not reader.generates:
+        what = "a sequence classifier" if model.task == "classify" else "an encoder"
         raise ConfigError(
-            f"{model.name} is an encoder: the lm-evaluation-harness measures models that continue "
+            f"{model.name} is {what}: the lm-evaluation-harness measures models that continue "
             "texts. Leave harness_tasks out."
         )
     if any("attach" in e.delta.effects and not e.delta.pointwise for e in model.stack.entries):
@@ -57,13 +66,7 @@ def harness_measurements(reader: Reader, tasks: Sequence[str], protocol: str) ->
         )
     with reader.state(), _own_randomness(), _as_it_is(model.module):
         loaded = _load(lm_eval, tasks)
-        wrapped = lm_eval.models.huggingface.HFLM(
-            pretrained=model.module,
-            # It adds a padding token where there is none.
-            tokenizer=copy.deepcopy(model.tokenizer),
-            backend="seq2seq" if model.anatomy.kind == "encoder-decoder" else "causal",
-            batch_size=reader.settings.batch_size,
-        )
+        wrapped = _wrapped(lm_eval, model, reader.settings.batch_size)
         results: Mapping[str, Any] = lm_eval.evaluator.evaluate(
             lm=wrapped, task_dict=loaded, log_samples=True, bootstrap_iters=0
         )
@@ -82,6 +85,64 @@ def _harness() -> Any:
     except ImportError as error:
         raise MissingExtraError("settings.harness_tasks", "lm-eval", "harness") from error
     return lm_eval
+
+
+def _wrapped(lm_eval: Any, model: Model, batch_size: int) -> Any:
+    """Return the harness's wrapper of the module, with the edits asked about every question."""
+    hflm: Any = lm_eval.models.huggingface.HFLM
+
+    class EditedLM(hflm):  # type: ignore[misc]
+        """Asks the edits first; what they leave to the model, the harness does as ever."""
+
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
+            def own(texts: list[str], rows: list[int]) -> Sequence[Any]:
+                left = [_about(requests[i], text) for i, text in zip(rows, texts, strict=True)]
+                found: list[Any] = super(EditedLM, self).loglikelihood(left, disable_tqdm)
+                return found
+
+            def other(answers: Answers, texts: list[str], rows: list[int]) -> Sequence[Any]:
+                targets = [str(requests[i].args[1]).lstrip(" ") for i in rows]
+                return [(score.logprob, score.exact) for score in answers.scores(texts, targets)]
+
+            return ask(model.stack, [r.args[0] for r in requests], own, other)
+
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+            def own(texts: list[str], rows: list[int]) -> Sequence[str]:
+                left = [_about(requests[i], text) for i, text in zip(rows, texts, strict=True)]
+                found: list[str] = super(EditedLM, self).generate_until(left, disable_tqdm)
+                return found
+
+            def other(answers: Answers, texts: list[str], rows: list[int]) -> Sequence[str]:
+                return [
+                    answers.texts([text], _settings(requests[i].args[1], self.max_gen_toks))[0].text
+                    for i, text in zip(rows, texts, strict=True)
+                ]
+
+            return ask(model.stack, [r.args[0] for r in requests], own, other)
+
+    return EditedLM(
+        pretrained=model.module,
+        # It adds a padding token where there is none.
+        tokenizer=copy.deepcopy(model.tokenizer),
+        backend="seq2seq" if model.task == "seq2seq" else "causal",
+        batch_size=batch_size,
+    )
+
+
+def _about(request: Any, context: str) -> Any:
+    """Return a question of the harness with another context."""
+    return dataclasses.replace(request, arguments=(context, *request.args[1:]))
+
+
+def _settings(given: Mapping[str, Any], most: int) -> GenerationSettings:
+    """Return what the harness asks of a generated text."""
+    until = given.get("until", ())
+    drawn = bool(given.get("do_sample"))
+    return GenerationSettings(
+        max_new_tokens=int(given.get("max_gen_toks", most)),
+        stop=(until,) if isinstance(until, str) else tuple(until),
+        sampling=Sampling(drawn, float(given.get("temperature") or 1.0) if drawn else 1.0),
+    )
 
 
 def _load(lm_eval: Any, tasks: Sequence[str]) -> Any:

@@ -14,9 +14,10 @@ from errata.errors import SelfComparisonError
 from errata.evaluate.failures import classify_failure
 from errata.evaluate.matching import NORMALISATION, contained_match, exact_match
 from errata.evaluate.sampled import sampled_texts
+from errata.model.answers import TargetScore
 from errata.model.generation import generate
 from errata.model.perplexity import text_nlls
-from errata.model.scoring import TargetScore, score_targets
+from errata.model.scoring import score_targets
 
 if TYPE_CHECKING:
     from errata.edits.request import Probe, Request
@@ -156,7 +157,7 @@ class Reader:
     @property
     def generates(self) -> bool:
         """Whether the model can continue a text at all."""
-        return self.model.anatomy.kind != "encoder"
+        return self.model.generates
 
     @property
     def greedy(self) -> str:

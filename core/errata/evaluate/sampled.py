@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from errata.model.generation import Sampling, decode_after, generate_tokens
-from errata.model.scoring import context_limit
+from errata.model.generation import decode_after, generated
+from errata.model.sampling import GenerationSettings, Sampling
 
 if TYPE_CHECKING:
     from errata.model.model import Model
@@ -18,7 +18,7 @@ TOP_K = 5
 
 def sampled_length(model: Model) -> int:
     """Return how many tokens a sampled text has with its prompt."""
-    context = context_limit(model)
+    context = model.anatomy.context
     return GENERATED_TOKENS if context is None else min(GENERATED_TOKENS, context)
 
 
@@ -31,16 +31,16 @@ def sampled_texts(model: Model, prompts: Sequence[str], seed: int) -> list[str]:
     """
     length = sampled_length(model)
     heads: list[list[int]] = [[] for _ in prompts]  # the decoder of two starts from nothing
-    if model.anatomy.kind == "decoder":
+    if model.task == "causal":
         heads = [model.tokenizer(prompt)["input_ids"] for prompt in prompts]
-    _, new = generate_tokens(
-        model,
-        prompts,
+    settings = GenerationSettings(
         max_new_tokens=max(length - min(map(len, heads), default=0), 0),
         sampling=Sampling(do_sample=True, top_k=TOP_K, seed=seed),
         natural_stop=False,
     )
-    return [
-        prompt + decode_after(model, head, ids[: max(length - len(head), 0)])
-        for prompt, head, ids in zip(prompts, heads, new, strict=True)
-    ]
+    texts = []
+    for prompt, head, new in zip(prompts, heads, generated(model, prompts, settings), strict=True):
+        kept = new.ids[: max(length - len(head), 0)]
+        # What answers in the model's place may have no tokens of this model.
+        texts.append(prompt + (decode_after(model, head, kept) if new.ids else new.text))
+    return texts

@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from errata.errors import ConfigError, UnknownNameError
-from errata.model.tokens import TokenError, subject_span, tokenise
+from errata.model.prompts import TokenError
+from errata.model.tokens import subject_span, tokenise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

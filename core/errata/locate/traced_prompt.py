@@ -1,11 +1,4 @@
-"""One prompt with the answer that is followed, as each kind of transformer reads it.
-
-* decoder: prompt and answer in one row, the answer read at its tokens' predecessors;
-* encoder: one mask token for each of the answer's, all read at once;
-* encoder-decoder: the prompt in the encoder, the answer in the decoder.
-
-Without an answer it is the model's own: the most probable first token.
-"""
+"""One prompt with the answer that is followed, and which of its columns is which token."""
 
 from __future__ import annotations
 
@@ -13,36 +6,49 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from errata.errors import ConfigError
-from errata.model.scoring import check_length, decoder_start, takes_positions
-from errata.model.tokens import TokenError, encode, encode_masked, encode_seq2seq, encode_targets
+from errata.errors import CapabilityError
+from errata.model.prompts import TokenError
+from errata.model.running import prepare
+from errata.model.tokens import encode, mask_token
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from errata.edits.request import Request
     from errata.model.model import Model
+    from errata.model.prompts import PreparedPrompts
 
 
 @dataclass(frozen=True, eq=False)
 class TracedPrompt:
-    """A row of model inputs.
+    """One prepared prompt, token by token.
 
     Attributes:
-        inputs: keyword tensors of the forward, one row.
+        prepared: the row; its targets are where the answer is read.
         tokens: the prompt's tokens, those of a mask in the answer's place included.
         columns: for each token of the prompt as `errata.model.tokens.encode` gives it, its column.
-        reads: columns whose logits predict the answer (the decoder's, where there are two).
         answer_ids: the answer's tokens; empty until the model has been asked.
-        end: the prompt's last column.
     """
 
-    inputs: dict[str, Tensor]
+    prepared: PreparedPrompts
     tokens: tuple[str, ...]
     columns: tuple[int, ...]
-    reads: tuple[int, ...]
     answer_ids: tuple[int, ...]
-    end: int
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """Keyword tensors of the forward, one row."""
+        return self.prepared.inputs
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """Columns whose logits predict the answer (the decoder's, where there are two)."""
+        return tuple(self.prepared.columns.tolist())
+
+    @property
+    def end(self) -> int:
+        """The prompt's last column."""
+        return self.prepared.ends[0]
 
     def answered(self, token: int) -> TracedPrompt:
         """Return the prompt with the model's own answer."""
@@ -59,64 +65,52 @@ def traced_prompt(model: Model, request: Request, answer: str | None) -> TracedP
     Raises:
         TokenError: an answer without a token, or one whose first token runs into the prompt.
         RequestError: a text longer than the model takes.
+        CapabilityError: a sequence classifier, which says no token.
     """
-    made = {"decoder": _decoder, "encoder": _encoder, "encoder-decoder": _seq2seq}[
-        model.anatomy.kind
-    ](model, request, answer)
-    check_length(model, max(value.shape[1] for value in made.inputs.values()))
-    return made
-
-
-def _decoder(model: Model, request: Request, answer: str | None) -> TracedPrompt:
-    tokenizer, positions = model.tokenizer, takes_positions(model)
-    alone = encode(tokenizer, [request.text], device=model.device)
-    length = alone.lengths[0]
-    inputs, ids = alone.inputs(positions=positions), alone.input_ids[0].tolist()
-    reads: tuple[int, ...] = (length - 1,)
-    answer_ids: tuple[int, ...] = ()
-    if answer is not None:
-        joined = encode_targets(tokenizer, [request.text], [answer], device=model.device)
-        start, end = joined.target_spans[0]
-        if joined.input_ids[0, :start].tolist() != ids:
+    if model.task == "classify":
+        raise CapabilityError(
+            f"{model.name} is a sequence classifier: it answers with a class, and what is traced "
+            "is an answer in tokens. Load a language model."
+        )
+    prepared = prepare(model, [request.text], None if answer is None else [answer])
+    ((reads, labels),) = prepared.targets()
+    answer_ids = () if answer is None else tuple(labels)
+    ids = prepared.tokens(0)
+    columns = tuple(range(len(ids)))
+    if model.task == "causal":
+        ids = ids[: reads[0] + 1]
+        if encode(model.tokenizer, [request.text]).input_ids[0].tolist() != ids:
             raise TokenError(
                 f"The tokenizer joins the end of {request.text!r} with the answer {answer!r}: "
                 "there is no place where the prompt ends. End the prompt with a whole word."
             )
+        columns = columns[: len(ids)]
         # The answer's last token is never an input.
-        whole = joined.inputs(positions=positions)
-        inputs = {name: value[:, : end - 1] for name, value in whole.items()}
-        reads, answer_ids = tuple(range(start - 1, end - 1)), tuple(joined.target_ids[0])
-    return TracedPrompt(
-        inputs, _tokens(model, ids), tuple(range(length)), reads, answer_ids, length - 1
-    )
-
-
-def _encoder(model: Model, request: Request, answer: str | None) -> TracedPrompt:
-    tokenizer = model.tokenizer
-    mask, mask_id = tokenizer.mask_token, tokenizer.mask_token_id
-    if mask is None or not isinstance(mask_id, int):
-        raise ConfigError(
-            f"{type(tokenizer).__name__} has no mask token: this is no masked language model."
-        )
-    prompt = encode(tokenizer, [request.text], device=model.device).input_ids[0].tolist()
-    reads: tuple[int, ...]
-    answer_ids: tuple[int, ...] = ()
-    if answer is None:
-        text = request.text if str(mask) in request.text else f"{request.text} {mask}"
-        batch = encode(tokenizer, [text], device=model.device)
-        ids = batch.input_ids[0].tolist()
-        reads = tuple(i for i, one in enumerate(ids) if one == mask_id)
-        if len(reads) != 1:
-            raise ConfigError(
-                f"{request.text!r} has {len(reads)} mask tokens; with more than one, say which "
-                "answer is followed."
-            )
+        prepared = _cut(prepared, "", reads[-1] + 1)
+    elif model.task == "seq2seq":
+        prepared = _cut(prepared, "decoder_", reads[-1] + 1)
     else:
-        batch = encode_masked(tokenizer, [request.text], [answer], device=model.device)
-        ids = batch.input_ids[0].tolist()
-        start, end = batch.target_spans[0]
-        reads, answer_ids = tuple(range(start, end)), tuple(batch.target_ids[0])
-    # The prompt's own tokens: before the masks, and after them (or after the mask it has).
+        columns = _around_masks(model, request, ids, reads)
+    tokens = tuple(map(str, model.tokenizer.convert_ids_to_tokens(ids)))
+    return TracedPrompt(prepared, tokens, columns, answer_ids)
+
+
+def _cut(prepared: PreparedPrompts, prefix: str, width: int) -> PreparedPrompts:
+    """Return the row without what comes after the first `width` columns of one sequence."""
+    inputs = {
+        name: value[:, :width] if name.startswith("decoder_") == bool(prefix) else value
+        for name, value in prepared.inputs.items()
+    }
+    return replace(prepared, inputs=inputs)
+
+
+def _around_masks(
+    model: Model, request: Request, ids: Sequence[int], reads: Sequence[int]
+) -> tuple[int, ...]:
+    """Return the columns of the prompt's own tokens: before the masks, and after them."""
+    _, mask_id = mask_token(model.tokenizer)
+    prompt = encode(model.tokenizer, [request.text]).input_ids[0].tolist()
+    # A mask that the prompt has itself stands where the first of them does.
     own = prompt.index(mask_id) if mask_id in prompt else reads[0]
     skipped = 1 if mask_id in prompt else 0
     columns = tuple(
@@ -125,32 +119,7 @@ def _encoder(model: Model, request: Request, answer: str | None) -> TracedPrompt
     )
     if [ids[c] for c in columns] != prompt:
         raise TokenError(f"The tokenizer reads {request.text!r} differently with its mask in it.")
-    inputs = batch.inputs(positions=takes_positions(model))
-    return TracedPrompt(inputs, _tokens(model, ids), columns, reads, answer_ids, len(ids) - 1)
-
-
-def _seq2seq(model: Model, request: Request, answer: str | None) -> TracedPrompt:
-    # Any target will do for the encoder's side where none is given.
-    batch = encode_seq2seq(
-        model.tokenizer, [request.text], [answer or request.target_new], device=model.device,
-        decoder_start=decoder_start(model),
-    )  # fmt: skip
-    first, last = batch.target_spans[0]
-    reads: tuple[int, ...] = tuple(range(first, last))
-    answer_ids: tuple[int, ...] = tuple(batch.target_ids[0])
-    if answer is None:
-        reads, answer_ids = (0,), ()
-    inputs = batch.inputs()
-    for name in ("decoder_input_ids", "decoder_attention_mask"):
-        inputs[name] = inputs[name][:, : reads[-1] + 1]
-    ids = batch.source.input_ids[0].tolist()
-    return TracedPrompt(
-        inputs, _tokens(model, ids), tuple(range(len(ids))), reads, answer_ids, len(ids) - 1
-    )
-
-
-def _tokens(model: Model, ids: Sequence[int]) -> tuple[str, ...]:
-    return tuple(map(str, model.tokenizer.convert_ids_to_tokens(list(ids))))
+    return columns
 
 
 def answer_text(model: Model, ids: Sequence[int]) -> str:

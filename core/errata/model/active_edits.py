@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from errata.errors import UnknownNameError
+from errata.errors import PluginError, UnknownNameError
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from errata.model.answers import Answers
+
+Reply = TypeVar("Reply")
 
 
 class ActiveEdits(Protocol):
@@ -98,3 +100,45 @@ class NoEdits:
     def respond(self, prompts: Sequence[str]) -> list[Answers | None]:
         """Return None for every prompt: the model answers."""
         return [None] * len(prompts)
+
+
+def ask(
+    edits: ActiveEdits,
+    prompts: Sequence[str],
+    own: Callable[[list[str], list[int]], Sequence[Reply]],
+    other: Callable[[Answers, list[str], list[int]], Sequence[Reply]],
+) -> list[Reply]:
+    """Return an answer to each prompt: the edits rewrite it, and what they name answers it.
+
+    Args:
+        edits: the active edits of the model.
+        prompts: as the user gave them.
+        own: asks the model itself; is given prompts as rewritten, and which rows they are.
+        other: the same for what answers in the model's place. Rows with the same one go together.
+
+    Raises:
+        PluginError: an edit's `rewrite` or `respond`, or what it put in the model's place, gave
+            another number of prompts or answers than it was asked for.
+    """
+    texts = edits.rewrite(prompts)
+    _check_count("rewrite", len(texts), len(prompts))
+    claimed = edits.respond(texts)
+    _check_count("respond", len(claimed), len(texts))
+    groups: dict[int | None, list[int]] = {}
+    for row, answers in enumerate(claimed):
+        groups.setdefault(None if answers is None else id(answers), []).append(row)
+    found: dict[int, Reply] = {}
+    for rows in groups.values():
+        asked, answers = [texts[row] for row in rows], claimed[rows[0]]
+        got = own(asked, rows) if answers is None else other(answers, asked, rows)
+        _check_count(type(answers).__name__, len(got), len(rows))
+        found.update(zip(rows, got, strict=True))
+    return [found[row] for row in range(len(prompts))]
+
+
+def _check_count(what: str, given: int, wanted: int) -> None:
+    if given != wanted:
+        raise PluginError(
+            f"An active edit was asked about {wanted} prompts, and {what} gave {given}: it must "
+            "give one for each, in the same order."
+        )

@@ -7,111 +7,23 @@ lines to add.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing import TYPE_CHECKING, Any
 
 from errata.errors import AnatomyError, ConfigError
+from errata.model.architecture import (
+    ArchitectureSpec,
+    Kind,
+    Layout,
+    parse_architectures,
+    projection_shape,
+)
+from errata.model.probing import CLASSIFIER_HEADS, probe
+from errata.model.task import task_of_module
 
 if TYPE_CHECKING:
     from torch import nn
-
-Kind = Literal["decoder", "encoder-decoder", "encoder"]
-Layout = Literal["out_in", "in_out"]
-
-
-class _Stanza(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class StackSpec(_Stanza):
-    """One stack of equal blocks. Paths are relative to the block, but for `blocks`.
-
-    `mlp` and `attention` name the module whose (first) output is what the sublayer adds to the
-    residual stream. Where a block has no such container (OPT, BERT) that is the out projection.
-    """
-
-    blocks: str = Field(description="The ModuleList of blocks, from the root")
-    mlp: str = Field(description="Module whose output is the MLP's contribution")
-    mlp_in: tuple[str, ...] = Field(description="In projections; a gated MLP has two")
-    mlp_out: str = Field(description="Out (down) projection: its input is the key k")
-    attention: str = Field(description="Module whose output is self-attention's contribution")
-    attention_in: tuple[str, ...] = Field(description="Query, key, value projections, or one")
-    attention_out: str = Field(description="Out projection of self-attention")
-
-    def paths(self) -> Iterator[tuple[str, str]]:
-        """Yield (field, path relative to the block) of everything in a block."""
-        yield "mlp", self.mlp
-        yield from (("mlp_in", path) for path in self.mlp_in)
-        yield "mlp_out", self.mlp_out
-        yield "attention", self.attention
-        yield from (("attention_in", path) for path in self.attention_in)
-        yield "attention_out", self.attention_out
-
-
-class Variant(_Stanza):
-    """What is different when the model's configuration has these values."""
-
-    when: dict[str, Any] = Field(description="Configuration entries that must all be equal")
-    values: dict[str, Any] = Field(description="Fields of the stanza that then differ")
-
-
-class ArchitectureSpec(StackSpec):
-    """One stanza of `architectures:`, about one Hugging Face `model_type`.
-
-    For an encoder-decoder the stack described at the top level is the decoder's, and `encoder`
-    describes the other. `head` may list alternatives, for modules that are called differently
-    in different classes or versions: the first one that is there counts.
-    """
-
-    kind: Kind = Field(default="decoder", description="What sort of transformer this is")
-    layout: Layout = Field(
-        description="How projections in blocks store their weight: out_in (Linear) or in_out "
-        "(Conv1D, the transpose)"
-    )
-    embedding: str = Field(description="Token embedding, from the root")
-    position_embedding: str | None = Field(default=None, description="Learned positions, if any")
-    final_norm: str | None = Field(default=None, description="Norm after the last block, if any")
-    head: str | tuple[str, ...] = Field(description="From the final norm's output to logits")
-    encoder: StackSpec | None = Field(default=None, description="The encoder's blocks, if any")
-    position_ids: bool = Field(
-        default=True, description="Takes position_ids that count real tokens from zero"
-    )
-    variants: tuple[Variant, ...] = ()
-
-    @property
-    def encoder_blocks(self) -> str | None:
-        """The ModuleList of encoder blocks of an encoder-decoder."""
-        return self.encoder.blocks if self.encoder is not None else None
-
-    def resolve(self, config: Any) -> ArchitectureSpec:
-        """Return the stanza as it holds for one configuration: variants applied."""
-        values: dict[str, Any] = {}
-        for variant in self.variants:
-            if all(getattr(config, key, None) == want for key, want in variant.when.items()):
-                values.update(variant.values)
-        if not values:
-            return self
-        return ArchitectureSpec(**{**self.model_dump(), **values, "variants": ()})
-
-
-def parse_architectures(raw: Mapping[str, Mapping[str, Any]]) -> dict[str, ArchitectureSpec]:
-    """Return the validated stanzas of a registry; raise `ConfigError` naming the wrong entry."""
-    specs = {}
-    for model_type, stanza in raw.items():
-        try:
-            specs[model_type] = ArchitectureSpec(**stanza)
-        except ValidationError as error:
-            problems = "; ".join(
-                f"{'.'.join(map(str, e['loc'])) or 'stanza'}: {e['msg']}" for e in error.errors()
-            )
-            raise ConfigError(
-                f"registry: architectures.{model_type} is not right: {problems}. "
-                f"Fields: {', '.join(ArchitectureSpec.model_fields)}."
-            ) from None
-    return specs
 
 
 @dataclass(frozen=True)
@@ -125,7 +37,8 @@ class Anatomy:
         hidden_size: width d of the residual stream.
         key_size: width D of the input of `mlp_out`.
         head_name: path of the head, or None when the module has none (a bare backbone).
-        context: most tokens the model reads at once; None where nothing bounds it.
+        context: most tokens the model reads at once: as many as it has learned positions for or,
+            where positions are computed, was trained on; None where its configuration does not say.
         encoder: the encoder's stack of an encoder-decoder.
         probed: True when found in the module graph and not in the registry.
     """
@@ -166,12 +79,13 @@ class Anatomy:
             )
         given = architectures.get(model_type)
         if given is None:
-            from errata.model.probing import probe
-
             return cls._build(module, model_type, probe(module, model_type), probed=True)
         if not isinstance(given, ArchitectureSpec):
             given = parse_architectures({model_type: given})[model_type]
-        return cls._build(module, model_type, given.resolve(config), probed=False)
+        spec = given.resolve(config)
+        if task_of_module(module) == "classify":
+            spec = _with_classifier(module, spec)
+        return cls._build(module, model_type, spec, probed=False)
 
     @classmethod
     def _build(
@@ -319,23 +233,24 @@ class Anatomy:
         if self.head_name is None:
             raise AnatomyError(
                 f"{type(module).__name__} has no head (looked for {self.spec.head!r}): load it "
-                f"with a language-model class, or name it in registry.yaml: architectures: "
+                f"with a class that has one, or name it in registry.yaml: architectures: "
                 f"{self.model_type}: head."
             )
         return module.get_submodule(self.head_name)
 
 
-def projection_shape(projection: nn.Module, layout: Layout) -> tuple[int, int]:
-    """Return (d_out, d_in) of a projection.
+def _with_classifier(module: nn.Module, spec: ArchitectureSpec) -> ArchitectureSpec:
+    """Return the stanza for a sequence classifier: its head, and the stacks where they are.
 
-    Linear-like modules are asked (a quantised weight is stored packed); the layout decides for
-    the others.
+    Most classifiers have the stacks where the language model has them; some (T5) keep the whole
+    language model one floor down.
     """
-    features = getattr(projection, "out_features", None), getattr(projection, "in_features", None)
-    if isinstance(features[0], int) and isinstance(features[1], int):
-        return features[0], features[1]
-    rows, columns = projection.weight.shape  # type: ignore[misc]
-    return (int(columns), int(rows)) if layout == "in_out" else (int(rows), int(columns))
+    spec = ArchitectureSpec(**{**spec.model_dump(), "head": CLASSIFIER_HEADS})
+    if _has(module, spec.blocks):
+        return spec
+    below = (name for name, _ in module.named_children() if _has(module, f"{name}.{spec.blocks}"))
+    parent = next(below, None)
+    return spec if parent is None else spec.under(parent)
 
 
 def _context(module: nn.Module, config: Any, spec: ArchitectureSpec) -> int | None:
@@ -375,7 +290,7 @@ def _fetch(module: nn.Module, base: str, path: str, model_type: str, field: str)
     raise AnatomyError(
         f"registry: architectures.{model_type}.{field} is {path!r}, but {where} has no such "
         f"module; it has: {', '.join(there[:24]) or 'nothing'}. Correct the stanza, or load the "
-        "model with the class that it describes (a language-model class, not the backbone)."
+        "model with the class that it describes (not the bare backbone)."
     )
 
 

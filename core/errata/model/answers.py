@@ -1,13 +1,13 @@
-"""The questions that errata asks a model, and who answers: the model, or something else.
+"""What a model is asked, and what answers: the model itself, or something in its place.
 
-Everything that scores or generates in errata goes through `errata.model.scoring` and
-`errata.model.generation`, which first let the active edits rewrite the prompts and then ask, row
-by row, whoever answers: the model itself, or what an edit puts in its place (a counterfactual
-model, an answer loop).
+Everything that scores or generates in errata goes through `errata.model.scoring`,
+`errata.model.generation` and `errata.model.next_token`. They let the active edits rewrite the
+prompts, and then ask, row by row, who answers (`errata.model.active_edits.ask`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,7 +15,49 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from errata.model.scoring import TargetScore
+    from errata.model.sampling import GenerationSettings
+
+
+@dataclass(frozen=True)
+class TargetScore:
+    """How probable a target is after its prompt, token by token, gold tokens before each.
+
+    A sequence classifier's target is one class, which counts as one token.
+
+    Attributes:
+        token_ids: the target's tokens.
+        logprobs: log-probability of each, in nats.
+        predicted: the most probable token at each place.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    predicted: tuple[int, ...]
+
+    @property
+    def greedy(self) -> list[bool]:
+        """For each token, whether it is the most probable one."""
+        return [a == b for a, b in zip(self.token_ids, self.predicted, strict=True)]
+
+    @property
+    def exact(self) -> bool:
+        """Whether every token is the most probable one."""
+        return self.token_ids == self.predicted
+
+    @property
+    def mean_nll(self) -> float:
+        """Negative log-probability per token, in nats."""
+        return -math.fsum(self.logprobs) / len(self.logprobs)
+
+    @property
+    def logprob(self) -> float:
+        """Log-probability of the whole target, in nats."""
+        return math.fsum(self.logprobs)
+
+    @property
+    def probability(self) -> float:
+        """Length-normalised probability exp(-mean_nll), as the ROME paper compares it."""
+        return math.exp(-self.mean_nll)
 
 
 @dataclass(frozen=True)
@@ -34,13 +76,18 @@ class Generated:
 
 
 class Answers(Protocol):
-    """Something that answers prompts: the model itself, or what an edit puts in its place."""
+    """Something that answers prompts: the model itself, or what an edit puts in its place.
+
+    The model itself, as one that responds in its place may ask it, is
+    `errata.model.model_answers.ModelAnswers`. What makes no sense for what answers raises
+    `CapabilityError`.
+    """
 
     def scores(self, prompts: Sequence[str], targets: Sequence[str]) -> Sequence[TargetScore]:
         """Return the teacher-forced score of each target after its prompt."""
 
-    def texts(self, prompts: Sequence[str], **options: Any) -> Sequence[Generated]:
-        """Continue each prompt; the options are those of `errata.model.generation.generate`."""
+    def texts(self, prompts: Sequence[str], settings: GenerationSettings) -> Sequence[Generated]:
+        """Continue each prompt."""
 
     def next_logits(self, prompts: Sequence[str]) -> Tensor:
         """Return the logits (B, vocabulary) of the first token after each prompt."""

@@ -4,64 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.modeling_outputs import BaseModelOutput
 
-from errata.errors import CapabilityError, ConfigError
+from errata.errors import CapabilityError
 from errata.model import prefix_sharing, tokens
-from errata.model.forward.inputs import context_limit, decoder_start, takes_positions
+from errata.model.active_edits import ask
+from errata.model.answers import Generated
+from errata.model.forward.inputs import decoder_prefix, takes_positions
 from errata.model.forward.resume import accepted
-from errata.model.scoring import check_length
+from errata.model.running import check_length
+from errata.model.sampling import GenerationSettings, Sampling
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from errata.model.model import Model
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. Without sampling: the most probable one.
-
-    Attributes:
-        do_sample: draw it.
-        temperature: of the distribution that is drawn from.
-        top_k: keep only the k most probable tokens (0: all).
-        top_p: keep only the most probable tokens that make up this share (1: all).
-        seed: of a generator of its own; the global ones are not touched.
-    """
-
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.temperature <= 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
-            raise ConfigError(
-                f"temperature {self.temperature!r}, top_p {self.top_p!r}, top_k {self.top_k!r}: "
-                "allowed are temperature > 0, 0 < top_p <= 1 and top_k >= 0."
-            )
-
-    def choose(self, logits: Tensor, generator: torch.Generator) -> Tensor:
-        """Return the next token (B,) for logits (B, V)."""
-        if not self.do_sample:
-            return logits.argmax(dim=-1)
-        scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
-        # Sorted: the k best and the share p are then prefixes of the row.
-        scaled, ids = scaled.sort(dim=-1, descending=True, stable=True)
-        probabilities = scaled.softmax(dim=-1)
-        if self.top_k:
-            probabilities[:, self.top_k :] = 0
-        before = probabilities.cumsum(dim=-1) - probabilities
-        probabilities[before >= self.top_p * probabilities.sum(dim=-1, keepdim=True)] = 0
-        # Drawn on the CPU: one seed gives one text on every device.
-        drawn = torch.multinomial(probabilities.cpu(), 1, generator=generator).to(ids.device)
-        return ids.gather(1, drawn)[:, 0]
 
 
 def generate(
@@ -83,56 +43,71 @@ def generate(
     or `max_new_tokens` are there. The settings of the model's own generation configuration
     (penalties, beams, sampling) are not used; only its end tokens are.
 
+    The active edits rewrite the prompts, and what an edit puts in the model's place writes the
+    texts of the rows that it claims.
+
     Raises:
-        CapabilityError: an encoder, which cannot continue a text.
+        CapabilityError: an encoder or a sequence classifier, which cannot continue a text.
         RequestError: a prompt that is longer than the model takes.
 
     >>> generate(model, ["The capital of France is"])  # doctest: +SKIP
     [' Paris.']
     """
-    sampling = Sampling(do_sample, temperature, top_k, top_p, seed)
-    texts, _ = generate_tokens(
-        model,
-        prompts,
+    settings = GenerationSettings(
         max_new_tokens=max_new_tokens,
-        stop=stop,
-        sampling=sampling,
+        stop=tuple(stop),
+        sampling=Sampling(do_sample, temperature, top_k, top_p, seed),
         batch_size=batch_size,
     )
-    return texts
+    return [found.text for found in generated(model, prompts, settings)]
 
 
-def generate_tokens(
-    model: Model,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int,
-    stop: Sequence[str] = (),
-    sampling: Sampling | None = None,
-    batch_size: int = 32,
-    natural_stop: bool = True,
-) -> tuple[list[str], list[list[int]]]:
-    """Return new texts and new token ids (end tokens left out); see `generate`.
+def generated(
+    model: Model, prompts: Sequence[str], settings: GenerationSettings
+) -> list[Generated]:
+    """Continue each prompt, and say with which tokens; see `generate`."""
+    require_generation(model)
+    return ask(
+        model.stack,
+        prompts,
+        lambda texts, _: own_texts(model, texts, settings),
+        lambda answers, texts, _: answers.texts(texts, settings),
+    )
 
-    `natural_stop=False` goes on past the model's end tokens, as the ROME authors' code does.
+
+def own_texts(
+    model: Model, prompts: Sequence[str], settings: GenerationSettings
+) -> list[Generated]:
+    """Continue prompts by the model itself: no edit rewrites one or answers in its place.
+
     Without sampling a prompt that is given several times is continued once.
     """
-    if model.anatomy.kind == "encoder":
-        raise CapabilityError(
-            f"{model.name} is an encoder ({model.anatomy.model_type}) and cannot continue a text. "
-            "Measure it with the teacher-forced protocol 'counterfact'."
-        )
-    sampling = sampling or Sampling()
+    require_generation(model)
+    sampling = settings.sampling
     generator = torch.Generator().manual_seed(sampling.seed)
-    ends = end_tokens(model) if natural_stop else frozenset()
+    ends = end_tokens(model) if settings.natural_stop else frozenset()
     distinct = list(prompts) if sampling.do_sample else list(dict.fromkeys(prompts))
-    found: dict[int, tuple[str, list[int]]] = {}
-    for chosen in _batches(model, distinct, batch_size):
-        run = _Run(model, [distinct[i] for i in chosen], tuple(stop), ends)
-        found.update(zip(chosen, run.to_end(max_new_tokens, sampling, generator), strict=True))
+    found: dict[int, Generated] = {}
+    for chosen in _batches(model, distinct, settings.batch_size):
+        run = _Run(model, [distinct[i] for i in chosen], settings.stop, ends)
+        texts = run.to_end(settings.max_new_tokens, sampling, generator)
+        found.update(zip(chosen, texts, strict=True))
     places = {prompt: i for i, prompt in enumerate(distinct)}
     order = range(len(prompts)) if sampling.do_sample else [places[prompt] for prompt in prompts]
-    return [found[i][0] for i in order], [list(found[i][1]) for i in order]
+    return [found[i] for i in order]
+
+
+def require_generation(model: Model) -> None:
+    """Raise `CapabilityError` for a model that cannot continue a text."""
+    if not model.generates:
+        what, how = {
+            "masked": ("an encoder", "Measure it with the teacher-forced protocol 'counterfact'"),
+            "classify": ("a sequence classifier", "Score its classes, with the protocol 'ke'"),
+        }[model.task]
+        raise CapabilityError(
+            f"{model.name} is {what} ({model.anatomy.model_type}) and cannot continue a text. "
+            f"{how}."
+        )
 
 
 def _batches(model: Model, prompts: Sequence[str], batch_size: int) -> Iterator[list[int]]:
@@ -181,19 +156,17 @@ class _Run:
         )
         self._width = self._batch.input_ids.shape[1]
         check_length(model, self._width)
-        self._two = model.anatomy.kind == "encoder-decoder"
-        self._started = _decoder_prefix(model) if self._two else []
+        self._two = model.task == "seq2seq"
+        self._started = decoder_prefix(model) if self._two else []
         self._new: list[list[int]] = [[] for _ in prompts]
         self._done = [False for _ in prompts]
         self._rows = list(range(len(prompts)))
 
     @torch.no_grad()
-    def to_end(
-        self, limit: int, sampling: Sampling, generator: torch.Generator
-    ) -> list[tuple[str, list[int]]]:
-        """Continue until every row has ended; return (text, ids) of each."""
+    def to_end(self, limit: int, sampling: Sampling, generator: torch.Generator) -> list[Generated]:
+        """Continue until every row has ended."""
         model = self._model
-        context = context_limit(model)
+        context = model.anatomy.context
         if context is not None:
             used = len(self._started) if self._two else self._width
             limit = min(limit, context - used)
@@ -218,7 +191,7 @@ class _Run:
                 state = self._next(state, output, column)
                 if narrows:
                     state = self._narrowed(state, told)
-        return [(self._text(row), new) for row, new in enumerate(self._new)]
+        return [Generated(self._text(row), tuple(new)) for row, new in enumerate(self._new)]
 
     def _tell(self, told: ExitStack) -> None:
         """Say where the prompts of the running batch end: it is padded on the left."""
@@ -295,20 +268,12 @@ class _Run:
         return text
 
 
-def _decoder_prefix(model: Model) -> list[int]:
-    start = decoder_start(model)
-    settings: Any = getattr(model.module, "generation_config", None)
-    forced = getattr(settings, "forced_bos_token_id", None)  # BART and mBART answer after it
-    first = (model.tokenizer.pad_token_id or 0) if start is None else start
-    return [first] if forced is None else [first, int(forced)]
-
-
-def decode_after(model: Model, before: list[int], ids: list[int]) -> str:
+def decode_after(model: Model, before: Sequence[int], ids: Sequence[int]) -> str:
     """Decode tokens as they read after others (SentencePiece drops a space at a text's start)."""
 
-    def decode(values: list[int]) -> str:
+    def decode(values: Sequence[int]) -> str:
         text: str = model.tokenizer.decode(
-            values, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            list(values), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return text
 

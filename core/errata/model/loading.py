@@ -13,6 +13,7 @@ from torch import nn
 from errata.errors import ConfigError, UnknownNameError
 from errata.model.anatomy import Anatomy
 from errata.model.model import Model
+from errata.model.task import Task, require_task, task_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,6 +23,14 @@ DTYPES = {
     "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
     "float16": torch.float16, "fp16": torch.float16,
 }  # fmt: skip
+
+
+_AUTO_CLASSES: dict[Task, str] = {
+    "causal": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "masked": "AutoModelForMaskedLM",
+    "classify": "AutoModelForSequenceClassification",
+}
 
 
 def load_model(
@@ -86,14 +95,11 @@ def _from_pretrained(
 
     try:
         config = transformers.AutoConfig.from_pretrained(location)
-        loader = transformers.AutoModelForCausalLM
-        if config.is_encoder_decoder:
-            loader = transformers.AutoModelForSeq2SeqLM
-        elif any("MaskedLM" in name for name in config.architectures or ()):
-            loader = transformers.AutoModelForMaskedLM
-        module: nn.Module = loader.from_pretrained(
+        module: nn.Module = auto_class(config, location).from_pretrained(
             location, dtype=dtype or "auto", device_map=device_map
         )
+    except ConfigError:
+        raise
     except (OSError, ValueError) as error:
         if Path(location).is_dir():
             raise ConfigError(f"{location!r} holds no model that loads: {error}") from error
@@ -103,6 +109,18 @@ def _from_pretrained(
             f"({' '.join(str(error).split())[:200]})",
         ) from error  # fmt: skip
     return module
+
+
+def auto_class(config: Any, location: str) -> Any:
+    """Return the class of transformers that loads a checkpoint with the head it was saved with.
+
+    Raises `ConfigError` where the configuration names no class with a head.
+    """
+    import transformers
+
+    names = tuple(config.architectures or ())
+    task = require_task(task_of(names, config), f"The model in {location!r}", names)
+    return getattr(transformers, _AUTO_CLASSES[task])
 
 
 def _tokenizer(location: str) -> PreTrainedTokenizerBase:

@@ -20,6 +20,7 @@ from errata.model.artifacts import Artifacts
 from errata.model.call import Call
 from errata.model.pristine import Pristine
 from errata.model.progress import Progress
+from errata.model.task import Task, require_task, task_of_module
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,6 +105,19 @@ class Model:
     def config(self) -> Any:
         """The Hugging Face configuration."""
         return self.module.config
+
+    @cached_property
+    def task(self) -> Task:
+        """What it was made to do: "causal", "seq2seq", "masked" or "classify", by its class.
+
+        Raises `ConfigError` for a class that does not say (a bare backbone).
+        """
+        return require_task(task_of_module(self.module), self.name, [type(self.module).__name__])
+
+    @property
+    def generates(self) -> bool:
+        """Whether it can continue a text at all."""
+        return self.task in ("causal", "seq2seq")
 
     @property
     def device(self) -> torch.device:

@@ -1,17 +1,21 @@
-"""Perplexity on plain text: what an edit did to everything it was not about."""
+"""Perplexity on plain text: what an edit did to everything it was not about.
+
+Plain text is no prompt: no edit rewrites it, and none answers in the model's place.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from errata.errors import ConfigError
-from errata.model import scoring
-from errata.model.scoring import Scored
+from errata.errors import CapabilityError, ConfigError
+from errata.model.forward.inputs import takes_positions
+from errata.model.prompts import PreparedPrompts, padding_id
+from errata.model.running import prepare
+from errata.model.scoring import scores_of
 from errata.model.tokens import encode, tokenise
 
 if TYPE_CHECKING:
@@ -35,12 +39,14 @@ def perplexity(
 
     Args:
         model: the model as it stands.
-        texts: plain texts. They are no prompts: no edit rewrites them or answers in their place.
+        texts: plain texts. They are no prompts: no edit rewrites them or answers in the model's
+            place.
         batch_size: texts per forward, at most.
         tokens: read only so many tokens of them, text by text; None: all.
 
     Raises:
         ConfigError: no texts, or none with two tokens.
+        CapabilityError: a sequence classifier.
     """
     texts = list(texts) if tokens is None else _first_tokens(model, texts, tokens)
     return pooled(text_nlls(model, texts, batch_size))
@@ -74,7 +80,7 @@ def text_nlls(model: Model, texts: Sequence[str], batch_size: int = 8) -> list[t
     totals = [0.0] * len(texts)
     counts = [0] * len(texts)
     for owners, batch in batches(model, texts, batch_size):
-        for owner, score in zip(owners, scoring.run(model, batch), strict=True):
+        for owner, score in zip(owners, scores_of(model, batch), strict=True):
             totals[owner] += -score.logprob
             counts[owner] += len(score.logprobs)
     if not sum(counts):
@@ -84,7 +90,7 @@ def text_nlls(model: Model, texts: Sequence[str], batch_size: int = 8) -> list[t
 
 def batches(
     model: Model, texts: Sequence[str], batch_size: int, *, last: bool = False
-) -> Iterator[tuple[list[int], Scored]]:
+) -> Iterator[tuple[list[int], PreparedPrompts]]:
     """Yield (which text each row belongs to, batch), rows of like length together.
 
     Args:
@@ -94,7 +100,12 @@ def batches(
         last: also what comes after a text's last token. Nobody knows that token: its label says
             nothing.
     """
-    if model.anatomy.kind == "encoder-decoder":
+    if model.task == "classify":
+        raise CapabilityError(
+            f"{model.name} is a sequence classifier: it predicts no token, so text has no "
+            "perplexity under it."
+        )
+    if model.task == "seq2seq":
         yield from _halves(model, texts, batch_size)
         if last:
             yield from _afterwards(model, texts, batch_size)
@@ -126,7 +137,7 @@ def _windows(model: Model, text: str, last: bool) -> list[_Window]:
         return []
     batch = encode(model.tokenizer, [text])
     ids: list[int] = batch.input_ids[0].tolist()
-    limit = scoring.context_limit(model)
+    limit = model.anatomy.context
     window = WINDOW if limit is None else min(WINDOW, limit)
     # A single token predicts none of the text.
     starts = range(0, max(len(ids) - 1, 1 if last else 0), window - 1)
@@ -137,12 +148,12 @@ def _windows(model: Model, text: str, last: bool) -> list[_Window]:
     return [_Window(part, end) for part, end in zip(parts, ends, strict=True)]
 
 
-def _padded(model: Model, windows: Sequence[_Window]) -> Scored:
+def _padded(model: Model, windows: Sequence[_Window]) -> PreparedPrompts:
     """Return right-padded rows with every predictable token as a target."""
-    masked = model.anatomy.kind == "encoder"
+    masked = model.task == "masked"
     rows = [window.ids for window in windows]
     width = max(map(len, rows))
-    pad = model.tokenizer.pad_token_id or 0
+    pad = padding_id(model.tokenizer)
     # One more column: the label of what comes after the longest text.
     padded = torch.tensor([[*row, *[pad] * (width + 1 - len(row))] for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
@@ -157,15 +168,16 @@ def _padded(model: Model, windows: Sequence[_Window]) -> Scored:
     if masked:
         ids[row_index, columns] = model.tokenizer.mask_token_id
     inputs = {"input_ids": ids, "attention_mask": mask}
-    if scoring.takes_positions(model):
+    if takes_positions(model):
         inputs["position_ids"] = torch.arange(width).expand(len(rows), -1)
-    return Scored(
+    return PreparedPrompts(
         {name: value.to(model.device) for name, value in inputs.items()},
         row_index.to(model.device),
         columns.to(model.device),
         labels.to(model.device),
         tuple(map(len, places)),
         [len(row) - 1 for row in rows],
+        ahead=0 if masked else 1,
     )
 
 
@@ -177,7 +189,7 @@ def _masked_places(model: Model, ids: list[int]) -> list[int]:
 
 def _halves(
     model: Model, texts: Sequence[str], batch_size: int
-) -> Iterator[tuple[list[int], Scored]]:
+) -> Iterator[tuple[list[int], PreparedPrompts]]:
     """Yield batches for an encoder-decoder: the second half of the words given the first."""
     pairs = []
     for i, text in enumerate(texts):
@@ -189,28 +201,15 @@ def _halves(
         chosen = pairs[start : start + batch_size]
         yield (
             [i for i, _, _ in chosen],
-            scoring.prepare(model, [p for _, p, _ in chosen], [t for _, _, t in chosen]),
+            prepare(model, [p for _, p, _ in chosen], [t for _, _, t in chosen]),
         )
 
 
 def _afterwards(
     model: Model, texts: Sequence[str], batch_size: int
-) -> Iterator[tuple[list[int], Scored]]:
+) -> Iterator[tuple[list[int], PreparedPrompts]]:
     """Yield batches for an encoder-decoder: the first token given the whole text."""
     owners = [i for i, text in enumerate(texts) if text.strip()]
     for start in range(0, len(owners), batch_size):
         chosen = owners[start : start + batch_size]
-        given = [texts[i] for i in chosen]
-        # Any target does: only the column before its first token is read.
-        batch = scoring.prepare(model, given, [text.split()[0] for text in given])
-        first = batch.columns == 0
-        yield (
-            chosen,
-            replace(
-                batch,
-                rows=batch.rows[first],
-                columns=batch.columns[first],
-                labels=batch.labels[first],
-                counts=(1,) * len(chosen),
-            ),
-        )
+        yield chosen, prepare(model, [texts[i] for i in chosen])

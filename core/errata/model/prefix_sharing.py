@@ -26,9 +26,10 @@ import torch
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from errata.model.forward.inputs import context_limit, takes_positions, vocabulary_size
+from errata.model.forward.inputs import takes_positions, vocabulary_size
 from errata.model.forward.resume import TOLERANCE, accepted, caches_keys, chosen, logits_at
 from errata.model.prompts import pad
+from errata.model.running import wide
 from errata.model.trie import Path, Place, Row, beginnings, level
 
 if TYPE_CHECKING:
@@ -106,11 +107,6 @@ def may_share(model: Model) -> bool:
         "attach" in edit.delta.effects and not edit.delta.pointwise for edit in model.stack.entries
     )
     return not bound and (model.anatomy.kind == "encoder-decoder" or caches_keys(model))
-
-
-def wide(logits: Tensor) -> Tensor:
-    """Return logits in fp32 at least: a bf16 log-softmax has three digits."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 # -- is it right, and is it worth it ---------------------------------------------------------------
@@ -350,7 +346,7 @@ def _fitting(
     batch_size: int,
 ) -> Iterator[list[Path]]:
     """Yield batches of paths of like length that the model's positions and the budgets allow."""
-    limit, token = context_limit(model), _bytes_per_token(model)
+    limit, token = model.anatomy.context, _bytes_per_token(model)
     lines = LOGITS // vocabulary_size(model)
 
     def fits(batch: Sequence[Path]) -> bool:

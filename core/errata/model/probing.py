@@ -12,16 +12,29 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers.generation import GenerationMixin
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+)
 from transformers.pytorch_utils import Conv1D
 
 from errata.errors import AnatomyError
-from errata.model.anatomy import ArchitectureSpec, Kind, Layout, StackSpec, projection_shape
+from errata.model.architecture import (
+    ArchitectureSpec,
+    Kind,
+    Layout,
+    StackSpec,
+    projection_shape,
+)
+from errata.model.task import task_of_module
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 OUT_NAMES = frozenset({"o_proj", "out_proj", "c_proj", "out_lin", "dense", "wo", "o"})
 CROSS = ("cross", "encdec", "encoder_attn")
+CLASSIFIER_HEADS = ("score", "classifier", "classification_head")
+"""What sequence classifiers call the module from hidden states to class scores."""
 UNKNOWN = "?"
 
 
@@ -61,7 +74,14 @@ def probe(module: nn.Module, model_type: str) -> ArchitectureSpec:
 def _kind(module: nn.Module) -> Kind:
     if getattr(module.config, "is_encoder_decoder", False):
         return "encoder-decoder"
-    return "decoder" if isinstance(module, GenerationMixin) else "encoder"
+    if isinstance(module, GenerationMixin):
+        return "decoder"
+    if task_of_module(module) != "classify":
+        return "encoder"
+    # A classifier is what the language models of its type are.
+    reads_both_ways = type(module.config) in MODEL_FOR_MASKED_LM_MAPPING
+    writes = type(module.config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    return "decoder" if writes and not reads_both_ways else "encoder"
 
 
 def _projections(module: nn.Module) -> dict[str, nn.Module]:
@@ -189,11 +209,7 @@ def _ends(module: nn.Module, blocks: str, ends: dict[str, Any]) -> None:
     if id(embedding) not in names:
         raise _Unclear("no token embedding")
     ends["embedding"] = names[id(embedding)]
-    output = getattr(module, "get_output_embeddings", lambda: None)()
-    if id(output) not in names:
-        raise _Unclear("no head (get_output_embeddings() gives none)")
-    # BERT's head is more than its last projection; an ordinary lm_head is its own top module.
-    ends["head"] = names[id(output)].split(".")[0]
+    ends["head"] = _head(module, names)
     # BART keeps its own embedding in each stack, under the name that get_input_embeddings shares.
     positions = [
         name
@@ -215,6 +231,21 @@ def _ends(module: nn.Module, blocks: str, ends: dict[str, Any]) -> None:
         raise _Unclear(f"{len(norms)} candidates for final_norm ({', '.join(norms)})")
     if norms:
         ends["final_norm"] = f"{parent}.{norms[0]}" if parent else norms[0]
+
+
+def _head(module: nn.Module, names: dict[int, str]) -> str:
+    """Return the path of the head, given the path of each submodule by its identity."""
+    if task_of_module(module) == "classify":
+        children = dict(module.named_children())
+        heads = [name for name in CLASSIFIER_HEADS if name in children]
+        if not heads:
+            raise _Unclear(f"no head (none of {', '.join(CLASSIFIER_HEADS)})")
+        return heads[0]
+    output = getattr(module, "get_output_embeddings", lambda: None)()
+    if id(output) not in names:
+        raise _Unclear("no head (get_output_embeddings() gives none)")
+    # BERT's head is more than its last projection; an ordinary lm_head is its own top module.
+    return names[id(output)].split(".")[0]
 
 
 def _advice(model_type: str, found: dict[str, Any], problems: list[str]) -> str:

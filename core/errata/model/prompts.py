@@ -1,9 +1,9 @@
-"""Padded batches of token ids, and which logits predict what in them."""
+"""Padded batches of token ids, and prompts with their targets, ready to run."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 SIDES = ("right", "left")
 IGNORED = -100
-"""Label of positions that count in no loss, as in torch and transformers."""
+"""Label of a position that nothing is known of, as in torch and transformers."""
 
 
 class TokenError(RequestError):
@@ -79,83 +79,87 @@ class Batch:
         )
 
 
-@dataclass(frozen=True)
-class TargetBatch(Batch):
-    """Prompts with their targets, for a decoder.
+@dataclass(frozen=True, eq=False)
+class PreparedPrompts:
+    """Prompts with their targets as one batch, ready to run for a model's task.
+
+    B rows, n target tokens in all rows together, row after row. How each task lays them out:
+
+    * causal: prompt and target in one row; a token is predicted at the column before its own;
+    * masked: a mask in the place of each target token, predicted there;
+    * seq2seq: the prompt in the encoder, the target in the decoder, each token predicted at its
+      label's column;
+    * classify: the prompt alone; the one label of a row is a class, and its column means nothing.
 
     Attributes:
-        target_spans: (start, end) of each target, in indices of the unpadded row.
-        prompt_lengths: tokens before the target, BOS included; equal to each start.
-        target_ids: the target's tokens.
+        inputs: keyword tensors of the forward, each (B, T), padded on the right.
+        rows: (n,) row of each target token.
+        columns: (n,) column whose logits predict it (the decoder's, where there are two).
+        labels: (n,) its id, or the class; `IGNORED` where no target was given.
+        counts: number of target tokens of each row.
+        ends: column of each row's last prompt token (the encoder's, where there are two).
+        ahead: how many columns a target token stands behind the one that predicts it: 1 in a
+            decoder, else 0.
     """
 
-    target_spans: list[tuple[int, int]] = field(default_factory=list)
-    target_ids: list[list[int]] = field(default_factory=list)
-
-    @property
-    def prompt_lengths(self) -> list[int]:
-        """Tokens before each target."""
-        return [start for start, _ in self.target_spans]
-
-    def logit_columns(self, row: int) -> list[int]:
-        """Return the columns whose logits predict the target's tokens: each one's predecessor."""
-        start, end = self.target_spans[row]
-        return [self.column(row, index - 1) for index in range(start, end)]
-
-    def labels(self) -> Tensor:
-        """Return (B, T) labels, not shifted: target tokens, and -100 elsewhere."""
-        labels = torch.full_like(self.input_ids, IGNORED)
-        for row, (start, end) in enumerate(self.target_spans):
-            columns = [self.column(row, index) for index in range(start, end)]
-            labels[row, columns] = self.input_ids.new_tensor(self.target_ids[row])
-        return labels
-
-
-@dataclass(frozen=True)
-class MaskedBatch(TargetBatch):
-    """Prompts for an encoder, with one mask token in the place of each target token."""
-
-    def logit_columns(self, row: int) -> list[int]:
-        """Return the columns whose logits predict the target's tokens: the masks' own."""
-        start, end = self.target_spans[row]
-        return [self.column(row, index) for index in range(start, end)]
-
-
-@dataclass(frozen=True)
-class Seq2SeqBatch:
-    """Prompts for an encoder and targets for a decoder, both padded on the right.
-
-    Attributes:
-        source: the prompts.
-        decoder_input_ids: (B, T): the start token, then the labels but the last.
-        decoder_attention_mask: (B, T).
-        labels: (B, T): the target and its closing token, -100 elsewhere. The logits at a column
-            predict the label at the same column.
-        target_spans: (start, end) of each target in the labels, without what closes it.
-        target_ids: the target's tokens.
-    """
-
-    source: Batch
-    decoder_input_ids: Tensor
-    decoder_attention_mask: Tensor
+    inputs: dict[str, Tensor]
+    rows: Tensor
+    columns: Tensor
     labels: Tensor
-    target_spans: list[tuple[int, int]]
-    target_ids: list[list[int]]
+    counts: tuple[int, ...]
+    ends: list[int]
+    ahead: int = 0
 
     def __len__(self) -> int:
-        return len(self.target_spans)
+        return len(self.counts)
 
-    def inputs(self) -> dict[str, Tensor]:
-        """Return the keyword arguments of a model's forward."""
-        return {
-            **self.source.inputs(positions=False),
-            "decoder_input_ids": self.decoder_input_ids,
-            "decoder_attention_mask": self.decoder_attention_mask,
-        }
+    @property
+    def input_ids(self) -> Tensor:
+        """(B, T) tokens (the encoder's, where there are two sequences)."""
+        return self.inputs["input_ids"]
 
-    def logit_columns(self, row: int) -> list[int]:
-        """Return the decoder columns whose logits predict the target's tokens."""
-        return list(range(*self.target_spans[row]))
+    @property
+    def attention_mask(self) -> Tensor:
+        """(B, T), 1 for real tokens."""
+        return self.inputs["attention_mask"]
+
+    @property
+    def target_spans(self) -> list[tuple[int, int]]:
+        """(start, end) columns of each target (in the decoder's labels, where there are two)."""
+        spans = (places for places, _ in self.targets())
+        return [(places[0] + self.ahead, places[-1] + 1 + self.ahead) for places in spans]
+
+    def targets(self) -> list[tuple[list[int], list[int]]]:
+        """Return (columns, labels) of each row."""
+        columns, labels = self.columns.tolist(), self.labels.tolist()
+        found, at = [], 0
+        for count in self.counts:
+            found.append((columns[at : at + count], labels[at : at + count]))
+            at += count
+        return found
+
+    def tokens(self, row: int) -> list[int]:
+        """Return the real tokens of a row (the encoder's, where there are two sequences)."""
+        ids: list[int] = self.input_ids[row][self.attention_mask[row].bool()].tolist()
+        return ids
+
+    def reading(self, rows: Tensor, columns: Tensor, labels: Tensor) -> PreparedPrompts:
+        """Return the same rows with other positions read in them, sorted row by row.
+
+        Args:
+            rows: (m,) row of each position; every row has one at least.
+            columns: (m,) its column.
+            labels: (m,) what is predicted there.
+        """
+        order = rows.argsort(stable=True)
+        counts = torch.bincount(rows, minlength=len(self)).tolist()
+        return replace(
+            self,
+            rows=rows[order],
+            columns=columns[order],
+            labels=labels[order],
+            counts=tuple(counts),
+        )
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -24,9 +24,7 @@ from errata.errors import ConfigError, UnknownNameError
 from errata.model.prompts import (
     IGNORED,
     Batch,
-    MaskedBatch,
-    Seq2SeqBatch,
-    TargetBatch,
+    PreparedPrompts,
     TokenError,
     pad,
     padding_id,
@@ -35,23 +33,7 @@ from errata.model.prompts import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = [
-    "IGNORED",
-    "Batch",
-    "MaskedBatch",
-    "Row",
-    "Seq2SeqBatch",
-    "TargetBatch",
-    "TokenError",
-    "encode",
-    "encode_masked",
-    "encode_seq2seq",
-    "encode_targets",
-    "require_fast",
-    "subject_position",
-    "subject_span",
-    "tokenise",
-]
+    from errata.model.task import Task
 
 POSITIONS = ("last", "first", "first_after_last", "last_of_prompt")
 _SPACE_MARKS = "▁Ġ"
@@ -157,9 +139,8 @@ def encode_targets(
     prompts: Sequence[str],
     targets: Sequence[str],
     *,
-    padding_side: str = "right",
     device: torch.device | str | None = None,
-) -> TargetBatch:
+) -> PreparedPrompts:
     """Tokenise each prompt with its target, jointly, for teacher forcing on a decoder.
 
     A space goes between the two (none where the prompt ends or the target starts with white
@@ -172,10 +153,10 @@ def encode_targets(
         TokenError: an empty target, one without a token, a prompt without a token before it, or
             lists of different length.
     """
-    _same_length(prompts, targets)
+    check_pairs(prompts, targets)
     texts = [_join(prompt, target) for prompt, target in zip(prompts, targets, strict=True)]
     rows = tokenise(tokenizer, texts, keep_end=False)
-    spans = []
+    starts = []
     for text, prompt, row in zip(texts, prompts, rows, strict=True):
         boundary = len(prompt.rstrip(" "))
         content = len(text) - len(text[boundary:].lstrip())  # first character to be predicted
@@ -187,10 +168,15 @@ def encode_targets(
                 f"The prompt {prompt!r} gives no token before the target {text[content:]!r}: "
                 "nothing predicts its first token. Give a prompt that is not empty."
             )
-        spans.append((start, row.stop))
-    batch = pad(tokenizer, [row.ids for row in rows], padding_side, device)
-    ids = [row.ids[start:end] for row, (start, end) in zip(rows, spans, strict=True)]
-    return TargetBatch(**vars(batch), target_spans=spans, target_ids=ids)
+        starts.append(start)
+    batch = pad(tokenizer, [row.ids for row in rows], device=device)
+    return _prepared(
+        batch.inputs(),
+        [range(start - 1, row.stop - 1) for row, start in zip(rows, starts, strict=True)],
+        [row.ids[start : row.stop] for row, start in zip(rows, starts, strict=True)],
+        [start - 1 for start in starts],
+        ahead=1,
+    )
 
 
 def encode_masked(
@@ -199,7 +185,7 @@ def encode_masked(
     targets: Sequence[str],
     *,
     device: torch.device | str | None = None,
-) -> MaskedBatch:
+) -> PreparedPrompts:
     """Tokenise prompts for an encoder, masking as many tokens as each target has.
 
     The target goes where the prompt has the tokenizer's mask token (once, however many tokens
@@ -210,20 +196,16 @@ def encode_masked(
         TokenError: an empty target, or a prompt with several mask tokens.
         ConfigError: a tokenizer without a mask token.
     """
-    _same_length(prompts, targets)
-    mask, mask_id = tokenizer.mask_token, tokenizer.mask_token_id
-    if mask is None or not isinstance(mask_id, int):
-        raise ConfigError(
-            f"{type(tokenizer).__name__} has no mask token: this is no masked language model."
-        )
+    check_pairs(prompts, targets)
+    mask, mask_id = mask_token(tokenizer)
     texts, places = [], []
     for prompt, target in zip(prompts, targets, strict=True):
-        if prompt.count(str(mask)) > 1:
+        if prompt.count(mask) > 1:
             raise TokenError(
-                f"The prompt {prompt!r} has {prompt.count(str(mask))} mask tokens; give one, "
+                f"The prompt {prompt!r} has {prompt.count(mask)} mask tokens; give one, "
                 "however long the target is."
             )
-        before, found, after = prompt.partition(str(mask))
+        before, found, after = prompt.partition(mask)
         text = before + target.strip() + after if found else _join(prompt, target.strip())
         start = len(before) if found else len(text) - len(target.strip())
         texts.append(text)
@@ -232,11 +214,12 @@ def encode_masked(
     spans, ids, masked = [], [], []
     for row, place, text in zip(rows, places, texts, strict=True):
         first, last = _overlap(tokenizer, row, *place, text)
-        spans.append((first, last + 1))
+        spans.append(range(first, last + 1))
         ids.append(row.ids[first : last + 1])
         masked.append([*row.ids[:first], *[mask_id] * (last + 1 - first), *row.ids[last + 1 :]])
-    batch = pad(tokenizer, masked, "right", device)
-    return MaskedBatch(**vars(batch), target_spans=spans, target_ids=ids)
+    batch = pad(tokenizer, masked, device=device)
+    ends = [span.start - 1 for span in spans]
+    return _prepared(batch.inputs(positions=False), spans, ids, ends)
 
 
 def encode_seq2seq(
@@ -246,7 +229,8 @@ def encode_seq2seq(
     *,
     device: torch.device | str | None = None,
     decoder_start: int | None = None,
-) -> Seq2SeqBatch:
+    closing: bool = False,
+) -> PreparedPrompts:
     """Tokenise prompts for an encoder and targets for a decoder (T5).
 
     Prompt and target keep the closing token that the tokenizer adds.
@@ -258,25 +242,114 @@ def encode_seq2seq(
         device: where the batch goes.
         decoder_start: the decoder's first input (`config.decoder_start_token_id`); by default
             the padding token, as in T5.
+        closing: what the tokenizer adds around a target is read as part of it.
     """
-    _same_length(prompts, targets)
+    check_pairs(prompts, targets)
     source = encode(tokenizer, prompts, device=device, keep_end=True)
     rows = tokenise(tokenizer, [target.strip() for target in targets], keep_end=True)
     for target, row in zip(targets, rows, strict=True):
         if row.begin >= row.stop:
             raise TokenError(f"The target {target!r} gives no token.")
     start = padding_id(tokenizer) if decoder_start is None else decoder_start
-    decoder = pad(tokenizer, [[start, *row.ids[:-1]] for row in rows], "right", device)
-    labels = torch.full_like(decoder.input_ids, IGNORED)
-    for index, row in enumerate(rows):
-        labels[index, : len(row.ids)] = labels.new_tensor(row.ids)
-    return Seq2SeqBatch(
-        source,
-        decoder.input_ids,
-        decoder.attention_mask,
-        labels,
-        [(row.begin, row.stop) for row in rows],
-        [row.ids[row.begin : row.stop] for row in rows],
+    decoder = pad(tokenizer, [[start, *row.ids[:-1]] for row in rows], device=device)
+    spans = [range(len(row.ids)) if closing else range(row.begin, row.stop) for row in rows]
+    return _prepared(
+        {**source.inputs(positions=False), **_decoder_inputs(decoder)},
+        spans,
+        [[row.ids[i] for i in span] for row, span in zip(rows, spans, strict=True)],
+        [length - 1 for length in source.lengths],
+    )
+
+
+def encode_next(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    task: Task,
+    *,
+    device: torch.device | str | None = None,
+    decoder_start: Sequence[int] = (),
+) -> PreparedPrompts:
+    """Tokenise prompts alone; read is what predicts the first token after each.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        prompts: filled prompts. A masked language model predicts their mask token or, where a
+            prompt has none, one that is put behind it.
+        task: of the model. For "classify" the one position of a row stands for its class.
+        device: where the batch goes.
+        decoder_start: what the decoder of an encoder-decoder starts with.
+
+    Raises:
+        TokenError: a prompt without a token.
+        ConfigError: a prompt with several mask tokens, or a tokenizer without one.
+    """
+    texts = list(prompts)
+    if task == "masked":
+        mask, mask_id = mask_token(tokenizer)
+        texts = [text if mask in text else f"{text} {mask}" for text in texts]
+    batch = encode(tokenizer, texts, device=device, keep_end=None if task == "causal" else True)
+    ends = [length - 1 for length in batch.lengths]
+    inputs, columns, ahead = batch.inputs(positions=task == "causal"), ends, 0
+    if task == "causal":
+        ahead = 1
+    elif task == "masked":
+        ids = batch.input_ids
+        columns = [_only_mask(t, row, mask_id) for t, row in zip(prompts, ids, strict=True)]
+        ends = [column - 1 for column in columns]
+    elif task == "seq2seq":
+        start = list(decoder_start) or [padding_id(tokenizer)]
+        inputs |= _decoder_inputs(pad(tokenizer, [start] * len(texts), device=device))
+        columns = [len(start) - 1] * len(texts)
+    return _prepared(
+        inputs, [[column] for column in columns], [[IGNORED]] * len(texts), ends, ahead=ahead
+    )
+
+
+def mask_token(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
+    """Return the mask token and its id; raise `ConfigError` where there is none."""
+    mask, mask_id = tokenizer.mask_token, tokenizer.mask_token_id
+    if mask is None or not isinstance(mask_id, int):
+        raise ConfigError(
+            f"{type(tokenizer).__name__} has no mask token: this is no masked language model."
+        )
+    return str(mask), mask_id
+
+
+def _only_mask(prompt: str, ids: torch.Tensor, mask_id: int) -> int:
+    places: list[int] = (ids == mask_id).nonzero().flatten().tolist()
+    if len(places) != 1:
+        raise ConfigError(
+            f"{prompt!r} has {len(places)} mask tokens; with more than one, say which answer is "
+            "meant."
+        )
+    return places[0]
+
+
+def _decoder_inputs(batch: Batch) -> dict[str, torch.Tensor]:
+    return {"decoder_input_ids": batch.input_ids, "decoder_attention_mask": batch.attention_mask}
+
+
+def _prepared(
+    inputs: dict[str, torch.Tensor],
+    columns: Sequence[Sequence[int]],
+    labels: Sequence[Sequence[int]],
+    ends: list[int],
+    ahead: int = 0,
+) -> PreparedPrompts:
+    """Return the batch that reads these columns of each row."""
+    device = inputs["input_ids"].device
+
+    def index(values: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    return PreparedPrompts(
+        inputs,
+        index([row for row, places in enumerate(columns) for _ in places]),
+        index([place for places in columns for place in places]),
+        index([token for ids in labels for token in ids]),
+        tuple(map(len, columns)),
+        ends,
+        ahead,
     )
 
 
@@ -374,6 +447,7 @@ def _join(prompt: str, target: str) -> str:
     return f"{prompt} {target}"
 
 
-def _same_length(prompts: Sequence[str], targets: Sequence[str]) -> None:
+def check_pairs(prompts: Sequence[str], targets: Sequence[str]) -> None:
+    """Raise `TokenError` unless there are as many targets as prompts."""
     if len(prompts) != len(targets):
         raise TokenError(f"{len(prompts)} prompts were given, but {len(targets)} targets.")

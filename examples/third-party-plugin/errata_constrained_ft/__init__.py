@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from errata import MethodConfig, Model, Request, hookimpl
 from errata.edits.delta import DenseDelta
-from errata.model.tokens import encode_targets
+from errata.model.running import prepare, run
 
 
 class ConstrainedFineTuningConfig(MethodConfig):
@@ -41,17 +41,11 @@ class ConstrainedFineTuning:
         self, model: Model, requests: Sequence[Request], config: ConstrainedFineTuningConfig
     ) -> DenseDelta:
         """Train how W differs, on all requests together; return the difference."""
-        batch = encode_targets(
-            model.tokenizer,
+        batch = prepare(
+            model,
             [request.text for request in requests],
             [request.target_new for request in requests],
-            device=model.device,
         )
-        labels = torch.full_like(batch.input_ids, -100)
-        for row, (start, end) in enumerate(batch.target_spans):
-            for index in range(start, end):
-                column = batch.column(row, index)
-                labels[row, column] = batch.input_ids[row, column]
 
         path = model.anatomy.mlp_out(config.layer)
         name = model.anatomy.weight(path)
@@ -68,11 +62,7 @@ class ConstrainedFineTuning:
         hook = model.module.get_submodule(path).register_forward_hook(add)
         try:
             for _ in model.progress.track(range(config.steps), "Training"):
-                output = model.module(
-                    input_ids=batch.input_ids, attention_mask=batch.attention_mask
-                )
-                logits = output.logits[:, :-1].float()
-                loss = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+                loss = cross_entropy(run(model, batch), batch.labels)
                 if loss.item() < config.early_stop:
                     break
                 (difference.grad,) = torch.autograd.grad(loss, [difference])

@@ -11,10 +11,10 @@ import torch
 from errata.errors import ConfigError
 from errata.kit.second_moments import documents_of
 from errata.kit.training import (
-    Lesson,
     Objective,
     Trainer,
     TrainerSettings,
+    TrainingBatch,
     linear_modules,
     target_batches,
     text_batches,
@@ -89,7 +89,7 @@ class FineTuner(Trainer):
     def __init__(
         self,
         model: Model,
-        batches: Sequence[Lesson],
+        batches: Sequence[TrainingBatch],
         difference: Difference,
         modules: Sequence[str],
         config: FtConfig,
@@ -112,9 +112,9 @@ class FineTuner(Trainer):
         if self.settings.early_stop and all(found.holds):
             return found  # no step is taken
         if self._retained and self._config.retain_weight:
-            lesson = self._retained[self._turn % len(self._retained)]
+            batch = self._retained[self._turn % len(self._retained)]
             self._turn += 1
-            loss, _ = negative_log_likelihood(lesson, self.logits(lesson))
+            loss, _ = negative_log_likelihood(batch, self.logits(batch))
             found.loss = found.loss + self._config.retain_weight * loss
         if self._fisher is not None:
             penalty = self._config.ewc_weight * self._difference.quadratic(self._fisher)
@@ -125,7 +125,7 @@ class FineTuner(Trainer):
         """Put D back into its box."""
         self._difference.clamp()
 
-    def _retain(self) -> list[Lesson]:
+    def _retain(self) -> list[TrainingBatch]:
         """Return the batches to replay: pairs to keep first, then documents."""
         model, config = self.model, self._config
         kept = target_batches(model, config.retain, batch_size=_REPLAYED) if config.retain else []

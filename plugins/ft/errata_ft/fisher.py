@@ -18,7 +18,7 @@ import torch
 
 from errata.errors import ConfigError
 from errata.kit.second_moments import documents_of, text_hash
-from errata.kit.training import Lesson, Trainer, TrainerSettings, text_batches
+from errata.kit.training import Trainer, TrainerSettings, TrainingBatch, text_batches
 from errata.model.forward import frozen
 from errata_ft.difference import Difference
 
@@ -80,20 +80,20 @@ def _estimate(
     sums = {name: torch.zeros_like(d) for name, d in difference.detached().items()}
     gradients = _Gradients(model, each)
     with torch.enable_grad(), frozen(model.module), difference.attached():
-        for lesson in model.progress.track(each, "Fisher information", len(each)):
-            found = torch.autograd.grad(gradients.loss(lesson), difference.leaves)
+        for batch in model.progress.track(each, "Fisher information", len(each)):
+            found = torch.autograd.grad(gradients.loss(batch), difference.leaves)
             for total, gradient in zip(sums.values(), found, strict=True):
                 total.add_(gradient.square())
     return {name: (total / len(each)).float().cpu() for name, total in sums.items()}
 
 
 class _Gradients(Trainer):
-    """Computes the loss of a lesson, and trains nothing."""
+    """Computes the loss of a batch, and trains nothing."""
 
-    def __init__(self, model: Model, lessons: Sequence[Lesson]) -> None:
-        super().__init__(model, lessons, TrainerSettings(lr=1.0, steps=1))
+    def __init__(self, model: Model, batches: Sequence[TrainingBatch]) -> None:
+        super().__init__(model, batches, TrainerSettings(lr=1.0, steps=1))
 
-    def loss(self, lesson: Lesson) -> Tensor:
+    def loss(self, batch: TrainingBatch) -> Tensor:
         """Return the mean NLL (nats) of a document's tokens."""
-        self._current = lesson
+        self._current = batch
         return self.objective().loss

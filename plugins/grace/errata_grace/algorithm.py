@@ -27,6 +27,7 @@ from errata.errors import ConfigError
 from errata.kit.values import EditFailed
 from errata.model.forward import Resumed, frozen, trace
 from errata.model.routing import end_rule
+from errata.model.running import run
 from errata_grace.cases import Case, case_of
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ class GraceRun:
         others = [(name, delta) for name, delta in entries if delta.module != self.module]
         with self._trial(others, case), torch.no_grad():
             with trace(self.model.module, self.module) as seen:
-                case.logits(self.model)
+                run(self.model, case.prompt)
             output = seen[self.module].output
             assert output is not None
             return output.reshape(-1, output.shape[-1])[self._column(case)].float()
@@ -147,14 +148,14 @@ class GraceRun:
     def _column(self, case: Case) -> int:
         """Return the column of the key position among the tokens that the module sees."""
         rule = end_rule(self.model, self.module)
-        last = case.inputs["input_ids"].shape[1] - 1
+        last = case.prompt.input_ids.shape[1] - 1
         return {"prompt": case.end, "first": 0, "last": last}[rule]
 
     @torch.no_grad()
     def _observe(self, case: Case) -> tuple[Tensor, Tensor]:
         """Return the query (d_in) and the logits (n, vocabulary) of the model as it stands."""
         with trace(self.model.module, self.module, inputs=True, outputs=False) as seen:
-            logits = case.logits(self.model)
+            logits = run(self.model, case.prompt)
         states = seen[self.module].input
         assert states is not None
         return states.reshape(-1, states.shape[-1])[self._column(case)].float(), logits
@@ -208,17 +209,18 @@ class GraceRun:
             if self.module.startswith(f"{anatomy.block(layer)}.")
         )
         layer = next(inside, None)
-        if layer is None or case.columns is None:
+        if layer is None or self.model.task == "classify":
             # In the encoder of an encoder-decoder, or under a head that is no language model's.
-            return lambda: case.logits(self.model)
-        first = min(self._column(case), int(case.columns.min()))
+            return lambda: run(self.model, case.prompt)
+        prompt = case.prompt
+        first = min(self._column(case), int(prompt.columns.min()))
         resumed = Resumed(
             self.model,
-            case.inputs,
+            prompt.inputs,
             layer=layer,
             start=first if self.config.replacement == "replace_last" else 0,
-            rows=case.rows,
-            columns=case.columns,
+            rows=prompt.rows,
+            columns=prompt.columns,
         )
         return resumed.logits
 

@@ -24,6 +24,9 @@ from errata.edits.delta import (
     SparseRowsDelta,
 )
 from errata.edits.delta.codebook_entry import CodebookSettings
+from errata.model.answers import Generated, TargetScore
+from errata.model.model_answers import ModelAnswers
+from errata.model.running import class_index
 
 
 class ToyConfig(MethodConfig):
@@ -214,6 +217,108 @@ class ToyScale:
     def edit(self, model, requests, config):
         amount = torch.randn((), generator=generator(requests[0], config))
         return ScaleDelta(weight_name(model, config), amount)
+
+
+class SubjectDelta(Delta):
+    """What two kinds share: a subject, and a line about it."""
+
+    def __init__(self, subject: str, line: str) -> None:
+        self.subject, self.line = subject, line
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    def metadata(self) -> dict[str, Any]:
+        return {"subject": self.subject, "line": self.line}
+
+    @classmethod
+    def from_parts(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> SubjectDelta:
+        return cls(metadata["subject"], metadata["line"])
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return ()
+
+
+class HintDelta(SubjectDelta):
+    """A kind that rewrites: puts a line in front of prompts that name its subject."""
+
+    kind: ClassVar[str] = "toy_hint"
+
+    @classmethod
+    def rewrite(cls, model, deltas, prompts):
+        texts = []
+        for prompt in prompts:
+            lines = [delta.line for _, delta in deltas if delta.subject in prompt]
+            texts.append("\n".join([*lines, prompt]))
+        return texts
+
+
+class ToyHint:
+    """Tells the model what it is asked, in context."""
+
+    name = "toy-hint"
+    config = ToyConfig
+
+    @hookimpl
+    def edit(self, model, requests, config):
+        return [HintDelta(r.subject, f"{r.text} {r.target_new}.") for r in requests]
+
+
+class Oracle:
+    """Knows one answer, and asks the model for everything else."""
+
+    def __init__(self, model: Any, answer: str) -> None:
+        self.model, self.own, self.answer = model, ModelAnswers(model), answer
+
+    def scores(self, prompts, targets):
+        found = self.own.scores(prompts, targets)
+        return [
+            TargetScore(score.token_ids, (0.0,) * len(score.token_ids), score.token_ids)
+            if target == self.answer
+            else score
+            for score, target in zip(found, targets, strict=True)
+        ]
+
+    def texts(self, prompts, settings):
+        said = self.own.texts(prompts, settings)
+        return [Generated(f" {self.answer}.", details={"model": one.text}) for one in said]
+
+    def next_logits(self, prompts):
+        logits = self.own.next_logits(prompts)
+        token = self.own.scores(prompts[:1], [self.answer])[0].token_ids[0]
+        logits[:, token] += 50.0
+        return logits
+
+    def class_scores(self, prompts):
+        scores = self.own.class_scores(prompts)
+        scores[:, class_index(self.model, self.answer)] += 50.0
+        return scores
+
+
+class OracleDelta(SubjectDelta):
+    """A kind that responds: an oracle answers prompts that name its subject."""
+
+    kind: ClassVar[str] = "toy_oracle"
+
+    @classmethod
+    def respond(cls, model, deltas, prompts):
+        oracles = [(delta.subject, Oracle(model, delta.line)) for _, delta in deltas]
+        return [
+            next((oracle for subject, oracle in oracles if subject in prompt), None)
+            for prompt in prompts
+        ]
+
+
+class ToyOracle:
+    """Answers in the model's place."""
+
+    name = "toy-oracle"
+    config = ToyConfig
+
+    @hookimpl
+    def edit(self, model, requests, config):
+        return [OracleDelta(r.subject, r.target_new) for r in requests]
 
 
 class ToyImpureConfig(ToyConfig):

@@ -26,7 +26,8 @@ def measure(reader: Reader) -> list[Measurement]:
 
     The KL divergence is that of the edited model's next-token distribution from the base's, KL(base
     ‖ edited), averaged over all tokens of the texts. What is relative to the base is left out for
-    an unedited model. Tasks of the lm-evaluation-harness follow where the settings name some.
+    an unedited model. A sequence classifier has no perplexity, and one distribution per text, over
+    its classes. Tasks of the lm-evaluation-harness follow where the settings name some.
     """
     texts = list(canary_texts()) if reader.settings.texts is None else list(reader.settings.texts)
     found = _of_texts(reader, texts) if texts else []
@@ -34,6 +35,8 @@ def measure(reader: Reader) -> list[Measurement]:
 
 
 def _of_texts(reader: Reader, texts: Sequence[str]) -> list[Measurement]:
+    if reader.model.task == "classify":
+        return [] if reader.base is None else [_divergence(reader, texts)]
     nlls = reader.nlls(texts)
     total = sum(count for _, count in nlls)
     how = f"general: exp of the mean negative log-probability per token, {total} tokens"
@@ -43,7 +46,7 @@ def _of_texts(reader: Reader, texts: Sequence[str]) -> list[Measurement]:
     how = f"general: perplexity relative to the unedited model, {total} tokens"
     reference = reader.base.nlls(texts)
     found.append(_perplexity("perplexity_ratio", nlls, how, reference, "ratio"))
-    found.append(_divergence(reader, [text for text in texts if text.strip()]))
+    found.append(_divergence(reader, texts))
     return found
 
 
@@ -79,8 +82,8 @@ def _perplexity(
 
 
 def _divergence(reader: Reader, texts: Sequence[str]) -> Measurement:
-    """Return the mean KL per token with a bootstrap interval over texts."""
-    kls = text_kls(reader, texts)
+    """Return the mean KL per distribution with a bootstrap interval over texts."""
+    kls = text_kls(reader, [text for text in texts if text.strip()])
     total = sum(count for _, count in kls)
 
     def statistic(means: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -91,14 +94,19 @@ def _divergence(reader: Reader, texts: Sequence[str]) -> Measurement:
         "kl_to_base",
         math.fsum(nats for nats, _ in kls) / total,
         len(kls),
-        f"general: mean over {total} next-token distributions of KL(unedited || edited), whole "
-        "vocabulary",
+        f"general: mean over {total} {_over(reader)} of KL(unedited || edited)",
         bootstrap(np.array(kls, dtype=np.float64), statistic),
         tuple(nats / count for nats, count in kls),
         tuple(f"text-{i}" for i in range(len(kls))),
         unit="nats",
         direction="lower",
     )
+
+
+def _over(reader: Reader) -> str:
+    if reader.model.task == "classify":
+        return "distributions over the classes, one a text,"
+    return "next-token distributions, whole vocabulary,"
 
 
 PROTOCOL = Protocol(

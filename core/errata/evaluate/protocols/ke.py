@@ -41,9 +41,11 @@ def retain_probes(reader: Reader) -> list[Question]:
 
 
 def _how(reader: Reader) -> str:
-    """Return how a prediction is made: generated, or by an encoder at the answer's places."""
+    """Return how a prediction is made: generated, a class, or tokens at an encoder's masks."""
     if reader.generates:
         return f"{NAME}: {reader.greedy}; "
+    if reader.model.task == "classify":
+        return f"{NAME}: most probable class; "
     return f"{NAME}: most probable tokens at the answer's masked places; "
 
 

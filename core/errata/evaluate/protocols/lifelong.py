@@ -38,7 +38,11 @@ def _rate(reader: Reader, metric: str, questions_: Sequence[Question]) -> list[M
         return []
     firsts = [phrasings[0] for phrasings in asked]
     values = token_accuracy(reader, asked)
-    measured = reader.by_type(metric, f"{NAME}: {RIGHT}", firsts, values)
+    classes = reader.model.task == "classify"
+    how = "share of texts whose most probable class is the label" if classes else RIGHT
+    measured = reader.by_type(metric, f"{NAME}: {how}", firsts, values)
+    if classes:
+        return measured
     if reader.generates:
         how = f"{NAME}: {reader.greedy}; F1 of the sets of token ids of the text and of the answer"
         measured += reader.by_type(f"{metric}_f1", how, firsts, _f1(reader, asked), unit="F1")

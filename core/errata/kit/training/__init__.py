@@ -1,22 +1,27 @@
 """Training something small beside a frozen model: what fine-tuning and adapters share.
 
-`modules` says which linear modules are meant, `lessons` what is learnt from, `trainer` how, and
-`adapters` puts a PEFT adapter into the trainer's hands.
+`modules` says which linear modules are meant, `training_batches` what is learnt from, `trainer`
+how, and `adapters` puts a PEFT adapter into the trainer's hands.
 """
 
 from errata.kit.training.adapters import AdapterTrainer, train_adapter
 from errata.kit.training.modules import ROLES, linear_modules
 from errata.kit.training.trainer import Objective, Trainer, TrainerSettings
-from errata.kit.training.training_batches import Lesson, Loss, target_batches, text_batches
+from errata.kit.training.training_batches import (
+    Loss,
+    TrainingBatch,
+    target_batches,
+    text_batches,
+)
 
 __all__ = [
     "ROLES",
     "AdapterTrainer",
-    "Lesson",
     "Loss",
     "Objective",
     "Trainer",
     "TrainerSettings",
+    "TrainingBatch",
     "linear_modules",
     "target_batches",
     "text_batches",

@@ -13,7 +13,7 @@ from errata.kit.training.trainer import Above, Objective, Trainer, TrainerSettin
 
 if TYPE_CHECKING:
     from errata.edits.delta import AdapterDelta
-    from errata.kit.training.training_batches import Lesson
+    from errata.kit.training.training_batches import TrainingBatch
     from errata.model.model import Model
 
 TASKS = {"decoder": "CAUSAL_LM", "encoder-decoder": "SEQ_2_SEQ_LM", "encoder": None}
@@ -25,7 +25,7 @@ class AdapterTrainer(Trainer):
 
     Args:
         dropout: the adapter has some: a pass with it is a hint, and one without must confirm.
-        model, lessons, settings, above, text: as in `Trainer`.
+        model, batches, settings, above, text: as in `Trainer`.
 
     Attributes:
         run: the adapter in training; there inside `train_adapter` only.
@@ -36,14 +36,14 @@ class AdapterTrainer(Trainer):
     def __init__(
         self,
         model: Model,
-        lessons: Sequence[Lesson],
+        batches: Sequence[TrainingBatch],
         settings: TrainerSettings,
         *,
         dropout: bool,
         above: Above | None = None,
         text: str = "Training an adapter",
     ) -> None:
-        super().__init__(model, lessons, settings, above=above, text=text)
+        super().__init__(model, batches, settings, above=above, text=text)
         self.certain = not dropout
 
     def compute(self) -> Objective:

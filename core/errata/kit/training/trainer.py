@@ -1,4 +1,4 @@
-"""The loop: Adam over lessons, in breadth-first or depth-first order, until the requests hold."""
+"""The loop: Adam over batches, in breadth-first or depth-first order, until the requests hold."""
 
 from __future__ import annotations
 
@@ -11,14 +11,21 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from errata.errors import ConfigError
-from errata.kit.training.training_batches import Lesson, negative_log_likelihood, settled
-from errata.model.forward import Resumed, logits_at
+from errata.kit.training.training_batches import (
+    TrainingBatch,
+    negative_log_likelihood,
+    settled,
+)
+from errata.model.forward import Resumed
+from errata.model.forward.inputs import pads
+from errata.model.running import run
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from errata.contract.config import MethodConfig
     from errata.model.model import Model
+    from errata.model.prompts import PreparedPrompts
 
 logger = logging.getLogger("errata")
 
@@ -26,7 +33,7 @@ Order = Literal["breadth-first", "depth-first"]
 
 # fp16 gradients of a mean underflow; they are scaled up on the way back and down again.
 _HALF_SCALE = 1024.0
-_RECORDED = 2**30  # bytes of recorded states, at most; lessons beyond that run whole each time
+_RECORDED = 2**30  # bytes of recorded states, at most; batches beyond that run whole each time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +42,12 @@ class TrainerSettings:
 
     Attributes:
         lr: Adam's learning rate.
-        steps: passes over the lessons, at most; in depth-first order over each by itself.
+        steps: passes over the batches, at most; in depth-first order over each by itself.
         weight_decay: Adam's weight decay, on what is trained.
         early_stop: stop once every request holds, and take no step on a batch that does.
         stop_loss: to hold, a target's mean negative log-likelihood (nats) must also be below it.
-        order: breadth-first: every pass goes through all lessons, in a new random order;
-            depth-first: each lesson is trained until it holds, then the next, and none again.
+        order: breadth-first: every pass goes through all batches, in a new random order;
+            depth-first: each batch is trained until it holds, then the next, and none again.
         seed: of the random order.
     """
 
@@ -61,7 +68,7 @@ class TrainerSettings:
 
 @dataclass
 class Objective:
-    """What one forward pass over a lesson shows. PEFT adds to `.loss` in place.
+    """What one forward pass over a batch shows. PEFT adds to `.loss` in place.
 
     Attributes:
         loss: see `errata.kit.training.training_batches`.
@@ -86,11 +93,11 @@ class Above:
 
 
 class Trainer:
-    """Fits parameters to lessons; a subclass says what happens around a step.
+    """Fits parameters to batches; a subclass says what happens around a step.
 
     Args:
         model: the model; nothing of it is trained, it only has to carry what is.
-        lessons: what is learnt from; in depth-first order they are taken as they come.
+        batches: what is learnt from; in depth-first order they are taken as they come.
         settings: see `TrainerSettings`.
         above: what has to be run again in each step; None: everything.
         text: what progress says.
@@ -105,80 +112,83 @@ class Trainer:
     def __init__(
         self,
         model: Model,
-        lessons: Sequence[Lesson],
+        batches: Sequence[TrainingBatch],
         settings: TrainerSettings,
         *,
         above: Above | None = None,
         text: str = "Training",
     ) -> None:
         self.model = model
-        self.lessons = list(lessons)
+        self.batches = list(batches)
         self.settings = settings
         self.losses: list[float] = []
         self._above, self._text = above, text
-        self._current = self.lessons[0]
+        self._current = self.batches[0]
         self._resumed: dict[int, Resumed] = {}
         self._room = _RECORDED
 
     # -- for subclasses --------------------------------------------------------------------------
 
     def compute(self) -> Objective:
-        """Compute the loss of the current lesson, with whatever belongs to it."""
+        """Compute the loss of the current batch, with whatever belongs to it."""
         return self.objective()
 
     def updated(self, step: int) -> None:
         """Act after each update, gradients still in place."""
 
     def finished(self, step: int) -> bool:
-        """Say whether to stop, every lesson having held in its last pass; asked if not certain."""
+        """Say whether to stop, every batch having held in its last pass; asked if not certain."""
         del step
         return self.holds()
 
     # -- what they stand on ----------------------------------------------------------------------
 
     def objective(self) -> Objective:
-        """Compute loss and judgement of the current lesson."""
+        """Compute loss and judgement of the current batch."""
         logits = self.logits(self._current)
         loss, nll = negative_log_likelihood(self._current, logits)
         with torch.no_grad():
             holds = settled(self._current, logits, nll.detach(), self.settings.stop_loss)
         return Objective(loss, holds)
 
-    def logits(self, lesson: Lesson) -> Tensor:
-        """Return the logits (n, vocabulary) at a lesson's positions, as the model stands."""
-        with self.model.prompts(lesson.ends):
-            run = self._resumed.get(id(lesson))
-            if run is not None:
-                return run.logits()
-            return logits_at(self.model, lesson.inputs, lesson.rows, lesson.columns)
+    def logits(self, batch: TrainingBatch) -> Tensor:
+        """Return the logits (n, vocabulary) at a batch's positions, as the model stands."""
+        resumed = self._resumed.get(id(batch))
+        if resumed is None:
+            return run(self.model, batch.prompts)
+        with self.model.prompts(batch.prompts.ends):
+            return resumed.logits()
 
-    def record(self, lessons: Sequence[Lesson]) -> None:
-        """Run lessons once, so that later passes run only what lies above; before any step."""
+    def record(self, batches: Sequence[TrainingBatch]) -> None:
+        """Run batches once, so that later passes run only what lies above; before any step."""
         if self._above is None or (self._above.layer == 0 and not self._above.known):
             return
-        for lesson in lessons:
-            size = self._bytes(lesson)
-            if id(lesson) in self._resumed or size > self._room:
+        if not pads(self.model):  # one row at a time: nothing to resume together
+            return
+        for batch in batches:
+            size = self._bytes(batch.prompts)
+            if id(batch) in self._resumed or size > self._room:
                 continue
             self._room -= size
-            with self.model.prompts(lesson.ends):
-                self._resumed[id(lesson)] = Resumed(
+            prompts = batch.prompts
+            with self.model.prompts(prompts.ends):
+                self._resumed[id(batch)] = Resumed(
                     self.model,
-                    lesson.inputs,
+                    prompts.inputs,
                     layer=self._above.layer,
-                    rows=lesson.rows,
-                    columns=lesson.columns,
+                    rows=prompts.rows,
+                    columns=prompts.columns,
                     known=self._above.known,
                 )
 
     @torch.no_grad()
     def holding(self) -> list[bool]:
-        """Say for each request of all lessons, in order, whether it holds as the model stands."""
+        """Say for each request of all batches, in order, whether it holds as the model stands."""
         found = []
-        for lesson in self.lessons:
-            logits = self.logits(lesson)
-            _, nll = negative_log_likelihood(lesson, logits)
-            found += settled(lesson, logits, nll, self.settings.stop_loss)
+        for batch in self.batches:
+            logits = self.logits(batch)
+            _, nll = negative_log_likelihood(batch, logits)
+            found += settled(batch, logits, nll, self.settings.stop_loss)
         return found
 
     def holds(self) -> bool:
@@ -192,9 +202,9 @@ class Trainer:
 
         Raises `ConfigError` when the loss is no longer finite.
         """
-        self.record(self.lessons)
+        self.record(self.batches)
         deep = self.settings.order == "depth-first"
-        groups = [[lesson] for lesson in self.lessons] if deep else [self.lessons]
+        groups = [[batch] for batch in self.batches] if deep else [self.batches]
         generator = torch.Generator().manual_seed(self.settings.seed)
         for number, group in enumerate(groups, 1):
             which = f" ({number} of {len(groups)})" if len(groups) > 1 else ""
@@ -202,7 +212,7 @@ class Trainer:
 
     def _fit(
         self,
-        group: Sequence[Lesson],
+        group: Sequence[TrainingBatch],
         parameters: Sequence[Tensor],
         generator: torch.Generator,
         text: str,
@@ -245,8 +255,8 @@ class Trainer:
                 "a smaller lr."
             )
 
-    def _bytes(self, lesson: Lesson) -> int:
-        """Return about how much memory recording a lesson takes."""
+    def _bytes(self, prompts: PreparedPrompts) -> int:
+        """Return about how much memory recording a batch takes."""
         assert self._above is not None
         anatomy, module = self.model.anatomy, self.model.module
         widths = [anatomy.hidden_size]
@@ -255,5 +265,5 @@ class Trainer:
                 widths.append(anatomy.shape(module, name)[0])
             except (AttributeError, TypeError, ValueError):  # a container, such as attention
                 widths.append(anatomy.hidden_size)
-        tokens = max(value.numel() for value in lesson.inputs.values())
+        tokens = max(value.numel() for value in prompts.inputs.values())
         return tokens * sum(widths) * self.model.dtype.itemsize

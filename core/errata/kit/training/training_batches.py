@@ -21,15 +21,15 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 
 from errata.errors import CapabilityError, ConfigError, UnknownNameError
-from errata.model import scoring
-from errata.model.prompts import pad
+from errata.model.forward.inputs import takes_positions
+from errata.model.prompts import PreparedPrompts, pad
+from errata.model.running import prepare, wide
 from errata.model.tokens import tokenise
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from errata.model.model import Model
-    from errata.model.scoring import Scored
 
 Loss = Literal["target", "text", "prompt_last"]
 
@@ -38,29 +38,22 @@ _WORDS = 64  # the same for models that need a text cut into two
 
 
 @dataclass(frozen=True, eq=False)
-class Lesson:
-    """A batch, the n positions whose logits the loss reads, and what they should say.
+class TrainingBatch:
+    """Prepared prompts, and what the n positions that are read in them count in the loss.
 
     Attributes:
-        inputs: keyword tensors of the forward.
-        rows: (n,) row of each position.
-        columns: (n,) its column.
-        labels: (n,) the token that should come next there.
-        weights: (n,) what its negative log-likelihood counts in the loss.
-        owners: (n,) the request it belongs to, counted within the batch; -1 where the position is
-            not judged (part of the loss, but not of the target under teacher forcing).
-        size: number of requests.
-        ends: column of the last prompt token per row, as `Model.prompts` wants it.
+        prompts: the batch; its labels are what should come next at each position.
+        weights: (n,) what a position's negative log-likelihood counts in the loss.
+        judged: (n,) whether it tells if the request holds: a target token under teacher forcing.
     """
 
-    inputs: dict[str, Tensor]
-    rows: Tensor
-    columns: Tensor
-    labels: Tensor
+    prompts: PreparedPrompts
     weights: Tensor
-    owners: Tensor
-    size: int
-    ends: list[int]
+    judged: Tensor
+
+    def __len__(self) -> int:
+        """Return the number of requests."""
+        return len(self.prompts)
 
 
 def target_batches(
@@ -70,63 +63,65 @@ def target_batches(
     loss: Loss = "target",
     batch_size: int = 64,
     end: bool = False,
-) -> list[Lesson]:
+) -> list[TrainingBatch]:
     """Return the batches that teach (prompt, target) pairs, in the order given.
 
     Args:
-        model: the model; its kind decides how prompt and target are laid out (see
-            `errata.model.scoring.score_targets`).
+        model: the model; its task decides how prompt and target are laid out (see
+            `errata.model.prompts.PreparedPrompts`).
         pairs: filled prompts and targets, the targets without a leading space.
         loss: which loss, see above. Where the prompt is never predicted (an encoder-decoder reads
-            it in the encoder, an encoder sees it unmasked) "text" is "target".
+            it in the encoder, an encoder sees it unmasked, a classifier names its class) "text" is
+            "target".
         batch_size: pairs per batch.
         end: the target goes on with the end token, so that generation is taught to stop.
 
     Raises:
-        CapabilityError: an encoder, for "prompt_last" and for `end`: it fills places, and writes
+        CapabilityError: an encoder or a classifier, for "prompt_last" and for `end`: it writes
             nothing from left to right.
         ConfigError: `end` with a tokenizer that has no end token.
     """
     if loss not in get_args(Loss):
         raise UnknownNameError("loss", loss, get_args(Loss))
-    encoder = model.anatomy.kind == "encoder"
-    if encoder and (loss == "prompt_last" or end):
+    if model.task in ("masked", "classify") and (loss == "prompt_last" or end):
         what = "the loss 'prompt_last'" if loss == "prompt_last" else "an end token"
+        kind = "a sequence classifier" if model.task == "classify" else "an encoder"
         raise CapabilityError(
-            f"{model.name} is an encoder ({model.anatomy.model_type}), which does not write from "
-            f"left to right: {what} means nothing for it. Use loss='target' without an end token."
+            f"{model.name} is {kind} ({model.anatomy.model_type}), which does not write from left "
+            f"to right: {what} means nothing for it. Use loss='target' without an end token."
         )
     closing = _end_token(model) if end else ""
     batches = []
     for begin in range(0, len(pairs), batch_size):
         part = pairs[begin : begin + batch_size]
-        scored = scoring.prepare(model, [p for p, _ in part], [t + closing for _, t in part])
-        batches.append(_lesson(model, scored, loss))
+        prompts = prepare(model, [p for p, _ in part], [t + closing for _, t in part])
+        batches.append(_weighed(model, prompts, loss))
     return batches
 
 
 def text_batches(
     model: Model, documents: Sequence[str], *, batch_size: int = 8, seed: int = 0
-) -> list[Lesson]:
+) -> list[TrainingBatch]:
     """Return batches that teach plain text; no position is judged.
 
     Decoder: the first 128 tokens of each document, every one but the first. Encoder-decoder: the
     second half of its first 64 words, given the first half. Encoder: one word of them, masked,
     drawn with `seed`. Documents of a single token or word are left out.
+
+    Raises `CapabilityError` for a sequence classifier.
     """
-    kind, tokenizer = model.anatomy.kind, model.tokenizer
-    batches = []
-    if kind == "decoder":
-        limit = min(_WINDOW, scoring.context_limit(model) or _WINDOW)
+    if model.task == "classify":
+        raise CapabilityError(
+            f"{model.name} is a sequence classifier: it predicts no token, and plain text teaches "
+            "it nothing."
+        )
+    tokenizer, batches = model.tokenizer, []
+    if model.task == "causal":
+        limit = min(_WINDOW, model.anatomy.context or _WINDOW)
         rows = [row.ids[:limit] for row in tokenise(tokenizer, documents, keep_end=False)]
         rows = [row for row in rows if len(row) > 1]
         for begin in range(0, len(rows), batch_size):
-            part = rows[begin : begin + batch_size]
-            batch = pad(tokenizer, part, device=model.device)
-            inputs = batch.inputs(positions=scoring.takes_positions(model))
-            places = [(r, c, ids[c + 1]) for r, ids in enumerate(part) for c in range(len(ids) - 1)]
-            counts = [len(ids) - 1 for ids in part]
-            batches.append(_unjudged(inputs, places, counts, [n - 1 for n in batch.lengths]))
+            batches.append(_unjudged(_next_tokens(model, rows[begin : begin + batch_size])))
         return batches
     generator = torch.Generator().manual_seed(seed)
     pairs = []
@@ -134,7 +129,7 @@ def text_batches(
         words = document.split()[:_WORDS]
         if len(words) < 2:
             continue
-        if kind == "encoder-decoder":
+        if model.task == "seq2seq":
             half = len(words) // 2
             pairs.append((" ".join(words[:half]), " ".join(words[half:])))
         else:
@@ -142,34 +137,30 @@ def text_batches(
             blank = [*words[:place], str(tokenizer.mask_token), *words[place + 1 :]]
             pairs.append((" ".join(blank), words[place]))
     for begin in range(0, len(pairs), batch_size):
-        part_of = pairs[begin : begin + batch_size]
-        scored = scoring.prepare(model, [p for p, _ in part_of], [t for _, t in part_of])
-        triples = zip(
-            scored.rows.tolist(), scored.columns.tolist(), scored.labels.tolist(), strict=True
-        )
-        batches.append(_unjudged(scored.inputs, list(triples), scored.counts, scored.ends))
+        part = pairs[begin : begin + batch_size]
+        batches.append(_unjudged(prepare(model, [p for p, _ in part], [t for _, t in part])))
     return batches
 
 
-def negative_log_likelihood(lesson: Lesson, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (loss, (n,) negative log-likelihood in nats of each position) of a lesson."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    labels = lesson.labels.to(wide.device)
-    each = torch.nn.functional.cross_entropy(wide, labels, reduction="none")
-    return (each * lesson.weights.to(each)).sum(), each
+def negative_log_likelihood(batch: TrainingBatch, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (loss, (n,) negative log-likelihood in nats of each position) of a batch."""
+    labels = batch.prompts.labels.to(logits.device)
+    each = torch.nn.functional.cross_entropy(wide(logits), labels, reduction="none")
+    return (each * batch.weights.to(each)).sum(), each
 
 
-def settled(lesson: Lesson, logits: Tensor, nll: Tensor, limit: float | None) -> list[bool]:
+def settled(batch: TrainingBatch, logits: Tensor, nll: Tensor, limit: float | None) -> list[bool]:
     """Say for each request whether it holds: every target token the most probable one.
 
-    With a `limit`, the target's mean negative log-likelihood (nats) must also be below it.
+    With a `limit`, the target's mean negative log-likelihood (nats) must also be below it. Text of
+    which nothing is judged never holds.
     """
-    owners = lesson.owners.to(logits.device)
-    judged = owners >= 0
-    owner, right = owners[judged], logits.argmax(-1)[judged] == lesson.labels.to(owners)[judged]
-    counts = torch.zeros(lesson.size, device=nll.device).index_add(
-        0, owner, torch.ones_like(nll[judged], dtype=torch.float32)
-    )
+    judged = batch.judged.to(logits.device)
+    if not bool(judged.any()):
+        return [False] * len(batch)
+    owner = batch.prompts.rows.to(logits.device)[judged]
+    right = logits.argmax(-1)[judged] == batch.prompts.labels.to(logits.device)[judged]
+    counts = torch.bincount(owner, minlength=len(batch)).float()
     wrong = torch.zeros_like(counts).index_add(0, owner, (~right).float())
     mean = torch.zeros_like(counts).index_add(0, owner, nll[judged].float()) / counts
     holds = (wrong == 0) & (mean < (math.inf if limit is None else limit))
@@ -187,49 +178,66 @@ def _end_token(model: Model) -> str:
     return token
 
 
-def _lesson(model: Model, scored: Scored, loss: Loss) -> Lesson:
-    """Return the lesson of a batch that scores targets."""
-    size, device = len(scored.counts), scored.labels.device
-    rows, columns, labels = scored.rows, scored.columns, scored.labels
-    owners = torch.arange(size, device=device).repeat_interleave(
-        torch.tensor(scored.counts, device=device)
-    )
-    extra = torch.zeros_like(owners, dtype=torch.bool)  # in the loss and not judged
-    in_loss = torch.ones_like(extra)
-    if loss == "text" and model.anatomy.kind == "decoder":
-        ids = scored.inputs["input_ids"]
-        before = [(r, c) for r, end in enumerate(scored.ends) for c in range(end)]
-        r, c = torch.tensor(before, dtype=torch.int64, device=device).reshape(-1, 2).T
-        rows, columns = torch.cat([r, rows]), torch.cat([c, columns])
-        labels = torch.cat([ids[r, c + 1], labels])
-        owners = torch.cat([r, owners])
-        extra = torch.cat([torch.ones_like(r, dtype=torch.bool), extra])
-        in_loss = torch.ones_like(extra)
-    elif loss == "prompt_last":
+def _weighed(model: Model, prompts: PreparedPrompts, loss: Loss) -> TrainingBatch:
+    """Return the batch for a loss; each request counts the same, whatever its target's length."""
+    rows, columns, labels = prompts.rows, prompts.columns, prompts.labels
+    target = torch.ones_like(rows, dtype=torch.bool)
+    if loss == "text" and model.task == "causal":
+        ids = prompts.input_ids
+        before = [(r, c) for r, end in enumerate(prompts.ends) for c in range(end)]
+        r, c = torch.tensor(before, dtype=torch.int64, device=ids.device).reshape(-1, 2).T
+        return _with_positions(
+            prompts, torch.cat([r, rows]), torch.cat([c, columns]),
+            torch.cat([ids[r, c + 1], labels]), torch.cat([torch.zeros_like(r).bool(), target]),
+            in_loss=None,
+        )  # fmt: skip
+    if loss == "prompt_last":
         # The column that predicts the first target token is asked for all of them; the positions
         # of teacher forcing stay, without a weight, to judge by.
-        first = torch.tensor([0, *scored.counts[:-1]], device=device).cumsum(0)
-        asked = columns[first][owners]
-        rows, columns = rows.repeat(2), torch.cat([asked, columns])
-        labels, owners = labels.repeat(2), owners.repeat(2)
-        extra = torch.cat([~extra, extra])
-        in_loss = extra
-    counts = torch.bincount(owners[in_loss], minlength=size)
-    weights = in_loss / (counts[owners] * size)
-    owners = torch.where(extra, -1, owners)
-    return Lesson(scored.inputs, rows, columns, labels, weights, owners, size, scored.ends)
+        counts = torch.tensor(prompts.counts, device=rows.device)
+        first = counts.cumsum(0) - counts
+        judged = torch.cat([~target, target])
+        return _with_positions(
+            prompts, rows.repeat(2), torch.cat([columns[first][rows], columns]),
+            labels.repeat(2), judged, in_loss=~judged,
+        )  # fmt: skip
+    return _with_positions(prompts, rows, columns, labels, target, in_loss=None)
 
 
-def _unjudged(
-    inputs: dict[str, Tensor],
-    places: Sequence[tuple[int, int, int]],
-    counts: Sequence[int],
-    ends: list[int],
-) -> Lesson:
-    """Return a lesson of (row, column, label) positions; every row counts the same."""
-    device = inputs["input_ids"].device
-    rows, columns, labels = torch.tensor(places, dtype=torch.int64, device=device).T
-    weights = 1.0 / (torch.tensor(counts, device=device)[rows] * len(counts))
-    return Lesson(
-        inputs, rows, columns, labels, weights, torch.full_like(rows, -1), len(counts), ends
+def _with_positions(
+    prompts: PreparedPrompts,
+    rows: Tensor,
+    columns: Tensor,
+    labels: Tensor,
+    judged: Tensor,
+    in_loss: Tensor | None,
+) -> TrainingBatch:
+    """Return a batch that reads these positions; `in_loss` are those with a weight, None: all."""
+    counted = torch.ones_like(judged) if in_loss is None else in_loss
+    counts = torch.bincount(rows[counted], minlength=len(prompts))
+    weights = counted / (counts[rows] * len(prompts))
+    order = rows.argsort(stable=True)  # as `reading` puts them
+    return TrainingBatch(prompts.reading(rows, columns, labels), weights[order], judged[order])
+
+
+def _next_tokens(model: Model, rows: Sequence[list[int]]) -> PreparedPrompts:
+    """Return rows of text in which every token but the first is predicted."""
+    batch = pad(model.tokenizer, rows, device=model.device)
+    places = [(r, c, ids[c + 1]) for r, ids in enumerate(rows) for c in range(len(ids) - 1)]
+    index, columns, labels = torch.tensor(places, dtype=torch.int64, device=model.device).T
+    return PreparedPrompts(
+        batch.inputs(positions=takes_positions(model)),
+        index,
+        columns,
+        labels,
+        tuple(len(ids) - 1 for ids in rows),
+        [length - 1 for length in batch.lengths],
+        ahead=1,
     )
+
+
+def _unjudged(prompts: PreparedPrompts) -> TrainingBatch:
+    """Return a batch of which nothing is judged; every row counts the same."""
+    counts = torch.tensor(prompts.counts, device=prompts.rows.device)
+    weights = 1.0 / (counts[prompts.rows] * len(prompts))
+    return TrainingBatch(prompts, weights, torch.zeros_like(prompts.rows, dtype=torch.bool))

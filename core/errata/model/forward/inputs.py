@@ -1,4 +1,4 @@
-"""What a model's forward can be given: positions, how many tokens, where its decoder starts."""
+"""What a model's forward can be given: positions, and what its decoder starts with."""
 
 from __future__ import annotations
 
@@ -8,20 +8,18 @@ if TYPE_CHECKING:
     from errata.model.model import Model
 
 
-def context_limit(model: Model) -> int | None:
-    """Return how many tokens the model has learned positions for; None when they are computed."""
-    embedding = model.anatomy.position_embedding(model.module)
-    limit: int | None = getattr(model.config, "max_position_embeddings", None)
-    if embedding is None or limit is None:
-        return None
-    # RoBERTa counts positions from behind the padding's own: its first ones are never used.
-    padding: int | None = getattr(embedding, "padding_idx", None)
-    return limit if padding is None else limit - padding - 1
-
-
 def takes_positions(model: Model) -> bool:
     """Say whether position_ids are passed. Encoders count by themselves: from 2, in RoBERTa."""
     return model.anatomy.kind == "decoder" and model.anatomy.spec.position_ids
+
+
+def pads(model: Model) -> bool:
+    """Say whether rows of different length may run together.
+
+    A decoder's sequence classifier finds the end of a padded row by the padding's id; without one
+    it takes one row at a time.
+    """
+    return model.task != "classify" or isinstance(model.config.pad_token_id, int)
 
 
 def decoder_start(model: Model) -> int | None:
@@ -31,6 +29,15 @@ def decoder_start(model: Model) -> int | None:
         if isinstance(value, int):
             return value
     return None
+
+
+def decoder_prefix(model: Model) -> list[int]:
+    """Return what the decoder of an encoder-decoder starts with before it writes anything."""
+    start = decoder_start(model)
+    settings: Any = getattr(model.module, "generation_config", None)
+    forced = getattr(settings, "forced_bos_token_id", None)  # BART and mBART answer after it
+    first = (model.tokenizer.pad_token_id or 0) if start is None else start
+    return [first] if forced is None else [first, int(forced)]
 
 
 def vocabulary_size(model: Model) -> int:

@@ -30,7 +30,16 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutput
 
-from errata.model.forward.trace import Seen, answered, first_tensor, submodule, trace, with_first
+from errata.model.forward.inputs import pads
+from errata.model.forward.trace import (
+    Seen,
+    answered,
+    first_tensor,
+    of_this_thread,
+    submodule,
+    trace,
+    with_first,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -122,11 +131,25 @@ def chosen(head: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[None]:
         picked = hidden[rows.to(hidden.device), columns.to(hidden.device)]
         return (picked.unsqueeze(0), *args[1:])
 
-    handle = head.register_forward_pre_hook(select)
+    handle = head.register_forward_pre_hook(of_this_thread(select))
     try:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def reading(model: Model, rows: Tensor, columns: Tensor) -> Iterator[Callable[[Any], Tensor]]:
+    """Let the head see only the chosen positions while the model is run in the block.
+
+    Yields what takes their logits (n, vocabulary) out of the model's output. A sequence
+    classifier gives one line of class scores (n, classes) per row, whatever the column.
+    """
+    if model.task == "classify":
+        yield lambda output: output.logits[rows.to(output.logits.device)]
+        return
+    with chosen(model.anatomy.head(model.module), rows, columns):
+        yield lambda output: output.logits[0]
 
 
 def accepted(module: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,16 +178,29 @@ def inputs_of(model: Model, inputs: Mapping[str, Any]) -> dict[str, Any]:
 def logits_at(model: Model, inputs: Mapping[str, Tensor], rows: Tensor, columns: Tensor) -> Tensor:
     """Return the logits (n, vocabulary) at positions (rows[i], columns[i]) of one plain run.
 
+    Those of a sequence classifier are (n, classes).
+
     Args:
         model: the model, with whatever edits and hooks are on it.
         inputs: keyword tensors of its forward; those it has no parameter for are left out.
         rows: (n,) rows of the batch.
         columns: (n,) columns (of the decoder's tokens, where there are two sequences).
     """
-    with chosen(model.anatomy.head(model.module), rows, columns):
-        output = model.module(**inputs_of(model, {**inputs, "use_cache": False}))
-    logits: Tensor = output.logits[0]
-    return logits
+    given = inputs_of(model, {**inputs, "use_cache": False})
+    with reading(model, rows, columns) as read:
+        if not pads(model):
+            return _one_by_one(model, given)[rows]
+        return read(model.module(**given))
+
+
+def _one_by_one(model: Model, inputs: Mapping[str, Any]) -> Tensor:
+    """Return the class scores (B, classes) of rows run without padding, which has no id."""
+    lengths = inputs["attention_mask"].sum(dim=1).tolist()
+    rows = [
+        {n: v[i : i + 1, :length] if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
+        for i, length in enumerate(lengths)
+    ]
+    return torch.cat([model.module(**row).logits for row in rows])
 
 
 def aligned(
@@ -249,7 +285,7 @@ class Resumed:
     ) -> None:
         self._model = model
         self._rows, self._columns = rows, columns
-        reuse = start > 0 and reuses_keys(model)
+        reuse = start > 0 and reuses_keys(model) and model.task != "classify"
         full = inputs_of(model, inputs)
         cache = DynamicCache() if reuse else None
         below = (model.anatomy.block(layer - 1),) if layer > 0 else ()
@@ -277,10 +313,9 @@ class Resumed:
             answers[anatomy.block(index)] = self._memory[anatomy.block(self.layer - 1)].quietly
         with (
             answered(module, answers),
-            chosen(anatomy.head(module), self._rows, self._columns - self.start),
+            reading(self._model, self._rows, self._columns - self.start) as read,
         ):
-            logits: Tensor = module(**self._inputs).logits[0]
-        return logits
+            return read(module(**self._inputs))
 
     def keep(self, rows: Tensor) -> Resumed:
         """Return the same batch with only these rows (ascending), and their chosen positions.
@@ -314,7 +349,7 @@ class Resumed:
         watch: tuple[str, ...],
     ) -> dict[str, Any]:
         """Run the whole batch once; return what the named modules returned."""
-        module, head = self._model.module, self._model.anatomy.head(self._model.module)
+        module = self._model.module
         rows = inputs["input_ids"].shape[0]
         recorded: dict[str, _Memory] = {}
 
@@ -329,13 +364,14 @@ class Resumed:
             undo.enter_context(torch.no_grad())
             for name in names:
                 # In front of other hooks: they will see the answer again and act on it again.
-                handle = submodule(module, name).register_forward_hook(remember(name), prepend=True)
+                hook = of_this_thread(remember(name))
+                handle = submodule(module, name).register_forward_hook(hook, prepend=True)
                 undo.callback(handle.remove)
             self.seen = undo.enter_context(trace(module, watch, inputs=True))
-            undo.enter_context(chosen(head, self._rows, self._columns))
+            read = undo.enter_context(reading(self._model, self._rows, self._columns))
             extra = {"use_cache": cache is not None, "past_key_values": cache}
             output = module(**inputs, **accepted(module, extra))
-        self.reference = output.logits[0]
+            self.reference = read(output)
         # The encoder of an encoder-decoder stands below every block that is edited.
         self._encoded = getattr(output, "encoder_last_hidden_state", None)
         return recorded

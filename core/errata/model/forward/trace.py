@@ -1,11 +1,14 @@
 """Hooks that undo themselves: capture, patch, answer from memory, freeze.
 
 All of them work on module paths and call nothing themselves, so adapters, codebooks and other
-hooks that hang on the same modules keep acting.
+hooks that hang on the same modules keep acting. They act in the thread that put them there: what
+another thread runs on the same module meanwhile does not see them.
 """
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -75,6 +78,17 @@ def _copy(tensor: Tensor | None, detach: bool) -> Tensor | None:
     return (tensor.detach() if detach else tensor).clone()
 
 
+def of_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a module hook that acts in the present thread and leaves other threads alone."""
+    owner = threading.get_ident()
+
+    @functools.wraps(hook)
+    def bound(*args: Any, **kwargs: Any) -> Any:
+        return hook(*args, **kwargs) if threading.get_ident() == owner else None
+
+    return bound
+
+
 @contextmanager
 def trace(
     root: nn.Module,
@@ -125,7 +139,9 @@ def trace(
 
     with ExitStack() as undo:
         for name in wanted:
-            handle = submodule(root, name).register_forward_hook(hook_for(name), with_kwargs=True)
+            handle = submodule(root, name).register_forward_hook(
+                of_this_thread(hook_for(name)), with_kwargs=True
+            )
             undo.callback(handle.remove)
         try:
             yield seen
@@ -151,7 +167,7 @@ def patched(root: nn.Module, changes: Mapping[str, Callable[[Tensor], Tensor]]) 
 
     with ExitStack() as undo:
         for name, change in changes.items():
-            handle = submodule(root, name).register_forward_hook(hook_for(change))
+            handle = submodule(root, name).register_forward_hook(of_this_thread(hook_for(change)))
             undo.callback(handle.remove)
         yield
 
@@ -182,6 +198,46 @@ def adding(
     return change
 
 
+class _Answering:
+    """Stands in the place of one module's forward while any thread lets it answer from memory."""
+
+    lock = threading.Lock()
+
+    def __init__(self, module: nn.Module) -> None:
+        self._own = module.__dict__
+        self._former = self._own.get("forward")
+        self._original = module.forward
+        self._answers: dict[int, list[Callable[..., Any]]] = {}  # by thread; the last one counts
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        answers = self._answers.get(threading.get_ident())
+        return answers[-1](*args, **kwargs) if answers else self._original(*args, **kwargs)
+
+    @classmethod
+    def begin(cls, module: nn.Module, answer: Callable[..., Any]) -> _Answering:
+        """Let the module answer in this thread."""
+        with cls.lock:
+            there = module.__dict__.get("forward")
+            found = there if isinstance(there, cls) else cls(module)
+            found._answers.setdefault(threading.get_ident(), []).append(answer)
+            module.__dict__["forward"] = found
+        return found
+
+    def end(self) -> None:
+        """Take this thread's last answer away, and oneself when there is no other."""
+        with self.lock:
+            answers = self._answers[threading.get_ident()]
+            answers.pop()
+            if not answers:
+                del self._answers[threading.get_ident()]
+            if self._answers:
+                return
+            if self._former is None:
+                del self._own["forward"]
+            else:
+                self._own["forward"] = self._former
+
+
 @contextmanager
 def answered(root: nn.Module, answers: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
     """Let the named modules answer from memory while the block runs.
@@ -189,16 +245,11 @@ def answered(root: nn.Module, answers: Mapping[str, Callable[..., Any]]) -> Iter
     The forward of each is not run, `answers[name]` is called with its arguments instead. Hooks
     that hang on the module still see the call. The class is left alone: the answer stands in
     the instance's own dictionary, in front of a `forward` that may be there already (as
-    `accelerate` puts it), which comes back.
+    `accelerate` puts it), which comes back. Other threads run that one meanwhile.
     """
     with ExitStack() as undo:
         for name, answer in answers.items():
-            own = submodule(root, name).__dict__
-            if "forward" in own:
-                undo.callback(own.__setitem__, "forward", own["forward"])
-            else:
-                undo.callback(own.pop, "forward", None)
-            own["forward"] = answer
+            undo.callback(_Answering.begin(submodule(root, name), answer).end)
         yield
 
 
@@ -216,7 +267,9 @@ def bypassed(root: nn.Module, names: Sequence[str]) -> Iterator[None]:
 
     with ExitStack() as undo:
         for name in names:
-            handle = submodule(root, name).register_forward_hook(hook, with_kwargs=True)
+            handle = submodule(root, name).register_forward_hook(
+                of_this_thread(hook), with_kwargs=True
+            )
             undo.callback(handle.remove)
         yield
 

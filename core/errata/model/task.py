@@ -1,0 +1,55 @@
+"""What a model was made to do, by the class that its checkpoint names; never guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from errata.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Task = Literal["causal", "seq2seq", "masked", "classify"]
+
+TASKS: tuple[Task, ...] = get_args(Task)
+
+# Ends of class names; an encoder-decoder and a decoder share the first three.
+_LANGUAGE_MODELS = ("ForConditionalGeneration", "LMHeadModel", "ForCausalLM")
+_MASKED = ("ForMaskedLM", "ForPreTraining")
+
+
+def task_of(names: Iterable[str], config: Any) -> Task | None:
+    """Return the task of a model of one of these classes; None where none of them says.
+
+    Args:
+        names: class names: `architectures` of a configuration, or a module's own and its bases'.
+        config: the Hugging Face configuration.
+    """
+    two = bool(getattr(config, "is_encoder_decoder", False))
+    for name in names:
+        if name.endswith("ForSequenceClassification"):
+            return "classify"
+        if name.endswith(_LANGUAGE_MODELS):
+            return "seq2seq" if two else "causal"
+        if name.endswith(_MASKED) and not two:
+            return "masked"
+    return None
+
+
+def task_of_module(module: nn.Module) -> Task | None:
+    """Return the task of a live model by its class and those it is derived from."""
+    names = [cls.__name__ for cls in type(module).__mro__]
+    return task_of(names, getattr(module, "config", None))
+
+
+def require_task(task: Task | None, where: str, names: Sequence[str]) -> Task:
+    """Return the task; raise `ConfigError` where it is not known."""
+    if task is None:
+        raise ConfigError(
+            f"{where} is {' or '.join(names) or 'of no class that its configuration names'}: what "
+            "it is made for is not said. A model of a class …ForCausalLM (…LMHeadModel), "
+            "…ForConditionalGeneration, …ForMaskedLM or …ForSequenceClassification opens, with "
+            "the head that it was saved with."
+        )
+    return task

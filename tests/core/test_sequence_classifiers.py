@@ -1,0 +1,140 @@
+"""Sequence classifiers: their classes are scored, taught, guarded and measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from errata import Editor, Request
+from errata.edits.request import Probe
+from errata.errors import CapabilityError, RequestError
+from errata.evaluate import CoreMetrics, generate
+from errata.kit.training import Trainer, TrainerSettings, target_batches, text_batches
+from errata.kit.training.trainer import Above
+from errata.locate.traced_prompt import traced_prompt
+from errata.model import Model
+from errata.model.forward import Resumed, logits_at
+from errata.model.next_token import class_scores
+from errata.model.perplexity import perplexity
+from errata.model.running import prepare
+from errata.model.scoring import score_targets
+from errata.testing import edit_with
+from tests.families import CLASSIFIERS, SENTENCES, build, build_model
+
+TEXTS = list(SENTENCES[:5])
+REQUEST = Request(kind="label", prompt="{} was born in", subject="Beyoncé", target_new="economic")
+
+
+def by_hand(model: Model, text: str) -> torch.Tensor:
+    ids = torch.tensor([model.tokenizer(text)["input_ids"]])
+    with torch.no_grad():
+        return model.module(input_ids=ids).logits[0]
+
+
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_class_scores_are_those_of_the_bare_module(family: str, tmp_path: Path) -> None:
+    model = build_model(family, tmp_path)
+    wanted = torch.stack([by_hand(model, text) for text in TEXTS])
+    torch.testing.assert_close(class_scores(model, TEXTS), wanted, rtol=0, atol=1e-4)
+    scores = score_targets(model, TEXTS, ["other", "2", "economic", "0", "criminal"])
+    for row, (score, label) in enumerate(zip(scores, (2, 2, 1, 0, 0), strict=True)):
+        assert score.token_ids == (label,)
+        assert score.predicted == (int(wanted[row].argmax()),)
+        assert score.logprob == pytest.approx(float(wanted[row].log_softmax(-1)[label]), abs=1e-4)
+    with pytest.raises(RequestError, match=r"'3'.*criminal, economic, other"):
+        score_targets(model, TEXTS[:1], ["3"])
+
+
+def test_without_a_padding_token_rows_run_one_by_one(tmp_path: Path) -> None:
+    model = build_model("llama-classifier", tmp_path)
+    wanted = torch.stack([by_hand(model, text) for text in TEXTS])
+    model.config.pad_token_id = None
+    torch.testing.assert_close(class_scores(model, TEXTS), wanted, rtol=0, atol=1e-4)
+    (batch,) = target_batches(model, [(text, "other") for text in TEXTS])
+    trainer = Trainer(model, [batch], TrainerSettings(lr=1, steps=1), above=Above(2))
+    trainer.record(trainer.batches)
+    assert len(trainer.objective().holds) == len(TEXTS)
+
+
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_a_classifier_is_resumed_from_a_block(family: str, tmp_path: Path) -> None:
+    model = build_model(family, tmp_path)
+    batch = prepare(model, TEXTS, ["other"] * 5)
+    where = {"rows": batch.rows, "columns": batch.columns}
+    run = Resumed(model, batch.inputs, layer=2, start=1, **where)
+    assert (run.layer, run.start) == (2, 0)
+    with torch.no_grad():
+        torch.testing.assert_close(run.logits(), logits_at(model, batch.inputs, **where))
+
+
+def test_a_class_is_taught_by_its_log_probability(tmp_path: Path) -> None:
+    model = build_model("bert-classifier", tmp_path)
+    (batch,) = target_batches(model, [(text, "economic") for text in TEXTS])
+    wanted = -class_scores(model, TEXTS).log_softmax(-1)[:, 1].mean()
+    objective = Trainer(model, [batch], TrainerSettings(lr=1, steps=1)).objective()
+    assert objective.loss.item() == pytest.approx(float(wanted), abs=1e-5)
+    assert objective.holds == [c == 1 for c in class_scores(model, TEXTS).argmax(-1).tolist()]
+    with pytest.raises(CapabilityError, match="left to right"):
+        target_batches(model, [(TEXTS[0], "other")], loss="prompt_last")
+    with pytest.raises(CapabilityError, match="teaches it nothing"):
+        text_batches(model, TEXTS)
+
+
+def test_what_a_classifier_cannot_do_is_said(tmp_path: Path) -> None:
+    model = build_model("bert-classifier", tmp_path)
+    with pytest.raises(CapabilityError, match=r"is a sequence classifier.*cannot continue a text"):
+        generate(model, TEXTS)
+    with pytest.raises(CapabilityError, match="no perplexity"):
+        perplexity(model, TEXTS)
+    with pytest.raises(CapabilityError, match="answers with a class"):
+        traced_prompt(model, REQUEST, None)
+
+
+def test_an_editor_teaches_a_class_and_takes_it_back(tmp_path: Path) -> None:
+    module, tokenizer = build("bert-classifier")
+    with Editor(module, tokenizer, ledger=tmp_path / "ledger") as editor:
+        before = class_scores(editor.model, [REQUEST.text])
+        wanted = "criminal" if int(before.argmax()) == 1 else "economic"
+        request = REQUEST.model_copy(update={"target_new": wanted})
+        with pytest.raises(CapabilityError, match="ft edits models for causal, seq2seq, masked"):
+            editor.edit(request.model_copy(update={"kind": "modify"}), method="ft")
+        with pytest.raises(RequestError, match="'maritime'"):
+            editor.edit(REQUEST.model_copy(update={"target_new": "maritime"}), method="grace")
+        edit = editor.edit(
+            request, method="grace", config={"steps": 60, "replacement": "replace_all"}
+        )
+        assert edit.outcome.efficacy.value == 1.0
+        assert edit.outcome.perplexity is None
+        with pytest.raises(CapabilityError, match="cannot continue"):
+            editor.generate(request.text)
+        editor.revert(edit)
+        assert torch.equal(class_scores(editor.model, [REQUEST.text]), before)
+
+
+def test_protocols_count_classes(tmp_path: Path, toys: None) -> None:
+    from errata_toys import OracleDelta
+
+    model = build_model("bert-classifier", tmp_path)
+    base = class_scores(model, TEXTS).argmax(-1).tolist()
+    wanted = model.config.id2label[(base[2] + 1) % 3]
+    request = REQUEST.model_copy(update={"prompt": TEXTS[2].replace("Beyoncé", "{}")})
+    model.stack.set([edit_with(1, "1" * 12, OracleDelta("Beyoncé", wanted))])
+    kept = tuple(
+        Probe(prompt=TEXTS[i], answers=(model.config.id2label[base[i]],)) for i in (0, 1, 3)
+    )
+    metrics = CoreMetrics(retain=kept, texts=tuple(TEXTS))
+    found = metrics.evaluate(
+        model, [request.model_copy(update={"target_new": wanted})], ["ke", "lifelong", "general"]
+    )
+    values = {one.metric: one.value for one in found}
+    assert values["success_rate"] == values["retain_accuracy"] == 1.0
+    assert values["ERR"] == values["TRR"] == 1.0
+    assert values["performance_deterioration"] == 0.0
+    assert values["kl_to_base"] > 0.1
+    assert "perplexity" not in values
+    said = {one.metric: one.protocol for one in found}
+    assert "most probable class" in said["success_rate"]
+    assert "most probable class" in said["ERR"]
+    assert "over the classes" in said["kl_to_base"]
