@@ -11,7 +11,6 @@ import transformers
 from safetensors.torch import load_file
 
 import errata.kit.second_moments as statistics
-from errata import zoo
 from errata.contract.purity import Snapshot
 from errata.edits.delta.low_rank import Factor, LowRankDelta
 from errata.edits.stack import Stack
@@ -147,7 +146,7 @@ def test_exactly_so_many_tokens(tokens, tmp_path):
 
 def test_by_default_a_small_multiple_of_the_dimension(tmp_path):
     model = build_model("gpt2", tmp_path)  # on the text that ships with errata
-    assert second_moments(model, [0])[0].count == second_moments.TOKENS_PER_DIMENSION * MLP
+    assert second_moments(model, [0])[0].count == statistics.TOKENS_PER_DIMENSION * MLP
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
@@ -216,7 +215,7 @@ def test_what_was_measured_is_not_measured_again(tmp_path):
 
 
 def test_where_documents_end_is_part_of_the_texts_identity():
-    assert second_moments.text_hash(["ab", "c"]) != second_moments.text_hash(["a", "bc"])
+    assert statistics.text_hash(["ab", "c"]) != statistics.text_hash(["a", "bc"])
 
 
 def test_a_damaged_file_is_measured_again(tmp_path):
@@ -379,7 +378,7 @@ def test_bad_arguments_say_what_is_allowed(arguments, message, tmp_path):
 
 
 def test_a_missing_default_text_says_how_to_pass_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(zoo, "text_path", lambda name: tmp_path / f"{name}.txt")
+    monkeypatch.setattr(statistics, "text_path", lambda name: tmp_path / f"{name}.txt")
     with pytest.raises(ConfigError, match=r"corpus=\[document"):
         second_moments(build_model("gpt2", tmp_path), [0])
 

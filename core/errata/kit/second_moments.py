@@ -233,7 +233,7 @@ def _load(model: Model, layer: int, text: str, tokens: int | str) -> SecondMomen
     return SecondMoment(matrix, count, layer, text)
 
 
-class _Piece(NamedTuple):
+class _TextPiece(NamedTuple):
     """What one row of a batch reads; `source` is the encoder's part, if there is an encoder."""
 
     ids: list[int]
@@ -302,7 +302,7 @@ class _Pass:
         if window:
             yield window
 
-    def _pieces(self, window: Sequence[str]) -> Iterator[_Piece]:
+    def _pieces(self, window: Sequence[str]) -> Iterator[_TextPiece]:
         """Tokenise documents and split those that are too long."""
         anatomy = self.model.anatomy
         decoder = anatomy.kind == "decoder"
@@ -316,13 +316,13 @@ class _Pass:
                 if anatomy.kind == "encoder-decoder":
                     half = (len(part) + 1) // 2
                     begin = [padding_id(self.model.tokenizer)]
-                    yield _Piece([*begin, *part[half:]], [*head, *part[:half], *tail])
+                    yield _TextPiece([*begin, *part[half:]], [*head, *part[:half], *tail])
                 else:
-                    yield _Piece([*head, *part, *tail], [])
+                    yield _TextPiece([*head, *part, *tail], [])
 
     def _measure(self, window: Sequence[str]) -> None:
         """Add the keys of a window's tokens, up to what is left of the wanted number."""
-        pieces: list[_Piece] = []
+        pieces: list[_TextPiece] = []
         left = self._left()
         for piece in self._pieces(window):
             if left <= 0:
@@ -332,7 +332,7 @@ class _Pass:
             left -= len(piece.ids)
             pieces.append(piece)
         pieces.sort(key=lambda piece: (len(piece.ids), len(piece.source)))
-        batch: list[_Piece] = []
+        batch: list[_TextPiece] = []
         for piece in pieces:
             width = max(len(piece.ids), len(piece.source))
             if batch and width * (len(batch) + 1) > self.batch_tokens:
@@ -342,7 +342,7 @@ class _Pass:
         if batch:
             self._add(batch)
 
-    def _add(self, pieces: Sequence[_Piece]) -> None:
+    def _add(self, pieces: Sequence[_TextPiece]) -> None:
         """Run one batch up to the highest layer and add k kᵀ of every real token."""
         model = self.model
         batch = pad(model.tokenizer, [piece.ids for piece in pieces], device=model.device)
