@@ -558,7 +558,7 @@ def test_an_encoder_gets_the_teacher_forced_numbers_and_a_warning(
 
 def test_the_metrics_come_in_through_the_hook(tiny: Model) -> None:
     bare = Request(prompt="{} is in", subject="Rome", target_new="Spain")
-    found = Manager("", [CoreMetrics()]).evaluate(tiny, [bare], ("general", "generation"))
+    found = Manager("", [CoreMetrics()]).evaluate(tiny, [bare], ("general", "generation"), {})
     assert [m.metric for m in found][:2] == ["perplexity", "rewrite_exact"]
     assert found[0].value == pytest.approx(perplexity(tiny, canary_texts()), rel=1e-9)
     low, high = found[0].interval or (0, 0)
