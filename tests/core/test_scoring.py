@@ -348,7 +348,7 @@ def test_a_row_is_covered_by_one_that_starts_with_it(rows: list[Any]) -> None:
         class anatomy:
             kind = "decoder"
 
-    given_rows = [trie.Row(ids, end) for ids, end in rows]
+    given_rows = [trie.RunRow(ids, end) for ids, end in rows]
     covered = trie.covering(OfDecoder, given_rows)  # type: ignore[arg-type]
     assert set(covered) == set(given_rows)
     for row, whole in covered.items():

@@ -171,7 +171,7 @@ def _marked(module: str, name: str, steps: int = 8) -> set[str]:
 
 
 @dataclass(frozen=True)
-class _Source:
+class _ParsedModule:
     """A module's syntax tree, and the package that its relative imports start from."""
 
     tree: ast.Module
@@ -185,7 +185,7 @@ class _Source:
         return ".".join([*parts[: len(parts) - node.level + 1], *filter(None, [node.module])])
 
 
-def _source(module: str) -> _Source | None:
+def _source(module: str) -> _ParsedModule | None:
     """Parse a module without importing its package."""
     top, *rest = module.split(".")
     try:
@@ -200,7 +200,7 @@ def _source(module: str) -> _Source | None:
         path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     try:
-        return _Source(ast.parse(path.read_text(encoding="utf-8")), package)
+        return _ParsedModule(ast.parse(path.read_text(encoding="utf-8")), package)
     except (OSError, SyntaxError, UnicodeDecodeError):
         return None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -48,22 +48,19 @@ def prefix_contexts(
             token to start from.
     """
     recipe = json.dumps([[list(pair) for pair in lengths], list(starts), seed, top_k])
-    key = ("contexts", model.fingerprint, hashlib.sha256(recipe.encode()).hexdigest()[:16])
-    if (stored := model.artifacts.load(key)) is not None:
-        return tuple(stored[1]["texts"])
-    if model.stack.entries:
-        raise ConfigError(
-            "Prefix contexts are generated from the unedited model, and edits "
-            f"{', '.join(model.stack.ids)} are active: call the method's `prepare` first, with "
-            "edits off, or pass contexts=(…)."
-        )
-    generator = torch.Generator().manual_seed(seed)
-    texts = [_BARE]
-    for tokens, count in lengths:
-        begun = [starts[index % len(starts)] for index in range(count)]
-        texts += [f"{text}. {_BARE}" for text in _sample(model, begun, tokens, top_k, generator)]
-    model.artifacts.save(key, {"count": torch.tensor(len(texts))}, {"texts": texts})
-    return tuple(texts)
+
+    def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
+        generator = torch.Generator().manual_seed(seed)
+        texts = [_BARE]
+        for tokens, count in lengths:
+            begun = [starts[index % len(starts)] for index in range(count)]
+            sampled = _sample(model, begun, tokens, top_k, generator)
+            texts += [f"{text}. {_BARE}" for text in sampled]
+        return {"count": torch.tensor(len(texts))}, {"texts": texts}
+
+    digest = hashlib.sha256(recipe.encode()).hexdigest()[:16]
+    _, about = model.of_base("contexts", digest, compute=compute)
+    return tuple(about["texts"])
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ activations. So the number may also be chosen, as a fraction of all directions, 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -109,25 +110,24 @@ def null_space(
 
 def _spectrum(model: Model, moment: SecondMoment) -> tuple[Tensor, Tensor]:
     """Return C's eigenvalues, ascending, and eigenvectors, computed once."""
-    key = ("spectrum", model.fingerprint, f"layer-{moment.layer}", moment.digest[:32])
-    found = model.memo.get(key)
-    if found is None:
-        stored = model.artifacts.load(key)
-        found = _sound(stored[0], moment.size) if stored is not None else None
-    if found is None:
+
+    def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
         values, vectors = torch.linalg.eigh(moment.matrix)
-        found = values, vectors.contiguous()
-        tensors = {"values": found[0], "vectors": found[1]}
-        model.artifacts.save(key, tensors, {"layer": moment.layer, "second_moment": moment.digest})
-    model.memo[key] = found
-    values, vectors = found
-    return values, vectors
+        about = {"layer": moment.layer, "second_moment": moment.digest}
+        return {"values": values, "vectors": vectors.contiguous()}, about
 
+    def sound(tensors: Mapping[str, Tensor], _about: Mapping[str, Any]) -> bool:
+        values, vectors = tensors.get("values"), tensors.get("vectors")
+        return (
+            values is not None
+            and vectors is not None
+            and values.shape == (moment.size,)
+            and vectors.shape == (moment.size, moment.size)
+            and vectors.dtype == torch.float64
+        )
 
-def _sound(tensors: dict[str, Tensor], size: int) -> tuple[Tensor, Tensor] | None:
-    values, vectors = tensors.get("values"), tensors.get("vectors")
-    if values is None or vectors is None or vectors.shape != (size, size):
-        return None
-    if values.shape != (size,) or vectors.dtype != torch.float64:
-        return None
-    return values, vectors
+    layer, digest = f"layer-{moment.layer}", moment.digest[:32]
+    tensors, _ = model.of_base(
+        "spectrum", layer, digest, compute=compute, sound=sound, runs_model=False
+    )
+    return tensors["values"], tensors["vectors"]

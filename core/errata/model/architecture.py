@@ -16,11 +16,11 @@ Kind = Literal["decoder", "encoder-decoder", "encoder"]
 Layout = Literal["out_in", "in_out"]
 
 
-class _Stanza(BaseModel):
+class _StructureTable(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class StackSpec(_Stanza):
+class StackSpec(_StructureTable):
     """One stack of equal blocks. Paths are relative to the block, but for `blocks`.
 
     `mlp` and `attention` name the module whose (first) output is what the sublayer adds to the
@@ -45,7 +45,7 @@ class StackSpec(_Stanza):
         yield "attention_out", self.attention_out
 
 
-class Variant(_Stanza):
+class Variant(_StructureTable):
     """What is different when the model's configuration has these values."""
 
     when: dict[str, Any] = Field(description="Configuration entries that must all be equal")

@@ -235,6 +235,7 @@ class Model:
         *key: str,
         compute: Callable[[], tuple[Mapping[str, Tensor], Mapping[str, Any]]],
         sound: Callable[[Mapping[str, Tensor], Mapping[str, Any]], bool] | None = None,
+        runs_model: bool = True,
     ) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
         """Return what is computed once per base: from memory, from the artifacts, or now.
 
@@ -242,6 +243,8 @@ class Model:
             *key: names what it is, and everything but the base that it depends on.
             compute: returns (tensors, plain JSON); called at most once per base, ever.
             sound: says whether what was stored is what it should be; else it is computed again.
+            runs_model: False where `compute` reads other artifacts alone, so that active edits do
+                not matter.
 
         Raises:
             ConfigError: it is not there yet, and edits are active: it belongs to the base.
@@ -250,7 +253,7 @@ class Model:
         if whole not in self.memo:
             stored = self.artifacts.load(whole)
             if stored is None or (sound is not None and not sound(*stored)):
-                if self.stack.ids:
+                if runs_model and self.stack.ids:
                     raise ConfigError(
                         f"What is wanted ({key[0]}) belongs to the unedited model and was not "
                         f"computed yet, but edits are active ({', '.join(self.stack.ids[:3])}): "

@@ -30,7 +30,7 @@ from errata.model.forward.inputs import takes_positions, vocabulary_size
 from errata.model.forward.resume import TOLERANCE, accepted, caches_keys, chosen, logits_at
 from errata.model.prompts import pad
 from errata.model.running import wide
-from errata.model.trie import Path, Place, Row, beginnings, level
+from errata.model.trie import Path, Place, RunRow, beginnings, level
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,7 +66,7 @@ def run(model: Model, places: Sequence[Place], batch_size: int, *, share: bool =
         batch_size: rows per forward.
         share: False runs every row whole.
     """
-    columns: dict[Row, list[int]] = {}
+    columns: dict[RunRow, list[int]] = {}
     for row, column in places:
         columns.setdefault(row, []).append(column)
     share = share and may_share(model)
@@ -82,11 +82,11 @@ def run(model: Model, places: Sequence[Place], batch_size: int, *, share: bool =
 class _Plan(NamedTuple):
     """A way of running rows, and those among them that share something."""
 
-    run: Callable[[Mapping[Row, list[int]]], Found]
-    sharing: list[Row]
+    run: Callable[[Mapping[RunRow, list[int]]], Found]
+    sharing: list[RunRow]
 
 
-def _plan(model: Model, rows: Sequence[Row], batch_size: int) -> _Plan | None:
+def _plan(model: Model, rows: Sequence[RunRow], batch_size: int) -> _Plan | None:
     """Return how these rows can share; None where there is nothing worth it."""
     if model.anatomy.kind == "encoder-decoder":
         if len({row.source for row in rows}) == len(rows):
@@ -112,7 +112,7 @@ def may_share(model: Model) -> bool:
 # -- is it right, and is it worth it ---------------------------------------------------------------
 
 
-def agrees(model: Model, how: _Plan, columns: Mapping[Row, list[int]]) -> bool:
+def agrees(model: Model, how: _Plan, columns: Mapping[RunRow, list[int]]) -> bool:
     """Return whether some of the rows give what running them whole gives.
 
     Tried once per model and kinds of runtime edits.
@@ -132,7 +132,7 @@ def agrees(model: Model, how: _Plan, columns: Mapping[Row, list[int]]) -> bool:
     return bool(model.memo[key])
 
 
-def _same(model: Model, how: _Plan, columns: Mapping[Row, list[int]]) -> bool:
+def _same(model: Model, how: _Plan, columns: Mapping[RunRow, list[int]]) -> bool:
     """Return whether shared and whole runs agree up to what rounding may do."""
     try:
         shared = dict(line for found in how.run(columns) for line in _lines(*found))
@@ -155,10 +155,10 @@ def _lines(places: list[list[Place]], table: Tensor) -> Iterator[tuple[Place, Te
             yield place, line
 
 
-def _chunks(model: Model, rows: Sequence[Row]) -> Iterator[list[Row]]:
+def _chunks(model: Model, rows: Sequence[RunRow]) -> Iterator[list[RunRow]]:
     """Yield neighbouring rows whose keys and values may be held together."""
     most = KEPT // _bytes_per_token(model)
-    chunk: list[Row] = []
+    chunk: list[RunRow] = []
     held = 0
     for row in rows:
         size = len(row.ids) + len(row.source)
@@ -188,7 +188,7 @@ def _bytes_per_token(model: Model) -> int:
 # -- whole ---------------------------------------------------------------------------------------
 
 
-def _whole(model: Model, columns: Mapping[Row, list[int]], batch_size: int) -> Found:
+def _whole(model: Model, columns: Mapping[RunRow, list[int]], batch_size: int) -> Found:
     """Run every row by itself, rows of like length together."""
     lines = LOGITS // vocabulary_size(model)
     for batch in _batches(
@@ -315,7 +315,7 @@ class _Store:
 
 
 def _grown(
-    model: Model, columns: Mapping[Row, list[int]], tree: Mapping[Path, Path], batch_size: int
+    model: Model, columns: Mapping[RunRow, list[int]], tree: Mapping[Path, Path], batch_size: int
 ) -> Found:
     """Run beginnings first, then what follows them, level by level."""
     wanted: dict[Path, dict[int, list[Place]]] = {}
@@ -411,7 +411,7 @@ def _behind(
 # -- an encoder-decoder's shared encoder states --------------------------------------------------
 
 
-def _decoded(model: Model, columns: Mapping[Row, list[int]], batch_size: int) -> Found:
+def _decoded(model: Model, columns: Mapping[RunRow, list[int]], batch_size: int) -> Found:
     """Run the encoder once per distinct source, then the decoders of all rows."""
     states = _encoder_states(model, list({row.source for row in columns}), batch_size)
     module, device = model.module, model.device

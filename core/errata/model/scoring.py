@@ -13,7 +13,7 @@ from errata.model.active_edits import ask
 from errata.model.answers import Answers, TargetScore
 from errata.model.next_token import own_class_scores
 from errata.model.running import class_index, prepare, run
-from errata.model.trie import Place, Row, covering
+from errata.model.trie import Place, RunRow, covering
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -137,7 +137,7 @@ def _scores_of_classes(
 class Places(NamedTuple):
     """Where one target is predicted: `labels[i]` by the logits of `row` at `columns[i]`."""
 
-    row: Row
+    row: RunRow
     columns: tuple[int, ...]
     labels: tuple[int, ...]
 
@@ -152,7 +152,7 @@ def places_of(model: Model, prompts: Sequence[str], targets: Sequence[str]) -> l
         source = tuple(batch.tokens(row)) if two else ()
         # What comes after the last token that predicts a target is not run, but in an encoder.
         run_ids = batch.tokens(row) if model.task == "masked" else ids[row][: columns[-1] + 1]
-        whole = Row(tuple(run_ids), batch.ends[row], source)
+        whole = RunRow(tuple(run_ids), batch.ends[row], source)
         found.append(Places(whole, tuple(columns), tuple(labels)))
     return found
 

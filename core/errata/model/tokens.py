@@ -39,7 +39,7 @@ POSITIONS = ("last", "first", "first_after_last", "last_of_prompt")
 _SPACE_MARKS = "▁Ġ"
 
 
-class Row(NamedTuple):
+class TokenisedText(NamedTuple):
     """One tokenised text.
 
     Attributes:
@@ -355,7 +355,7 @@ def _prepared(
 
 def tokenise(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], keep_end: bool | None = None
-) -> list[Row]:
+) -> list[TokenisedText]:
     """Tokenise texts without padding; the arguments are those of `encode`."""
     require_fast(tokenizer)
     if isinstance(texts, str) or not texts:
@@ -371,7 +371,7 @@ def tokenise(
         # A text without tokens of its own: whatever was added (BOS) stands before it.
         begin, stop = (own[0], own[-1] + 1) if own else (min(total, 1), min(total, 1))
         end = total if keep_end else stop
-        rows.append(Row(encoding.ids[:end], encoding.offsets[:end], begin, stop))
+        rows.append(TokenisedText(encoding.ids[:end], encoding.offsets[:end], begin, stop))
     return rows
 
 
@@ -384,7 +384,7 @@ def _prompts_have_an_end(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def _subject(
     tokenizer: PreTrainedTokenizerBase, template: str, subject: str
-) -> tuple[Row, int, int]:
+) -> tuple[TokenisedText, int, int]:
     if template.count("{}") != 1:
         raise TokenError(
             f"The template {template!r} has {template.count('{}')} places for the subject; "
@@ -400,7 +400,7 @@ def _subject(
 
 
 def _overlap(
-    tokenizer: PreTrainedTokenizerBase, row: Row, start: int, end: int, text: str
+    tokenizer: PreTrainedTokenizerBase, row: TokenisedText, start: int, end: int, text: str
 ) -> tuple[int, int]:
     """Return the first and last token of `row` with characters in [start, end)."""
     inside = [
@@ -417,7 +417,7 @@ def _overlap(
     return inside[0], inside[-1]
 
 
-def _is_lone_mark(tokenizer: PreTrainedTokenizerBase, row: Row, index: int) -> bool:
+def _is_lone_mark(tokenizer: PreTrainedTokenizerBase, row: TokenisedText, index: int) -> bool:
     """Say whether a token is only the mark of a space and borrows the next one's characters."""
     if index + 1 >= row.stop or row.offsets[index + 1][0] != row.offsets[index][0]:
         return False
@@ -425,7 +425,7 @@ def _is_lone_mark(tokenizer: PreTrainedTokenizerBase, row: Row, index: int) -> b
     return not piece.strip(_SPACE_MARKS)
 
 
-def _target_start(row: Row, boundary: int, content: int) -> int:
+def _target_start(row: TokenisedText, boundary: int, content: int) -> int:
     """Return the first token of the target.
 
     `boundary`: one past the prompt's last character (trailing spaces apart); `content`: the

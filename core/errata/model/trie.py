@@ -15,7 +15,7 @@ Path = tuple[int, ...]
 """A beginning of a text: its tokens from the first on."""
 
 
-class Row(NamedTuple):
+class RunRow(NamedTuple):
     """One text to be run. Equal rows are run once.
 
     Attributes:
@@ -29,16 +29,16 @@ class Row(NamedTuple):
     source: Path = ()
 
 
-Place = tuple[Row, int]
+Place = tuple[RunRow, int]
 """A row and the column whose logits are wanted."""
 
 
-def covering(model: Model, rows: Sequence[Row]) -> dict[Row, Row]:
+def covering(model: Model, rows: Sequence[RunRow]) -> dict[RunRow, RunRow]:
     """Return for each row one that starts with it and has the same prompt: run that instead."""
     if model.anatomy.kind == "encoder":
         return {row: row for row in rows}
-    covered: dict[Row, Row] = {}
-    following: Row | None = None
+    covered: dict[RunRow, RunRow] = {}
+    following: RunRow | None = None
     # Backwards: what a row is the beginning of stands right behind it.
     for row in sorted(set(rows), key=lambda row: (row.source, row.end, row.ids), reverse=True):
         if (

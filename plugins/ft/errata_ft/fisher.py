@@ -11,8 +11,8 @@ of the unedited model on the corpus (the empirical Fisher: the text's own tokens
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -43,22 +43,16 @@ def fisher_of(
     names = list(Difference(model, modules, bias=config.bias).tensors)
     recipe = f"{names}|{config.fisher_documents}|{config.seed}|{text_hash(documents)}"
     digest = hashlib.sha256(recipe.encode()).hexdigest()[:32]
-    key = ("fisher", model.fingerprint, digest)
-    held: dict[str, Tensor] | None = model.memo.get(key)
-    if held is None and (stored := model.artifacts.load(key)) is not None:
-        held = {name: stored[0][name] for name in names if name in stored[0]}
-        held = held if len(held) == len(names) else None
-    if held is None:
-        if model.stack.entries:
-            raise ConfigError(
-                "The Fisher information belongs to the unedited model, and edits "
-                f"{', '.join(model.stack.ids[:3])} are active: call the method's `prepare` first, "
-                "with edits off."
-            )
-        held = _estimate(model, modules, config, documents)
-        model.artifacts.save(key, held, {"documents": config.fisher_documents})
-    model.memo[key] = held
-    return held
+
+    def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
+        found = _estimate(model, modules, config, documents)
+        return found, {"documents": config.fisher_documents}
+
+    def sound(tensors: Mapping[str, Tensor], _about: Mapping[str, Any]) -> bool:
+        return set(names) == set(tensors)
+
+    tensors, _ = model.of_base("fisher", digest, compute=compute, sound=sound)
+    return dict(tensors)
 
 
 def sample(documents: Sequence[str], count: int, seed: int) -> list[str]:

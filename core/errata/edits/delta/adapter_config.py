@@ -73,7 +73,7 @@ def canonical(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[
                 continue
             require(False, f"The adapter setting {key}={_short(value)} is not allowed in errata.")
     shapes = _shapes(kind, tensors)
-    read = _Reader(config)
+    read = _AdapterConfig(config)
     init = config.get("init_lora_weights", True)
     require(
         init in PLAIN_INITS,
@@ -136,7 +136,7 @@ def _shapes(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, in
     return shapes
 
 
-def _lora(read: _Reader, ranks: Mapping[str, int]) -> dict[str, Any]:
+def _lora(read: _AdapterConfig, ranks: Mapping[str, int]) -> dict[str, Any]:
     default = max(set(ranks.values()), key=lambda rank: (list(ranks.values()).count(rank), rank))
     alpha = float(read.number("lora_alpha", 8, low=0, open_low=True))
     alphas = {}
@@ -152,7 +152,7 @@ def _lora(read: _Reader, ranks: Mapping[str, int]) -> dict[str, Any]:
     }
 
 
-def _adalora(read: _Reader, ranks: Mapping[str, int]) -> dict[str, Any]:
+def _adalora(read: _AdapterConfig, ranks: Mapping[str, int]) -> dict[str, Any]:
     init = read.count("init_r", 12, low=1)
     out: dict[str, Any] = {
         "init_r": init,
@@ -195,7 +195,7 @@ def _adalora(read: _Reader, ranks: Mapping[str, int]) -> dict[str, Any]:
     return out
 
 
-class _Reader:
+class _AdapterConfig:
     """Reads settings of a configuration, each with its type and range."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -111,15 +111,18 @@ def mean_norm(model: Model, layer: int) -> float:
     Computed once, from the base, and kept under the model's fingerprint.
     """
     documents = documents_of(model)
-    key = ("mean_norm", model.fingerprint, f"layer-{layer}", text_hash(documents))
-    stored = model.artifacts.load(key)
-    if stored is not None and isinstance(stored[1].get("norm"), float):
-        return float(stored[1]["norm"])
-    if model.stack.entries:
-        raise ConfigError(
-            f"The norm anchor of layer {layer} is measured on the unedited model, and edits "
-            f"{', '.join(model.stack.ids)} are active: call the method's `prepare` with edits off."
-        )
+
+    def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
+        norms = _output_norms(model, layer, documents)
+        kept = norms[: max(1, round(len(norms) * (1 - _OUTLIERS)))]
+        return {"norms": norms}, {"norm": float(kept.mean()), "layer": layer}
+
+    _, about = model.of_base("mean_norm", f"layer-{layer}", text_hash(documents), compute=compute)
+    return float(about["norm"])
+
+
+def _output_norms(model: Model, layer: int, documents: Sequence[str]) -> Tensor:
+    """Return the norms of a block's MLP output at the first tokens of text, ascending."""
     path = model.anatomy.mlp_out(layer)
     limit = min(model.anatomy.context or 128, 128)
     norms: list[Tensor] = []
@@ -132,7 +135,4 @@ def mean_norm(model: Model, layer: int) -> float:
         norms.append(output.reshape(-1, output.shape[-1]).float().norm(dim=1).cpu())
         if sum(map(len, norms)) >= _NORM_TOKENS:
             break
-    ordered = torch.cat(norms).sort().values
-    norm = float(ordered[: max(1, round(len(ordered) * (1 - _OUTLIERS)))].mean())
-    model.artifacts.save(key, {"norms": ordered}, {"norm": norm, "layer": layer})
-    return norm
+    return torch.cat(norms).sort().values
