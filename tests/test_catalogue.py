@@ -17,7 +17,7 @@ from errata.contract.hooks import METHODS as GROUP
 from errata.contract.registry import Registry
 from errata.contract.yaml_file import read_yaml
 from errata.edits import delta
-from errata.edits.delta.kinds import GROUP as KINDS
+from errata.edits.delta_kinds import GROUP as KINDS
 from tests.helpers import ROOT
 
 if sys.version_info >= (3, 11):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from errata.edits.delta.kinds import DeltaKinds
+from errata.edits.delta_kinds import DeltaKinds
 from errata.edits.ledger import Ledger
 from tests.helpers import ROOT
 

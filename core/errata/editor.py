@@ -17,7 +17,7 @@ from errata.contract.methods import Methods
 from errata.contract.preparation import Preparation
 from errata.contract.registry import Registry
 from errata.edits import export
-from errata.edits.delta.kinds import DeltaKinds
+from errata.edits.delta_kinds import DeltaKinds
 from errata.edits.edit import Edit, LogEntry, requests_of
 from errata.edits.fingerprint import check_fingerprint
 from errata.edits.ledger import Ledger

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from errata.edits.delta import DenseDelta, Factor, LowRankDelta, Rows, SparseRowsDelta
-from errata.edits.delta.kinds import DeltaKinds
+from errata.edits.delta_kinds import DeltaKinds
 from errata.edits.ledger import Ledger
 from errata.errors import IntegrityError
 from errata.model import Model

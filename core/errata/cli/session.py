@@ -174,7 +174,7 @@ class Session:
                 f"There is no ledger in {str(self.ledger)!r}: the first `errata edit` makes one; "
                 "name another folder with --ledger or the environment variable ERRATA_LEDGER."
             )
-        from errata.edits.delta.kinds import DeltaKinds
+        from errata.edits.delta_kinds import DeltaKinds
 
         return Ledger.open(self.ledger, kinds=DeltaKinds() if kinds else {}, readonly=True)
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING
 
-from errata.edits.delta.base import Delta
 from errata.errors import PluginError
+
+if TYPE_CHECKING:
+    from errata.edits.delta.base import Delta
 
 GROUP = "errata.deltas"
 
@@ -55,6 +58,9 @@ def _load(kind: str, points: list[EntryPoint]) -> type[Delta]:
             f"The delta kind {kind!r} ({values[0]}) could not be loaded: "
             f"{type(error).__name__}: {error}"
         ) from error
+    # Imported here: naming the kinds, as the ledger does, must not load torch.
+    from errata.edits.delta.base import Delta
+
     if not (isinstance(found, type) and issubclass(found, Delta) and found.kind == kind):
         raise PluginError(
             f"The delta kind {kind!r} ({values[0]}) must be a subclass of errata's Delta with "
