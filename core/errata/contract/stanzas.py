@@ -47,11 +47,13 @@ class Capabilities(_Stanza):
 
     @model_validator(mode="before")
     @classmethod
-    def _language_models(cls, given: dict[str, Any]) -> dict[str, Any]:
+    def _language_models(cls, given: Any) -> Any:
         """Fill in the tasks of language models where none is declared."""
-        kinds = given.get("architectures", ())
-        usual = [_LANGUAGE_TASKS[kind] for kind in kinds if kind in _LANGUAGE_TASKS]
-        return given if given.get("tasks") else {**given, "tasks": usual}
+        kinds = given.get("architectures") if isinstance(given, dict) else None
+        if not isinstance(kinds, (list, tuple)) or given.get("tasks"):
+            return given  # pydantic says what is wrong with it
+        usual = [task for kind, task in _LANGUAGE_TASKS.items() if kind in kinds]
+        return {**given, "tasks": usual}
 
 
 class Preset(_Stanza):
