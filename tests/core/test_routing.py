@@ -274,9 +274,11 @@ def test_prompts_that_end_in_different_pieces_of_a_batch() -> None:
     with torch.no_grad(), attached(router), model.prompts(ends):
         whole = model.module(**batch).logits
         router.arrived.clear()
-        first = model.module(batch["input_ids"][:, :3], use_cache=True)
-        second = model.module(batch["input_ids"][:, 3:], past_key_values=first.past_key_values)
-    assert router.arrived == [[1, 3], [0, 2]]
+        router.acted.clear()
+        first = model.module(batch["input_ids"][:, :4], use_cache=True)
+        second = model.module(batch["input_ids"][:, 4:], past_key_values=first.past_key_values)
+    assert router.arrived == [[1, 2, 3], [0]]
+    assert router.acted == [[2], [0, 2]]  # what the first piece decided is remembered
     pieces = torch.cat([first.logits, second.logits], 1)
     for row, end in enumerate(ends):
         assert torch.allclose(pieces[row, : end + 1], whole[row, : end + 1], atol=1e-3)
