@@ -207,7 +207,7 @@ class Editor:
             if given not in allowed:
                 raise UnknownNameError(option, str(given), allowed)
         if supersede and not apply:
-            raise ConfigError("supersede=True takes edits off the model, apply=False leaves it.")
+            raise ConfigError("supersede=True changes the model, apply=False does not: give one.")
         with self._changing("edit"):
             entry = self._methods.entry(method)
             settings, _ = self.configure(method, overrides)
@@ -227,13 +227,13 @@ class Editor:
     def rebase(self, *edits: EditLike) -> list[Edit]:
         """Compute active edits again on top of what is on the model now.
 
-        For edits whose effect depends on those that were active when they were computed (ROME in
-        sequence, adapters): after one of these was reverted they are `stale`. They are taken off
-        and computed again, in their order, from the same requests and hyper-parameters; the old
+        Some edits depend on those that were active when they were computed (ROME in sequence,
+        adapters). Once one of those is reverted, they are `stale`. Rebasing takes them off and
+        computes them again, in their order, from the same requests and hyper-parameters; the old
         records stay in the ledger, reverted.
 
         Args:
-            *edits: which; by default all that are stale, and those made on top of them.
+            *edits: which ones; by default all stale edits, and those made on top of them.
 
         Returns:
             The new edits, in order. After any error the model and the ledger are as they were.
@@ -263,7 +263,7 @@ class Editor:
     def prepare(self, method: str, config: Mapping[str, Any] | None = None) -> None:
         """Compute what a method needs of the base (statistics, training) before its first edit.
 
-        `edit` does so by itself when it has to; this moves the time it takes.
+        `edit` does the same when it has to; calling this first moves the time it takes.
         """
         with self._changing("prepare"):
             self._methods.prepare(method, self.configure(method, config)[0])
@@ -376,7 +376,7 @@ class Editor:
         Args:
             requests: requests or edits.
             protocols: how to measure.
-            **settings: `baseline`, what the base answers if known (`errata.evaluate.Baseline`),
+            **settings: `baseline`, the base's answers if known (`errata.evaluate.Baseline`),
                 or fields of `errata.evaluate.MeasureSettings`.
         """
         manager = self._methods.measuring()
@@ -400,7 +400,7 @@ class Editor:
         with self._access.changing():  # traces change what passes through the model
             found = self._methods.locating(method).locate(self.model, wanted, settings)
         if found is None:
-            raise ErrataError("No plugin could locate this request.")
+            raise ErrataError("No locator knows this request; try another `by` or method.")
         return found
 
     # -- moving edits ----------------------------------------------------------------------------

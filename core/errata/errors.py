@@ -54,7 +54,7 @@ class DatasetError(ErrataError, ValueError):
 
 
 class CapabilityError(ErrataError, ValueError):
-    """A method was asked for something it does not declare."""
+    """A request, model or option that the method does not declare."""
 
 
 class UnknownNameError(ErrataError, LookupError):
@@ -72,7 +72,7 @@ class UnknownNameError(ErrataError, LookupError):
 
 
 class AnatomyError(ErrataError, LookupError):
-    """A model whose parts could not be found; the message says which YAML lines to add."""
+    """A model whose parts could not be found; the message gives the YAML lines to add."""
 
 
 class PluginError(ErrataError, RuntimeError):
@@ -110,23 +110,23 @@ class IntegrityError(ErrataError, ValueError):
 
 
 class LedgerError(ErrataError, RuntimeError):
-    """The ledger cannot do what was asked."""
+    """An operation that the ledger cannot carry out as asked."""
 
 
 class LedgerBusyError(LedgerError):
-    """Another process holds the ledger's write lock for longer than the time-out."""
+    """A write lock of the ledger that another process held for longer than the time-out."""
 
 
 class LedgerChangedError(LedgerError):
-    """Another process wrote to the ledger since this editor last read it."""
+    """A ledger that another process wrote to since this editor last read it."""
 
 
 class StorageError(ErrataError, OSError):
-    """The disk refused: full, read-only or gone. Nothing was recorded."""
+    """A disk that refused: full, read-only or gone. Nothing was recorded."""
 
 
 class MissingExtraError(ErrataError, ImportError):
-    """An optional dependency is missing; the message names the install command."""
+    """An optional dependency that is missing; the message names the install command."""
 
     def __init__(self, what: str, package: str, extra: str) -> None:
         super().__init__(
@@ -136,7 +136,7 @@ class MissingExtraError(ErrataError, ImportError):
 
 
 class EditRefused(ErrataError, RuntimeError):
-    """A guard refused an edit; `measured` holds what it saw. The model is as it was."""
+    """An edit that a guard refused; `measured` holds what it saw. The model is as it was."""
 
     def __init__(self, reason: str, measured: Mapping[str, Any]) -> None:
         self.reason = reason

@@ -22,6 +22,7 @@ from errata.model.anatomy import Anatomy
 from errata.model.forward import trace
 from errata.model.generation import generate
 from errata.model.routing import Arrivals, Positions, Router, Visit
+from errata.model.scoring import score_targets
 from errata.model.structure import Structure
 from errata.testing import edit_with
 from tests.families import architectures, build
@@ -274,9 +275,11 @@ def test_prompts_that_end_in_different_pieces_of_a_batch() -> None:
     with torch.no_grad(), attached(router), model.prompts(ends):
         whole = model.module(**batch).logits
         router.arrived.clear()
-        first = model.module(batch["input_ids"][:, :3], use_cache=True)
-        second = model.module(batch["input_ids"][:, 3:], past_key_values=first.past_key_values)
-    assert router.arrived == [[1, 3], [0, 2]]
+        router.acted.clear()
+        first = model.module(batch["input_ids"][:, :4], use_cache=True)
+        second = model.module(batch["input_ids"][:, 4:], past_key_values=first.past_key_values)
+    assert router.arrived == [[1, 2, 3], [0]]
+    assert router.acted == [[2], [0, 2]]  # what the first piece decided is remembered
     pieces = torch.cat([first.logits, second.logits], 1)
     for row, end in enumerate(ends):
         assert torch.allclose(pieces[row, : end + 1], whole[row, : end + 1], atol=1e-3)
@@ -371,7 +374,7 @@ def test_where_rows_cannot_be_told_apart_it_is_refused() -> None:
 
 def test_the_example_of_the_docs_runs() -> None:
     text = (ROOT / "docs" / "plugin.md").read_text(encoding="utf-8")
-    code = re.search(r"```py\n(.*?)```", text, re.DOTALL)
+    code = re.search(r"```py\n(class NearestAdapter.*?)```", text, re.DOTALL)
     assert code is not None
     space: dict[str, Any] = {"Router": Router, "torch": torch}
     exec(compile(code[1], "plugin.md", "exec"), space)
@@ -495,12 +498,16 @@ def test_four_threads_get_the_answers_that_one_gets() -> None:
         new = model.module.generate(**batch, max_new_tokens=3, do_sample=False)  # type: ignore[operator]
         return new.tolist()
 
+    def scored(number: int) -> object:
+        prompts = mixed(number)
+        return [s.logprobs for s in score_targets(model, prompts, ["Paris"] * len(prompts))]
+
     model.tokenizer.padding_side = "left"
     unedited = [by_errata(number) for number in range(25)]
     model.stack.set([edit_with(n, f"{n}", delta) for n, delta in enumerate(entries)])
-    for answer in (by_errata, plainly):
+    for answer in (by_errata, plainly, scored):
         wanted = [answer(number) for number in range(25)]
-        assert answer is plainly or wanted != unedited
+        assert answer is not by_errata or wanted != unedited
         orders = [(7 * k + 6 * thread) % 25 for k in range(25) for thread in range(4)]
         with ThreadPoolExecutor(4) as pool:
             assert list(pool.map(answer, orders)) == [wanted[n] for n in orders]

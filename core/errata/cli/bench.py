@@ -52,7 +52,7 @@ def bench(
         typer.Option("--out", "-o", help="Folder of the results; by default runs/NAME."),
     ] = None,
     name: Annotated[
-        str | None, typer.Option("--name", help="What the run is called; by default as the file.")
+        str | None, typer.Option("--name", help="Name of the run; by default the file's.")
     ] = None,
     model: Annotated[
         str | None,
@@ -79,11 +79,11 @@ def bench(
     corpus: Annotated[
         str | None,
         typer.Option(
-            "--corpus", metavar="FILE", help="Text for second moments; by default what ships."
+            "--corpus", metavar="FILE", help="Text for second moments; by default errata's."
         ),
     ] = None,
     no_corpus: Annotated[
-        bool, typer.Option("--no-corpus", help="The text that ships, whatever the run file says.")
+        bool, typer.Option("--no-corpus", help="errata's own text, whatever the run file says.")
     ] = False,
     regime: Annotated[
         str | None,
@@ -118,7 +118,7 @@ def bench(
     ] = False,
     probe: Annotated[
         int,
-        typer.Option("--probe", min=0, help="With --dry-run: time so many cases per variant."),
+        typer.Option("--probe", min=0, help="With --dry-run: time N cases per variant."),
     ] = 0,
 ) -> None:
     """Measure methods on datasets: a line for each case, on the disk as soon as it is done.
@@ -138,7 +138,7 @@ def bench(
         config = config.model_copy(update={"corpus": None})
     folder = out or RUNS / config.name
     if probe and not dry_run:
-        raise ConfigError("--probe belongs to --dry-run.")
+        raise ConfigError("--probe needs --dry-run: give both, or neither.")
     if corpus and no_corpus:
         raise ConfigError("Give --corpus or --no-corpus, not both.")
     with session.status("Loading"):
@@ -190,7 +190,7 @@ def _config(
                (("model", "--model"), ("methods", "--method"), ("datasets", "--dataset"))
                if key not in fields]  # fmt: skip
     if missing:
-        raise ConfigError(f"Give {', '.join(missing)}, or a run file that says it.")
+        raise ConfigError(f"Give {', '.join(missing)}, or a run file that names it.")
     config = BenchConfig.parse(fields)
     return BenchConfig.parse({**fields, "methods": _set(config, values)}) if values else config
 
@@ -277,7 +277,7 @@ def _show_plan(session: Session, plan: BenchPlan) -> None:
 
 
 def _show_run(session: Session, run: RunDirectory) -> None:
-    """Show what came of a run; leave with an error only if nothing could be carried out."""
+    """Show the results of a run; leave with an error only if nothing could be carried out."""
     counted = _counts(run)
     tables = _tables(run)
     if session.json:

@@ -54,7 +54,7 @@ def datasets(
         typer.Argument(metavar="PATH", help="File, folder or hub id: show what it holds."),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="Read the first so many cases.")
+        int | None, typer.Option("--limit", min=1, help="Read only the first N cases.")
     ] = None,
     split: Annotated[
         str | None, typer.Option("--split", help="train, test …, where there are several.")

@@ -52,9 +52,9 @@ def demo(
     model: Annotated[
         str, typer.Option("--model", "-m", metavar="NAME", help="A model of the zoo.")
     ] = MODEL_NAME,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the choice of facts.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the choice of facts.")] = 0,
 ) -> None:
-    """Edit three facts with three methods; then get every byte back.
+    """Edit three facts with three methods, then get every byte back.
 
     Locates, edits, asks again, measures, reverts the middle edit first, compares. Runs on the
     small model that ships with errata, needs no network and no GPU, and leaves nothing behind.

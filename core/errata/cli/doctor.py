@@ -1,4 +1,4 @@
-"""Is everything in place? `doctor` looks and changes nothing."""
+"""The check of an installation: `doctor` only looks, and changes nothing."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def add(app: typer.Typer) -> None:
 def doctor(session: Session) -> None:
     """Show versions, devices, methods, folders; say what is broken.
 
-    Exit code 1 when something is broken; a missing extra is none.
+    Exit code 1 when something is broken; a missing extra does not count.
     """
-    with session.status("Looking around"):
+    with session.status("Checking the installation"):
         report = examine(session)
     if session.json:
         session.emit(report)

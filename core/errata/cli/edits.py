@@ -86,7 +86,7 @@ def edit(
         str, typer.Option("--method", help="Name of the method; `errata methods` lists them.")
     ] = "",
     target_true: Annotated[
-        str | None, typer.Option("--target-true", help="What it answers now, where known.")
+        str | None, typer.Option("--target-true", help="What it answers now, if known.")
     ] = None,
     relation: Annotated[
         str | None, typer.Option("--relation", help="Relation id, for example P36.")
@@ -139,7 +139,7 @@ def edit(
         typer.Option("--dry-run", help="Show what would happen; record and keep nothing."),
     ] = False,
 ) -> None:
-    """Change what the model says about a subject, or many from a file.
+    """Change what the model says: one fact from the arguments, or many from a file.
 
     The edit is computed, checked by the guards, put on the model and recorded in the ledger, all
     or nothing. Later edits are made on top of it, and any of them can be reverted alone.
@@ -227,7 +227,7 @@ def read_requests(file: Path) -> list[Request]:
         except ValueError as error:
             raise RequestError(f"{where}: not JSON: {error}") from None
         if not isinstance(data, dict):
-            raise RequestError(f"{where}: one JSON object a line is wanted, not {line[:60]!r}.")
+            raise RequestError(f"{where}: give one JSON object a line, not {line[:60]!r}.")
         try:
             request = Request.parse(data)
         except RequestError as error:
@@ -408,7 +408,7 @@ def revert(
         _changed(session, editor, {"reverted": taken, **({"restored": back} if restore else {})})
         stale = sum(entry.stale for entry in editor.log())
         if stale:
-            note = "computed on top of what is off; errata rebase"
+            note = "made on top of edits that are off now; see: errata rebase"
             session.say(f"{stale} stale: {note}", "warn")
 
 
@@ -434,12 +434,12 @@ def rebase(
     session: Session,
     ids: Annotated[
         list[str] | None,
-        typer.Argument(metavar="ID", help="Ids, or unique beginnings; default: all that is stale."),
+        typer.Argument(metavar="ID", help="Ids, or unique beginnings; by default all stale edits."),
     ] = None,
 ) -> None:
     """Compute edits again on top of what is on the model now.
 
-    For edits that `errata log` calls stale: they were computed on top of one that is reverted.
+    Use it for edits that `errata log` calls stale: they were made on top of one that is now off.
     They, and what was made on top of them, are taken off and made again, in their order, from the
     same requests and hyper-parameters, all or nothing; the old records stay in the ledger.
     """

@@ -68,7 +68,7 @@ def export(
 ) -> None:
     """Write edits to one file, or as one LoRA adapter.
 
-    Another errata applies the file; plain PeftModel loads the adapter, whatever the methods were.
+    errata applies the file anywhere; plain PeftModel loads the adapter, whatever the methods were.
     """
     options = {k: v for k, v in (("rank", rank), ("error", error)) if v is not None}
     if format == "errata" and not options:  # needs no model
@@ -103,7 +103,7 @@ def import_(
 ) -> None:
     """Take the edits of a file into the ledger.
 
-    Refused when they were made for another model.
+    Edits of another model are refused.
     """
     if not file.is_file():
         raise LedgerError(f"There is no file {str(file)!r} to import.")
@@ -137,7 +137,7 @@ def merge(
 ) -> None:
     """Write the edited model as a Hugging Face checkpoint.
 
-    Tokenizer included. Anything that loads checkpoints loads it; errata is not needed any more.
+    The tokenizer is included. Whatever loads checkpoints loads it, without errata.
     """
     session.read_ledger().close()
     with session.editor() as editor:

@@ -1,4 +1,4 @@
-"""What happened: `log`, `show` and `verify`. The first two load no model."""
+"""The history of a ledger: `log`, `show` and `verify`. The first two load no model."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def _state(edit: Edit, on: set[str]) -> Text:
 
 
 def _notes(edit: Edit) -> Iterator[str]:
-    """Yield what the record says of other edits that get in its way."""
+    """Yield the record's notes about edits that are in its way."""
     for what, ids in (
         ("conflicts", edit.outcome.conflicts), ("overlaps", tuple(edit.outcome.overlaps)),
     ):  # fmt: skip

@@ -50,9 +50,7 @@ def locate(
         str | None, typer.Argument(metavar="PROMPT", help="With {} for the subject.")
     ] = None,
     subject: Annotated[str, typer.Option("--subject", "-s", help="Who or what it is about.")] = "",
-    target: Annotated[
-        str, typer.Option("--target", "-t", help="The answer whose place is looked for.")
-    ] = "",
+    target: Annotated[str, typer.Option("--target", "-t", help="The answer to look for.")] = "",
     by: Annotated[
         str,
         typer.Option(
@@ -88,7 +86,7 @@ def locate(
         str, typer.Option("--dataset", help="Requests of --average, --sweep and --similar.")
     ] = "",
     data: Annotated[
-        Path | None, typer.Option("--data", metavar="PATH", help="Where --dataset lies.")
+        Path | None, typer.Option("--data", metavar="PATH", help="File or folder of --dataset.")
     ] = None,
     file: Annotated[
         Path | None,
@@ -286,7 +284,7 @@ def _sweep(
     from errata.locate import split_by_subject, sweep
 
     if not method:
-        raise ConfigError("Which method is to be swept? Give --method NAME.")
+        raise ConfigError("Which method shall --sweep edit with? Give --method NAME.")
     check_method(method)
     own = {name: settings.pop(name) for name in ("layers", "depths") if name in settings}
     own = {name: [value] if isinstance(value, int) else value for name, value in own.items()}

@@ -51,12 +51,13 @@ def add(app: typer.Typer) -> None:
 def generate(
     session: Session,
     prompts: Annotated[
-        list[str], typer.Argument(metavar="PROMPT", help="Prompts; - reads one a line.")
+        list[str],
+        typer.Argument(metavar="PROMPT", help="Prompts; - reads standard input, one a line."),
     ],
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", min=1, help="Longest continuation.")
     ] = 32,
-    base: Annotated[bool, typer.Option("--base", help="With every edit off.")] = False,
+    base: Annotated[bool, typer.Option("--base", help="Turn every edit off.")] = False,
     compare: Annotated[
         bool, typer.Option("--compare", help="The base and the edited model side by side.")
     ] = False,
@@ -66,8 +67,10 @@ def generate(
     sample: Annotated[
         bool, typer.Option("--sample", help="Draw tokens instead of taking the most probable.")
     ] = False,
-    temperature: Annotated[float, typer.Option("--temperature", help="Of --sample.")] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", help="Of --sample.")] = 0,
+    temperature: Annotated[
+        float, typer.Option("--temperature", help="Temperature of --sample.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of --sample.")] = 0,
 ) -> None:
     """Continue prompts with the edited model.
 
@@ -156,7 +159,7 @@ def evaluate(
 ) -> None:
     """Measure the edited model beside the base.
 
-    The model as it stands, with every edit that is on it; each number with its protocol.
+    The model is measured as it stands, with all active edits; each number has its protocol.
     """
     if file and ids:
         raise RequestError("Give ids or --file, not both.")

@@ -37,11 +37,11 @@ def prepare(
             "--training",
             metavar="NAME=PATH",
             help="Requests to train on, as a dataset and its file; may be repeated. A method that "
-            "is trained remembers them: it never edits what it has seen.",
+            "is trained is never asked to edit a fact that is among them.",
         ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="At most so many requests of each.")
+        int | None, typer.Option("--limit", min=1, help="At most N cases of each dataset.")
     ] = None,
     values: Annotated[
         list[str] | None,
@@ -50,8 +50,8 @@ def prepare(
 ) -> None:
     """Compute what a method needs of the base: statistics, contexts, a trained network.
 
-    `errata edit` does so by itself where it can. What is computed is kept in the cache folder
-    under the model's fingerprint, and used by every later command on that model.
+    `errata edit` does the same before the first edit, where it can. The results are kept in the
+    cache folder under the model's fingerprint; every later command on that model uses them.
     """
     check_method(method)
     requests = [request for given in training or () for request in _requests(given, limit)]

@@ -66,9 +66,7 @@ def report(
     ] = None,
     cases: Annotated[
         int | None,
-        typer.Option(
-            "--cases", min=0, help="With --html: at most so many cases of each table, not all."
-        ),
+        typer.Option("--cases", min=0, help="With --html: at most N cases of each table."),
     ] = None,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave damaged lines out; the report names them.")
@@ -77,7 +75,7 @@ def report(
     """Show what runs of `errata bench` found, and where knowledge lies: tables, a page, figures.
 
     Runs of one configuration with different seeds are pooled; different configurations stand side
-    by side. A run that is not finished is reported as far as it is.
+    by side. An unfinished run is reported as far as it got.
     """
     from errata.bench.report import read
 

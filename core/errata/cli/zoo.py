@@ -103,11 +103,11 @@ def train(
     architecture: Annotated[str, typer.Argument(metavar="ARCHITECTURE", help="gpt2 or llama.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
     steps: Annotated[
-        int | None, typer.Option("--steps", min=1, help="By default the recipe's.")
+        int | None, typer.Option("--steps", min=1, help="Training steps; by default the recipe's.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the world and of training.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of world and training.")] = 0,
     device: Annotated[
-        str | None, typer.Option("--device", help="cpu or cuda; by default a GPU where there is.")
+        str | None, typer.Option("--device", help="cpu or cuda; by default a GPU if there is one.")
     ] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start again instead of going on where it stopped.")

@@ -1,4 +1,4 @@
-"""What is checked before anything is computed: what a method declares, and that prompts fit."""
+"""Checks before anything is computed: what the method declares, and whether prompts fit."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def check_capabilities(
                 f"{request.text!r} is of kind {request.kind!r}."
             )
     if batch_size is not None and batch_size < 1:
-        raise CapabilityError(f"batch_size={batch_size} makes no sense: give 1 or more.")
+        raise CapabilityError(f"batch_size={batch_size} is not allowed: give 1 or more.")
     if batch_size is not None and batch_size > 1 and not can.batch:
         raise CapabilityError(
             f"{method} takes one request at a time, not {batch_size}: leave batch_size out."
@@ -56,7 +56,7 @@ def check_capabilities(
 def check_prompts(model: Model, requests: Sequence[Request]) -> None:
     """Raise `RequestError` for a subject or target that the model cannot be asked about.
 
-    The tokenizer must place both; the target fits in behind the prompt, or is a class of the model.
+    The tokenizer must place both. The target must fit behind the prompt, or be one of the classes.
     """
     for request in requests:
         subject_span(model.tokenizer, request.prompt, request.subject)

@@ -54,8 +54,8 @@ class MethodConfig(BaseModel):
 
     @property
     def on_base(self) -> bool:
-        """The method's edits are computed from the base alone: the engine takes every other off.
+        """Whether edits are computed from the base alone, with every other edit taken off.
 
-        They then depend on nothing that is active, and none of them goes stale.
+        Such edits do not depend on what is active, and never go stale.
         """
         return False

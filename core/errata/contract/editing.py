@@ -30,13 +30,13 @@ logger = logging.getLogger("errata")
 
 @dataclass(frozen=True)
 class EditCall:
-    """What is asked of one method.
+    """A call of one method: its configuration and the requests.
 
     Attributes:
         method: its name.
         config: its hyper-parameters, resolved for the model.
         batches: the requests, as the method gets them together.
-        rebases: id of the edit that this one takes the place of.
+        rebases: id of the edit that this one replaces.
     """
 
     method: str

@@ -1,4 +1,4 @@
-"""Guards: what is checked before a call's edits are kept, once, on the state that the user gets."""
+"""Guards: checks before a call's edits are kept, once, on the state that the user gets."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Mode = Literal["refuse", "warn", "off"]
 
 
 class GuardPolicy(BaseModel):
-    """What is checked before an edit is kept, and what happens when a check fails.
+    """The checks before an edit is kept, and what happens when one fails.
 
     Each mode is "refuse" (the edit is taken off, the refusal recorded), "warn" or "off".
     """
@@ -61,7 +61,7 @@ class GuardPolicy(BaseModel):
             return given
         if given is not None and not isinstance(given, Mapping):
             raise ConfigError(
-                f"guards={given!r} is no mapping of guards: {list(cls.model_fields)}."
+                f"guards={given!r} is no mapping. Its keys may be {list(cls.model_fields)}."
             )
         for key in given or {}:
             if key not in cls.model_fields:
@@ -74,7 +74,7 @@ class GuardPolicy(BaseModel):
 
 
 class Guards:
-    """Checks the edits of one call and says what it measured."""
+    """Checks the edits of one call, and returns what it measured."""
 
     def __init__(self, policy: GuardPolicy) -> None:
         self.policy = policy

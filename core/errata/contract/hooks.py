@@ -1,9 +1,9 @@
-"""The plugin contract, whole: eight hooks, each a place where a stranger's code comes in.
+"""The whole plugin contract: eight hooks, through which a stranger's code comes in.
 
-A plugin is an object (or class) with some of these methods, marked `@hookimpl`. A method is
-published under its name in the entry point group "errata.methods"; what measures, locates or
-brings models without being a method, in "errata.plugins"; a delta kind, in "errata.deltas".
-Arguments that an implementation does not need may be left out of its signature.
+A plugin is an object (or class) with some of these methods, marked `@hookimpl`. An editing method
+is published under its name in the entry point group "errata.methods". Plugins that only measure,
+locate or bring models go into "errata.plugins", delta kinds into "errata.deltas".
+An implementation may leave out arguments that it does not need.
 """
 
 from __future__ import annotations

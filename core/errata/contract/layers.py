@@ -1,4 +1,4 @@
-"""Registry files as layers: what each may say, and what they say together.
+"""Registry files as layers: what each may contain, and how they are merged.
 
 A later layer wins. The catalogue, the user's file and the project's may speak of every method; a
 plugin's file only of the methods that its package provides.
@@ -189,14 +189,14 @@ def _presets(layer: Layer, stanza: Stanza, where: str) -> list[Preset]:
 def _may_describe(layer: Layer, name: str) -> None:
     if layer.origin == "plugin" and name not in layer.methods:
         raise ConfigError(
-            f"{layer.source}: its registry file may only speak of the methods that the package "
+            f"{layer.source}: its registry file may only describe the methods that the package "
             f"provides ({', '.join(layer.methods)}), not of {name!r}. To set values of other "
             f"methods, use your own or the project's registry.yaml. {_way_out(layer)}"
         )
 
 
 def _way_out(layer: Layer) -> str:
-    return f"Until it is mended: ERRATA_DISABLE={','.join(layer.methods)}"
+    return f"Until it is fixed: ERRATA_DISABLE={','.join(layer.methods)}"
 
 
 def _refuse_unknown_methods(

@@ -52,7 +52,7 @@ class Manager:
     def prepare(
         self, model: Model, corpus: Sequence[str], training: Sequence[Request], config: Any
     ) -> None:
-        """Let the method compute what it needs beforehand."""
+        """Let the method compute what belongs to the base."""
         if self._pm.hook.prepare.get_hookimpls():
             with pure(model, self.method, "prepare"):
                 self._pm.hook.prepare(model=model, corpus=corpus, training=training, config=config)
@@ -118,11 +118,11 @@ class Manager:
         return found
 
     def apply(self, model: Model, edits: Sequence[Edit]) -> None:
-        """Say that edits are put on the model, as one change."""
+        """Tell the plugins that edits are put on the model, as one change."""
         self._pm.hook.apply(model=model, edits=edits)
 
     def revert(self, model: Model, edits: Sequence[Edit]) -> None:
-        """Say that edits are taken off the model, as one change."""
+        """Tell the plugins that edits are taken off the model, as one change."""
         self._pm.hook.revert(model=model, edits=edits)
 
 

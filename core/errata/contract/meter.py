@@ -1,4 +1,4 @@
-"""What computing edits took."""
+"""The time and memory that computing edits takes."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ Settle = Callable[["Model", str, "MethodConfig"], "tuple[MethodConfig, str]"]
 """Replaces layers that are "auto" by those of a sweep; returns the configuration and why."""
 
 RULE = "rule"
-"""Where a value comes from that no preset, registry or argument gives."""
+"""The source of a value that no preset, registry file or argument gives."""
 
 
 class Computed(NamedTuple):
@@ -113,10 +113,10 @@ class Methods:
     def configure(
         self, name: str, overrides: Mapping[str, Any] | None = None
     ) -> tuple[MethodConfig, list[Value]]:
-        """Return a method's configuration as it is resolved for the model, and where from.
+        """Return a method's configuration, resolved for the model, and where each value is from.
 
-        Layers that are "auto" come from the method's cached sweep of this model, those that
-        nothing names from the method's rule; both come out as numbers.
+        Layers that are "auto" come from the method's cached sweep of this model; layers that
+        nothing names come from the method's rule. Both come out as numbers.
         """
         config = self.plugin(name).config
         resolved, values = self._registry.resolve(name, config, self._facts(), overrides)
@@ -162,8 +162,8 @@ class Methods:
     def _compute_for(self, method: str, requests: Any, **config: Any) -> list[Delta]:
         """Compute another method's deltas with its presets: what `model.compute` does.
 
-        The method must have been prepared where it needs that: call it from `prepare` as well, or
-        let it find what it needs among the artifacts.
+        The other method is not prepared here: what it needs of the base must be among the
+        artifacts already, or no edit may be active, so that it can be computed now.
         """
         settings, _ = self.configure(method, config)
         return self.manager(method).edit(self._model, parse_requests(requests), settings)

@@ -1,4 +1,4 @@
-"""Finding plugins: methods by name, and what measures, locates or brings models."""
+"""Finding plugins: methods by name, and those that measure, locate or bring models."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def version(name: str) -> str:
 
 @cache
 def library_versions(method: str) -> Mapping[str, str]:
-    """Return the versions of what computes a method's edits; looked up once per process."""
+    """Return the versions of the libraries behind a method's edits; looked up once per process."""
     found = {"method": version(method)}
     for name in ("errata", "torch", "transformers", "peft"):
         try:

@@ -1,4 +1,4 @@
-"""Preparing a method: what it computes of the base, and which requests it was trained on."""
+"""The preparation of methods: what they compute of the base, and what they are trained on."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Preparation:
     """Prepares the methods of one editor, each once per configuration.
 
     Args:
-        training: what methods are trained on; None where nothing was given.
+        training: requests that methods are trained on; None where none were given.
     """
 
     def __init__(self, training: Sequence[Request] | None = None) -> None:
@@ -86,8 +86,8 @@ class Preparation:
     def prepare(self, manager: Manager, model: Model, config: MethodConfig, trains: bool) -> None:
         """Let a method compute what belongs to the base.
 
-        What was trained on is noted among the model's artifacts, so that later editors need no
-        training requests for the same configuration and still know what it has seen.
+        The facts that a method was trained on are noted among the model's artifacts, so that later
+        editors need no training requests for the same configuration and still know these facts.
 
         Args:
             manager: of the method.

@@ -1,4 +1,4 @@
-"""What a protocol is: a named way of measuring, in words and as a function."""
+"""The protocol: a named way of measuring, in words and as a function."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class Protocol:
     """A way of measuring that can be asked for by name.
 
     Attributes:
-        name: what it is asked for by, and what every measurement's protocol starts with.
-        summary: what it measures and how, in a line or two.
+        name: by which it is asked for; every measurement's protocol starts with it.
+        summary: in a line or two, what it measures and how.
         origin: the paper or code that defined it.
         measure: is given an `errata.evaluate.Reader` on a model in one state and reads the
-            questions off it. It returns nothing for what the requests have no prompts for, never
-            a 0, and nothing relative to the base where `reader.base` is None.
+            questions off it. A metric without prompts is left out, never reported as 0, and so
+            is everything relative to the base where `reader.base` is None.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What a registry says about one method: its paper, what it can do, and presets for models."""
+"""One method's stanza in a registry: its paper, what it can do, and presets for models."""
 
 from __future__ import annotations
 

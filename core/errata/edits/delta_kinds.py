@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 GROUP = "errata.deltas"
 
 
-class DeltaKinds(Mapping[str, type[Delta]]):
+class DeltaKinds(Mapping[str, "type[Delta]"]):
     """Every installed delta kind; editor, ledger, import and command line share this mapping.
 
     Looking a kind up raises `PluginError` where its package is broken, or where two packages
