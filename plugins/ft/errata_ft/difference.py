@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from errata.model import Model
 
 _ITERATIONS = 2  # of the subspace iteration
+_ROUNDING = 1e-6
 
 
 class Difference:
@@ -284,13 +285,16 @@ def _leading(matrix: Tensor, error: float, limit: int) -> tuple[Tensor, Tensor] 
         basis = torch.linalg.qr(basis).Q  # (m, rank)
         along = matrix.T @ basis  # (n, rank)
         energy, turn = torch.linalg.eigh(along.double().T @ along.double())  # ascending
-        lost = max(total - float(energy.sum()), 0.0)
+        lost = total - float(energy.sum())
+        if lost <= allowed + _ROUNDING * total or rank == matrix.shape[0]:
+            # A difference of energies is known to rounding alone: √1e-6 would be a visible error.
+            lost = float((matrix - basis @ along.T).double().square().sum())
         if lost <= allowed or rank == matrix.shape[0]:
             tail = lost + energy.clamp_min(0).cumsum(0)
             kept = turn[:, min(int((tail <= allowed).sum()), rank - 1) :].flip(1).to(basis)
             return basis @ kept, along @ kept
         # No direction that is left has more energy than the least of those that were found.
-        if lost - (limit - rank) * float(energy[0]) > allowed:
+        if lost - (limit - rank) * float(energy[0].clamp_min(0)) > allowed + _ROUNDING * total:
             return None
         rank = min(2 * rank, limit)
     return None
