@@ -245,6 +245,29 @@ def test_training_is_done_once_and_what_was_trained_on_is_not_edited(tmp_path: P
             later.edit(TRAINING[0], method="toy-trained")
 
 
+def test_another_training_set_trains_another_network(tmp_path: Path) -> None:
+    other = [Request(prompt="{} lives in", subject="Oswin", target_new="Rome")]
+    found = {}
+    for name, training in (("first", TRAINING), ("second", other), ("again", TRAINING)):
+        with open_editor(training=training, artifacts=tmp_path) as editor:
+            edit = editor.edit(requests(1)[0], method="toy-trained")
+            found[name] = set(edit.artifacts.values())
+    assert found["first"] == found["again"] != found["second"]
+    with open_editor(artifacts=tmp_path) as later:  # what was trained last is what is in force
+        assert (
+            set(later.edit(requests(1)[0], method="toy-trained").artifacts.values())
+            == (found["first"])
+        )
+        later.edit(other[0], method="toy-trained")
+        with pytest.raises(RequestError, match="trained on the fact"):
+            later.edit(TRAINING[0], method="toy-trained")
+
+
+def test_a_trained_artifact_needs_a_declaration() -> None:
+    with open_editor() as editor, pytest.raises(ConfigError, match="needs"):
+        editor.model.base_key("network", trained=True)
+
+
 def test_an_export_carries_the_artifacts_that_its_edits_need(tmp_path: Path) -> None:
     with open_editor(training=TRAINING, artifacts=tmp_path / "here") as editor:
         edit = editor.edit(requests(1)[0], method="toy-trained")

@@ -176,9 +176,8 @@ def _config(
     if given["limit"] is not None and there is not None:  # a dataset's own limit gives way
         fields["datasets"] = [s.model_copy(update={"limit": None}) for s in there.datasets]
     if given["regime"] is not None:  # what belongs to the run file's own regime
-        for key, belongs in (("batch_size", ("batch", *STREAMS)), ("train", ("cross-domain",))):
-            if given["regime"] not in belongs and given.get(key) is None:
-                fields.pop(key, None)
+        if given["regime"] not in ("batch", *STREAMS) and given.get("batch_size") is None:
+            fields.pop("batch_size", None)
     if methods:
         labelled = {v.label: v for v in there.methods} if there else {}
         fields["methods"] = [labelled.get(label, {"method": label}) for label in methods]

@@ -155,7 +155,8 @@ class Methods:
 
     def compute(self, name: str, config: MethodConfig, requests: Sequence[Request]) -> Computed:
         """Compute the deltas of a prepared method, from the model's present state."""
-        with Meter(self._model) as m:
+        trained = self._preparation.in_force(self._model, name, config)
+        with trained, Meter(self._model) as m:
             deltas = self.manager(name).edit(self._model, requests, config)
         return Computed(deltas, m.seconds / len(deltas), m.peak)
 
@@ -166,7 +167,8 @@ class Methods:
         artifacts already, or no edit may be active, so that it can be computed now.
         """
         settings, _ = self.configure(method, config)
-        return self.manager(method).edit(self._model, parse_requests(requests), settings)
+        with self._preparation.in_force(self._model, method, settings):
+            return self.manager(method).edit(self._model, parse_requests(requests), settings)
 
     def _others(self) -> list[Any]:
         if self._rooms is None:

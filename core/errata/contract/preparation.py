@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, overload
 
@@ -72,6 +74,14 @@ class TrainingSet(Sequence[Request]):
         return sha.hexdigest()
 
 
+@dataclass(frozen=True)
+class _Done:
+    """What a method was prepared with: nothing, or training requests."""
+
+    trained_on: str | None = None
+    facts: frozenset[str] = frozenset()
+
+
 class Preparation:
     """Prepares the methods of one editor, each once per configuration.
 
@@ -81,13 +91,13 @@ class Preparation:
 
     def __init__(self, training: Sequence[Request] | None = None) -> None:
         self.training = None if training is None else TrainingSet(training)
-        self._done: dict[tuple[str, str], frozenset[str]] = {}
+        self._done: dict[tuple[str, str], _Done] = {}
 
     def prepare(self, manager: Manager, model: Model, config: MethodConfig, trains: bool) -> None:
         """Let a method compute what belongs to the base.
 
-        The facts that a method was trained on are noted among the model's artifacts, so that later
-        editors need no training requests for the same configuration and still know these facts.
+        What a method was trained on last is noted among the model's artifacts, so that later
+        editors need no training requests for the same configuration, and still know the facts.
 
         Args:
             manager: of the method.
@@ -111,25 +121,43 @@ class Preparation:
                 "edited, and none were given: Editor(…, training=requests), or "
                 f"`errata prepare {manager.method} --training NAME=PATH` once."
             )
-        with model.base_state():
-            manager.prepare(model, model.corpus or (), training, config)
-        facts = training.facts
+        done = _Done()
         if training:
-            about = {"digest": training.digest, "n": len(training), "facts": sorted(facts)}
-            model.artifacts.save(note, {"n": torch.tensor(len(training))}, about)
+            done = _Done(training.digest, training.facts)
         elif former is not None:
-            facts = frozenset(map(str, former[1].get("facts", ())))
-        self._done[key] = facts
+            done = _Done(str(former[1]["digest"]), frozenset(map(str, former[1]["facts"])))
+        with model.base_state(), _training(model, done.trained_on):
+            manager.prepare(model, model.corpus or (), training, config)
+        if training:
+            about = {"digest": done.trained_on, "n": len(training), "facts": sorted(done.facts)}
+            model.artifacts.save(note, {"n": torch.tensor(len(training))}, about)
+        self._done[key] = done
+
+    @contextmanager
+    def in_force(self, model: Model, method: str, config: MethodConfig) -> Iterator[None]:
+        """Let `model.of_base(…, trained=True)` find what the method was trained on, for a block."""
+        done = self._done.get((method, _recipe(config)), _Done())
+        with _training(model, done.trained_on):
+            yield
 
     def check_overlap(self, method: str, config: MethodConfig, requests: Sequence[Request]) -> None:
         """Raise `RequestError` for a request about a fact that the method was trained on."""
-        seen = self._done.get((method, _recipe(config)), frozenset())
+        seen = self._done.get((method, _recipe(config)), _Done()).facts
         for request in requests:
             if any(name in seen for name in _facts(request)):
                 raise RequestError(
                     f"{method} was trained on the fact that {request.text!r} asks for: an edit of "
                     "it would measure memory, not editing. Train on other requests."
                 )
+
+
+@contextmanager
+def _training(model: Model, trained_on: str | None) -> Iterator[None]:
+    former, model.trained_on = model.trained_on, trained_on
+    try:
+        yield
+    finally:
+        model.trained_on = former
 
 
 def _recipe(config: MethodConfig) -> str:

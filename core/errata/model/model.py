@@ -56,6 +56,8 @@ class Model:
         progress: where long work reports to; `model.progress.track(iterable, "text")`.
         corpus: plain text paragraphs for statistics (None: the text that ships with errata).
         call: what the running forward calls are about; every thread has its own.
+        trained_on: digest of the training requests of the method whose hook is running; None for
+            a method that is not trained.
         memo: artifacts that were read already, so that they are read (and factored) once.
         compute: `compute(method, requests, **config)` returns another method's deltas as its
             `edit` would, with its presets; for methods that build on methods.
@@ -93,6 +95,7 @@ class Model:
         quantised = any(not p.is_floating_point() for p in self.parameters.values())
         self.branch = quantised if branch is None else branch
         self.runtimes: dict[str, Any] = {}
+        self.trained_on: str | None = None
         self.memo: dict[Any, Any] = {}
         self.compute: Callable[..., list[Any]] = _compute_nothing
         self.stack: ActiveEdits = NoEdits()
@@ -236,6 +239,7 @@ class Model:
         compute: Callable[[], tuple[Mapping[str, Tensor], Mapping[str, Any]]],
         sound: Callable[[Mapping[str, Tensor], Mapping[str, Any]], bool] | None = None,
         runs_model: bool = True,
+        trained: bool = False,
     ) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
         """Return what is computed once per base: from memory, from the artifacts, or now.
 
@@ -245,11 +249,12 @@ class Model:
             sound: says whether what was stored is what it should be; else it is computed again.
             runs_model: False where `compute` reads other artifacts alone, so that active edits do
                 not matter.
+            trained: it also depends on the training requests: each set of them has its own.
 
         Raises:
             ConfigError: it is not there yet, and edits are active: it belongs to the base.
         """
-        whole = (key[0], self.fingerprint, *key[1:])
+        whole = self.base_key(*key, trained=trained)
         if whole not in self.memo:
             stored = self.artifacts.load(whole)
             if stored is None or (sound is not None and not sound(*stored)):
@@ -265,6 +270,21 @@ class Model:
             self.memo[whole] = stored
         found: tuple[Mapping[str, Tensor], Mapping[str, Any]] = self.memo[whole]
         return found
+
+    def base_key(self, *key: str, trained: bool = False) -> tuple[str, ...]:
+        """Return the artifact key under which `of_base` keeps something; deltas name it.
+
+        Raises `ConfigError` for `trained` outside the hooks of a method that needs training.
+        """
+        whole = (key[0], self.fingerprint, *key[1:])
+        if not trained:
+            return whole
+        if self.trained_on is None:
+            raise ConfigError(
+                f"{key[0]!r} is trained, but the method that asks for it does not say so: add "
+                "`needs: [training]` to its registry file."
+            )
+        return (*whole, self.trained_on[:16])
 
     # -- identity --------------------------------------------------------------------------------
 

@@ -25,11 +25,11 @@ class ToyTrained(ToyLowRank):
             size = sum(len(request.text) for request in training)
             return {"weight": torch.tensor([float(size)])}, {}
 
-        model.of_base("toy_network", str(config.seed), compute=compute)
+        model.of_base("toy_network", str(config.seed), compute=compute, trained=True)
 
     @hookimpl
     def edit(self, model, requests, config):
-        key = ("toy_network", model.fingerprint, str(config.seed))
+        key = model.base_key("toy_network", str(config.seed), trained=True)
         assert model.artifacts.load(key) is not None
         name = weight_name(model, config)
         return [NetworkDelta(name, key) for _ in requests]
