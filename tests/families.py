@@ -7,9 +7,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 import yaml
@@ -138,6 +140,18 @@ FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
 CLASSIFIERS: tuple[str, ...] = tuple(_CLASSIFIERS)
 """Sequence classifiers, with the classes "criminal", "economic" and "other"."""
 DECODERS: tuple[str, ...] = tuple(f for f in FAMILIES if f not in ("t5", "bert", "roberta"))
+REPRESENTATIVE = ("gpt2", "llama", "gemma2", "gpt_neox", "t5", "bert")
+"""Conv1D and Linear, blocks in sequence and in parallel, MLPs with and without a gate."""
+
+
+def sampled(families: Iterable[str]) -> list[Any]:
+    """Return families as parameters of a test: some in the default run, the rest marked slow."""
+    return [
+        family if family in REPRESENTATIVE else pytest.param(family, marks=pytest.mark.slow)
+        for family in families
+    ]
+
+
 STYLES = ("bytes", "bytes-bos", "bytes-untrimmed", "sentencepiece", "llama", "unigram",
           "wordpiece", "roberta")  # fmt: skip
 

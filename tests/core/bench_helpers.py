@@ -148,7 +148,10 @@ SHORT: dict[str, Any] = {
     "limit": 3,
     "protocols": ["generation"],
     "state": [],
-    "settings": {"max_new_tokens": 2},
+    "settings": {
+        "max_new_tokens": 2,
+        "texts": ["The river runs past the mill and under the old bridge."],
+    },
 }
 
 

@@ -62,6 +62,7 @@ def same(folder: Path, other: Path, but: tuple[str, ...] = ()) -> bool:
     }
 
 
+@pytest.mark.slow
 def test_processes_give_what_one_process_gives_even_when_one_dies(tmp_path: Path) -> None:
     bench.run(short(limit=4), tmp_path / "serial")
     dying = [fatal(tmp_path, SUBJECTS[2], once=True)]

@@ -63,6 +63,7 @@ def lines_of(folder: Path) -> int:
 # -- killed ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_stream_killed_at_random_instants_ends_as_if_it_had_not_been(
     runs: Runner, whole: tuple[Path, float], tmp_path: Path
 ) -> None:
@@ -90,6 +91,7 @@ def test_a_stream_killed_at_random_instants_ends_as_if_it_had_not_been(
     assert subjects == [SUBJECTS[0], SUBJECTS[3]]  # each computed and recorded once
 
 
+@pytest.mark.slow
 def test_a_stream_of_batches_goes_on_wherever_it_was_killed(runs: Runner, tmp_path: Path) -> None:
     stream = {**STREAM, "methods": ["nudge"], "batch_size": 2, "limit": 3}
     reference = tmp_path / "whole"
@@ -116,7 +118,7 @@ def test_a_stream_of_batches_goes_on_wherever_it_was_killed(runs: Runner, tmp_pa
         assert len(ledger.edits()) == 3
 
 
-@pytest.mark.parametrize("kept", range(0, 12, 2))
+@pytest.mark.parametrize("kept", [0, 3, 8])
 def test_a_results_file_that_lost_its_end_is_completed(
     whole: tuple[Path, float], tmp_path: Path, kept: int
 ) -> None:
@@ -210,7 +212,10 @@ def small(runs: Runner, tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ({"seeds": [1]}, r"config\.seeds"),
         ({"limit": 2}, r"datasets\.atlas\.cases: 1 there, 2 here"),
-        ({"settings": {"max_new_tokens": 3}}, r"config\.settings\.max_new_tokens: 2 there, 3 here"),
+        (
+            {"settings": {**STREAM["settings"], "max_new_tokens": 3}},
+            r"config\.settings\.max_new_tokens: 2 there, 3 here",
+        ),
         ({"protocols": ["generation", "locality"]}, r"protocols\.atlas\.cases"),
         (
             {"methods": [{"method": "nudge", "config": {"scale": 0.3}}]},

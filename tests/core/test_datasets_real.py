@@ -47,6 +47,7 @@ def test_real_counterfact_is_whole() -> None:
             assert found == [p.strip() for p in record[published]]
 
 
+@pytest.mark.slow
 def test_real_counterfact_thin_is_whole() -> None:
     data = real("counterfact", "counterfact", "counterfact_thin.jsonl")
     assert (len(data), data.skipped) == (21_919, 0)
@@ -138,6 +139,7 @@ def test_real_known_1000_is_whole() -> None:
         assert (request.text, request.target_new) == (record["prompt"], record["attribute"])
 
 
+@pytest.mark.slow
 def test_real_pararel_is_whole() -> None:
     folder = shared_path("data", "pararel")
     data = load("pararel", folder).requests()

@@ -195,13 +195,14 @@ def check_after_kill(folder: Path, report: Path, before: State) -> tuple[State, 
     return state, state == pending != done
 
 
-def test_killed_at_fifty_random_moments_it_holds_every_edit_reported_as_done(
-    tmp_path: Path, writers: Writers
+@pytest.mark.parametrize("kills", [10, pytest.param(50, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_it_holds_every_edit_reported_as_done(
+    tmp_path: Path, writers: Writers, kills: int
 ) -> None:
     folder, report = tmp_path / "ledger", tmp_path / "report"
     choose = random.Random(0)
     state: State = {}
-    for kill in range(50):
+    for kill in range(kills):
         child = writers.start(do="write", ledger=folder, report=report, seed=kill)
         time.sleep(choose.uniform(0, 0.15))
         os.kill(child, signal.SIGKILL)

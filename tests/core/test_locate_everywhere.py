@@ -26,7 +26,7 @@ from errata.model.prompts import TokenError
 from errata.model.running import prepare
 from errata.model.scoring import score_targets
 from errata.model.tokens import encode
-from tests.families import DECODERS, FAMILIES, build_model
+from tests.families import DECODERS, FAMILIES, build_model, sampled
 
 REQUEST = Request(
     prompt="The mother tongue of {} is", subject="Miles Davis", target_new="x",
@@ -339,7 +339,7 @@ def test_the_gradient_points_along_the_activation(tiny: Model) -> None:
     assert runs.high == pytest.approx(math.exp(scaled(1.0)))
 
 
-@pytest.mark.parametrize("family", [*DECODERS, "t5", "bert", "roberta"])
+@pytest.mark.parametrize("family", sampled([*DECODERS, "t5", "bert", "roberta"]))
 def test_the_lens_at_the_last_layer_is_the_model(family: str, cache: Path) -> None:
     model = build_model(family, cache, torch.float64)
     found = logit_lens(model, REQUEST, answer="Rome")

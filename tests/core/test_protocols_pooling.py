@@ -88,7 +88,7 @@ def measured(cases: Sequence[Sequence[Request]], given: dict[str, Any]) -> list[
     return [m for protocol in MEANS for m in ask(protocol, requests, **given).values()]
 
 
-@settings(max_examples=40)
+@settings(max_examples=12)
 @given(worlds())
 def test_pooling_single_cases_is_evaluating_all_at_once(
     world: tuple[list[list[Request]], dict[str, Any]],
@@ -106,7 +106,7 @@ def test_pooling_single_cases_is_evaluating_all_at_once(
         assert one.interval == pytest.approx(whole.interval, abs=1e-12)
 
 
-@settings(max_examples=40)
+@settings(max_examples=12)
 @given(worlds(), st.randoms(use_true_random=False))
 def test_values_do_not_depend_on_the_order(
     world: tuple[list[list[Request]], dict[str, Any]], random: Any

@@ -336,6 +336,7 @@ def test_the_terminal_shows_each_column_and_stays_within_its_width(report: Repor
 # -- figures ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_figures_are_png_and_svg_and_the_same_each_time(report: Report, tmp_path: Path) -> None:
     files = report.plots(tmp_path / "a")
     assert {path.suffix for path in files} == {".png", ".svg"}

@@ -22,7 +22,7 @@ from errata.model.tokens import (
     subject_span,
     tokenise,
 )
-from tests.families import DECODERS, STYLES, build, build_tokenizer
+from tests.families import DECODERS, STYLES, build, build_tokenizer, sampled
 from tests.helpers import shared_path
 
 REAL = ("real-gpt2", "real-t5", "real-bert")
@@ -258,7 +258,7 @@ def test_a_bad_batch_says_why():
         encode(tokenizer, ["x", ""])
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", sampled(DECODERS))
 def test_left_and_right_padding_give_the_same_logits(family):
     module, tokenizer = build(family)
     texts = ["Paris", "The capital of France is Paris, a city"]

@@ -195,6 +195,7 @@ def test_batches_depend_on_seed_and_step_only(world: World, tokenizer: Any) -> N
     assert not torch.equal(one.batch(9, 2, 32).input_ids, one.batch(10, 2, 32).input_ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_an_interrupted_training_ends_with_the_same_weights(
     architecture: Any, tmp_path: Path

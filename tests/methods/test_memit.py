@@ -28,7 +28,7 @@ from errata.model.tokens import encode, subject_position
 from errata.testing import edit_with
 from errata_memit import Memit, MemitConfig
 from errata_memit.algorithm import memit
-from tests.families import DECODERS, SENTENCES, architectures, build_model
+from tests.families import DECODERS, SENTENCES, architectures, build_model, sampled
 from tests.methods.golden import golden_model, recorded, relative
 from tests.methods.golden import known_keys as golden_keys
 
@@ -132,7 +132,7 @@ def test_keys_are_averaged_over_two_groups() -> None:
 ADDING = [family for family in DECODERS if family not in ("gemma2", "gemma3_text")]
 
 
-@pytest.mark.parametrize("family", ADDING)
+@pytest.mark.parametrize("family", sampled(ADDING))
 def test_what_was_to_be_written_is_there(family: str, tmp_path: Path) -> None:
     """One bare context and a light C: the block's output becomes z, on every family."""
     model = tiny(family, tmp_path)

@@ -31,7 +31,7 @@ from errata.model.tokens import encode, subject_position
 from errata.testing import edit_with
 from errata_rome import Rome, RomeConfig
 from errata_rome.algorithm import RankOne, RomeObjective, contexts_of, rome, statistic_of
-from tests.families import DECODERS, SENTENCES, architectures, build_model
+from tests.families import DECODERS, SENTENCES, architectures, build_model, sampled
 from tests.helpers import GOLDEN
 
 CONTEXTS = ("{}", "Once upon a time. {}", "The city of Paris. {}")
@@ -147,7 +147,7 @@ def output_at_subject(model: Model, request: Request, layer: int) -> Tensor:
     ].float()
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", sampled(DECODERS))
 def test_the_value_is_written_and_the_model_left_alone(family: str, tmp_path: Path) -> None:
     model = build_model(family, tmp_path)
     config = RomeConfig(**FAST, weight_decay=0.0)

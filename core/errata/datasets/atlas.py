@@ -6,6 +6,7 @@ Its subjects, facts and phrasings come from the invented world that the zoo mode
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from importlib import resources
@@ -66,10 +67,13 @@ def requests(n: int | None = None, *, kind: Literal["modify", "erase"] = "modify
     """
     if n is not None and n < 0:
         raise ValueError(f"n is {n}; it must be 0 or more, or None for all cases")
-    chosen = cases()
-    if kind == "erase":
-        chosen = [case for case in chosen if case["requested_rewrite"]["relation_id"] in ERASABLE]
-    return [to_request(case, kind) for case in chosen[:n]]
+    return list(itertools.islice(_each(kind), n))
+
+
+def _each(kind: Literal["modify", "erase"]) -> Iterator[Request]:
+    for case in cases():
+        if kind == "modify" or case["requested_rewrite"]["relation_id"] in ERASABLE:
+            yield to_request(case, kind)
 
 
 def read(source: Source, kind: str = "modify") -> Iterator[Item]:
@@ -77,7 +81,7 @@ def read(source: Source, kind: str = "modify") -> Iterator[Item]:
     if kind not in KINDS:
         raise ConfigError(f"kind is {kind!r}; it must be one of {', '.join(KINDS)}.")
     del source
-    yield from requests(kind=kind)  # type: ignore[arg-type]  # checked above
+    yield from _each(kind)  # type: ignore[arg-type]  # checked above
 
 
 ERASABLE = ("profession", "instrument", "sport", "learns", "collects", "colour")
