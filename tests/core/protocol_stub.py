@@ -51,10 +51,11 @@ def ask(
     With `base` the model is an edited one, compared with a base that answers so; without, it is
     the base itself.
     """
-    anatomy = SimpleNamespace(kind=kind, position_embedding=lambda module: None)
+    anatomy = SimpleNamespace(kind=kind, context=None)
     model = SimpleNamespace(
         anatomy=anatomy, module=None, config=SimpleNamespace(), tokenizer=Words(), name="stub",
-        stack=SimpleNamespace(ids=[] if base is None else ["1"]),
+        stack=SimpleNamespace(ids=[] if base is None else ["1"]), generates=kind != "encoder",
+        task={"decoder": "causal", "encoder": "masked"}.get(kind, "seq2seq"),
     )  # fmt: skip
     memory = KnownAnswers(
         dict(texts or {}), dict(scores or {}), {},

@@ -160,7 +160,7 @@ def commands() -> dict[str, Any]:
 
 def test_the_commands_are_these() -> None:
     assert set(commands()) == {
-        "demo", "edit", "revert", "apply", "rebase", "log", "show", "verify", "generate", "locate",
+        "demo", "prepare", "edit", "revert", "apply", "rebase", "log", "show", "verify", "generate", "locate",
         "diff", "evaluate", "bench", "report", "datasets", "export", "import", "merge", "methods",
         "zoo list", "zoo path", "zoo train", "doctor",
     }  # fmt: skip

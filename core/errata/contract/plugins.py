@@ -122,7 +122,6 @@ def rooms() -> list[Any]:
     return found
 
 
-@cache
 def version(name: str) -> str:
     """Return "distribution version" of an installed method."""
     point = installed()[name]
