@@ -17,6 +17,9 @@ torch.set_num_threads(1)
 # Test workers inherit a width for their own output; the command line would take it for the user's.
 os.environ.pop("COLUMNS", None)
 
+# No test asks the network, not even for a model that does not exist.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 # A busy machine must not fail a property; in CI the examples are the same at every run.
 settings.register_profile(
     "errata",
@@ -27,6 +30,24 @@ settings.register_profile(
 settings.load_profile("errata")
 
 TOYS = Path(__file__).parent / "toys"
+
+
+# Of the contract suite, the default run does these for a few methods; `-m slow` for all.
+LONG = (
+    "test_twenty_edits_in_sequence_keep_the_earlier_ones",
+    "test_it_works_in_bfloat16",
+    "test_it_mixes_with_every_other_installed_method",
+)
+WHOLE = ("rome", "ft", "lora")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the long tests of the contract suite as slow for most of errata's methods."""
+    for item in items:
+        if item.path.name == "test_contract.py" and getattr(item, "originalname", "") in LONG:
+            if item.cls.method not in WHOLE:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

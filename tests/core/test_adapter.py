@@ -374,11 +374,10 @@ def test_what_does_not_fit_the_model_is_refused() -> None:
     model = model_of("gpt2")
     delta = adalora(model, 1)
     key = next(k for k, t in delta.tensors().items() if k.endswith("lora_B") and t.numel())
-    for value, says in ((float("nan"), "NaN"), (float("inf"), "NaN")):
+    for value in (float("nan"), float("inf")):
         tensor = delta.tensors()[key].clone()
         tensor[0, 0] = value
-        with pytest.raises(IntegrityError, match=says):
-            AdapterDelta(delta.config, {**delta.tensors(), key: tensor}).check(model)
+        assert AdapterDelta(delta.config, {**delta.tensors(), key: tensor}).not_finite() == key
     smaller = {key: delta.tensors()[key][1:]}
     with pytest.raises(IntegrityError, match="shape"):
         AdapterDelta(delta.config, delta.tensors() | smaller).check(model)

@@ -176,6 +176,7 @@ def test_kl_is_that_of_what_is_read_and_answered(cache: Path, toys: None) -> Non
     assert [total for total, _ in text_kls(reader, [FRANCE, ITALY])] == pytest.approx([0, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the harness's own
 def test_the_harness_asks_the_edits(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toys: None
@@ -194,6 +195,7 @@ def test_the_harness_asks_the_edits(
     assert found.cases == (0.0, 1.0, 1.0)
 
 
+@pytest.mark.slow
 def test_the_harness_generates_through_the_edits(cache: Path, tmp_path: Path, toys: None) -> None:
     lm_eval = pytest.importorskip("lm_eval", reason="the extra 'harness' is not installed")
     pytest.importorskip("lm_eval.models.huggingface")

@@ -135,6 +135,7 @@ def test_only_a_run_in_which_everything_failed_is_an_error(run: Run, file: Path)
     assert "1 failure" in run(file, *all_fail, "--limit", 2, "--out", "some").stdout
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(run: Run, file: Path, site: Path, tmp_path: Path) -> None:
     script = (
         "import typer; from errata.cli import bench; app = typer.Typer(); bench.add(app);"

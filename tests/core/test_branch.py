@@ -79,7 +79,7 @@ def test_taking_edits_off_a_branch_leaves_no_trace(family: str, cache: Path) -> 
     wanted = logits(model)
     model.stack.set(entries)
     for entry in (entries[0], entries[2]):
-        model.stack.remove(entry.edit_id)
+        model.stack.remove(entry.id)
     assert torch.equal(logits(model), wanted)
     model.stack.set([])
     assert torch.equal(logits(model), base)
@@ -96,7 +96,7 @@ def test_each_row_takes_its_own_edits(family: str, cache: Path) -> None:
     with model.rows(rows):
         mixed = logits(model)
     for index, ids in enumerate(rows):
-        model.stack.set([entry for entry in entries if entry.edit_id in ids])
+        model.stack.set([entry for entry in entries if entry.id in ids])
         alone = logits(model, TOKENS[index : index + 1])
         torch.testing.assert_close(mixed[index : index + 1], alone, rtol=1e-4, atol=1e-4)
 
@@ -105,7 +105,7 @@ def test_rows_say_what_they_cannot_do(cache: Path) -> None:
     model = beside("gpt2", cache)
     entries = edits(model)
     model.stack.set(entries)
-    one = entries[0].edit_id
+    one = entries[0].id
     with pytest.raises(UnknownNameError, match="active edit"), model.rows([{"nobody"}]):
         pass
     with model.rows([{one}, set()]), pytest.raises(ConfigError, match="2 rows, but a batch has 3"):

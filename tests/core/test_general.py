@@ -184,6 +184,7 @@ def write_task(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the harness's own
 @pytest.mark.parametrize("family", ["gpt2", "t5"])
 def test_harness_tasks_are_run_on_the_edited_model(
@@ -216,6 +217,7 @@ def test_harness_tasks_are_run_on_the_edited_model(
     assert torch.equal(torch.get_rng_state(), states[2])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_what_the_harness_cannot_do_is_said(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -97,6 +97,7 @@ def strangers_logits(kind: str, base: Path, path: Path, scratch: Path) -> torch.
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_whole_stack_leaves_as_one_lora_adapter(family: str, cache: Path, tmp_path: Path) -> None:
     model = build_model(family, cache)
