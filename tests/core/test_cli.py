@@ -161,8 +161,8 @@ def commands() -> dict[str, Any]:
 def test_the_commands_are_these() -> None:
     assert set(commands()) == {
         "demo", "edit", "revert", "apply", "rebase", "log", "show", "verify", "generate", "locate",
-        "prepare", "diff", "evaluate", "bench", "report", "datasets", "export", "import", "merge", "methods",
-        "zoo list", "zoo path", "zoo train", "doctor",
+        "prepare", "diff", "evaluate", "bench", "report", "datasets", "export", "import", "merge",
+        "methods", "zoo list", "zoo path", "zoo train", "doctor",
     }  # fmt: skip
 
 
