@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -338,6 +338,8 @@ def trained(shape: tuple[int, int], rank: int, noise: float, seed: int) -> torch
     store=st.sampled_from(["auto", "dense", "low_rank", "sparse"]),
     seed=st.integers(0, 9),
 )
+# A difference of energies, which rounding decides, would call rank 8 exact here.
+@example(shape=(40, 40), rank=3, noise=0.01, error=0.0, flip=False, store="low_rank", seed=5)
 def test_every_form_keeps_the_difference_within_the_error(
     shape: tuple[int, int], rank: int, noise: float, error: float, flip: bool, store: str, seed: int
 ) -> None:
