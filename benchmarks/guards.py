@@ -59,7 +59,7 @@ def measured(editor: Editor, method: str, count: int, **config: Any) -> dict[str
     editor.prepare(method, config)
     guards: Guards = editor._editing._guards
     guards.prepare(editor.model)
-    clock = Clock(guards, "check_deltas", "check_state")
+    clock = Clock(guards, "check_delta", "check_state")
     started = time.process_time()
     wanted = requests(count)
     edits = editor.edit(wanted[0] if count == 1 else wanted, method=method, config=config)

@@ -32,7 +32,7 @@ settings.load_profile("errata")
 TOYS = Path(__file__).parent / "toys"
 
 
-# Of the contract suite, the default run does these for a few methods; `-m slow` for all.
+# Long tests of the contract suite: the default run does them for WHOLE, `-m slow` for the others.
 LONG = (
     "test_twenty_edits_in_sequence_keep_the_earlier_ones",
     "test_it_works_in_bfloat16",

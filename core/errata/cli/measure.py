@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.text import Text
@@ -13,9 +13,6 @@ from errata.cli import locate, render
 from errata.cli.edits import read_requests
 from errata.cli.session import MODEL, Session, command
 from errata.errors import LedgerError, RequestError
-
-if TYPE_CHECKING:
-    pass
 
 PANEL = "Look"
 DEFAULT_PROTOCOLS = ("counterfact", "generation")

@@ -205,8 +205,8 @@ class Editing:
                         outcome=outcome,
                     ).bind(delta)
                     touched.append(edit.id)
-                    (outcome,) = self._guards.check_deltas(self._model, [edit])
-                    new.append(edit.bind(delta, outcome=outcome))
+                    checked = self._guards.check_delta(self._model, edit)
+                    new.append(edit.bind(delta, outcome=checked))
                     if apply:
                         clashes.add(new[-1])
 

@@ -7,7 +7,6 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -84,31 +83,12 @@ class Guards:
         if self._reads_text(model):
             self.base_perplexity(model)
 
-    def check_deltas(self, model: Model, edits: Sequence[Edit]) -> list[Outcome]:
-        """Check what was computed, before it is on the model; return each edit's outcome with it.
+    def check_delta(self, model: Model, edit: Edit) -> Outcome:
+        """Check what was computed, before it is on the model; return the edit's outcome with it.
 
         Raises:
-            EditRefused: a delta is not finite, or too large, and the policy refuses that.
+            EditRefused: the delta is not finite, or too large, and the policy refuses that.
         """
-        return [self._check_delta(model, edit) for edit in edits]
-
-    def check_state(self, model: Model, edits: Sequence[Edit]) -> list[Outcome]:
-        """Check the model with all edits of the call on it; return each edit's whole outcome.
-
-        Raises:
-            EditRefused: requests do not take effect, or text became improbable, and the policy
-                refuses that.
-        """
-        found = [edit.outcome for edit in edits]
-        if self.policy.efficacy != "off":
-            found = self._check_efficacy(model, edits, found)
-        if self._reads_text(model):
-            found = self._check_perplexity(model, found)
-        return found
-
-    # -- the checks ------------------------------------------------------------------------------
-
-    def _check_delta(self, model: Model, edit: Edit) -> Outcome:
         outcome = edit.outcome
         if self.policy.finite != "off" and (name := edit.delta.not_finite()) is not None:
             reason = f"the {edit.delta.kind} delta's tensor {name!r} has NaN or infinite entries"
@@ -126,6 +106,22 @@ class Guards:
                 measured = {"relative_norm": norm.model_dump()}
                 outcome = self._failed(self.policy.norm, reason, measured, outcome)
         return outcome
+
+    def check_state(self, model: Model, edits: Sequence[Edit]) -> list[Outcome]:
+        """Check the model with all edits of the call on it; return each edit's whole outcome.
+
+        Raises:
+            EditRefused: requests do not take effect, or text became improbable, and the policy
+                refuses that.
+        """
+        found = [edit.outcome for edit in edits]
+        if self.policy.efficacy != "off":
+            found = self._check_efficacy(model, edits, found)
+        if self._reads_text(model):
+            found = self._check_perplexity(model, found)
+        return found
+
+    # -- the checks ------------------------------------------------------------------------------
 
     def _check_efficacy(
         self, model: Model, edits: Sequence[Edit], outcomes: Sequence[Outcome]
@@ -179,12 +175,11 @@ class Guards:
         digest = hashlib.sha256(recipe.encode()).hexdigest()[:16]
 
         def compute() -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-            value = self._perplexity(model)
+            with model.base_state():
+                value = self._perplexity(model)
             return {"perplexity": torch.tensor(value, dtype=torch.float64)}, {}
 
-        with model.base_state() if ("canary", digest) not in model.memo else nullcontext():
-            tensors, _ = model.of_base("canary", digest, compute=compute)
-        model.memo["canary", digest] = True
+        tensors, _ = model.of_base("canary", digest, compute=compute, as_it_stands=False)
         return float(tensors["perplexity"])
 
     @property

@@ -46,8 +46,7 @@ class Specification:
 
         Called before `edit` with every edit taken off the model. `corpus` is plain text (empty:
         the method's default); `training` is a lazy sequence of requests that are not those being
-        edited (empty where none were given). Keep results in `model.artifacts`, under the model's
-        fingerprint.
+        edited (empty where none were given). Keep results by `model.of_base`.
         """
 
     @hookspec(firstresult=True)

@@ -91,14 +91,7 @@ def load(name: str) -> Any:
     if name not in points:
         raise UnknownNameError("method", name, points, "`errata methods` shows them all.")
     point = points[name]
-    try:
-        plugin = point.load()
-        plugin = plugin() if isinstance(plugin, type) else plugin
-    except Exception as error:
-        raise PluginError(
-            f"The method {name!r} ({point.value} from {_distribution(point)}) could not be "
-            f"loaded: {type(error).__name__}: {error}"
-        ) from error
+    plugin = _instance(point, "method")
     _check(name, plugin, point)
     return plugin
 
@@ -109,17 +102,8 @@ def rooms() -> list[Any]:
     Raises:
         PluginError: one of them is broken; the message quotes the cause.
     """
-    found = []
-    for point in sorted(set(entry_points(group=PLUGINS)), key=lambda point: point.name):
-        try:
-            plugin = point.load()
-            found.append(plugin() if isinstance(plugin, type) else plugin)
-        except Exception as error:
-            raise PluginError(
-                f"The plugin {point.name!r} ({point.value} from {_distribution(point)}) could not "
-                f"be loaded: {type(error).__name__}: {error}"
-            ) from error
-    return found
+    points = sorted(set(entry_points(group=PLUGINS)), key=lambda point: point.name)
+    return [_instance(point, "plugin") for point in points]
 
 
 def version(name: str) -> str:
@@ -138,6 +122,17 @@ def library_versions(method: str) -> Mapping[str, str]:
         except PackageNotFoundError:
             continue
     return MappingProxyType(found)
+
+
+def _instance(point: EntryPoint, what: str) -> Any:
+    try:
+        plugin = point.load()
+        return plugin() if isinstance(plugin, type) else plugin
+    except Exception as error:
+        raise PluginError(
+            f"The {what} {point.name!r} ({point.value} from {_distribution(point)}) could not be "
+            f"loaded: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _package(point: EntryPoint) -> str:

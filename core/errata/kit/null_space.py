@@ -128,6 +128,6 @@ def _spectrum(model: Model, moment: SecondMoment) -> tuple[Tensor, Tensor]:
 
     layer, digest = f"layer-{moment.layer}", moment.digest[:32]
     tensors, _ = model.of_base(
-        "spectrum", layer, digest, compute=compute, sound=sound, runs_model=False
+        "spectrum", layer, digest, compute=compute, sound=sound, as_it_stands=False
     )
     return tensors["values"], tensors["vectors"]

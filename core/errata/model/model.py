@@ -238,7 +238,7 @@ class Model:
         *key: str,
         compute: Callable[[], tuple[Mapping[str, Tensor], Mapping[str, Any]]],
         sound: Callable[[Mapping[str, Tensor], Mapping[str, Any]], bool] | None = None,
-        runs_model: bool = True,
+        as_it_stands: bool = True,
         trained: bool = False,
     ) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
         """Return what is computed once per base: from memory, from the artifacts, or now.
@@ -247,8 +247,8 @@ class Model:
             *key: names what it is, and everything but the base that it depends on.
             compute: returns (tensors, plain JSON); called at most once per base, ever.
             sound: says whether what was stored is what it should be; else it is computed again.
-            runs_model: False where `compute` reads other artifacts alone, so that active edits do
-                not matter.
+            as_it_stands: `compute` runs the model as it stands. False where it takes the edits
+                off itself, or reads other artifacts alone: then active edits do not matter.
             trained: it also depends on the training requests: each set of them has its own.
 
         Raises:
@@ -258,7 +258,7 @@ class Model:
         if whole not in self.memo:
             stored = self.artifacts.load(whole)
             if stored is None or (sound is not None and not sound(*stored)):
-                if runs_model and self.stack.ids:
+                if as_it_stands and self.stack.ids:
                     raise ConfigError(
                         f"What is wanted ({key[0]}) belongs to the unedited model and was not "
                         f"computed yet, but edits are active ({', '.join(self.stack.ids[:3])}): "

@@ -73,7 +73,7 @@ class MethodContract:
     @pytest.fixture(scope="class")
     @classmethod
     def first(cls, shared_editor: Editor) -> Edit:
-        """The edit of the first case, computed once for the class and put on by no one yet."""
+        """The edit of the first case, computed once for the class; it is not on the model."""
         suite = cls()
         edit: Edit = suite.edit(shared_editor, suite.requests(1)[0], apply=False)
         return edit
