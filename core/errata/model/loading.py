@@ -25,11 +25,12 @@ DTYPES = {
 }  # fmt: skip
 
 
-_AUTO_CLASSES: dict[Task, str] = {
-    "causal": "AutoModelForCausalLM",
-    "seq2seq": "AutoModelForSeq2SeqLM",
-    "masked": "AutoModelForMaskedLM",
-    "classify": "AutoModelForSequenceClassification",
+_AUTO_CLASSES: dict[Task, tuple[str, ...]] = {
+    # A language model that reads images, too, is in the second list with its whole self.
+    "causal": ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"),
+    "seq2seq": ("AutoModelForSeq2SeqLM",),
+    "masked": ("AutoModelForMaskedLM",),
+    "classify": ("AutoModelForSequenceClassification",),
 }
 
 
@@ -120,7 +121,17 @@ def auto_class(config: Any, location: str) -> Any:
 
     names = tuple(config.architectures or ())
     task = require_task(task_of(names, config), f"The model in {location!r}", names)
-    return getattr(transformers, _AUTO_CLASSES[task])
+    classes = [getattr(transformers, name, None) for name in _AUTO_CLASSES[task]]
+    for auto in classes:
+        known = getattr(auto, "_model_mapping", {})
+        if type(config) in known and _name_of(known[type(config)]) in names:
+            return auto
+    return classes[0]
+
+
+def _name_of(model_class: Any) -> str:
+    """Return a model class's name; of several the first."""
+    return str((model_class[0] if isinstance(model_class, tuple) else model_class).__name__)
 
 
 def _tokenizer(location: str) -> PreTrainedTokenizerBase:

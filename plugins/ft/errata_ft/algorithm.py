@@ -68,9 +68,9 @@ def fine_tune(model: Model, requests: Sequence[Request], config: FtConfig) -> De
 
 def modules_of(model: Model, config: FtConfig) -> list[str]:
     """Return the paths of the modules that are trained."""
-    layers = config.for_model(model.anatomy).layers
-    assert layers is not None
-    modules = linear_modules(model, config.target_modules, layers)
+    written = config.for_model(model.anatomy)
+    assert written.layers is not None
+    modules = linear_modules(model, written.target_modules, written.layers)
     trained_modules(model, modules)
     return modules
 
