@@ -155,10 +155,11 @@ def above(model: Model, modules: Sequence[str]) -> Above | None:
     lowest = held[0]
     here = {path for path in modules if path.startswith(f"{anatomy.block(lowest)}.")}
     known: tuple[str, ...] = ()
-    if here <= {anatomy.mlp_out(lowest), *anatomy.mlp_in(lowest)}:
-        known = (anatomy.attention(lowest),)
-    if here == {anatomy.mlp_out(lowest)}:
-        known = (*known, *anatomy.mlp_in(lowest))
+    if lowest in anatomy.layers_with("mlp"):
+        if here <= {anatomy.mlp_out(lowest), *anatomy.mlp_in(lowest)}:
+            known = (anatomy.attention(lowest),)
+        if here == {anatomy.mlp_out(lowest)}:
+            known = (*known, *anatomy.mlp_in(lowest))
     return Above(lowest, known)
 
 
