@@ -183,9 +183,10 @@ def attribute(
         places = runs.prompt.reads if kind == "encoder" else runs.prompt.reads[:1]
     chosen = anatomy.layers_with("mlp") if layers is None else [anatomy.layer(i) for i in layers]
     outs = {layer: anatomy.mlp_out(layer) for layer in chosen}
-    with torch.no_grad(), capture(
-        model.module, list(outs.values()), inputs=True, outputs=False
-    ) as seen:
+    with (
+        torch.no_grad(),
+        capture(model.module, list(outs.values()), inputs=True, outputs=False) as seen,
+    ):
         runs.run(None)
     runs.corrupt(_copies(model, runs, steps))
     scores = torch.zeros(anatomy.n_layers, anatomy.key_size, dtype=torch.float64)
@@ -193,7 +194,9 @@ def attribute(
         found = seen[outs[layer]].input
         assert found is not None
         activation = runs.shaped(found)[0, list(places)]  # (places, D)
-        scores[layer, : activation.shape[-1]] = _integrated(runs, outs[layer], layer, activation, places, steps)
+        scores[layer, : activation.shape[-1]] = _integrated(
+            runs, outs[layer], layer, activation, places, steps
+        )
     return Attribution(
         request.text, answer_text(model, runs.prompt.answer_ids), scores, runs.high, steps
     )
@@ -226,6 +229,11 @@ def _integrated(
             logits = runs.rerun({}, layer=layer, column=column, logits=True, gradients=True)
         score = runs.log_probability(logits)
         (gradient,) = torch.autograd.grad(score.sum() * scale, point)
+    if not bool(torch.isfinite(gradient).all()):
+        raise ConfigError(
+            f"The gradients at {path} are not finite in {str(activation.dtype)[6:]}: load the "
+            "model in bf16 or fp32."
+        )
     # ∂P = P ∂log P: the small factor comes last, where nothing underflows.
     probability = score.detach().double().exp().to(gradient.device)[:, None, None]
     attributed = activation.double() * gradient.double() / scale * probability

@@ -236,9 +236,7 @@ class Anatomy:
         """Return the role of the out projection that a layer has: the MLP's, else attention's."""
         return "mlp_out" if self.parts[self.layer(index)].mlp_out is not None else "attention_out"
 
-    def _inside(
-        self, index: int, sublayer: str, paths: tuple[str | None, ...]
-    ) -> tuple[str, ...]:
+    def _inside(self, index: int, sublayer: str, paths: tuple[str | None, ...]) -> tuple[str, ...]:
         layer, block = self.layer(index), self.block(index)
         found = tuple(f"{block}.{path}" for path in paths if path is not None)
         if not found:
@@ -375,9 +373,7 @@ def _fetch(module: nn.Module, base: str, path: str, model_type: str, field: str)
     )
 
 
-def _parts_of(
-    module: nn.Module, block: str, spec: ArchitectureSpec, model_type: str
-) -> BlockSpec:
+def _parts_of(module: nn.Module, block: str, spec: ArchitectureSpec, model_type: str) -> BlockSpec:
     """Return the parts of one block: for either sublayer the first description that it fits.
 
     Raises `AnatomyError` for a block that fits none.

@@ -47,9 +47,7 @@ class BlockSpec(_StructureTable):
     attention_in: tuple[str, ...] = Field(
         default=(), description="Query, key, value projections, or one"
     )
-    attention_out: str | None = Field(
-        default=None, description="Out projection of self-attention"
-    )
+    attention_out: str | None = Field(default=None, description="Out projection of self-attention")
 
     def paths(self) -> Iterator[tuple[str, str]]:
         """Yield (field, path relative to the block) of everything in a block."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +15,12 @@ from errata.errors import ConfigError, UnknownNameError
 from errata.model.anatomy import Anatomy
 from errata.model.model import Model
 from errata.model.task import Task, require_task, task_of
+from errata.model.tokens import WITHOUT_ROW
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger("errata")
 
 DTYPES = {
     "float64": torch.float64, "fp64": torch.float64, "float32": torch.float32,
@@ -80,10 +84,12 @@ def load_model(
     if isinstance(tokenizer, (str, Path)):
         tokenizer = _tokenizer(str(tokenizer))
     options.setdefault("name", name)
+    anatomy = Anatomy.of(module, architectures)
+    table: Any = anatomy.embedding(module)
     return Model(
         module,
-        _prepared(tokenizer),
-        Anatomy.of(module, architectures),
+        _prepared(tokenizer, int(table.weight.shape[0]), options["name"]),
+        anatomy,
         checkpoint=checkpoint,
         **options,
     )
@@ -144,12 +150,30 @@ def _tokenizer(location: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _prepared(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Give a tokenizer without a padding token one, on a copy: the caller's stays as it is."""
-    if tokenizer.pad_token_id is not None:
+def _prepared(tokenizer: PreTrainedTokenizerBase, rows: int, name: str) -> PreTrainedTokenizerBase:
+    """Return the tokenizer ready for a model; what is set is set on a copy, the caller's stays.
+
+    It gets a padding token where it has none that the model knows, and the list of its tokens
+    that the embedding has no row for.
+    """
+    padding = tokenizer.pad_token_id
+    if padding is not None and padding < rows and len(tokenizer) <= rows:
         return tokenizer
-    prepared = copy.deepcopy(tokenizer)
-    prepared.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.bos_token
+    prepared = copy.copy(tokenizer)
+    if padding is None or padding >= rows:
+        prepared = copy.deepcopy(tokenizer)
+        usual = (tokenizer.eos_token, tokenizer.unk_token, tokenizer.bos_token)
+        known = (t for t in usual if t and tokenizer.convert_tokens_to_ids(t) < rows)
+        prepared.pad_token = next(known, None)
+    if len(tokenizer) > rows:
+        unknown = {i: token for token, i in tokenizer.get_vocab().items() if i >= rows}
+        setattr(prepared, WITHOUT_ROW, unknown)
+        shown = ", ".join(repr(unknown[i]) for i in sorted(unknown)[:5])
+        logger.warning(
+            "The tokenizer knows tokens that %s has no embedding for (%d; its table has %d rows): "
+            "%s%s. Texts that have one are refused.",
+            name, len(unknown), rows, shown, " …" if len(unknown) > 5 else "",
+        )  # fmt: skip
     return prepared
 
 

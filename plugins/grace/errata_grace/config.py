@@ -82,6 +82,4 @@ class GraceConfig(MethodConfig):
             layer = anatomy.nearest(3 * (anatomy.n_layers - 1) // 4, module.partition("_")[0])
         else:
             layer = anatomy.layer(self.layer)
-        return self.model_copy(
-            update={"layer": layer, "module": module or anatomy.editable(layer)}
-        )
+        return self.model_copy(update={"layer": layer, "module": module or anatomy.editable(layer)})
