@@ -32,8 +32,8 @@ from errata.model.anatomy import Anatomy
 from errata.model.architecture import parse_architectures
 from errata.model.artifacts import Artifacts
 from tests.helpers import ROOT
-
-HIDDEN, MLP, LAYERS, HEADS, CONTEXT = 32, 48, 3, 4, 128
+from tests.more_families import MORE
+from tests.sizes import CONTEXT, HEADS, HIDDEN, LAYERS, MLP
 
 SENTENCES = (
     "The capital of France is Paris, a city on the Seine.",
@@ -139,9 +139,13 @@ _CLASSIFIERS: dict[str, tuple[str, str, dict[str, Any], str]] = {
 FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
 CLASSIFIERS: tuple[str, ...] = tuple(_CLASSIFIERS)
 """Sequence classifiers, with the classes "criminal", "economic" and "other"."""
+PROBED: tuple[str, ...] = tuple(MORE)
+"""Families without a stanza: mixtures of experts, hybrids, language models inside larger ones."""
 DECODERS: tuple[str, ...] = tuple(f for f in FAMILIES if f not in ("t5", "bert", "roberta"))
-REPRESENTATIVE = ("gpt2", "llama", "gemma2", "gpt_neox", "t5", "bert")
-"""Conv1D and Linear, blocks in sequence and in parallel, MLPs with and without a gate."""
+REPRESENTATIVE = ("gpt2", "llama", "gemma2", "gpt_neox", "t5", "bert", "mixtral", "qwen2_moe",
+                  "gemma3", "qwen3_5_text", "lfm2")  # fmt: skip
+"""Conv1D and Linear, blocks in sequence and in parallel, MLPs with and without a gate; of those
+that are probed: experts alone and beside a shared one, an image tower, recurrent layers."""
 
 
 def sampled(families: Iterable[str]) -> list[Any]:
@@ -164,19 +168,19 @@ def build(
     Equal arguments give equal weights; torch's global generator is left as it was. `changes` are
     further entries of the configuration.
     """
-    config_name, model_name, arguments, style = {**_FAMILIES, **_CLASSIFIERS}[family]
+    config_name, model_name, arguments, style = {**_FAMILIES, **_CLASSIFIERS, **MORE}[family]
     tokenizer = build_tokenizer(style)
-    config = getattr(transformers, config_name)(
-        **{
-            **arguments,
-            "vocab_size": len(tokenizer),
-            "pad_token_id": tokenizer.pad_token_id,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            **({"decoder_start_token_id": tokenizer.pad_token_id} if style == "unigram" else {}),
-            **changes,
-        }
-    )
+    words = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        **({"decoder_start_token_id": tokenizer.pad_token_id} if style == "unigram" else {}),
+        **changes,
+    }
+    if "text_config" in arguments:  # the language model is part of a larger one
+        words = {"text_config": {**arguments["text_config"], **words}}
+    config = getattr(transformers, config_name)(**{**arguments, **words})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = getattr(transformers, model_name)(config)

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-import yaml
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -241,37 +240,6 @@ def test_other_families_are_probed():
         )
     )
     assert Anatomy.of(granite, {}).spec == architectures()["llama"]
-
-
-def _mixture():
-    return transformers.MixtralForCausalLM(
-        transformers.MixtralConfig(
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            intermediate_size=48,
-            vocab_size=60,
-            num_local_experts=2,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-    )
-
-
-def test_where_probing_fails_the_error_is_the_stanza_to_complete():
-    with pytest.raises(AnatomyError, match=r"registry\.yaml") as caught:
-        Anatomy.of(_mixture(), {})
-    text = str(caught.value)
-    lines = yaml.safe_load(text[text.index("architectures:") :].replace(": ?", ": unknown"))
-    stanza = lines["architectures"]["mixtral"]
-    assert stanza["mlp_out"] == "unknown"
-    assert stanza["attention_out"] == "self_attn.o_proj"
-    assert stanza["head"] == "lm_head"
-    assert parse_architectures(
-        {"mixtral": {**stanza, "mlp_in": ["a"], "layout": "out_in"}}
-    )["mixtral"].blocks == "model.layers"  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 Token = Literal["answer", "subject_last"]
 TOKENS = ("answer", "subject_last")
 
-# Gradients underflow in fp16.
-_HALF_SCALE = 1024.0
+# fp16 gradients underflow, and overflow: the first of these that all of them are finite under.
+_HALF_SCALES = (1024.0, 1.0, 2.0**-10)
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,13 +223,15 @@ def _integrated(
     share = torch.arange(1, steps + 1, device=activation.device, dtype=activation.dtype) / steps
     point = (share[:, None, None] * activation).requires_grad_()  # (steps, places, D)
     columns = torch.tensor(places) - column
-    scale = _HALF_SCALE if activation.dtype == torch.float16 else 1.0
     with torch.enable_grad(), frozen(runs.model.module):
         with _reading(runs, path, point, columns):
             logits = runs.rerun({}, layer=layer, column=column, logits=True, gradients=True)
         score = runs.log_probability(logits)
-        (gradient,) = torch.autograd.grad(score.sum() * scale, point)
-    if not bool(torch.isfinite(gradient).all()):
+        for scale in _HALF_SCALES if activation.dtype == torch.float16 else (1.0,):
+            (gradient,) = torch.autograd.grad(score.sum() * scale, point, retain_graph=True)
+            if finite := bool(torch.isfinite(gradient).all()):
+                break
+    if not finite:
         raise ConfigError(
             f"The gradients at {path} are not finite in {str(activation.dtype)[6:]}: load the "
             "model in bf16 or fp32."

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from errata.contract import plugins
+from errata.contract.capabilities import DENSE_MLP
 from errata.contract.measurement import RESAMPLES, mean_interval
 from errata.errors import CapabilityError, ConfigError, ErrataError, RequestError
 from errata.kit.layer_sweep import HeldOutResult, LayerResult, LayerSweep, key_of, option_value
@@ -63,7 +64,7 @@ def sweep(
             nobody wants to keep.
         requests: facts; those that the model knows say most.
         method: a method with a hyper-parameter `layer` or `layers`.
-        layers: which; default: all.
+        layers: which; default: all that have what the method edits.
         depths: how many layers in a row are edited together, each number a sweep of its own over
             the same facts; more than 1 needs a method with `layers`.
         held_out: further facts, to judge the choice by: they are edited at the same layers and
@@ -82,9 +83,9 @@ def sweep(
     option = layer_option(method, plugins.load(method).config)
     config = {name: value for name, value in (config or {}).items() if name != option}
     anatomy = editor.model.anatomy
-    chosen = (
-        range(anatomy.n_layers) if layers is None else sorted({anatomy.layer(i) for i in layers})
-    )
+    needs = editor.registry.method(method).capabilities.needs
+    every = anatomy.layers_with("mlp") if DENSE_MLP in needs else tuple(range(anatomy.n_layers))
+    chosen = every if layers is None else sorted({anatomy.layer(i) for i in layers})
     places = _places(chosen, depths, option, method)
     # A bad hyper-parameter is refused before anything is traced.
     editor.configure(method, {**config, option: option_value(option, places[0])})
