@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("errata")
 
+_Sides = tuple[str, tuple[str, ...], tuple[str, ...]]  # prompt, forms that should win, the others
 HOW = "mean-token log-probability, new vs true, teacher-forced"
 
 
@@ -77,17 +78,17 @@ def entity_view(
         only: which requests; those without a true target are left out in any case.
     """
     measured: list[Measurement] = []
-    for letter, what, keeps, prompts_of in (
+    for letter, what, keeps, sides_of in (
         ("E", "rewrite prompt", False, _rewrite),
         ("P", "paraphrases", False, _paraphrases),
         ("N", "neighbourhood prompts", True, _neighbourhood),
     ):
         better, worse = ("true", "new") if keeps else ("new", "true")
         asked = [
-            Contest(i, prompt, *_sides(request, keeps))
+            Contest(i, *sides)
             for i, request in enumerate(reader.requests)
             if request.target_true and only(request)
-            for prompt in prompts_of(request)
+            for sides in sides_of(request)
         ]
         names = (f"{prefix}{letter}S", f"{prefix}{letter}M")
         how = (f"{protocol}: {HOW}; {what}, ", f"P({better})", f"P({worse})")
@@ -235,21 +236,19 @@ def _consistency(reader: Reader) -> list[Measurement]:
     return [reader.mean("RS", values, how, unit="cosine")]
 
 
-def _sides(request: Request, keeps: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    new, true = (request.target_new,), (request.target_true or "",)
-    return (true, new) if keeps else (new, true)
+def _rewrite(request: Request) -> Sequence[_Sides]:
+    return [(request.text, (request.target_new,), (request.target_true or "",))]
 
 
-def _rewrite(request: Request) -> Sequence[str]:
-    return (request.text,)
+def _paraphrases(request: Request) -> Sequence[_Sides]:
+    sides = (request.target_new,), (request.target_true or "",)
+    return [(prompt, *sides) for prompt in request.paraphrases]
 
 
-def _paraphrases(request: Request) -> Sequence[str]:
-    return request.paraphrases
-
-
-def _neighbourhood(request: Request) -> Sequence[str]:
-    return [probe.prompt for probe in request.neighbourhood]
+def _neighbourhood(request: Request) -> Sequence[_Sides]:
+    """Return each neighbour with its own answers (CounterFact's share the true target)."""
+    true = (request.target_true or "",)
+    return [(p.prompt, p.answers or true, (request.target_new,)) for p in request.neighbourhood]
 
 
 def _generation(request: Request) -> Sequence[str]:
