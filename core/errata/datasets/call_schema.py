@@ -1,7 +1,7 @@
-"""Requests written as the arguments of one call: an object of parallel lists, as EasyEdit's
-`edit(prompts=…, target_new=…, subject=…)` takes them.
+"""Requests written as the arguments of one call: an object of parallel lists, as EasyEdit has it.
 
-Entry i of every list belongs to request i. What the lists hold is read as the flat schema's fields.
+Its `edit(prompts=…, target_new=…, subject=…)` takes them so. Entry i of every list belongs to
+request i. What the lists hold is read as the flat schema's fields.
 """
 
 from __future__ import annotations
