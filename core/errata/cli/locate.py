@@ -10,8 +10,8 @@ import typer
 
 from errata.cli import render
 from errata.cli.edits import check_method, pairs
-from errata.cli.requests import read_dataset, read_requests
 from errata.cli.locate_views import average_view, location_view, sweep_view
+from errata.cli.requests import read_dataset, read_requests
 from errata.cli.session import MODEL, Session, command
 from errata.edits.request import Request
 from errata.errors import ConfigError, RequestError, UnknownNameError
