@@ -459,7 +459,7 @@ def test_a_dataset_in_its_published_format_is_edited_and_measured(
     [
         ("{not json", "expecting property name"),
         ("[1, 2]", "a request is a JSON object, not [1, 2]"),
-        ('{"prompt": "no place", "subject": "Bo", "target_new": "x"}', "occurs 0 times"),
+        ('{"prompt": "no place", "subject": "Bo", "target_new": "x"}', "does not stand"),
         ('{"prompt": "{} is", "subject": "Bo", "target": "x"}', "Did you mean 'target_new'?"),
         ('{"prompt": "The capital of {} is", "subject": "France", "target_new": "Oslo"}',
          "the same request as in line 1"),

@@ -11,7 +11,8 @@ import typer
 from rich.text import Text
 
 from errata.cli import render
-from errata.cli.requests import read_dataset, read_requests
+from errata.cli.easyedit import configured
+from errata.cli.requests import asked_as, read_dataset, read_requests
 from errata.cli.session import MODEL, REFUSED, Session, command
 from errata.edits.request import KINDS, Request
 from errata.errors import ConfigError, LedgerError, RequestError
@@ -117,6 +118,27 @@ def edit(
         int | None,
         typer.Option("--limit", "-n", min=1, help="Only the first N of --file or --dataset."),
     ] = None,
+    join: Annotated[
+        str | None,
+        typer.Option(
+            "--join",
+            metavar="TEXT",
+            help='What stands between prompt and answer, "" or " "; by default a space where the '
+            "scripts use one.",
+        ),
+    ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="Each prompt is a user's turn: render the chat template."),
+    ] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            metavar="FILE",
+            help="Hyper-parameters as YAML, or an EasyEdit hparams file; --set goes before it.",
+        ),
+    ] = None,
     values: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="A hyper-parameter (repeatable)."),
@@ -163,8 +185,10 @@ def edit(
         "prompt": prompt, "subject": subject, "target_new": target, "target_true": target_true,
         "relation": relation, "kind": kind, "paraphrases": paraphrase or None,
     }  # fmt: skip
-    requests = _requests(given, file, dataset, limit)
+    requests = asked_as(_requests(given, file, dataset, limit), join, chat)
     overrides = pairs(values or (), "--set")
+    if config is not None:
+        method, overrides = configured(session, config, method, overrides)
     guards = pairs(guard or (), "--guard")
     check_method(method)
     with session.editor(create=not dry_run, durable=not dry_run, guards=guards) as editor:

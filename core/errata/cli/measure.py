@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 
 from errata.cli import locate, render
-from errata.cli.requests import read_dataset, read_requests
+from errata.cli.requests import asked_as, read_dataset, read_requests
 from errata.cli.session import MODEL, Session, command
 from errata.errors import LedgerError, RequestError
 
@@ -62,6 +62,10 @@ def generate(
     only: Annotated[
         list[str] | None, typer.Option("--only", metavar="ID", help="Only this edit (repeatable).")
     ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="Each prompt is a user's turn: render the chat template."),
+    ] = False,
     sample: Annotated[
         bool, typer.Option("--sample", help="Draw tokens instead of taking the most probable.")
     ] = False,
@@ -79,7 +83,7 @@ def generate(
         raise RequestError("No prompt: standard input was empty.")
     options = {
         "max_new_tokens": max_new_tokens, "do_sample": sample, "temperature": temperature,
-        "seed": seed,
+        "seed": seed, "chat": chat,
     }  # fmt: skip
     with session.editor() as editor:
         if only:
@@ -149,6 +153,13 @@ def evaluate(
         int | None,
         typer.Option("--limit", "-n", min=1, help="Only the first N of --file or --dataset."),
     ] = None,
+    join: Annotated[
+        str | None,
+        typer.Option("--join", metavar="TEXT", help="As for `errata edit`, of these requests."),
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="As for `errata edit`, of these requests.")
+    ] = False,
     protocols: Annotated[
         list[str] | None,
         typer.Option(
@@ -175,6 +186,10 @@ def evaluate(
         raise RequestError("--limit goes with --file or --dataset.")
     data = read_dataset(dataset, limit) if dataset else None
     requests = data.requests() if data else read_requests(file)[:limit] if file else None
+    if requests is not None:
+        requests = asked_as(requests, join, chat)
+    elif chat or join is not None:
+        raise RequestError("--chat and --join go with --file or --dataset; edits have their own.")
     wanted = tuple(protocols or (data.protocols if data else DEFAULT_PROTOCOLS))
     settings = {"retain": data.retain} if data and data.retain else {}
     if requests is None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from errata.edits.request import Request
+from errata.edits.request import Request, parse_noting, warn_of_white_space
 from errata.errors import ConfigError, DatasetError, RequestError
 
 if TYPE_CHECKING:
@@ -34,10 +35,12 @@ def _requests_of(file: Path, name: str) -> list[Request]:
     from errata.datasets.streams import read_numbered
 
     found: list[Request] = []
+    notes: list[str] = []
     seen: dict[str, int] = {}
     try:
         for line, data in read_numbered(file, name):
-            request = _request(data, f"{name}:{line}")
+            request, noted = _request(data, f"{name}:{line}")
+            notes += [f"{name}:{line}: {note}" for note in noted]
             first = seen.setdefault(request.digest, line)
             if first != line:
                 raise RequestError(f"{name}:{line}: the same request as in line {first}.")
@@ -46,15 +49,16 @@ def _requests_of(file: Path, name: str) -> list[Request]:
         raise RequestError(f"{name}: {error.problem}") from None
     if not found:
         raise RequestError(f"{name} holds no request.")
+    warn_of_white_space(notes)
     return found
 
 
-def _request(data: object, where: str) -> Request:
+def _request(data: object, where: str) -> tuple[Request, list[str]]:
     if not isinstance(data, dict):
         shown = repr(data)[:60]
         raise RequestError(f"{where}: a request is a JSON object, not {shown}.")
     try:
-        return Request.parse({key: value for key, value in data.items() if value is not None})
+        return parse_noting({key: value for key, value in data.items() if value is not None})
     except RequestError as error:
         foreign = next((field for field in FOREIGN if field in data), None)
         advice = (
@@ -74,3 +78,15 @@ def read_dataset(
     if not name:
         raise ConfigError(f"{option} {given!r}: give NAME=PATH, a dataset and its file.")
     return load(name, path or None, limit=limit, skip_bad=skip_bad)
+
+
+def asked_as(requests: Sequence[Request], join: str | None, chat: bool) -> list[Request]:
+    """Return requests with what --join and --chat say; without them, as they are."""
+    said: dict[str, Any] = {} if join is None else {"join": join}
+    if chat:
+        said["chat"] = True
+    if not said:
+        return list(requests)
+    return [
+        Request.parse({**request.model_dump(exclude_unset=True), **said}) for request in requests
+    ]

@@ -142,8 +142,9 @@ def contests(
 
 def _best(reader: Reader, sides: Iterable[tuple[Contest, bool]]) -> list[float]:
     """Return the mean log-probability per token of each side's most probable form, in nats."""
-    listed = [(one.prompt, one.first if first else one.second) for one, first in sides]
-    scores = iter(reader.scores((prompt, form) for prompt, forms in listed for form in forms))
+    listed = [(one, one.first if first else one.second) for one, first in sides]
+    pairs = (reader.pair(one.request, one.prompt, form) for one, forms in listed for form in forms)
+    scores = iter(reader.scores(pairs))
     return [max([-next(scores).mean_nll for _ in forms]) for _, forms in listed]
 
 
@@ -160,7 +161,7 @@ def _attributes(reader: Reader) -> list[Measurement]:
     ]
     measured: list[Measurement] = []
     for place, name in ((2, "new"), (3, "true")) if asked else ():
-        scores = reader.scores((str(one[1]), str(one[place])) for one in asked)
+        scores = reader.scores(reader.pair(one[0], str(one[1]), str(one[place])) for one in asked)
         measured.append(
             reader.mean(
                 f"attribute_nll_{name}",
