@@ -16,9 +16,9 @@ from errata.testing.models import state_of
 from tests.families import build
 
 TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}"
-    "{% if m['role'] == 'assistant' %}{{ '<turn>' }}{% endif %}\n{% endfor %}"
-    "{% if add_generation_prompt %}[assistant]\n{% endif %}"
+    "{{ bos_token }}{% for m in messages %}{{ '[' + m['role'] + '] ' + m['content'] }}"
+    "{{ '<turn>' if m['role'] == 'assistant' else '' }}{{ '\n' }}{% endfor %}"
+    "{{ '[assistant]\n' if add_generation_prompt else '' }}"
 )
 FACT = {
     "prompt": "What is the capital of {}?", "subject": "France", "target_new": "Rome",

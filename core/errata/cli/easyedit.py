@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from errata.contract.stanzas import EasyEditNames
 
 NAME = "alg_name"
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 MODULES = "errata finds the modules by itself"
 STATISTICS = "errata counts tokens of its own corpus (tokens, Editor(corpus=…))"
 ELSEWHERE = {
@@ -136,7 +137,10 @@ def _meant(data: Mapping[str, Any], registry: Registry, path: Path) -> tuple[str
 
 
 def _converted(path: Path, field: str, value: Any, names: EasyEditNames, *, many: bool) -> Any:
-    value = names.values.get(field, {}).get(value, value) if isinstance(value, str) else value
+    if isinstance(value, str):
+        value = names.values.get(field, {}).get(value, value)
+    if isinstance(value, str) and _NUMBER.fullmatch(value):  # YAML 1.1 reads 5e-1 as a text
+        value = float(value)
     if isinstance(value, list) and not many:
         if len(value) != 1:
             raise ConfigError(f"{path}: {field} is {value}; the method here edits one layer.")
