@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -188,6 +188,12 @@ class Request(_Frozen):
         bare = self.with_prompts(lambda text: text.removeprefix(before).removesuffix(after))
         return bare.model_copy(update={"chat": True})
 
+    def every_prompt(self) -> Iterator[str]:
+        """Yield each prompt, those to test with too; the relation's side apart."""
+        yield from (self.prompt, *self.paraphrases, *self.generation)
+        for probes in (self.neighbourhood, self.locality, self.portability, self.attribute):
+            yield from (probe.prompt for probe in probes)
+
     def with_prompts(self, change: Callable[[str], str]) -> Request:
         """Return the request with every prompt changed, those to test with too."""
         fields: dict[str, Any] = {"prompt": change(self.prompt)}
@@ -318,11 +324,12 @@ def _tidy(request: Request) -> tuple[Request, list[str]]:
     """
     if isinstance(request.chat, tuple):
         return request, []
-    made = request.with_prompts(_without_end)
     answers = {"target_new": request.target_new, "target_true": request.target_true or ""}
     changed = {name: text.strip() for name, text in answers.items() if text != text.strip()}
-    made = made.model_copy(update=changed) if changed else made
-    if made == request:
+    if not changed and not any(text[-1:].isspace() for text in request.every_prompt()):
+        return request, []
+    made = request.with_prompts(_without_end).model_copy(update=changed)
+    if made == request:  # what they end with is a line break
         return request, []
     notes = [f"{name} {answers[name]!r}" for name in changed]
     if made.prompt != request.prompt:
