@@ -21,15 +21,11 @@ from errata.edits.delta_kinds import DeltaKinds
 from errata.edits.edit import Edit, LogEntry, requests_of
 from errata.edits.fingerprint import check_fingerprint
 from errata.edits.ledger import Ledger
+from errata.edits.rendering import rendered
 from errata.edits.request import Request, parse_arguments
 from errata.edits.stack import Stack
 from errata.edits.transaction import Transactions
-from errata.errors import (
-    ConfigError,
-    ErrataError,
-    LedgerError,
-    UnknownNameError,
-)
+from errata.errors import ConfigError, ErrataError, LedgerError, UnknownNameError
 from errata.kit.auto_layers import resolve_auto_layers
 from errata.model.access import Access
 from errata.model.artifacts import Artifacts
@@ -200,7 +196,8 @@ class Editor:
             ConfigError: a bad hyper-parameter. CapabilityError: not for this method.
             EditRefused: a guard said no. LedgerError, StorageError: nothing was recorded.
         """
-        single, requests, overrides = parse_arguments(request, config or {}, fields)
+        single, asked, overrides = parse_arguments(request, config or {}, fields)
+        requests = rendered(self.model, asked)
         for option, given, allowed in (
             ("commit", commit, ("call", "batch")), ("on_refused", on_refused, ("raise", "skip")),
         ):  # fmt: skip
@@ -359,7 +356,7 @@ class Editor:
     # -- looking and measuring -------------------------------------------------------------------
 
     def generate(self, prompt: str | Sequence[str], **options: Any) -> Any:
-        """Continue one prompt (returns text) or several (returns a list); greedy by default."""
+        """Continue one prompt (gives text) or several (a list); options: `model.generation`."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         with self._access.running():
             texts = generate(self.model, prompts, **options)
@@ -385,7 +382,8 @@ class Editor:
             if name not in known:
                 raise UnknownNameError("protocol", name, known)
         with self._access.changing():  # the base is measured with every edit off
-            wanted = requests_of(self._stack.entries if requests is None else requests)
+            given = requests_of(self._stack.entries if requests is None else requests)
+            wanted = rendered(self.model, given)
             return manager.evaluate(self.model, wanted, tuple(protocols), settings)
 
     def locate(
@@ -395,7 +393,7 @@ class Editor:
 
         By causal tracing, or by `method` when it brings a locator of its own.
         """
-        wanted = Request.parse(request)
+        (wanted,) = rendered(self.model, [Request.parse(request)])
         settings = self.configure(method, config)[0] if method else (config or None)
         with self._access.changing():  # traces change what passes through the model
             found = self._methods.locating(method).locate(self.model, wanted, settings)

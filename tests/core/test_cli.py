@@ -24,7 +24,9 @@ from errata.cli.app import app
 from errata.cli.session import EXIT_CODES, remembered
 from errata.edits.ledger import Ledger
 from tests.families import build
+from tests.helpers import ROOT
 
+CASES = ROOT / "tests" / "data" / "cases"
 FACT = ("The capital of {} is", "--subject", "Veldonia", "--target", "Oslo")
 PLUGIN = """
 import time
@@ -420,12 +422,44 @@ def test_a_file_of_requests_and_going_on_with_it(
     assert "Nothing left to do" in run("edit", "--file", more, "--resume", *base).stdout
 
 
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("form", ["lines", "array"])
+def test_a_file_may_be_an_array_or_lines_with_a_byte_order_mark(
+    form: str, bom: bytes, run_json: Run, checkpoint: Path, workplace: Path
+) -> None:
+    (request,) = json.loads((CASES / "array_for_edit_file.json").read_text())
+    # U+2028 ends a line for `str.splitlines`, not in JSON.
+    request = {**request, "paraphrases": ["Its capital\u2028is"], "relation": None}
+    text = json.dumps([request] if form == "array" else request, ensure_ascii=False)
+    (workplace / "facts.json").write_bytes(bom + text.encode())
+    base = ("--method", "nudge", "--model", checkpoint, "--no-apply")
+    (edit,) = run_json("edit", "--file", "facts.json", *base)["edits"]
+    assert edit["requests"][0]["subject"] == "Vesland"
+    assert edit["requests"][0]["paraphrases"] == ["Its capital\u2028is"]
+
+
+def test_a_dataset_in_its_published_format_is_edited_and_measured(
+    run: Run, run_json: Run, checkpoint: Path, workplace: Path
+) -> None:
+    base = ("--model", checkpoint)
+    source = f"counterfact={CASES / 'flat_paired_lists.json'}"
+    report = run_json("edit", "--dataset", source, "--limit", "1", "--method", "nudge", *base)
+    (edit,) = report["edits"]
+    assert edit["requests"][0]["case_id"] == "17"
+    rest = run_json("edit", "--dataset", source, "--resume", "--method", "nudge", *base)
+    assert (rest["skipped"], len(rest["edits"])) == (1, 1)
+    measured = run_json("evaluate", "--dataset", source, "--limit", "1", "-p", "counterfact", *base)
+    assert measured["requests"] == 1
+    error = run("edit", "--file", CASES / "call_schema.json", *base, "--method", "nudge", code=1)
+    assert "--dataset NAME=PATH" in " ".join(error.stderr.split())
+
+
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("{not json", "not JSON"),
-        ("[1, 2]", "one JSON object a line"),
-        ('{"prompt": "no place", "subject": "Bo", "target_new": "x"}', "occurs 0 times"),
+        ("{not json", "expecting property name"),
+        ("[1, 2]", "a request is a JSON object, not [1, 2]"),
+        ('{"prompt": "no place", "subject": "Bo", "target_new": "x"}', "does not stand"),
         ('{"prompt": "{} is", "subject": "Bo", "target": "x"}', "Did you mean 'target_new'?"),
         ('{"prompt": "The capital of {} is", "subject": "France", "target_new": "Oslo"}',
          "the same request as in line 1"),
@@ -437,7 +471,8 @@ def test_a_bad_line_is_named(
     file = write_requests(workplace / "requests.jsonl", ["France"])
     file.write_text(file.read_text() + "\n" + line + "\n")
     error = edit_file(run, file, checkpoint, code=1).stderr
-    assert "requests.jsonl:3" in "".join(error.split("\n"))
+    joined = "".join(error.split("\n"))
+    assert "requests.jsonl:3" in joined or "at line 3" in joined
     assert reason in " ".join(error.split())
 
 

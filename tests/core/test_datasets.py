@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import errata.datasets
 from errata import Request
 from errata.datasets import READERS, atlas, cases_of, dataset, load, pararel, probes, record
-from errata.datasets.record import place
+from errata.edits.subjects import subject_place as place
 from errata.errors import ConfigError, DatasetError, PluginError, UnknownNameError
 from errata.evaluate import PROTOCOLS
 from tests.helpers import ROOT

@@ -66,7 +66,8 @@ def test_counterfact_flat() -> None:
     )
     assert (second.prompt, second.relation, second.case_id) == ("{}, a native", "P103", "31")
     assert second.paraphrases == ("Jon Marl spoke", "Jon Marl grew up with")
-    assert second.neighbourhood[0].answers == ("Tessian",)  # by default the true target
+    assert second.neighbourhood == ()  # the file gives no answer: none is invented
+    assert second.locality == (Probe(prompt="Ada Fenn, a native", type="neighbourhood"),)
 
 
 def test_both_schemas_may_stand_in_one_file(tmp_path: Path) -> None:

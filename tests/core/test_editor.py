@@ -59,7 +59,11 @@ def editor() -> Editor:
         ({"method": "toy-dense", "kind": "erase"}, CapabilityError, "erase"),
         ({"method": "toy-scale", "batch_size": 2}, CapabilityError, "one request at a time"),
         ({"method": "toy-low-rank", "target_new": " "}, RequestError, "target_new is empty"),
-        ({"method": "toy-low-rank", "prompt": "Nobody lives"}, RequestError, "occurs 0 times"),
+        (
+            {"method": "toy-low-rank", "prompt": "Nobody lives"},
+            RequestError,
+            "does not stand",
+        ),
         ({"method": "toy-low-rank", "layer": 99}, ConfigError, "99"),
         ({"method": "toy-broken"}, PluginError, "Missing"),
         ({"method": "toy-wrong"}, PluginError, "dict"),

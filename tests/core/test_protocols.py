@@ -86,6 +86,16 @@ def test_the_score_is_over_the_requests_that_have_all_three() -> None:
     assert "Score" not in without  # no request has all three
 
 
+def test_a_neighbour_is_held_to_its_own_answer() -> None:
+    request = fact(neighbourhood=[Probe(prompt="n", answers=("Oslo", "Kristiania"))])
+    scores = _anything(request) | {
+        ("n", "Oslo"): score(0.1), ("n", "Kristiania"): score(0.6), ("n", "Rome"): score(0.5),
+    }  # fmt: skip
+    found = ask(counterfact.PROTOCOL, [request], scores=scores)
+    assert found["NS"].value == 1
+    assert found["NM"].value == pytest.approx(0.1)
+
+
 def test_requests_that_share_a_case_id_are_one_case() -> None:
     requests = [fact(s, case_id=c) for s, c in (("France", "1"), ("Spain", "1"), ("Peru", "2"))]
     scores = {

@@ -20,9 +20,9 @@ def test_a_prompt_that_holds_the_subject_becomes_a_template() -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"prompt": "The capital is"}, "occurs 0 times"),
+        ({"prompt": "The capital is"}, "does not stand in the prompt"),
         ({"prompt": "{} and {}"}, "exactly one {}"),
-        ({"prompt": "France, France"}, "occurs 2 times"),
+        ({"prompt": "France, France"}, "stands in the prompt 2 times"),
         ({"subject": " "}, "subject is empty"),
         ({"target_new": ""}, "target_new is empty"),
         ({"kind": "rename"}, "kind"),

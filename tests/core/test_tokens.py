@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from errata.errors import ConfigError, RequestError, UnknownNameError
+from errata.model.joining import join
 from errata.model.prompts import IGNORED, TokenError
 from errata.model.tokens import (
     encode,
@@ -300,7 +301,7 @@ def test_a_target_is_what_follows_the_prompt(style):
 def test_prompt_and_target_make_up_the_joint_tokens(style, prompt, target):
     tokenizer = _tokenizer(style)
     assume(encode(tokenizer, [prompt], keep_end=False).lengths[0] > 0)
-    text = f"{prompt} {target}"
+    text = join(prompt, target)
     batch = encode_targets(tokenizer, [prompt], [target])
     (start, end) = batch.target_spans[0]
     (row,) = tokenise(tokenizer, [text], keep_end=False)
@@ -310,7 +311,9 @@ def test_prompt_and_target_make_up_the_joint_tokens(style, prompt, target):
     # No token before the target has characters of it, and each of its own begins after the prompt.
     boundary = len(prompt)
     assert all(b <= boundary + 1 for _, b in row.offsets[:start])
-    assert all(a >= boundary for a, _ in row.offsets[start:end])
+    # Without a space between the two, a token across the boundary is the target's.
+    glued = len(text) == len(prompt) + len(target)
+    assert all(a >= boundary for a, _ in row.offsets[start + glued : end])
 
 
 @pytest.mark.parametrize("style", CAUSAL)

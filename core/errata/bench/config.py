@@ -86,6 +86,12 @@ class DatasetSpec(_ConfigModel):
         default=False, description="Of several cases about one subject keep the first"
     )
     skip_bad: bool = Field(default=False, description="Leave out records that cannot be read")
+    chat: bool = Field(
+        default=False, description="Ask in the form of a chat, by the tokenizer's template"
+    )
+    join: str | None = Field(
+        default=None, description="What stands between prompt and answer; none: the rule"
+    )
     options: dict[str, Any] = Field(
         default_factory=dict, description="Options of this dataset's reader"
     )
@@ -170,6 +176,8 @@ class BenchConfig(_ConfigModel):
             raise ValueError(f"batch_size belongs to the regimes batch, {', '.join(STREAMS)}")
         if self.regime == "cross-domain" and self.train is None:
             raise ValueError("the regime cross-domain needs train, the dataset of the other domain")
+        if self.train is not None and self.train.chat:
+            raise ValueError("train takes no chat: requests to learn from are plain text")
         if self.regime == "continual" and len(self.datasets) < 2:
             raise ValueError("a continual stream mixes several datasets: name two or more")
         return self
@@ -215,6 +223,11 @@ def read_fields(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"Cannot read the run file {file}: {error}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{file} is not plain YAML: {' '.join(str(error).split())}") from None
+    if isinstance(data, dict) and "alg_name" in data:
+        raise ConfigError(
+            f"{file} is an hparams file of EasyEdit, not a run file: `errata methods "
+            f"--from-easyedit {file}` says what it means here."
+        )
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise ConfigError(f"{file} must be a mapping with model, methods, datasets …")
     return {"name": file.stem, **data}

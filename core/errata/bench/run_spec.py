@@ -239,17 +239,25 @@ def open_dataset(spec: DatasetSpec, limit: int | None) -> Dataset:
 def selected_cases(dataset: Dataset, spec: DatasetSpec, limit: int | None) -> list[Case]:
     """Return the first `limit` cases (all when None) that the specification lets through."""
     if not spec.distinct_subjects:
-        return list(dataset.cases(limit))
+        return [_asked_as(spec, case) for case in dataset.cases(limit)]
     seen: set[str] = set()
     found: list[Case] = []
     for case in dataset.cases():
         subjects = {request.subject for request in case}
         if not subjects & seen:
-            found.append(case)
+            found.append(_asked_as(spec, case))
             if len(found) == limit:
                 break
         seen |= subjects
     return found
+
+
+def _asked_as(spec: DatasetSpec, case: Case) -> Case:
+    """Return a case in the form in which the specification asks it."""
+    said: dict[str, Any] = {"chat": True} if spec.chat else {}
+    if spec.join is not None:
+        said["join"] = spec.join
+    return tuple(request.model_copy(update=said) for request in case) if said else case
 
 
 def read_corpus(path: Path) -> list[str]:

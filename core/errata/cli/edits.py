@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,8 @@ import typer
 from rich.text import Text
 
 from errata.cli import render
+from errata.cli.easyedit import configured
+from errata.cli.requests import asked_as, read_dataset, read_requests
 from errata.cli.session import MODEL, REFUSED, Session, command
 from errata.edits.request import KINDS, Request
 from errata.errors import ConfigError, LedgerError, RequestError
@@ -37,6 +38,7 @@ def add(app: typer.Typer) -> None:
             'errata edit "The capital of {} is" --subject France --target Rome \\\n'
             "    --method rome --model atlas-gpt2\n"
             "errata edit --file requests.jsonl --method grace --skip-refused\n"
+            "errata edit --dataset zsre=zsre_mend_eval.json --limit 100 --method grace\n"
             'errata edit "{} speaks" --subject Ana --kind erase --method adalora \\\n'
             "    --set steps=30 --guard norm=refuse --dry-run"
         ),
@@ -100,7 +102,42 @@ def edit(
     ] = None,
     file: Annotated[
         Path | None,
-        typer.Option("--file", "-f", help="Requests, one JSON object a line; - is stdin."),
+        typer.Option(
+            "--file", "-f", help="Requests, one JSON object a line or an array; - is stdin."
+        ),
+    ] = None,
+    dataset: Annotated[
+        str,
+        typer.Option(
+            "--dataset",
+            metavar="NAME=PATH",
+            help="Requests of a dataset in its published format; `errata datasets` lists them.",
+        ),
+    ] = "",
+    limit: Annotated[
+        int | None,
+        typer.Option("--limit", "-n", min=1, help="Only the first N of --file or --dataset."),
+    ] = None,
+    join: Annotated[
+        str | None,
+        typer.Option(
+            "--join",
+            metavar="TEXT",
+            help='What stands between prompt and answer, "" or " "; by default a space where the '
+            "scripts use one.",
+        ),
+    ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="Each prompt is a user's turn: render the chat template."),
+    ] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            metavar="FILE",
+            help="Hyper-parameters as YAML, or an EasyEdit hparams file; --set goes before it.",
+        ),
     ] = None,
     values: Annotated[
         list[str] | None,
@@ -148,8 +185,10 @@ def edit(
         "prompt": prompt, "subject": subject, "target_new": target, "target_true": target_true,
         "relation": relation, "kind": kind, "paraphrases": paraphrase or None,
     }  # fmt: skip
-    requests = _requests(given, file)
+    requests = asked_as(_requests(given, file, dataset, limit), join, chat)
     overrides = pairs(values or (), "--set")
+    if config is not None:
+        method, overrides = configured(session, config, method, overrides)
     guards = pairs(guard or (), "--guard")
     check_method(method)
     with session.editor(create=not dry_run, durable=not dry_run, guards=guards) as editor:
@@ -164,7 +203,7 @@ def edit(
             "apply": not no_apply,
             "supersede": supersede,
             # A long file that is killed keeps what it had made, and goes on with --resume.
-            "commit": "call" if file is None else "batch",
+            "commit": "batch" if file is not None or dataset else "call",
             "on_refused": "skip" if skip_refused else "raise",
         }
         report = _run(session, editor, wanted, method, how, recorded=not dry_run)
@@ -207,53 +246,28 @@ def pairs(given: Sequence[str], option: str) -> dict[str, Any]:
     return found
 
 
-def read_requests(file: Path) -> list[Request]:
-    """Read requests, one JSON object a line; a bad line is named as file:line."""
-    name = "stdin" if str(file) == "-" else str(file)
-    try:
-        stream = typer.get_text_stream("stdin") if name == "stdin" else file.open(encoding="utf-8")
-        with stream:
-            lines = stream.read().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"Cannot read {name}: {error}") from error
-    found: list[Request] = []
-    seen: dict[str, int] = {}
-    for index, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{name}:{index}"
-        try:
-            data = json.loads(line)
-        except ValueError as error:
-            raise RequestError(f"{where}: not JSON: {error}") from None
-        if not isinstance(data, dict):
-            raise RequestError(f"{where}: give one JSON object a line, not {line[:60]!r}.")
-        try:
-            request = Request.parse(data)
-        except RequestError as error:
-            raise RequestError(f"{where}: {error}") from None
-        first = seen.setdefault(request.digest, index)
-        if first != index:
-            raise RequestError(f"{where}: the same request as in line {first}.")
-        found.append(request)
-    if not found:
-        raise RequestError(f"{name} holds no request.")
-    return found
-
-
-def _requests(given: Mapping[str, Any], file: Path | None) -> list[Request]:
+def _requests(
+    given: Mapping[str, Any], file: Path | None, dataset: str, limit: int | None
+) -> list[Request]:
     fields = {key: value for key, value in given.items() if value is not None}
+    if file is not None and dataset:
+        raise RequestError("--file and --dataset both say what to edit: give one of them.")
+    source = "--dataset" if dataset else "--file"
+    if fields and (file is not None or dataset):
+        raise RequestError(
+            f"{source} beside {', '.join(sorted(fields))}: put everything into the file, or "
+            f"leave {source} out."
+        )
+    if dataset:
+        return read_dataset(dataset, limit).requests()
     if file is not None:
-        if fields:
-            raise RequestError(
-                f"--file beside {', '.join(sorted(fields))}: put everything into the file, or "
-                "leave --file out."
-            )
-        return read_requests(file)
+        return read_requests(file)[:limit]
+    if limit is not None:
+        raise RequestError("--limit goes with --file or --dataset.")
     if "prompt" not in fields or "subject" not in fields:
         raise RequestError(
             "Say what to edit: a prompt with {}, --subject and --target (or --kind erase); "
-            "or --file with one request a line."
+            "or --file, or --dataset NAME=PATH."
         )
     return [Request.parse(fields)]
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from errata.cli import render
-from errata.cli.edits import check_method, pairs, read_requests
+from errata.cli.edits import check_method, pairs
 from errata.cli.locate_views import average_view, location_view, sweep_view
+from errata.cli.requests import read_dataset, read_requests
 from errata.cli.session import MODEL, Session, command
 from errata.edits.request import Request
 from errata.errors import ConfigError, RequestError, UnknownNameError
@@ -237,9 +238,8 @@ def _requests(
         raise RequestError("Say which requests: --dataset NAME (with --data PATH), or --file.")
     if file is not None:
         return read_requests(file)[:limit]
-    from errata.datasets import load
-
-    return load(dataset, data, limit=limit).requests()
+    given = f"{dataset}={data}" if data is not None else dataset
+    return read_dataset(given, limit).requests()
 
 
 def _average(

@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 
 from errata.cli import locate, render
-from errata.cli.edits import read_requests
+from errata.cli.requests import asked_as, read_dataset, read_requests
 from errata.cli.session import MODEL, Session, command
 from errata.errors import LedgerError, RequestError
 
@@ -40,7 +40,8 @@ def add(app: typer.Typer) -> None:
         examples=(
             "errata evaluate\n"
             "errata evaluate 3f2a --protocol counterfact --protocol generation\n"
-            "errata evaluate --file requests.jsonl --json > measured.json"
+            "errata evaluate --file requests.jsonl --json > measured.json\n"
+            "errata evaluate --dataset counterfact=counterfact.json --limit 50"
         ),
     )(evaluate)
 
@@ -61,6 +62,10 @@ def generate(
     only: Annotated[
         list[str] | None, typer.Option("--only", metavar="ID", help="Only this edit (repeatable).")
     ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="Each prompt is a user's turn: render the chat template."),
+    ] = False,
     sample: Annotated[
         bool, typer.Option("--sample", help="Draw tokens instead of taking the most probable.")
     ] = False,
@@ -78,7 +83,7 @@ def generate(
         raise RequestError("No prompt: standard input was empty.")
     options = {
         "max_new_tokens": max_new_tokens, "do_sample": sample, "temperature": temperature,
-        "seed": seed,
+        "seed": seed, "chat": chat,
     }  # fmt: skip
     with session.editor() as editor:
         if only:
@@ -136,8 +141,25 @@ def evaluate(
     ] = None,
     file: Annotated[
         Path | None,
-        typer.Option("--file", "-f", help="Measure these requests (one JSON object a line)."),
+        typer.Option(
+            "--file", "-f", help="Measure these requests (one JSON object a line, or an array)."
+        ),
     ] = None,
+    dataset: Annotated[
+        str,
+        typer.Option("--dataset", metavar="NAME=PATH", help="Measure the requests of a dataset."),
+    ] = "",
+    limit: Annotated[
+        int | None,
+        typer.Option("--limit", "-n", min=1, help="Only the first N of --file or --dataset."),
+    ] = None,
+    join: Annotated[
+        str | None,
+        typer.Option("--join", metavar="TEXT", help="As for `errata edit`, of these requests."),
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="As for `errata edit`, of these requests.")
+    ] = False,
     protocols: Annotated[
         list[str] | None,
         typer.Option(
@@ -158,10 +180,18 @@ def evaluate(
 
     The model is measured as it stands, with all active edits; each number has its protocol.
     """
-    if file and ids:
-        raise RequestError("Give ids or --file, not both.")
-    requests = read_requests(file) if file else None
-    wanted = tuple(protocols or DEFAULT_PROTOCOLS)
+    if sum(map(bool, (ids, file, dataset))) > 1:
+        raise RequestError("Give ids, --file or --dataset: one of them says what is measured.")
+    if limit is not None and not (file or dataset):
+        raise RequestError("--limit goes with --file or --dataset.")
+    data = read_dataset(dataset, limit) if dataset else None
+    requests = data.requests() if data else read_requests(file)[:limit] if file else None
+    if requests is not None:
+        requests = asked_as(requests, join, chat)
+    elif chat or join is not None:
+        raise RequestError("--chat and --join go with --file or --dataset; edits have their own.")
+    wanted = tuple(protocols or (data.protocols if data else DEFAULT_PROTOCOLS))
+    settings = {"retain": data.retain} if data and data.retain else {}
     if requests is None:
         session.read_ledger().close()
     with session.editor() as editor:
@@ -173,11 +203,11 @@ def evaluate(
                 )
             requests = [request for edit in chosen for request in edit.requests]
         with session.status("Measuring"):
-            found = editor.evaluate(requests, wanted)
+            found = editor.evaluate(requests, wanted, **settings)
             before = []
             if base and editor.model.stack.ids:
                 with editor.disabled():
-                    before = editor.evaluate(requests, wanted)
+                    before = editor.evaluate(requests, wanted, **settings)
         missing = [name for name in wanted if name not in {one.name for one in found}]
         active = editor.model.stack.ids
         name = editor.model.name

@@ -13,6 +13,7 @@ import typer
 from rich.text import Text
 
 from errata.cli import render
+from errata.cli.easyedit import from_easyedit
 from errata.cli.edits import pairs
 from errata.cli.session import MODEL, Session, calm_transformers, command
 from errata.contract import plugins
@@ -44,7 +45,8 @@ def add(app: typer.Typer) -> None:
         examples=(
             "errata methods\n"
             "errata methods rome --model atlas-gpt2\n"
-            "errata methods rome --model gpt2-xl --set layer=20 --json"
+            "errata methods rome --model gpt2-xl --set layer=20 --json\n"
+            "errata methods --from-easyedit hparams/ROME/gpt2-xl.yaml"
         ),
     )(methods)
 
@@ -58,6 +60,12 @@ def methods(
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="As for `errata edit` (repeatable)."),
     ] = None,
+    easyedit: Annotated[
+        Path | None,
+        typer.Option(
+            "--from-easyedit", metavar="FILE", help="Say what an EasyEdit hparams file means here."
+        ),
+    ] = None,
 ) -> None:
     """List the methods, or show one with every value and its origin.
 
@@ -65,6 +73,11 @@ def methods(
     """
     points = plugins.installed()
     registry = Registry.load()
+    if easyedit is not None:
+        if name is not None:
+            raise ConfigError(f"--from-easyedit names the method itself: leave {name!r} out.")
+        _from_easyedit(session, easyedit, registry)
+        return
     if name is None:
         _list(session, points, registry)
         return
@@ -211,6 +224,36 @@ def _hook_name(node: ast.stmt) -> str:
         return ""
     marked = any("hookimpl" in ast.dump(decorator) for decorator in node.decorator_list)
     return node.name if marked else ""
+
+
+# -- EasyEdit --------------------------------------------------------------------------------------
+
+
+def _from_easyedit(session: Session, file: Path, registry: Registry) -> None:
+    """Show a file's method and values by their names here, and what is not taken over."""
+    found = from_easyedit(file, registry)
+    registry.resolve(found.method, plugins.load(found.method).config, {}, found.config)
+    if session.json:
+        session.emit(
+            {
+                "method": found.method,
+                "config": found.config,
+                "taken_over": found.taken,
+                "not_taken_over": found.left,
+            }
+        )
+        return
+    grid = render.table("there", "here", ("value", {"ratio": 1}))
+    for field, name in found.taken.items():
+        grid.add_row(field, Text(name, style="accent"), str(found.config[name]))
+    session.show(render.heading(found.method, f"as {file.name} has it"), "", grid)
+    implied = [name for name in found.config if name not in found.taken.values()]
+    for name in implied:
+        session.show(f"{name} = {found.config[name]}, from the method's name there")
+    if found.left:
+        session.show(Text("\nNot taken over", style="head"))
+        session.show(render.facts([*found.left.items()]))
+    session.show(Text(f"\nEdit with it: errata edit … --config {file}", style="muted"))
 
 
 # -- one -------------------------------------------------------------------------------------------

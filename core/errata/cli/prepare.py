@@ -10,8 +10,8 @@ from rich.text import Text
 
 from errata.cli import render
 from errata.cli.edits import check_method, pairs
+from errata.cli.requests import read_dataset
 from errata.cli.session import MODEL, Session, command
-from errata.errors import ConfigError
 
 
 def add(app: typer.Typer) -> None:
@@ -54,7 +54,11 @@ def prepare(
     cache folder under the model's fingerprint; every later command on that model uses them.
     """
     check_method(method)
-    requests = [request for given in training or () for request in _requests(given, limit)]
+    requests = [
+        request
+        for given in training or ()
+        for request in read_dataset(given, limit, option="--training").requests()
+    ]
     with session.editor(durable=False, training=requests or None) as editor:
         started = time.monotonic()
         editor.prepare(method, pairs(values or (), "--set"))
@@ -76,13 +80,3 @@ def prepare(
             Text(f"{method} is ready for {editor.model.name}{trained} ({render.seconds(seconds)})"),
             Text(f"kept in {folder}", style="muted"),
         )
-
-
-def _requests(given: str, limit: int | None) -> list[object]:
-    """Return the requests of NAME=PATH (or a NAME that needs no file)."""
-    from errata.datasets import load
-
-    name, _, path = given.partition("=")
-    if not name:
-        raise ConfigError(f"--training {given!r}: give NAME=PATH, a dataset and its file.")
-    return list(load(name, path or None, limit=limit).requests())

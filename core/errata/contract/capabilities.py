@@ -90,4 +90,4 @@ def check_prompts(model: Model, requests: Sequence[Request]) -> None:
     """
     for request in requests:
         subject_span(model.tokenizer, request.prompt, request.subject)
-        prepare(model, [request.text], [request.target_new], device="cpu")
+        prepare(model, [request.text], [request.target], device="cpu")

@@ -127,7 +127,7 @@ class Guards:
         self, model: Model, edits: Sequence[Edit], outcomes: Sequence[Outcome]
     ) -> list[Outcome]:
         requests = [request for edit in edits for request in edit.requests]
-        scores = score_targets(model, [r.text for r in requests], [r.target_new for r in requests])
+        scores = score_targets(model, [r.text for r in requests], [r.target for r in requests])
         left = iter(scores)
         own = [[next(left) for _ in edit.requests] for edit in edits]
         found = [

@@ -94,6 +94,24 @@ class Preset(_Stanza):
         return True
 
 
+class EasyEditNames(_Stanza):
+    """What the method and its hyper-parameters are called in EasyEdit's hparams files."""
+
+    names: dict[str, dict[str, Any]] = Field(
+        description="Each `alg_name` that means this method → the values that the name implies"
+    )
+    when: dict[str, Any] = Field(
+        default_factory=dict, description="Fields of the file that must have these values"
+    )
+    fields: dict[str, str] = Field(description="Field of the file → hyper-parameter here")
+    values: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="Field of the file → its values → those here"
+    )
+    layer_of: str = Field(
+        default="", description="Field with names of parameters; `layer` is the block they are in"
+    )
+
+
 class MethodEntry(_Stanza):
     """What the catalogue says about one method."""
 
@@ -109,3 +127,4 @@ class MethodEntry(_Stanza):
     capabilities: Capabilities
     defaults: dict[str, Any] = Field(default_factory=dict, description="Values for every model")
     presets: tuple[Preset, ...] = ()
+    easyedit: EasyEditNames | None = None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from errata.datasets.probes import listed
-from errata.datasets.reader import per_record
+from collections.abc import Iterable
+
+from errata.datasets.call_schema import per_call_record
+from errata.datasets.probes import listed, paired
 from errata.datasets.record import Record, probes
 from errata.edits.request import Probe, Request
 
@@ -37,11 +39,13 @@ def flat(record: Record) -> Request:
     """Return a case of the flat schema that EasyEdit and others use.
 
     `prompt_template` (with the subject's place) goes before `prompt`; `target_true` before
-    `ground_truth`.
+    `ground_truth`. Locality prompts without an answer are no neighbours: CounterFact's have the
+    true target for their answer.
     """
     field = "prompt_template" if record.has("prompt_template") else "prompt"
     template, subject = record.place(field, record.text("subject"))
     true = record.answers("target_true") or record.answers("ground_truth")
+    beside = paired(record, "locality_prompt", "locality_ground_truth")
     return record.request(
         prompt=template,
         subject=subject,
@@ -50,10 +54,8 @@ def flat(record: Record) -> Request:
         relation=record.optional_text("relation_id"),
         case_id=case_id(record),
         paraphrases=record.texts("rephrase_prompt"),
-        neighbourhood=probes(
-            record.texts("locality_prompt"), record.answers("locality_ground_truth") or true
-        ),
-        locality=listed(record, "locality"),
+        neighbourhood=tuple(probe for probe in beside if probe.answers),
+        locality=(*unanswered(beside), *listed(record, "locality")),
         portability=(*listed(record, "portability"), *one_hop(record)),
     )
 
@@ -63,8 +65,13 @@ def one_hop(record: Record) -> tuple[Probe, ...]:
     asked, answers = "portability_prompt", "portability_ground_truth"
     if record.has("portability.New Question"):
         asked, answers = "portability.New Question", "portability.New Answer"
-    accepted = record.answers(answers)
-    return probes(record.texts(asked), accepted, "reasoning") if accepted else ()
+    return tuple(probe for probe in paired(record, asked, answers, "reasoning") if probe.answers)
+
+
+def unanswered(beside: Iterable[Probe]) -> tuple[Probe, ...]:
+    """Return the neighbours whose answer the file leaves out, as locality probes."""
+    found = (probe for probe in beside if not probe.answers)
+    return tuple(Probe(prompt=probe.prompt, type="neighbourhood") for probe in found)
 
 
 def case_id(record: Record) -> str:
@@ -72,4 +79,4 @@ def case_id(record: Record) -> str:
     return record.optional_text("case_id") or str(record.index)
 
 
-read = per_record(parse)
+read = per_call_record(parse)

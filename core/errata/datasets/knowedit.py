@@ -6,12 +6,14 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from errata.datasets.probes import listed
+from errata.datasets.call_schema import records_of_calls
+from errata.datasets.counterfact import case_id, one_hop
+from errata.datasets.probes import listed, paired
 from errata.datasets.reader import Item, parsed
 from errata.datasets.record import Record, probes
 from errata.datasets.source import Source
 from errata.edits.request import Probe, Request
-from errata.errors import ConfigError, UnknownNameError
+from errata.errors import ConfigError, DatasetError, UnknownNameError
 
 SENTIMENTS = ("positive", "negative")
 FORGET, RETAIN = ("K_F", "success"), ("K_R", "locality")
@@ -45,7 +47,10 @@ def read(
     if sentiment is not None and sentiment not in SENTIMENTS:
         raise ConfigError(f"sentiment is {sentiment!r}; it must be positive or negative.")
     other: str | None = None
-    for record in source.records():
+    for record in records_of_calls(source):
+        if isinstance(record, DatasetError):
+            yield record
+            continue
         kind = detect(record)
         if subset is not None and kind is not SUBSETS[subset]:
             yield record.bad("", f"is not in the schema of the subset {subset}")
@@ -178,9 +183,12 @@ def _fact(record: Record, kind: str, **more: Any) -> Request:
         target_new=record.text("target_new"),
         target_true=true[0] if true else None,
         kind=kind,
-        case_id=str(record.index),
-        locality=listed(record, "locality"),
-        portability=listed(record, "portability"),
+        case_id=case_id(record),
+        locality=(
+            *listed(record, "locality"),
+            *paired(record, "locality_prompt", "locality_ground_truth", "neighbourhood"),
+        ),
+        portability=(*listed(record, "portability"), *one_hop(record)),
         **more,
     )
 

@@ -57,9 +57,35 @@ def listed(record: Record, field: str) -> tuple[Probe, ...]:
     )
 
 
+def paired(record: Record, asked: str, answered: str, type_: str = "") -> tuple[Probe, ...]:
+    """Return a probe for each prompt of a field, with its own answers from another field.
+
+    One prompt takes every form that stands there as an alias. A list of prompts takes a list of as
+    many answers, one to one; an answer may be a list of aliases. Without answers a probe has none:
+    it asks only whether the base's answer stays.
+    """
+    prompts, answers = record.get(asked), record.get(answered)
+    if not isinstance(prompts, list) or answers is None:
+        return probes(record.texts(asked), record.answers(answered), type_)
+    answers = answers if isinstance(answers, list) else [answers]
+    if len(answers) != len(prompts):
+        raise record.bad(
+            answered,
+            f"holds {len(answers)} answers, {asked} {len(prompts)} prompts: give one answer (or "
+            "list of aliases) for each prompt, in the same order",
+        )
+    pairs = [
+        (record.part(prompt, f"{asked}[{i}]"), record.part(answer, f"{answered}[{i}]"))
+        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+    ]
+    return tuple(
+        probe
+        for prompt, answer in pairs
+        for probe in probes(prompt.texts(""), answer.answers(""), type_)
+    )
+
+
 def _probes(item: Record, type_: str, *, needs_answer: bool) -> tuple[Probe, ...]:
-    answers = item.answers("ground_truth")
     item.required("prompt")
-    if needs_answer and not answers:
-        return ()
-    return probes(item.texts("prompt"), answers, type_)
+    found = paired(item, "prompt", "ground_truth", type_)
+    return tuple(probe for probe in found if probe.answers or not needs_answer)

@@ -106,6 +106,7 @@ def relation_requests(request: Request) -> list[Request]:
         "kind": "relation",
         "case_id": request.case_id or request.digest[:12],
         "locality": (*view.specificity, *kept),
+        "chat": request.chat,
     }
     answers = (request.target_new, *request.aliases)
     add = Request(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from errata.edits.request import Probe, Request
+from errata.edits.subjects import subject_place
 from errata.errors import DatasetError
 
 
@@ -112,7 +112,7 @@ class Record:
         Raises where the subject's place is missing or could be one of several.
         """
         prompt = self.text(prompt_field)
-        found = place(prompt, subject)
+        found = subject_place(prompt, subject)
         if isinstance(found, str):
             raise self.bad(prompt_field, f"{found} (subject {subject!r}, prompt {prompt!r})")
         return found
@@ -140,46 +140,6 @@ class Record:
                 yield from self._flat(item, field)
         else:
             raise self.bad(field, f"holds {_kind(value)} where a text is expected")
-
-
-def place(prompt: str, subject: str) -> tuple[str, str] | str:
-    """Find where the subject stands in a prompt.
-
-    It must stand there once as words of its own, if not as written then in other upper and lower
-    case; in a script without spaces between words, anywhere. Returns (template, subject as it
-    stands there), or what is wrong.
-
-    >>> place("what is the capital of france?", "France")
-    ('what is the capital of {}?', 'france')
-    """
-    subject = subject.strip()
-    if prompt.count("{}") == 1:
-        return prompt, subject
-    if "{}" in prompt:
-        return "the prompt has several {}"
-    if not subject:
-        return "the subject is empty"
-    for flags in (0, re.IGNORECASE):
-        every = re.finditer(re.escape(subject), prompt, flags)
-        found = [match for match in every if _stands_alone(prompt, *match.span())]
-        if len(found) > 1:
-            return f"the subject stands in the prompt {len(found)} times: which one is meant?"
-        if found:
-            start, end = found[0].span()
-            return f"{prompt[:start]}{{}}{prompt[end:]}", prompt[start:end]
-    return "the subject does not stand in the prompt"
-
-
-def _stands_alone(text: str, start: int, end: int) -> bool:
-    """Say whether no letter or digit goes on before or after a part of a text."""
-    before = start > 0 and _is_of_word(text[start - 1]) and _is_of_word(text[start])
-    after = end < len(text) and _is_of_word(text[end]) and _is_of_word(text[end - 1])
-    return not before and not after
-
-
-def _is_of_word(character: str) -> bool:
-    """Say whether it is a digit, or a letter of a script that separates words (those have case)."""
-    return character.isdigit() or character.lower() != character.upper()
 
 
 def probes(prompts: Iterable[str], answers: tuple[str, ...], kind: str = "") -> tuple[Probe, ...]:

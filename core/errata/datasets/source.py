@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from typing import Any
 from errata.datasets import streams
 from errata.datasets.record import Record
 from errata.errors import DatasetError, MissingExtraError
+
+log = logging.getLogger("errata")
 
 TABLES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 FILES = (".json", ".jsonl", ".gz", ".txt", *TABLES)
@@ -33,6 +36,13 @@ class Source:
         self.name = name
         self.path = path
         self.split = split
+        self._remarks: set[str] = set()
+
+    def remark(self, text: str) -> None:
+        """Warn of something about the source; once, however often it is read."""
+        if text not in self._remarks:
+            self._remarks.add(text)
+            log.warning("%s: %s", self.name, text)
 
     def records(self) -> Iterator[Record]:
         """Yield every record. Raises `DatasetError` where the source is damaged or gone."""

@@ -41,7 +41,12 @@ def digest(path: Path) -> str:
 
 
 def read_json(path: Path, name: str = "") -> Iterator[Any]:
-    """Yield the records of a JSON file: the items of an array, or top-level values (JSON lines).
+    """Yield the records of a JSON file; see `read_numbered`."""
+    return (value for _, value in read_numbered(path, name))
+
+
+def read_numbered(path: Path, name: str = "") -> Iterator[tuple[int, Any]]:
+    """Yield (line, record): the items of an array, or top-level values (JSON lines).
 
     UTF-8 with or without a byte order mark; gzip is recognised by its first bytes.
 
@@ -62,7 +67,7 @@ def read_json(path: Path, name: str = "") -> Iterator[Any]:
             yield from _array(window)
         elif first == "{" or first == '"':
             while window.peek():
-                yield window.value()
+                yield window.line, window.value()
         else:
             raise DatasetError(
                 f"starts with {window.ahead(40)!r}: not JSON (expected '[' for an array or '{{' "
@@ -91,13 +96,14 @@ def _open(path: Path, name: str) -> Iterator[IO[bytes]]:
         raise DatasetError(f"cannot be read: {error}", file=name) from error
 
 
-def _array(window: _DecodedText) -> Iterator[Any]:
+def _array(window: _DecodedText) -> Iterator[tuple[int, Any]]:
     window.skip()
     if window.peek() == "]":
         window.skip()
     else:
         while True:
-            yield window.value()
+            window.peek()
+            yield window.line, window.value()
             mark = window.peek()
             if mark not in (",", "]"):
                 window.fail("expected ',' or ']' after a record")
@@ -120,8 +126,16 @@ class _DecodedText:
         self._text = ""
         self._at = 0
         self._ended = False
-        self._lines = 1  # number of the line that the window's first character stands on
+        self._lines = 1  # number of the line that the character `_counted` stands on
+        self._counted = 0
         self._records = 0
+
+    @property
+    def line(self) -> int:
+        """Number of the line that is being read."""
+        self._lines += self._text.count("\n", self._counted, self._at)
+        self._counted = self._at
+        return self._lines
 
     def peek(self) -> str:
         """Return the next character that is not white space, or "" at the end of the file."""
@@ -163,7 +177,7 @@ class _DecodedText:
 
     def fail(self, problem: str, at: int | None = None) -> NoReturn:
         """Raise a `DatasetError` with the line and the record."""
-        line = self._lines + self._text.count("\n", 0, self._at if at is None else at)
+        line = self.line + self._text.count("\n", self._at, self._at if at is None else at)
         cut = self._ended and (self._at if at is None else at) >= len(self._text.rstrip())
         raise DatasetError(
             f"damaged at line {line}: {problem}"
@@ -187,7 +201,7 @@ class _DecodedText:
         if rest > LONGEST:
             self.fail(f"a record of more than {LONGEST:,} characters")
         new = self._read(max(CHUNK, rest))
-        self._lines += self._text.count("\n", 0, self._at)
+        self._lines, self._counted = self.line, 0
         self._text = self._text[self._at :] + new
         self._at = 0
 

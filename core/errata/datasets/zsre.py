@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from errata.datasets.counterfact import case_id, one_hop
+from errata.datasets.probes import paired
 from errata.datasets.reader import per_record
-from errata.datasets.record import Record, probes, without
+from errata.datasets.record import Record, without
 from errata.edits.request import Request
 from errata.errors import ConfigError
 
@@ -31,7 +32,7 @@ def parse(record: Record, target: str = "alt") -> Request:
         aliases=() if target == "alt" else without(true, true[0]),
         case_id=case_id(record),
         paraphrases=record.texts("rephrase"),
-        locality=probes(record.texts("loc"), record.answers("loc_ans"), "neighbourhood"),
+        locality=paired(record, "loc", "loc_ans", "neighbourhood"),
         portability=one_hop(record),
     )
 

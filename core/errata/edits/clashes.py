@@ -106,4 +106,4 @@ def same_fact(one: Request, other: Request) -> bool:
         return False
     if one.relation and other.relation:
         return one.relation == other.relation
-    return one.prompt == other.prompt
+    return one.plain.prompt == other.plain.prompt

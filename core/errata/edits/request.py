@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from errata.edits.subjects import subject_place
 from errata.errors import RequestError, UnknownNameError
+from errata.model.joining import with_join
+
+logger = logging.getLogger("errata")
 
 Kind = Literal["modify", "insert", "erase", "relation", "sentiment", "text", "label"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -68,8 +73,9 @@ class Request(_Frozen):
     >>> Request(prompt="The capital of {} is", subject="France", target_new="Rome").text
     'The capital of France is'
 
-    Targets carry no leading space; `errata.model.tokens` adds the one that the tokenizer needs.
-    Raises `RequestError` through `Request.parse` (and pydantic's ValidationError directly).
+    Targets carry no leading space: `errata.model.joining` puts one where the scripts use it, and
+    `join` says what stands there where that rule is wrong. Raises `RequestError` through
+    `Request.parse` (and pydantic's ValidationError directly).
     """
 
     prompt: str = Field(description="Template with exactly one {} where the subject goes")
@@ -109,6 +115,23 @@ class Request(_Frozen):
     relation_view: RelationView | None = Field(
         default=None, description="The change seen from the relation's side"
     )
+    join: str | None = Field(
+        default=None,
+        description='What stands between a prompt and its answer, "" or white space; None: a space '
+        "where the scripts use one",
+    )
+    chat: bool | tuple[str, str] = Field(
+        default=False,
+        description="True: each prompt is what a user says, to be rendered by the tokenizer's chat "
+        "template; (before, after): it is rendered, and these stand around it",
+    )
+
+    @field_validator("join")
+    @classmethod
+    def _join_is_white_space(cls, value: str | None) -> str | None:
+        if value is not None and value.strip():
+            raise ValueError(f"{value!r} is a text: give '' or white space, the rest as prompt")
+        return value
 
     @field_validator("case_id", mode="before")
     @classmethod
@@ -148,9 +171,55 @@ class Request(_Frozen):
         return self.prompt.replace("{}", self.subject)
 
     @property
+    def target(self) -> str:
+        """`target_new` for `prepare` and `score_targets`: with what `join` puts before it."""
+        return self.joined(self.target_new)
+
+    def joined(self, answer: str) -> str:
+        """Return an answer to one of the request's prompts with what `join` puts before it."""
+        return with_join(answer, self.join)
+
+    @property
+    def plain(self) -> Request:
+        """The request as it was before its prompts were rendered for a chat."""
+        if not isinstance(self.chat, tuple):
+            return self
+        before, after = self.chat
+        bare = self.with_prompts(lambda text: text.removeprefix(before).removesuffix(after))
+        return bare.model_copy(update={"chat": True})
+
+    def every_prompt(self) -> Iterator[str]:
+        """Yield each prompt, those to test with too; the relation's side apart."""
+        yield from (self.prompt, *self.paraphrases, *self.generation)
+        for probes in (self.neighbourhood, self.locality, self.portability, self.attribute):
+            yield from (probe.prompt for probe in probes)
+
+    def with_prompts(self, change: Callable[[str], str]) -> Request:
+        """Return the request with every prompt changed, those to test with too."""
+        fields: dict[str, Any] = {"prompt": change(self.prompt)}
+        for name in ("paraphrases", "generation"):
+            fields[name] = tuple(map(change, getattr(self, name)))
+        for name in ("neighbourhood", "locality", "portability", "attribute"):
+            fields[name] = _asked(getattr(self, name), change)
+        if (view := self.relation_view) is not None:
+            fields["relation_view"] = view.model_copy(
+                update={
+                    **{name: change(getattr(view, name)) for name in ("add", "remove")},
+                    "paraphrases": tuple(map(change, view.paraphrases)),
+                    "remove_paraphrases": tuple(map(change, view.remove_paraphrases)),
+                    "specificity": _asked(view.specificity, change),
+                }
+            )
+        return self.model_copy(update=fields)
+
+    @property
     def digest(self) -> str:
         """SHA-256 of the canonical JSON: two requests with one digest are the same request."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, ensure_ascii=False)
+        data = self.plain.model_dump(mode="json")
+        for later in ("join", "chat"):  # requests of older ledgers keep their digests
+            if data[later] in (None, False):
+                del data[later]
+        canonical = json.dumps(data, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     @classmethod
@@ -158,23 +227,46 @@ class Request(_Frozen):
         """Return a request from a request, a mapping or keyword fields.
 
         A prompt that holds the subject instead of `{}` is turned into a template when the
-        subject occurs in it exactly once. Raises `RequestError` naming each wrong field.
+        subject stands in it exactly once as words of its own. White space where prompt and answer
+        meet is taken off, and a warning says so. Raises `RequestError` naming each wrong field.
         """
-        if isinstance(value, Request):
-            return value
-        data = {**(value or {}), **fields}
-        unknown = [key for key in data if key not in cls.model_fields]
-        if unknown:
-            raise RequestError(
-                str(UnknownNameError("request field", str(unknown[0]), cls.model_fields))
-            )
-        prompt, subject = data.get("prompt"), data.get("subject")
-        if isinstance(prompt, str) and isinstance(subject, str) and subject and "{}" not in prompt:
-            data["prompt"] = _template(prompt, subject)
-        try:
-            return cls(**data)
-        except ValidationError as error:
-            raise RequestError(_explain(error, data)) from None
+        if not isinstance(value, Request):
+            value = {**(value or {}), **fields}
+        request, notes = parse_noting(value)
+        warn_of_white_space(notes)
+        return request
+
+
+def parse_noting(value: Request | Mapping[str, Any]) -> tuple[Request, list[str]]:
+    """Return what `Request.parse` does, and the fields that lost white space instead of a warning.
+
+    Whoever parses many requests hands all the fields to `warn_of_white_space` together.
+    """
+    if isinstance(value, Request):
+        return _tidy(value)
+    data = dict(value)
+    unknown = [key for key in data if key not in Request.model_fields]
+    if unknown:
+        raise RequestError(
+            str(UnknownNameError("request field", str(unknown[0]), Request.model_fields))
+        )
+    prompt, subject = data.get("prompt"), data.get("subject")
+    if isinstance(prompt, str) and isinstance(subject, str) and subject and "{}" not in prompt:
+        data["prompt"] = _template(prompt, subject)
+    try:
+        return _tidy(Request(**data))
+    except ValidationError as error:
+        raise RequestError(_explain(error, data)) from None
+
+
+def warn_of_white_space(notes: Sequence[str]) -> None:
+    """Say where white space was taken off, in one warning."""
+    if notes:
+        more = f" and {len(notes) - 1} more" if len(notes) > 1 else ""
+        logger.warning(
+            "White space where prompt and answer meet was taken off: %s%s. What stands there is "
+            "errata's to find; `join` says it where that is wrong.", notes[0], more,
+        )  # fmt: skip
 
 
 def parse_requests(
@@ -182,9 +274,11 @@ def parse_requests(
 ) -> list[Request]:
     """Return requests from one or many; refuse an empty list and exact duplicates."""
     many = [value] if isinstance(value, (Request, Mapping)) else list(value)
-    requests = [Request.parse(item) for item in many]
+    parsed = [parse_noting(item) for item in many]
+    requests = [request for request, _ in parsed]
     if not requests:
         raise RequestError("No requests were given: pass at least one.")
+    warn_of_white_space([note for _, notes in parsed for note in notes])
     seen: dict[str, int] = {}
     for index, request in enumerate(requests):
         first = seen.setdefault(request.digest, index)
@@ -218,14 +312,46 @@ def parse_arguments(
     return isinstance(request, (Request, Mapping)), parse_requests(request), overrides
 
 
+def _asked(probes: Iterable[Probe], change: Callable[[str], str]) -> tuple[Probe, ...]:
+    """Return probes with their prompts changed."""
+    return tuple(probe.model_copy(update={"prompt": change(probe.prompt)}) for probe in probes)
+
+
+def _tidy(request: Request) -> tuple[Request, list[str]]:
+    """Return a request without white space where its prompts and answers meet.
+
+    Beside it, what that changed. A line break at a prompt's end is meant, and stays.
+    """
+    if isinstance(request.chat, tuple):
+        return request, []
+    answers = {"target_new": request.target_new, "target_true": request.target_true or ""}
+    changed = {name: text.strip() for name, text in answers.items() if text != text.strip()}
+    if not changed and not any(text[-1:].isspace() for text in request.every_prompt()):
+        return request, []
+    made = request.with_prompts(_without_end).model_copy(update=changed)
+    if made == request:  # what they end with is a line break
+        return request, []
+    notes = [f"{name} {answers[name]!r}" for name in changed]
+    if made.prompt != request.prompt:
+        notes.append(f"prompt {request.prompt!r}")
+    return made, notes or [f"a prompt to test {request.text!r} with"]
+
+
+def _without_end(prompt: str) -> str:
+    """Return a prompt without white space at its end, up to the last line break."""
+    kept = prompt.rstrip()
+    gap = prompt[len(kept) :]
+    return kept + gap[: gap.rfind("\n") + 1] if kept else prompt
+
+
 def _template(prompt: str, subject: str) -> str:
-    count = prompt.count(subject)
-    if count == 1:
-        return prompt.replace(subject, "{}")
-    raise RequestError(
-        f"The subject {subject!r} occurs {count} times in the prompt {prompt!r}; put {{}} where "
-        "the subject goes (for example 'The capital of {} is')."
-    )
+    found = subject_place(prompt, subject, any_case=False)
+    if isinstance(found, str):
+        raise RequestError(
+            f"{found[0].upper()}{found[1:]} (subject {subject!r}, prompt {prompt!r}): write {{}} "
+            "where the subject goes, for example 'The capital of {} is'."
+        )
+    return found[0]
 
 
 def _explain(error: ValidationError, data: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ import torch
 from errata.contract.measurement import Z95, Measurement
 from errata.errors import ConfigError, MissingExtraError
 from errata.model.active_edits import ask
+from errata.model.joining import with_join
 from errata.model.sampling import GenerationSettings, Sampling
 
 if TYPE_CHECKING:
@@ -101,7 +102,9 @@ def _wrapped(lm_eval: Any, model: Model, batch_size: int) -> Any:
                 return found
 
             def other(answers: Answers, texts: list[str], rows: list[int]) -> Sequence[Any]:
-                targets = [str(requests[i].args[1]).lstrip(" ") for i in rows]
+                given = [str(requests[i].args[1]) for i in rows]
+                # The harness says exactly what follows a context, white space included.
+                targets = [with_join(target, "") for target in given]
                 return [(score.logprob, score.exact) for score in answers.scores(texts, targets)]
 
             return ask(model.stack, [r.args[0] for r in requests], own, other)

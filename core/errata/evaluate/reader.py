@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from errata.contract.measurement import Answer, Measurement
+from errata.edits.rendering import rendered
 from errata.errors import SelfComparisonError
 from errata.evaluate.failures import classify_failure
 from errata.evaluate.matching import NORMALISATION, contained_match, exact_match
@@ -120,7 +121,7 @@ class Reader:
         memory: KnownAnswers | None = None,
     ) -> None:
         self.model = model
-        self.requests = requests
+        self.requests = rendered(model, requests)
         self.settings = settings
         self._of_base = of_base
         self._baseline = KnownAnswers() if baseline is None else baseline
@@ -190,6 +191,12 @@ class Reader:
                 )
             known.update(zip(new, scores, strict=True))
         return [known[pair] for pair in wanted]
+
+    def pair(self, request: int | str, prompt: str, answer: str) -> tuple[str, str]:
+        """Return a prompt of a request and an answer, joined as the request says."""
+        if isinstance(request, str) or request < 0:  # of the dataset as a whole
+            return prompt, answer
+        return prompt, self.requests[request].joined(answer)
 
     def nlls(self, texts: Sequence[str]) -> list[tuple[float, int]]:
         """Return (summed negative log-probability in nats, predicted tokens) of each text."""
@@ -315,7 +322,10 @@ class Reader:
     def forced(self, asked: Sequence[Sequence[Question]]) -> list[bool]:
         """Return whether each question is answered with gold tokens before every token."""
         pairs = [
-            (q.prompt, answer) for phrasings in asked for q in phrasings for answer in q.answers
+            self.pair(q.request, q.prompt, answer)
+            for phrasings in asked
+            for q in phrasings
+            for answer in q.answers
         ]
         scores = iter(self.scores(pairs))
         # A list, not a generator: every score of a question must be taken off the iterator.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from errata.model.generation import decode_after, generated
 from errata.model.sampling import GenerationSettings, Sampling
+from errata.model.tokens import tokenise
 
 if TYPE_CHECKING:
     from errata.model.model import Model
@@ -32,7 +33,7 @@ def sampled_texts(model: Model, prompts: Sequence[str], seed: int) -> list[str]:
     length = sampled_length(model)
     heads: list[list[int]] = [[] for _ in prompts]  # the decoder of two starts from nothing
     if model.task == "causal":
-        heads = [model.tokenizer(prompt)["input_ids"] for prompt in prompts]
+        heads = [row.ids for row in tokenise(model.tokenizer, prompts)]
     settings = GenerationSettings(
         max_new_tokens=max(length - min(map(len, heads), default=0), 0),
         sampling=Sampling(do_sample=True, top_k=TOP_K, seed=seed),

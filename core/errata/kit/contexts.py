@@ -11,14 +11,31 @@ import torch
 
 from errata.errors import ConfigError
 from errata.model.forward import logits_at
+from errata.model.tokens import tokenise
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from errata.edits.request import Request
     from errata.model.model import Model
 
 _BARE = "{}"
 """The context that is none; the first of every list of contexts."""
+
+
+def in_contexts(model: Model, request: Request, contexts: Sequence[str]) -> list[str]:
+    """Return the request's prompt in each context, as templates with `{}` for the subject.
+
+    In a chat a context stands at the beginning of what the user says; a start token that is
+    written out in the prompt stays in front.
+    """
+    before, after = ("", "") if isinstance(request.chat, bool) else request.chat
+    bos = str(model.tokenizer.bos_token or "")
+    if not before and request.prompt.startswith(bos):
+        (row,) = tokenise(model.tokenizer, [request.prompt])
+        before = bos if row.begin else ""
+    said = request.prompt.removeprefix(before).removesuffix(after)
+    return [before + context.replace("{}", said) + after for context in contexts]
 
 
 def prefix_contexts(

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from errata.errors import CapabilityError, ErrataError, RequestError
+from errata.kit.contexts import in_contexts
 from errata.kit.value_loss import Evaluation, ValueLoss, ValueObjective
 from errata.model.forward import Resumed, adding, aligned, bypassed, frozen, patched
 from errata.model.prompts import padding_id
@@ -190,9 +191,9 @@ def _rows(
 ) -> _RequestRows:
     """Tokenise one request in all contexts, without the tokens that nothing depends on."""
     tokenizer, which = model.tokenizer, FACT_TOKENS[settings.fact_token]
-    templates = [context.replace("{}", request.prompt) for context in contexts]
+    templates = in_contexts(model, request, contexts)
     prompts = [template.replace("{}", request.subject) for template in templates]
-    batch = encode_targets(tokenizer, prompts, [request.target_new] * len(prompts))
+    batch = encode_targets(tokenizer, prompts, [request.target] * len(prompts))
     rows = _RequestRows(contexts=len(templates))
     for row, template in enumerate(templates):
         begin, end = batch.target_spans[row]

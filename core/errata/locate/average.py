@@ -305,7 +305,9 @@ def _known(model: Model, requests: Sequence[Request]) -> list[Request]:
     from errata.model.scoring import score_targets
 
     asked = [request for request in requests if request.target_true]
-    scores = score_targets(model, [r.text for r in asked], [str(r.target_true) for r in asked])
+    scores = score_targets(
+        model, [r.text for r in asked], [r.joined(str(r.target_true)) for r in asked]
+    )
     right = {r.digest for r, found in zip(asked, scores, strict=True) if found.exact}
     return [r for r in requests if not r.target_true or r.digest in right]
 

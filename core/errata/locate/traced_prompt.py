@@ -72,7 +72,7 @@ def traced_prompt(model: Model, request: Request, answer: str | None) -> TracedP
             f"{model.name} is a sequence classifier: it answers with a class, and what is traced "
             "is an answer in tokens. Load a language model."
         )
-    prepared = prepare(model, [request.text], None if answer is None else [answer])
+    prepared = prepare(model, [request.text], None if answer is None else [request.joined(answer)])
     ((reads, labels),) = prepared.targets()
     answer_ids = () if answer is None else tuple(labels)
     ids = prepared.tokens(0)

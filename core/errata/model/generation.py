@@ -13,6 +13,7 @@ from errata.errors import CapabilityError
 from errata.model import prefix_sharing, tokens
 from errata.model.active_edits import ask
 from errata.model.answers import Generated
+from errata.model.chat import in_chat, turn_ends
 from errata.model.forward.inputs import decoder_prefix, takes_positions
 from errata.model.forward.resume import accepted
 from errata.model.running import check_length
@@ -36,6 +37,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     batch_size: int = 32,
+    chat: bool = False,
 ) -> list[str]:
     """Return the new text after each prompt.
 
@@ -43,10 +45,13 @@ def generate(
     or `max_new_tokens` are there. The settings of the model's own generation configuration
     (penalties, beams, sampling) are not used; only its end tokens are.
 
+    `chat`: each prompt is what a user says, rendered by the tokenizer's chat template.
+
     The active edits rewrite the prompts, and what an edit puts in the model's place writes the
     texts of the rows that it claims.
 
     Raises:
+        ConfigError: a chat with a model that has no chat template.
         CapabilityError: an encoder or a sequence classifier, which cannot continue a text.
         RequestError: a prompt that is longer than the model takes.
 
@@ -59,7 +64,8 @@ def generate(
         sampling=Sampling(do_sample, temperature, top_k, top_p, seed),
         batch_size=batch_size,
     )
-    return [found.text for found in generated(model, prompts, settings)]
+    texts = in_chat(model.tokenizer, list(prompts)) if chat else prompts
+    return [found.text for found in generated(model, texts, settings)]
 
 
 def generated(
@@ -131,8 +137,11 @@ def _batches(model: Model, prompts: Sequence[str], batch_size: int) -> Iterator[
 
 
 def end_tokens(model: Model) -> frozenset[int]:
-    """Return the ids that end a text: the model's, the configuration's and the tokenizer's."""
-    ids: set[int] = set()
+    """Return the ids that end a text: the model's, its configuration's, its tokenizer's.
+
+    In a chat the template's end of a turn ends it as well.
+    """
+    ids: set[int] = set(turn_ends(model.tokenizer))
     for holder in (getattr(model.module, "generation_config", None), model.config, model.tokenizer):
         value: Any = getattr(holder, "eos_token_id", None)
         ids.update([value] if isinstance(value, int) else value or ())

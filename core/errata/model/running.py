@@ -16,6 +16,7 @@ from errata.errors import RequestError
 from errata.model import tokens
 from errata.model.forward import logits_at
 from errata.model.forward.inputs import decoder_prefix, decoder_start, takes_positions
+from errata.model.joining import bare
 from errata.model.prompts import PreparedPrompts
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def prepare(
     Args:
         model: the model.
         prompts: filled prompts.
-        targets: one per prompt, without a leading space; class names or numbers for a classifier.
+        targets: one per prompt (`Request.target`); class names or numbers for a classifier.
             None: what predicts the first token after each prompt (the class, in a classifier).
         closing: what the tokenizer adds around the target of an encoder-decoder belongs to it.
         device: where the batch goes; by default the model's.
@@ -102,7 +103,7 @@ def check_length(model: Model, length: int) -> None:
 
 def class_index(model: Model, target: str) -> int:
     """Return the class of a sequence classifier that a target names; raise `RequestError`."""
-    config, wanted = model.config, target.strip()
+    config, wanted = model.config, bare(target)
     names = {str(name): int(index) for name, index in (config.label2id or {}).items()}
     names |= {str(name): int(index) for index, name in (config.id2label or {}).items()}
     index = names.get(wanted, int(wanted) if wanted.isdecimal() else -1)

@@ -34,10 +34,10 @@ def score_targets(
 ) -> list[TargetScore]:
     """Score each target after its prompt, teacher-forced.
 
-    Decoder: prompt and target joined by a space. Encoder-decoder: the prompt in the encoder, the
-    target in the decoder (its end token is not scored). Encoder: the target's place filled with
-    as many mask tokens, all predicted at once. Sequence classifier: the target is a class by name
-    or number, and its log-probability the score, of one "token".
+    Decoder: prompt and target as `errata.model.joining` joins them. Encoder-decoder: the prompt in
+    the encoder, the target in the decoder (its end token is not scored). Encoder: the target's
+    place filled with as many mask tokens, all predicted at once. Sequence classifier: the target is
+    a class by name or number, and its log-probability the score, of one "token".
 
     The active edits rewrite the prompts, and rows that one of them claims are scored by what it
     puts in the model's place.
@@ -49,7 +49,7 @@ def score_targets(
     Args:
         model: the model as it stands.
         prompts: filled prompts.
-        targets: one per prompt, without a leading space.
+        targets: one per prompt; the rule joins them unless a target says what comes before it.
         batch_size: rows per forward.
         share: False runs every row whole.
 

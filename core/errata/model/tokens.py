@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from errata.errors import ConfigError, UnknownNameError
+from errata.model.joining import bare, join
 from errata.model.prompts import (
     IGNORED,
     Batch,
@@ -145,18 +146,18 @@ def encode_targets(
 ) -> PreparedPrompts:
     """Tokenise each prompt with its target, jointly, for teacher forcing on a decoder.
 
-    A space goes between the two (none where the prompt ends or the target starts with white
-    space), and belongs to the target, as do spaces that the prompt ends with. The target starts
-    at the first token with characters of its own: where a tokenizer merges the end of the
-    prompt with the start of the target into one token, that token is the target's, for otherwise
-    part of the target would be given and never predicted.
+    `errata.model.joining.join` says whether a space goes between the two. It belongs to the
+    target, as do spaces that the prompt ends with. The target starts at the first token with
+    characters of its own: where a tokenizer merges the end of the prompt with the start of the
+    target into one token, that token is the target's, for otherwise part of the target would be
+    given and never predicted.
 
     Raises:
         TokenError: an empty target, one without a token, a prompt without a token before it, or
             lists of different length.
     """
     check_pairs(prompts, targets)
-    texts = [_join(prompt, target) for prompt, target in zip(prompts, targets, strict=True)]
+    texts = _joined(prompts, targets)
     rows = tokenise(tokenizer, texts, keep_end=False)
     starts = []
     for text, prompt, row in zip(texts, prompts, rows, strict=True):
@@ -208,10 +209,13 @@ def encode_masked(
                 "however long the target is."
             )
         before, found, after = prompt.partition(mask)
-        text = before + target.strip() + after if found else _join(prompt, target.strip())
-        start = len(before) if found else len(text) - len(target.strip())
+        if found:
+            text, start = before + bare(target) + after, len(before)
+        else:
+            (text,) = _joined([prompt], [target.rstrip()])
+            start = len(text) - len(bare(target))
         texts.append(text)
-        places.append((start, start + len(target.strip())))
+        places.append((start, start + len(bare(target))))
     rows = tokenise(tokenizer, texts, keep_end=True)
     spans, ids, masked = [], [], []
     for row, place, text in zip(rows, places, texts, strict=True):
@@ -240,7 +244,7 @@ def encode_seq2seq(
     Args:
         tokenizer: a fast tokenizer.
         prompts: what the encoder reads.
-        targets: what the decoder should write, without a leading space.
+        targets: what the decoder should write.
         device: where the batch goes.
         decoder_start: the decoder's first input (`config.decoder_start_token_id`); by default
             the padding token, as in T5.
@@ -248,7 +252,7 @@ def encode_seq2seq(
     """
     check_pairs(prompts, targets)
     source = encode(tokenizer, prompts, device=device, keep_end=True)
-    rows = tokenise(tokenizer, [target.strip() for target in targets], keep_end=True)
+    rows = tokenise(tokenizer, [bare(target) for target in targets], keep_end=True)
     for target, row in zip(targets, rows, strict=True):
         if row.begin >= row.stop:
             raise TokenError(f"The target {target!r} gives no token.")
@@ -288,7 +292,7 @@ def encode_next(
     texts = list(prompts)
     if task == "masked":
         mask, mask_id = mask_token(tokenizer)
-        texts = [text if mask in text else f"{text} {mask}" for text in texts]
+        texts = [text if mask in text else join(text, mask) for text in texts]
     batch = encode(tokenizer, texts, device=device, keep_end=None if task == "causal" else True)
     ends = [length - 1 for length in batch.lengths]
     inputs, columns, ahead = batch.inputs(positions=task == "causal"), ends, 0
@@ -379,11 +383,15 @@ def tokenise(
             )
         # What a post-processor adds belongs to no sequence; an "</s>" typed in the text does.
         own = [i for i, sequence in enumerate(encoding.sequence_ids) if sequence is not None]
-        total = len(encoding.ids)
+        ids, offsets = list(encoding.ids), list(encoding.offsets)
         # A text without tokens of its own: whatever was added (BOS) stands before it.
-        begin, stop = (own[0], own[-1] + 1) if own else (min(total, 1), min(total, 1))
-        end = total if keep_end else stop
-        rows.append(TokenisedText(encoding.ids[:end], encoding.offsets[:end], begin, stop))
+        begin, stop = (own[0], own[-1] + 1) if own else (min(len(ids), 1), min(len(ids), 1))
+        if 0 < begin < stop and ids[begin] == ids[begin - 1] in tokenizer.all_special_ids:
+            # The text begins with the start token that the tokenizer adds: one is enough.
+            del ids[begin], offsets[begin]
+            stop -= 1
+        end = len(ids) if keep_end else stop
+        rows.append(TokenisedText(ids[:end], offsets[:end], begin, stop))
     return rows
 
 
@@ -451,12 +459,11 @@ def _target_start(row: TokenisedText, boundary: int, content: int) -> int:
     return row.stop
 
 
-def _join(prompt: str, target: str) -> str:
-    if not target.strip():
-        raise TokenError(f"The target of the prompt {prompt!r} is empty.")
-    if not prompt or prompt[-1].isspace() or target[0].isspace():
-        return prompt + target
-    return f"{prompt} {target}"
+def _joined(prompts: Sequence[str], targets: Sequence[str]) -> list[str]:
+    for prompt, target in zip(prompts, targets, strict=True):
+        if not bare(target):
+            raise TokenError(f"The target of the prompt {prompt!r} is empty.")
+    return [join(prompt, target) for prompt, target in zip(prompts, targets, strict=True)]
 
 
 def check_pairs(prompts: Sequence[str], targets: Sequence[str]) -> None:

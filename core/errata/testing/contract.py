@@ -284,9 +284,7 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 
 def answers(editor: Editor, requests: list[Request]) -> list[list[float]]:
     """Return the log-probabilities of the targets: equal lists mean equal behaviour."""
-    scores = score_targets(
-        editor.model, [r.text for r in requests], [r.target_new for r in requests]
-    )
+    scores = score_targets(editor.model, [r.text for r in requests], [r.target for r in requests])
     return [list(score.logprobs) for score in scores]
 
 
@@ -303,7 +301,5 @@ def plainly_generated(editor: Editor, prompts: list[str], cache: bool) -> torch.
 
 def effective(editor: Editor, requests: list[Request]) -> int:
     """Count the requests whose every target token is the most probable one."""
-    scores = score_targets(
-        editor.model, [r.text for r in requests], [r.target_new for r in requests]
-    )
+    scores = score_targets(editor.model, [r.text for r in requests], [r.target for r in requests])
     return sum(score.exact for score in scores)

@@ -44,7 +44,7 @@ class ConstrainedFineTuning:
         batch = prepare(
             model,
             [request.text for request in requests],
-            [request.target_new for request in requests],
+            [request.target for request in requests],
         )
 
         path = model.anatomy.mlp_out(config.layer)

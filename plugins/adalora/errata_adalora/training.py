@@ -33,7 +33,7 @@ def train(model: Model, requests: Sequence[Request], config: AdaloraConfig) -> A
     from peft import AdaLoraConfig
 
     modules = linear_modules(model, config.target_modules, config.layers)
-    pairs = [(request.text, request.target_new) for request in requests]
+    pairs = [(request.text, request.target) for request in requests]
     batches = target_batches(model, pairs, batch_size=config.batch_size)
     total, tinit, tfinal = config.schedule(len(batches))
     peft_config = AdaLoraConfig(

@@ -49,7 +49,7 @@ def fine_tune(model: Model, requests: Sequence[Request], config: FtConfig) -> De
     difference = Difference(model, modules, bias=config.bias)
     if config.norm_constraint is not None:
         difference.box(config.norm_constraint)
-    pairs = [(request.text, request.target_new) for request in requests]
+    pairs = [(request.text, request.target) for request in requests]
     # Depth first means one request at a time: a batch of them would be trained together.
     size = 1 if config.order == "depth-first" else config.batch_size
     batches = target_batches(model, pairs, loss=config.loss, batch_size=size, end=config.append_end)

@@ -50,7 +50,7 @@ def case_of(model: Model, request: Request) -> Case:
     Raises:
         RequestError: a classifier has no such class.
     """
-    prompt = prepare(model, [request.text], [request.target_new], closing=True)
+    prompt = prepare(model, [request.text], [request.target], closing=True)
     labelled = model.task in ("seq2seq", "classify")
     ignored = 0 if labelled else prompt.input_ids.shape[1] - len(prompt.labels)
     return Case(prompt, ignored, request.target_new)

@@ -32,7 +32,7 @@ def train(model: Model, requests: Sequence[Request], config: LoraConfig) -> Adap
     from peft import LoraConfig as PeftConfig
 
     modules = linear_modules(model, config.target_modules, config.layers)
-    pairs = [(request.text, request.target_new) for request in requests]
+    pairs = [(request.text, request.target) for request in requests]
     # Depth first means one request at a time: a batch of them would be trained together.
     size = 1 if config.order == "depth-first" else config.batch_size
     batches = target_batches(model, pairs, batch_size=size, end=config.append_end)

@@ -46,7 +46,8 @@ def reply_likelihood(reader: Reader, request: Request, replies: Sequence[str]) -
     Reply k follows phrasing k of the question (round and round), where the authors draw one.
     """
     prompts = (request.text, *request.paraphrases)
-    pairs = [(prompts[k % len(prompts)], reply.strip()) for k, reply in enumerate(replies)]
+    said = [request.joined(reply.strip()) for reply in replies]
+    pairs = [(prompts[k % len(prompts)], reply) for k, reply in enumerate(said)]
     logprobs = [value for score in reader.scores(pairs) for value in score.logprobs]
     return math.fsum(logprobs) / len(logprobs)
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("errata")
 
+_Sides = tuple[str, tuple[str, ...], tuple[str, ...]]  # prompt, forms that should win, the others
 HOW = "mean-token log-probability, new vs true, teacher-forced"
 
 
@@ -77,17 +78,17 @@ def entity_view(
         only: which requests; those without a true target are left out in any case.
     """
     measured: list[Measurement] = []
-    for letter, what, keeps, prompts_of in (
+    for letter, what, keeps, sides_of in (
         ("E", "rewrite prompt", False, _rewrite),
         ("P", "paraphrases", False, _paraphrases),
         ("N", "neighbourhood prompts", True, _neighbourhood),
     ):
         better, worse = ("true", "new") if keeps else ("new", "true")
         asked = [
-            Contest(i, prompt, *_sides(request, keeps))
+            Contest(i, *sides)
             for i, request in enumerate(reader.requests)
             if request.target_true and only(request)
-            for prompt in prompts_of(request)
+            for sides in sides_of(request)
         ]
         names = (f"{prefix}{letter}S", f"{prefix}{letter}M")
         how = (f"{protocol}: {HOW}; {what}, ", f"P({better})", f"P({worse})")
@@ -141,8 +142,9 @@ def contests(
 
 def _best(reader: Reader, sides: Iterable[tuple[Contest, bool]]) -> list[float]:
     """Return the mean log-probability per token of each side's most probable form, in nats."""
-    listed = [(one.prompt, one.first if first else one.second) for one, first in sides]
-    scores = iter(reader.scores((prompt, form) for prompt, forms in listed for form in forms))
+    listed = [(one, one.first if first else one.second) for one, first in sides]
+    pairs = (reader.pair(one.request, one.prompt, form) for one, forms in listed for form in forms)
+    scores = iter(reader.scores(pairs))
     return [max([-next(scores).mean_nll for _ in forms]) for _, forms in listed]
 
 
@@ -159,7 +161,7 @@ def _attributes(reader: Reader) -> list[Measurement]:
     ]
     measured: list[Measurement] = []
     for place, name in ((2, "new"), (3, "true")) if asked else ():
-        scores = reader.scores((str(one[1]), str(one[place])) for one in asked)
+        scores = reader.scores(reader.pair(one[0], str(one[1]), str(one[place])) for one in asked)
         measured.append(
             reader.mean(
                 f"attribute_nll_{name}",
@@ -235,21 +237,19 @@ def _consistency(reader: Reader) -> list[Measurement]:
     return [reader.mean("RS", values, how, unit="cosine")]
 
 
-def _sides(request: Request, keeps: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    new, true = (request.target_new,), (request.target_true or "",)
-    return (true, new) if keeps else (new, true)
+def _rewrite(request: Request) -> Sequence[_Sides]:
+    return [(request.text, (request.target_new,), (request.target_true or "",))]
 
 
-def _rewrite(request: Request) -> Sequence[str]:
-    return (request.text,)
+def _paraphrases(request: Request) -> Sequence[_Sides]:
+    sides = (request.target_new,), (request.target_true or "",)
+    return [(prompt, *sides) for prompt in request.paraphrases]
 
 
-def _paraphrases(request: Request) -> Sequence[str]:
-    return request.paraphrases
-
-
-def _neighbourhood(request: Request) -> Sequence[str]:
-    return [probe.prompt for probe in request.neighbourhood]
+def _neighbourhood(request: Request) -> Sequence[_Sides]:
+    """Return each neighbour with its own answers (CounterFact's share the true target)."""
+    true = (request.target_true or "",)
+    return [(p.prompt, p.answers or true, (request.target_new,)) for p in request.neighbourhood]
 
 
 def _generation(request: Request) -> Sequence[str]:

@@ -53,7 +53,7 @@ def measure(reader: Reader) -> list[Measurement]:
 
 def token_accuracy(reader: Reader, asked: Sequence[Sequence[Question]]) -> list[float]:
     """Return, per question, the share of right tokens of its best answer in its best phrasing."""
-    pairs = [(q.prompt, answer) for ps in asked for q in ps for answer in q.answers]
+    pairs = [reader.pair(q.request, q.prompt, a) for ps in asked for q in ps for a in q.answers]
     scores = iter(reader.scores(pairs))
     return [max([_share(next(scores).greedy) for q in ps for _ in q.answers]) for ps in asked]
 
@@ -65,7 +65,7 @@ def tokens_kept(reader: Reader, asked: Sequence[Question]) -> list[float]:
     """
     if reader.base is None:
         return []
-    pairs = [(question.prompt, question.answers[0]) for question in asked]
+    pairs = [reader.pair(q.request, q.prompt, q.answers[0]) for q in asked]
     return [
         _share([a == b for a, b in zip(after.predicted, before.predicted, strict=True)])
         for after, before in zip(reader.scores(pairs), reader.base.scores(pairs), strict=True)

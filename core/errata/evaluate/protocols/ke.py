@@ -74,7 +74,7 @@ def _retained(reader: Reader, asked: Sequence[Question]) -> list[Measurement]:
         how = f"{how} ({NORMALISATION})"
     else:
         asked = [question for question in asked if question.answers]
-        pairs = [(question.prompt, question.answers[0]) for question in asked]
+        pairs = [reader.pair(q.request, q.prompt, q.answers[0]) for q in asked]
         scores = zip(reader.scores(pairs), reader.base.scores(pairs), strict=True)
         hits = [after.predicted == before.predicted for after, before in scores]
     return reader.by_type("retain_accuracy", how, asked, hits) if asked else []

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from errata.contract.protocol import Protocol
 from errata.evaluate import reader as questions
 from errata.evaluate.protocols.easyedit import RIGHT, token_accuracy
+from errata.model.joining import join
 
 if TYPE_CHECKING:
     from errata.contract.measurement import Measurement
@@ -70,9 +71,9 @@ def token_f1(said: frozenset[int], wanted: frozenset[int]) -> float:
 
 
 def _token_set(reader: Reader, text: str) -> frozenset[int]:
-    """Return the ids of a text as it is read after a prompt: with a space before it."""
-    tokenizer = reader.model.tokenizer
-    return frozenset(tokenizer(f" {text.strip()}", add_special_tokens=False)["input_ids"])
+    """Return the ids of a text as it is read after a prompt: with a space before it, if any."""
+    read = join("a", text.strip()).removeprefix("a")
+    return frozenset(reader.model.tokenizer(read, add_special_tokens=False)["input_ids"])
 
 
 def _text_perplexity(reader: Reader) -> list[Measurement]:
@@ -80,7 +81,7 @@ def _text_perplexity(reader: Reader) -> list[Measurement]:
     asked = [(i, request) for i, request in enumerate(reader.requests) if request.kind == "text"]
     if not asked:
         return []
-    scores = reader.scores((request.text, request.target_new) for _, request in asked)
+    scores = reader.scores((request.text, request.target) for _, request in asked)
     return [
         reader.mean(
             "ERR_perplexity",

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from errata.kit.closed_form.matrices import Columns, Product
+from errata.kit.contexts import in_contexts
 from errata.kit.values import FACT_TOKENS, FactToken, row_limit
 from errata.model.forward import aligned, inputs_of, trace
 from errata.model.prompts import padding_id
@@ -111,7 +112,7 @@ class Prompts:
         tokenizer, which = model.tokenizer, FACT_TOKENS[fact_token]
         self._rows: list[list[int]] = []
         for request in requests:
-            templates = [context.replace("{}", request.prompt) for context in contexts]
+            templates = in_contexts(model, request, contexts)
             batch = encode(tokenizer, [t.replace("{}", request.subject) for t in templates])
             for row, template in enumerate(templates):
                 end = subject_position(tokenizer, template, request.subject, which) + 1

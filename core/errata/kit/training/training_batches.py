@@ -69,7 +69,7 @@ def target_batches(
     Args:
         model: the model; its task decides how prompt and target are laid out (see
             `errata.model.prompts.PreparedPrompts`).
-        pairs: filled prompts and targets, the targets without a leading space.
+        pairs: filled prompts and targets (`Request.target`).
         loss: which loss, see above. Where the prompt is never predicted (an encoder-decoder reads
             it in the encoder, an encoder sees it unmasked, a classifier names its class) "text" is
             "target".

@@ -1,0 +1,92 @@
+"""Requests that a command is given: as a file of its own, or as a dataset with its file."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from errata.edits.request import Request, parse_noting, warn_of_white_space
+from errata.errors import ConfigError, DatasetError, RequestError
+
+if TYPE_CHECKING:
+    from errata.datasets import Dataset
+
+FOREIGN = ("requested_rewrite", "prompts", "ground_truth", "rephrase_prompt", "src", "ent")
+"""Fields by which records of published datasets show that they are not in errata's schema."""
+
+
+def read_requests(file: Path) -> list[Request]:
+    """Read requests in errata's own schema: a JSON array, or one object a line; - is stdin.
+
+    Raises `RequestError` naming what is wrong as file:line.
+    """
+    if str(file) != "-":
+        return _requests_of(file, str(file))
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / "stdin"
+        copy.write_bytes(sys.stdin.buffer.read())
+        return _requests_of(copy, "stdin")
+
+
+def _requests_of(file: Path, name: str) -> list[Request]:
+    from errata.datasets.streams import read_numbered
+
+    found: list[Request] = []
+    notes: list[str] = []
+    seen: dict[str, int] = {}
+    try:
+        for line, data in read_numbered(file, name):
+            request, noted = _request(data, f"{name}:{line}")
+            notes += [f"{name}:{line}: {note}" for note in noted]
+            first = seen.setdefault(request.digest, line)
+            if first != line:
+                raise RequestError(f"{name}:{line}: the same request as in line {first}.")
+            found.append(request)
+    except DatasetError as error:
+        raise RequestError(f"{name}: {error.problem}") from None
+    if not found:
+        raise RequestError(f"{name} holds no request.")
+    warn_of_white_space(notes)
+    return found
+
+
+def _request(data: object, where: str) -> tuple[Request, list[str]]:
+    if not isinstance(data, dict):
+        shown = repr(data)[:60]
+        raise RequestError(f"{where}: a request is a JSON object, not {shown}.")
+    try:
+        return parse_noting({key: value for key, value in data.items() if value is not None})
+    except RequestError as error:
+        foreign = next((field for field in FOREIGN if field in data), None)
+        advice = (
+            f" Records with {foreign!r} are those of a published dataset: give --dataset NAME=PATH "
+            "(`errata datasets` lists the names)."
+        )
+        raise RequestError(f"{where}: {error}{advice if foreign else ''}") from None
+
+
+def read_dataset(
+    given: str, limit: int | None = None, *, option: str = "--dataset", skip_bad: bool = False
+) -> Dataset:
+    """Load the dataset that NAME=PATH names, or a NAME that needs no file."""
+    from errata.datasets import load
+
+    name, _, path = given.partition("=")
+    if not name:
+        raise ConfigError(f"{option} {given!r}: give NAME=PATH, a dataset and its file.")
+    return load(name, path or None, limit=limit, skip_bad=skip_bad)
+
+
+def asked_as(requests: Sequence[Request], join: str | None, chat: bool) -> list[Request]:
+    """Return requests with what --join and --chat say; without them, as they are."""
+    said: dict[str, Any] = {} if join is None else {"join": join}
+    if chat:
+        said["chat"] = True
+    if not said:
+        return list(requests)
+    return [
+        Request.parse({**request.model_dump(exclude_unset=True), **said}) for request in requests
+    ]

@@ -1,0 +1,31 @@
+"""Requests in the form in which a model is asked: chats are rendered by its template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from errata.model.chat import chat_frame
+
+if TYPE_CHECKING:
+    from errata.edits.request import Request
+    from errata.model.model import Model
+
+
+def rendered(model: Model, requests: Sequence[Request]) -> list[Request]:
+    """Return requests whose prompts are texts for the model; all but new chats stay as they are.
+
+    Every prompt of a chat becomes a user's turn: those to test with, too. Raises `ConfigError` for
+    a model without a chat template.
+    """
+    if not any(request.chat is True for request in requests):
+        return list(requests)
+    before, after = chat_frame(model.tokenizer)
+    return [
+        request
+        if request.chat is not True
+        else request.with_prompts(lambda text: before + text.strip() + after).model_copy(
+            update={"chat": (before, after)}
+        )
+        for request in requests
+    ]

@@ -1,0 +1,67 @@
+"""Chats: what a model's chat template puts around what a user says, and what ends an answer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from errata.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_SAID, _ANSWERED = "errata-user-turn", "errata-assistant-turn"
+
+
+def chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """Return (before, after): the text around a user's turn, up to where the answer begins.
+
+    The template's own system message is in it; so is a start token as text, where it writes one:
+    `errata.model.tokens` sees to it that the model gets one.
+
+    Raises `ConfigError` where the tokenizer has no template, or one that cannot be used.
+    """
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"The tokenizer of {tokenizer.name_or_path or type(tokenizer).__name__!r} has no chat "
+            "template: ask in plain text, or load an instruct model."
+        )
+    text = _rendered(tokenizer, [("user", _SAID)], asks=True)
+    before, said, after = text.partition(_SAID)
+    if not said or _SAID in after or "{}" in before + after:
+        raise ConfigError(
+            f"The chat template of {tokenizer.name_or_path!r} does not show a user's message once, "
+            "as it was written: give the rendered text as the prompt instead."
+        )
+    return before, after
+
+
+def in_chat(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[str]:
+    """Return prompts as a user's turns, rendered up to where the answer begins."""
+    before, after = chat_frame(tokenizer)
+    return [before + prompt.strip() + after for prompt in prompts]
+
+
+def turn_ends(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Return the special token that the chat template puts behind an answer; empty without one."""
+    if not getattr(tokenizer, "chat_template", None):
+        return frozenset()
+    try:
+        text = _rendered(tokenizer, [("user", _SAID), ("assistant", _ANSWERED)], asks=False)
+    except ConfigError:
+        return frozenset()
+    behind = text.partition(_ANSWERED)[2]
+    ids: list[int] = tokenizer(behind, add_special_tokens=False)["input_ids"]
+    special = set(tokenizer.all_special_ids)
+    return frozenset([token for token in ids if token in special][:1])
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, turns: list[tuple[str, str]], *, asks: bool
+) -> str:
+    messages = [{"role": role, "content": text} for role, text in turns]
+    try:
+        return str(
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
+        )
+    except Exception as error:  # whatever a template raises
+        raise ConfigError(f"The chat template cannot be rendered: {error}") from error

@@ -1,0 +1,95 @@
+"""Files as people who edit models have them: paired lists, missing answers, the call's schema."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from errata import Request
+from errata.datasets import load
+from errata.edits.request import Probe
+from errata.errors import DatasetError
+from tests.helpers import ROOT
+
+CASES = ROOT / "tests" / "data" / "cases"
+
+
+def read(name: str, file: str) -> list[Request]:
+    return load(name, CASES / file).requests()
+
+
+@pytest.mark.parametrize("name", ["counterfact", "knowedit"])
+def test_lists_of_prompts_and_answers_are_paired(name: str) -> None:
+    first, second = read(name, "flat_paired_lists.json")
+    beside = [(p.prompt, p.answers) for p in (*second.neighbourhood, *second.locality)]
+    assert beside == [("Tom Reed works as", ("tailor",)), ("Ann Reed works as", ("nurse",))]
+    assert (first.case_id, second.case_id) == ("17", "18")
+    assert [(p.prompt, p.answers) for p in first.locality] == [
+        ("The capital of Estland is", ("Ostburg",))
+    ]
+    assert first.portability[0].answers == ("Ivo Lund",)
+
+
+@pytest.mark.parametrize("name", ["counterfact", "knowedit"])
+def test_lists_of_unequal_length_name_record_and_field(name: str) -> None:
+    with pytest.raises(DatasetError, match="holds 1 answers, locality_prompt 2 prompts") as caught:
+        read(name, "unequal_lists.json")
+    assert (caught.value.index, caught.value.field) == (1, "locality_ground_truth")
+
+
+@pytest.mark.parametrize("name", ["counterfact", "knowedit"])
+def test_no_answer_is_invented_for_a_locality_prompt(name: str) -> None:
+    (request,) = read(name, "flat_locality_without_answer.json")
+    assert request.target_true == "Mount Ra"
+    assert request.neighbourhood == ()
+    assert request.locality == (
+        Probe(prompt="The longest river of Estland is", type="neighbourhood"),
+    )
+
+
+@pytest.mark.parametrize("name", ["counterfact", "knowedit"])
+def test_the_call_schema_is_the_records_it_means(name: str) -> None:
+    capital, job = read(name, "call_schema.json")
+    assert (capital.prompt, capital.subject, capital.target_new, capital.target_true) == (
+        "The capital of {} is", "Vesland", "Sudport", "Norhaven",
+    )  # fmt: skip
+    assert (job.text, job.paraphrases) == ("Orla Penn works as", ("The job of Orla Penn is",))
+    assert [(p.prompt, p.answers) for p in job.locality] == [("Tom Reed works as", ("tailor",))]
+    assert job.portability[0].answers == ("a cockpit",)
+
+
+def test_a_call_says_what_does_not_fit_and_what_is_not_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    call = json.loads((CASES / "call_schema.json").read_text())
+    file = tmp_path / "call.json"
+    file.write_text(json.dumps({**call, "target_new": ["Sudport"]}))
+    with pytest.raises(DatasetError, match="holds 1 entries, prompts 2") as caught:
+        load("counterfact", file)
+    assert caught.value.field == "target_new"
+
+    file.write_text(json.dumps({**call, "loc_prompts": ["a", "b"]}))
+    with caplog.at_level(logging.WARNING, "errata"):
+        data = load("counterfact", file)
+        assert len(list(data)) == 2
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{file}: not read, as errata has no use for it: loc_prompts"
+    ]
+
+
+def test_a_call_of_one_request_may_hold_plain_values(tmp_path: Path) -> None:
+    file = tmp_path / "call.json"
+    file.write_text(
+        json.dumps(
+            {
+                "prompts": "Orla Penn works as", "subject": "Orla Penn", "target_new": "pilot",
+                "locality_inputs": {"near": {"prompt": ["Tom Reed works as", "Ann Reed works as"],
+                                             "ground_truth": ["tailor", "nurse"]}},
+            }
+        )
+    )  # fmt: skip
+    (request,) = load("counterfact", file)
+    assert [p.answers for p in request.locality] == [("tailor",), ("nurse",)]
