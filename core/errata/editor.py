@@ -24,12 +24,7 @@ from errata.edits.ledger import Ledger
 from errata.edits.request import Request, parse_arguments
 from errata.edits.stack import Stack
 from errata.edits.transaction import Transactions
-from errata.errors import (
-    ConfigError,
-    ErrataError,
-    LedgerError,
-    UnknownNameError,
-)
+from errata.errors import ConfigError, ErrataError, LedgerError, UnknownNameError
 from errata.kit.auto_layers import resolve_auto_layers
 from errata.model.access import Access
 from errata.model.artifacts import Artifacts
@@ -88,6 +83,8 @@ class Editor:
         artifacts: cache folder; None: $ERRATA_CACHE or the platform's.
         registry: a merged registry; None reads shipped, plugin, user and project layers.
         progress: where long work reports to.
+        trust_remote_code: run Python code that comes with the model or with a harness task. It
+            can do whatever you can do: say True only for code that you have read.
     """
 
     def __init__(
@@ -108,6 +105,7 @@ class Editor:
         artifacts: str | Path | None = None,
         registry: Registry | None = None,
         progress: Progress | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         self.registry = registry or Registry.load()
         guarding = Guards(GuardPolicy.parse(guards))
@@ -129,6 +127,7 @@ class Editor:
             branch=branch,
             artifacts=Artifacts(artifacts),
             progress=progress,
+            trust_remote_code=trust_remote_code,
             **({} if bring is None else {"name": str(model)}),
         )
         self._stack = Stack(self.model)

@@ -80,6 +80,16 @@ Shared = {
         ],
         None,
     ),
+    "trust_remote_code": (
+        Annotated[
+            bool,
+            typer.Option("--trust-remote-code",
+                         help="Run Python code that comes with the model. It can do whatever you "
+                              "can: only for code that you have read.",
+                         rich_help_panel="Shared options"),
+        ],
+        False,
+    ),
     "json": (
         Annotated[
             bool,
@@ -109,7 +119,7 @@ Shared = {
 METAVARS: dict[Any, str] = {bool: "", str: "TEXT", int: "N", float: "X", Path: "PATH"}
 OUTPUT = ("json", "quiet", "debug")
 LEDGER = ("ledger", *OUTPUT)
-MODEL = ("ledger", "model", "device", "dtype", *OUTPUT)
+MODEL = ("ledger", "model", "device", "dtype", "trust_remote_code", *OUTPUT)
 
 
 @dataclass
@@ -120,6 +130,7 @@ class Session:
     model: str | None = None
     device: str | None = None
     dtype: str | None = None
+    trust_remote_code: bool = False
     json: bool = False
     quiet: bool = False
     debug: bool = False
@@ -228,6 +239,7 @@ class Session:
                 dtype=self.dtype,
                 guards=guards,
                 progress=self.progress,
+                trust_remote_code=self.trust_remote_code,
                 **options,
             )
         with editor:
