@@ -418,7 +418,7 @@ class Editor:
             path: the file ("errata") or directory ("peft") to write.
             *edits: which edits.
             format: "errata" for `apply` and `import_` anywhere; "peft" for plain PeftModel.
-            overwrite: replace what is there.
+            overwrite: replace an earlier export of errata; nothing else ever is.
             **options: of "peft": `rank` and `error`, see `errata.edits.export.export_peft`.
         """
         export.check_format(format, options)

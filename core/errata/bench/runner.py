@@ -82,16 +82,17 @@ def _run(
     from errata.bench.run_identity import check_same, info_of
 
     folder = spec.folder()
+    there = read_info(folder)  # before anything is written: the folder may be somebody else's
+    if there is None and (folder / RESULTS).is_file() and (folder / RESULTS).stat().st_size:
+        raise IntegrityError(
+            f"{folder} has results but no {INFO} that says what they are: restore it, or give "
+            "another folder."
+        )
     with closing(ResultsFile.open(folder)) as results:
         (description,) = engine.run(spec, [WorkUnit("describe")])
         info = info_of(spec, description)
         there = read_info(folder)
         if there is None:
-            if (folder / RESULTS).stat().st_size:
-                raise IntegrityError(
-                    f"{folder} has results but no {INFO} that says what they are: restore it, or "
-                    "give another folder."
-                )
             write_info(folder, info)
         else:
             check_same(folder, there, info)
