@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import os
 import sys
@@ -21,7 +20,7 @@ from rich.text import Text
 from typer.core import TyperCommand
 
 from errata.cli.progress import ConsoleProgress
-from errata.cli.render import console
+from errata.cli.render import console, json_text
 from errata.errors import ConfigError, EditRefused, ErrataError, LedgerError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -155,7 +154,7 @@ class Session:
 
     def emit(self, data: Any) -> None:
         """Print the JSON of a result."""
-        typer.echo(json.dumps(_finite(data), indent=2, ensure_ascii=False))
+        typer.echo(json_text(_finite(data), indent=2))
 
     def show(self, *things: Any) -> None:
         """Print text and tables for people, unless JSON was asked for."""
@@ -300,9 +299,7 @@ class Session:
         if self.debug:
             self.err.print_exception(show_locals=False)
         if self.json:
-            typer.echo(
-                json.dumps(_finite({"error": describe(error)}), ensure_ascii=False), err=True
-            )
+            typer.echo(json_text(_finite({"error": describe(error)})), err=True)
             return
         label, message = "Error: ", str(error)
         if isinstance(error, EditRefused):
