@@ -84,6 +84,8 @@ class Editor:
         artifacts: cache folder; None: $ERRATA_CACHE or the platform's.
         registry: a merged registry; None reads shipped, plugin, user and project layers.
         progress: where long work reports to.
+        trust_remote_code: run Python code that comes with the model or with a harness task. It
+            can do whatever you can do: say True only for code that you have read.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class Editor:
         artifacts: str | Path | None = None,
         registry: Registry | None = None,
         progress: Progress | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         self.registry = registry or Registry.load()
         guarding = Guards(GuardPolicy.parse(guards))
@@ -125,6 +128,7 @@ class Editor:
             branch=branch,
             artifacts=Artifacts(artifacts),
             progress=progress,
+            trust_remote_code=trust_remote_code,
             **({} if bring is None else {"name": str(model)}),
         )
         self._stack = Stack(self.model)
@@ -417,7 +421,7 @@ class Editor:
             path: the file ("errata") or directory ("peft") to write.
             *edits: which edits.
             format: "errata" for `apply` and `import_` anywhere; "peft" for plain PeftModel.
-            overwrite: replace what is there.
+            overwrite: replace an earlier export of errata; nothing else ever is.
             **options: of "peft": `rank` and `error`, see `errata.edits.export.export_peft`.
         """
         export.check_format(format, options)

@@ -9,6 +9,9 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+LONGEST_NAME = 200
+"""Characters of a wrong name that a message repeats."""
+
 
 class ErrataError(Exception):
     """Root of all errors that errata raises on purpose.
@@ -64,11 +67,12 @@ class UnknownNameError(ErrataError, LookupError):
         self.what = what
         self.name = name
         self.known = sorted(known)
-        close = difflib.get_close_matches(name, self.known, n=1, cutoff=0.5)
+        close = difflib.get_close_matches(name[:LONGEST_NAME], self.known, n=1, cutoff=0.5)
         suggestion = f" Did you mean {close[0]!r}?" if close else ""
         listing = ", ".join(self.known) if self.known else "none"
         tail = f" {hint}" if hint else ""
-        super().__init__(f"Unknown {what} {name!r}.{suggestion} Known: {listing}.{tail}")
+        shown = name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}…"
+        super().__init__(f"Unknown {what} {shown!r}.{suggestion} Known: {listing}.{tail}")
 
 
 class AnatomyError(ErrataError, LookupError):

@@ -92,7 +92,7 @@ def test_flags_alone_are_enough(run: Run) -> None:
     ("args", "message"),
     [
         (["--method", "nudge"], "Give --model, --dataset"),
-        (["absent.yaml"], "Cannot read the run file"),
+        (["absent.yaml"], "Cannot read absent.yaml"),
         (["tiny.yaml", "--method", "nugde"], "Did you mean 'nudge'"),
         (["tiny.yaml", "--set", "scale=1"], "LABEL.NAME=VALUE"),
         (["tiny.yaml", "--set", "fra.scale=1"], "Did you mean 'far'"),

@@ -194,6 +194,7 @@ def test_harness_tasks_are_run_on_the_edited_model(
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     task = write_task(tmp_path)
     model = edited(family, cache)
+    model.trust_remote_code = True  # such a file is as good as code
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
     settings = {"texts": (), "harness_tasks": (str(task),)}
     (found,) = CoreMetrics(**settings).evaluate(model, [], ["general"])
@@ -230,6 +231,7 @@ def test_what_the_harness_cannot_do_is_said(
 
     with pytest.raises(ConfigError, match=r"no task 'hellaswga'. Did you mean .*hellaswag"):
         ask("hellaswga")
+    model.trust_remote_code = True
     with pytest.raises(ConfigError, match="could not load"):
         ask(str(tmp_path / "missing.yaml"))
     with pytest.raises(ConfigError, match="is an encoder"):

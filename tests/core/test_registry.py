@@ -296,3 +296,25 @@ def test_two_packages_with_one_name_are_both_named(
         plugins.installed()
     monkeypatch.setenv(plugins.DISABLE, "rome")
     assert "rome" not in plugins.installed()
+
+
+def test_in_a_shared_namespace_each_folder_speaks_for_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from errata.contract import plugins
+
+    for name in ("one", "two"):
+        package = tmp_path / name / "shared_names" / name
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text("")
+        (package.parent / "registry.yaml").write_text("")
+        info = tmp_path / name / f"shared_{name}-1.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Name: shared-{name}\nVersion: 1\n")
+        (info / "entry_points.txt").write_text(
+            f"[errata.methods]\n{name}-method = shared_names.{name}:X\n"
+        )
+        monkeypatch.syspath_prepend(tmp_path / name)
+    files = [file for file in plugins.registry_files() if file.package == "shared_names"]
+    found = {file.path.parent.parent.name: file.methods for file in files}
+    assert found == {"one": ("one-method",), "two": ("two-method",)}

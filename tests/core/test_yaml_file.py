@@ -114,3 +114,36 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes(b"a: \xff")
     with pytest.raises(ConfigError, match=r"latin\.yaml"):
         read_yaml(tmp_path / "latin.yaml")
+
+
+BOMB = nested_aliases(40, 10, "[x, y]")
+
+
+@pytest.mark.parametrize("text", [BOMB, "[" * 10_000, "a: !!python/name:os.system", "a: 1\na: 2"])
+def test_run_files_are_read_through_the_same_door(tmp_path: Path, text: str) -> None:
+    from errata.bench import read_config
+
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"run\.yaml"):
+        read_config(path)
+
+
+def test_a_sparse_file_of_twenty_gigabytes_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "registry.yaml"
+    with path.open("wb") as handle:
+        handle.truncate(20 * 10**9)
+    with pytest.raises(ConfigError, match="larger than"):
+        read_yaml(path)
+
+
+def test_values_of_the_command_line_are_read_through_the_same_door() -> None:
+    from errata.cli.edits import pairs
+
+    assert pairs(["a=[1, 2]", "b=null", "c=2026-01-01", "d=a: b: c", "e=off"], "--set") == {
+        "a": [1, 2], "b": None, "c": "2026-01-01", "d": "a: b: c", "e": "off",
+    }  # fmt: skip
+    deep = "[" * 10_000
+    assert pairs([f"a={deep}"], "--set") == {"a": deep}
+    with pytest.raises(ConfigError, match="--set a is given twice"):
+        pairs(["a=1", "a=2"], "--set")

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from errata.contract.yaml_file import read_yaml
 from errata.errors import ConfigError, UnknownNameError
 
 Regime = Literal["single", "batch", "sequential", "continual", "cross-domain"]
@@ -21,7 +21,6 @@ BASE = "base"
 
 CHECKPOINTS = (1, 10, 100, 500, 1000)
 GUARDS = {"norm": "off", "perplexity": "off", "efficacy": "off"}
-MAX_BYTES = 2**20
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+=()-]{0,63}")
 
 
@@ -215,20 +214,13 @@ def read_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
 def read_fields(path: str | Path) -> dict[str, Any]:
     """Return the fields of a run file, not yet validated; its name is the file's by default."""
     file = Path(path)
-    try:
-        if file.stat().st_size > MAX_BYTES:
-            raise ConfigError(f"{file} is larger than {MAX_BYTES} bytes: this is no run file.")
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"Cannot read the run file {file}: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{file} is not plain YAML: {' '.join(str(error).split())}") from None
-    if isinstance(data, dict) and "alg_name" in data:
+    data = read_yaml(file)
+    if "alg_name" in data:
         raise ConfigError(
             f"{file} is an hparams file of EasyEdit, not a run file: `errata methods "
             f"--from-easyedit {file}` says what it means here."
         )
-    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+    if not data or not all(isinstance(key, str) for key in data):
         raise ConfigError(f"{file} must be a mapping with model, methods, datasets …")
     return {"name": file.stem, **data}
 

@@ -112,6 +112,7 @@ def plan(
     directory: str | Path | None = None,
     *,
     probe: int = 0,
+    trust_remote_code: bool = False,
 ) -> BenchPlan:
     """Say what a run would do, without doing it.
 
@@ -119,11 +120,13 @@ def plan(
         config: the run, or a mapping of its fields.
         directory: of the run: what is done already is counted, and its times give the estimate.
         probe: carry out so many cases per variant, keeping nothing, to learn how long one takes.
+        trust_remote_code: of `run`; only a probe opens the model.
 
     Raises:
         ConfigError, UnknownNameError, CapabilityError: it cannot be run.
     """
-    spec = RunSpec(BenchConfig.parse(config), None if directory is None else Path(directory))
+    folder = None if directory is None else Path(directory)
+    spec = RunSpec(BenchConfig.parse(config), folder, trust_remote_code)
     entries = check_run(spec)
     kinds: dict[str, str] = {}
     costs: dict[str, CaseCost] = {}

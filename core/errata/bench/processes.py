@@ -60,7 +60,14 @@ class _Process:
         self.connection, theirs = context.Pipe()
         self._process: SpawnProcess = context.Process(
             target=_serve,
-            args=(theirs, spec.config, spec.directory, threads, logger.getEffectiveLevel()),
+            args=(
+                theirs,
+                spec.config,
+                spec.directory,
+                spec.trusted,
+                threads,
+                logger.getEffectiveLevel(),
+            ),
             daemon=True,
         )
         self._process.start()
@@ -107,6 +114,7 @@ def _serve(
     connection: Connection[Any, Any],
     config: BenchConfig,
     directory: Path | None,
+    trusted: bool,
     threads: int,
     level: int,
 ) -> None:
@@ -123,7 +131,7 @@ def _serve(
 
         transformers.utils.logging.disable_progress_bar()
         torch.set_num_threads(threads)
-        worker = Worker(RunSpec(config, directory))
+        worker = Worker(RunSpec(config, directory, trusted))
         while (unit := connection.recv()) is not None:
             for line in carry_out(worker, unit):
                 connection.send(WorkerMessage("line", line))

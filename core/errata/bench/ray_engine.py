@@ -53,7 +53,8 @@ class RayEngine(WorkerPool):
         gpus = 1 if (spec.config.device or "").startswith("cuda") else 0
         options = {"num_cpus": 1, "num_gpus": gpus, "max_restarts": 0}
         actor = self._ray.remote(**options)(_Actor)
-        return _Remote(self._ray, actor.remote(spec.config, spec.directory, self._threads))
+        made = actor.remote(spec.config, spec.directory, spec.trusted, self._threads)
+        return _Remote(self._ray, made)
 
     def _initialise(self) -> None:
         options: dict[str, Any] = {
@@ -124,7 +125,9 @@ class _Remote:
 class _Actor:
     """What runs in an actor's process."""
 
-    def __init__(self, config: BenchConfig, directory: Path | None, threads: int) -> None:
+    def __init__(
+        self, config: BenchConfig, directory: Path | None, trusted: bool, threads: int
+    ) -> None:
         import torch
         import transformers
 
@@ -133,7 +136,7 @@ class _Actor:
 
         transformers.utils.logging.disable_progress_bar()
         torch.set_num_threads(threads)
-        self._worker = Worker(RunSpec(config, directory))
+        self._worker = Worker(RunSpec(config, directory, trusted))
 
     def carry_out(self, unit: WorkUnit) -> Iterator[tuple[str, Any]]:
         """Yield (kind, content) of messages; the end of the stream says that it is done."""

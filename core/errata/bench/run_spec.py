@@ -33,15 +33,19 @@ class Item(NamedTuple):
 
 
 class RunSpec:
-    """What a run consists of. It holds no model and is cheap to make from (config, directory).
+    """What a run consists of. It holds no model and is cheap to make.
 
     Args:
         config: the run.
         directory: its folder; None where nothing is kept (planning).
+        trusted: run code that comes with the model. No run file can say so.
     """
 
-    def __init__(self, config: BenchConfig, directory: Path | None = None) -> None:
+    def __init__(
+        self, config: BenchConfig, directory: Path | None = None, trusted: bool = False
+    ) -> None:
         self.config = config
+        self.trusted = trusted
         self.directory = directory
         self._cases: dict[tuple[int, int], list[Case]] = {}
         self._texts: dict[int, tuple[str, ...]] = {}

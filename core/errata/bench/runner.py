@@ -41,6 +41,7 @@ def run(
     engine: Engine | None = None,
     progress: Progress | None = None,
     on_line: Callable[[Line], None] | None = None,
+    trust_remote_code: bool = False,
 ) -> RunDirectory:
     """Carry out a run, or what is left of it, and return its results.
 
@@ -53,6 +54,7 @@ def run(
         engine: where cases are carried out; None: in this process. It is closed at the end.
         progress: where long work reports to.
         on_line: called with each line after it is on the disk.
+        trust_remote_code: run Python code that comes with the model; it can do whatever you can.
 
     Raises:
         ConfigError: a bad configuration, or the directory holds another run.
@@ -60,7 +62,7 @@ def run(
         CapabilityError: a method cannot do what the regime asks.
         StorageError: the disk refuses; everything finished is kept.
     """
-    spec = RunSpec(BenchConfig.parse(config), Path(directory).resolve())
+    spec = RunSpec(BenchConfig.parse(config), Path(directory).resolve(), trust_remote_code)
     progress = progress or Progress()
     engine = engine or SerialEngine(progress)
     try:
@@ -80,16 +82,17 @@ def _run(
     from errata.bench.run_identity import check_same, info_of
 
     folder = spec.folder()
+    there = read_info(folder)  # before anything is written: the folder may be somebody else's
+    if there is None and (folder / RESULTS).is_file() and (folder / RESULTS).stat().st_size:
+        raise IntegrityError(
+            f"{folder} has results but no {INFO} that says what they are: restore it, or give "
+            "another folder."
+        )
     with closing(ResultsFile.open(folder)) as results:
         (description,) = engine.run(spec, [WorkUnit("describe")])
         info = info_of(spec, description)
         there = read_info(folder)
         if there is None:
-            if (folder / RESULTS).stat().st_size:
-                raise IntegrityError(
-                    f"{folder} has results but no {INFO} that says what they are: restore it, or "
-                    "give another folder."
-                )
             write_info(folder, info)
         else:
             check_same(folder, there, info)

@@ -83,6 +83,7 @@ class Worker:
             corpus=self.spec.corpus,
             training=self.spec.training,
             progress=self._progress,
+            trust_remote_code=self.spec.trusted,
         )
 
     def close(self) -> None:

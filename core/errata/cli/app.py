@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -23,12 +25,22 @@ from errata.cli import (
     report,
     zoo,
 )
-from errata.cli.render import console
+from errata.cli.render import console, visible
 from errata.cli.session import CLOSING, EXIT_CODES
 
 
 class Commands(TyperGroup):
     """The group: lists commands in the order they were added, and the exit codes below them."""
+
+    def make_context(self, *args: Any, **extra: Any) -> Any:
+        """Read the command line; errors show control characters, as all other output does."""
+        with _visible_errors():
+            return super().make_context(*args, **extra)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command, with the same care."""
+        with _visible_errors():
+            return super().invoke(ctx)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help and what the exit codes mean."""
@@ -38,6 +50,18 @@ class Commands(TyperGroup):
         for code, meaning in EXIT_CODES.items():
             out.print(f" {code:>4}  {meaning}", highlight=False)
         out.print(f"\n {CLOSING}\n", style="muted", highlight=False)
+
+
+@contextmanager
+def _visible_errors() -> Iterator[None]:
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except Exception as error:
+        if isinstance(message := getattr(error, "message", None), str):
+            error.message = visible(message)  # type: ignore[attr-defined]
+        raise
 
 
 app = typer.Typer(

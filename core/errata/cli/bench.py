@@ -30,7 +30,7 @@ def add(app: typer.Typer) -> None:
         app,
         "bench",
         panel=PANEL,
-        shared=("device", "dtype", *OUTPUT),
+        shared=("device", "dtype", "trust_remote_code", *OUTPUT),
         examples=(
             "errata bench examples/bench/atlas-single.yaml --limit 20\n"
             "errata bench --model atlas-gpt2 --method rome --method grace --dataset atlas "
@@ -146,10 +146,15 @@ def bench(
         chosen = None if dry_run else _engine(engine, jobs, session)
     if dry_run:
         with session.status("Planning"):
-            _show_plan(session, plan(config, folder if folder.exists() else None, probe=probe))
+            there = folder if folder.exists() else None
+            trust = session.trust_remote_code
+            _show_plan(session, plan(config, there, probe=probe, trust_remote_code=trust))
         return
     try:
-        done = run(config, folder, engine=chosen, progress=session.progress)
+        done = run(
+            config, folder, engine=chosen, progress=session.progress,
+            trust_remote_code=session.trust_remote_code,
+        )  # fmt: skip
     except KeyboardInterrupt:
         session.say(f"Every finished case is in {folder}: the same command goes on from there.")
         raise

@@ -14,6 +14,7 @@ from errata.cli import render
 from errata.cli.easyedit import configured
 from errata.cli.requests import asked_as, read_dataset, read_requests
 from errata.cli.session import MODEL, REFUSED, Session, command
+from errata.contract.yaml_file import parse_yaml
 from errata.edits.request import KINDS, Request
 from errata.errors import ConfigError, LedgerError, RequestError
 
@@ -229,16 +230,16 @@ def check_method(name: str) -> None:
 
 def pairs(given: Sequence[str], option: str) -> dict[str, Any]:
     """Return {name: value} from NAME=VALUE; values are read as YAML, so lists and null work."""
-    import yaml
-
     found: dict[str, Any] = {}
     for item in given:
         name, sign, value = item.partition("=")
         if not sign or not name.strip():
             raise ConfigError(f"{option} {item!r}: write NAME=VALUE.")
+        if name.strip() in found:
+            raise ConfigError(f"{option} {name.strip()} is given twice: give it once.")
         try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError:
+            parsed = parse_yaml(value, item)
+        except ConfigError:  # no YAML that errata reads: plain text
             parsed = value
         # YAML 1.1 reads a bare "off" as false, and guards have a mode of that name.
         found[name.strip()] = value.strip() if isinstance(parsed, bool) and value.strip() in (

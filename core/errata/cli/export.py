@@ -64,7 +64,9 @@ def export(
             "--error", metavar="E", help="peft: as few directions as leave this relative error."
         ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what errata wrote there earlier.")
+    ] = False,
 ) -> None:
     """Write edits to one file, or as one LoRA adapter.
 
@@ -133,7 +135,9 @@ def import_(
 def merge(
     session: Session,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what errata wrote there earlier.")
+    ] = False,
 ) -> None:
     """Write the edited model as a Hugging Face checkpoint.
 

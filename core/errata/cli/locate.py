@@ -360,10 +360,12 @@ def check_plot(path: Path) -> None:
         raise ConfigError(f"Cannot draw to {str(path)!r}: the name must end in .png or .svg.")
     from importlib.util import find_spec
 
+    from errata.edits.outputs import PNG, SVG, check_file
     from errata.errors import MissingExtraError
 
     if find_spec("matplotlib") is None:
         raise MissingExtraError("Drawing pictures", "matplotlib", "report")
+    check_file(path, SVG if path.suffix.lower() == ".svg" else PNG)
 
 
 def beside(path: Path, word: str) -> Path:

@@ -264,7 +264,7 @@ def _one(session: Session, name: str, registry: Registry, overrides: dict[str, A
     model = session.model or session.remembered().get("name")
     with session.status(f"Loading {name}"):
         config: type[MethodConfig] = plugins.load(name).config
-        facts = model_facts(str(model), registry) if model else {}
+        facts = model_facts(str(model), registry, session.trust_remote_code) if model else {}
     _, resolved = registry.resolve(name, config, facts, overrides)
     row = _row(name, plugins.installed()[name], entry)
     if session.json:
@@ -375,30 +375,21 @@ def _json(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def model_facts(source: str, registry: Registry) -> dict[str, Any]:
+def model_facts(source: str, registry: Registry, trusted: bool = False) -> dict[str, Any]:
     """Return what presets are matched against, without loading any weight.
 
     The model is built on the meta device, which holds shapes and no numbers, so that any
     architecture whose anatomy can be found is understood.
     """
-    import torch
-    import transformers
-
     from errata import zoo
     from errata.model.anatomy import Anatomy
+    from errata.model.checkpoint import empty_module, read_config
     from errata.model.loading import auto_class
 
     calm_transformers()
     where = str(zoo.model_path(source)) if source in zoo.MODELS else source
-    try:
-        config = transformers.AutoConfig.from_pretrained(where)
-    except (OSError, ValueError) as error:
-        raise UnknownNameError(
-            "model", source, zoo.MODELS,
-            f"Give one of these, a checkpoint folder, or a hub name ({str(error)[:200]})",
-        ) from error  # fmt: skip
-    with torch.device("meta"):
-        module = auto_class(config, source).from_config(config)
+    config = read_config(where, zoo.MODELS, trusted)
+    module = empty_module(where, config, auto_class(config, source), trusted)
     anatomy = Anatomy.of(module, registry.architectures)
     return {
         "model_type": anatomy.model_type,

@@ -112,7 +112,7 @@ def _bars(console: Console) -> Bars:
 
     return progress.Progress(
         progress.SpinnerColumn("line", style="muted"),
-        progress.TextColumn("{task.description}"),
+        progress.TextColumn("{task.description}", markup=False),
         Bar(bar_width=24, complete_style="accent", finished_style="accent"),
         Count(),
         progress.TimeElapsedColumn(),

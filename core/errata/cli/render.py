@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
+from itertools import accumulate
 from typing import IO, TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console, Group
 from rich.table import Table
-from rich.text import Text
+from rich.text import Span, Text
 from rich.theme import Theme
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import ConsoleOptions, RenderableType
+    from rich.segment import Segment
 
     from errata.edits.edit import Edit
     from errata.evaluate import Measurement
@@ -38,11 +42,48 @@ WIDE = 100
 ON, OFF = "on", "off"
 
 
-class QuietConsole(Console):
-    """A console that goes on in silence when nobody reads any more (`errata log | head -1`).
+# What a terminal obeys or hides instead of showing it: control characters but for line breaks and
+# tabs, marks that turn the direction of writing, line separators, tags, halves of characters.
+HIDDEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"
+    "\ud800-\udfff\U000e0000-\U000e007f]"
+)
 
-    rich would end the process with exit code 1, which says that something failed.
+
+def visible(text: str) -> str:
+    r"""Return text in which nothing is left that a terminal would obey: it is shown instead.
+
+    >>> visible("caf\u00e9 \x1b[2J")
+    'caf\u00e9 \\x1b[2J'
     """
+    return HIDDEN.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def json_text(data: Any, **options: Any) -> str:
+    """Return JSON that a terminal shows as it stands."""
+    text = json.dumps(data, ensure_ascii=False, **options)
+    return HIDDEN.sub(lambda found: json.dumps(found[0])[1:-1], text)
+
+
+class HouseConsole(Console):
+    """A console that shows control characters and goes on in silence when nobody reads any more.
+
+    What commands print was written by strangers: subjects, answers, names of files. And rich would
+    end the process with exit code 1 for `errata log | head -1`, which says that something failed.
+    """
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterator[Segment]:
+        """Render an object; what a terminal would obey in its text is shown."""
+        if isinstance(renderable, str):
+            renderable = visible(renderable)
+        elif isinstance(renderable, Text):  # before its lines are broken
+            renderable = _visible_text(renderable)
+        for segment in super().render(renderable, options):
+            if not segment.control and HIDDEN.search(segment.text):
+                segment = segment._replace(text=visible(segment.text))
+            yield segment
 
     def on_broken_pipe(self) -> None:
         """Send the rest nowhere; the command's own exit code stands."""
@@ -55,7 +96,19 @@ def console(stderr: bool = False, file: IO[str] | None = None) -> Console:
     stream = file or (sys.stderr if stderr else sys.stdout)
     terminal = bool(getattr(stream, "isatty", lambda: False)())
     width = None if terminal or "COLUMNS" in os.environ else PIPED_WIDTH
-    return QuietConsole(file=stream, theme=THEME, width=width, highlight=False, emoji=False)
+    return HouseConsole(
+        file=stream, theme=THEME, width=width, highlight=False, emoji=False, markup=False
+    )
+
+
+def _visible_text(text: Text) -> Text:
+    if not HIDDEN.search(text.plain):
+        return text
+    shown = [visible(character) for character in text.plain]
+    ends = list(accumulate(map(len, shown), initial=0))
+    made = text.blank_copy("".join(shown))
+    made.spans = [Span(ends[s.start], ends[min(s.end, len(shown))], s.style) for s in text.spans]
+    return made
 
 
 def table(*columns: str | tuple[str, dict[str, Any]]) -> Table:

@@ -10,9 +10,13 @@ from rich.text import Text
 
 from errata.cli.render import count
 from errata.cli.session import OUTPUT, Session, command
+from errata.edits.outputs import OwnSign, check_file, write_file
 from errata.errors import ConfigError
 
 PANEL = "Measure"
+HTML = OwnSign(b"", b'<meta name="generator" content="errata ')
+MARKDOWN = OwnSign(b"# Report", b"Made by `errata report`")
+CSV = OwnSign(b"model,dataset,regime,column,method,runs,seeds,moment,")
 
 
 def add(app: typer.Typer) -> None:
@@ -79,21 +83,22 @@ def report(
     """
     from errata.bench.report import read
 
+    for target, sign in ((html, HTML), (markdown, MARKDOWN), (csv, CSV)):
+        if target is not None:
+            check_file(target, sign)
     if cases is not None and html is None:
         raise ConfigError("--cases says how many cases the page holds: give --html FILE too.")
     with session.status("Reading the results"):
         found = read(*runs or (), reference=reference, skip_bad=skip_bad, located=locate or ())
     written: list[Path] = []
     with session.status("Writing the report"):
-        for target, text in (
-            (html, html and found.html(cases=cases)),
-            (markdown, markdown and found.markdown()),
-            (csv, csv and found.csv()),
+        for target, text, sign in (
+            (html, html and found.html(cases=cases), HTML),
+            (markdown, markdown and found.markdown(), MARKDOWN),
+            (csv, csv and found.csv(), CSV),
         ):
             if target is not None:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_text(str(text), encoding="utf-8", newline="")
-                written.append(target)
+                written.append(write_file(target, str(text).encode(), sign))
         if plots is not None:
             written += found.plots(plots)
     if session.json:

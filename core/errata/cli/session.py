@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import os
 import sys
@@ -21,7 +20,7 @@ from rich.text import Text
 from typer.core import TyperCommand
 
 from errata.cli.progress import ConsoleProgress
-from errata.cli.render import console
+from errata.cli.render import console, json_text
 from errata.errors import ConfigError, EditRefused, ErrataError, LedgerError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -80,6 +79,16 @@ Shared = {
         ],
         None,
     ),
+    "trust_remote_code": (
+        Annotated[
+            bool,
+            typer.Option("--trust-remote-code",
+                         help="Run Python code that comes with the model. It can do whatever you "
+                              "can: only for code that you have read.",
+                         rich_help_panel="Shared options"),
+        ],
+        False,
+    ),
     "json": (
         Annotated[
             bool,
@@ -109,7 +118,7 @@ Shared = {
 METAVARS: dict[Any, str] = {bool: "", str: "TEXT", int: "N", float: "X", Path: "PATH"}
 OUTPUT = ("json", "quiet", "debug")
 LEDGER = ("ledger", *OUTPUT)
-MODEL = ("ledger", "model", "device", "dtype", *OUTPUT)
+MODEL = ("ledger", "model", "device", "dtype", "trust_remote_code", *OUTPUT)
 
 
 @dataclass
@@ -120,6 +129,7 @@ class Session:
     model: str | None = None
     device: str | None = None
     dtype: str | None = None
+    trust_remote_code: bool = False
     json: bool = False
     quiet: bool = False
     debug: bool = False
@@ -144,7 +154,7 @@ class Session:
 
     def emit(self, data: Any) -> None:
         """Print the JSON of a result."""
-        typer.echo(json.dumps(_finite(data), indent=2, ensure_ascii=False))
+        typer.echo(json_text(_finite(data), indent=2))
 
     def show(self, *things: Any) -> None:
         """Print text and tables for people, unless JSON was asked for."""
@@ -228,6 +238,7 @@ class Session:
                 dtype=self.dtype,
                 guards=guards,
                 progress=self.progress,
+                trust_remote_code=self.trust_remote_code,
                 **options,
             )
         with editor:
@@ -288,9 +299,7 @@ class Session:
         if self.debug:
             self.err.print_exception(show_locals=False)
         if self.json:
-            typer.echo(
-                json.dumps(_finite({"error": describe(error)}), ensure_ascii=False), err=True
-            )
+            typer.echo(json_text(_finite({"error": describe(error)})), err=True)
             return
         label, message = "Error: ", str(error)
         if isinstance(error, EditRefused):

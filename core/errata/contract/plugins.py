@@ -64,9 +64,9 @@ def registry_files() -> list[RegistryFile]:
 
     Packages are found, not imported.
     """
-    provided: dict[str, set[str]] = {}
+    provided: dict[str, set[EntryPoint]] = {}
     for point in entry_points(group=METHODS):
-        provided.setdefault(_package(point), set()).add(point.name)
+        provided.setdefault(_package(point), set()).add(point)
     files = []
     for package in dict.fromkeys(map(_package, installed().values())):
         try:
@@ -75,8 +75,10 @@ def registry_files() -> list[RegistryFile]:
             spec = None
         for folder in (spec.submodule_search_locations or []) if spec else []:
             path = Path(folder) / "registry.yaml"
+            # Of a namespace that several distributions share, each folder speaks for its own.
+            own = sorted({p.name for p in provided[package] if _lies_in(p, Path(folder))})
             if path.is_file():
-                files.append(RegistryFile(package, path, tuple(sorted(provided[package]))))
+                files.append(RegistryFile(package, path, tuple(own)))
     return files
 
 
@@ -137,6 +139,13 @@ def _instance(point: EntryPoint, what: str) -> Any:
 
 def _package(point: EntryPoint) -> str:
     return point.module.partition(".")[0]
+
+
+def _lies_in(point: EntryPoint, folder: Path) -> bool:
+    """Say whether a plugin's module lies in a folder of its top-level package."""
+    _, *inner = point.module.split(".")
+    place = folder / (inner[0] if inner else "__init__.py")
+    return place.exists() or place.with_suffix(".py").exists()
 
 
 def _distribution(point: EntryPoint) -> str:

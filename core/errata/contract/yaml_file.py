@@ -33,26 +33,36 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
-        text = raw.decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        # One byte more than allowed may be half a character: its size is what is wrong with it.
+        text = raw.decode("utf-8", "replace" if len(raw) > MAX_BYTES else "strict")
+    except (OSError, ValueError) as error:
         raise ConfigError(f"Cannot read {path}: {error}") from error
-    if len(raw) > MAX_BYTES:
-        raise ConfigError(f"{path} is larger than {MAX_BYTES} bytes: split it or shorten it.")
-    try:
-        data = copy.deepcopy(_parsed(text))
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"{path}{line}: this is not plain YAML: {error.problem}.") from None
-    except yaml.YAMLError as error:
-        detail = " ".join(str(error).split())
-        raise ConfigError(f"{path} is not plain YAML: {detail}") from None
-    except ValueError as error:  # a number of thousands of digits
-        raise ConfigError(f"{path} holds a value that cannot be read: {error}") from None
+    data = parse_yaml(text, str(path))
     if data is None:
         return {}
     if not isinstance(data, dict):
         raise ConfigError(f"{path} must hold a mapping; it holds a {type(data).__name__}.")
     return data
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Return what YAML text says, plain data of any sort.
+
+    Raises `ConfigError`, which names `source`, for what `read_yaml` refuses.
+    """
+    if len(text.encode("utf-8", "replace")) > MAX_BYTES:
+        raise ConfigError(f"{source} is larger than {MAX_BYTES} bytes: split it or shorten it.")
+    try:
+        return copy.deepcopy(_parsed(text))
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{source}{line}: this is not plain YAML: {error.problem}.") from None
+    except yaml.YAMLError as error:
+        detail = " ".join(str(error).split())
+        raise ConfigError(f"{source} is not plain YAML: {detail}") from None
+    # A number of thousands of digits, half a character, a mapping as a key.
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{source} holds a value that cannot be read: {error}") from None
 
 
 @lru_cache(maxsize=64)

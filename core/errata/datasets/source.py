@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -116,18 +117,18 @@ class TabularSource(Source):
             raise MissingExtraError(f"Reading {self.name!r}", "datasets", "data")
         import datasets
 
+        # Versions before 4 could run a script that lies beside the data.
+        load = partial(datasets.load_dataset, trust_remote_code=False)
         if self.path is None:
-            return self._one(datasets.load_dataset(self.name, split=self.split))
+            return self._one(load(self.name, split=self.split))
         if self.path.is_file():
             kind = TABLES[self.path.suffix.lower()]
             options = {"sep": "\t"} if self.path.suffix.lower() == ".tsv" else {}
             # One file is one split, whatever its name says.
-            return datasets.load_dataset(
-                kind, data_files=str(self.path), split="train", streaming=True, **options
-            )
+            return load(kind, data_files=str(self.path), split="train", streaming=True, **options)
         if (self.path / "state.json").exists() or (self.path / "dataset_dict.json").exists():
             return self._one(datasets.load_from_disk(str(self.path)))
-        return self._one(datasets.load_dataset(str(self.path), split=self.split, streaming=True))
+        return self._one(load(str(self.path), split=self.split, streaming=True))
 
     def _one(self, loaded: Any) -> Any:
         """Return the one split that is meant."""

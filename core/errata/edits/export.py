@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -11,7 +10,8 @@ import torch
 
 from errata.edits.delta import AdapterDelta
 from errata.edits.factors import Change, changes
-from errata.errors import CapabilityError, ConfigError, StorageError, UnknownNameError
+from errata.edits.outputs import check_folder, write_folder
+from errata.errors import CapabilityError, UnknownNameError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,20 +52,21 @@ def export_peft(
         model: the model that the edits are for.
         edits: which, in ledger order.
         path: directory to write.
-        overwrite: replace what is there.
+        overwrite: replace an adapter that errata wrote there; nothing else ever is.
         rank: keep at most this many directions per weight; None keeps all.
         error: keep as few directions as leave this relative (Frobenius) error per weight.
 
     Raises:
         CapabilityError: an edit that acts at run time only (a codebook), or one that changes
             what is no linear module's weight (an embedding).
-        ConfigError: a bad rank or error.
+        ConfigError: a bad rank or error; something is there that may not be replaced.
     """
+    check_folder(path, overwrite)
     only = edits[0].delta
     if len(edits) == 1 and isinstance(only, AdapterDelta) and rank is None and error is None:
-        return _folder(path, overwrite, only.write_directory)
+        return write_folder(path, overwrite, only.write_directory)
     found = changes(model, sorted(edits, key=lambda edit: edit.sequence), rank=rank, error=error)
-    return _folder(path, overwrite, lora(model, found).write_directory)
+    return write_folder(path, overwrite, lora(model, found).write_directory)
 
 
 def lora(model: Model, found: Sequence[Change]) -> AdapterDelta:
@@ -98,8 +99,10 @@ def merge_checkpoint(model: Model, path: Path, overwrite: bool) -> Path:
     """Write base + all active edits as a Hugging Face checkpoint.
 
     Weight edits are on the parameters already; adapters are folded into theirs here. Raises
-    `CapabilityError` for active edits that act at run time only (a codebook).
+    `CapabilityError` for active edits that act at run time only (a codebook), `ConfigError` where
+    something is that may not be replaced, `StorageError` when the disk refuses.
     """
+    check_folder(path, overwrite)
     entries = model.stack.entries
     for entry in entries:
         if not entry.delta.folds and not isinstance(entry.delta, AdapterDelta):
@@ -123,7 +126,7 @@ def merge_checkpoint(model: Model, path: Path, overwrite: bool) -> Path:
             model.tokenizer.save_pretrained(folder)
             _copy_processor(str(getattr(model.config, "_name_or_path", "")), folder)
 
-        return _folder(path, overwrite, fill)
+        return write_folder(path, overwrite, fill)
 
 
 def _copy_processor(source: str, folder: Path) -> None:
@@ -131,22 +134,3 @@ def _copy_processor(source: str, folder: Path) -> None:
     for file in Path(source).glob("*processor_config.json") if source else ():
         if file.is_file():
             (folder / file.name).write_bytes(file.read_bytes())
-
-
-def _folder(path: Path, overwrite: bool, fill: object) -> Path:
-    """Fill a new folder beside `path` and rename it there, so that it is whole or absent."""
-    assert callable(fill)
-    if path.exists() and not overwrite:
-        raise ConfigError(f"{path} exists already: choose another place, or pass overwrite.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
-            new = Path(scratch) / "new"
-            new.mkdir()
-            fill(new)
-            if path.exists():
-                path.rename(Path(scratch) / "old")
-            new.rename(path)
-    except OSError as error:
-        raise StorageError(f"Cannot write {path}: {error.strerror or error}") from error
-    return path

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 from pydantic import ConfigDict, TypeAdapter
 
 from errata.contract.measurement import Measurement
+from errata.edits.outputs import BASELINE, write_file
 from errata.errors import ConfigError, FingerprintError, IntegrityError
 from errata.evaluate.protocols import PROTOCOLS
 from errata.evaluate.reader import KnownAnswers, MeasureSettings, Reader
-from errata.model.storage import parse_json, write_bytes
+from errata.model.storage import parse_json
 
 if TYPE_CHECKING:
     from errata.edits.request import Request
@@ -86,8 +87,8 @@ class Baseline:
         }
         whole = {"kind": _KIND, "schema": _SCHEMA, "digest": _digest(body), **body}
         target = Path(path)
-        write_bytes(target, json.dumps(whole, ensure_ascii=False, allow_nan=False).encode())
-        return target
+        text = json.dumps(whole, ensure_ascii=False, allow_nan=False)
+        return write_file(target, text.encode(), BASELINE)
 
     @classmethod
     def load(

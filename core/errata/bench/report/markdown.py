@@ -20,7 +20,7 @@ _SPECIAL = re.compile(r"([\\`*_\[\]<>|~#&])")
 
 def markdown(report: ReportContents) -> str:
     """Return the report as one Markdown document."""
-    blocks = ["# ReportContents"]
+    blocks = ["# Report", "Made by `errata report`."]
     for run in report.runs:
         blocks.append(_grid(("", run.name), run_facts.facts_of(run)[1:], align="--"))
     blocks += [f"> **Note.** {text(one)}" for one in run_facts.warnings(report)]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errata.bench.report import formatting
 from errata.bench.report.grouping import FINAL
+from errata.edits.outputs import PNG, SVG, write_file
 from errata.errors import MissingExtraError
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ MARKERS = "osD^vP*X"
 DASHES = ("-", "--", ":", "-.")
 WIDTH, HEIGHT = 4.2, 2.9
 """Inches: a column of a two-column page, with room for a legend."""
+MADE_BY = {"png": {"Software": "errata"}, "svg": {"Date": None, "Creator": "errata"}}
 STYLE = {
     "font.size": 8,
     "axes.spines.top": False,
@@ -54,7 +57,6 @@ def draw(report: ReportContents, folder: Path) -> list[Path]:
     except ImportError as error:
         raise MissingExtraError("Drawing plots", "matplotlib", "report") from error
 
-    folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     taken: set[str] = set()
 
@@ -67,8 +69,9 @@ def draw(report: ReportContents, folder: Path) -> list[Path]:
         taken.add(free)
         for suffix in ("png", "svg"):
             path = folder / f"{free}.{suffix}"
-            figure.savefig(path, metadata={"Date": None} if suffix == "svg" else None)
-            written.append(path)
+            buffer = BytesIO()
+            figure.savefig(buffer, format=suffix, metadata=MADE_BY[suffix])
+            written.append(write_file(path, buffer.getvalue(), SVG if suffix == "svg" else PNG))
 
     def new(height: float = HEIGHT) -> tuple[Any, Any]:
         figure = Figure(figsize=(WIDTH, height))

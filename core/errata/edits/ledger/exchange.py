@@ -46,16 +46,20 @@ def write_export(
 
     Tensors are named "<index>/<name>"; the records, with each delta's metadata and the SHA-256
     of its content, lie beside them as JSON; so does each artifact, as bytes under its SHA-256.
-    Raises `LedgerError` when the file exists already, `IntegrityError` for an artifact that is
+    Raises `LedgerError` when the file exists already, `ConfigError` for what errata did not write
+    there (it is never replaced), `IntegrityError` for an artifact that is
     not what the record says, and `StorageError` when the disk refuses.
     """
     import torch
+
+    from errata.edits.outputs import EXPORT, check_file  # it knows the ledger's names
 
     path = Path(path)
     if not pairs:
         raise LedgerError("No edits were given to export: name at least one.")
     if not overwrite and path.exists():
         raise LedgerError(f"{path} exists already: give another name, or pass overwrite=True.")
+    check_file(path, EXPORT, skip=8)  # the length of the header stands before it
     tensors: dict[str, Tensor] = {}
     entries = []
     for index, (edit, parts) in enumerate(pairs):

@@ -1,0 +1,175 @@
+"""Where errata writes for its users: it replaces what it wrote itself, and nothing else.
+
+A folder that errata writes holds a list of its files (`errata.json`); a file begins in a way that
+tells it from others. What lacks that sign, and whatever belongs to a ledger, is never replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+from errata.edits.ledger.schema import DATABASE
+from errata.errors import ConfigError, ErrataError, StorageError
+from errata.model.storage import write_bytes
+
+LISTING = "errata.json"
+"""In a folder that errata wrote: the names of its files."""
+HEAD = 2**16
+"""Bytes of a file that are looked at."""
+LEDGER_NAMES = (DATABASE, "blobs", "tmp")
+
+
+class OwnSign(NamedTuple):
+    """How files of one kind begin when errata wrote them, and what stands soon after."""
+
+    start: bytes
+    within: bytes = b""
+
+
+EXPORT = OwnSign(b'{"__metadata__":{"errata":', b"errata.export")
+PNG = OwnSign(b"\x89PNG", b"Software\0errata")
+SVG = OwnSign(b"<?xml", b"<dc:title>errata</dc:title>")
+BASELINE = OwnSign(b'{"kind": "errata-baseline"')
+
+
+def check_file(path: Path, sign: OwnSign, skip: int = 0) -> None:
+    """Refuse a place where a file may not be written; call it before long work, too.
+
+    Args:
+        path: of the file.
+        sign: how errata's own files of this kind begin.
+        skip: bytes before that beginning.
+
+    Raises:
+        ConfigError: something is there that errata did not write, or it belongs to a ledger.
+        StorageError: what is there cannot be read.
+    """
+    _spare_ledgers(path)
+    try:
+        if path.is_dir():
+            raise ConfigError(f"{path} is a folder: give the name of a file.")
+        if not path.is_file():
+            return
+        with path.open("rb") as handle:
+            head = handle.read(HEAD)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ErrataError):
+            raise
+        raise StorageError(f"Cannot write {path}: {_reason(error)}.") from error
+    if head and not (head[skip:].startswith(sign.start) and sign.within in head):
+        raise ConfigError(
+            f"{path} was not written by errata and is not replaced: give another name, or move it "
+            "away."
+        )
+
+
+def write_file(path: Path, data: bytes, sign: OwnSign) -> Path:
+    """Write a file whole or not at all, over nothing but an earlier one of its kind.
+
+    Raises as `check_file` does, and `StorageError` when the disk refuses.
+    """
+    check_file(path, sign)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():  # a pipe, a device
+            path.write_bytes(data)
+            return path
+        target = path.resolve()
+    except (OSError, ValueError) as error:
+        raise StorageError(f"Cannot write {path}: {_reason(error)}.") from error
+    write_bytes(target, data)
+    return path
+
+
+def check_folder(path: Path, overwrite: bool) -> None:
+    """Refuse a place where a folder may not be written.
+
+    Raises `ConfigError` for what is there, unless `overwrite` is given and all of it was written
+    by errata.
+    """
+    _spare_ledgers(path)
+    if not path.exists():
+        return
+    if not overwrite:
+        raise ConfigError(f"{path} exists already: choose another place, or pass overwrite=True.")
+    if not path.is_dir():
+        raise ConfigError(f"{path} is a file, which no folder replaces: give another name.")
+    listed = _listed(path)
+    for file in path.rglob("*"):
+        name = file.relative_to(path).as_posix()
+        if name not in listed and (file.is_symlink() or not file.is_dir()):
+            raise ConfigError(
+                f"{path} holds what errata did not write ({name}) and is not replaced: give "
+                "another name, or move it away."
+            )
+
+
+def write_folder(path: Path, overwrite: bool, fill: Callable[[Path], object]) -> Path:
+    """Fill a new folder beside `path` and rename it there, so that it is whole or absent.
+
+    What it replaces is gone only once the new one is in place. Raises as `check_folder` does, and
+    `StorageError` when the disk refuses.
+    """
+    check_folder(path, overwrite)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+            new, old = Path(scratch) / "new", Path(scratch) / "old"
+            new.mkdir()
+            fill(new)
+            list_files(new)
+            try:
+                if path.exists():
+                    path.rename(old)
+                new.rename(path)
+            except BaseException:
+                if old.exists() and not path.exists():
+                    old.rename(path)
+                raise
+    except ErrataError:
+        raise
+    except Exception as error:  # those who save weights and tokenizers raise errors of their own
+        raise StorageError(f"Cannot write {path}: {_reason(error)}.") from error
+    return path
+
+
+def list_files(folder: Path) -> None:
+    """Write the list of a folder's files into it: they are errata's."""
+    names = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+    listing = {"written_by": "errata", "files": sorted(names | {LISTING})}
+    write_bytes(folder / LISTING, (json.dumps(listing, indent=1) + "\n").encode())
+
+
+def _listed(folder: Path) -> set[str]:
+    """Return the names that a folder's list holds; none where it has no list of errata's."""
+    with suppress(OSError, ValueError, RecursionError, KeyError, TypeError):
+        listing = json.loads((folder / LISTING).read_bytes())
+        if listing["written_by"] == "errata":
+            return {str(name) for name in listing["files"]}
+    return set()
+
+
+def _spare_ledgers(path: Path) -> None:
+    """Refuse a ledger and its own files; what only holds one has files that are not listed."""
+    try:
+        place = path.resolve()
+        inside = [place, *place.parents]
+        own = any(
+            (above / DATABASE).is_file() and below.name.startswith(LEDGER_NAMES)
+            for below, above in pairwise(inside)
+        )
+        own = own or (place / DATABASE).is_file()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise StorageError(f"Cannot write {path}: {_reason(error)}.") from error
+    if own:
+        raise ConfigError(f"{path} belongs to a ledger and is never replaced: give another name.")
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or " ".join(str(error).split())[:300])
