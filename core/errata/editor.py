@@ -24,14 +24,9 @@ from errata.edits.ledger import Ledger
 from errata.edits.request import Request, parse_arguments
 from errata.edits.stack import Stack
 from errata.edits.transaction import Transactions
-from errata.errors import (
-    ConfigError,
-    ErrataError,
-    LedgerError,
-    UnknownNameError,
-)
+from errata.errors import ConfigError, ErrataError, LedgerError, UnknownNameError
 from errata.kit.auto_layers import resolve_auto_layers
-from errata.model.access import Access
+from errata.model.access import claim, release
 from errata.model.artifacts import Artifacts
 from errata.model.generation import generate
 from errata.model.loading import load_model
@@ -112,7 +107,6 @@ class Editor:
         self.registry = registry or Registry.load()
         guarding = Guards(GuardPolicy.parse(guards))
         preparation = Preparation(training)
-        self._access = Access()
         self._suspended = 0
         known = {} if not isinstance(model, (str, Path)) else Manager("", plugins.rooms()).models()
         bring = known.get(str(model))
@@ -142,9 +136,10 @@ class Editor:
             self.model, self._stack, self.ledger, self._methods, guarding, self._transactions
         )
         try:
+            claim(self, self.model.parameters.values())
             self.damaged = self._transactions.reconcile()
         except BaseException:
-            self.ledger.close()
+            self.close()
             raise
 
     def __enter__(self) -> Editor:
@@ -157,8 +152,9 @@ class Editor:
         return f"Editor({self.model!r}, {len(self._stack.ids)} active edits)"
 
     def close(self) -> None:
-        """Close the ledger. The model stays as it is."""
+        """Close the ledger and let another editor have the model, which stays as it is."""
         self.ledger.close()
+        release(self)
 
     # -- editing ---------------------------------------------------------------------------------
 
@@ -340,8 +336,8 @@ class Editor:
 
         An empty list means that the model is exactly what the log says.
         """
-        with self._access.running():
-            problems = [f"tensor {n} is not what the stack says" for n in self._stack.differing()]
+        with self.model.access.changing():
+            problems = self._stack.problems()
             problems += [
                 f"edit {name} is not on the model: {why}" for name, why in self.damaged.items()
             ]
@@ -361,8 +357,7 @@ class Editor:
     def generate(self, prompt: str | Sequence[str], **options: Any) -> Any:
         """Continue one prompt (returns text) or several (returns a list); greedy by default."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        with self._access.running():
-            texts = generate(self.model, prompts, **options)
+        texts = generate(self.model, prompts, **options)
         return texts[0] if isinstance(prompt, str) else texts
 
     def evaluate(
@@ -384,7 +379,7 @@ class Editor:
         for name in protocols:
             if name not in known:
                 raise UnknownNameError("protocol", name, known)
-        with self._access.changing():  # the base is measured with every edit off
+        with self.model.access.changing():  # the base is measured with every edit off
             wanted = requests_of(self._stack.entries if requests is None else requests)
             return manager.evaluate(self.model, wanted, tuple(protocols), settings)
 
@@ -397,7 +392,7 @@ class Editor:
         """
         wanted = Request.parse(request)
         settings = self.configure(method, config)[0] if method else (config or None)
-        with self._access.changing():  # traces change what passes through the model
+        with self.model.access.changing():  # traces change what passes through the model
             found = self._methods.locating(method).locate(self.model, wanted, settings)
         if found is None:
             raise ErrataError("No locator knows this request; try another `by` or method.")
@@ -423,13 +418,14 @@ class Editor:
             **options: of "peft": `rank` and `error`, see `errata.edits.export.export_peft`.
         """
         export.check_format(format, options)
-        chosen = [self._get(edit) for edit in edits or self.model.stack.ids]
-        if not chosen:
-            raise LedgerError("There is nothing to export: no edit is active and none was named.")
-        if format == "errata":
-            ids = [edit.id for edit in chosen]
-            return self.ledger.export(ids, path, self.model.artifacts, overwrite=overwrite)
-        return export.export_peft(self.model, chosen, Path(path), overwrite, **options)
+        with self.model.access.changing():
+            chosen = [self._get(edit) for edit in edits or self._stack.ids]
+            if not chosen:
+                raise LedgerError("There is nothing to export: no edit is active; name one.")
+            if format == "errata":
+                ids = [edit.id for edit in chosen]
+                return self.ledger.export(ids, path, self.model.artifacts, overwrite=overwrite)
+            return export.export_peft(self.model, chosen, Path(path), overwrite, **options)
 
     def import_(self, path: str | Path) -> list[Edit]:
         """Take the edits of an exported file into the ledger, inactive.
@@ -444,7 +440,8 @@ class Editor:
 
     def merge(self, path: str | Path, overwrite: bool = False) -> Path:
         """Write the edited model as a plain Hugging Face checkpoint, tokenizer included."""
-        return export.merge_checkpoint(self.model, Path(path), overwrite)
+        with self.model.access.changing():
+            return export.merge_checkpoint(self.model, Path(path), overwrite)
 
     # -- inside ----------------------------------------------------------------------------------
 
@@ -468,7 +465,7 @@ class Editor:
 
     @contextmanager
     def _with_entries(self, entries: Sequence[Edit]) -> Iterator[None]:
-        with self._access.changing(), self._stack.temporarily(entries):
+        with self._stack.temporarily(entries):
             self._suspended += 1
             try:
                 yield
@@ -477,7 +474,7 @@ class Editor:
 
     @contextmanager
     def _changing(self, what: str) -> Iterator[None]:
-        with self._access.changing():
+        with self.model.access.changing():
             if self._suspended:
                 raise LedgerError(
                     f"Cannot {what} inside disabled() or only(): leave the block first, so that "

@@ -98,6 +98,7 @@ def _from_pretrained(
         module: nn.Module = auto_class(config, location).from_pretrained(
             location, dtype=dtype or "auto", device_map=device_map
         )
+        _unmap(module)
     except ConfigError:
         raise
     except (OSError, ValueError) as error:
@@ -109,6 +110,17 @@ def _from_pretrained(
             f"({' '.join(str(error).split())[:200]})",
         ) from error  # fmt: skip
     return module
+
+
+def _unmap(module: nn.Module) -> None:
+    """Take tensors that transformers only mapped into memory.
+
+    Else whoever writes to the checkpoint's files changes the model, and who cuts them off kills
+    the process.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
 
 
 def auto_class(config: Any, location: str) -> Any:

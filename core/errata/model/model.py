@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from errata.errors import AnatomyError, ConfigError
+from errata.model.access import Access
 from errata.model.active_edits import ActiveEdits, NoEdits
 from errata.model.artifacts import Artifacts
 from errata.model.call import Call
@@ -55,6 +56,7 @@ class Model:
         artifacts: cache directory for statistics and the like, keyed by fingerprint.
         progress: where long work reports to; `model.progress.track(iterable, "text")`.
         corpus: plain text paragraphs for statistics (None: the text that ships with errata).
+        access: who may run it, and who changes it, at a time.
         call: what the running forward calls are about; every thread has its own.
         trained_on: digest of the training requests of the method whose hook is running; None for
             a method that is not trained.
@@ -90,6 +92,7 @@ class Model:
         self.artifacts = artifacts or Artifacts()
         self.progress = progress or Progress()
         self.corpus = corpus
+        self.access = Access()
         self.call = Call()
         # Nothing can be folded into quantised weights.
         quantised = any(not p.is_floating_point() for p in self.parameters.values())
