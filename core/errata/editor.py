@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from errata.contract import plugins
 from errata.contract.capabilities import check_capabilities, check_prompts
 from errata.contract.editing import EditCall, Editing
 from errata.contract.guards import GuardPolicy, Guards
+from errata.contract.hooks import MODELS
 from errata.contract.manager import Manager
 from errata.contract.methods import Methods
 from errata.contract.preparation import Preparation
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from errata.model.model import Model
     from errata.model.progress import Progress
 
-logger = logging.getLogger("errata")
 EditLike = Edit | str
 
 
@@ -108,8 +107,9 @@ class Editor:
         guarding = Guards(GuardPolicy.parse(guards))
         preparation = Preparation(training)
         self._suspended = 0
-        known = {} if not isinstance(model, (str, Path)) else Manager("", plugins.rooms()).models()
-        bring = known.get(str(model))
+        name = str(model) if isinstance(model, (str, Path)) else ""
+        known = Manager("", plugins.rooms(MODELS)).models() if name else {}
+        bring = known.get(name)
         self.model: Model = load_model(
             bring() if bring is not None else model,
             tokenizer,
@@ -123,7 +123,7 @@ class Editor:
             branch=branch,
             artifacts=Artifacts(artifacts),
             progress=progress,
-            **({} if bring is None else {"name": str(model)}),
+            **({} if bring is None else {"name": name}),
         )
         self._stack = Stack(self.model)
         self.model.stack = self._stack
@@ -338,9 +338,7 @@ class Editor:
         """
         with self.model.access.changing():
             problems = self._stack.problems()
-            problems += [
-                f"edit {name} is not on the model: {why}" for name, why in self.damaged.items()
-            ]
+            problems += [f"edit {n} is not on the model: {w}" for n, w in self.damaged.items()]
             there = [name for name in self.ledger.active_ids() if name not in self.damaged]
             if not self._suspended and self._stack.ids != there:
                 problems.append("the active edits differ from the ledger's")
@@ -423,8 +421,8 @@ class Editor:
             if not chosen:
                 raise LedgerError("There is nothing to export: no edit is active; name one.")
             if format == "errata":
-                ids = [edit.id for edit in chosen]
-                return self.ledger.export(ids, path, self.model.artifacts, overwrite=overwrite)
+                ids, artifacts = [edit.id for edit in chosen], self.model.artifacts
+                return self.ledger.export(ids, path, artifacts, overwrite=overwrite)
             return export.export_peft(self.model, chosen, Path(path), overwrite, **options)
 
     def import_(self, path: str | Path) -> list[Edit]:
@@ -433,10 +431,14 @@ class Editor:
         Raises `FingerprintError` for another model's edits, `IntegrityError` for a damaged file.
         """
         with self._changing("import"):
-            pairs = self.ledger.read_export(Path(path), self.model.artifacts)
+            carried: dict[str, bytes] = {}
+            pairs = self.ledger.read_export(Path(path), carried)
             for edit, delta in pairs:
-                check_fingerprint(self.model, edit.bind(delta))
-            return self.ledger.import_(Path(path), pairs)
+                check_fingerprint(self.model, edit.bind(delta), carried)
+            with self.ledger.transaction():
+                records = self.ledger.import_(Path(path), pairs)
+                self.model.artifacts.take(carried)
+            return records
 
     def merge(self, path: str | Path, overwrite: bool = False) -> Path:
         """Write the edited model as a plain Hugging Face checkpoint, tokenizer included."""

@@ -14,6 +14,7 @@ from errata.edits import side_branch
 from errata.edits.delta.attaching import attach_kind
 from errata.errors import CapabilityError, IntegrityError, UnknownNameError
 from errata.model.pristine import same_bits
+from errata.model.running import wide
 from errata.model.structure import ABSENT, Structure, Traits, named
 
 if TYPE_CHECKING:
@@ -271,13 +272,13 @@ class Stack:
                 "Run the edits beside the weights: Editor(…, branch=True)."
             )
         live = self._model.parameters[name]
-        wide = torch.promote_types(base.dtype, torch.float32)
         # On the parameter's own device: folding a 7B model's matrices on the CPU takes seconds.
-        accumulator = base.to(device=live.device, dtype=wide, copy=True)
+        accumulator = wide(base.to(live.device, copy=True))
         for kind in sorted(kinds):
             type(kinds[kind][0]).fold(name, accumulator, kinds[kind])
         folded = accumulator.to(base.dtype)  # the one rounding; may overflow in fp16
-        if not bool((torch.isfinite(folded) | ~torch.isfinite(base).to(live.device)).all()):
+        sound = torch.isfinite(wide(folded)) | ~torch.isfinite(wide(base)).to(live.device)
+        if not bool(sound.all()):
             raise IntegrityError(f"Folding the edits of {name!r} gives NaN or infinite entries.")
         return folded
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from errata.errors import AnatomyError, ConfigError
+from errata.errors import AnatomyError, ConfigError, IntegrityError
 from errata.model.access import Access
 from errata.model.active_edits import ActiveEdits, NoEdits
 from errata.model.artifacts import Artifacts
@@ -142,9 +142,16 @@ class Model:
         return self.parameters[name]
 
     def weight_shape(self, name: str, transposed: bool) -> tuple[int, int]:
-        """Return (d_out, d_in) of a weight, also where it is quantised and stored packed."""
+        """Return (d_out, d_in) of a weight, also where it is quantised and stored packed.
+
+        Raises `IntegrityError` for what is no matrix.
+        """
         shape = self.parameter(name).shape
         if self.parameters[name].is_floating_point():
+            if len(shape) != 2:
+                raise IntegrityError(
+                    f"{name!r} has the shape {tuple(shape)} in {self.name}: it is no matrix."
+                )
             rows, columns = shape
             return (int(columns), int(rows)) if transposed else (int(rows), int(columns))
         return self.anatomy.shape(self.module, name.removesuffix(".weight"))
