@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from errata.contract import plugins
 from errata.contract.capabilities import check_capabilities, check_prompts
 from errata.contract.editing import EditCall, Editing
 from errata.contract.guards import GuardPolicy, Guards
+from errata.contract.hooks import MODELS
 from errata.contract.manager import Manager
 from errata.contract.methods import Methods
 from errata.contract.preparation import Preparation
@@ -27,7 +27,7 @@ from errata.edits.stack import Stack
 from errata.edits.transaction import Transactions
 from errata.errors import ConfigError, ErrataError, LedgerError, UnknownNameError
 from errata.kit.auto_layers import resolve_auto_layers
-from errata.model.access import Access
+from errata.model.access import claim, release
 from errata.model.artifacts import Artifacts
 from errata.model.generation import generate
 from errata.model.loading import load_model
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from errata.model.model import Model
     from errata.model.progress import Progress
 
-logger = logging.getLogger("errata")
 EditLike = Edit | str
 
 
@@ -111,10 +110,10 @@ class Editor:
         self.registry = registry or Registry.load()
         guarding = Guards(GuardPolicy.parse(guards))
         preparation = Preparation(training)
-        self._access = Access()
         self._suspended = 0
-        known = {} if not isinstance(model, (str, Path)) else Manager("", plugins.rooms()).models()
-        bring = known.get(str(model))
+        name = str(model) if isinstance(model, (str, Path)) else ""
+        known = Manager("", plugins.rooms(MODELS)).models() if name else {}
+        bring = known.get(name)
         self.model: Model = load_model(
             bring() if bring is not None else model,
             tokenizer,
@@ -129,7 +128,7 @@ class Editor:
             artifacts=Artifacts(artifacts),
             progress=progress,
             trust_remote_code=trust_remote_code,
-            **({} if bring is None else {"name": str(model)}),
+            **({} if bring is None else {"name": name}),
         )
         self._stack = Stack(self.model)
         self.model.stack = self._stack
@@ -142,9 +141,10 @@ class Editor:
             self.model, self._stack, self.ledger, self._methods, guarding, self._transactions
         )
         try:
+            claim(self, self.model.parameters.values())
             self.damaged = self._transactions.reconcile()
         except BaseException:
-            self.ledger.close()
+            self.close()
             raise
 
     def __enter__(self) -> Editor:
@@ -157,8 +157,9 @@ class Editor:
         return f"Editor({self.model!r}, {len(self._stack.ids)} active edits)"
 
     def close(self) -> None:
-        """Close the ledger. The model stays as it is."""
+        """Close the ledger and let another editor have the model, which stays as it is."""
         self.ledger.close()
+        release(self)
 
     # -- editing ---------------------------------------------------------------------------------
 
@@ -341,11 +342,9 @@ class Editor:
 
         An empty list means that the model is exactly what the log says.
         """
-        with self._access.running():
-            problems = [f"tensor {n} is not what the stack says" for n in self._stack.differing()]
-            problems += [
-                f"edit {name} is not on the model: {why}" for name, why in self.damaged.items()
-            ]
+        with self.model.access.changing():
+            problems = self._stack.problems()
+            problems += [f"edit {n} is not on the model: {w}" for n, w in self.damaged.items()]
             there = [name for name in self.ledger.active_ids() if name not in self.damaged]
             if not self._suspended and self._stack.ids != there:
                 problems.append("the active edits differ from the ledger's")
@@ -362,8 +361,7 @@ class Editor:
     def generate(self, prompt: str | Sequence[str], **options: Any) -> Any:
         """Continue one prompt (gives text) or several (a list); options: `model.generation`."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        with self._access.running():
-            texts = generate(self.model, prompts, **options)
+        texts = generate(self.model, prompts, **options)
         return texts[0] if isinstance(prompt, str) else texts
 
     def evaluate(
@@ -385,7 +383,7 @@ class Editor:
         for name in protocols:
             if name not in known:
                 raise UnknownNameError("protocol", name, known)
-        with self._access.changing():  # the base is measured with every edit off
+        with self.model.access.changing():  # the base is measured with every edit off
             given = requests_of(self._stack.entries if requests is None else requests)
             wanted = rendered(self.model, given)
             return manager.evaluate(self.model, wanted, tuple(protocols), settings)
@@ -399,7 +397,7 @@ class Editor:
         """
         (wanted,) = rendered(self.model, [Request.parse(request)])
         settings = self.configure(method, config)[0] if method else (config or None)
-        with self._access.changing():  # traces change what passes through the model
+        with self.model.access.changing():  # traces change what passes through the model
             found = self._methods.locating(method).locate(self.model, wanted, settings)
         if found is None:
             raise ErrataError("No locator knows this request; try another `by` or method.")
@@ -425,13 +423,14 @@ class Editor:
             **options: of "peft": `rank` and `error`, see `errata.edits.export.export_peft`.
         """
         export.check_format(format, options)
-        chosen = [self._get(edit) for edit in edits or self.model.stack.ids]
-        if not chosen:
-            raise LedgerError("There is nothing to export: no edit is active and none was named.")
-        if format == "errata":
-            ids = [edit.id for edit in chosen]
-            return self.ledger.export(ids, path, self.model.artifacts, overwrite=overwrite)
-        return export.export_peft(self.model, chosen, Path(path), overwrite, **options)
+        with self.model.access.changing():
+            chosen = [self._get(edit) for edit in edits or self._stack.ids]
+            if not chosen:
+                raise LedgerError("There is nothing to export: no edit is active; name one.")
+            if format == "errata":
+                ids, artifacts = [edit.id for edit in chosen], self.model.artifacts
+                return self.ledger.export(ids, path, artifacts, overwrite=overwrite)
+            return export.export_peft(self.model, chosen, Path(path), overwrite, **options)
 
     def import_(self, path: str | Path) -> list[Edit]:
         """Take the edits of an exported file into the ledger, inactive.
@@ -439,14 +438,19 @@ class Editor:
         Raises `FingerprintError` for another model's edits, `IntegrityError` for a damaged file.
         """
         with self._changing("import"):
-            pairs = self.ledger.read_export(Path(path), self.model.artifacts)
+            carried: dict[str, bytes] = {}
+            pairs = self.ledger.read_export(Path(path), carried)
             for edit, delta in pairs:
-                check_fingerprint(self.model, edit.bind(delta))
-            return self.ledger.import_(Path(path), pairs)
+                check_fingerprint(self.model, edit.bind(delta), carried)
+            with self.ledger.transaction():
+                records = self.ledger.import_(Path(path), pairs)
+                self.model.artifacts.take(carried)
+            return records
 
     def merge(self, path: str | Path, overwrite: bool = False) -> Path:
         """Write the edited model as a plain Hugging Face checkpoint, tokenizer included."""
-        return export.merge_checkpoint(self.model, Path(path), overwrite)
+        with self.model.access.changing():
+            return export.merge_checkpoint(self.model, Path(path), overwrite)
 
     # -- inside ----------------------------------------------------------------------------------
 
@@ -470,7 +474,7 @@ class Editor:
 
     @contextmanager
     def _with_entries(self, entries: Sequence[Edit]) -> Iterator[None]:
-        with self._access.changing(), self._stack.temporarily(entries):
+        with self._stack.temporarily(entries):
             self._suspended += 1
             try:
                 yield
@@ -479,7 +483,7 @@ class Editor:
 
     @contextmanager
     def _changing(self, what: str) -> Iterator[None]:
-        with self._access.changing():
+        with self.model.access.changing():
             if self._suspended:
                 raise LedgerError(
                     f"Cannot {what} inside disabled() or only(): leave the block first, so that "

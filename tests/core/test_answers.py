@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from errata.evaluate.divergence import kl_to_base, text_kls
 from errata.evaluate.reader import MeasureSettings, Reader
 from errata.evaluate.sampled import sampled_texts
 from errata.model import Model
+from errata.model.access import Access
 from errata.model.active_edits import NoEdits, ask
 from errata.model.generation import generate, generated
 from errata.model.model_answers import ModelAnswers
@@ -155,8 +157,9 @@ def test_a_kind_that_loses_a_prompt_is_named() -> None:
             return []
 
     for edits, name in ((Short(), "rewrite"), (Silent(), "respond")):
+        model = SimpleNamespace(stack=edits, access=Access())
         with pytest.raises(PluginError, match=f"{name} gave"):
-            ask(edits, PROMPTS, lambda texts, rows: texts, lambda *_: [])
+            ask(model, PROMPTS, lambda texts, rows: texts, lambda *_: [])
 
 
 # -- distance from the base ------------------------------------------------------------------------

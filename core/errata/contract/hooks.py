@@ -1,8 +1,9 @@
 """The whole plugin contract: eight hooks, through which a stranger's code comes in.
 
 A plugin is an object (or class) with some of these methods, marked `@hookimpl`. An editing method
-is published under its name in the entry point group "errata.methods". Plugins that only measure,
-locate or bring models go into "errata.plugins", delta kinds into "errata.deltas".
+is published under its name in the entry point group "errata.methods". Plugins that only measure or
+locate go into "errata.plugins", those that bring models into "errata.models" (all of these are
+imported whenever a model is opened by name: keep them light), delta kinds into "errata.deltas".
 An implementation may leave out arguments that it does not need.
 """
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 PROJECT = "errata"
 METHODS = "errata.methods"
 PLUGINS = "errata.plugins"
+MODELS = "errata.models"
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)

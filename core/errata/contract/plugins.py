@@ -98,13 +98,13 @@ def load(name: str) -> Any:
     return plugin
 
 
-def rooms() -> list[Any]:
-    """Return a fresh object of every plugin in the group "errata.plugins", in order of name.
+def rooms(group: str = PLUGINS) -> list[Any]:
+    """Return a fresh object of every plugin in a group, in order of name.
 
     Raises:
         PluginError: one of them is broken; the message quotes the cause.
     """
-    points = sorted(set(entry_points(group=PLUGINS)), key=lambda point: point.name)
+    points = sorted(set(entry_points(group=group)), key=lambda point: point.name)
     return [_instance(point, "plugin") for point in points]
 
 

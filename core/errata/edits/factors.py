@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from errata.errors import CapabilityError, ConfigError
+from errata.model.running import wide
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,7 +142,7 @@ def _exact(
         pair = type(deltas[0]).joint_factors(name, deltas)
         if pair is None:
             pair = _decomposed(model, name, deltas, transposed)
-        parts.append((_wide(pair[0].to(device)), _wide(pair[1].to(device))))
+        parts.append((wide(pair[0].to(device)), wide(pair[1].to(device))))
     return torch.cat([u for u, _ in parts], dim=1), torch.cat([v for _, v in parts], dim=1)
 
 
@@ -165,7 +166,3 @@ def _decomposed(
     kept = max(int((sigma > sigma[0] * 1e-9).sum()), 1)
     root = sigma[:kept].sqrt()
     return (u[:, :kept] * root).float(), (v[:kept].T * root).float()
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

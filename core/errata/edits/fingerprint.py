@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from errata.errors import FingerprintError, IntegrityError
+from errata.model.storage import sha256
 
 if TYPE_CHECKING:
     from errata.edits.edit import Edit
     from errata.model.model import Model
 
 
-def check_fingerprint(model: Model, edit: Edit) -> None:
+def check_fingerprint(model: Model, edit: Edit, carried: Mapping[str, bytes] | None = None) -> None:
     """Hold an edit with its delta against a model.
+
+    Args:
+        model: the model.
+        edit: the edit.
+        carried: artifacts by name that come with it and are kept once it is accepted.
 
     Raises:
         IntegrityError: the fingerprint leaves out a tensor that the edit touches, the delta does
-            not fit, or an artifact that it needs is missing or another.
+            not fit, an artifact that it needs is missing or another, or it names one that it does
+            not need.
         FingerprintError: the edit was made for another base; both are named.
     """
     lacking = {"config", *edit.delta.parameters} - edit.fingerprint.keys()
@@ -41,8 +49,16 @@ def check_fingerprint(model: Model, edit: Edit) -> None:
                 f"{wanted[:16]}…, that of {model.name} is {here[name][:16]}…."
             )
     edit.delta.check(model)
+    if set(edit.artifacts) != {model.artifacts.name(key) for key in edit.delta.artifacts}:
+        raise IntegrityError(
+            f"Edit {edit.id} names other artifacts ({', '.join(sorted(edit.artifacts)) or 'none'}) "
+            "than its delta needs: its record is damaged or was not written by errata."
+        )
     for name, digest in edit.artifacts.items():
-        if model.artifacts.digest(name) != digest:
+        found = model.artifacts.digest(name)
+        if found is None and carried and name in carried:
+            found = sha256(carried[name])
+        if found != digest:
             raise IntegrityError(
                 f"Edit {edit.id} needs the artifact {name} with the SHA-256 {digest[:16]}…, and "
                 f"{model.artifacts.directory} has none such: import the edit from its exported "

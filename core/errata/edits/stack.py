@@ -13,6 +13,9 @@ import torch
 from errata.edits import side_branch
 from errata.edits.delta.attaching import attach_kind
 from errata.errors import CapabilityError, IntegrityError, UnknownNameError
+from errata.model.pristine import same_bits
+from errata.model.running import wide
+from errata.model.structure import ABSENT, Structure, Traits, named
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +45,8 @@ class Stack:
         self._entries: list[Edit] = []
         self._undo: list[Undo] = []
         self._pending: list[Edit] | None = None
+        self._bare = Structure(model.module)
+        self._hung: Traits = {}  # what the active edits made otherwise than in the bare module
 
     @classmethod
     def on(cls, model: Model) -> Model:
@@ -99,13 +104,17 @@ class Stack:
 
     @contextmanager
     def temporarily(self, entries: Sequence[Edit]) -> Iterator[None]:
-        """Make exactly these edits active for the block; the former ones come back after it."""
-        former = list(self._entries)
-        self.set(entries)
-        try:
-            yield
-        finally:
-            self.set(former)
+        """Make exactly these edits active for the block; the former ones come back after it.
+
+        No other thread runs or changes the model meanwhile.
+        """
+        with self._model.access.changing():
+            former = list(self._entries)
+            self.set(entries)
+            try:
+                yield
+            finally:
+                self.set(former)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -145,8 +154,28 @@ class Stack:
             name
             for name, live in self._live().items()
             if (names is None or name in names)
-            and not torch.equal(live.detach(), self.expected(name).to(live.device))
+            and not same_bits(live.detach(), self.expected(name).to(live.device))
         ]
+
+    def problems(self) -> list[str]:
+        """Return, in words, in what the live module is not what the stack says.
+
+        Tensors that differ, and what other code changed since there is a stack: hooks, swapped
+        modules and parameter objects, flags. Not what a model notes for itself while it runs.
+        """
+        try:
+            found = [f"tensor {name} is not what the stack says" for name in self.differing()]
+        except IntegrityError as error:
+            found = [str(error)]
+        now, bare = self._bare.changes(), self._bare.traits
+        foreign = {
+            trait: value
+            for trait in {**now, **self._hung}
+            if (value := now.get(trait, bare.get(trait, ABSENT)))
+            is not self._hung.get(trait, bare.get(trait, ABSENT))
+            and trait.what not in ("attribute", "cache")
+        }
+        return found + [f"{name}: changed by other code" for name in named(foreign)]
 
     def check_rows(self, named: Collection[str]) -> None:
         """Raise unless the rows of one batch may take different ones among these edits.
@@ -170,7 +199,7 @@ class Stack:
     def rewrite(self, prompts: Sequence[str]) -> list[str]:
         """Return the prompts as the active edits want them to be read, kind by kind."""
         texts = list(prompts)
-        for kind, deltas in self._acting("rewrite"):
+        for kind, deltas in self._acting("rewrite", self._entries):
             texts = list(kind.rewrite(self._model, deltas, texts))
         return texts
 
@@ -180,14 +209,16 @@ class Stack:
         Kinds are asked in the order of their names; the first that claims a row has it.
         """
         found: list[Answers | None] = [None] * len(prompts)
-        for kind, deltas in self._acting("respond"):
+        for kind, deltas in self._acting("respond", self._entries):
             for row, answers in enumerate(kind.respond(self._model, deltas, prompts)):
                 found[row] = found[row] or answers
         return found
 
-    def _acting(self, effect: str) -> list[tuple[type[Delta], list[tuple[str, Delta]]]]:
+    def _acting(
+        self, effect: str, entries: Sequence[Edit]
+    ) -> list[tuple[type[Delta], list[tuple[str, Delta]]]]:
         kinds: dict[str, list[tuple[str, Delta]]] = defaultdict(list)
-        for edit in self._entries:
+        for edit in entries:
             if effect in edit.delta.effects:
                 kinds[edit.delta.kind].append((edit.id, edit.delta))
         return [(type(kinds[kind][0][1]), kinds[kind]) for kind in sorted(kinds)]
@@ -241,28 +272,38 @@ class Stack:
                 "Run the edits beside the weights: Editor(…, branch=True)."
             )
         live = self._model.parameters[name]
-        wide = torch.promote_types(base.dtype, torch.float32)
         # On the parameter's own device: folding a 7B model's matrices on the CPU takes seconds.
-        accumulator = base.to(device=live.device, dtype=wide, copy=True)
+        accumulator = wide(base.to(live.device, copy=True))
         for kind in sorted(kinds):
             type(kinds[kind][0]).fold(name, accumulator, kinds[kind])
         folded = accumulator.to(base.dtype)  # the one rounding; may overflow in fp16
-        if not bool(torch.isfinite(folded).all()):
+        sound = torch.isfinite(wide(folded)) | ~torch.isfinite(wide(base)).to(live.device)
+        if not bool(sound.all()):
             raise IntegrityError(f"Folding the edits of {name!r} gives NaN or infinite entries.")
         return folded
 
     def _attach(self, entries: Sequence[Edit]) -> None:
+        """Hang edits on the module; whatever fails, it is put back as it was before."""
+        acting = self._acting("attach", entries)
+        beside = [e for e in entries if e.delta.folds] if self._model.branch else []
+        if not acting and not beside:
+            return
+        before = Structure(self._model.module)
         try:
-            if self._model.branch:
-                weights = [edit for edit in entries if edit.delta.folds]
-                self._undo.append(side_branch.attach(self._model, weights))
+            if beside:
+                self._undo.append(side_branch.attach(self._model, beside))
             # "adapter" sorts before "codebook": hooks then see the module with adapters in it.
-            for kind, deltas in self._acting("attach"):
+            for kind, deltas in acting:
                 self._undo.append(attach_kind(kind, self._model, deltas))
         except BaseException:
-            self._detach()
+            try:
+                self._detach()
+            finally:
+                before.restore()
             raise
+        self._hung = before.changes()
 
     def _detach(self) -> None:
+        self._hung = {}
         while self._undo:
             self._undo.pop()()

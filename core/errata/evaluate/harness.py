@@ -116,7 +116,7 @@ def _wrapped(lm_eval: Any, model: Model, batch_size: int) -> Any:
                 targets = [with_join(target, "") for target in given]
                 return [(score.logprob, score.exact) for score in answers.scores(texts, targets)]
 
-            return ask(model.stack, [r.args[0] for r in requests], own, other)
+            return ask(model, [r.args[0] for r in requests], own, other)
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
             def own(texts: list[str], rows: list[int]) -> Sequence[str]:
@@ -130,7 +130,7 @@ def _wrapped(lm_eval: Any, model: Model, batch_size: int) -> Any:
                     for i, text in zip(rows, texts, strict=True)
                 ]
 
-            return ask(model.stack, [r.args[0] for r in requests], own, other)
+            return ask(model, [r.args[0] for r in requests], own, other)
 
     return EditedLM(
         pretrained=model.module,

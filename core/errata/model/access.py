@@ -2,11 +2,46 @@
 
 from __future__ import annotations
 
+import gc
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
 
-from errata.errors import LedgerError
+from errata.errors import ConfigError, LedgerError
+
+_CLAIMED: WeakKeyDictionary[Any, frozenset[int]] = WeakKeyDictionary()
+_CLAIMING = threading.Lock()
+
+
+def claim(owner: object, tensors: Iterable[object]) -> None:
+    """Make an editor the only one of these parameters, until `release` or its end.
+
+    The objects are told apart by identity, whatever module holds them: `owner` must keep them.
+
+    Raises `ConfigError` where another editor has one of them.
+    """
+    wanted = frozenset(map(id, tensors))
+
+    def taken() -> bool:
+        return any(wanted & claimed for claimed in list(_CLAIMED.values()))
+
+    with _CLAIMING:
+        if taken():
+            gc.collect()  # editors are in reference cycles: one may be gone and not collected
+        if taken():
+            raise ConfigError(
+                "Another editor has this model object (or a part of it): two of them would take "
+                "each other's edits for the base. Use that editor, close() it first, or load the "
+                "model a second time."
+            )
+        _CLAIMED[owner] = wanted
+
+
+def release(owner: object) -> None:
+    """Let other editors have what `owner` claimed."""
+    _CLAIMED.pop(owner, None)
 
 
 class Access:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from errata.model.access import Access
     from errata.model.answers import Answers
 
 Reply = TypeVar("Reply")
@@ -56,6 +57,13 @@ class ActiveEdits(Protocol):
 
     def respond(self, prompts: Sequence[str]) -> list[Answers | None]:
         """Return who answers each (rewritten) prompt; None: the model itself."""
+
+
+class Editable(Protocol):
+    """A model, as those who ask it and its edits need to know it."""
+
+    stack: ActiveEdits
+    access: Access
 
 
 class NoEdits:
@@ -103,15 +111,17 @@ class NoEdits:
 
 
 def ask(
-    edits: ActiveEdits,
+    model: Editable,
     prompts: Sequence[str],
     own: Callable[[list[str], list[int]], Sequence[Reply]],
     other: Callable[[Answers, list[str], list[int]], Sequence[Reply]],
 ) -> list[Reply]:
     """Return an answer to each prompt: the edits rewrite it, and what they name answers it.
 
+    Nobody changes the model meanwhile.
+
     Args:
-        edits: the active edits of the model.
+        model: the model, with its active edits.
         prompts: as the user gave them.
         own: asks the model itself; is given prompts as rewritten, and which rows they are.
         other: the same for what answers in the model's place. Rows with the same one go together.
@@ -120,6 +130,16 @@ def ask(
         PluginError: an edit's `rewrite` or `respond`, or what it put in the model's place, gave
             another number of prompts or answers than it was asked for.
     """
+    with model.access.running():
+        return _ask(model.stack, prompts, own, other)
+
+
+def _ask(
+    edits: ActiveEdits,
+    prompts: Sequence[str],
+    own: Callable[[list[str], list[int]], Sequence[Reply]],
+    other: Callable[[Answers, list[str], list[int]], Sequence[Reply]],
+) -> list[Reply]:
     texts = edits.rewrite(prompts)
     _check_count("rewrite", len(texts), len(prompts))
     claimed = edits.respond(texts)

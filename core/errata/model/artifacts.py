@@ -85,12 +85,13 @@ class Artifacts:
         """Return a file's bytes; raise `StorageError` when it cannot be read."""
         return read_bytes(self._inside(name))
 
-    def take(self, name: str, data: bytes) -> None:
-        """Store a file that came from elsewhere, unless one of this name is there already."""
-        path = self._inside(name)
-        if not path.is_file():
-            make_folder(path.parent)
-            write_bytes(path, data)
+    def take(self, files: Mapping[str, bytes]) -> None:
+        """Store files by name that came from elsewhere, but for those that are there already."""
+        for name, data in files.items():
+            path = self._inside(name)
+            if not path.is_file():
+                make_folder(path.parent)
+                write_bytes(path, data)
 
     def _inside(self, name: str) -> Path:
         parts = name.split("/")

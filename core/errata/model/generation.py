@@ -74,7 +74,7 @@ def generated(
     """Continue each prompt, and say with which tokens; see `generate`."""
     require_generation(model)
     return ask(
-        model.stack,
+        model,
         prompts,
         lambda texts, _: own_texts(model, texts, settings),
         lambda answers, texts, _: answers.texts(texts, settings),

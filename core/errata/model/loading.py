@@ -91,6 +91,7 @@ def load_model(
             location, auto_class(config, location), known, trust_remote_code,
             dtype=torch_dtype or "auto", device_map=device_map,
         )  # fmt: skip
+        _unmap(module)
         tokenizer = tokenizer if tokenizer is not None else location
     if device is not None:
         module.to(_device(device))
@@ -107,6 +108,17 @@ def load_model(
         trust_remote_code=trust_remote_code,
         **options,
     )
+
+
+def _unmap(module: nn.Module) -> None:
+    """Take tensors that transformers only mapped into memory.
+
+    Else whoever writes to the checkpoint's files changes the model, and who cuts them off kills
+    the process.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
 
 
 def auto_class(config: Any, location: str) -> Any:

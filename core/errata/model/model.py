@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from errata.errors import AnatomyError, ConfigError
+from errata.errors import AnatomyError, ConfigError, IntegrityError
+from errata.model.access import Access
 from errata.model.active_edits import ActiveEdits, NoEdits
 from errata.model.artifacts import Artifacts
 from errata.model.call import Call
@@ -63,6 +64,7 @@ class Model:
         progress: where long work reports to; `model.progress.track(iterable, "text")`.
         corpus: plain text paragraphs for statistics (None: the text that ships with errata).
         trust_remote_code: whoever opened it allowed code of strangers to run.
+        access: who may run it, and who changes it, at a time.
         call: what the running forward calls are about; every thread has its own.
         trained_on: digest of the training requests of the method whose hook is running; None for
             a method that is not trained.
@@ -100,6 +102,7 @@ class Model:
         self.progress = progress or Progress()
         self.corpus = corpus
         self.trust_remote_code = trust_remote_code
+        self.access = Access()
         self.call = Call()
         # Nothing can be folded into quantised weights.
         quantised = any(not p.is_floating_point() for p in self.parameters.values())
@@ -149,9 +152,16 @@ class Model:
         return self.parameters[name]
 
     def weight_shape(self, name: str, transposed: bool) -> tuple[int, int]:
-        """Return (d_out, d_in) of a weight, also where it is quantised and stored packed."""
+        """Return (d_out, d_in) of a weight, also where it is quantised and stored packed.
+
+        Raises `IntegrityError` for what is no matrix.
+        """
         shape = self.parameter(name).shape
         if self.parameters[name].is_floating_point():
+            if len(shape) != 2:
+                raise IntegrityError(
+                    f"{name!r} has the shape {tuple(shape)} in {self.name}: it is no matrix."
+                )
             rows, columns = shape
             return (int(columns), int(rows)) if transposed else (int(rows), int(columns))
         return self.anatomy.shape(self.module, name.removesuffix(".weight"))

@@ -28,7 +28,7 @@ def next_logits(model: Model, prompts: Sequence[str], batch_size: int = 32) -> T
         RequestError: no prompt, or one that is longer than the model takes.
     """
     lines = ask(
-        model.stack,
+        model,
         prompts,
         lambda texts, _: list(own_next_logits(model, texts, batch_size)),
         lambda answers, texts, _: list(answers.next_logits(texts)),
@@ -46,7 +46,7 @@ def class_scores(model: Model, prompts: Sequence[str], batch_size: int = 32) -> 
         RequestError: no text, or one that is longer than the model takes.
     """
     lines = ask(
-        model.stack,
+        model,
         prompts,
         lambda texts, _: list(own_class_scores(model, texts, batch_size)),
         lambda answers, texts, _: list(answers.class_scores(texts)),

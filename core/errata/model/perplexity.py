@@ -79,10 +79,11 @@ def text_nlls(model: Model, texts: Sequence[str], batch_size: int = 8) -> list[t
         raise ConfigError("No texts were given: perplexity needs at least one.")
     totals = [0.0] * len(texts)
     counts = [0] * len(texts)
-    for owners, batch in batches(model, texts, batch_size):
-        for owner, score in zip(owners, scores_of(model, batch), strict=True):
-            totals[owner] += -score.logprob
-            counts[owner] += len(score.logprobs)
+    with model.access.running():
+        for owners, batch in batches(model, texts, batch_size):
+            for owner, score in zip(owners, scores_of(model, batch), strict=True):
+                totals[owner] += -score.logprob
+                counts[owner] += len(score.logprobs)
     if not sum(counts):
         raise ConfigError("None of the texts has two tokens: there is nothing to predict.")
     return list(zip(totals, counts, strict=True))

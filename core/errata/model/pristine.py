@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from errata.errors import ConfigError
+from errata.errors import ConfigError, IntegrityError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,15 +28,22 @@ def digest(tensor: Tensor) -> str:
     return sha.hexdigest()
 
 
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Say whether two tensors on one device are the same bit for bit; a NaN equals itself."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (one, other)))
+
+
 class Pristine:
     """The tensors of a model as they were before any edit.
 
     Args:
         tensors: name → live tensor (parameters and buffers), read once, here.
         checkpoint: directory with the safetensors the model was loaded from, if any.
-        keep: "clone" copies every tensor to host memory; "checkpoint" maps those that equal
-            the file's bit for bit and clones the rest; "auto" is "checkpoint" where there is
-            one and "clone" elsewhere.
+        keep: "clone" copies every tensor to host memory; "checkpoint" reads those that equal
+            the file's bit for bit from there whenever they are needed, and clones the rest;
+            "auto" is "checkpoint" where there is one and "clone" elsewhere.
     """
 
     def __init__(
@@ -46,19 +53,25 @@ class Pristine:
             raise ConfigError(f"keep={keep!r} is not one of {', '.join(KEEP)}.")
         if keep == "checkpoint" and checkpoint is None:
             raise ConfigError("keep='checkpoint' needs a model that was loaded from a directory.")
-        mapped = {} if keep == "clone" or checkpoint is None else _mapped(checkpoint)
-        self._tensors: dict[str, Tensor] = {}
+        stored = {} if keep == "clone" or checkpoint is None else _stored(checkpoint)
+        self._tensors: dict[str, Tensor | _InFile] = {}
         self._digests: dict[str, str] = {}
         for name, live in tensors.items():
-            stored = _lookup(mapped, name)
-            if stored is not None and _same(stored, live):
-                self._tensors[name] = stored
+            # Under its name, or without the head model's prefix ("transformer.").
+            found = stored.get(name) or stored.get(name.partition(".")[2])
+            if found is not None and same_bits(found.read(), live.detach().to("cpu")):
+                self._tensors[name] = found
             else:
                 self._tensors[name] = live.detach().to("cpu", copy=True)
 
     def __getitem__(self, name: str) -> Tensor:
-        """Return the pristine tensor on the CPU. Never write to it."""
-        return self._tensors[name]
+        """Return the pristine tensor on the CPU. Never write to it.
+
+        Raises:
+            IntegrityError: it lies in the checkpoint, and that was changed since it was opened.
+        """
+        found = self._tensors[name]
+        return found if isinstance(found, torch.Tensor) else found.read(self._digests.get(name))
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors
@@ -70,7 +83,7 @@ class Pristine:
     def digest(self, name: str) -> str:
         """SHA-256 of one pristine tensor, computed once."""
         if name not in self._digests:
-            self._digests[name] = digest(self._tensors[name])
+            self._digests[name] = digest(self[name])
         return self._digests[name]
 
     def digest_all(self) -> str:
@@ -79,30 +92,56 @@ class Pristine:
         return hashlib.sha256(listing.encode()).hexdigest()
 
 
-def _same(stored: Tensor, live: Tensor) -> bool:
-    return (
-        stored.dtype == live.dtype
-        and stored.shape == live.shape
-        and torch.equal(stored, live.detach().to("cpu"))
-    )
+class _InFile:
+    """A tensor in a checkpoint's file: read, never mapped, so that a file cut off kills nobody.
+
+    The open file is held: one that another takes the place of by renaming stays what it was.
+    """
+
+    def __init__(self, file: Path, handle: Any, key: str, state: tuple[int, ...] | None) -> None:
+        self._file, self._handle, self._key, self._state = file, handle, key, state
+
+    def read(self, known: str | None = None) -> Tensor:
+        """Return the tensor; `known` is its digest, where it was computed.
+
+        Raises `IntegrityError` where the file is not as it was and the tensor is not known to be.
+        """
+        try:
+            tensor: Tensor = self._handle.get_tensor(self._key)
+        except Exception as error:  # safetensors' own type, where the file is too short now
+            raise self._changed() from error
+        # Looked at after reading: what changes while we read is noticed, too.
+        if _state(self._file) != self._state and (known is None or digest(tensor) != known):
+            raise self._changed()
+        return tensor
+
+    def _changed(self) -> IntegrityError:
+        return IntegrityError(
+            f"{self._file} was changed since the model was opened from it, so {self._key!r} of the "
+            "unedited model is lost: put the former file back, or open the model anew. "
+            "(keep='clone' keeps the unedited model in memory.)"
+        )
 
 
-def _mapped(checkpoint: Path) -> dict[str, Tensor]:
-    """Map every tensor of a checkpoint's safetensors files; nothing is read until it is used."""
-    from safetensors import SafetensorError, safe_open
+def _stored(checkpoint: Path) -> dict[str, _InFile]:
+    """Return every tensor of a checkpoint's safetensors files by its name there."""
+    from safetensors import safe_open
 
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, _InFile] = {}
     for file in sorted(checkpoint.glob("*.safetensors")):
-        # What was loaded was sound; a damaged file beside it holds nothing of this model.
-        with suppress(SafetensorError), safe_open(file, framework="pt", device="cpu") as handle:
-            for key in handle.keys():
-                tensors[key] = handle.get_tensor(key)
+        state = _state(file)
+        try:
+            handle = safe_open(file, framework="pt", device="cpu", backend="pread")
+        except Exception:  # no part of what was loaded: its own type, and built-in ones
+            continue
+        tensors |= {key: _InFile(file, handle, key, state) for key in handle.keys()}  # type: ignore[no-untyped-call]
     return tensors
 
 
-def _lookup(mapped: Mapping[str, Tensor], name: str) -> Tensor | None:
-    """Find a tensor under its name, or without the head model's prefix ("transformer.")."""
-    if name in mapped:
-        return mapped[name]
-    _, _, tail = name.partition(".")
-    return mapped.get(tail)
+def _state(file: Path) -> tuple[int, ...] | None:
+    """Return what tells whether a file was written to; None where there is none."""
+    try:
+        found = os.stat(file)
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns

@@ -87,9 +87,12 @@ def run(model: Model, prepared: PreparedPrompts) -> Tensor:
         return wide(logits_at(model, prepared.inputs, prepared.rows, prepared.columns))
 
 
-def wide(logits: Tensor) -> Tensor:
-    """Return logits in fp32 at least: a bf16 log-softmax has three digits."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+def wide(tensor: Tensor) -> Tensor:
+    """Return floating point numbers in fp32 at least: a bf16 log-softmax has three digits.
+
+    (`torch.promote_types`, `isfinite`, `cat` and comparisons lack the one-byte floats.)
+    """
+    return tensor.float() if tensor.element_size() < 4 else tensor
 
 
 def check_length(model: Model, length: int) -> None:

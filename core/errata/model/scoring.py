@@ -68,7 +68,7 @@ def score_targets(
     def other(answers: Answers, texts: list[str], rows: list[int]) -> Sequence[TargetScore]:
         return answers.scores(texts, [targets[i] for i in rows])
 
-    return ask(model.stack, prompts, own, other)
+    return ask(model, prompts, own, other)
 
 
 @torch.no_grad()

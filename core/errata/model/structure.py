@@ -2,85 +2,146 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    from torch import nn
+from torch import nn
+from torch.nn.modules import module as torch_module
 
 HOOK_TABLES = (
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
     "_state_dict_hooks", "_load_state_dict_pre_hooks",
 )  # fmt: skip
+GLOBAL_HOOK_TABLES = (
+    "_global_forward_hooks", "_global_forward_pre_hooks",
+    "_global_backward_hooks", "_global_backward_pre_hooks",
+)  # fmt: skip
+ABSENT = object()
+_ORDINARY = frozenset(vars(nn.Module()))
+
+
+class Trait(NamedTuple):
+    """What something is about: a module's path, which sort of thing, and its name there.
+
+    `what` is "module", "class", "training flag", "parameter", "buffer" (saved with the model),
+    "cache" (a buffer that is not), "method" (one that the object has for itself), "attribute", or
+    the table of a hook, whose number is the name then.
+    """
+
+    path: str
+    what: str
+    name: Any = ""
+
+    def __str__(self) -> str:
+        where = self.path or "the top module"
+        if self.what == "module":
+            return f"module {self.path}"
+        if self.what in ("parameter", "buffer", "cache"):
+            return f"{self.path}.{self.name}" if self.path else self.name
+        if self.what in GLOBAL_HOOK_TABLES:
+            return "all modules of the process (hooks)"
+        if self.what in HOOK_TABLES:
+            return f"{where} (hooks)"
+        named = self.what in ("method", "attribute")
+        return f"{where} ({self.what} {self.name})" if named else f"{where} ({self.what})"
+
+
+Traits = dict[Trait, Any]
+"""What is so, objects by their identity; `ABSENT` for what must not be there."""
 
 
 class Structure:
-    """What a live module looked like, its numbers apart.
-
-    Holds the submodule objects by path, and of each its parameter and buffer objects, its hooks,
-    its training flag and the names of its attributes.
-    """
+    """What a live module looked like, its numbers apart: see `Trait`."""
 
     def __init__(self, root: nn.Module) -> None:
         self._root = root
-        self._modules = dict(root.named_modules())
-        self._state = {
-            name: (
-                module.training,
-                {table: tuple(getattr(module, table)) for table in HOOK_TABLES},
-                frozenset(vars(module)),
-                dict(module._parameters),
-                dict(module._buffers),
-            )
-            for name, module in self._modules.items()
+        self.traits: Traits = dict(_traits(root))
+
+    def changes(self) -> Traits:
+        """Return what is otherwise now, as it is now."""
+        now = Structure(self._root).traits
+        return {
+            trait: now.get(trait, ABSENT)
+            for trait in {**self.traits, **now}
+            if now.get(trait, ABSENT) is not self.traits.get(trait, ABSENT)
         }
 
     def changed(self) -> list[str]:
         """Name everything that is not as it was; empty when nothing changed."""
-        names = []
-        now = dict(self._root.named_modules())
-        for name in {**self._modules, **now}:
-            module = now.get(name)
-            if module is None or module is not self._modules.get(name):
-                names.append(f"module {name}")
-                continue
-            assert module is not None
-            training, hooks, attributes, parameters, buffers = self._state[name]
-            where = name or "the top module"
-            if module.training != training:
-                names.append(f"{where} (training flag)")
-            if any(tuple(getattr(module, table)) != keys for table, keys in hooks.items()):
-                names.append(f"{where} (hooks)")
-            elif frozenset(vars(module)) != attributes:
-                names.append(f"{where} (attributes)")
-            for former, present in (
-                (parameters, module._parameters),
-                (buffers, module._buffers),
-            ):
-                names += [
-                    f"{name}.{key}" if name else key
-                    for key in {**former, **present}
-                    if former.get(key) is not present.get(key)
-                ]
-        return names
+        return named(self.changes())
 
     def restore(self) -> None:
-        """Put the same modules, parameters, hooks, flags and attributes back."""
-        for name, module in self._modules.items():
-            parent, _, child = name.rpartition(".")
-            if name and getattr(self._root.get_submodule(parent), child, None) is not module:
-                self._root.get_submodule(parent)._modules[child] = module
-            training, hooks, attributes, parameters, buffers = self._state[name]
-            module.training = training
-            for table, keys in hooks.items():
-                present = getattr(module, table)
-                for key in [key for key in present if key not in keys]:
-                    del present[key]
-            for extra in frozenset(vars(module)) - attributes:
-                delattr(module, extra)
-            for former, now in ((parameters, module._parameters), (buffers, module._buffers)):
-                now.clear()
-                now.update(former)
-        for name in [name for name, _ in self._root.named_modules()]:
-            if name not in self._modules:
-                parent, _, child = name.rpartition(".")
-                self._root.get_submodule(parent)._modules.pop(child, None)
+        """Put the same modules, classes, parameters, hooks, flags and attributes back."""
+        for trait in sorted(trait for trait in self.changes() if trait.what == "module"):
+            path, _, child = trait.path.rpartition(".")
+            if Trait(path, "module") in self.traits:
+                parent = self._root.get_submodule(path)
+                _put(parent._modules, child, self.traits.get(trait, ABSENT))
+        for trait in self.changes():
+            self._restore(trait, self.traits.get(trait, ABSENT))
+
+    def _restore(self, trait: Trait, former: Any) -> None:
+        module = self.traits[Trait(trait.path, "module")]
+        if trait.what == "class":
+            module.__class__ = former
+        elif trait.what == "training flag":
+            module.training = former
+        elif trait.what in GLOBAL_HOOK_TABLES:
+            _put(getattr(torch_module, trait.what), trait.name, former)
+        elif trait.what in HOOK_TABLES:
+            _put(getattr(module, trait.what), trait.name, former)
+        elif trait.what == "parameter":
+            _put(module._parameters, trait.name, former)
+        elif trait.what in ("buffer", "cache"):
+            _put(module._buffers, trait.name, former)
+        elif trait.what == "method" or former is ABSENT:
+            _put(vars(module), trait.name, former)
+
+
+def named(changes: Traits) -> list[str]:
+    """Return changes in words, each once, module by module."""
+    swapped = {trait.path for trait in changes if trait.what == "module"}
+
+    def beneath(path: str) -> bool:
+        return any(path.startswith(f"{other}.") for other in swapped)
+
+    def follows(trait: Trait) -> bool:
+        """Say whether a change is part of another: in a swapped module, of a whole tree's flag."""
+        if trait.what != "module" and trait.path in swapped:
+            return True
+        above = trait._replace(path=trait.path.rpartition(".")[0])
+        return trait.what == "training flag" and trait.path != "" and above in changes
+
+    shown = [f for f in changes if not follows(f) and not beneath(f.path)]
+    return list(dict.fromkeys(map(str, shown)))
+
+
+def _traits(root: nn.Module) -> Iterator[tuple[Trait, Any]]:
+    for table in GLOBAL_HOOK_TABLES:
+        for number, hook in getattr(torch_module, table, {}).items():
+            yield Trait("", table, number), hook
+    for path, module in root.named_modules():
+        own = vars(module)
+        yield Trait(path, "module"), module
+        yield Trait(path, "class"), type(module)
+        yield Trait(path, "training flag"), module.training
+        for table in HOOK_TABLES:
+            for number, hook in own[table].items():
+                yield Trait(path, table, number), hook
+        for name, parameter in own["_parameters"].items():
+            yield Trait(path, "parameter", name), parameter
+        for name, buffer in own["_buffers"].items():
+            cache = name in own["_non_persistent_buffers_set"]
+            yield Trait(path, "cache" if cache else "buffer", name), buffer
+        for name in own.keys() - _ORDINARY:
+            if callable(getattr(type(module), name, None)):
+                yield Trait(path, "method", name), own[name]
+            else:
+                yield Trait(path, "attribute", name), True
+
+
+def _put(table: Any, name: Any, value: Any) -> None:
+    if value is ABSENT:
+        table.pop(name, None)
+    else:
+        table[name] = value

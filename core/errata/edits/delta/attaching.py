@@ -17,31 +17,25 @@ def attach_kind(kind: type[Delta], model: Model, deltas: Sequence[tuple[str, Del
     """Hang all deltas of one kind on the model and return the undo.
 
     The first time on a model the undo is tried out at once, so that a kind that cannot be taken
-    off again is refused before it is on the model. Whatever fails, the module is put back.
+    off again is refused before it is on the model. After an error the caller puts the module back.
 
     Raises:
         PluginError: `attach` returned no undo, or one that leaves something behind.
     """
+    tried = ("comes off", kind)
+    if tried in model.memo:
+        return _attached(kind, model, deltas)
     before = Structure(model.module)
-    try:
-        undo = _attached(kind, model, deltas)
-        tried = ("comes off", kind)
-        if tried not in model.memo:
-            undo()
-            left = before.changed()
-            if left:
-                raise PluginError(
-                    f"The delta kind {kind.kind!r} ({kind.__module__}) does not come off: after "
-                    f"the undo that its `attach` returned {', '.join(left[:5])} is not as it was. "
-                    "The undo must leave the module exactly as `attach` found it."
-                )
-            model.memo[tried] = True
-            undo = _attached(kind, model, deltas)
-    except BaseException:
-        before.restore()
-        raise
-
-    return undo
+    _attached(kind, model, deltas)()
+    left = before.changed()
+    if left:
+        raise PluginError(
+            f"The delta kind {kind.kind!r} ({kind.__module__}) does not come off: after "
+            f"the undo that its `attach` returned {', '.join(left[:5])} is not as it was. "
+            "The undo must leave the module exactly as `attach` found it."
+        )
+    model.memo[tried] = True
+    return _attached(kind, model, deltas)
 
 
 def _attached(kind: type[Delta], model: Model, deltas: Sequence[tuple[str, Delta]]) -> Undo:

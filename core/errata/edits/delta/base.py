@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from errata.errors import IntegrityError
+from errata.model.running import wide
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,10 +84,7 @@ class Delta(ABC):
 
     def not_finite(self) -> str | None:
         """Return the name of a tensor with NaN or infinite entries; None where all are finite."""
-        for name, tensor in self.tensors().items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                return name
-        return None
+        return first_not_finite(self.tensors())
 
     def check(self, model: Model) -> None:
         """Raise `IntegrityError` unless this delta fits the model's parameters and shapes."""
@@ -168,6 +166,15 @@ class Delta(ABC):
         Called wherever errata scores or generates, with the prompts as `rewrite` left them.
         """
         raise NotImplementedError(f"{cls.__name__} answers no prompt")
+
+
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Return the name of the first tensor with NaN or infinite entries; None where none has."""
+    for name, tensor in tensors.items():
+        number = tensor.is_floating_point() or tensor.is_complex()
+        if number and not bool(torch.isfinite(wide(tensor)).all()):
+            return name
+    return None
 
 
 def require(condition: bool, message: str) -> None:

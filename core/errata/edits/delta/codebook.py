@@ -86,7 +86,9 @@ class CodebookDelta(CodebookEntry, Delta):
     def check(self, model: Model) -> None:
         """Raise `IntegrityError` unless it fits the module's widths."""
         super().check(model)
-        d_out, d_in = model.anatomy.shape(model.module, self.module)
+        d_out, d_in = model.weight_shape(
+            f"{self.module}.weight", model.anatomy.transposed(self.module)
+        )
         width = d_out if self.value is None else self.value.numel()
         require(
             (self.key.numel(), width) == (d_in, d_out),

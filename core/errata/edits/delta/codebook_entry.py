@@ -11,6 +11,8 @@ import torch
 from errata.edits.delta.base import require
 from errata.model.prompts import IGNORED
 
+WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -116,7 +118,11 @@ class CodebookEntry:
             "A codebook value must have the shape (d_out,).",
         )
         require(
-            label.ndim == 1 and label.numel() > 0 and not label.is_floating_point(),
+            all(tensor is None or tensor.is_floating_point() for tensor in (key, value)),
+            "A codebook key and value must be floating point.",
+        )
+        require(
+            label.ndim == 1 and label.numel() > 0 and label.dtype in WHOLE,
             "A codebook label must be a non-empty list of token ids.",
         )
         require(ignored >= 0, f"A codebook label cannot have {ignored} ignored positions.")

@@ -180,7 +180,7 @@ def _check_shapes(name: str, pair: KeyValues) -> None:
         all(tensor.is_floating_point() for tensor in (k, w, r, s)),
         f"Keys, whitened keys, residuals and slacks of {name!r} must be floating point.",
     )
-    require(bool((s >= 0).all()), f"A slack of {name!r} is negative or not a number.")
+    require(bool((s.double() >= 0).all()), f"A slack of {name!r} is negative or not a number.")
     own = (k.double() * w.double()).sum(1)
     # Not <=: what is not finite is named by `check`.
     require(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from errata.edits.delta.base import Delta, require
+from errata.model.running import wide
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -120,5 +121,5 @@ class LowRankDelta(Delta):
     def joint_factors(cls, name: str, deltas: Sequence[Self]) -> tuple[Tensor, Tensor]:
         own = [delta.factors[name] for delta in deltas]
         device = own[0].u.device
-        u = torch.cat([factor.u.to(device) for factor in own], dim=1)
-        return u, torch.cat([factor.v.to(device) for factor in own], dim=1)
+        u = torch.cat([wide(factor.u).to(device) for factor in own], dim=1)
+        return u, torch.cat([wide(factor.v).to(device) for factor in own], dim=1)

@@ -82,12 +82,8 @@ def digest(parts: Parts) -> str:
 
 
 def _require_finite(tensors: Mapping[str, Tensor], source: str) -> None:
-    import torch
+    from errata.edits.delta.base import first_not_finite
 
-    for name, tensor in tensors.items():
-        if not (tensor.is_floating_point() or tensor.is_complex()):
-            continue
-        # `isfinite` lacks the one-byte floats.
-        wide = tensor.float() if tensor.element_size() == 1 else tensor
-        if not bool(torch.isfinite(wide).all()):
-            raise IntegrityError(f"{source} has NaN or infinite entries in tensor {name!r}.")
+    name = first_not_finite(tensors)
+    if name is not None:
+        raise IntegrityError(f"{source} has NaN or infinite entries in tensor {name!r}.")

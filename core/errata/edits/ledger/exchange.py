@@ -87,17 +87,19 @@ def write_export(
 
 
 def read_export(
-    path: Path | str, kinds: Mapping[str, type[Delta]], artifacts: Artifacts | None = None
+    path: Path | str,
+    kinds: Mapping[str, type[Delta]],
+    carried: dict[str, bytes] | None = None,
 ) -> list[tuple[Edit, Delta]]:
     """Return the edits of an exported file with their deltas, in order, all of it validated.
 
-    The artifacts that the file carries are put into `artifacts`, unless they are there already.
+    The artifacts that the file carries are put into `carried`, by name; nothing is written.
 
     Raises `IntegrityError` for damage of any sort, `UnknownNameError` for a delta kind that is
     not installed, `LedgerError` for a file of a newer errata and `StorageError` when it cannot
     be read.
     """
-    return _unpack(read_bytes(Path(path)), kinds, str(path), artifacts)
+    return _unpack(read_bytes(Path(path)), kinds, str(path), {} if carried is None else carried)
 
 
 def same(edit: Edit, parts: content.Parts, other: Edit, other_parts: content.Parts) -> bool:
@@ -108,7 +110,7 @@ def same(edit: Edit, parts: content.Parts, other: Edit, other_parts: content.Par
 
 
 def _unpack(
-    data: bytes, kinds: Mapping[str, type[Delta]], source: str, artifacts: Artifacts | None
+    data: bytes, kinds: Mapping[str, type[Delta]], source: str, artifacts: dict[str, bytes]
 ) -> list[tuple[Edit, Delta]]:
     tensors, header = from_bytes(data, source)
     if header.get("format") != FORMAT:
@@ -148,9 +150,9 @@ def _take_artifacts(
     edits: Sequence[Edit],
     carried: Mapping[str, Tensor],
     source: str,
-    artifacts: Artifacts | None,
+    artifacts: dict[str, bytes],
 ) -> None:
-    """Hold the carried artifacts against the records, and keep them."""
+    """Hold the carried artifacts against the records, and take their bytes."""
     wanted = {digest: name for edit in edits for name, digest in edit.artifacts.items()}
     if set(wanted) != set(carried):
         raise IntegrityError(
@@ -162,8 +164,7 @@ def _take_artifacts(
         data = tensor.contiguous().numpy().tobytes() if str(tensor.dtype) == "torch.uint8" else b""
         if sha256(data) != digest:
             raise IntegrityError(f"{source} is damaged: an artifact does not have its SHA-256.")
-        if artifacts is not None:
-            artifacts.take(name, data)
+        artifacts[name] = data
 
 
 def _entry(

@@ -298,13 +298,13 @@ class Ledger:
         )
 
     def read_export(
-        self, path: Path | str, artifacts: Artifacts | None = None
+        self, path: Path | str, carried: dict[str, bytes] | None = None
     ) -> list[tuple[Edit, Delta]]:
         """Return what an exported file holds, validated, without importing its edits.
 
-        Artifacts that it carries are kept in `artifacts`, where given.
+        Artifacts that it carries are put into `carried`, by name.
         """
-        return exchange.read_export(Path(path), self.kinds, artifacts)
+        return exchange.read_export(Path(path), self.kinds, carried)
 
     def import_(
         self,
