@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import secrets
 import struct
@@ -35,7 +36,7 @@ def canonical(value: Any) -> str:
 def parse_json(text: str | bytes, source: str = "data") -> Any:
     """Parse JSON from outside: finite numbers only; raise `IntegrityError` for anything else."""
     try:
-        return json.loads(text, parse_constant=_refuse_number, parse_float=_finite)
+        return _DECODER.decode(text.decode() if isinstance(text, bytes) else text)
     except (ValueError, TypeError, RecursionError) as error:
         raise IntegrityError(f"{source} is not sound JSON: {error}") from None
 
@@ -46,9 +47,12 @@ def _refuse_number(text: str) -> NoReturn:
 
 def _finite(text: str) -> float:
     number = float(text)
-    if number in (float("inf"), float("-inf")):
+    if math.isinf(number):
         _refuse_number(text)
     return number
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_number, parse_float=_finite)
 
 
 # -- bytes -----------------------------------------------------------------------------------------

@@ -60,9 +60,12 @@ class DeltaFiles:
                 raise IntegrityError(f"{source} is missing.")
             return data
         path = self._path(self._folder, digest)
-        if not path.is_file():
-            raise IntegrityError(f"{source} is missing: {path} is not there. Restore it.")
-        return read_bytes(path, digest)
+        try:
+            return read_bytes(path, digest)
+        except StorageError:
+            if path.is_file():
+                raise
+            raise IntegrityError(f"{source} is missing: {path} is not there. Restore it.") from None
 
     def settle(self) -> None:
         """Keep what the transaction in progress wrote."""
@@ -87,7 +90,7 @@ class DeltaFiles:
 
     @staticmethod
     def _path(folder: Path, digest: str) -> Path:
-        return folder / "blobs" / digest[:2] / f"{digest}.safetensors"
+        return folder / f"blobs/{digest[:2]}/{digest}.safetensors"
 
 
 SMALLEST = 512
