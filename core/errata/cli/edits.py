@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -268,10 +267,11 @@ def _copy_active(session: Session, editor: Editor) -> None:
     """Put the edits that are active in the ledger on an editor that records nothing there."""
     if not session.has_ledger():
         return
-    with session.read_ledger(kinds=True) as ledger, tempfile.TemporaryDirectory() as scratch:
-        active = ledger.active_ids()
-        if active:
-            editor.apply(ledger.export(active, Path(scratch) / "active.errata"))
+    with session.read_ledger(kinds=True) as ledger:
+        pairs = [(ledger.get(name), ledger.delta(name)) for name in ledger.active_ids()]
+    if pairs:
+        editor.ledger.import_(session.ledger, pairs, active=True)
+        editor.refresh()
 
 
 def _run(

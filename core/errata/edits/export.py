@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -12,6 +12,7 @@ import torch
 from errata.edits.delta import AdapterDelta
 from errata.edits.factors import Change, changes
 from errata.errors import CapabilityError, ConfigError, StorageError, UnknownNameError
+from errata.model.scratch import OLD, noted, unfinished
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -132,13 +133,22 @@ def _folder(path: Path, overwrite: bool, fill: object) -> Path:
         raise ConfigError(f"{path} exists already: choose another place, or pass overwrite.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
-            new = Path(scratch) / "new"
-            new.mkdir()
-            fill(new)
-            if path.exists():
-                path.rename(Path(scratch) / "old")
-            new.rename(path)
+        scratch = unfinished(path)
+        with noted(scratch, path):
+            new, old = scratch / "new", scratch / OLD
+            try:
+                new.mkdir(parents=True)
+                fill(new)
+                if path.exists():
+                    path.rename(old)
+                try:
+                    new.rename(path)
+                except BaseException:
+                    if old.exists():
+                        old.rename(path)
+                    raise
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
         raise StorageError(f"Cannot write {path}: {error.strerror or error}") from error
     return path

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from errata.edits.ledger import content, exchange
 from errata.edits.ledger.check import problems
 from errata.edits.ledger.database import Database
-from errata.edits.ledger.files import refuse_lost_database
+from errata.edits.ledger.files import PRIVATE_FOLDER, make_private, refuse_lost_database
 from errata.edits.ledger.schema import KINDS, NOTE_KIND, Event, Row, edit_of, record_text
 from errata.errors import IntegrityError, LedgerError, StorageError, UnknownNameError
 from errata.model.artifacts import Artifacts
+from errata.model.scratch import sweep
 from errata.model.storage import make_folder, sha256
 
 if TYPE_CHECKING:
@@ -89,9 +90,13 @@ class Ledger:
         if is_file:
             raise IntegrityError(f"{folder} is a file; a ledger is a folder. Give another path.")
         if not readonly:
-            make_folder(folder)
+            make_folder(folder, PRIVATE_FOLDER)
             refuse_lost_database(folder)
-        return cls(Database(folder, timeout, readonly), folder, known)
+        database = Database(folder, timeout, readonly)
+        if not readonly:
+            make_private(folder)
+            sweep()
+        return cls(database, folder, known)
 
     @property
     def head(self) -> int:
