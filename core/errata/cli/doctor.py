@@ -20,7 +20,7 @@ from errata.cli import render
 from errata.cli.session import LEDGER, Session, command, remembered
 from errata.contract import plugins
 from errata.errors import ErrataError
-from errata.model.artifacts import default_directory
+from errata.model.scratch import default_directory
 
 PANEL = "Catalogue and environment"
 LIBRARIES = ("torch", "transformers", "peft", "safetensors", "pydantic", "pluggy", "typer", "rich")

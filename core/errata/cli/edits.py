@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -274,18 +273,20 @@ def _requests(
 
 
 def _left_over(editor: Editor, requests: Sequence[Request]) -> list[Request]:
-    done = {r.digest for entry in editor.log() if entry.active for r in entry.edit.requests}
-    return [request for request in requests if request.digest not in done]
+    made = editor.ledger.find(request.digest for request in requests)
+    active = set(editor.model.stack.ids)
+    return [request for request in requests if active.isdisjoint(made.get(request.digest, ()))]
 
 
 def _copy_active(session: Session, editor: Editor) -> None:
     """Put the edits that are active in the ledger on an editor that records nothing there."""
     if not session.has_ledger():
         return
-    with session.read_ledger(kinds=True) as ledger, tempfile.TemporaryDirectory() as scratch:
-        active = ledger.active_ids()
-        if active:
-            editor.apply(ledger.export(active, Path(scratch) / "active.errata"))
+    with session.read_ledger(kinds=True) as ledger:
+        pairs = [(ledger.get(name), ledger.delta(name)) for name in ledger.active_ids()]
+    if pairs:
+        editor.ledger.import_(session.ledger, pairs, active=True)
+        editor.refresh()
 
 
 def _run(
@@ -301,10 +302,10 @@ def _run(
     apply = bool(how["apply"])
     shown = list(requests[:MANY]) if editor.model.generates else []
     before = answers(editor, shown)
-    refused_before = len(_refused(editor))
+    before_it = editor.ledger.head
     edits: list[Edit] = editor.edit(list(requests), method=method, **how) if requests else []
     after = answers(editor, shown) if apply else before
-    refused = _refused(editor)[refused_before:]
+    refused = [dict(event.detail) for event in editor.ledger.refused(after=before_it)]
     session.show(*_summary(session, editor, edits, shown, before, after, apply, recorded))
     if refused:
         session.show(Text(f"{len(refused)} refused; see: errata log --refused", style="warn"))
@@ -321,10 +322,6 @@ def _run(
             for r, a, b in zip(shown, before, after, strict=True)
         ],
     }
-
-
-def _refused(editor: Editor) -> list[dict[str, Any]]:
-    return [dict(event.detail) for event in editor.ledger.refused()]
 
 
 def answers(editor: Editor, requests: Sequence[Request]) -> list[str]:
@@ -419,9 +416,9 @@ def revert(
         wanted = list(ids or editor.model.stack.ids)
         before = set(editor.model.stack.ids)
         taken = editor.revert(*wanted, restore=restore) if wanted else []
-        back = [e.edit for e in editor.log() if e.active and e.edit.id not in before]
+        back = [edit for edit in editor.model.stack.entries if edit.id not in before]
         _changed(session, editor, {"reverted": taken, **({"restored": back} if restore else {})})
-        stale = sum(entry.stale for entry in editor.log())
+        stale = len(editor.ledger.stale_ids())
         if stale:
             note = "made on top of edits that are off now; see: errata rebase"
             session.say(f"{stale} stale: {note}", "warn")

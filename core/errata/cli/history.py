@@ -62,19 +62,18 @@ def log(
     (nearly the same key). Loads no model.
     """
     with session.read_ledger() as ledger:
-        edits, on = ledger.edits(), set(ledger.active_ids())
-        refusals = ledger.refused()
+        shown, on = ledger.edits(limit, active=active), set(ledger.active_ids())
+        total, stale = len(ledger.ids()), set(ledger.stale_ids())
+        refusals = ledger.refused() if refused else []
+        refusal_count = ledger.refusals()
         known = remembered(ledger)
-    total = len(edits)
-    shown = [edit for edit in edits if not active or edit.id in on]
-    shown = shown[-limit:] if limit else shown
     if session.json:
         session.emit(
             {
                 "ledger": str(session.ledger),
                 "model": known.get("name"),
                 "edits": [
-                    {**edit_json(edit, edit.id in on), "stale": edit.is_stale(on)} for edit in shown
+                    {**edit_json(edit, edit.id in on), "stale": edit.id in stale} for edit in shown
                 ],
                 "refused": [_refusal_json(event) for event in refusals] if refused else None,
             }
@@ -84,20 +83,19 @@ def log(
     head = f"{known.get('name', 'model not recorded')} · {state}"
     session.show(render.heading(str(session.ledger), head), "")
     if shown:
-        session.show(_log_table(shown, on, render.wide(session.out)))
+        session.show(_log_table(shown, on, stale, render.wide(session.out)))
     else:
         session.show("No edits." if not total else "No edit is active.")
     if refused:
         session.show("", _refusal_table(refusals) if refusals else "No edit was refused.")
-    elif refusals:
-        session.show(Text(f"\n{len(refusals)} refused: errata log --refused", style="muted"))
-    stale = sum(edit.is_stale(on) for edit in edits)
+    elif refusal_count:
+        session.show(Text(f"\n{refusal_count} refused: errata log --refused", style="muted"))
     if stale:
         note = "computed on top of edits that are off; errata rebase computes them again"
-        session.show(Text(f"\n{stale} stale: {note}", style="warn"))
+        session.show(Text(f"\n{len(stale)} stale: {note}", style="warn"))
 
 
-def _log_table(edits: list[Edit], on: set[str], wide: bool) -> Any:
+def _log_table(edits: list[Edit], on: set[str], stale: set[str], wide: bool) -> Any:
     """Return the log; in a narrow window the details go below each request."""
     notes = {edit.id: list(_notes(edit)) for edit in edits}
     clashing = any(notes.values())
@@ -123,7 +121,7 @@ def _log_table(edits: list[Edit], on: set[str], wide: bool) -> Any:
                 request.append(f"\n{note}", style="warn")
         grid.add_row(
             str(edit.sequence),
-            _state(edit, on),
+            _state(edit.id in on, edit.id in stale),
             Text(edit.id, style="accent" if is_on else "muted"),
             edit.method,
             *([kind] if wide else []),
@@ -135,10 +133,10 @@ def _log_table(edits: list[Edit], on: set[str], wide: bool) -> Any:
     return grid
 
 
-def _state(edit: Edit, on: set[str]) -> Text:
-    if edit.id not in on:
+def _state(is_on: bool, stale: bool) -> Text:
+    if not is_on:
         return Text("off", style="muted")
-    return Text("stale", style="warn") if edit.is_stale(on) else Text("on", style="good")
+    return Text("stale", style="warn") if stale else Text("on", style="good")
 
 
 def _notes(edit: Edit) -> Iterator[str]:

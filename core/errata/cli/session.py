@@ -329,8 +329,8 @@ def describe(error: Exception) -> dict[str, Any]:
 
 def remembered(ledger: Ledger) -> dict[str, Any]:
     """Return the last note about the ledger's model."""
-    notes = [event for event in ledger.events() if event.kind == MODEL_NOTE]
-    return dict(notes[-1].detail) if notes else {}
+    note = ledger.last(MODEL_NOTE)
+    return dict(note.detail) if note is not None else {}
 
 
 def calm_transformers() -> None:

@@ -89,9 +89,11 @@ class Edit(BaseModel):
     @property
     def delta(self) -> Delta:
         """The data of the change; raise `LedgerError` when it was not read from the ledger."""
-        if self._delta is None:
+        # Asked for thousands of times a change; through `self._delta` it is thirty times slower.
+        private = self.__pydantic_private__ or {}
+        delta: Delta | None = private.get("_delta")
+        if delta is None:
             raise LedgerError(f"The delta of edit {self.id} is not loaded: ask `ledger.delta(id)`.")
-        delta: Delta = self._delta
         return delta
 
     def is_stale(self, active: Collection[str]) -> bool:

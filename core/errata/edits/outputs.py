@@ -7,7 +7,7 @@ tells it from others. What lacks that sign, and whatever belongs to a ledger, is
 from __future__ import annotations
 
 import json
-import tempfile
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import pairwise
@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from errata.edits.ledger.schema import DATABASE
 from errata.errors import ConfigError, ErrataError, StorageError
+from errata.model.scratch import OLD, noted, unfinished
 from errata.model.storage import write_bytes
 
 LISTING = "errata.json"
@@ -119,12 +120,13 @@ def write_folder(path: Path, overwrite: bool, fill: Callable[[Path], object]) ->
     check_folder(path, overwrite)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
-            new, old = Path(scratch) / "new", Path(scratch) / "old"
-            new.mkdir()
-            fill(new)
-            list_files(new)
+        scratch = unfinished(path)
+        with noted(scratch, path):
+            new, old = scratch / "new", scratch / OLD
             try:
+                new.mkdir(parents=True)
+                fill(new)
+                list_files(new)
                 if path.exists():
                     path.rename(old)
                 new.rename(path)
@@ -132,6 +134,8 @@ def write_folder(path: Path, overwrite: bool, fill: Callable[[Path], object]) ->
                 if old.exists() and not path.exists():
                     old.rename(path)
                 raise
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
     except ErrataError:
         raise
     except Exception as error:  # those who save weights and tokenizers raise errors of their own

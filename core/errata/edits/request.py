@@ -141,7 +141,7 @@ class Request(_Frozen):
     @field_validator("neighbourhood", "locality", "portability", "attribute", mode="before")
     @classmethod
     def _plain_prompts_are_probes(cls, value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
+        if value and isinstance(value, (list, tuple)):
             return tuple({"prompt": item} if isinstance(item, str) else item for item in value)
         return value
 

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from errata.edits.fingerprint import check_fingerprint
-from errata.errors import IntegrityError, StorageError, UnknownNameError
 
 if TYPE_CHECKING:
     from errata.edits.edit import Edit
@@ -113,22 +112,12 @@ class Transactions:
         Returns:
             id → reason of the active edits that could not be read: they are not on the model.
         """
-        live = {edit.id: edit for edit in self._stack.entries}
-        damaged: dict[str, str] = {}
-        entries: list[Edit] = []
-        for edit_id in self._ledger.active_ids():
-            if edit_id in live:
-                entries.append(live[edit_id])
-                continue
-            try:
-                edit = self._ledger.bound(self._ledger.get(edit_id))
-            except (IntegrityError, StorageError, UnknownNameError) as error:
-                damaged[edit_id] = str(error)
-                logger.warning(
-                    "Edit %s is not on the model: %s Revert it to retire it.", edit_id, error
-                )
-                continue
+        recorded = set(self._ledger.active_ids())
+        kept = [edit for edit in self._stack.entries if edit.id in recorded]
+        new, damaged = self._ledger.read_active(known={edit.id for edit in kept})
+        for edit_id, why in damaged.items():
+            logger.warning("Edit %s is not on the model: %s Revert it to retire it.", edit_id, why)
+        for edit in new:
             check_fingerprint(self._model, edit)
-            entries.append(edit)
-        self._stack.set(entries)
+        self._stack.set([*kept, *new])
         return damaged

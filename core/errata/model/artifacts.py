@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errata.errors import IntegrityError
+from errata.model.scratch import default_directory
 from errata.model.storage import (
     make_folder,
     read_bytes,
@@ -19,14 +19,6 @@ from errata.model.storage import (
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-def default_directory() -> Path:
-    """Return the cache directory: $ERRATA_CACHE, else the platform's cache folder."""
-    given = os.environ.get("ERRATA_CACHE")
-    if given:
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "errata"
 
 
 class Artifacts:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-import secrets
 import struct
 from collections.abc import Mapping
 from contextlib import suppress
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from errata.errors import IntegrityError, StorageError
+from errata.model.scratch import noted, unfinished
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +36,7 @@ def canonical(value: Any) -> str:
 def parse_json(text: str | bytes, source: str = "data") -> Any:
     """Parse JSON from outside: finite numbers only; raise `IntegrityError` for anything else."""
     try:
-        return json.loads(text, parse_constant=_refuse_number, parse_float=_finite)
+        return _DECODER.decode(text.decode() if isinstance(text, bytes) else text)
     except (ValueError, TypeError, RecursionError) as error:
         raise IntegrityError(f"{source} is not sound JSON: {error}") from None
 
@@ -46,9 +47,12 @@ def _refuse_number(text: str) -> NoReturn:
 
 def _finite(text: str) -> float:
     number = float(text)
-    if number in (float("inf"), float("-inf")):
+    if math.isinf(number):
         _refuse_number(text)
     return number
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_number, parse_float=_finite)
 
 
 # -- bytes -----------------------------------------------------------------------------------------
@@ -118,19 +122,27 @@ def _check_header(data: bytes, source: str) -> dict[str, Any]:
 # -- files -----------------------------------------------------------------------------------------
 
 
-def write_bytes(
-    path: Path, data: bytes, scratch: Path | None = None, sync_parent: bool = True
-) -> None:
+def write_bytes(path: Path, data: bytes) -> None:
     """Write a file whole or not at all: temporary name, fsync, rename, fsync of the folder.
 
-    The temporary file lies beside `path`, or in the folder `scratch` of the same file system.
-    With `sync_parent=False` the rename is durable only after the caller's `sync_folder`.
-    Raises `StorageError` when the disk refuses; no partial file stays behind.
+    Raises `StorageError` when the disk refuses; no partial file stays behind, or where the
+    process is killed only until the next `sweep`.
     """
-    folder = path.parent if scratch is None else scratch
-    temporary = folder / f".{path.name[:64]}.{secrets.token_hex(6)}.tmp"
+    temporary = unfinished(path)
+    with noted(temporary, path):
+        replace_whole(path, data, temporary)
+
+
+def replace_whole(
+    path: Path, data: bytes, temporary: Path, *, sync_parent: bool = True, mode: int = 0o666
+) -> None:
+    """Write a file whole or not at all by way of `temporary`, on the same file system.
+
+    With `sync_parent=False` the rename is durable only after the caller's `sync_folder`. `mode`
+    is what the file may be used for, the umask taken off.
+    """
     try:
-        with open(temporary, "xb") as handle:
+        with open(temporary, "xb", opener=lambda name, how: os.open(name, how, mode)) as handle:
             handle.write(data)
             handle.flush()
             os.fsync(handle.fileno())
@@ -183,11 +195,11 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def make_folder(path: Path) -> None:
+def make_folder(path: Path, mode: int = 0o777) -> None:
     """Create a folder durably unless it exists; raise `StorageError` when the disk refuses."""
     try:
         if not path.is_dir():
-            path.mkdir(parents=True, exist_ok=True)
+            path.mkdir(mode=mode, parents=True, exist_ok=True)
             sync_folder(path.parent)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error

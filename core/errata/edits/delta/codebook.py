@@ -10,17 +10,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from errata.edits.delta.base import Delta, Undo, require
 from errata.edits.delta.codebook_entry import CodebookEntry, CodebookSettings
 from errata.edits.delta.codebook_router import Codebooks
+from errata.errors import IntegrityError
 
 if TYPE_CHECKING:
     from torch import Tensor
     from typing_extensions import Self
 
     from errata.model.model import Model
+
+
+_METADATA = {"module": str, "settings": dict, "ignored": int, "label_text": str, "notes": dict}
+_SETTINGS = {field.name for field in fields(CodebookSettings)}
+
+
+@lru_cache(maxsize=64, typed=True)
+def _same_settings(**values: Any) -> CodebookSettings:
+    """Return one object for the entries of a codebook, which mostly have the same settings."""
+    return CodebookSettings(**values)
 
 
 class CodebookDelta(CodebookEntry, Delta):
@@ -48,29 +60,28 @@ class CodebookDelta(CodebookEntry, Delta):
     @classmethod
     def from_parts(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Self:
         """Rebuild an entry; raise `IntegrityError` for anything that does not fit."""
-        require(
-            set(tensors) in ({"key", "label"}, {"key", "label", "value"}),
-            f"A codebook delta must hold key, label and value, not {sorted(tensors)}.",
-        )
-        wanted = {"module": str, "settings": dict, "ignored": int, "label_text": str, "notes": dict}
-        for name, sort in wanted.items():
-            require(
-                isinstance(metadata.get(name), sort),
-                f"A codebook delta's {name!r} is {metadata.get(name)!r}; "
-                f"it must be of type {sort.__name__}.",
+        # A ledger may hold thousands: messages are written only where something is wrong.
+        if set(tensors) - {"value"} != {"key", "label"}:
+            raise IntegrityError(
+                f"A codebook delta must hold key, label and value, not {sorted(tensors)}."
             )
+        for name, sort in _METADATA.items():
+            if not isinstance(metadata.get(name), sort):
+                raise IntegrityError(
+                    f"A codebook delta's {name!r} is {metadata.get(name)!r}; "
+                    f"it must be of type {sort.__name__}."
+                )
         settings = metadata["settings"]
-        known = {field.name for field in fields(CodebookSettings)}
-        require(
-            set(settings) == known,
-            f"A codebook delta's settings must be {sorted(known)}, not {sorted(settings)}.",
-        )
+        if set(settings) != _SETTINGS:
+            raise IntegrityError(
+                f"A codebook delta's settings must be {sorted(_SETTINGS)}, not {sorted(settings)}."
+            )
         return cls(
             metadata["module"],
             tensors["key"],
             tensors.get("value"),
             tensors["label"],
-            CodebookSettings(**settings),
+            _same_settings(**settings),
             ignored=metadata["ignored"],
             label_text=metadata["label_text"],
             notes=metadata["notes"],

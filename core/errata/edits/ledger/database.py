@@ -84,11 +84,13 @@ class Database:
         with self._lock, translated(self.where, self._timeout):
             return self.ready().execute(query, values).fetchall()
 
-    def events(self, after: int) -> list[Event]:
-        """Return the events with a number above `after`, the chain of digests verified."""
+    def events(self, after: int, last: int | None = None) -> list[Event]:
+        """Return the events with a number above `after` (up to `last`), the digests verified."""
         with self._lock:
-            query = f"SELECT {EVENT_COLUMNS} FROM events WHERE number > ? ORDER BY 1"
-            found = self.rows(query, (after,))
+            query = (
+                f"SELECT {EVENT_COLUMNS} FROM events WHERE number > ? AND number <= ? ORDER BY 1"
+            )
+            found = self.rows(query, (after, 2**62 if last is None else last))
             return events_of(found, self._link(found[0][0] - 1)) if found else []
 
     def missed(self) -> list[Event]:

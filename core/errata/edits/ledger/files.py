@@ -7,7 +7,13 @@ from pathlib import Path
 
 from errata.edits.ledger.schema import DATABASE
 from errata.errors import IntegrityError, StorageError
-from errata.model.storage import make_folder, read_bytes, sha256, sync_folder, write_bytes
+from errata.model.scratch import unfinished
+from errata.model.storage import make_folder, read_bytes, replace_whole, sha256, sync_folder
+
+PRIVATE_FOLDER, PRIVATE_FILE = 0o700, 0o600
+"""A ledger is its owner's: requests may hold what nobody else should read."""
+OWN = {DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm", "blobs", "tmp"}
+"""What a ledger's folder holds."""
 
 
 class DeltaFiles:
@@ -37,11 +43,12 @@ class DeltaFiles:
         path = self._path(self._folder, digest)
         scratch = self._folder / "tmp"
         for needed in (scratch, self._folder / "blobs", path.parent):
-            make_folder(needed)
+            make_folder(needed, PRIVATE_FOLDER)
         if not path.exists():
             self._fresh.append(digest)
         self._unsynced.add(path.parent)
-        write_bytes(path, data, scratch, sync_parent=False)
+        # Its own orphans are swept under the write lock: no note of each of thousands is needed.
+        replace_whole(path, data, unfinished(path, scratch), sync_parent=False, mode=PRIVATE_FILE)
         return digest
 
     def flush(self) -> None:
@@ -60,9 +67,12 @@ class DeltaFiles:
                 raise IntegrityError(f"{source} is missing.")
             return data
         path = self._path(self._folder, digest)
-        if not path.is_file():
-            raise IntegrityError(f"{source} is missing: {path} is not there. Restore it.")
-        return read_bytes(path, digest)
+        try:
+            return read_bytes(path, digest)
+        except StorageError:
+            if path.is_file():
+                raise
+            raise IntegrityError(f"{source} is missing: {path} is not there. Restore it.") from None
 
     def settle(self) -> None:
         """Keep what the transaction in progress wrote."""
@@ -87,7 +97,7 @@ class DeltaFiles:
 
     @staticmethod
     def _path(folder: Path, digest: str) -> Path:
-        return folder / "blobs" / digest[:2] / f"{digest}.safetensors"
+        return folder / f"blobs/{digest[:2]}/{digest}.safetensors"
 
 
 SMALLEST = 512
@@ -107,3 +117,31 @@ def refuse_lost_database(folder: Path) -> None:
             f"{folder} has deltas but no {DATABASE}: restore that file from a copy, or give "
             "another folder."
         )
+
+
+def make_private(folder: Path) -> None:
+    """Let only the owner read a ledger, also one from before or in a folder that existed.
+
+    The folder itself is closed only when it holds nothing but the ledger: it may be a project's.
+    What belongs to somebody else stays as it is.
+    """
+    with suppress(OSError):
+        inside = {path.name for path in folder.iterdir()}
+        open_blobs = (folder / "blobs").is_dir() and _close(folder / "blobs")
+        for name in OWN & inside:
+            _close(folder / name)
+        if open_blobs:  # once: from then on nobody else gets in
+            for path in (folder / "blobs").rglob("*"):
+                _close(path)
+        if inside <= OWN:
+            _close(folder)
+
+
+def _close(path: Path) -> bool:
+    """Take every right of others away; say whether they had any."""
+    with suppress(OSError):
+        mode = path.stat().st_mode
+        if mode & 0o077:
+            path.chmod(mode & 0o700)
+            return True
+    return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from errata.edits.ledger import content, exchange
 from errata.edits.ledger.check import problems
 from errata.edits.ledger.database import Database
-from errata.edits.ledger.files import refuse_lost_database
-from errata.edits.ledger.schema import KINDS, NOTE_KIND, Event, edit_of, record_text
+from errata.edits.ledger.files import PRIVATE_FOLDER, make_private, refuse_lost_database
+from errata.edits.ledger.schema import KINDS, NOTE_KIND, Event, Row, edit_of, record_text
 from errata.errors import IntegrityError, LedgerError, StorageError, UnknownNameError
 from errata.model.artifacts import Artifacts
+from errata.model.scratch import sweep
 from errata.model.storage import make_folder, sha256
 
 if TYPE_CHECKING:
@@ -89,9 +90,13 @@ class Ledger:
         if is_file:
             raise IntegrityError(f"{folder} is a file; a ledger is a folder. Give another path.")
         if not readonly:
-            make_folder(folder)
+            make_folder(folder, PRIVATE_FOLDER)
             refuse_lost_database(folder)
-        return cls(Database(folder, timeout, readonly), folder, known)
+        database = Database(folder, timeout, readonly)
+        if not readonly:
+            make_private(folder)
+            sweep()
+        return cls(database, folder, known)
 
     @property
     def head(self) -> int:
@@ -183,15 +188,15 @@ class Ledger:
 
     # -- reading ---------------------------------------------------------------------------------
 
-    def edits(self) -> list[Edit]:
-        """Return all records in ledger order."""
-        rows = self._database.rows("SELECT id, digest FROM edits ORDER BY sequence")
-        new = [name for name, digest in rows if self._records.get(name, ("",))[0] != digest]
-        for start in range(0, len(new), BATCH):
-            part = new[start : start + BATCH]
-            marks = ",".join("?" * len(part))
-            self._read(f"id IN ({marks})", tuple(part))
-        return [self._records[name][1] for name, _ in rows]
+    def edits(self, last: int | None = None, *, active: bool = False) -> list[Edit]:
+        """Return the records in ledger order: all, or the `last` so many; of `active` edits only.
+
+        What is not returned is not read.
+        """
+        condition = "active" if active else "1"
+        limit = -1 if last is None else max(last, 0)
+        rows = self._rows(f"{condition} ORDER BY sequence DESC LIMIT ?", (limit,))
+        return [self._record(row) for row in reversed(rows)]
 
     def ids(self) -> list[str]:
         """Return the ids of all edits in ledger order."""
@@ -201,6 +206,13 @@ class Ledger:
         """Return the ids of the active edits in ledger order."""
         query = "SELECT id FROM edits WHERE active ORDER BY sequence"
         return [row[0] for row in self._database.rows(query)]
+
+    def stale_ids(self) -> list[str]:
+        """Return the ids of the stale edits (`Edit.is_stale`) in ledger order."""
+        active = set(self.active_ids())
+        # Most records name no parents; their canonical JSON tells without reading it whole.
+        rows = self._rows("active AND instr(record, '\"parents\":[]') = 0 ORDER BY sequence")
+        return [row[1] for row in rows if self._record(row).is_stale(active)]
 
     def is_active(self, name: str) -> bool:
         """Say whether an edit is active."""
@@ -215,7 +227,7 @@ class Ledger:
 
     def get(self, name: str) -> Edit:
         """Return the record of an edit by its id or a unique beginning of it."""
-        return self._read("id = ?", (self.resolve(name),))[0]
+        return self._record(self._rows("id = ?", (self.resolve(name),))[0])
 
     def resolve(self, name: str) -> str:
         """Return the full id for a unique beginning of one, or raise `UnknownNameError`."""
@@ -233,21 +245,50 @@ class Ledger:
 
     def delta(self, name: str) -> Delta:
         """Return the delta of an edit: its hash verified, its parts validated and finite."""
-        edit = self.get(name)
-        return content.build(self._parts(edit), self.kinds, f"The delta of edit {edit.id}")
+        return self._delta(self.get(name))
 
     def bound(self, edit: Edit) -> Edit:
         """Return a record with its delta; raises as `delta` does."""
-        return edit.bind(self.delta(edit.id))
+        return edit.bind(self._delta(edit))
+
+    def read_active(self, known: Collection[str] = ()) -> tuple[list[Edit], dict[str, str]]:
+        """Read the active edits with their deltas, all but those `known` already.
+
+        Returns:
+            The edits in ledger order, and id → reason of those that cannot be read.
+        """
+        edits: list[Edit] = []
+        damaged: dict[str, str] = {}
+        for row in self._rows("active ORDER BY sequence"):
+            if row[1] in known:
+                continue
+            try:
+                edits.append(self.bound(self._record(row)))
+            except (IntegrityError, StorageError, UnknownNameError) as error:
+                damaged[row[1]] = str(error)
+        return edits, damaged
 
     def events(self, limit: int | None = None) -> list[Event]:
         """Return all events in order, or the last `limit` of them."""
         last = 0 if limit is None else self._database.last_event() - max(limit, 0)
         return self._database.events(last)
 
-    def refused(self) -> list[Event]:
-        """Return the refusals in order; `detail` has method, requests, reason and measured."""
-        return [event for event in self.events() if event.kind == "refuse"]
+    def last(self, kind: str) -> Event | None:
+        """Return the last event of a kind; None where there is none."""
+        query = "SELECT coalesce(max(number), 0) FROM events WHERE kind = ?"
+        number = int(self._database.rows(query, (kind,))[0][0])
+        return self._database.events(number - 1, number)[0] if number else None
+
+    def refusals(self) -> int:
+        """Return how many edits were refused."""
+        return int(self._database.rows("SELECT count(*) FROM events WHERE kind = 'refuse'")[0][0])
+
+    def refused(self, after: int = 0) -> list[Event]:
+        """Return the refusals, of events with a number above `after`, in order.
+
+        Their `detail` has method, requests, reason and measured.
+        """
+        return [event for event in self._database.events(after) if event.kind == "refuse"]
 
     def find(self, digests: Iterable[str] | None = None) -> dict[str, list[str]]:
         """Return request digest → ids of the edits that contain it; None asks for all requests."""
@@ -380,18 +421,19 @@ class Ledger:
             self._database.add_event("apply", edit.id, {})
         return edit_of(row)
 
-    def _read(self, condition: str, values: tuple[str, ...]) -> list[Edit]:
-        """Return the records of a condition, each verified once for every content it has."""
-        found = []
-        for row in self._database.rows(
-            f"SELECT {EDIT_COLUMNS} FROM edits WHERE {condition}", values
-        ):
-            digest, edit = self._records.get(row[1], ("", None))
-            if edit is None or digest != row[4]:
-                edit = edit_of(row)
-                self._records[edit.id] = (row[4], edit)
-            found.append(edit)
-        return found
+    def _rows(self, condition: str, values: tuple[Any, ...] = ()) -> list[Row]:
+        return self._database.rows(f"SELECT {EDIT_COLUMNS} FROM edits WHERE {condition}", values)
+
+    def _record(self, row: Row) -> Edit:
+        """Return the record of a row, verified once for every content it has."""
+        digest, edit = self._records.get(row[1], ("", None))
+        if edit is None or digest != row[4]:
+            edit = edit_of(row)
+            self._records[edit.id] = (row[4], edit)
+        return edit
+
+    def _delta(self, edit: Edit) -> Delta:
+        return content.build(self._parts(edit), self.kinds, f"The delta of edit {edit.id}")
 
     def _parts(self, edit: Edit) -> content.Parts:
         source = f"The delta of edit {edit.id}"
