@@ -30,13 +30,14 @@ if TYPE_CHECKING:
     from errata.editor import Editor
     from errata.edits.ledger import Ledger
 
-OK, FAILED, USAGE, REFUSED, DAMAGED, INTERRUPTED = 0, 1, 2, 3, 4, 130
+OK, FAILED, USAGE, REFUSED, DAMAGED, NO_EFFECT, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 EXIT_CODES = {
     OK: "done",
     FAILED: "an error: what was asked cannot be done; the message says why",
     USAGE: "the command line itself is wrong",
     REFUSED: "a guard refused an edit; nothing of it is on the model",
     DAMAGED: "verification found a problem",
+    NO_EFFECT: "an edit was made, but the model does not give the new answer",
     INTERRUPTED: "interrupted; everything is as after the last finished step",
 }
 CLOSING = "Each command has examples: errata COMMAND --help. Documentation: docs/cli.md"
