@@ -12,6 +12,7 @@ import typer
 from rich.text import Text
 
 from errata.cli import render
+from errata.cli.checks import check_guards, check_model, check_settings
 from errata.cli.edit_view import edit_view, idle_view
 from errata.cli.session import MODEL, NO_EFFECT, REFUSED, Session, command
 from errata.edits.request import KINDS, Request
@@ -157,6 +158,9 @@ def edit(
     overrides = pairs(values or (), "--set")
     guards = pairs(guard or (), "--guard")
     check_method(method)
+    check_model(session.model_name())
+    check_settings(method, overrides, session.model_name())
+    check_guards(guards)
     with session.editor(create=not dry_run, durable=not dry_run, guards=guards) as editor:
         if dry_run:
             _copy_active(session, editor)
@@ -363,6 +367,7 @@ def revert(
     if bool(ids) == everything:
         raise LedgerError("Say which edits to revert: their ids, or --all.")
     _need_ledger(session)
+    session.check_ids(ids or (), active=True)
     with session.editor() as editor:
         wanted = list(ids or editor.model.stack.ids)
         before = set(editor.model.stack.ids)
@@ -383,8 +388,13 @@ def apply(
 ) -> None:
     """Put recorded edits, or those of a file, on the model."""
     files = [item for item in what if Path(item).is_file()]
+    named = [item for item in what if item not in files]
+    for item in named:
+        if len(Path(item).parts) > 1 or Path(item).suffix:
+            raise ConfigError(f"There is no file {item!r}, and an id looks like 3f2a9c01d7e4.")
     if not files:
         _need_ledger(session)
+        session.check_ids(named, active=False)
     with session.editor(create=bool(files)) as editor:
         session.remember(editor)
         put: list[Edit] = []
@@ -407,6 +417,7 @@ def rebase(
     same requests and hyper-parameters, all or nothing; the old records stay in the ledger.
     """
     _need_ledger(session)
+    session.check_ids(ids or (), active=True)
     with session.editor() as editor:
         made = editor.rebase(*(ids or ()))
         if not made and not session.json:

@@ -10,6 +10,7 @@ import typer
 from rich.text import Text
 
 from errata.cli import locate, render
+from errata.cli.checks import check_model, check_protocols
 from errata.cli.edits import read_requests
 from errata.cli.session import MODEL, Session, command
 from errata.errors import LedgerError, RequestError
@@ -80,6 +81,7 @@ def generate(
         "max_new_tokens": max_new_tokens, "do_sample": sample, "temperature": temperature,
         "seed": seed,
     }  # fmt: skip
+    session.check_ids(only or ())
     with session.editor() as editor:
         if only:
             with editor.only(*only):
@@ -164,6 +166,9 @@ def evaluate(
     wanted = tuple(protocols or DEFAULT_PROTOCOLS)
     if requests is None:
         session.read_ledger().close()
+        session.check_ids(ids or ())
+    check_model(session.model_name())
+    check_protocols(wanted)
     with session.editor() as editor:
         if requests is None:
             chosen = [editor.ledger.get(i) for i in ids or editor.model.stack.ids]

@@ -20,6 +20,7 @@ import typer
 from rich.text import Text
 from typer.core import TyperCommand
 
+from errata.cli.checks import check_model
 from errata.cli.progress import ConsoleProgress
 from errata.cli.render import console
 from errata.errors import ConfigError, EditRefused, ErrataError, LedgerError, UnknownNameError
@@ -179,6 +180,25 @@ class Session:
 
         return Ledger.open(self.ledger, kinds=DeltaKinds() if kinds else {}, readonly=True)
 
+    def check_ids(self, ids: Sequence[str], *, active: bool | None = None) -> None:
+        """Raise, without a model, for an id that is not in the ledger or not as it must be.
+
+        Args:
+            ids: as given: whole ids, or their beginnings.
+            active: True: they must be on the model; False: they must not; None: either.
+        """
+        if not ids:
+            return
+        with self.read_ledger() as ledger:
+            found = [ledger.resolve(name) for name in ids]
+            on = ledger.active_ids()
+        wrong = [name for name in found if active is not None and (name in on) is not active]
+        if wrong:
+            state = "not active" if active else "already active"
+            raise LedgerError(
+                f"{', '.join(wrong)}: {state}. Active now: {', '.join(on) or 'none'}."
+            )
+
     def remembered(self) -> dict[str, Any]:
         """Return what the ledger says about its model: name and dtype; empty if nothing."""
         if not self.has_ledger():
@@ -217,6 +237,7 @@ class Session:
             **options: other arguments of `errata.Editor`.
         """
         name = self.model_name()
+        check_model(name)
         with self.status(f"Loading {name}"):
             calm_transformers()
             from errata.editor import Editor

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from errata.contract.protocol import Protocol
     from errata.evaluate.baseline import Baseline
     from errata.evaluate.divergence import kl_to_base
-    from errata.evaluate.report import AnswerChange, EditReport, LayerChoice, edit_report
     from errata.evaluate.matching import contained_match, exact_match
     from errata.evaluate.metrics import CoreMetrics
     from errata.evaluate.protocols import PROTOCOLS
     from errata.evaluate.reader import MeasureSettings, Question, Reader
+    from errata.evaluate.report import AnswerChange, EditReport, LayerChoice, edit_report
     from errata.model.answers import TargetScore
     from errata.model.generation import generate
     from errata.model.perplexity import perplexity

@@ -13,6 +13,7 @@ from torch import nn
 from errata.errors import ConfigError, UnknownNameError
 from errata.model.anatomy import Anatomy
 from errata.model.model import Model
+from errata.model.model_source import check_model_source
 from errata.model.task import Task, require_task, task_of
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def load_model(
         name = str(getattr(module.config, "_name_or_path", "") or type(module).__name__)
     else:
         name = str(source)
+        check_model_source(name, known)
         where = Path(name)
         location = str(where) if where.is_dir() else name
         checkpoint = where if where.is_dir() else None
