@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -87,7 +87,7 @@ class Editor:
             are quantised.
         artifacts: cache folder; None: $ERRATA_CACHE or the platform's.
         registry: a merged registry; None reads shipped, plugin, user and project layers.
-        progress: where long work reports to.
+        progress: where long work reports to: `print`, say, or a `Progress`; None: the log, at INFO.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Editor:
         branch: bool | None = None,
         artifacts: str | Path | None = None,
         registry: Registry | None = None,
-        progress: Progress | None = None,
+        progress: Progress | Callable[[str], None] | None = None,
     ) -> None:
         self.registry = registry or Registry.load()
         guarding = Guards(GuardPolicy.parse(guards))

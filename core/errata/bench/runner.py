@@ -61,7 +61,7 @@ def run(
         StorageError: the disk refuses; everything finished is kept.
     """
     spec = RunSpec(BenchConfig.parse(config), Path(directory).resolve())
-    progress = progress or Progress()
+    progress = Progress.of(progress)
     engine = engine or SerialEngine(progress)
     try:
         check_run(spec)

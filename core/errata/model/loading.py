@@ -12,8 +12,10 @@ from torch import nn
 
 from errata.errors import ConfigError, UnknownNameError
 from errata.model.anatomy import Anatomy
+from errata.model.foreign_noise import quiet_loading
 from errata.model.model import Model
 from errata.model.model_source import check_model_source
+from errata.model.progress import Progress
 from errata.model.task import Task, require_task, task_of
 
 if TYPE_CHECKING:
@@ -74,7 +76,8 @@ def load_model(
         where = Path(name)
         location = str(where) if where.is_dir() else name
         checkpoint = where if where.is_dir() else None
-        module = _from_pretrained(location, torch_dtype, device_map, known)
+        with Progress.of(options.get("progress")).busy(f"Loading {name}"), quiet_loading():
+            module = _from_pretrained(location, torch_dtype, device_map, known)
         tokenizer = tokenizer if tokenizer is not None else location
     if device is not None:
         module.to(_device(device))
