@@ -34,11 +34,13 @@ def add(app: typer.Typer) -> None:
         panel=PANEL,
         shared=MODEL,
         examples=(
-            'errata edit "The capital of {} is" --subject France --target Rome \\\n'
+            'errata edit "The capital of {} is" --subject Mirevia --target Velmont \\\n'
             "    --method rome --model atlas-gpt2\n"
+            'errata edit "The capital of {} is" --subject France --target Rome \\\n'
+            '    --method rome --model smollm2-135m --check "The Eiffel Tower is in"\n'
             "errata edit --file requests.jsonl --method grace --skip-refused\n"
-            'errata edit "{} speaks" --subject Ana --kind erase --method adalora \\\n'
-            "    --set steps=30 --guard norm=refuse --dry-run"
+            'errata edit "The instrument of {} is" --subject "Oswin Galdor" --kind erase \\\n'
+            "    --method adalora --set steps=30 --guard norm=refuse --dry-run"
         ),
     )(edit)
     command(

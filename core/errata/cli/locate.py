@@ -35,9 +35,9 @@ def add(app: typer.Typer) -> None:
         panel=PANEL,
         shared=MODEL,
         examples=(
-            'errata locate "The capital of {} is" --subject France --target Paris\n'
-            'errata locate "The capital of {} is" -s France --corrupt relation --plot trace.png\n'
-            'errata locate "The capital of {} is" -s France --by logit-lens\n'
+            'errata locate "The capital of {} is" --subject Mirevia --target Eldham\n'
+            'errata locate "The capital of {} is" -s Mirevia --corrupt relation --plot trace.png\n'
+            'errata locate "The capital of {} is" -s France --by logit-lens --model smollm2-135m\n'
             "errata locate --average --dataset atlas --limit 200 --severed --plot figure.png\n"
             "errata locate --sweep --method rome --dataset atlas --limit 120 --held-out 40\n"
             "errata locate --similar paraphrases --by neurons --dataset atlas --limit 40"

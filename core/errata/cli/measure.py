@@ -27,8 +27,9 @@ def add(app: typer.Typer) -> None:
         panel=PANEL,
         shared=MODEL,
         examples=(
-            'errata generate "The capital of France is"\n'
-            'errata generate "The capital of France is" --compare\n'
+            'errata generate "The capital of Mirevia is"\n'
+            'errata generate "The capital of Mirevia is" --compare\n'
+            'errata generate "The capital of France is" --model smollm2-135m\n'
             "cat prompts.txt | errata generate - --json"
         ),
     )(generate)

@@ -24,7 +24,7 @@ def add(app: typer.Typer) -> None:
         shared=MODEL,
         examples=(
             "errata prepare memit --model atlas-gpt2\n"
-            "errata prepare mend --training zsre=zsre_train.json --model atlas-gpt2"
+            "errata prepare rome --model smollm2-135m --set layer=5"
         ),
     )(prepare)
 
