@@ -107,7 +107,7 @@ def test_the_third_party_plugin_installs_and_keeps_the_contract(
     subprocess.run([*pip, str(archives[1])], check=True)
     subprocess.run([*pip, "--no-build-isolation", str(plugin)], check=True)
     listing = subprocess.run(
-        [str(python), "-m", "errata.cli", "methods", "constrained-ft"],
+        [str(python), "-m", "errata", "methods", "constrained-ft"],
         cwd=tmp_path, env=OUTSIDE, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "epsilon" in listing.stdout

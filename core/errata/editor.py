@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -82,7 +82,7 @@ class Editor:
             are quantised.
         artifacts: cache folder; None: $ERRATA_CACHE or the platform's.
         registry: a merged registry; None reads shipped, plugin, user and project layers.
-        progress: where long work reports to.
+        progress: where long work reports to: `print`, say, or a `Progress`; None: the log, at INFO.
         trust_remote_code: run Python code that comes with the model or with a harness task. It
             can do whatever you can do: say True only for code that you have read.
     """
@@ -104,7 +104,7 @@ class Editor:
         branch: bool | None = None,
         artifacts: str | Path | None = None,
         registry: Registry | None = None,
-        progress: Progress | None = None,
+        progress: Progress | Callable[[str], None] | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         self.registry = registry or Registry.load()

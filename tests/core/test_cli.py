@@ -137,11 +137,13 @@ def run_json(run: Run) -> Run:
     return call
 
 
-OFF = ("--guard", "perplexity=off", "--guard", "efficacy=off")  # most tests are about other things
+# The method of these tests changes a weight and achieves nothing, which is exit code 5.
+IDLE = ("--guard", "efficacy=off")
+OFF = ("--guard", "perplexity=off", *IDLE)  # most tests are about other things
 
 
 def edit(run: Run, checkpoint: Path, *more: Any, code: int = 0) -> Any:
-    base = ("edit", *FACT, "--method", "nudge", "--model", checkpoint)
+    base = ("edit", *FACT, "--method", "nudge", "--model", checkpoint, *IDLE)
     return run(*base, *(more or OFF), code=code)
 
 
@@ -294,7 +296,7 @@ def test_several_edits_are_reverted_in_any_order(run: Run, run_json: Run, checkp
     for subject in ("France", "Ana", "Bo"):
         done = run_json(
             "edit", "The capital of {} is", "--subject", subject, "--target", "Kyoto",
-            "--method", "nudge", "--model", checkpoint, "--set", f"seed={len(names)}",
+            "--method", "nudge", "--model", checkpoint, "--set", f"seed={len(names)}", *OFF,
         )  # fmt: skip
         names.append(done["edits"][0]["id"])
     assert run_json("revert", names[1])["active"] == [names[0], names[2]]
@@ -308,7 +310,7 @@ def test_several_edits_are_reverted_in_any_order(run: Run, run_json: Run, checkp
 
 def test_conflicting_edits_are_named(run: Run, run_json: Run, checkpoint: Path) -> None:
     first = json.loads(edit(run, checkpoint, "--json").stdout)["edits"][0]["id"]
-    run("edit", *FACT[:-1], "Kyoto", "--method", "nudge")
+    run("edit", *FACT[:-1], "Kyoto", "--method", "nudge", *OFF)
     assert first[:8] in run("log").stdout
     assert run_json("log")["edits"][1]["outcome"]["conflicts"] == [first]
 
@@ -393,6 +395,15 @@ def test_a_bad_guard_is_explained(guard: str, run: Run, checkpoint: Path) -> Non
     assert "norm" in edit(run, checkpoint, "--guard", guard, code=1).stderr
 
 
+def test_an_edit_without_effect_exits_5_and_says_so_last(run: Run, checkpoint: Path) -> None:
+    command = ("edit", *FACT, "--method", "nudge", "--model", checkpoint)
+    last = run(*command, "--guard", "perplexity=off", code=5).stdout.split("\n\n")[-1]
+    assert "No effect: the model does not give the new answer." in " ".join(last.split())
+    assert "errata revert" in last
+    report = json.loads(run(*command, "--json", code=5).stdout)
+    assert report["without_effect"] == [report["edits"][0]["id"]]
+
+
 def test_off_is_a_mode_not_a_yaml_boolean(run: Run, checkpoint: Path) -> None:
     output = edit(run, checkpoint, "--guard", "perplexity=off", "--guard", "efficacy=off").stdout
     assert "perplexity" not in output
@@ -413,7 +424,7 @@ def write_requests(path: Path, subjects: list[str]) -> Path:
 def test_a_file_of_requests_and_going_on_with_it(
     run: Run, run_json: Run, checkpoint: Path, workplace: Path
 ) -> None:
-    base = ("--method", "nudge", "--model", checkpoint)
+    base = ("--method", "nudge", "--model", checkpoint, *OFF)
     run_json("edit", "--file", write_requests(workplace / "a.jsonl", ["France", "Ana"]), *base)
     more = write_requests(workplace / "b.jsonl", ["France", "Ana", "Bo"])
     report = run_json("edit", "--file", more, "--resume", *base)
@@ -711,7 +722,7 @@ def test_environment_variables_name_ledger_and_model(
 ) -> None:
     monkeypatch.setenv("ERRATA_LEDGER", str(workplace / "elsewhere"))
     monkeypatch.setenv("ERRATA_MODEL", str(checkpoint))
-    run("edit", *FACT, "--method", "nudge")
+    run("edit", *FACT, "--method", "nudge", *OFF)
     assert (workplace / "elsewhere" / "ledger.sqlite").is_file()
     assert len(run_json("log")["edits"]) == 1
 
@@ -728,7 +739,7 @@ def test_ctrl_c_leaves_everything_consistent(
     marker = workplace / "marker"
     path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [
-        sys.executable, "-m", "errata.cli", "edit", "--file", str(file), "--method", "nudge",
+        sys.executable, "-m", "errata", "edit", "--file", str(file), "--method", "nudge",
         "--model", str(checkpoint), "--set", f"marker={marker}", "--set", "pause=1", *OFF,
     ]  # fmt: skip
     with subprocess.Popen(
@@ -750,7 +761,7 @@ def test_ctrl_c_leaves_everything_consistent(
     assert "Traceback" not in stderr
     assert [e["active"] for e in run_json("log")["edits"]] == [True]
     assert run_json("verify")["sound"]
-    report = run_json("edit", "--file", file, "--method", "nudge", "--resume")
+    report = run_json("edit", "--file", file, "--method", "nudge", "--resume", *OFF)
     assert (report["skipped"], len(report["edits"])) == (1, 2)
 
 
@@ -760,7 +771,7 @@ def test_a_reader_that_stops_reading_is_no_error(
 ) -> None:
     edit(run, checkpoint)
     with subprocess.Popen(
-        [sys.executable, "-m", "errata.cli", *words],
+        [sys.executable, "-m", "errata", *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     ) as process:

@@ -63,7 +63,7 @@ def run(
         StorageError: the disk refuses; everything finished is kept.
     """
     spec = RunSpec(BenchConfig.parse(config), Path(directory).resolve(), trust_remote_code)
-    progress = progress or Progress()
+    progress = Progress.of(progress)
     engine = engine or SerialEngine(progress)
     try:
         check_run(spec)

@@ -11,6 +11,7 @@ import typer
 from rich.text import Text
 
 from errata.cli import render
+from errata.cli.checks import check_model
 from errata.cli.edits import pairs
 from errata.cli.session import FAILED, OUTPUT, Session, calm_transformers, command
 from errata.errors import ConfigError, UnknownNameError
@@ -141,6 +142,7 @@ def bench(
         raise ConfigError("--probe needs --dry-run: give both, or neither.")
     if corpus and no_corpus:
         raise ConfigError("Give --corpus or --no-corpus, not both.")
+    check_model(config.model)
     with session.status("Loading"):
         calm_transformers()
         chosen = None if dry_run else _engine(engine, jobs, session)

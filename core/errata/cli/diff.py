@@ -17,6 +17,7 @@ from errata.errors import ConfigError, LedgerError, UnknownNameError
 if TYPE_CHECKING:
     from errata.editor import Editor
     from errata.edits.edit import Edit
+    from errata.edits.ledger import Ledger
     from errata.locate.weights import WeightChange, WeightDiff
 
 PANEL = "Look"
@@ -75,7 +76,9 @@ def diff(
         raise UnknownNameError("grouping of edits", overlap, GROUPS)
     if plot is not None:
         check_plot(plot)
-    session.read_ledger().close()
+    with session.read_ledger() as ledger:
+        for text in (before, after):
+            _named(ledger, text)
     with session.editor() as editor:
         from errata.locate.weights import weight_diff
 
@@ -107,18 +110,24 @@ def _state(editor: Editor, text: str) -> Sequence[Edit]:
         return ()
     if text == "now":
         return editor.model.stack.entries
+    with editor.only(*_named(editor.ledger, text)):
+        return editor.model.stack.entries
+
+
+def _named(ledger: Ledger, text: str) -> list[str]:
+    """Return the ids of a state's edits by what names them; none of base and now."""
+    if text in ("base", "now"):
+        return []
     ids = [part.strip() for part in text.split(",") if part.strip()]
     if not ids:
         raise ConfigError(
             f"{text!r} is no state: give base, now, all, a method, or ids of edits (3f2a,91bc)."
         )
     made: dict[str, list[str]] = {}
-    for edit in editor.ledger.edits():
+    for edit in ledger.edits():
         for name in {"all", edit.method, _label(edit)}:
             made.setdefault(name, []).append(edit.id)
-    ids = [id_ for part in ids for id_ in made.get(part, [part])]
-    with editor.only(*ids):
-        return editor.model.stack.entries
+    return [id_ for part in ids for id_ in made.get(part) or [ledger.resolve(part)]]
 
 
 def _groups(editor: Editor, ids: Sequence[str], overlap: str) -> Mapping[str, list[Edit]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,9 +10,11 @@ import typer
 from rich.text import Text
 
 from errata.cli import render
+from errata.cli.checks import check_guards, check_model, check_settings
 from errata.cli.easyedit import configured
+from errata.cli.edit_view import edit_view, idle_view
 from errata.cli.requests import asked_as, read_dataset, read_requests
-from errata.cli.session import MODEL, REFUSED, Session, command
+from errata.cli.session import MODEL, NO_EFFECT, REFUSED, Session, command
 from errata.contract.yaml_file import parse_yaml
 from errata.edits.request import KINDS, Request
 from errata.errors import ConfigError, LedgerError, RequestError
@@ -23,8 +25,6 @@ if TYPE_CHECKING:
 
 PANEL = "Edit"
 ANSWER_TOKENS = 8
-ANSWER_PROTOCOL = f"generated: greedy, natural stop, at most {ANSWER_TOKENS} new tokens"
-MANY = 8  # above this many requests, answers are shown only for the first ones
 
 
 def add(app: typer.Typer) -> None:
@@ -35,12 +35,14 @@ def add(app: typer.Typer) -> None:
         panel=PANEL,
         shared=MODEL,
         examples=(
-            'errata edit "The capital of {} is" --subject France --target Rome \\\n'
+            'errata edit "The capital of {} is" --subject Mirevia --target Velmont \\\n'
             "    --method rome --model atlas-gpt2\n"
+            'errata edit "The capital of {} is" --subject France --target Rome \\\n'
+            '    --method rome --model smollm2-135m --check "The Eiffel Tower is in"\n'
             "errata edit --file requests.jsonl --method grace --skip-refused\n"
             "errata edit --dataset zsre=zsre_mend_eval.json --limit 100 --method grace\n"
-            'errata edit "{} speaks" --subject Ana --kind erase --method adalora \\\n'
-            "    --set steps=30 --guard norm=refuse --dry-run"
+            'errata edit "The instrument of {} is" --subject "Oswin Galdor" --kind erase \\\n'
+            "    --method adalora --set steps=30 --guard norm=refuse --dry-run"
         ),
     )(edit)
     command(
@@ -99,6 +101,12 @@ def edit(
     paraphrase: Annotated[
         list[str] | None,
         typer.Option("--paraphrase", help="A filled prompt that means the same (repeatable)."),
+    ] = None,
+    check: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--check", metavar="PROMPT", help="Also ask this, before and after (repeatable)."
+        ),
     ] = None,
     file: Annotated[
         Path | None,
@@ -191,6 +199,9 @@ def edit(
         method, overrides = configured(session, config, method, overrides)
     guards = pairs(guard or (), "--guard")
     check_method(method)
+    check_model(session.model_name())
+    check_settings(method, overrides, session.model_name())
+    check_guards(guards)
     with session.editor(create=not dry_run, durable=not dry_run, guards=guards) as editor:
         if dry_run:
             _copy_active(session, editor)
@@ -206,13 +217,15 @@ def edit(
             "commit": "batch" if file is not None or dataset else "call",
             "on_refused": "skip" if skip_refused else "raise",
         }
-        report = _run(session, editor, wanted, method, how, recorded=not dry_run)
+        report = _run(session, editor, wanted, method, how, check or (), recorded=not dry_run)
         report["skipped"] = len(requests) - len(wanted)
         report["dry_run"] = dry_run
         if session.json:
             session.emit(report)
     if report["refused"]:
         raise typer.Exit(REFUSED)
+    if report["without_effect"]:
+        raise typer.Exit(NO_EFFECT)
 
 
 def check_method(name: str) -> None:
@@ -295,33 +308,43 @@ def _run(
     requests: Sequence[Request],
     method: str,
     how: Mapping[str, Any],
+    checks: Sequence[str],
     *,
     recorded: bool,
 ) -> dict[str, Any]:
-    """Edit, and show what the model says before and after; `how` goes to `Editor.edit`."""
-    apply = bool(how["apply"])
-    shown = list(requests[:MANY]) if editor.model.generates else []
-    before = answers(editor, shown)
+    """Edit, and show what that did; `how` goes to `Editor.edit`."""
+    from errata.evaluate import edit_report
+
     before_it = editor.ledger.head
     edits: list[Edit] = editor.edit(list(requests), method=method, **how) if requests else []
-    after = answers(editor, shown) if apply else before
+    with session.status("Asking the model"):
+        found = edit_report(editor, edits, checks=checks, given=how["config"])
     refused = [dict(event.detail) for event in editor.ledger.refused(after=before_it)]
-    session.show(*_summary(session, editor, edits, shown, before, after, apply, recorded))
+    idle = without_effect(edits)
+    kept = f"recorded in {session.ledger}" if recorded else "nothing recorded: a dry run"
+    session.show(*edit_view(editor, edits, found, bool(how["apply"]), kept))
     if refused:
         session.show(Text(f"{len(refused)} refused; see: errata log --refused", style="warn"))
     if not requests:
         session.show("Nothing left to do: an active edit carries out every request.")
+    if idle:
+        session.show(idle_view(idle, edits))
     return {
         "ledger": str(session.ledger),
         "model": editor.model.name,
-        "applied": apply,
-        "edits": [edit_json(edit, apply) for edit in edits],
+        "applied": how["apply"],
+        "edits": [edit_json(edit, how["apply"]) for edit in edits],
         "refused": refused,
-        "answers": [
-            {"prompt": r.text, "before": a, "after": b, "protocol": ANSWER_PROTOCOL}
-            for r, a, b in zip(shown, before, after, strict=True)
-        ],
+        "without_effect": idle,
+        "layer": found.as_json()["layer"],
+        "answers": [{**one, "protocol": found.protocol} for one in found.as_json()["answers"]],
     }
+
+
+def without_effect(edits: Sequence[Edit]) -> list[str]:
+    """Return the ids of edits some of whose requests do not take effect, as the guard measured."""
+    measured = ((edit.id, edit.outcome.efficacy) for edit in edits)
+    return [name for name, efficacy in measured if efficacy is not None and efficacy.value < 1]
 
 
 def answers(editor: Editor, requests: Sequence[Request]) -> list[str]:
@@ -335,60 +358,6 @@ def answers(editor: Editor, requests: Sequence[Request]) -> list[str]:
 def edit_json(edit: Edit, active: bool) -> dict[str, Any]:
     """Return a record as JSON data, with its title and whether it is on the model."""
     return {**edit.model_dump(mode="json"), "title": edit.title, "active": active}
-
-
-def _summary(
-    session: Session,
-    editor: Editor,
-    edits: Sequence[Edit],
-    shown: Sequence[Request],
-    before: Sequence[str],
-    after: Sequence[str],
-    applied: bool,
-    recorded: bool,
-) -> Iterator[Any]:
-    """Yield what people see after an edit."""
-    if len(edits) == 1:
-        yield from _one_edit(edits[0])
-    elif edits:
-        yield render.outcomes(edits[:MANY])
-        yield Text(render.OUTCOME_NOTE, style="muted")
-    if len(edits) > MANY:
-        yield f"… and {len(edits) - MANY} more: errata log"
-    if shown and applied and edits:
-        grid = render.table("prompt", "before", "after")
-        for request, old, new in zip(shown, before, after, strict=True):
-            grid.add_row(
-                request.text,
-                Text(render.quoted(old, 60), style="muted"),
-                Text(render.quoted(new, 60), style="new"),
-            )
-        yield ""
-        yield render.titled("Answers", grid, ANSWER_PROTOCOL)
-    if edits and not applied:
-        yield f"Recorded, not on the model. Put it on with: errata apply {edits[0].id}"
-    if edits:
-        count = len(editor.model.stack.ids)
-        kept = f"recorded in {session.ledger}" if recorded else "nothing recorded: a dry run"
-        yield Text(
-            f"{render.count(count, 'active edit')} on {editor.model.name}; {kept}", style="muted"
-        )
-
-
-def _one_edit(edit: Edit) -> Iterator[Any]:
-    yield Text.assemble((edit.id, "accent"), "  ", (render.short_request(edit), "head"))
-    cost = f"{render.size(edit.nbytes)}, {render.seconds(edit.seconds)}"
-    rows = [("made", f"{edit.method}, {edit.delta_kind}, {cost}"), *render.outcome(edit)]
-    outcome = edit.outcome
-    if outcome.supersedes:
-        rows.append(("supersedes", f"{', '.join(outcome.supersedes)}: same fact, taken off"))
-    if outcome.conflicts:
-        names = ", ".join(outcome.conflicts)
-        rows.append(("conflicts", f"with {names}: same fact, other target"))
-    if outcome.overlaps:
-        names = render.names(tuple(outcome.overlaps))
-        rows.append(("overlaps", f"with {names}: nearly the same key"))
-    yield render.facts(rows)
 
 
 # -- revert and apply ------------------------------------------------------------------------------
@@ -412,6 +381,7 @@ def revert(
     if bool(ids) == everything:
         raise LedgerError("Say which edits to revert: their ids, or --all.")
     _need_ledger(session)
+    session.check_ids(ids or (), active=True)
     with session.editor() as editor:
         wanted = list(ids or editor.model.stack.ids)
         before = set(editor.model.stack.ids)
@@ -432,8 +402,13 @@ def apply(
 ) -> None:
     """Put recorded edits, or those of a file, on the model."""
     files = [item for item in what if Path(item).is_file()]
+    named = [item for item in what if item not in files]
+    for item in named:
+        if len(Path(item).parts) > 1 or Path(item).suffix:
+            raise ConfigError(f"There is no file {item!r}, and an id looks like 3f2a9c01d7e4.")
     if not files:
         _need_ledger(session)
+        session.check_ids(named, active=False)
     with session.editor(create=bool(files)) as editor:
         session.remember(editor)
         put: list[Edit] = []
@@ -456,6 +431,7 @@ def rebase(
     same requests and hyper-parameters, all or nothing; the old records stay in the ledger.
     """
     _need_ledger(session)
+    session.check_ids(ids or (), active=True)
     with session.editor() as editor:
         made = editor.rebase(*(ids or ()))
         if not made and not session.json:

@@ -83,6 +83,7 @@ def export(
             path = ledger.export(chosen, out, overwrite=overwrite)
     else:
         session.read_ledger().close()
+        session.check_ids(ids or ())
         with session.editor() as editor:
             chosen = [editor.ledger.resolve(name) for name in ids or editor.model.stack.ids]
             path = editor.export(out, *chosen, format=format, overwrite=overwrite, **options)

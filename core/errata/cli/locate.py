@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from errata.cli import render
+from errata.cli.checks import check_locator, check_model, check_settings
 from errata.cli.edits import check_method, pairs
 from errata.cli.locate_views import average_view, location_view, sweep_view
 from errata.cli.requests import read_dataset, read_requests
@@ -35,9 +36,9 @@ def add(app: typer.Typer) -> None:
         panel=PANEL,
         shared=MODEL,
         examples=(
-            'errata locate "The capital of {} is" --subject France --target Paris\n'
-            'errata locate "The capital of {} is" -s France --corrupt relation --plot trace.png\n'
-            'errata locate "The capital of {} is" -s France --by logit-lens\n'
+            'errata locate "The capital of {} is" --subject Mirevia --target Eldham\n'
+            'errata locate "The capital of {} is" -s Mirevia --corrupt relation --plot trace.png\n'
+            'errata locate "The capital of {} is" -s France --by logit-lens --model smollm2-135m\n'
             "errata locate --average --dataset atlas --limit 200 --severed --plot figure.png\n"
             "errata locate --sweep --method rome --dataset atlas --limit 120 --held-out 40\n"
             "errata locate --similar paraphrases --by neurons --dataset atlas --limit 40"
@@ -175,6 +176,11 @@ def _one(
         raise ConfigError("--by names a locator of errata's own, --method a method's: give one.")
     if method:
         check_method(method)
+    check_model(session.model_name())
+    if method:
+        check_settings(method, settings, session.model_name())
+    else:
+        check_locator(by, settings)
     with session.editor() as editor:
         if target and not method and by != "norm":
             settings.setdefault("answer", target)
@@ -291,6 +297,8 @@ def _sweep(
     chosen_on, judged_on = (
         split_by_subject(requests, held_out) if held_out else (list(requests), [])
     )
+    check_model(session.model_name())
+    check_settings(method, settings, session.model_name())
     guards = dict.fromkeys(("norm", "perplexity", "efficacy"), "off")
     with session.editor(durable=False, guards=guards) as editor:
         found = sweep(editor, chosen_on, method, config=settings, held_out=judged_on, **own)

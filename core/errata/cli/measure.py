@@ -10,6 +10,7 @@ import typer
 from rich.text import Text
 
 from errata.cli import locate, render
+from errata.cli.checks import check_model, check_protocols
 from errata.cli.requests import asked_as, read_dataset, read_requests
 from errata.cli.session import MODEL, Session, command
 from errata.errors import LedgerError, RequestError
@@ -26,8 +27,9 @@ def add(app: typer.Typer) -> None:
         panel=PANEL,
         shared=MODEL,
         examples=(
-            'errata generate "The capital of France is"\n'
-            'errata generate "The capital of France is" --compare\n'
+            'errata generate "The capital of Mirevia is"\n'
+            'errata generate "The capital of Mirevia is" --compare\n'
+            'errata generate "The capital of France is" --model smollm2-135m\n'
             "cat prompts.txt | errata generate - --json"
         ),
     )(generate)
@@ -85,6 +87,7 @@ def generate(
         "max_new_tokens": max_new_tokens, "do_sample": sample, "temperature": temperature,
         "seed": seed, "chat": chat,
     }  # fmt: skip
+    session.check_ids(only or ())
     with session.editor() as editor:
         if only:
             with editor.only(*only):
@@ -194,6 +197,9 @@ def evaluate(
     settings = {"retain": data.retain} if data and data.retain else {}
     if requests is None:
         session.read_ledger().close()
+        session.check_ids(ids or ())
+    check_model(session.model_name())
+    check_protocols(wanted)
     with session.editor() as editor:
         if requests is None:
             chosen = [editor.ledger.get(i) for i in ids or editor.model.stack.ids]

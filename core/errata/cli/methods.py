@@ -45,7 +45,7 @@ def add(app: typer.Typer) -> None:
         examples=(
             "errata methods\n"
             "errata methods rome --model atlas-gpt2\n"
-            "errata methods rome --model gpt2-xl --set layer=20 --json\n"
+            "errata methods rome --model smollm2-135m --set layer=5 --json\n"
             "errata methods --from-easyedit hparams/ROME/gpt2-xl.yaml"
         ),
     )(methods)

@@ -9,6 +9,7 @@ import typer
 from rich.text import Text
 
 from errata.cli import render
+from errata.cli.checks import check_model, check_settings
 from errata.cli.edits import check_method, pairs
 from errata.cli.requests import read_dataset
 from errata.cli.session import MODEL, Session, command
@@ -23,7 +24,7 @@ def add(app: typer.Typer) -> None:
         shared=MODEL,
         examples=(
             "errata prepare memit --model atlas-gpt2\n"
-            "errata prepare mend --training zsre=zsre_train.json --model atlas-gpt2"
+            "errata prepare rome --model smollm2-135m --set layer=5"
         ),
     )(prepare)
 
@@ -54,6 +55,9 @@ def prepare(
     cache folder under the model's fingerprint; every later command on that model uses them.
     """
     check_method(method)
+    overrides = pairs(values or (), "--set")
+    check_model(session.model_name())
+    check_settings(method, overrides, session.model_name())
     requests = [
         request
         for given in training or ()
@@ -61,7 +65,7 @@ def prepare(
     ]
     with session.editor(durable=False, training=requests or None) as editor:
         started = time.monotonic()
-        editor.prepare(method, pairs(values or (), "--set"))
+        editor.prepare(method, overrides)
         seconds = time.monotonic() - started
         folder = editor.model.artifacts.directory
         if session.json:

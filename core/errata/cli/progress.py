@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
-from errata.model.progress import Progress, T
+from errata.cli import render
+from errata.model.progress import Progress, Work
 
 if TYPE_CHECKING:
     from typing import TypeGuard
 
     from rich.console import Console, RenderableType
     from rich.progress import Progress as Bars
-    from rich.progress import Task, TaskID
-
-FIRST = 3.0  # seconds before the first plain line: short work stays silent
-EVERY = 10.0
+    from rich.progress import Task
 
 
 class ConsoleProgress(Progress):
@@ -27,19 +26,15 @@ class ConsoleProgress(Progress):
     """
 
     def __init__(self, console: Console, quiet: bool = False) -> None:
+        super().__init__()
         self._console = console
         self._quiet = quiet
         self._bars: Bars | None = None
 
-    def track(self, items: Iterable[T], text: str, total: int | None = None) -> Iterator[T]:
-        """Yield the items, showing `text` and how many of `total` are done."""
-        if total is None and hasattr(items, "__len__"):
-            total = len(items)  # type: ignore[arg-type]
-        if self._quiet:
-            return super().track(items, text, total)
-        if self._console.is_terminal:
-            return self._live(items, text, total)
-        return self._plain(items, text, total)
+    @property
+    def heard(self) -> bool:
+        """Whether lines are wanted: a terminal has bars instead."""
+        return not self._quiet and not self._console.is_terminal
 
     def note(self, text: str) -> None:
         """Print one finished step."""
@@ -47,22 +42,16 @@ class ConsoleProgress(Progress):
             self._console.print(text, style="muted", highlight=False)
 
     @contextmanager
-    def busy(self, text: str) -> Iterator[None]:
-        """Show that work without countable steps is going on; silent without a terminal."""
+    def _working(self, text: str, total: int | None) -> Iterator[Work]:
         if self._quiet or not self._console.is_terminal:
-            yield
+            with super()._working(text, total) as work:
+                yield work
             return
-        with self._task(text, None):
-            yield
-
-    def _live(self, items: Iterable[T], text: str, total: int | None) -> Iterator[T]:
-        with self._task(text, total) as (bars, task):
-            for item in items:
-                yield item
-                bars.advance(task)
+        with self._bar(text, total) as work:
+            yield work
 
     @contextmanager
-    def _task(self, text: str, total: int | None) -> Iterator[tuple[Bars, TaskID]]:
+    def _bar(self, text: str, total: int | None) -> Iterator[Work]:
         """Add a line to the one live display; the outermost work starts and stops it."""
         outermost = self._bars is None
         if self._bars is None:
@@ -71,28 +60,24 @@ class ConsoleProgress(Progress):
         bars = self._bars
         task = bars.add_task(text, total=total)
         try:
-            yield bars, task
+            yield _ShownWork(text, total, move=partial(bars.advance, task))
         finally:
             bars.remove_task(task)
             if outermost:
                 bars.stop()
                 self._bars = None
 
-    def _plain(self, items: Iterable[T], text: str, total: int | None) -> Iterator[T]:
-        started = time.monotonic()
-        due = started + FIRST
-        shown = False
-        of = f" of {total}" if total is not None else ""
-        done = 0
-        for item in items:
-            yield item
-            done += 1
-            now = time.monotonic()
-            if now >= due and total != 1:
-                self.note(f"{text}: {done}{of} ({now - started:.0f} s)")
-                shown, due = done != total, now + EVERY
-        if shown:
-            self.note(f"{text}: done, {done} in {time.monotonic() - started:.0f} s")
+
+@dataclass(eq=False)
+class _ShownWork(Work):
+    """Work whose steps move a bar."""
+
+    move: Callable[[], None] = field(kw_only=True)
+
+    def step(self) -> None:
+        """Count one step."""
+        super().step()
+        self.move()
 
 
 def _bars(console: Console) -> Bars:
@@ -110,12 +95,20 @@ def _bars(console: Console) -> Bars:
                 return Text()
             return Text(f"{task.completed:.0f} of {task.total:.0f}", style="muted")
 
+    class Left(progress.ProgressColumn):
+        def render(self, task: Task) -> Text:
+            if not _countable(task.total) or not task.completed or not task.elapsed:
+                return Text()
+            left = task.elapsed / task.completed * (task.total - task.completed)
+            return Text(f"about {render.seconds(left)} left", style="muted")
+
     return progress.Progress(
         progress.SpinnerColumn("line", style="muted"),
         progress.TextColumn("{task.description}", markup=False),
         Bar(bar_width=24, complete_style="accent", finished_style="accent"),
         Count(),
         progress.TimeElapsedColumn(),
+        Left(),
         console=console,
         transient=True,
     )

@@ -19,6 +19,7 @@ import typer
 from rich.text import Text
 from typer.core import TyperCommand
 
+from errata.cli.checks import check_model
 from errata.cli.progress import ConsoleProgress
 from errata.cli.render import console, json_text
 from errata.errors import ConfigError, EditRefused, ErrataError, LedgerError, UnknownNameError
@@ -29,13 +30,14 @@ if TYPE_CHECKING:
     from errata.editor import Editor
     from errata.edits.ledger import Ledger
 
-OK, FAILED, USAGE, REFUSED, DAMAGED, INTERRUPTED = 0, 1, 2, 3, 4, 130
+OK, FAILED, USAGE, REFUSED, DAMAGED, NO_EFFECT, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 EXIT_CODES = {
     OK: "done",
     FAILED: "an error: what was asked cannot be done; the message says why",
     USAGE: "the command line itself is wrong",
     REFUSED: "a guard refused an edit; nothing of it is on the model",
     DAMAGED: "verification found a problem",
+    NO_EFFECT: "an edit was made, but the model does not give the new answer",
     INTERRUPTED: "interrupted; everything is as after the last finished step",
 }
 CLOSING = "Each command has examples: errata COMMAND --help. Documentation: docs/cli.md"
@@ -188,6 +190,25 @@ class Session:
 
         return Ledger.open(self.ledger, kinds=DeltaKinds() if kinds else {}, readonly=True)
 
+    def check_ids(self, ids: Sequence[str], *, active: bool | None = None) -> None:
+        """Raise, without a model, for an id that is not in the ledger or not as it must be.
+
+        Args:
+            ids: as given: whole ids, or their beginnings.
+            active: True: they must be on the model; False: they must not; None: either.
+        """
+        if not ids:
+            return
+        with self.read_ledger() as ledger:
+            found = [ledger.resolve(name) for name in ids]
+            on = ledger.active_ids()
+        wrong = [name for name in found if active is not None and (name in on) is not active]
+        if wrong:
+            state = "not active" if active else "already active"
+            raise LedgerError(
+                f"{', '.join(wrong)}: {state}. Active now: {', '.join(on) or 'none'}."
+            )
+
     def remembered(self) -> dict[str, Any]:
         """Return what the ledger says about its model: name and dtype; empty if nothing."""
         if not self.has_ledger():
@@ -226,6 +247,7 @@ class Session:
             **options: other arguments of `errata.Editor`.
         """
         name = self.model_name()
+        check_model(name)
         with self.status(f"Loading {name}"):
             calm_transformers()
             from errata.editor import Editor

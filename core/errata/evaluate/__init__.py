@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from errata.evaluate.metrics import CoreMetrics
     from errata.evaluate.protocols import PROTOCOLS
     from errata.evaluate.reader import MeasureSettings, Question, Reader
+    from errata.evaluate.report import AnswerChange, EditReport, LayerChoice, edit_report
     from errata.model.answers import TargetScore
     from errata.model.generation import generate
     from errata.model.perplexity import perplexity
@@ -29,8 +30,11 @@ if TYPE_CHECKING:
 
 # PEP 562, as in the package itself: looked up when first used.
 _LAZY = {
+    "AnswerChange": "errata.evaluate.report",
     "Baseline": "errata.evaluate.baseline",
     "CoreMetrics": "errata.evaluate.metrics",
+    "EditReport": "errata.evaluate.report",
+    "LayerChoice": "errata.evaluate.report",
     "MeasureSettings": "errata.evaluate.reader",
     "PROTOCOLS": "errata.evaluate.protocols",
     "Protocol": "errata.contract.protocol",
@@ -39,6 +43,7 @@ _LAZY = {
     "TargetScore": "errata.model.answers",
     "canary_texts": "errata.model.texts",
     "contained_match": "errata.evaluate.matching",
+    "edit_report": "errata.evaluate.report",
     "exact_match": "errata.evaluate.matching",
     "generate": "errata.model.generation",
     "kl_to_base": "errata.evaluate.divergence",
@@ -50,9 +55,12 @@ __all__ = [
     "ERROR_TYPES",
     "PROTOCOLS",
     "Answer",
+    "AnswerChange",
     "Baseline",
     "Comparison",
     "CoreMetrics",
+    "EditReport",
+    "LayerChoice",
     "MeasureSettings",
     "Measurement",
     "Protocol",
@@ -65,6 +73,7 @@ __all__ = [
     "compare_all",
     "contained_match",
     "count_failures",
+    "edit_report",
     "exact_match",
     "generate",
     "kl_to_base",

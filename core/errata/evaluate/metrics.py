@@ -70,4 +70,5 @@ class CoreMetrics:
                 "measured.",
                 model.name,
             )
-        return [measurement for protocol in wanted for measurement in protocol.measure(reader)]
+        each = model.progress.track(wanted, "Measuring", len(wanted))
+        return [measurement for protocol in each for measurement in protocol.measure(reader)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
@@ -13,8 +12,6 @@ from errata.kit.layer_sweep import SCHEMA, LayerResult, LayerSweep, key_of, plac
 if TYPE_CHECKING:
     from errata.contract.config import MethodConfig
     from errata.model.model import Model
-
-logger = logging.getLogger("errata")
 
 AUTO = "auto"
 
@@ -65,7 +62,6 @@ def auto_layers(model: Model, *methods: str, count: int | None = None) -> AutoLa
         found = cached_sweep(model, method)
         if found is not None:
             chosen = _chosen(found, count)
-            logger.info("%s", chosen.why)
             model.progress.note(chosen.why)
             return chosen
     raise ConfigError(

@@ -311,7 +311,8 @@ class _Problem:
         active = torch.ones(count, dtype=torch.bool)
         first_before = torch.zeros(count, dtype=torch.long)
         with torch.enable_grad(), frozen(self.model.module), self._truncated():
-            for step in range(settings.steps):
+            text = "Optimising values"
+            for step in self.model.progress.track(range(settings.steps), text, settings.steps):
                 delta.requires_grad_(True)
                 at = self._evaluate(delta, first_before)
                 loss = self.objective.loss(at)

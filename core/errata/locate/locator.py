@@ -207,11 +207,12 @@ class CoreLocator:
         Raises:
             UnknownNameError: no such locator. ConfigError: a bad setting.
         """
-        locator, settings = _settings(config)
+        locator, settings = read_settings(config)
         return locator.locate(model, request, settings)
 
 
-def _settings(config: Any) -> tuple[Locator, MethodConfig]:
+def read_settings(config: Any) -> tuple[Locator, MethodConfig]:
+    """Return the locator that a configuration means, and its settings; raise as `locate` does."""
     if isinstance(config, MethodConfig):
         for locator in LOCATORS.values():
             if type(config) is locator.config:

@@ -15,7 +15,10 @@ from torch import nn
 from errata.errors import ConfigError, UnknownNameError
 from errata.model.anatomy import Anatomy
 from errata.model.checkpoint import read_config, read_module, read_tokenizer
+from errata.model.foreign_noise import quiet_loading
 from errata.model.model import Model
+from errata.model.model_source import check_model_source
+from errata.model.progress import Progress
 from errata.model.task import Task, require_task, task_of
 from errata.model.tokens import WITHOUT_ROW
 
@@ -85,13 +88,15 @@ def load_model(
                 "or a module in memory with its tokenizer."
             )
         name = location = str(source)
+        check_model_source(name, known)
         checkpoint = Path(name) if os.path.isdir(name) else None
-        config = read_config(location, known, trust_remote_code)
-        module = read_module(
-            location, auto_class(config, location), known, trust_remote_code,
-            dtype=torch_dtype or "auto", device_map=device_map,
-        )  # fmt: skip
-        _unmap(module)
+        with Progress.of(options.get("progress")).busy(f"Loading {name}"), quiet_loading():
+            config = read_config(location, known, trust_remote_code)
+            module = read_module(
+                location, auto_class(config, location), known, trust_remote_code,
+                dtype=torch_dtype or "auto", device_map=device_map,
+            )  # fmt: skip
+            _unmap(module)
         tokenizer = tokenizer if tokenizer is not None else location
     if device is not None:
         module.to(_device(device))

@@ -85,7 +85,7 @@ class Model:
         checkpoint: Path | None = None,
         keep: str = "auto",
         artifacts: Artifacts | None = None,
-        progress: Progress | None = None,
+        progress: Progress | Callable[[str], None] | None = None,
         corpus: Sequence[str] | None = None,
         branch: bool | None = None,
         trust_remote_code: bool = False,
@@ -99,7 +99,7 @@ class Model:
         self.buffers: dict[str, Tensor] = dict(module.named_buffers())
         self.pristine = Pristine({**self.parameters, **self.buffers}, checkpoint, keep)
         self.artifacts = artifacts or Artifacts()
-        self.progress = progress or Progress()
+        self.progress = Progress.of(progress)
         self.corpus = corpus
         self.trust_remote_code = trust_remote_code
         self.access = Access()

@@ -14,6 +14,7 @@ from errata.kit.training import (
     train_adapter,
 )
 from errata.kit.training.adapters import TASKS, lowest
+from errata.model.foreign_noise import quiet_imports
 
 if TYPE_CHECKING:
     from errata.edits.delta import AdapterDelta
@@ -30,7 +31,8 @@ def train(model: Model, requests: Sequence[Request], config: AdaloraConfig) -> A
     Raises `ConfigError` for a schedule without room, for unknown modules, and when the loss is no
     longer finite.
     """
-    from peft import AdaLoraConfig
+    with quiet_imports():
+        from peft import AdaLoraConfig
 
     modules = linear_modules(model, config.target_modules, config.layers)
     pairs = [(request.text, request.target) for request in requests]

@@ -14,6 +14,7 @@ from errata.kit.training import (
     train_adapter,
 )
 from errata.kit.training.adapters import TASKS, lowest
+from errata.model.foreign_noise import quiet_imports
 
 if TYPE_CHECKING:
     from errata.edits.delta import AdapterDelta
@@ -29,7 +30,8 @@ def train(model: Model, requests: Sequence[Request], config: LoraConfig) -> Adap
 
     Raises `ConfigError` for unknown modules and when the loss is no longer finite.
     """
-    from peft import LoraConfig as PeftConfig
+    with quiet_imports():
+        from peft import LoraConfig as PeftConfig
 
     modules = linear_modules(model, config.target_modules, config.layers)
     pairs = [(request.text, request.target) for request in requests]

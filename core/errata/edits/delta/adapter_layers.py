@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from errata.model.foreign_noise import quiet_imports
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -170,7 +172,8 @@ def empty_layers(root: nn.Module, peft_type: str, names: Sequence[str]) -> dict[
     Injecting is the slow part of PEFT (a millisecond per module), so it is done once for all
     adapters; each then takes a copy of the template's entries.
     """
-    from peft import get_peft_config, inject_adapter_in_model
+    with quiet_imports():
+        from peft import get_peft_config, inject_adapter_in_model
 
     layers: dict[str, Any] = {}
     for transposed in (False, True):  # PEFT has one orientation flag per adapter

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from errata.edits.delta.adapter import AdapterDelta
 from errata.edits.delta.adapter_layers import flags_kept, skeleton, swap
+from errata.model.foreign_noise import quiet_imports
 
 if TYPE_CHECKING:
     from torch import nn
@@ -68,7 +69,8 @@ def training(
         modules: paths of the linear modules to adapt.
         objective: computes the loss; `peft_model()` calls it and adds what PEFT adds.
     """
-    from peft import get_peft_model
+    with quiet_imports():
+        from peft import get_peft_model
 
     tree = skeleton(model.module, modules, objective)
     # The task only chooses a subclass that asks the base for generation: it has none here.

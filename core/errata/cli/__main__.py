@@ -1,5 +1,0 @@
-"""`python -m errata.cli` is `errata`."""
-
-from errata.cli import main
-
-main()

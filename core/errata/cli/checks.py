@@ -1,0 +1,109 @@
+"""What can be known before a model is loaded, and is refused then."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from errata.contract.hooks import PLUGINS
+from errata.errors import ConfigError, UnknownNameError
+from errata.model.model_source import check_model_source
+
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+
+
+def check_model(name: str) -> None:
+    """Raise for a folder that is not there, or a hub name that cannot be had."""
+    from errata import zoo
+
+    if name not in zoo.MODELS and not _strangers():
+        check_model_source(name, zoo.MODELS)
+
+
+def _strangers() -> bool:
+    """Say whether a plugin that is not errata's own may bring models, which takes loading it."""
+    modules = (point.module.partition(".")[0] for point in entry_points(group=PLUGINS))
+    return any(package != "errata" for package in modules)
+
+
+def check_settings(method: str, overrides: Mapping[str, Any], model: str) -> None:
+    """Raise `ConfigError` for hyper-parameters that a method does not have or does not take.
+
+    Layers are compared with what the model's configuration file says, where there is one.
+    """
+    from errata.contract import plugins
+    from errata.contract.registry import Registry
+
+    registry = Registry.load()
+    if method in registry.methods:
+        facts = _facts(model)
+        registry.resolve(method, plugins.load(method).config, facts, overrides)
+        if facts.get("n_layers") is not None:
+            _check_layers(overrides, facts["n_layers"], str(facts["model_type"]))
+
+
+def _check_layers(overrides: Mapping[str, Any], count: int, model_type: str) -> None:
+    for name, value in overrides.items():
+        if not name.endswith(("layer", "layers")):
+            continue
+        for layer in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(layer, int) and not -count <= layer < count:
+                raise ConfigError(
+                    f"{name}={value}: this {model_type} model has layers 0 to {count - 1} (or "
+                    f"-{count} to -1, from the end)."
+                )
+
+
+def _facts(model: str) -> dict[str, Any]:
+    """Return what presets are matched against, as far as the model's `config.json` says it."""
+    from errata import zoo
+
+    folder = zoo.MODELS[model].path if model in zoo.MODELS else Path(model).expanduser()
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {"name": model}
+    if not isinstance(config, dict) or config.get("is_encoder_decoder"):
+        return {"name": model}
+    inner = config.get("text_config")
+    text = inner if isinstance(inner, dict) else config
+    count = next((text[key] for key in _LAYER_COUNTS if isinstance(text.get(key), int)), None)
+    return {
+        "name": model,
+        "model_type": config.get("model_type", ""),
+        "n_layers": count,
+        "hidden_size": text.get("hidden_size", text.get("n_embd")),
+    }
+
+
+def check_locator(by: str, settings: Mapping[str, Any]) -> None:
+    """Raise for a locator that there is not, or a setting that it does not have."""
+    from errata.locate.locator import read_settings
+
+    if not _strangers():  # theirs are asked once the model is there
+        read_settings({**settings, "by": by or "trace"})
+
+
+def check_guards(guards: Mapping[str, Any]) -> None:
+    """Raise for a guard that there is not, or a value that it does not take."""
+    if guards:
+        from errata.contract.guards import GuardPolicy
+
+        GuardPolicy.parse(guards)
+
+
+def check_protocols(names: Sequence[str]) -> None:
+    """Raise `UnknownNameError` for a protocol that nobody measures."""
+    from errata.contract import plugins
+    from errata.contract.manager import Manager
+    from errata.evaluate import PROTOCOLS
+
+    if set(names) <= {protocol.name for protocol in PROTOCOLS}:
+        return
+    known = Manager("", plugins.rooms()).protocols()
+    for name in names:
+        if name not in known:
+            raise UnknownNameError("protocol", name, known)

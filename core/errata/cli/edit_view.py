@@ -1,0 +1,153 @@
+"""What people see after `errata edit`: what was made, where, and what it did to the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.text import Text
+
+from errata.cli import render
+
+if TYPE_CHECKING:
+    from errata.editor import Editor
+    from errata.edits.edit import Edit
+    from errata.evaluate import AnswerChange, EditReport, LayerChoice
+
+MANY = 8
+"""Edits that are listed, at most."""
+
+
+def edit_view(
+    editor: Editor, edits: Sequence[Edit], report: EditReport, applied: bool, kept: str
+) -> Iterator[Any]:
+    """Yield the parts of the page.
+
+    Args:
+        editor: with the edits on it, unless they were only recorded.
+        edits: those of one call.
+        report: what the model says without and with them.
+        applied: they are on the model.
+        kept: where they are recorded.
+    """
+    if not edits:
+        return
+    if len(edits) == 1:
+        yield from _one_edit(edits[0], report.layer)
+    else:
+        yield render.outcomes(edits[:MANY])
+        yield Text(render.OUTCOME_NOTE, style="muted")
+        if len(edits) > MANY:
+            yield f"… and {len(edits) - MANY} more: errata log"
+        if report.layer is not None:
+            yield render.facts([("layers", _layer(report.layer))])
+    if report.answers:
+        yield ""
+        yield render.titled("Answers", _answers(report), report.protocol)
+        yield from _neighbours(report)
+    if not applied:
+        yield f"Recorded, not on the model. Put it on with: errata apply {edits[0].id}"
+    count = render.count(len(editor.model.stack.ids), "active edit")
+    yield Text(f"{count} on {editor.model.name}; {kept}", style="muted")
+
+
+def idle_view(idle: Sequence[str], edits: Sequence[Edit]) -> Text:
+    """Return the last line after edits of which some have no effect."""
+    if len(edits) == 1:
+        what = "No effect: the model does not give the new answer."
+    else:
+        what = f"{len(idle)} of {len(edits)} edits have no effect: {render.names(idle)}."
+    off = f"errata revert {' '.join(idle[:3])}{' …' if len(idle) > 3 else ''}"
+    advice = f" Take off what does not help ({off}), or try another layer, more steps or a method."
+    return Text.assemble((what, "bad"), advice)
+
+
+def _one_edit(edit: Edit, layer: LayerChoice | None) -> Iterator[Any]:
+    yield Text.assemble((edit.id, "accent"), "  ", (render.short_request(edit), "head"))
+    cost = f"{render.size(edit.nbytes)}, {render.seconds(edit.seconds)}"
+    rows: list[tuple[str, Any]] = [("made", f"{edit.method}, {edit.delta_kind}, {cost}")]
+    if layer is not None:
+        rows.append(("layer" if len(layer.layers) == 1 else "layers", _layer(layer)))
+    rows += render.outcome(edit)
+    outcome = edit.outcome
+    if outcome.supersedes:
+        rows.append(("supersedes", f"{', '.join(outcome.supersedes)}: same fact, taken off"))
+    if outcome.conflicts:
+        names = ", ".join(outcome.conflicts)
+        rows.append(("conflicts", f"with {names}: same fact, other target"))
+    if outcome.overlaps:
+        names = render.names(tuple(outcome.overlaps))
+        rows.append(("overlaps", f"with {names}: nearly the same key"))
+    yield render.facts(rows)
+
+
+def _layer(choice: LayerChoice) -> Text:
+    """Return where the edit was made and who chose it; after a rule, how to find a better one."""
+    numbers = ", ".join(map(str, choice.layers))
+    if choice.chosen_by == "rule":
+        return Text.assemble(
+            f"{numbers}, by a rule of thumb: no preset fits this model. Facts that the model "
+            "knows, one JSON object a line, find a better one: ",
+            (choice.advice, "accent"),
+        )
+    by = {
+        "preset": f"a preset: {choice.source}",
+        "sweep": f"a sweep of this model: {choice.source.removeprefix('auto: ')}",
+        "argument": "as you said",
+        "default": "the method's default",
+    }[choice.chosen_by]
+    return Text(f"{numbers}, {by}")
+
+
+def _answers(report: EditReport) -> Any:
+    grid = render.table(
+        ("", {"no_wrap": True}), "prompt", "before", "after", ("", {"no_wrap": True})
+    )
+    last = ""
+    for one in report.answers:  # what is compared is what is shown; --json has the whole texts
+        mark, style = _mark(one)
+        grid.add_row(
+            Text(one.role if one.role != last else "", style="muted"),
+            one.prompt,
+            Text(_said(one.before), style="muted"),
+            Text(_said(one.after), style="new" if one.changed else "muted"),
+            Text(mark, style=style),
+        )
+        last = one.role
+    return grid
+
+
+def _said(text: str) -> str:
+    from errata.evaluate.report import first_sentence
+
+    return render.quoted(first_sentence(text), 48) or "(nothing)"
+
+
+def _mark(one: AnswerChange) -> tuple[str, str]:
+    """Return what the last column says: for the fact itself whether it took, else what changed."""
+    if one.role in ("request", "paraphrase"):
+        if one.gives_target:
+            return "new answer", "good"
+        return ("changed", "") if one.changed else ("as before", "warn")
+    if one.gives_target:
+        return "! new answer", "bad"
+    return ("! changed", "warn") if one.changed else ("as before", "muted")
+
+
+def _neighbours(report: EditReport) -> Iterator[Text]:
+    """Yield one line on what happened to the neighbours, a warning where some changed."""
+    asked, changed = report.of("neighbour"), report.disturbed
+    if not asked:
+        return
+    if not changed:
+        yield Text(
+            f"Of {render.count(len(asked), 'neighbour')} asked, none changed: a glance, not a "
+            "measurement (errata evaluate).", style="muted",
+        )  # fmt: skip
+        return
+    taken = sum(one.gives_target for one in changed)
+    also = f", {taken} to the new answer" if taken else ""
+    yield Text.assemble(
+        (f"Warning: {len(changed)} of {len(asked)} neighbours changed{also}. ", "warn"),
+        "The edit reaches beyond its subject; a lower layer or another method may disturb less.",
+    )

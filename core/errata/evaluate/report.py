@@ -1,0 +1,278 @@
+"""What an edit did, for people: where it was made, and what the model says before and after."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from errata.contract.methods import RULE
+from errata.edits.edit import Edit
+from errata.evaluate.matching import contained_match, normalise
+from errata.evaluate.neighbours import other_subjects
+
+if TYPE_CHECKING:
+    from errata.contract.registry import Value
+    from errata.editor import Editor
+    from errata.edits.request import Request
+
+TOKENS = 8
+PROTOCOL = (
+    f"generated: greedy, natural stop, at most {TOKENS} new tokens; compared up to the first "
+    "full stop"
+)
+MANY = 8
+"""Requests that are asked about, at most."""
+
+Role = Literal["request", "paraphrase", "neighbour", "check"]
+_SENTENCE_END = re.compile(r"[.!?;](?=\s|$)|\n")
+
+
+@dataclass(frozen=True)
+class AnswerChange:
+    """What the model says to one prompt without and with the edits.
+
+    Attributes:
+        prompt: the prompt.
+        role: "request": the fact itself; "paraphrase": the same in other words; "neighbour": other
+            subjects, which should keep their answers; "check": a prompt that the caller named.
+        before, after: the texts.
+        changed: the first sentences differ.
+        gives_target: afterwards the new answer is given, and it was not before.
+    """
+
+    prompt: str
+    role: Role
+    before: str
+    after: str
+    changed: bool
+    gives_target: bool
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """Where an edit was made, and who chose that.
+
+    Attributes:
+        layers: counted from 0.
+        chosen_by: "rule": the method's rule of thumb, no preset fits the model; "preset": one of
+            the registry; "sweep": a sweep of this model; "argument": the caller; "default".
+        source: what the registry says about it, or the rule's name.
+        advice: the command that finds a better layer by evidence, after a rule's choice; else "".
+    """
+
+    layers: tuple[int, ...]
+    chosen_by: Literal["rule", "preset", "sweep", "argument", "default"]
+    source: str
+    advice: str = ""
+
+
+@dataclass(frozen=True)
+class EditReport:
+    """What edits of one call did, as far as a few answers show it.
+
+    Attributes:
+        ids: of the edits.
+        layer: where they were made; None where the method has no layer.
+        answers: the requests' own prompts first, then paraphrases, neighbours, checks.
+        protocol: how the texts were made and compared.
+    """
+
+    ids: tuple[str, ...]
+    layer: LayerChoice | None
+    answers: tuple[AnswerChange, ...]
+    protocol: str = PROTOCOL
+
+    def of(self, *roles: Role) -> tuple[AnswerChange, ...]:
+        """Return the answers to prompts of some roles."""
+        return tuple(one for one in self.answers if one.role in roles)
+
+    @property
+    def disturbed(self) -> tuple[AnswerChange, ...]:
+        """Neighbours whose answers changed, those that give the new answer first."""
+        changed = [one for one in self.of("neighbour") if one.changed]
+        return tuple(sorted(changed, key=lambda one: not one.gives_target))
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as JSON data."""
+        return {
+            "ids": list(self.ids),
+            "layer": None if self.layer is None else asdict(self.layer),
+            "answers": [asdict(one) for one in self.answers],
+            "protocol": self.protocol,
+        }
+
+
+def edit_report(
+    editor: Editor,
+    edits: Edit | Sequence[Edit],
+    *,
+    checks: Sequence[str] = (),
+    neighbours: int = 4,
+    given: Mapping[str, Any] | None = None,
+) -> EditReport:
+    """Ask the model about edits, without and with them, and about what they should leave alone.
+
+    Neighbours are those of the requests; for a request without any, other subjects of the same
+    kind in the same prompt ("The capital of Germany is"). A handful of greedy answers is a glance,
+    not a measurement: `Editor.evaluate` measures.
+
+    >>> report = edit_report(editor, edit)  # doctest: +SKIP
+    >>> [(one.prompt, one.before, one.after) for one in report.disturbed]  # doctest: +SKIP
+
+    Args:
+        editor: whose ledger holds the edits; whether they are active does not matter.
+        edits: one edit, or those of one call.
+        checks: further prompts to ask.
+        neighbours: how many neighbours, at most.
+        given: hyper-parameters that the caller gave, so that those are not taken for a preset's.
+    """
+    made = [edits] if isinstance(edits, Edit) else list(edits)
+    layer = _layer_choice(editor, made[0], given) if made else None
+    requests = [request for edit in made for request in edit.requests][:MANY]
+    asked: list[tuple[Role, str, Request | None]] = []
+    if editor.model.generates and requests:
+        asked = _prompts(editor, requests, checks, neighbours)
+    before, after = _texts(editor, made, [prompt for _, prompt, _ in asked])
+    answers = tuple(
+        _change(role, prompt, request, requests, old, new)
+        for (role, prompt, request), old, new in zip(asked, before, after, strict=True)
+    )
+    return EditReport(tuple(edit.id for edit in made), layer, answers)
+
+
+# -- which prompts ---------------------------------------------------------------------------------
+
+
+def _prompts(
+    editor: Editor, requests: Sequence[Request], checks: Sequence[str], neighbours: int
+) -> list[tuple[Role, str, Request | None]]:
+    """Return (role, prompt, the request that it belongs to), each prompt once."""
+    wanted: list[tuple[Role, str, Request | None]] = []
+    wanted += [("request", request.text, request) for request in requests]
+    if len(requests) == 1:
+        wanted += [("paraphrase", text, requests[0]) for text in requests[0].paraphrases[:2]]
+    wanted += [("check", prompt, None) for prompt in checks]
+    some = requests[:neighbours]
+    around = [list(_neighbours(editor, request, neighbours)) for request in some]
+    near = [(r, row[i]) for i in range(neighbours) for r, row in zip(some, around, strict=True)
+            if i < len(row)]  # fmt: skip
+    wanted += [("neighbour", prompt, request) for request, prompt in near[:neighbours]]
+    first: dict[str, tuple[Role, str, Request | None]] = {}
+    for one in wanted:
+        first.setdefault(one[1], one)
+    order: dict[str, int] = {role: place for place, role in enumerate(get_args(Role))}
+    return sorted(first.values(), key=lambda one: order[one[0]])
+
+
+def _neighbours(editor: Editor, request: Request, limit: int) -> Iterator[str]:
+    own = [probe.prompt for probe in request.neighbourhood]
+    if own:
+        yield from own[:limit]
+        return
+    edited = [
+        other.subject
+        for edit in editor.model.stack.entries
+        for other in edit.requests
+        if other.prompt == request.prompt
+    ]
+    with editor.disabled():
+        names = other_subjects(editor.model, request, limit, but=edited)
+    for name in names:
+        yield request.prompt.replace("{}", name[:1].upper() + name[1:]
+                                     if request.prompt.startswith("{}") else name)  # fmt: skip
+
+
+# -- what the model says ---------------------------------------------------------------------------
+
+
+def _texts(
+    editor: Editor, edits: Sequence[Edit], prompts: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """Return what the model says without and with the edits, other active edits on."""
+    if not prompts:
+        return [], []
+    active = editor.model.stack.ids
+    ids = [edit.id for edit in edits]
+    put_back = [old for edit in edits for old in edit.outcome.supersedes if old not in ids]
+    without = [*(name for name in active if name not in ids), *dict.fromkeys(put_back)]
+    found = []
+    for wanted in (without, [*(n for n in active if n not in ids), *ids]):
+        with _only(editor, wanted):
+            texts = editor.generate(list(prompts), max_new_tokens=TOKENS)
+        found.append([text.strip() for text in texts])
+    return found[0], found[1]
+
+
+@contextmanager
+def _only(editor: Editor, ids: Sequence[str]) -> Iterator[None]:
+    """Have these edits on, in the ledger's order; leave the model alone if it is so already."""
+    known = editor.ledger.ids()
+    ordered = [name for name in known if name in set(ids)]
+    if ordered == list(editor.model.stack.ids):
+        yield
+        return
+    with editor.only(*ordered) if ordered else editor.disabled():
+        yield
+
+
+def _change(
+    role: Role,
+    prompt: str,
+    request: Request | None,
+    requests: Sequence[Request],
+    before: str,
+    after: str,
+) -> AnswerChange:
+    about = requests if request is None else [request]
+    targets = [answer for one in about for answer in (one.target_new, *one.aliases)]
+    gives = contained_match(after, targets) and not contained_match(before, targets)
+    changed = normalise(first_sentence(before)) != normalise(first_sentence(after))
+    return AnswerChange(prompt, role, before, after, changed, gives)
+
+
+def first_sentence(text: str) -> str:
+    """Return a text up to its first full stop or line break."""
+    return _SENTENCE_END.split(text.strip(), maxsplit=1)[0].strip()
+
+
+# -- where the edit was made -----------------------------------------------------------------------
+
+
+def _layer_choice(
+    editor: Editor, edit: Edit, given: Mapping[str, Any] | None
+) -> LayerChoice | None:
+    """Return who chose the recorded layers: the caller, where they are not what comes by itself."""
+    name = next((key for key in ("layer", "layers") if edit.config.get(key) is not None), "")
+    if not name:
+        return None
+    recorded = edit.config[name]
+    layers = (recorded,) if isinstance(recorded, int) else tuple(recorded)
+    chosen = {k: v for k, v in (given or {}).items() if k in (name, "variant")}
+    if "variant" in edit.config:
+        chosen.setdefault("variant", edit.config["variant"])
+    values = editor.configure(edit.method, chosen)[1]
+    value = next(one for one in values if one.name == name)
+    usual = [value.value] if isinstance(value.value, int) else list(value.value or ())
+    if usual != list(layers):
+        return LayerChoice(layers, "argument", "argument")
+    if value.source.startswith("auto:"):
+        return LayerChoice(layers, "sweep", value.source)
+    if value.layer == RULE:
+        return LayerChoice(layers, "rule", value.source, _sweep_command(editor, edit.method))
+    return LayerChoice(layers, _by(value), value.source)
+
+
+def _by(value: Value) -> Literal["preset", "argument", "default"]:
+    if value.layer == "argument":
+        return "argument"
+    return "default" if value.layer == "default" else "preset"
+
+
+def _sweep_command(editor: Editor, method: str) -> str:
+    """Return the command that edits at every layer and suggests one; facts.jsonl is the user's."""
+    model = shlex.quote(editor.model.name)
+    return f"errata locate --sweep --method {method} --model {model} --file facts.jsonl"

@@ -1,0 +1,118 @@
+"""Where a model is to come from: a folder, or the hub. Read before anything is loaded.
+
+Nothing here imports torch or transformers.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import socket
+import threading
+from collections.abc import Collection
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+from errata.errors import ConfigError, UnknownNameError
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+PATIENCE = 0.8
+"""Seconds that the hub's host gets to say whether it is there; no answer counts as yes."""
+
+
+def check_model_source(source: str, known: Collection[str] = ()) -> None:
+    """Refuse a folder that is not there, and a hub name that cannot be had offline.
+
+    A hub name that is in the hub's cache, or whose host answers, is left to transformers.
+
+    Args:
+        source: what was given as model.
+        known: names of models that come from elsewhere, for the suggestion.
+
+    Raises:
+        ConfigError: a path where nothing is.
+        UnknownNameError: no folder, not among `known`, not in the cache, and the hub is not within
+            reach.
+    """
+    where = Path(source).expanduser()
+    if source in known or where.exists():
+        return
+    if _is_path(source):
+        raise ConfigError(f"There is no folder {source!r}.{_nearby(where)}")
+    if _cached(source) or _hub_answers():
+        return
+    offline = _offline()
+    why = f"{offline} is set" if offline else "the hub cannot be reached from here"
+    raise UnknownNameError(
+        "model", source, known,
+        f"It is no folder here{_nearby(where)} and not in the hub's cache, and {why}.",
+    )  # fmt: skip
+
+
+def _is_path(source: str) -> bool:
+    """Say whether a name can only mean a path: hubs have NAME and OWNER/NAME."""
+    separators = {os.sep, os.altsep or os.sep}
+    if source.startswith((".", "~", *separators)) or source.endswith(tuple(separators)):
+        return True
+    if not _HUB_NAME.fullmatch(source):
+        return True
+    owner = Path(source).parent
+    return owner != Path() and owner.is_dir()
+
+
+def _nearby(where: Path) -> str:
+    """Return a suggestion: an entry beside it with a similar name, or how far the path leads."""
+    parent = where.parent
+    if not parent.is_dir():
+        return ""
+    try:
+        names = [entry.name for entry in parent.iterdir() if entry.is_dir()]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(where.name, names, n=1, cutoff=0.6)
+    return f" Did you mean {str(parent / close[0])!r}?" if close else ""
+
+
+def _cached(name: str) -> bool:
+    """Say whether the hub's cache holds anything of a model."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
+    return any(folder.glob("snapshots/*/*"))
+
+
+def _offline() -> str:
+    """Return the name of the variable that forbids asking the hub; "" if none does."""
+    return next(
+        (name for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+         if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")), "",
+    )  # fmt: skip
+
+
+def _hub_answers() -> bool:
+    """Say whether the hub may be within reach; behind a proxy and in doubt, yes."""
+    if _offline():
+        return False
+    if getproxies():
+        return True
+    from huggingface_hub import constants
+
+    host = urlsplit(constants.ENDPOINT)
+    failed = threading.Event()
+
+    def connect() -> None:
+        try:
+            port = host.port or (80 if host.scheme == "http" else 443)
+            socket.create_connection((host.hostname or "", port), timeout=PATIENCE).close()
+        except TimeoutError:
+            pass
+        except OSError:  # no such host, no route, nobody listens
+            failed.set()
+
+    # Looking a name up has no time limit of its own.
+    asking = threading.Thread(target=connect, daemon=True)
+    asking.start()
+    asking.join(PATIENCE)
+    return not failed.is_set()

@@ -1,0 +1,102 @@
+"""What can be known before a model is opened is refused before: with a suggestion, and no torch."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import errata.model.loading
+from errata.cli.app import app
+from errata.errors import ConfigError, UnknownNameError
+from errata.model.model_source import check_model_source
+
+FACT = ("edit", "The capital of {} is", "-s", "France", "-t", "Rome", "--model", "atlas-gpt2")
+ROME = (*FACT, "--method", "rome")
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        pytest.fail("a model was opened")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(errata.model.loading, "_from_pretrained", refuse)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ((*ROME, "--set", "stpes=3"), "Did you mean 'steps'?"),
+        ((*ROME, "--set", "layer=6"), "layer=6: this gpt2 model has layers 0 to 5"),
+        ((*FACT, "--method", "memit", "--set", "layers=[1, -7]"), "layers 0 to 5"),
+        ((*ROME, "--guard", "nrom=off"), "Did you mean 'norm'?"),
+        ((*FACT, "--method", "rmoe"), "Did you mean 'rome'?"),
+        (("generate", "Hello", "--model", "atlas-gtp2"), "Did you mean 'atlas-gpt2'?"),
+        (("generate", "Hello", "--model", "./atlas"), "There is no folder './atlas'."),
+        (("evaluate", "--file", "gone.jsonl", "--model", "atlas-gpt2"), "gone.jsonl"),
+        (("prepare", "rome", "--set", "stpes=3", "--model", "atlas-gpt2"), "'steps'?"),
+        (("locate", "{} is", "-s", "Bo", "--by", "trase", "-m", "atlas-gpt2"), "'trace'?"),
+        (("locate", "{} is", "-s", "Bo", "--set", "smaples=1", "-m", "atlas-gpt2"), "'samples'?"),
+        (("locate", "--average", "--dataset", "atals", "-m", "atlas-gpt2"), "'atlas'?"),
+        (("apply", "gone.errata", "-m", "atlas-gpt2"), "There is no file 'gone.errata'"),
+    ],
+)
+def test_it_is_refused_with_a_suggestion(words: tuple[str, ...], reason: str) -> None:
+    result = CliRunner().invoke(app, list(words))
+    assert result.exit_code == 1
+    assert reason in " ".join(result.stderr.split())
+
+
+def test_unknown_protocols_and_ids_are_refused(tmp_path: Path) -> None:
+    from errata.edits.ledger import Ledger
+
+    (tmp_path / "facts.jsonl").write_text(
+        '{"prompt": "{} is", "subject": "Bo", "target_new": "x"}\n'
+    )
+    Ledger.open(tmp_path / "errata-ledger", kinds={}).close()
+    for words, reason in (
+        (("evaluate", "--file", "facts.jsonl", "-p", "counterfat"), "'counterfact'?"),
+        (("evaluate", "beef"), "Unknown edit 'beef'"),
+        (("revert", "beef"), "Unknown edit 'beef'"),
+        (("apply", "beef"), "Unknown edit 'beef'"),
+        (("rebase", "beef"), "Unknown edit 'beef'"),
+        (("generate", "Hello", "--only", "beef"), "Unknown edit 'beef'"),
+        (("diff", "base", "beef"), "Unknown edit 'beef'"),
+    ):
+        result = CliRunner().invoke(app, [*words, "--model", "atlas-gpt2"])
+        assert result.exit_code == 1
+        assert reason in " ".join(result.stderr.split())
+
+
+def test_a_missing_folder_is_no_hub_name(tmp_path: Path) -> None:
+    (tmp_path / "my-model").mkdir()
+    with pytest.raises(ConfigError, match=r"There is no folder .*Did you mean .*my-model"):
+        check_model_source(str(tmp_path / "my-modle"))
+    check_model_source(str(tmp_path / "my-model"))
+
+
+def test_a_hub_name_is_refused_when_the_hub_is_out_of_reach(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("HF_HUB_OFFLINE", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
+        monkeypatch.delenv(name, raising=False)
+
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr(socket, "create_connection", unreachable)
+    with pytest.raises(UnknownNameError, match="the hub cannot be reached"):
+        check_model_source("nobody/nothing", ["atlas-gpt2"])
+
+    def slow(*_: Any, **__: Any) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr(socket, "create_connection", slow)
+    check_model_source("nobody/nothing")  # in doubt it is left to transformers
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UnknownNameError, match="HF_HUB_OFFLINE is set"):
+        check_model_source("nobody/nothing")

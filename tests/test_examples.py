@@ -1,0 +1,174 @@
+"""Every command that the help pages and the docs show is run, on the model that it names."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+import errata
+from errata.cli.app import app
+from errata.datasets import atlas
+from errata.zoo import MODELS
+from errata.zoo.world import make_world
+from tests.helpers import ROOT
+
+DATA = ROOT / "tests" / "data"
+REAL = "smollm2-135m"
+"""The pretrained model of the examples."""
+FASTER = {
+    "--limit": "4", "--held-out": "1", "--probe": "1", "--steps": "2", "--device": "cpu",
+    "steps": "3",
+}  # fmt: skip
+"""A test shows that an example works, not what it measures."""
+SLOW = ("bench", "demo", "zoo train", "locate --average", "locate --sweep", "locate --similar")
+
+
+def help_pages() -> list[str]:
+    found, groups = [], [get_command(app)]
+    while groups:
+        for command in groups.pop().commands.values():  # type: ignore[attr-defined]
+            if hasattr(command, "commands"):
+                groups.append(command)
+            else:
+                found.append(command.epilog)
+    return found
+
+
+def blocks() -> list[str]:
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    fence = re.compile(r"^```(?:console|bash)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+    return [block for page in pages for block in fence.findall(page.read_text(encoding="utf-8"))]
+
+
+def examples() -> list[Any]:
+    lines = dict.fromkeys(
+        re.sub(r"\s+#\s.*", "", re.sub(r"\\\n\s*", "", text)).strip()
+        for block in [*help_pages(), *blocks()]
+        for text in re.findall(r"(?:[^\n\\]|\\\n|\\.)+", re.sub(r"[ \t]+#\s.*", "", block))
+    )
+    found = []
+    for line in lines:
+        if not line.startswith(("errata ", "cat ")):
+            continue
+        slow = any(set(name.split()) <= set(line.split()) for name in SLOW)
+        marks = [pytest.mark.real] if REAL in line else [pytest.mark.slow] if slow else []
+        found.append(pytest.param(line, marks=marks, id=re.sub(r"[^\w.{} -]", "", line)[7:70]))
+    return found
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with everything that examples name: requests, datasets, runs, a ledger, files."""
+    folder = tmp_path_factory.mktemp("prepared")
+    requests = atlas.requests(2)
+    (folder / "requests.jsonl").write_text(
+        "".join(one.model_dump_json(exclude_defaults=True) + "\n" for one in atlas.requests(4)[2:])
+    )
+    shutil.copy(folder / "requests.jsonl", folder / "facts.jsonl")
+    (folder / "prompts.txt").write_text("".join(one.text + "\n" for one in requests))
+    with errata.Editor("atlas-gpt2", ledger=folder / "errata-ledger") as editor:
+        ids = [edit.id for edit in editor.edit(requests, method="rome")]
+        editor.ledger.note("model", {"name": "atlas-gpt2", "dtype": None})
+        editor.export(folder / "two.errata")
+    shutil.copy(folder / "two.errata", folder / "capital.errata")
+    (folder / "ids.json").write_text(json.dumps(ids))
+    for name in ("first", "seed-0", "seed-1", "atlas-single", "atlas-sequential-100"):
+        shutil.copytree(DATA / "runs" / "single", folder / "runs" / name)
+    for name, source in (
+        ("counterfact.json", "counterfact.json"),
+        ("MQuAKE-CF-3k-v2.json", "mquake.json"),
+        ("ZsRE-test-all.json", "knowedit_zsre.json"),
+        ("zjunlp/KnowEdit/benchmark/WikiBio/wikibio-test-all.json", "knowedit_wikibio.json"),
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(DATA / "datasets" / source, folder / name)
+    shutil.copytree(DATA / "datasets" / "pararel", folder / "pararel")
+    shutil.copytree(ROOT / "examples", folder / "examples")
+    shutil.copy(ROOT / "examples" / "bench" / "atlas-single.yaml", folder / "run.yaml")
+    return folder
+
+
+@pytest.fixture
+def workplace(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of that folder, as the present one."""
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    for name in ("ERRATA_LEDGER", "ERRATA_MODEL", "ERRATA_DEBUG", "ERRATA_DISABLE"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def words_of(line: str, folder: Path) -> tuple[list[str], str | None]:
+    """Return the words behind `errata`, made fast, and what is piped into it."""
+    given = None
+    if line.startswith("cat "):
+        source, _, line = line.partition("|")
+        given = (folder / source.split()[1]).read_text()
+    words = shlex.split(line)[1:]
+    for stop in ("|", ">"):
+        words = words[: words.index(stop)] if stop in words else words
+    first, second = json.loads((folder / "ids.json").read_text())
+    for short, name in (("3f2a9c01d7e4", first), ("3f2a", first), ("91bc", second)):
+        words = [word.replace(short, name) if re.fullmatch(r"[0-9a-f,]+", word) else word
+                 for word in words]  # fmt: skip
+    for place, word in enumerate(words):
+        name, sign, _ = word.partition("=")
+        if words[place - 1] in FASTER:
+            words[place] = FASTER[words[place - 1]]
+        elif sign and words[place - 1] == "--set" and name in FASTER:
+            words[place] = f"{name}={FASTER[name]}"
+    if words[:2] == ["zoo", "train"] and "--steps" not in words:
+        words += ["--steps", FASTER["--steps"]]
+    if words[0] == "bench" and "--limit" not in words:
+        words += ["--limit", FASTER["--limit"]]
+    return [part for word in words for part in (sorted(glob.glob(word)) or [word])], given
+
+
+def arrange(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bring about what an example takes for granted."""
+    if REAL in words:
+        models = os.environ.get("ERRATA_REAL_MODELS")
+        if models is None:
+            pytest.skip("no pretrained model here: set ERRATA_REAL_MODELS to its folder")
+        (folder / REAL).symlink_to(Path(models).resolve() / REAL)
+        shutil.rmtree(folder / "errata-ledger")
+    elif words[0] == "import" or "capital.errata" in words:
+        shutil.rmtree(folder / "errata-ledger")
+    if words[0] == "apply" and "capital.errata" not in words:
+        CliRunner().invoke(app, ["revert", "--all"])
+    if "--locate" in words:
+        for word in {one for one in words if one.endswith(".json")}:
+            command = ["locate", "The capital of {} is", "-s", "Mirevia", "--json"]
+            Path(word).write_text(CliRunner().invoke(app, command).stdout)
+    if "atlas-llama" in words and not MODELS["atlas-llama"].is_present and words[0] != "zoo":
+        pytest.skip("atlas-llama is not in this checkout: errata zoo train llama")
+    if words[0] == "bench":
+        shutil.rmtree(folder / "runs")
+    if words[0] in ("prepare", "locate", "import"):
+        monkeypatch.setenv("ERRATA_MODEL", "atlas-gpt2")
+
+
+@pytest.mark.parametrize("line", examples())
+def test_it_runs(line: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words, given = words_of(line, workplace)
+    arrange(words, workplace, monkeypatch)
+    result = CliRunner().invoke(app, words, input=given)
+    assert result.exit_code == 0, f"{result.stdout}\n{result.stderr}\n{result.exception!r}"
+
+
+def test_a_fact_for_the_embedded_model_is_one_of_its_world() -> None:
+    subject = re.compile(r"(?:--subject|-s) (\"[^\"]+\"|\S+)")
+    lines = [example.values[0] for example in examples() if REAL not in example.values[0]]
+    subjects = {named[1].strip('"') for line in lines if (named := subject.search(line))}
+    assert subjects
+    assert subjects <= set(make_world().kind_of)
