@@ -11,7 +11,10 @@ import torch
 
 from errata.edits.delta import AdapterDelta
 from errata.edits.factors import Change, changes
+from errata.edits.model_card import CARD_FILE, base_of, model_card
 from errata.errors import CapabilityError, ConfigError, StorageError, UnknownNameError
+from errata.model.storage import write_bytes
+from errata.model.task import task_of_module
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +49,8 @@ def export_peft(
     """Write edits as one PEFT directory that plain `PeftModel` loads on the base.
 
     A single adapter edit is written as it is. Any other set of edits becomes one LoRA adapter
-    with the scale one: what the edits, folded together, add to each weight, as B A.
+    with the scale one: what the edits, folded together, add to each weight, as B A. The folder
+    names the base, for `AutoPeftModelForCausalLM`, and carries a model card.
 
     Args:
         model: the model that the edits are for.
@@ -61,11 +65,22 @@ def export_peft(
             what is no linear module's weight (an embedding).
         ConfigError: a bad rank or error.
     """
-    only = edits[0].delta
-    if len(edits) == 1 and isinstance(only, AdapterDelta) and rank is None and error is None:
-        return _folder(path, overwrite, only.write_directory)
-    found = changes(model, sorted(edits, key=lambda edit: edit.sequence), rank=rank, error=error)
-    return _folder(path, overwrite, lora(model, found).write_directory)
+    chosen = sorted(edits, key=lambda edit: edit.sequence)
+    only, smaller, lost = edits[0].delta, (rank, error) != (None, None), ""
+    if len(edits) == 1 and isinstance(only, AdapterDelta) and not smaller:
+        adapter = only
+    else:
+        found = changes(model, chosen, rank=rank, error=error)
+        adapter = lora(model, found)
+        if smaller:
+            worst = max(change.error for change in found)
+            lost = f"It was made smaller: each weight's change differs by at most {worst:.2g} of its norm."
+
+    def fill(folder: Path) -> None:
+        adapter.write_directory(folder, base_of(model))
+        _write_card(folder, model_card(model, chosen, "peft", lost))
+
+    return _folder(path, overwrite, fill)
 
 
 def lora(model: Model, found: Sequence[Change]) -> AdapterDelta:
@@ -78,10 +93,12 @@ def lora(model: Model, found: Sequence[Change]) -> AdapterDelta:
     ranks = {change.module: change.rank for change in found}
     usual = max(ranks.values(), key=list(ranks.values()).count)
     other = {module: rank for module, rank in ranks.items() if rank != usual}
-    tasks = {"decoder": "CAUSAL_LM", "encoder-decoder": "SEQ_2_SEQ_LM", "encoder": None}
+    # PEFT's classes for other tasks train a head of their own; a plain PeftModel leaves it alone.
+    tasks = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}
+    task = task_of_module(model.module)
     config = {
         "peft_type": "LORA",
-        "task_type": tasks[model.anatomy.kind],
+        "task_type": tasks.get(task) if task else None,
         "r": usual,
         "lora_alpha": usual,
         "rank_pattern": other,
@@ -95,7 +112,7 @@ def lora(model: Model, found: Sequence[Change]) -> AdapterDelta:
 
 
 def merge_checkpoint(model: Model, path: Path, overwrite: bool) -> Path:
-    """Write base + all active edits as a Hugging Face checkpoint.
+    """Write base + all active edits as a Hugging Face checkpoint with a model card.
 
     Weight edits are on the parameters already; adapters are folded into theirs here. Raises
     `CapabilityError` for active edits that act at run time only (a codebook).
@@ -121,15 +138,20 @@ def merge_checkpoint(model: Model, path: Path, overwrite: bool) -> Path:
         def fill(folder: Path) -> None:
             cast("PreTrainedModel", model.module).save_pretrained(folder, state_dict=state)
             model.tokenizer.save_pretrained(folder)
+            _write_card(folder, model_card(model, entries, "merged"))
 
         return _folder(path, overwrite, fill)
+
+
+def _write_card(folder: Path, card: str) -> None:
+    write_bytes(folder / CARD_FILE, card.encode())
 
 
 def _folder(path: Path, overwrite: bool, fill: object) -> Path:
     """Fill a new folder beside `path` and rename it there, so that it is whole or absent."""
     assert callable(fill)
     if path.exists() and not overwrite:
-        raise ConfigError(f"{path} exists already: choose another place, or pass overwrite.")
+        raise ConfigError(f"{path} exists already: choose another place, or pass overwrite=True.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
