@@ -74,11 +74,16 @@ def export_peft(
         adapter = lora(model, found)
         if smaller:
             worst = max(change.error for change in found)
-            lost = f"It was made smaller: each weight's change differs by at most {worst:.2g} of its norm."
+            lost = (
+                "It was made smaller: the change of a weight differs by at most "
+                f"{worst:.2g} of its norm."
+            )
+
+    tag = str(adapter.config["peft_type"]).lower()
 
     def fill(folder: Path) -> None:
         adapter.write_directory(folder, base_of(model))
-        _write_card(folder, model_card(model, chosen, "peft", lost))
+        _write_card(folder, model_card(model, chosen, "peft", tag, lost))
 
     return _folder(path, overwrite, fill)
 

@@ -55,7 +55,9 @@ def base_of(model: Model) -> str | None:
     return (str(Path(name).resolve()) if _is_folder(name) else name) or None
 
 
-def model_card(model: Model, edits: Sequence[Edit], form: str, lost: str = "") -> str:
+def model_card(
+    model: Model, edits: Sequence[Edit], form: str, tag: str = "", lost: str = ""
+) -> str:
     """Return the card of an adapter ("peft") or of a merged checkpoint ("merged").
 
     Everything that edits say is shown as text: neither Markdown nor HTML in it has an effect.
@@ -64,13 +66,14 @@ def model_card(model: Model, edits: Sequence[Edit], form: str, lost: str = "") -
         model: the model that the edits are for.
         edits: what is in it, in ledger order.
         form: what is written.
+        tag: a further tag for the hub, for example the kind of adapter.
         lost: what was left out to make it smaller; "" if nothing.
     """
     what = "a PEFT LoRA adapter" if form == "peft" else "a merged checkpoint"
     count = sum(len(edit.requests) for edit in edits)
     about = f"{len(edits)} edit{'s' * (len(edits) != 1)}, {count} request{'s' * (count != 1)}"
     blocks = [
-        _front_matter(model, form),
+        _front_matter(model, form, tag),
         f"# {_text(model.name)}, edited",
         f"This is {what} with knowledge edits that "
         f"errata made ({about}). {_base(model, form)}{f' {lost}' if lost else ''}",
@@ -82,12 +85,12 @@ def model_card(model: Model, edits: Sequence[Edit], form: str, lost: str = "") -
     return "\n\n".join(blocks) + "\n"
 
 
-def _front_matter(model: Model, form: str) -> str:
+def _front_matter(model: Model, form: str, tag: str) -> str:
     """Return the metadata that the hub reads; a folder is no name that the hub knows."""
     name = model.name
     known = base_of(model) is not None and bool(_HUB_NAME.fullmatch(name)) and not _is_folder(name)
     task = task_of_module(model.module)
-    tags = ["errata", "knowledge-editing", *(["lora"] if form == "peft" else [])]
+    tags = ["errata", "knowledge-editing", *([tag] if tag else [])]
     lines = [
         f"base_model: {json.dumps(name)}" if known else "",
         f"base_model_relation: {'adapter' if form == 'peft' else 'finetune'}" if known else "",
