@@ -56,14 +56,33 @@ def layer_ticks(ax: Axes, count: int) -> None:
     ax.set_xlim(-0.5, count - 0.5)
 
 
+def counted(ax: Axes, count: int) -> None:
+    """Number things along the x axis from 1: whole numbers only, also where there is one thing."""
+    from matplotlib.ticker import MaxNLocator
+
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+    ax.set_xlim(1 - max(0.5, count / 40), count + max(0.5, count / 40))
+
+
+def layer_name(layer: int | None, part: str) -> str:
+    """Return what a part of the model is called in a figure: "layer 1, mlp_out"."""
+    return part if layer is None else f"layer {layer}, {part}" if part else f"layer {layer}"
+
+
 def log_scale(ax: Axes, side: Literal["x", "y"]) -> None:
     """Make an axis logarithmic, its ticks plain numbers: text is never read as formulas here."""
+    from math import log10
+
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     (ax.set_xscale if side == "x" else ax.set_yscale)("log")
     axis = ax.xaxis if side == "x" else ax.yaxis
-    if side == "y":  # there is room for more than the powers of ten
+    low, high = (ax.dataLim.intervalx if side == "x" else ax.dataLim.intervaly).tolist()
+    # Beside a short range the powers of ten may not show at all; along x a long one is crowded.
+    if side == "y" or (0 < low <= high and log10(high / low) < 1.3):
         axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    if side == "x" and low == high:
+        ax.set_xlim(low / 2, high * 2)
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
