@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from errata.model.display import shortened
 from errata.model.task import task_of_module
 
 if TYPE_CHECKING:
@@ -176,11 +176,7 @@ def _protocols(edits: Sequence[Edit]) -> str:
 
 def _text(value: str) -> str:
     """Return a text on one line that neither Markdown nor HTML nor a terminal acts on."""
-    line = " ⏎ ".join(value.strip().splitlines())
-    line = line if len(line) <= _LONGEST else line[: _LONGEST - 1] + "…"
-    shown = "".join(
-        f"<U+{ord(sign):04X}>" if unicodedata.category(sign)[0] == "C" else sign for sign in line
-    )
+    shown = shortened(value, _LONGEST)
     shown = shown.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return _SPECIAL.sub(r"\\\g<0>", shown)
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from errata.errors import RequestError, UnknownNameError
+from errata.model.display import Described, shortened
 
 Kind = Literal["modify", "insert", "erase", "relation", "sentiment", "text", "label"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -18,7 +19,7 @@ ERASED = "unknown"
 """What an `erase` request writes in place of the fact when it names no target of its own."""
 
 
-class _Frozen(BaseModel):
+class _Frozen(Described, BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
@@ -34,6 +35,13 @@ class Probe(_Frozen):
     answers: tuple[str, ...] = ()
     type: str = ""
     group: str = ""
+
+    def _facts(self) -> Iterable[tuple[str, str]]:
+        yield "", repr(shortened(self.prompt))
+        if self.answers:
+            yield "answers", repr(shortened(" | ".join(self.answers)))
+        if self.type:
+            yield "type", self.type
 
 
 class RelationView(_Frozen):
@@ -53,6 +61,11 @@ class RelationView(_Frozen):
         description='Must keep their answers: types "same_relation" (other pairs of this relation)'
         ' and "same_pair" (other relations of this subject)',
     )
+
+    def _facts(self) -> Iterable[tuple[str, str]]:
+        yield "", repr(shortened(" | ".join(self.names)))
+        yield "add", repr(shortened(self.add))
+        yield "remove", repr(shortened(self.remove))
 
     @field_validator("add", "remove")
     @classmethod
@@ -141,6 +154,17 @@ class Request(_Frozen):
         if not self.target_new.strip():
             raise ValueError("target_new is empty: say what the model should answer")
         return self
+
+    def _facts(self) -> Iterable[tuple[str, str]]:
+        yield "", f"{shortened(self.text)!r} → {shortened(self.target_new, 40)!r}"
+        yield "", self.kind
+        for name in ("target_true", "relation", "case_id"):
+            if value := getattr(self, name):
+                yield name, repr(shortened(value, 40))
+        for name in ("paraphrases", "neighbourhood", "locality", "portability", "generation",
+                     "attribute", "references", "examples", "counterexamples"):  # fmt: skip
+            if count := len(getattr(self, name)):
+                yield name, str(count)
 
     @property
     def text(self) -> str:

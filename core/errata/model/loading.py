@@ -34,7 +34,7 @@ _AUTO_CLASSES: dict[Task, str] = {
 
 
 def load_model(
-    source: str | Path | nn.Module,
+    source: str | Path | nn.Module | tuple[nn.Module, PreTrainedTokenizerBase],
     tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
     *,
     architectures: Mapping[str, Mapping[str, Any]],
@@ -47,7 +47,7 @@ def load_model(
     """Return a `Model` from a directory, a hub name, or a module in memory.
 
     Args:
-        source: what to load; a module needs its `tokenizer` too.
+        source: what to load; a module needs its `tokenizer` too, beside it or as a pair.
         tokenizer: the tokenizer, or where to load it from; by default the model's own.
         architectures: stanzas of the registry, by model_type.
         known: names of models that could have been meant, for the error.
@@ -61,6 +61,7 @@ def load_model(
         UnknownNameError: a name that is no directory and not on the hub.
     """
     torch_dtype = _dtype(dtype)
+    source, tokenizer = _taken_apart(source, tokenizer)
     checkpoint: Path | None = None
     if isinstance(source, nn.Module):
         if tokenizer is None:
@@ -86,6 +87,20 @@ def load_model(
         checkpoint=checkpoint,
         **options,
     )
+
+
+def _taken_apart(
+    source: Any, tokenizer: PreTrainedTokenizerBase | str | Path | None
+) -> tuple[str | Path | nn.Module, PreTrainedTokenizerBase | str | Path | None]:
+    """Return model and tokenizer, also where they came as a pair."""
+    if isinstance(source, tuple) and len(source) == 2 and tokenizer is None:
+        source, tokenizer = source
+    if not isinstance(source, (str, Path, nn.Module)):
+        raise ConfigError(
+            f"A {type(source).__name__} is no model: give a name, a folder, a transformers module "
+            "with its tokenizer, Editor(model, tokenizer), or both as a pair."
+        )
+    return source, tokenizer
 
 
 def _from_pretrained(

@@ -71,18 +71,20 @@ def layer_name(layer: int | None, part: str) -> str:
 
 def log_scale(ax: Axes, side: Literal["x", "y"]) -> None:
     """Make an axis logarithmic, its ticks plain numbers: text is never read as formulas here."""
-    from math import log10
-
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     (ax.set_xscale if side == "x" else ax.set_yscale)("log")
     axis = ax.xaxis if side == "x" else ax.yaxis
     low, high = (ax.dataLim.intervalx if side == "x" else ax.dataLim.intervaly).tolist()
-    # Beside a short range the powers of ten may not show at all; along x a long one is crowded.
-    if side == "y" or (0 < low <= high and log10(high / low) < 1.3):
+    # Along x a long range is crowded; within a short one no power of ten may lie at all.
+    short = 0 < low <= high < 20 * low
+    if side == "y" or short:
         axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    if side == "x" and low == high:
-        ax.set_xlim(low / 2, high * 2)
+    if short:  # at least two of these must be in sight: else matplotlib takes others
+        steps = [base * 10.0**power for power in range(-12, 13) for base in (1, 2, 5)]
+        below = max(step for step in steps if step <= low * 1.001)
+        above = min(step for step in steps if step >= high * 0.999 and step > below)
+        (ax.set_xlim if side == "x" else ax.set_ylim)(below / 1.15, above * 1.15)
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 

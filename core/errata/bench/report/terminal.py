@@ -42,6 +42,43 @@ def terminal(report: ReportContents, width: int) -> RenderableType:
     return Group(*things)
 
 
+def summary(report: ReportContents, width: int) -> RenderableType:
+    """Return what is shown when a run ends: the numbers to look at first, with intervals."""
+    things: list[RenderableType] = []
+    for part in report.parts:
+        things += [heading(part.section.title, part.section.model), *_summary(part, width), Text()]
+    return Group(*things)
+
+
+def _summary(part: Part, width: int) -> list[RenderableType]:
+    labels = [f"{head.row.metric} {formatting.ARROWS[head.row.direction]}" for head in part.summary]
+    moments = [formatting.moment(head.moment) for head in part.summary]
+    taken = max((len(text) for text in (*labels, *moments)), default=0) + 4
+    taken += max((len(head.row.n) for head in part.summary), default=0) + 1
+    columns = part.section.columns
+    texts = [[_cell(head.cells[i]) for head in part.summary] for i in range(len(columns))]
+    sizes = [
+        max(_width(column.label), *(_width(text.plain) for text in found)) + 1
+        for column, found in zip(columns, texts, strict=True)
+    ]
+    made: list[RenderableType] = []
+    for block in _blocks(sizes, width - taken):
+        grid = table(("metric", NAME), *((columns[i].label, RIGHT) for i in block), ("n", RIGHT))
+        before = ""
+        for place, head in enumerate(part.summary):
+            if head.table.protocol != before:
+                before = head.table.protocol
+                grid.add_row(Text(before, style="muted"))
+            name = Text.assemble(f"  {labels[place]}")
+            if moments[place]:
+                name.append(f"\n  {moments[place]}", style="muted")
+            grid.add_row(name, *(texts[i][place] for i in block), head.row.n)
+        made.append(grid)
+    cells = [cell for head in part.summary for cell in head.cells if cell]
+    best = f"{formatting.BEST} best of the edited columns; " if any(c.best for c in cells) else ""
+    return [*made, Text(f"{best}ranges are 95 % intervals", style="muted")]
+
+
 def _part(part: Part, width: int) -> list[RenderableType]:
     things: list[RenderableType] = [
         heading(part.section.title, part.section.model),
@@ -63,16 +100,19 @@ def _part(part: Part, width: int) -> list[RenderableType]:
 def _overview(part: Part, width: int) -> list[RenderableType]:
     """Return a line per column with the metrics to look at first."""
     made: list[RenderableType] = []
-    names = [head.row.metric.replace("_", "_\n", 1) for head in part.overview]
     titles = [
-        f"{head.table.protocol}\n{name} {formatting.ARROWS[head.row.direction]}\n"
-        f"{formatting.moment(head.moment)}".rstrip()
-        for name, head in zip(names, part.overview, strict=True)
+        f"{head.table.protocol}\n{_on_lines(head.row.metric)} "
+        f"{formatting.ARROWS[head.row.direction]}\n{formatting.moment(head.moment)}".rstrip()
+        for head in part.overview
     ]
-    sizes = [_width(title) + 1 for title in titles]
-    labels = max(len(column.label) for column in part.section.columns) + 1
+    sizes = [
+        max(_width(title), *(_width(_short(cell).plain) for cell in head.cells)) + 2
+        for title, head in zip(titles, part.overview, strict=True)
+    ]
+    labels = max(6, *(cell_len(column.label) for column in part.section.columns)) + 2
     for block in _blocks(sizes, width - labels, keep=False):
         grid = table(("column", NAME), *((titles[i], RIGHT) for i in block))
+        grid.padding = (0, 2, 0, 0)
         for place, column in enumerate(part.section.columns):
             cells = [part.overview[i].cells[place] for i in block]
             grid.add_row(column.label, *(_short(cell) for cell in cells))
@@ -81,6 +121,12 @@ def _overview(part: Part, width: int) -> list[RenderableType]:
         return []
     note = Text("How each was measured, intervals and n: in the tables below.", style="muted")
     return [heading("At a glance"), *made, note, Text()]
+
+
+def _on_lines(metric: str) -> str:
+    """Return a metric's name on two lines, broken at its last underscore."""
+    first, sign, last = metric.rpartition("_")
+    return f"{first}{sign}\n{last}" if sign else metric
 
 
 def _short(cell: MetricCell | None) -> Text:
@@ -224,7 +270,7 @@ def _costs(part: Part) -> list[RenderableType]:
     ]
     made = table(("column", NAME), *((title, RIGHT) for title in titles))
     for cost in part.costs:
-        made.add_row(cost.label, *formatting.cost_row(cost))
+        made.add_row(cost.label, *(t.replace(" (", "\n(") for t in formatting.cost_row(cost)))
     return [heading("Cost"), made, Text(formatting.COST_NOTE, style="muted"), Text()]
 
 
