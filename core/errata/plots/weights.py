@@ -113,7 +113,7 @@ def weight_changes(found: WeightDiff) -> Figure:
     log_scale(spectra, "y")
     spectra.set_xlabel("singular value number", fontsize=MEDIUM)
     spectra.set_ylabel("σ of ΔW", fontsize=MEDIUM)
-    counted(spectra, max(len(line.get_xdata()) for line in spectra.lines))  # type: ignore[arg-type]
+    counted(spectra, max(len(line.get_xdata()) for line in spectra.lines))
     _legend_above(spectra)
     placed = [(label, c) for label, c in zip(labels, shown, strict=True) if c.energy]
     for offset, (side, name) in zip((-0.2, 0.2), _SIDES.items(), strict=True):

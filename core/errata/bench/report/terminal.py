@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 RIGHT: dict[str, Any] = {"justify": "right", "no_wrap": True}
 NAME: dict[str, Any] = {"no_wrap": True}
+GAP = 2
+"""Between two columns: the padding, and the line that is not drawn."""
 LISTED = 10
 """Failures and refusals that are listed; the page and --json have them all."""
 
@@ -53,12 +55,12 @@ def summary(report: ReportContents, width: int) -> RenderableType:
 def _summary(part: Part, width: int) -> list[RenderableType]:
     labels = [f"{head.row.metric} {formatting.ARROWS[head.row.direction]}" for head in part.summary]
     moments = [formatting.moment(head.moment) for head in part.summary]
-    taken = max((len(text) for text in (*labels, *moments)), default=0) + 4
-    taken += max((len(head.row.n) for head in part.summary), default=0) + 1
+    taken = max((len(text) for text in (*labels, *moments)), default=0) + 2 + GAP
+    taken += max((len(head.row.n) for head in part.summary), default=0)
     columns = part.section.columns
     texts = [[_cell(head.cells[i]) for head in part.summary] for i in range(len(columns))]
     sizes = [
-        max(_width(column.label), *(_width(text.plain) for text in found)) + 1
+        max(_width(column.label), *(_width(text.plain) for text in found)) + GAP
         for column, found in zip(columns, texts, strict=True)
     ]
     made: list[RenderableType] = []
@@ -106,13 +108,12 @@ def _overview(part: Part, width: int) -> list[RenderableType]:
         for head in part.overview
     ]
     sizes = [
-        max(_width(title), *(_width(_short(cell).plain) for cell in head.cells)) + 2
+        max(_width(title), *(_width(_short(cell).plain) for cell in head.cells)) + GAP
         for title, head in zip(titles, part.overview, strict=True)
     ]
-    labels = max(6, *(cell_len(column.label) for column in part.section.columns)) + 2
+    labels = max(6, *(cell_len(column.label) for column in part.section.columns)) + GAP
     for block in _blocks(sizes, width - labels, keep=False):
         grid = table(("column", NAME), *((titles[i], RIGHT) for i in block))
-        grid.padding = (0, 2, 0, 0)
         for place, column in enumerate(part.section.columns):
             cells = [part.overview[i].cells[place] for i in block]
             grid.add_row(column.label, *(_short(cell) for cell in cells))
@@ -141,12 +142,12 @@ def _short(cell: MetricCell | None) -> Text:
 def _table(one: MetricTable, width: int) -> list[RenderableType]:
     """Return a protocol's table; in blocks of columns where they do not fit side by side."""
     how = [" ".join(f"[{k}]" for k in one.numbers(row)) for row in one.rows]
-    taken = max(len(row.metric) for row in one.rows) + 3
-    taken += max(len(row.n) for row in one.rows) + 1 + max(map(len, how)) + 1
+    taken = max(len(row.metric) for row in one.rows) + 2 + GAP
+    taken += max(len(row.n) for row in one.rows) + GAP + max(4, *map(len, how))
     texts = [[_cell(row.cells[i]) for row in one.rows] for i in range(len(one.heads))]
     titles = [f"{head.label}\n{formatting.moment_in(one, head)}".rstrip("\n") for head in one.heads]
     sizes = [
-        max(_width(title), *(_width(text.plain) for text in column)) + 1
+        max(_width(title), *(_width(text.plain) for text in column)) + GAP
         for title, column in zip(titles, texts, strict=True)
     ]
     whole = [head.column for head in one.heads]
