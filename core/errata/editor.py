@@ -29,6 +29,7 @@ from errata.errors import ConfigError, ErrataError, LedgerError, UnknownNameErro
 from errata.kit.auto_layers import resolve_auto_layers
 from errata.model.access import claim, release
 from errata.model.artifacts import Artifacts
+from errata.model.display import Described, ResultTable, plural
 from errata.model.generation import generate
 from errata.model.loading import load_model
 
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 EditLike = Edit | str
 
 
-class Editor:
+class Editor(Described):
     """A model, its ledger and the methods that edit it.
 
     >>> from errata.datasets import atlas
@@ -69,7 +70,7 @@ class Editor:
 
     Args:
         model: a zoo name, a directory, a hub name, or a transformers module in memory.
-        tokenizer: needed for a module in memory; else taken from beside the model.
+        tokenizer: needed for a module (or `(module, tokenizer)`); else taken from the model's own.
         ledger: folder of a durable ledger; None keeps the ledger in memory. Edits that an
             existing ledger says are active are put on the model.
         device, dtype, device_map: where and in what precision the model is loaded.
@@ -89,7 +90,7 @@ class Editor:
 
     def __init__(
         self,
-        model: str | Path | nn.Module,
+        model: str | Path | nn.Module | tuple[nn.Module, PreTrainedTokenizerBase],
         tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
         *,
         ledger: str | Path | None = None,
@@ -153,8 +154,9 @@ class Editor:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __repr__(self) -> str:
-        return f"Editor({self.model!r}, {len(self._stack.ids)} active edits)"
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        yield "", repr(self.model)
+        yield "", plural(len(self._stack.ids), "active edit")
 
     def close(self) -> None:
         """Close the ledger and let another editor have the model, which stays as it is."""
@@ -224,7 +226,7 @@ class Editor:
             done = self._editing.make_each(
                 parts, apply=apply, supersede=supersede, skip_refused=on_refused == "skip"
             )
-        return done[0] if single and done else (None if single else done)
+        return done[0] if single and done else (None if single else ResultTable(done))
 
     def rebase(self, *edits: EditLike) -> list[Edit]:
         """Compute active edits again on top of what is on the model now.
@@ -272,19 +274,10 @@ class Editor:
 
     # -- what is on the model --------------------------------------------------------------------
 
-    def log(self) -> list[LogEntry]:
+    def log(self) -> ResultTable[LogEntry]:
         """Return every edit of the ledger in order, and whether it is on the model now."""
         active = set(self._stack.ids)
-        return [
-            LogEntry(
-                edit,
-                edit.id in active,
-                edit.outcome.conflicts,
-                tuple(edit.outcome.overlaps),
-                edit.is_stale(active),
-            )
-            for edit in self.ledger.edits()
-        ]
+        return ResultTable(LogEntry.of(edit, active) for edit in self.ledger.edits())
 
     def revert(self, *edits: EditLike, restore: bool = False) -> list[Edit]:
         """Take edits off the model, in any order; the others stay exactly as they are.
@@ -369,7 +362,7 @@ class Editor:
         requests: Request | Edit | Iterable[Request | Edit] | None = None,
         protocols: Sequence[str] = ("counterfact", "generation"),
         **settings: Any,
-    ) -> list[Measurement]:
+    ) -> ResultTable[Measurement]:
         """Measure the model as it stands; by default on the requests of the active edits.
 
         Args:
@@ -386,7 +379,8 @@ class Editor:
         with self.model.access.changing():  # the base is measured with every edit off
             given = requests_of(self._stack.entries if requests is None else requests)
             wanted = rendered(self.model, given)
-            return manager.evaluate(self.model, wanted, tuple(protocols), settings)
+            found = manager.evaluate(self.model, wanted, tuple(protocols), settings)
+            return ResultTable(found)
 
     def locate(
         self, request: Request | Mapping[str, Any], method: str = "", **config: Any

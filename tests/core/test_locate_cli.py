@@ -16,6 +16,7 @@ from errata.cli import diff, locate
 from errata.datasets import atlas
 
 MODEL = ("--model", "atlas-gpt2")
+QUIET = dict.fromkeys(("norm", "perplexity", "efficacy"), "off")
 PROMPT = ("The instrument of {} is", "--subject", "Oswin Galdor")
 
 
@@ -62,6 +63,24 @@ def test_one_prompt_is_traced_and_drawn(app: typer.Typer, tmp_path: Path) -> Non
     page = run(app, "locate", *PROMPT, *MODEL, "--set", "samples=2").output
     assert "Galdor*" in page
     assert "*: corrupted" in page
+
+
+def test_it_says_which_edits_are_on_and_warns_of_what_the_model_hardly_knows(
+    app: typer.Typer,
+) -> None:
+    assert "none: the base" in run(app, "locate", *PROMPT, *MODEL, "--by", "gradient").output
+    with Editor("atlas-gpt2", ledger="errata-ledger", guards=QUIET) as editor:
+        edit = editor.edit(atlas.requests(1)[0], method="kn", steps=2, apply=True)
+    line = ("locate", *PROMPT, *MODEL, "--by", "gradient")
+    result = run(app, *line, "--target", "volcano")
+    assert f"{edit.id[:8]} (1 edit)" in result.output
+    assert "hardly knows this" in " ".join(result.stderr.split())
+    found = data(app, *line, "--target", "volcano")
+    assert found["edits"] == [edit.id]
+    assert "'volcano'" in found["warnings"][0]
+    with Editor("atlas-gpt2", ledger="errata-ledger", guards=QUIET) as editor:
+        editor.revert(edit)
+    assert data(app, *line, "--target", "lute")["warnings"] == []
 
 
 def test_other_locators_are_named_by_by(app: typer.Typer, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from errata import Request, plots
@@ -17,7 +18,7 @@ from errata.edits.delta import Factor, LowRankDelta
 from errata.errors import ConfigError
 from errata.kit.layer_sweep import LayerResult, LayerSweep
 from errata.locate import AverageTrace, average, logit_lens, trace
-from errata.locate.weights import weight_diff
+from errata.locate.weights import WeightChange, WeightDiff, weight_diff
 from errata.model import Model
 from errata.testing import edit_with
 from tests.families import HIDDEN, LAYERS, MLP, build_model
@@ -95,8 +96,8 @@ def test_lens_sweep_and_weight_changes(tiny: Model) -> None:
     assert "base → now" in words(plots.weight_changes(found))
     assert "lower left: read" in words(plots.overlap_map(found))
     alone = words(plots.method_changes(found))
-    assert f"a, {LAYERS - 1}" in alone
-    assert f"b, {LAYERS - 1}" in alone
+    assert f"a, layer {LAYERS - 1}" in alone
+    assert f"b, layer {LAYERS - 1}" in alone
     nothing = weight_diff(tiny, entries, entries)
     for draw in (plots.weight_changes, plots.overlap_map, plots.method_changes):
         with pytest.raises(ConfigError, match=r"nothing to draw|no overlap"):
@@ -131,3 +132,41 @@ def test_drawing_without_matplotlib_names_the_extra(monkeypatch: Any, tiny: Mode
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingExtraError, match=r"errata\[report\]"):
         plots.heat_map(trace(tiny, REQUEST, samples=1))
+
+
+def drawn(figure: Figure, panel: int) -> tuple[list[str], Axes]:
+    """Return the labels of a panel's x axis that are in sight, and the panel."""
+    ax = figure.axes[panel]
+    figure.canvas.draw()
+    low, high = ax.get_xlim()
+    labels = [t.get_text() for t in ax.get_xticklabels() if low <= t.get_position()[0] <= high]
+    return labels, ax
+
+
+def one_change(rank: int) -> WeightDiff:
+    none = torch.zeros(0, 0, dtype=torch.float64)
+    sides = {"output": 0.3, "input": 0.1}
+    change = WeightChange(
+        "h.1.weight", 1, "mlp_out", 1.0, 0.1, 0.8, 1.2, rank, (0.8,) * rank, none, none,
+        sides, sides, {},
+    )  # fmt: skip
+    return WeightDiff("base", "now", (change,), groups={"toy": (change,)})
+
+
+def test_one_point_has_an_axis_of_whole_numbers() -> None:
+    labels, _ = drawn(plots.weight_changes(one_change(1)), 1)
+    assert labels == ["1"]
+    labels, _ = drawn(plots.weight_changes(one_change(3)), 1)
+    assert labels == ["1", "2", "3"]
+    labels, _ = drawn(plots.method_changes(one_change(1)), 1)
+    assert labels == ["1", "2"]
+
+
+def test_no_legend_lies_on_what_it_explains_and_layers_are_called_so() -> None:
+    figure = plots.weight_changes(one_change(1))
+    figure.canvas.draw()
+    for ax in figure.axes[1:]:
+        legend = ax.get_legend()
+        assert legend is not None
+        assert legend.get_window_extent().y0 >= ax.get_window_extent().y1 - 1
+    assert "layer 1, mlp_out" in words(figure)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -416,3 +417,84 @@ def test_reading_loads_no_model_library_on_import() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+# -- what is looked at first -----------------------------------------------------------------------
+
+FIRST = {
+    "generation": ("rewrite_exact", "paraphrase_exact", "neighbourhood_exact",
+                   "neighbourhood_unchanged"),
+    "locality": ("locality_exact", "locality_unchanged"),
+    "portability": ("portability_exact",),
+    "counterfact": ("ES", "PS", "NS", "Score"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """A run with every metric that an overview knows, and one that none shows."""
+    lines = []
+    for variant, value in (("base", 0.0), ("one", 1.0), ("memit-published", 0.5)):
+        for case in "abc":
+            made = [
+                runs.measured(case, metric, value, f"{protocol}: how")
+                for protocol, metrics in FIRST.items()
+                for metric in (*metrics, "rewrite_contained")
+            ]
+            about = {"method": variant, "variant": variant, "stage": "single", "case_id": case}
+            lines.append(runs.line(**about, measurements=made))
+    labels = [{"label": v, "method": v, "config": {}} for v in ("one", "memit-published")]
+    folder = tmp_path_factory.mktemp("runs") / "wide"
+    return errata.bench.report.read(runs.write(folder, runs.info(variants=labels), lines))
+
+
+def printed(thing: Any, width: int) -> list[str]:
+    from rich.console import Console
+
+    from errata.cli.render import THEME
+
+    console = Console(width=width, theme=THEME, highlight=False)
+    with console.capture() as captured:
+        console.print(thing)
+    return [line.rstrip() for line in captured.get().splitlines()]
+
+
+@pytest.mark.parametrize("width", [72, 80, 100, 120, 200])
+def test_headers_at_a_glance_stand_apart_and_none_is_cut(wide: Report, width: int) -> None:
+    lines = printed(wide.terminal(width), width)
+    start = next(i for i, line in enumerate(lines) if line.startswith("At a glance"))
+    end = next(i for i, line in enumerate(lines) if line.startswith("How each was measured"))
+    heads: list[tuple[str, str]] = []
+    block: list[str] = []
+    for line in lines[start + 1 : end]:
+        assert len(line) <= width
+        if line.startswith("──"):
+            first, second = (re.split(r" {2,}", text.strip()) for text in block[-2:])
+            second = [part for part in second if part != "column"]
+            heads += zip(first[-len(second) :], second, strict=True)
+            block = []
+        elif line:
+            block.append(line)
+    assert len(heads) == len(wide.parts[0].overview)
+    names = [head.row.metric for head in wide.parts[0].overview]
+    assert {"locality_exact", "locality_unchanged", "neighbourhood_exact"} <= set(names)
+    for name, (first, last) in zip(names, heads, strict=True):
+        one_line = "_" not in name
+        assert last.endswith("↑")
+        assert (name == last.removesuffix(" ↑")) if one_line else (name == first + last[:-2])
+
+
+def test_a_run_ends_with_its_first_numbers_their_intervals_and_n(wide: Report) -> None:
+    from errata.bench.report.terminal import summary
+
+    for width in (80, 120):
+        lines = printed(summary(wide, width), width)
+        assert max(map(len, lines)) <= width
+        for protocol, metrics in FIRST.items():
+            place = lines.index(protocol)
+            for offset, metric in enumerate(metrics):
+                line, below = lines[place + 1 + 2 * offset : place + 3 + 2 * offset]
+                assert line.split()[0] == metric
+                assert line.split()[-1] == "3"  # n
+                assert below.count("–") >= 2  # an interval under each column
+        assert not any("contained" in line for line in lines)

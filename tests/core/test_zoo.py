@@ -17,7 +17,7 @@ import torch
 
 from errata import zoo
 from errata.datasets import atlas
-from errata.errors import UnknownNameError
+from errata.errors import ConfigError, UnknownNameError
 from errata.zoo import corpus as corpora
 from errata.zoo.benchmark import build_cases
 from errata.zoo.relations import RELATIONS, UNKNOWN, relation_by_id
@@ -221,7 +221,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(
     one, two = (load_file(folder / "model.safetensors") for folder in (whole, parts))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
-    with pytest.raises(ValueError, match="another recipe"):
+    with pytest.raises(ConfigError, match="another recipe"):
         train(architecture, parts, steps=7, recipe=recipe, device="cpu")
 
 

@@ -285,7 +285,6 @@ def _show_plan(session: Session, plan: BenchPlan) -> None:
 def _show_run(session: Session, run: RunDirectory) -> None:
     """Show the results of a run; leave with an error only if nothing could be carried out."""
     counted = _counts(run)
-    tables = _tables(run)
     if session.json:
         session.emit(
             {
@@ -295,14 +294,17 @@ def _show_run(session: Session, run: RunDirectory) -> None:
                 "measurements": [
                     {"dataset": dataset, "stage": stage, "variant": label,
                      **one.as_json(cases=False)}
-                    for (dataset, stage), columns in tables.items()
+                    for (dataset, stage), columns in _tables(run).items()
                     for label, found in columns.items()
                     for one in found
                 ],
             }
         )  # fmt: skip
-    for (dataset, stage), columns in tables.items():
-        session.show(render.titled(f"{dataset}, {stage}", _grid(columns)), "")
+    elif any(count["cases"] for count in counted.values()):
+        from errata.bench.report import read
+        from errata.bench.report.terminal import summary
+
+        session.show(summary(read(run.directory), session.out.width))
     failed = [
         f"{label}: {render.count(count['failures'], 'failure')}"
         for label, count in counted.items()
@@ -368,22 +370,3 @@ def _tables(run: RunDirectory) -> Tables:
             columns.setdefault("base", pooled.get((dataset, "base", "base"), []))
             columns[variant] = found
     return tables
-
-
-def _grid(columns: Mapping[str, Sequence[Measurement]]) -> Any:
-    right: dict[str, Any] = {"justify": "right", "no_wrap": True}
-    grid = render.table(
-        ("metric", {"ratio": 1}), *((label, right) for label in columns), ("n", right)
-    )
-    cells: dict[tuple[str, str], dict[str, Measurement]] = {}
-    for label, found in columns.items():
-        for one in found:
-            cells.setdefault((one.name, one.metric), {})[label] = one
-    for (protocol, metric), row in cells.items():
-        some = next(reversed(row.values()))
-        grid.add_row(
-            Text.assemble(metric, (f"  {protocol}", "muted")),
-            *(render.number(row[label].value) if label in row else "–" for label in columns),
-            str(some.n),
-        )
-    return grid

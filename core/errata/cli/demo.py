@@ -12,7 +12,7 @@ from rich.text import Text
 
 from errata.cli import render
 from errata.cli.edits import ANSWER_TOKENS, answers, check_method, edit_json
-from errata.cli.locate_views import location_view
+from errata.cli.locate_views import edits_on, location_view
 from errata.cli.session import DAMAGED, OUTPUT, Session, command
 from errata.errors import ConfigError
 
@@ -164,7 +164,7 @@ class _Demo:
         with self._session.status("Tracing"):
             found = self._editor.locate(self._requests[0])
         self.report["location"] = found.as_json()
-        self._show(*location_view(found))
+        self._show(*location_view(found, edits_on(())))
 
     def edit(self) -> None:
         """Make one edit per method, each on top of the ones before."""

@@ -70,7 +70,8 @@ def export(
 ) -> None:
     """Write edits to one file, or as one LoRA adapter.
 
-    errata applies the file anywhere; plain PeftModel loads the adapter, whatever the methods were.
+    errata applies the file to the same base anywhere. The adapter holds edits that change weights
+    of linear modules, from any method; plain PeftModel loads it. Others are refused.
     """
     options = {k: v for k, v in (("rank", rank), ("error", error)) if v is not None}
     if format == "errata" and not options:  # needs no model
@@ -142,16 +143,20 @@ def merge(
 ) -> None:
     """Write the edited model as a Hugging Face checkpoint.
 
-    The tokenizer is included. Whatever loads checkpoints loads it, without errata.
+    The tokenizer and a model card are included; transformers loads it without errata. Edits that
+    act while the model runs (a codebook) cannot be merged and are refused.
     """
+    from errata.model.loading import auto_class
+
     session.read_ledger().close()
     with session.editor() as editor:
         active = editor.model.stack.ids
         path = editor.merge(out, overwrite=overwrite)
+        loader = auto_class(editor.model.config, editor.model.name).__name__
     if session.json:
         session.emit({"path": str(path), "edits": active})
         return
     session.show(
         Text.assemble((str(path), "head"), f"  {render.count(len(active), 'edit')} merged"),
-        Text(f'load it with AutoModelForCausalLM.from_pretrained("{path}")', style="muted"),
+        Text(f'load it with {loader}.from_pretrained("{path}")', style="muted"),
     )

@@ -11,7 +11,13 @@ import typer
 from errata.cli import render
 from errata.cli.checks import check_locator, check_model, check_settings
 from errata.cli.edits import check_method, pairs
-from errata.cli.locate_views import average_view, location_view, sweep_view
+from errata.cli.locate_views import (
+    average_view,
+    edits_on,
+    location_view,
+    low_probability,
+    sweep_view,
+)
 from errata.cli.requests import read_dataset, read_requests
 from errata.cli.session import MODEL, Session, command
 from errata.edits.request import Request
@@ -191,10 +197,21 @@ def _one(
         with session.status("Locating"):
             found = editor.locate(request, method, **({"by": by} if by else {}), **settings)
             drawn = [] if plot is None else _drawn(editor, request, by, method, settings, plot)
+        active = editor.model.stack.entries
+    warning = low_probability(found.evidence.get("high"), str(found.evidence.get("answer", "")))
     if session.json:
-        session.emit({**found.as_json(), "pictures": [str(path) for path in drawn]})
+        session.emit(
+            {
+                **found.as_json(),
+                "edits": [edit.id for edit in active],
+                "warnings": [warning] if warning else [],
+                "pictures": [str(path) for path in drawn],
+            }
+        )
         return
-    session.show(*location_view(found))
+    session.show(*location_view(found, edits_on(active)))
+    if warning:
+        session.say(f"Warning: {warning}", "warn")
     say_pictures(session, drawn)
 
 
@@ -261,11 +278,22 @@ def _average(
     options = {"variants": (*KINDS, *(("hidden-mlp", "hidden-attn") if severed else ()))}
     with session.editor() as editor:
         found = average(editor.model, requests, **{**options, **settings, "screening": screen})
+        active = editor.model.stack.entries
     drawn = [] if plot is None else _average_pictures(found, severed, plot)
+    warning = low_probability(found.clean)
     if session.json:
-        session.emit({**found.as_json(), "pictures": [str(path) for path in drawn]})
+        session.emit(
+            {
+                **found.as_json(),
+                "edits": [edit.id for edit in active],
+                "warnings": [warning] if warning else [],
+                "pictures": [str(path) for path in drawn],
+            }
+        )
         return
-    session.show(*average_view(found))
+    session.show(*average_view(found, edits_on(active)))
+    if warning:
+        session.say(f"Warning: {warning}", "warn")
     say_pictures(session, drawn)
 
 
@@ -329,9 +357,12 @@ def _similar(
     sets = (paraphrase_sets if kind == "paraphrases" else relation_sets)(requests)
     with session.editor() as editor:
         found = similarity_of(editor.model, sets, by, **settings)
-        name = editor.model.name
+        name, active = editor.model.name, editor.model.stack.entries
     if session.json:
-        session.emit({"model": name, "sets_of": kind, "locator": by, **found.as_json()})
+        ids = [edit.id for edit in active]
+        session.emit(
+            {"model": name, "sets_of": kind, "locator": by, "edits": ids, **found.as_json()}
+        )
         return
     low, high = found.interval
     session.show(
@@ -342,6 +373,7 @@ def _similar(
                          f"{render.number(high)})"),
                 ("within sets", render.number(found.within)),
                 ("all pairs", render.number(found.overall)),
+                ("edits on", edits_on(active)),
                 ("how", found.protocol),
             ]
         ),

@@ -10,10 +10,33 @@ from rich.text import Text
 from errata.cli import render
 
 if TYPE_CHECKING:
+    from errata.edits.edit import Edit
     from errata.locate import AverageTrace, LayerSweep, Location
 
+LOW = 0.1
+"""Probability of the answer in the clean run below which a trace says little."""
 
-def location_view(found: Location) -> list[Any]:
+
+def edits_on(active: Sequence[Edit]) -> str:
+    """Return which edits were on the model while it was looked at."""
+    if not active:
+        return "none: the base"
+    return f"{render.names(edit.id for edit in active)} ({render.count(len(active), 'edit')})"
+
+
+def low_probability(clean: object, answer: str = "") -> str:
+    """Return a warning where the model hardly gives the answer that was followed; "" elsewhere."""
+    if not isinstance(clean, float) or clean >= LOW or clean != clean:
+        return ""
+    what = repr(render.quoted(answer)) if answer else "the answers"
+    return (
+        f"uncorrupted, the model gives {what} a probability of only {render.number(clean)}: it "
+        "hardly knows this, so the place says little. Trace what it knows (`errata generate`), "
+        "or edit a model that knows it."
+    )
+
+
+def location_view(found: Location, edits: str) -> list[Any]:
     """Return what people see of a location: the place, then the scores of every token and layer.
 
     Scores are drawn as bars of eight heights, one per layer, on a common scale from 0. Tokens
@@ -24,6 +47,7 @@ def location_view(found: Location) -> list[Any]:
             ("layer", f"{found.layer}  ({found.module})"),
             ("token", f"{_token(found.token)}  (number {found.token_index} of the prompt)"),
             ("score", f"{render.number(found.score)}{_range(found)}"),
+            ("edits on", edits),
             ("how", found.protocol),
         ]
     )
@@ -78,7 +102,7 @@ def _token(text: str) -> str:
     return text.replace("Ġ", " ").replace("▁", " ").replace("Ċ", "⏎")
 
 
-def average_view(found: AverageTrace) -> list[Any]:
+def average_view(found: AverageTrace, edits: str) -> list[Any]:
     """Return what people see of average indirect effects: the total, then a table for each kind."""
     mean, low, high = found.total
     total = (
@@ -90,6 +114,7 @@ def average_view(found: AverageTrace) -> list[Any]:
         render.facts(
             [
                 ("total effect", total),
+                ("edits on", edits),
                 ("left out", ", ".join(f"{n} {why}" for why, n in found.skipped.items()) or None),
                 ("how", found.protocol),
             ]

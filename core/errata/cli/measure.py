@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
@@ -14,6 +15,9 @@ from errata.cli.checks import check_model, check_protocols
 from errata.cli.requests import asked_as, read_dataset, read_requests
 from errata.cli.session import MODEL, Session, command
 from errata.errors import LedgerError, RequestError
+
+if TYPE_CHECKING:
+    from errata.evaluate import Measurement
 
 PANEL = "Look"
 DEFAULT_PROTOCOLS = ("counterfact", "generation")
@@ -210,7 +214,7 @@ def evaluate(
             requests = [request for edit in chosen for request in edit.requests]
         with session.status("Measuring"):
             found = editor.evaluate(requests, wanted, **settings)
-            before = []
+            before: Sequence[Measurement] = ()
             if base and editor.model.stack.ids:
                 with editor.disabled():
                     before = editor.evaluate(requests, wanted, **settings)

@@ -22,6 +22,7 @@ from typer.core import TyperCommand
 from errata.cli.checks import check_model
 from errata.cli.progress import ConsoleProgress
 from errata.cli.render import console, json_text
+from errata.cli.wording import in_options
 from errata.errors import ConfigError, EditRefused, ErrataError, LedgerError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -323,7 +324,7 @@ class Session:
         if self.json:
             typer.echo(json_text(_finite({"error": describe(error)})), err=True)
             return
-        label, message = "Error: ", str(error)
+        label, message = "Error: ", in_options(str(error))
         if isinstance(error, EditRefused):
             label = "Refused: "
             message = (
@@ -338,7 +339,7 @@ class Session:
 
 def describe(error: Exception) -> dict[str, Any]:
     """Return an error as JSON data: type, message, and what the type carries besides."""
-    data: dict[str, Any] = {"type": type(error).__name__, "message": str(error)}
+    data: dict[str, Any] = {"type": type(error).__name__, "message": in_options(str(error))}
     if isinstance(error, UnknownNameError):
         data.update(what=error.what, name=error.name, known=error.known)
     if isinstance(error, EditRefused):
@@ -460,7 +461,7 @@ class _Warnings(logging.Handler):
             return
         style = "warn" if record.levelno >= logging.WARNING else "muted"
         label = f"{record.levelname.capitalize()}: "
-        self._session.err.print(Text.assemble((label, style), record.getMessage()))
+        self._session.err.print(Text.assemble((label, style), in_options(record.getMessage())))
 
 
 def _finite(value: Any) -> Any:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from errata.model.display import Described, shortened
 
-@dataclass(frozen=True)
-class Location:
+
+@dataclass(frozen=True, repr=False)
+class Location(Described):
     """One place in the model, and why.
 
     Attributes:
@@ -31,6 +33,16 @@ class Location:
     protocol: str
     scores: tuple[tuple[float, ...], ...] = ()
     evidence: Mapping[str, Any] = field(default_factory=dict)
+
+    def _facts(self) -> Iterable[tuple[str, str]]:
+        yield "layer", str(self.layer)
+        yield "module", self.module
+        yield "token", f"{self.token_index} {self.token!r}"
+        yield "score", f"{self.score:.4g}"
+        low, high = self.evidence.get("low"), self.evidence.get("high")
+        if isinstance(low, float) and isinstance(high, float):
+            yield "between", f"{low:.4g} corrupted and {high:.4g} clean"
+        yield "how", shortened(self.protocol, 120)
 
     def as_json(self) -> dict[str, Any]:
         """Return plain JSON data; scores that are not finite become None."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from errata.model.display import Described, shortened
 
 Z95 = 1.959963984540054
 """Two-sided 95 % quantile of the normal distribution."""
@@ -53,8 +55,8 @@ class Answer:
         return cls(**{**data, "expected": tuple(data["expected"])})
 
 
-@dataclass(frozen=True)
-class Measurement:
+@dataclass(frozen=True, repr=False)
+class Measurement(Described):
     """One number, and how it was measured.
 
     Attributes:
@@ -164,6 +166,21 @@ class Measurement:
             data["cases"] = [_finite(value) for value in self.cases]
             data["case_ids"] = list(self.case_ids)
         return data
+
+    def _facts(self) -> Iterable[tuple[str, str]]:
+        yield self.metric, f"{self.value:.4g}"
+        if self.interval:
+            yield "95 %", f"{self.interval[0]:.4g} to {self.interval[1]:.4g}"
+        yield "n", str(self.n)
+        yield "how", shortened(self.protocol, 120)
+
+    def as_row(self) -> dict[str, Any]:
+        """Return what a table shows of it."""
+        low, high = self.interval or (None, None)
+        return {
+            "metric": self.metric, "value": self.value, "low": low, "high": high, "n": self.n,
+            "unit": self.unit, "protocol": self.protocol,
+        }  # fmt: skip
 
     def __str__(self) -> str:
         low_high = f" [{self.interval[0]:.4g}, {self.interval[1]:.4g}]" if self.interval else ""

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
 from errata.edits.outcome import Outcome
 from errata.edits.request import Request
 from errata.errors import IntegrityError, LedgerError, RequestError
+from errata.model.display import Described, shortened
 
 if TYPE_CHECKING:
     from errata.edits.delta import Delta
@@ -32,7 +33,7 @@ def check_id(value: str) -> str:
     return value
 
 
-class Edit(BaseModel):
+class Edit(Described, BaseModel):
     """One edit: what was asked, how it was computed, for which model, and how it came out.
 
     The delta itself is stored beside the record, under `blob`, and read through the ledger.
@@ -96,6 +97,30 @@ class Edit(BaseModel):
             raise LedgerError(f"The delta of edit {self.id} is not loaded: ask `ledger.delta(id)`.")
         return delta
 
+    def _facts(self) -> Iterable[tuple[str, str]]:
+        yield "", repr(self.id)
+        yield "", self.method
+        first = self.requests[0]
+        yield "", f"{shortened(first.text)!r} → {shortened(first.target_new, 40)!r}"
+        if len(self.requests) > 1:
+            yield "requests", str(len(self.requests))
+        for name in ("layer", "layers"):
+            if self.config.get(name) is not None:
+                yield name, shortened(str(self.config[name]), 40)
+        yield from self.outcome._facts()
+
+    def as_row(self) -> dict[str, Any]:
+        """Return what a table shows of it."""
+        found = self.outcome
+        return {
+            "id": self.id, "method": self.method, "edit": self.title,
+            "takes_effect": found.efficacy.value if found.efficacy else None,
+            "norm": found.relative_norm.value if found.relative_norm else None,
+            "perplexity_ratio": found.perplexity.ratio_to_base if found.perplexity else None,
+            "warnings": len(found.warnings), "seconds": self.seconds, "bytes": self.nbytes,
+            "created": self.created,
+        }  # fmt: skip
+
     def is_stale(self, active: Collection[str]) -> bool:
         """Say whether it is active, but was computed on top of an edit that is not."""
         return self.id in active and any(parent not in active for parent in self.parents)
@@ -124,6 +149,19 @@ class LogEntry(NamedTuple):
     conflicts: tuple[str, ...]
     overlaps: tuple[str, ...] = ()
     stale: bool = False
+
+    @classmethod
+    def of(cls, edit: Edit, active: Collection[str]) -> LogEntry:
+        """Return the line of an edit, given the ids that are active."""
+        outcome, on = edit.outcome, edit.id in active
+        overlaps = tuple(outcome.overlaps)
+        return cls(edit, on, outcome.conflicts, overlaps, edit.is_stale(active))
+
+    def as_row(self) -> dict[str, Any]:
+        """Return what a table shows of it."""
+        state = {"active": self.active, "stale": self.stale, "conflicts": len(self.conflicts)}
+        row = self.edit.as_row()
+        return {"id": row.pop("id"), **state, **row}
 
 
 def requests_of(items: Request | Edit | Iterable[Request | Edit]) -> list[Request]:

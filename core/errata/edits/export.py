@@ -10,8 +10,11 @@ import torch
 
 from errata.edits.delta import AdapterDelta
 from errata.edits.factors import Change, changes
+from errata.edits.model_card import CARD_FILE, base_of, model_card
 from errata.edits.outputs import check_folder, write_folder
 from errata.errors import CapabilityError, UnknownNameError
+from errata.model.storage import write_bytes
+from errata.model.task import task_of_module
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +49,8 @@ def export_peft(
     """Write edits as one PEFT directory that plain `PeftModel` loads on the base.
 
     A single adapter edit is written as it is. Any other set of edits becomes one LoRA adapter
-    with the scale one: what the edits, folded together, add to each weight, as B A.
+    with the scale one: what the edits, folded together, add to each weight, as B A. The folder
+    names the base, for `AutoPeftModelForCausalLM`, and carries a model card.
 
     Args:
         model: the model that the edits are for.
@@ -62,11 +66,27 @@ def export_peft(
         ConfigError: a bad rank or error; something is there that may not be replaced.
     """
     check_folder(path, overwrite)
-    only = edits[0].delta
-    if len(edits) == 1 and isinstance(only, AdapterDelta) and rank is None and error is None:
-        return write_folder(path, overwrite, only.write_directory)
-    found = changes(model, sorted(edits, key=lambda edit: edit.sequence), rank=rank, error=error)
-    return write_folder(path, overwrite, lora(model, found).write_directory)
+    chosen = sorted(edits, key=lambda edit: edit.sequence)
+    only, smaller, lost = edits[0].delta, (rank, error) != (None, None), ""
+    if len(edits) == 1 and isinstance(only, AdapterDelta) and not smaller:
+        adapter = only
+    else:
+        found = changes(model, chosen, rank=rank, error=error)
+        adapter = lora(model, found)
+        if smaller:
+            worst = max(change.error for change in found)
+            lost = (
+                "It was made smaller: the change of a weight differs by at most "
+                f"{worst:.2g} of its norm."
+            )
+
+    tag = str(adapter.config["peft_type"]).lower()
+
+    def fill(folder: Path) -> None:
+        adapter.write_directory(folder, base_of(model))
+        _write_card(folder, model_card(model, chosen, "peft", tag, lost))
+
+    return write_folder(path, overwrite, fill)
 
 
 def lora(model: Model, found: Sequence[Change]) -> AdapterDelta:
@@ -79,10 +99,12 @@ def lora(model: Model, found: Sequence[Change]) -> AdapterDelta:
     ranks = {change.module: change.rank for change in found}
     usual = max(ranks.values(), key=list(ranks.values()).count)
     other = {module: rank for module, rank in ranks.items() if rank != usual}
-    tasks = {"decoder": "CAUSAL_LM", "encoder-decoder": "SEQ_2_SEQ_LM", "encoder": None}
+    # PEFT's classes for other tasks train a head of their own; a plain PeftModel leaves it alone.
+    tasks = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}
+    task = task_of_module(model.module)
     config = {
         "peft_type": "LORA",
-        "task_type": tasks[model.anatomy.kind],
+        "task_type": tasks.get(task) if task else None,
         "r": usual,
         "lora_alpha": usual,
         "rank_pattern": other,
@@ -96,7 +118,7 @@ def lora(model: Model, found: Sequence[Change]) -> AdapterDelta:
 
 
 def merge_checkpoint(model: Model, path: Path, overwrite: bool) -> Path:
-    """Write base + all active edits as a Hugging Face checkpoint.
+    """Write base + all active edits as a Hugging Face checkpoint with a model card.
 
     Weight edits are on the parameters already; adapters are folded into theirs here. Raises
     `CapabilityError` for active edits that act at run time only (a codebook), `ConfigError` where
@@ -125,8 +147,13 @@ def merge_checkpoint(model: Model, path: Path, overwrite: bool) -> Path:
             cast("PreTrainedModel", model.module).save_pretrained(folder, state_dict=state)
             model.tokenizer.save_pretrained(folder)
             _copy_processor(str(getattr(model.config, "_name_or_path", "")), folder)
+            _write_card(folder, model_card(model, entries, "merged"))
 
         return write_folder(path, overwrite, fill)
+
+
+def _write_card(folder: Path, card: str) -> None:
+    write_bytes(folder / CARD_FILE, card.encode())
 
 
 def _copy_processor(source: str, folder: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_serializer
+
+from errata.model.display import Described, plural, shortened
 
 
 class _OutcomePart(BaseModel):
@@ -46,7 +49,7 @@ class PeakMemoryReading(_OutcomePart):
     how: str = Field(description="What was read")
 
 
-class Outcome(_OutcomePart):
+class Outcome(Described, _OutcomePart):
     """What was measured when an edit was made, and which other edits it has to do with.
 
     Fields that were not measured are None or empty, and are left out of stored records.
@@ -68,6 +71,24 @@ class Outcome(_OutcomePart):
         default=(), description="Ids of edits that were taken off for this one"
     )
     rebases: str | None = Field(default=None, description="Id of the edit that this one replaces")
+
+    def _facts(self) -> Iterable[tuple[str, str]]:
+        if self.efficacy:
+            one = self.efficacy
+            yield "takes effect", f"{round(one.value * one.n)} of {one.n}"
+        if self.relative_norm:
+            yield "norm", f"{self.relative_norm.value:.3g}"
+        if self.perplexity:
+            yield "perplexity", f"× {self.perplexity.ratio_to_base:.3f}"
+        for name, found in (("conflict", self.conflicts), ("overlap", self.overlaps)):
+            if found:
+                yield "", plural(len(found), name)
+        if self.supersedes:
+            yield "supersedes", shortened(" ".join(self.supersedes), 40)
+        if self.rebases:
+            yield "rebases", self.rebases
+        if self.warnings:
+            yield plural(len(self.warnings), "warning"), repr(shortened(self.warnings[0]))
 
     @model_serializer(mode="wrap")
     def _only_what_is_known(self, handler: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from errata.edits.subjects import subject_place
 from errata.errors import RequestError, UnknownNameError
+from errata.model.display import Described, shortened
 from errata.model.joining import with_join
 
 logger = logging.getLogger("errata")
@@ -23,7 +24,7 @@ ERASED = "unknown"
 """What an `erase` request writes in place of the fact when it names no target of its own."""
 
 
-class _Frozen(BaseModel):
+class _Frozen(Described, BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
@@ -39,6 +40,13 @@ class Probe(_Frozen):
     answers: tuple[str, ...] = ()
     type: str = ""
     group: str = ""
+
+    def _facts(self) -> Iterable[tuple[str, str]]:
+        yield "", repr(shortened(self.prompt))
+        if self.answers:
+            yield "answers", repr(shortened(" | ".join(self.answers)))
+        if self.type:
+            yield "type", self.type
 
 
 class RelationView(_Frozen):
@@ -58,6 +66,11 @@ class RelationView(_Frozen):
         description='Must keep their answers: types "same_relation" (other pairs of this relation)'
         ' and "same_pair" (other relations of this subject)',
     )
+
+    def _facts(self) -> Iterable[tuple[str, str]]:
+        yield "", repr(shortened(" | ".join(self.names)))
+        yield "add", repr(shortened(self.add))
+        yield "remove", repr(shortened(self.remove))
 
     @field_validator("add", "remove")
     @classmethod
@@ -164,6 +177,17 @@ class Request(_Frozen):
         if not self.target_new.strip():
             raise ValueError("target_new is empty: say what the model should answer")
         return self
+
+    def _facts(self) -> Iterable[tuple[str, str]]:
+        yield "", f"{shortened(self.text)!r} → {shortened(self.target_new, 40)!r}"
+        yield "", self.kind
+        for name in ("target_true", "relation", "case_id"):
+            if value := getattr(self, name):
+                yield name, repr(shortened(value, 40))
+        for name in ("paraphrases", "neighbourhood", "locality", "portability", "generation",
+                     "attribute", "references", "examples", "counterexamples"):  # fmt: skip
+            if count := len(getattr(self, name)):
+                yield name, str(count)
 
     @property
     def text(self) -> str:

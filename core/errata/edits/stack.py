@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ import torch
 from errata.edits import side_branch
 from errata.edits.delta.attaching import attach_kind
 from errata.errors import CapabilityError, IntegrityError, UnknownNameError
+from errata.model.display import Described, plural
 from errata.model.pristine import same_bits
 from errata.model.running import wide
 from errata.model.structure import ABSENT, Structure, Traits, named
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("errata")
 
 
-class Stack:
+class Stack(Described):
     """What is on the model. Changing it refolds every touched parameter from the base.
 
     Nothing is ever subtracted. After `set` each parameter equals, bit for bit, base + the fold
@@ -53,6 +54,13 @@ class Stack:
         """Give a model a stack, so that it can be edited, and return it."""
         model.stack = cls(model)
         return model
+
+    def _facts(self) -> Iterable[tuple[str, str]]:
+        yield "", plural(len(self._entries), "edit")
+        for edit in self._entries[:3]:
+            yield edit.id, edit.method
+        if len(self._entries) > 3:
+            yield "", "…"
 
     # -- reading ---------------------------------------------------------------------------------
 

@@ -44,7 +44,7 @@ _AUTO_CLASSES: dict[Task, tuple[str, ...]] = {
 
 
 def load_model(
-    source: str | Path | nn.Module,
+    source: str | Path | nn.Module | tuple[nn.Module, PreTrainedTokenizerBase],
     tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
     *,
     architectures: Mapping[str, Mapping[str, Any]],
@@ -58,7 +58,7 @@ def load_model(
     """Return a `Model` from a directory, a hub name, or a module in memory.
 
     Args:
-        source: what to load; a module needs its `tokenizer` too.
+        source: what to load; a module needs its `tokenizer` too, beside it or as a pair.
         tokenizer: the tokenizer, or where to load it from; by default the model's own.
         architectures: stanzas of the registry, by model_type.
         known: names of models that could have been meant, for the error.
@@ -75,6 +75,7 @@ def load_model(
         UnknownNameError: a name that is no directory and not on the hub.
     """
     torch_dtype = _dtype(dtype)
+    source, tokenizer = _taken_apart(source, tokenizer)
     checkpoint: Path | None = None
     if isinstance(source, nn.Module):
         if tokenizer is None:
@@ -82,11 +83,6 @@ def load_model(
         module = source if torch_dtype is None else source.to(torch_dtype)
         name = str(getattr(module.config, "_name_or_path", "") or type(module).__name__)
     else:
-        if not isinstance(source, (str, Path)) or not str(source).strip():
-            raise ConfigError(
-                f"{source!r} is no model: give a name, a directory with a Hugging Face checkpoint, "
-                "or a module in memory with its tokenizer."
-            )
         name = location = str(source)
         check_model_source(name, known)
         checkpoint = Path(name) if os.path.isdir(name) else None
@@ -113,6 +109,20 @@ def load_model(
         trust_remote_code=trust_remote_code,
         **options,
     )
+
+
+def _taken_apart(
+    source: Any, tokenizer: PreTrainedTokenizerBase | str | Path | None
+) -> tuple[str | Path | nn.Module, PreTrainedTokenizerBase | str | Path | None]:
+    """Return model and tokenizer, also where they came as a pair."""
+    if isinstance(source, tuple) and len(source) == 2 and tokenizer is None:
+        source, tokenizer = source
+    if not isinstance(source, (str, Path, nn.Module)) or not str(source).strip():
+        raise ConfigError(
+            f"A {type(source).__name__} is no model: give a name, a folder, a transformers module "
+            "with its tokenizer, Editor(model, tokenizer), or both as a pair."
+        )
+    return source, tokenizer
 
 
 def _unmap(module: nn.Module) -> None:

@@ -48,7 +48,11 @@ def average_map(found: AverageTrace) -> Figure:
         for spine in ax.spines.values():
             spine.set_visible(False)
         layer_ticks(ax, effects.mean.shape[1])
-        ax.set_title(title(effects.kind, effects.window, how=found.how), fontsize=MEDIUM, pad=3)
+        ax.set_title(
+            title(effects.kind, effects.window, effects.mean.shape[1], how=found.how),
+            fontsize=MEDIUM,
+            pad=3,
+        )
         bar = made.colorbar(image, ax=ax, fraction=0.05, pad=0.02)
         bar.ax.tick_params(labelsize=SMALL, length=2, width=0.5)
         bar.outline.set_linewidth(0.5)
@@ -75,7 +79,11 @@ def average_curves(found: AverageTrace, roles: Sequence[str] | None = None) -> F
             if role in effects.roles:
                 line(ax, effects, role, index, role)
         ax.set_ylim(min(0.0, ax.get_ylim()[0]), top * 1.05)
-        ax.set_title(title(effects.kind, effects.window, how=found.how), fontsize=MEDIUM, pad=3)
+        ax.set_title(
+            title(effects.kind, effects.window, effects.mean.shape[1], how=found.how),
+            fontsize=MEDIUM,
+            pad=3,
+        )
         ax.set_ylabel("AIE", fontsize=MEDIUM)
         layer_ticks(ax, effects.mean.shape[1])
     _finish(made, axes, f"{found.corrupt} corrupted, n = {found.n}; bands: 95 % intervals")

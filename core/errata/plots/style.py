@@ -57,14 +57,35 @@ def layer_ticks(ax: Axes, count: int) -> None:
     ax.set_xlim(-0.5, count - 0.5)
 
 
+def counted(ax: Axes, count: int) -> None:
+    """Number things along the x axis from 1: whole numbers only, also where there is one thing."""
+    from matplotlib.ticker import MaxNLocator
+
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+    ax.set_xlim(1 - max(0.5, count / 40), count + max(0.5, count / 40))
+
+
+def layer_name(layer: int | None, part: str) -> str:
+    """Return what a part of the model is called in a figure: "layer 1, mlp_out"."""
+    return part if layer is None else f"layer {layer}, {part}" if part else f"layer {layer}"
+
+
 def log_scale(ax: Axes, side: Literal["x", "y"]) -> None:
     """Make an axis logarithmic, its ticks plain numbers: text is never read as formulas here."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     (ax.set_xscale if side == "x" else ax.set_yscale)("log")
     axis = ax.xaxis if side == "x" else ax.yaxis
-    if side == "y":  # there is room for more than the powers of ten
+    low, high = (ax.dataLim.intervalx if side == "x" else ax.dataLim.intervaly).tolist()
+    # Along x a long range is crowded; within a short one no power of ten may lie at all.
+    short = 0 < low <= high < 20 * low
+    if side == "y" or short:
         axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    if short:  # at least two of these must be in sight: else matplotlib takes others
+        steps = [base * 10.0**power for power in range(-12, 13) for base in (1, 2, 5)]
+        below = max(step for step in steps if step <= low * 1.001)
+        above = min(step for step in steps if step >= high * 0.999 and step > below)
+        (ax.set_xlim if side == "x" else ax.set_ylim)(below / 1.15, above * 1.15)
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 

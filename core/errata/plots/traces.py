@@ -50,17 +50,22 @@ def _map(ax: Axes, trace: CausalTrace, low: float, high: float) -> None:
     for spine in ax.spines.values():
         spine.set_visible(False)
     layer_ticks(ax, trace.scores.shape[1])
-    ax.set_title(title(trace.kind, trace.window, trace.severed, trace.how), fontsize=MEDIUM, pad=3)
+    ax.set_title(
+        title(trace.kind, trace.window, trace.scores.shape[1], trace.severed, trace.how),
+        fontsize=MEDIUM,
+        pad=3,
+    )
     bar = ax.figure.colorbar(image, ax=ax, fraction=0.05, pad=0.02)
     bar.ax.tick_params(labelsize=SMALL, length=2, width=0.5)
     bar.outline.set_linewidth(0.5)
 
 
-def title(kind: str, window: int, severed: str | None = None, how: str = "") -> str:
-    """Return what one panel shows."""
+def title(kind: str, window: int, layers: int, severed: str | None = None, how: str = "") -> str:
+    """Return what one panel shows; of a window wider than the model, all layers are restored."""
     text = f"restoring {NAMES[kind]}"
     if kind != "hidden":
-        text = f"restoring {NAMES[kind]} outputs, {window} layers"
+        together = min(window, layers)
+        text = f"restoring {NAMES[kind]} outputs, {together} layer{'s' * (together != 1)}"
     if severed:
         text += f", {NAMES[severed]} severed"
     return f"{text} (estimate)" if how else text

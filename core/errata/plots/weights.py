@@ -5,9 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from errata.errors import ConfigError
-from errata.plots.style import COLOURS, LARGE, MARKS, MEDIUM, SMALL, figure, layer_ticks, log_scale
+from errata.plots.style import (
+    COLOURS,
+    LARGE,
+    MARKS,
+    MEDIUM,
+    SMALL,
+    counted,
+    figure,
+    layer_name,
+    layer_ticks,
+    log_scale,
+)
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from errata.locate import LayerSweep
@@ -81,14 +93,13 @@ def weight_changes(found: WeightDiff) -> Figure:
         raise ConfigError(f"There is nothing to draw: no weight differs from {found.before!r} to "
                           f"{found.after!r}.")  # fmt: skip
     shown = sorted(found.changes, key=lambda change: -change.relative)[:8]
-    made, axes = figure(0.15 * len(shown) + 3.4, rows=3,
+    made, axes = figure(0.15 * len(shown) + 0.12 * (len(shown) // 2) + 3.7, rows=3,
                         height_ratios=[0.15 * len(shown) + 0.35, 1.2, 1.2])  # fmt: skip
-    labels = [
-        change.name if change.layer is None else f"{change.layer} {change.part or change.name}"
-        for change in shown
-    ]
+    labels = [layer_name(change.layer, change.part or change.name) for change in shown]
     bars, spectra, energy = axes[:, 0]
-    bars.barh(range(len(shown)), [change.relative for change in shown], color=COLOURS[0])
+    bars.barh(range(len(shown)), [change.relative for change in shown], color=COLOURS[0],
+              height=0.6)  # fmt: skip
+    bars.set_ylim(-0.6, len(shown) - 0.4)
     bars.set_yticks(range(len(shown)), labels, fontsize=SMALL)
     bars.invert_yaxis()
     bars.set_xlabel("‖ΔW‖ / ‖W‖", fontsize=MEDIUM)
@@ -102,8 +113,8 @@ def weight_changes(found: WeightDiff) -> Figure:
     log_scale(spectra, "y")
     spectra.set_xlabel("singular value number", fontsize=MEDIUM)
     spectra.set_ylabel("σ of ΔW", fontsize=MEDIUM)
-    spectra.locator_params(axis="x", integer=True)
-    spectra.legend(fontsize=SMALL, frameon=False, ncols=2, handlelength=1.5)
+    counted(spectra, max(len(line.get_xdata()) for line in spectra.lines))
+    _legend_above(spectra)
     placed = [(label, c) for label, c in zip(labels, shown, strict=True) if c.energy]
     for offset, (side, name) in zip((-0.2, 0.2), _SIDES.items(), strict=True):
         values = [change.energy[side] for _, change in placed]
@@ -112,12 +123,21 @@ def weight_changes(found: WeightDiff) -> Figure:
         for x, (_, change) in zip(at, placed, strict=True):
             energy.plot([x - 0.18, x + 0.18], [change.chance[side]] * 2, color="#000000", lw=1)
     energy.set_xticks(range(len(placed)), [label for label, _ in placed], fontsize=SMALL)
-    if len(placed) > 4:
-        energy.tick_params(axis="x", rotation=30)
+    if len(placed) == 1:
+        energy.set_xlim(-1, 1)  # two bars as wide as those of several weights
+    if sum(len(label) for label, _ in placed) > 48:
+        energy.set_xticks(range(len(placed)), [label for label, _ in placed], fontsize=SMALL,
+                          rotation=30, ha="right", rotation_mode="anchor")  # fmt: skip
     energy.set_ylabel("energy in W's\ntop directions", fontsize=MEDIUM)
     energy.set_xlabel("black line: a random direction", fontsize=MEDIUM)
-    energy.legend(fontsize=SMALL, frameon=False, handlelength=1.2)
+    _legend_above(energy)
     return made
+
+
+def _legend_above(ax: Axes) -> None:
+    """Put a panel's legend above it: inside, a swatch could lie on a bar of its own colour."""
+    ax.legend(fontsize=SMALL, frameon=False, ncols=2, handlelength=1.5, loc="lower left",
+              bbox_to_anchor=(0, 1), borderaxespad=0.2, columnspacing=1.0)  # fmt: skip
 
 
 def method_changes(found: WeightDiff) -> Figure:
@@ -127,14 +147,15 @@ def method_changes(found: WeightDiff) -> Figure:
         raise ConfigError("There is nothing to draw: none of them changes a weight.")
     made, axes = figure(0.17 * len(shown) + 0.85, columns=3, sharey=True)
     labels = [
-        f"{label}, {change.layer}" if change.layer is not None else label for label, change in shown
+        f"{label}, {layer_name(change.layer, '')}" if change.layer is not None else label
+        for label, change in shown
     ]
     rows = range(len(shown))
     size, rank, place = axes[0]
-    size.barh(rows, [change.relative for _, change in shown], color=COLOURS[0], height=0.7)
+    size.barh(rows, [change.relative for _, change in shown], color=COLOURS[0], height=0.6)
+    size.set_ylim(-0.7, len(shown) - 0.3)
     size.set_yticks(rows, labels, fontsize=SMALL)
     size.invert_yaxis()
-    size.set_ylabel("method, layer", fontsize=MEDIUM)
     size.set_title("‖ΔW‖ / ‖W‖", fontsize=MEDIUM, pad=3)
     # A line from the stable rank to the rank: how far the spectrum falls off.
     for row, (_, change) in enumerate(shown):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from errata.edits.outputs import check_folder, list_files
+from errata.errors import ConfigError
 from errata.zoo.corpus import IGNORED, Corpus, CorpusBatch
 from errata.zoo.tokenizer import CONTEXT, train_tokenizer
 from errata.zoo.world import make_world
@@ -324,7 +325,7 @@ def _load_state(
     with safe_open(file, framework="pt") as stored, torch.no_grad():
         metadata = stored.metadata()
         if json.loads(metadata["recipe"]) != asdict(recipe):
-            raise ValueError(
+            raise ConfigError(
                 f"{file} belongs to another recipe: {metadata['recipe']}. Pass resume=False to "
                 "start again, or train into another directory."
             )

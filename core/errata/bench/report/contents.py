@@ -11,6 +11,7 @@ from errata.bench.report.grouping import FINAL, IMMEDIATE
 from errata.bench.report.progress import RunProgress, progress
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from errata.bench.report.curves import Curve
@@ -25,11 +26,15 @@ HEADLINE_METRICS = (
     "rewrite_exact",
     "paraphrase_exact",
     "portability_exact",
+    "locality_exact",
     "locality_unchanged",
+    "neighbourhood_exact",
     "neighbourhood_unchanged",
     "perplexity_ratio",
 )
 """Shown first in the overview where they were measured, else a protocol's first metrics."""
+SUMMARY_METRICS = ("ES", "PS", "NS", *HEADLINE_METRICS)
+"""Shown when a run ends: what the published tables show, too."""
 EFFICACY = "rewrite_exact"
 
 
@@ -68,11 +73,20 @@ class Part:
     @cached_property
     def overview(self) -> tuple[Headline, ...]:
         """The few numbers to look at first, protocols in their order."""
+        return self._headlines(HEADLINE_METRICS)
+
+    @cached_property
+    def summary(self) -> tuple[Headline, ...]:
+        """The numbers that are shown when a run ends."""
+        return self._headlines(SUMMARY_METRICS)
+
+    def _headlines(self, wanted: Sequence[str]) -> tuple[Headline, ...]:
         found: list[Headline] = []
         for table in self.tables:
             moments = [head.moment for head in table.heads if head.column]
             last = moments[-1] if moments else ""
-            found += [_headline(self.section, table, row, last) for row in _headlines(table)]
+            rows = _rows(table, wanted)
+            found += [_headline(self.section, table, row, last) for row in rows]
         streamed = [one for one in found if one.moment == FINAL and IMMEDIATE in _moments(one)]
         if streamed:  # one metric right after each edit too: it is what the others are read by
             first = min(streamed, key=lambda one: one.row.metric != EFFICACY)
@@ -122,11 +136,11 @@ class ReportContents:
         return [progress(run) for run in self.runs]
 
 
-def _headlines(table: MetricTable) -> list[MetricRow]:
+def _rows(table: MetricTable, wanted: Sequence[str]) -> list[MetricRow]:
     """Return the rows of a table to look at first; none of what is only a cost."""
     rows = [row for row in table.rows if row.unit not in ("bytes", "s", "seconds")]
     by_name = {row.metric: row for row in rows}
-    return [by_name[name] for name in HEADLINE_METRICS if name in by_name] or rows[:1]
+    return [by_name[name] for name in wanted if name in by_name] or rows[:1]
 
 
 def _moments(one: Headline) -> list[str]:

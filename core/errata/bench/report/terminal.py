@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 RIGHT: dict[str, Any] = {"justify": "right", "no_wrap": True}
 NAME: dict[str, Any] = {"no_wrap": True}
+GAP = 2
+"""Between two columns: the padding, and the line that is not drawn."""
 LISTED = 10
 """Failures and refusals that are listed; the page and --json have them all."""
 
@@ -40,6 +42,43 @@ def terminal(report: ReportContents, width: int) -> RenderableType:
         things += [heading(one.title, str(one.path)), facts([*one.facts, ("how", one.protocol)]),
                    Text()]  # fmt: skip
     return Group(*things)
+
+
+def summary(report: ReportContents, width: int) -> RenderableType:
+    """Return what is shown when a run ends: the numbers to look at first, with intervals."""
+    things: list[RenderableType] = []
+    for part in report.parts:
+        things += [heading(part.section.title, part.section.model), *_summary(part, width), Text()]
+    return Group(*things)
+
+
+def _summary(part: Part, width: int) -> list[RenderableType]:
+    labels = [f"{head.row.metric} {formatting.ARROWS[head.row.direction]}" for head in part.summary]
+    moments = [formatting.moment(head.moment) for head in part.summary]
+    taken = max((len(text) for text in (*labels, *moments)), default=0) + 2 + GAP
+    taken += max((len(head.row.n) for head in part.summary), default=0)
+    columns = part.section.columns
+    texts = [[_cell(head.cells[i]) for head in part.summary] for i in range(len(columns))]
+    sizes = [
+        max(_width(column.label), *(_width(text.plain) for text in found)) + GAP
+        for column, found in zip(columns, texts, strict=True)
+    ]
+    made: list[RenderableType] = []
+    for block in _blocks(sizes, width - taken):
+        grid = table(("metric", NAME), *((columns[i].label, RIGHT) for i in block), ("n", RIGHT))
+        before = ""
+        for place, head in enumerate(part.summary):
+            if head.table.protocol != before:
+                before = head.table.protocol
+                grid.add_row(Text(before, style="muted"))
+            name = Text.assemble(f"  {labels[place]}")
+            if moments[place]:
+                name.append(f"\n  {moments[place]}", style="muted")
+            grid.add_row(name, *(texts[i][place] for i in block), head.row.n)
+        made.append(grid)
+    cells = [cell for head in part.summary for cell in head.cells if cell]
+    best = f"{formatting.BEST} best of the edited columns; " if any(c.best for c in cells) else ""
+    return [*made, Text(f"{best}ranges are 95 % intervals", style="muted")]
 
 
 def _part(part: Part, width: int) -> list[RenderableType]:
@@ -63,14 +102,16 @@ def _part(part: Part, width: int) -> list[RenderableType]:
 def _overview(part: Part, width: int) -> list[RenderableType]:
     """Return a line per column with the metrics to look at first."""
     made: list[RenderableType] = []
-    names = [head.row.metric.replace("_", "_\n", 1) for head in part.overview]
     titles = [
-        f"{head.table.protocol}\n{name} {formatting.ARROWS[head.row.direction]}\n"
-        f"{formatting.moment(head.moment)}".rstrip()
-        for name, head in zip(names, part.overview, strict=True)
+        f"{head.table.protocol}\n{_on_lines(head.row.metric)} "
+        f"{formatting.ARROWS[head.row.direction]}\n{formatting.moment(head.moment)}".rstrip()
+        for head in part.overview
     ]
-    sizes = [_width(title) + 1 for title in titles]
-    labels = max(len(column.label) for column in part.section.columns) + 1
+    sizes = [
+        max(_width(title), *(_width(_short(cell).plain) for cell in head.cells)) + GAP
+        for title, head in zip(titles, part.overview, strict=True)
+    ]
+    labels = max(6, *(cell_len(column.label) for column in part.section.columns)) + GAP
     for block in _blocks(sizes, width - labels, keep=False):
         grid = table(("column", NAME), *((titles[i], RIGHT) for i in block))
         for place, column in enumerate(part.section.columns):
@@ -81,6 +122,12 @@ def _overview(part: Part, width: int) -> list[RenderableType]:
         return []
     note = Text("How each was measured, intervals and n: in the tables below.", style="muted")
     return [heading("At a glance"), *made, note, Text()]
+
+
+def _on_lines(metric: str) -> str:
+    """Return a metric's name on two lines, broken at its last underscore."""
+    first, sign, last = metric.rpartition("_")
+    return f"{first}{sign}\n{last}" if sign else metric
 
 
 def _short(cell: MetricCell | None) -> Text:
@@ -95,12 +142,12 @@ def _short(cell: MetricCell | None) -> Text:
 def _table(one: MetricTable, width: int) -> list[RenderableType]:
     """Return a protocol's table; in blocks of columns where they do not fit side by side."""
     how = [" ".join(f"[{k}]" for k in one.numbers(row)) for row in one.rows]
-    taken = max(len(row.metric) for row in one.rows) + 3
-    taken += max(len(row.n) for row in one.rows) + 1 + max(map(len, how)) + 1
+    taken = max(len(row.metric) for row in one.rows) + 2 + GAP
+    taken += max(len(row.n) for row in one.rows) + GAP + max(4, *map(len, how))
     texts = [[_cell(row.cells[i]) for row in one.rows] for i in range(len(one.heads))]
     titles = [f"{head.label}\n{formatting.moment_in(one, head)}".rstrip("\n") for head in one.heads]
     sizes = [
-        max(_width(title), *(_width(text.plain) for text in column)) + 1
+        max(_width(title), *(_width(text.plain) for text in column)) + GAP
         for title, column in zip(titles, texts, strict=True)
     ]
     whole = [head.column for head in one.heads]
@@ -224,7 +271,7 @@ def _costs(part: Part) -> list[RenderableType]:
     ]
     made = table(("column", NAME), *((title, RIGHT) for title in titles))
     for cost in part.costs:
-        made.add_row(cost.label, *formatting.cost_row(cost))
+        made.add_row(cost.label, *(t.replace(" (", "\n(") for t in formatting.cost_row(cost)))
     return [heading("Cost"), made, Text(formatting.COST_NOTE, style="muted"), Text()]
 
 

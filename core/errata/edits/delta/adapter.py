@@ -78,11 +78,11 @@ class AdapterDelta(Delta):
         assert isinstance(config, dict)
         return cls(config, tensors)
 
-    def write_directory(self, path: Path | str) -> None:
+    def write_directory(self, path: Path | str, base: str | None = None) -> None:
         """Write adapter_config.json and adapter_model.safetensors, as PEFT saves them.
 
-        `PeftModel.from_pretrained(base, path)` loads the folder without errata. Raises
-        `StorageError` when the disk refuses.
+        `PeftModel.from_pretrained(base, path)` loads the folder without errata; where `base` is
+        given, the configuration names it. Raises `StorageError` when the disk refuses.
         """
         from safetensors.torch import save
 
@@ -95,7 +95,8 @@ class AdapterDelta(Delta):
             raise StorageError(f"Cannot create the folder {folder}: {error.strerror}") from error
         tensors = {key: tensor.detach().cpu() for key, tensor in self.tensors().items()}
         write_bytes(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
-        text = json.dumps(self.config, indent=2, sort_keys=True, allow_nan=False)
+        config = {**self.config, "base_model_name_or_path": base}
+        text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
         write_bytes(folder / CONFIG_FILE, text.encode())
 
     @classmethod

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import cmath
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from errata.errors import IntegrityError
+from errata.model.display import Described, shortened
 from errata.model.running import wide
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ EFFECTS = ("fold", "attach", "rewrite", "respond")
 """The ways in which a delta kind may act on a model."""
 
 
-class Delta(ABC):
+class Delta(Described, ABC):
     """The data of a change. Immutable once built: composing never alters it.
 
     A kind acts on the model in one or more of four ways, each a class method that gets all active
@@ -52,6 +53,13 @@ class Delta(ABC):
             if getattr(cls, effect).__func__ is not getattr(Delta, effect).__func__
         )
         cls.folds = "fold" in cls.effects
+
+    def _facts(self) -> Iterable[tuple[str, str]]:
+        yield "kind", self.kind
+        if names := self.parameters:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            yield "on", shortened(names[0]) + more
+        yield "", f"{self.nbytes:,} bytes"
 
     # -- storage -------------------------------------------------------------------------------
 
