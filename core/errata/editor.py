@@ -73,7 +73,7 @@ class Editor:
         damaged: id → reason of active edits whose file is lost or damaged; not on the model.
 
     Args:
-        model: a zoo name, a directory, a hub name, or a transformers module in memory.
+        model: a zoo name, a directory, a GGUF file, a hub name, or a module in memory.
         tokenizer: needed for a module in memory; else taken from beside the model.
         ledger: folder of a durable ledger; None keeps the ledger in memory. Edits that an
             existing ledger says are active are put on the model.
@@ -117,7 +117,7 @@ class Editor:
         known = {} if not isinstance(model, (str, Path)) else Manager("", plugins.rooms()).models()
         bring = known.get(str(model))
         self.model: Model = load_model(
-            bring() if bring is not None else model,
+            model if bring is None else bring(progress),
             tokenizer,
             architectures=self.registry.architectures,
             known=known,

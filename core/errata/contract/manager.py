@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from errata.edits.edit import Edit
     from errata.edits.request import Request
     from errata.model.model import Model
+    from errata.model.progress import Progress
 
 
 class Manager:
@@ -108,9 +109,9 @@ class Manager:
                     raise PluginError(f"Two plugins claim the protocol {protocol.name!r}.")
         return found
 
-    def models(self) -> dict[str, Callable[[], Path]]:
+    def models(self) -> dict[str, Callable[[Progress | None], Path]]:
         """Return every model that a plugin brings, by name; raise `PluginError` for two."""
-        found: dict[str, Callable[[], Path]] = {}
+        found: dict[str, Callable[[Progress | None], Path]] = {}
         for result in reversed(self._pm.hook.models()):
             for name, bring in result.items():
                 if found.setdefault(name, bring) is not bring:

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from errata.errors import ConfigError, UnknownNameError
+from errata.model import gguf
 from errata.model.anatomy import Anatomy
+from errata.model.artifacts import Artifacts
 from errata.model.model import Model
 from errata.model.task import Task, require_task, task_of
 
@@ -47,7 +49,8 @@ def load_model(
     """Return a `Model` from a directory, a hub name, or a module in memory.
 
     Args:
-        source: what to load; a module needs its `tokenizer` too.
+        source: what to load: a directory, a GGUF file, a hub name, or a module, which needs its
+            `tokenizer` too.
         tokenizer: the tokenizer, or where to load it from; by default the model's own.
         architectures: stanzas of the registry, by model_type.
         known: names of models that could have been meant, for the error.
@@ -70,6 +73,9 @@ def load_model(
     else:
         name = str(source)
         where = Path(name)
+        if gguf.is_gguf(where):
+            cache = (options.get("artifacts") or Artifacts()).directory
+            where = gguf.checkpoint_of(where, cache, options.get("progress"))
         location = str(where) if where.is_dir() else name
         checkpoint = where if where.is_dir() else None
         module = _from_pretrained(location, torch_dtype, device_map, known)
