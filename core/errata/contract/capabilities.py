@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from errata.contract import plugins
 from errata.errors import CapabilityError
 from errata.model.running import prepare
 from errata.model.tokens import subject_span
 
 if TYPE_CHECKING:
+    from errata.contract.registry import Registry
     from errata.contract.stanzas import MethodEntry
     from errata.edits.request import Request
     from errata.model.model import Model
+
+DENSE_MLP = "dense_mlp"
+"""What a method needs that writes into an MLP's down projection."""
 
 
 def check_capabilities(
@@ -51,6 +56,31 @@ def check_capabilities(
             f"{method} cannot edit a model that is already edited "
             f"(active: {', '.join(model.stack.ids)}): revert those first."
         )
+
+
+def check_parts(method: str, registry: Registry, model: Model) -> None:
+    """Raise `CapabilityError` where a method writes into MLPs and no layer has one to write into.
+
+    A mixture of experts has none: which weights a token passes through differs from text to text.
+    """
+    entry = registry.methods.get(method)
+    if entry is None or DENSE_MLP not in entry.capabilities.needs:
+        return
+    if model.anatomy.layers_with("mlp"):
+        return
+    others = [
+        name
+        for name in plugins.installed()
+        if (other := registry.methods.get(name)) is not None
+        and DENSE_MLP not in other.capabilities.needs
+        and model.anatomy.kind in other.capabilities.architectures
+        and model.task in other.capabilities.tasks
+    ]
+    raise CapabilityError(
+        f"{method} writes into the down projection of an MLP, and no layer of {model.name} "
+        f"({model.anatomy.model_type}) has one that every token passes through: its MLPs are "
+        f"mixtures of experts. Methods that need none: {', '.join(others) or 'none is installed'}."
+    )
 
 
 def check_prompts(model: Model, requests: Sequence[Request]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from errata.contract import plugins
+from errata.contract.capabilities import check_parts
 from errata.contract.manager import Manager
 from errata.contract.meter import Meter
 from errata.edits.outcome import PeakMemoryReading
@@ -119,6 +120,7 @@ class Methods:
         nothing names come from the method's rule. Both come out as numbers.
         """
         config = self.plugin(name).config
+        check_parts(name, self._registry, self._model)
         resolved, values = self._registry.resolve(name, config, self._facts(), overrides)
         settled, why = self._settle(self._model, name, resolved)
         written = settled.for_model(self._model.anatomy)

@@ -37,7 +37,7 @@ class Capabilities(_Stanza):
     tasks: tuple[Task, ...] = Field(
         default=(), description="Tasks of a model; none: language models of these architectures"
     )
-    needs: tuple[str, ...] = Field(default=(), description="second_moment, training …")
+    needs: tuple[str, ...] = Field(default=(), description="dense_mlp, second_moment, training …")
     edits_work: float = Field(
         default=0.9, ge=0, le=1, description="Least share of single edits that take effect"
     )

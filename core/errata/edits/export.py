@@ -121,8 +121,16 @@ def merge_checkpoint(model: Model, path: Path, overwrite: bool) -> Path:
         def fill(folder: Path) -> None:
             cast("PreTrainedModel", model.module).save_pretrained(folder, state_dict=state)
             model.tokenizer.save_pretrained(folder)
+            _copy_processor(str(getattr(model.config, "_name_or_path", "")), folder)
 
         return _folder(path, overwrite, fill)
+
+
+def _copy_processor(source: str, folder: Path) -> None:
+    """Copy how a model that reads images, too, prepares them, from the folder it came from."""
+    for file in Path(source).glob("*processor_config.json") if source else ():
+        if file.is_file():
+            (folder / file.name).write_bytes(file.read_bytes())
 
 
 def _folder(path: Path, overwrite: bool, fill: object) -> Path:

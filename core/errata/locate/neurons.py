@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 Token = Literal["answer", "subject_last"]
 TOKENS = ("answer", "subject_last")
 
-# Gradients of a small probability underflow in half precision.
+# Gradients underflow in fp16.
 _HALF_SCALE = 1024.0
 
 
@@ -181,17 +181,22 @@ def attribute(
         places = runs.prompt.places([subject_tokens(model.tokenizer, request)[1]])
     else:
         places = runs.prompt.reads if kind == "encoder" else runs.prompt.reads[:1]
-    outs = [anatomy.mlp_out(layer) for layer in range(anatomy.n_layers)]
-    with torch.no_grad(), capture(model.module, outs, inputs=True, outputs=False) as seen:
+    chosen = anatomy.layers_with("mlp") if layers is None else [anatomy.layer(i) for i in layers]
+    outs = {layer: anatomy.mlp_out(layer) for layer in chosen}
+    with (
+        torch.no_grad(),
+        capture(model.module, list(outs.values()), inputs=True, outputs=False) as seen,
+    ):
         runs.run(None)
     runs.corrupt(_copies(model, runs, steps))
     scores = torch.zeros(anatomy.n_layers, anatomy.key_size, dtype=torch.float64)
-    chosen = range(anatomy.n_layers) if layers is None else [anatomy.layer(i) for i in layers]
     for layer in chosen:
         found = seen[outs[layer]].input
         assert found is not None
         activation = runs.shaped(found)[0, list(places)]  # (places, D)
-        scores[layer] = _integrated(runs, outs[layer], layer, activation, places, steps)
+        scores[layer, : activation.shape[-1]] = _integrated(
+            runs, outs[layer], layer, activation, places, steps
+        )
     return Attribution(
         request.text, answer_text(model, runs.prompt.answer_ids), scores, runs.high, steps
     )
@@ -221,9 +226,18 @@ def _integrated(
     scale = _HALF_SCALE if activation.dtype == torch.float16 else 1.0
     with torch.enable_grad(), frozen(runs.model.module):
         with _reading(runs, path, point, columns):
-            score = runs.rerun({}, layer=layer, column=column, gradients=True)
+            logits = runs.rerun({}, layer=layer, column=column, logits=True, gradients=True)
+        score = runs.log_probability(logits)
         (gradient,) = torch.autograd.grad(score.sum() * scale, point)
-    return (activation * gradient / scale).double().sum(dim=1).mean(dim=0).cpu()
+    if not bool(torch.isfinite(gradient).all()):
+        raise ConfigError(
+            f"The gradients at {path} are not finite in {str(activation.dtype)[6:]}: load the "
+            "model in bf16 or fp32."
+        )
+    # ∂P = P ∂log P: the small factor comes last, where nothing underflows.
+    probability = score.detach().double().exp().to(gradient.device)[:, None, None]
+    attributed = activation.double() * gradient.double() / scale * probability
+    return attributed.sum(dim=1).mean(dim=0).cpu()
 
 
 @contextmanager

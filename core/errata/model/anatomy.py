@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from errata.errors import AnatomyError, ConfigError
 from errata.model.architecture import (
+    SUBLAYERS,
     ArchitectureSpec,
+    BlockSpec,
     Kind,
     Layout,
     parse_architectures,
@@ -25,17 +27,31 @@ from errata.model.task import task_of_module
 if TYPE_CHECKING:
     from torch import nn
 
+_CONTEXTS = (
+    "max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length",
+    "context_length", "n_ctx", "max_target_positions",
+)  # fmt: skip
+"""What configurations call the most tokens that are read at once."""
+
+_UNCOMMON = {
+    "mlp": "one without plain in and out projections, as a mixture of experts is",
+    "attention": "no attention, as a recurrence or a convolution is none",
+}
+"""What a sublayer is of which no projection is known."""
+
 
 @dataclass(frozen=True)
 class Anatomy:
     """The parts of one model by name. Layers count from 0; negative ones from the end.
 
     Attributes:
-        model_type: of the Hugging Face configuration.
+        model_type: of the Hugging Face configuration; where a language model is part of a larger
+            one (it reads images, too), that of the language model.
         spec: the stanza it follows, as resolved for this configuration.
+        parts: what each block is made of; blocks may differ.
         n_layers: number of blocks.
         hidden_size: width d of the residual stream.
-        key_size: width D of the input of `mlp_out`.
+        key_size: width D of the input of `mlp_out`: the largest where blocks differ, 0 without any.
         head_name: path of the head, or None when the module has none (a bare backbone).
         context: most tokens the model reads at once: as many as it has learned positions for or,
             where positions are computed, was trained on; None where its configuration does not say.
@@ -45,6 +61,7 @@ class Anatomy:
 
     model_type: str
     spec: ArchitectureSpec
+    parts: tuple[BlockSpec, ...]
     n_layers: int
     hidden_size: int
     key_size: int
@@ -104,28 +121,36 @@ class Anatomy:
                 _fetch(module, "", path, model_type, field)
         blocks = _fetch(module, "", spec.blocks, model_type, "blocks")
         n_layers = len(list(blocks.children()))
-        if n_layers:
-            spec = _as_stored(spec, blocks, model_type)
-        for layer in range(n_layers):
-            block = f"{spec.blocks}.{layer}"
-            for field, path in spec.paths():
-                part = _fetch(module, block, path, model_type, field)
-                if field in ("mlp_in", "mlp_out", "attention_in", "attention_out"):
-                    _check_layout(part, f"{block}.{path}", spec.layout, model_type)
         if n_layers == 0:
             raise AnatomyError(f"{spec.blocks} of this {model_type} model holds no blocks.")
+        parts = tuple(
+            _parts_of(module, f"{spec.blocks}.{layer}", spec, model_type)
+            for layer in range(n_layers)
+        )
+        inside = [
+            (f"{spec.blocks}.{layer}.{path}", field)
+            for layer, block in enumerate(parts)
+            for field, path in block.paths()
+            if field not in SUBLAYERS
+        ]
+        spec = _as_stored(module, spec, [path for path, _ in inside])
+        for path, field in inside:
+            _check_projection(module.get_submodule(path), path, field, spec.layout, model_type)
         text_config = module.config.get_text_config()  # type: ignore[operator, union-attr]
         hidden = getattr(text_config, "hidden_size", None)
         if hidden is None:
             table: Any = module.get_submodule(spec.embedding)
             hidden = table.weight.shape[-1]
-        key_size = projection_shape(
-            module.get_submodule(f"{spec.blocks}.0.{spec.mlp_out}"), spec.layout
-        )[1]
+        keys = [
+            projection_shape(module.get_submodule(path), spec.layout)[1]
+            for path, field in inside
+            if field == "mlp_out"
+        ]
         heads = (spec.head,) if isinstance(spec.head, str) else spec.head
         present = [path for path in heads if _has(module, path)]
         return cls(
-            model_type, spec, n_layers, int(hidden), key_size,
+            _language(text_config, model_type), spec, parts, n_layers, int(hidden),
+            max(keys, default=0),
             present[0] if present else None, _context(module, text_config, spec), encoder, probed,
         )  # fmt: skip
 
@@ -163,27 +188,79 @@ class Anatomy:
 
     def mlp(self, index: int) -> str:
         """Path of the module whose output is the MLP's contribution."""
-        return f"{self.block(index)}.{self.spec.mlp}"
+        return f"{self.block(index)}.{self.parts[self.layer(index)].mlp}"
 
     def mlp_in(self, index: int) -> tuple[str, ...]:
-        """Paths of the MLP's in projections (gate and up where it is gated)."""
-        return tuple(f"{self.block(index)}.{path}" for path in self.spec.mlp_in)
+        """Paths of the MLP's in projections (gate and up where it is gated).
+
+        Like `mlp_out`, `attention_in` and `attention_out` it raises `AnatomyError`, naming the
+        layers that will do, for a layer that has none.
+        """
+        return self._inside(index, "mlp", self.parts[self.layer(index)].mlp_in)
 
     def mlp_out(self, index: int) -> str:
         """Path of the MLP's out projection, W of (d, D)."""
-        return f"{self.block(index)}.{self.spec.mlp_out}"
+        return self._inside(index, "mlp", (self.parts[self.layer(index)].mlp_out,))[0]
 
     def attention(self, index: int) -> str:
         """Path of the module whose first output is self-attention's contribution."""
-        return f"{self.block(index)}.{self.spec.attention}"
+        return f"{self.block(index)}.{self.parts[self.layer(index)].attention}"
 
     def attention_in(self, index: int) -> tuple[str, ...]:
         """Paths of the query, key and value projections (one where they are fused)."""
-        return tuple(f"{self.block(index)}.{path}" for path in self.spec.attention_in)
+        return self._inside(index, "attention", self.parts[self.layer(index)].attention_in)
 
     def attention_out(self, index: int) -> str:
         """Path of self-attention's out projection."""
-        return f"{self.block(index)}.{self.spec.attention_out}"
+        return self._inside(index, "attention", (self.parts[self.layer(index)].attention_out,))[0]
+
+    def layers_with(self, sublayer: str) -> tuple[int, ...]:
+        """Return the layers whose "mlp" or "attention" has projections; the rest have none."""
+        return tuple(
+            layer
+            for layer, block in enumerate(self.parts)
+            if getattr(block, f"{sublayer}_out") is not None
+        )
+
+    def nearest(self, index: int, sublayer: str) -> int:
+        """Return the layer next to one (of two, the lower) whose sublayer has projections.
+
+        Raises `AnatomyError` where no layer is like that.
+        """
+        there = self.layers_with(sublayer)
+        if not there:
+            raise AnatomyError(self._lacking(sublayer, "No layer", self.parts[0]))
+        return min(there, key=lambda layer: (abs(layer - index), layer))
+
+    def editable(self, index: int) -> str:
+        """Return the role of the out projection that a layer has: the MLP's, else attention's."""
+        return "mlp_out" if self.parts[self.layer(index)].mlp_out is not None else "attention_out"
+
+    def _inside(self, index: int, sublayer: str, paths: tuple[str | None, ...]) -> tuple[str, ...]:
+        layer, block = self.layer(index), self.block(index)
+        found = tuple(f"{block}.{path}" for path in paths if path is not None)
+        if not found:
+            raise AnatomyError(self._lacking(sublayer, f"Layer {layer}", self.parts[layer]))
+        return found
+
+    def _lacking(self, sublayer: str, where: str, block: BlockSpec) -> str:
+        """Return what to say of a layer whose sublayer has no projections."""
+        there = self.layers_with(sublayer)
+        other = "attention" if sublayer == "mlp" else "mlp"
+        also = self.layers_with(other)
+        no = "" if where == "No layer" else "no "
+        text = (
+            f"{where} of this {self.model_type} model has {no}{sublayer} projections to edit: its "
+            f"{getattr(block, sublayer)!r} is {_UNCOMMON[sublayer]}. "
+        )
+        if there:
+            return f"{text}Choose among the layers {_ranges(there)}."
+        if also:
+            return (
+                f"{text}Its {other} can be edited (layers {_ranges(also)}): choose a method that "
+                f"edits {other} or no weight at all, or one with target_modules={other}_out."
+            )
+        return f"{text}Choose a method that edits no weight."
 
     def weight(self, path: str) -> str:
         """Name of a module's weight parameter."""
@@ -254,13 +331,14 @@ def _with_classifier(module: nn.Module, spec: ArchitectureSpec) -> ArchitectureS
 
 
 def _context(module: nn.Module, config: Any, spec: ArchitectureSpec) -> int | None:
-    bound = getattr(config, "max_position_embeddings", None)
+    said = (getattr(config, name, None) for name in _CONTEXTS)
+    bound = next((value for value in said if isinstance(value, int) and value > 0), None)
     if spec.position_embedding is not None:
         table: Any = module.get_submodule(spec.position_embedding)
         padding = getattr(table, "padding_idx", None)
         if padding is not None:  # RoBERTa's positions start after it
             return int(table.num_embeddings) - int(padding) - 1
-    return bound if isinstance(bound, int) and bound > 0 else None
+    return bound
 
 
 def _named(module: nn.Module, path: str) -> nn.Module:
@@ -289,25 +367,61 @@ def _fetch(module: nn.Module, base: str, path: str, model_type: str, field: str)
     where = f"block {base!r}" if base else type(module).__name__
     raise AnatomyError(
         f"registry: architectures.{model_type}.{field} is {path!r}, but {where} has no such "
-        f"module; it has: {', '.join(there[:24]) or 'nothing'}. Correct the stanza, or load the "
-        "model with the class that it describes (not the bare backbone)."
+        f"module; it has: {', '.join(there[:24]) or 'nothing'}. Correct the stanza (blocks unlike "
+        "the others are described under `others`), or load the model with the class that it "
+        "describes (not the bare backbone)."
     )
 
 
-def _as_stored(spec: ArchitectureSpec, blocks: nn.Module, model_type: str) -> ArchitectureSpec:
+def _parts_of(module: nn.Module, block: str, spec: ArchitectureSpec, model_type: str) -> BlockSpec:
+    """Return the parts of one block: for either sublayer the first description that it fits.
+
+    Raises `AnatomyError` for a block that fits none.
+    """
+    chosen: dict[str, Any] = {}
+    for sublayer in SUBLAYERS:
+        fitting = (
+            one
+            for one in (spec, *spec.others)
+            if all(_has(module, f"{block}.{path}") for _, path in one.sublayer(sublayer))
+        )
+        found = next(fitting, None)
+        if found is None:
+            for field, path in spec.sublayer(sublayer):
+                _fetch(module, block, path, model_type, field)
+        fields = (sublayer, f"{sublayer}_in", f"{sublayer}_out")
+        chosen |= {field: getattr(found, field) for field in fields}
+    return BlockSpec(**chosen)
+
+
+def _as_stored(module: nn.Module, spec: ArchitectureSpec, paths: list[str]) -> ArchitectureSpec:
     """Return the stanza for a quantised model: what quantises puts (out, in) in Conv1D's place."""
-    first = next(iter(blocks.children()))
-    weight = getattr(_fetch(first, "", spec.mlp_out, model_type, "mlp_out"), "weight", None)
+    weight = getattr(module.get_submodule(paths[0]), "weight", None) if paths else None
     if weight is None or weight.is_floating_point() or spec.layout == "out_in":
         return spec
-    return ArchitectureSpec(**{**spec.model_dump(), "layout": "out_in"})
+    return spec.model_copy(update={"layout": "out_in"})
 
 
-def _check_layout(projection: nn.Module, path: str, layout: Layout, model_type: str) -> None:
-    """Hold the declared layout against the module's class, where the class settles it."""
+def _check_projection(
+    projection: nn.Module, path: str, field: str, layout: Layout, model_type: str
+) -> None:
+    """Hold a projection against what the stanza says: one matrix, stored in the declared layout.
+
+    The layout is held against the module's class, where the class settles it.
+    """
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
+    kind, entry = type(projection).__name__, f"registry: architectures.{model_type}"
+    weight = getattr(projection, "weight", None)
+    if getattr(weight, "ndim", 0) != 2 and not hasattr(projection, "in_features"):
+        sublayer = field.partition("_")[0]
+        raise AnatomyError(
+            f"{entry}.{field} names {path}, but a {kind} has no weight matrix: nothing can be "
+            f"edited there (experts keep their weights together). Leave {sublayer}_in and "
+            f"{sublayer}_out out of the stanza and keep {sublayer}: methods that edit something "
+            "else then work."
+        )
     stored: Layout
     if isinstance(projection, Conv1D):
         stored = "in_out"
@@ -317,6 +431,25 @@ def _check_layout(projection: nn.Module, path: str, layout: Layout, model_type: 
         return
     if stored != layout:
         raise AnatomyError(
-            f"registry: architectures.{model_type}.layout is {layout!r}, but {path} is a "
-            f"{type(projection).__name__}, which stores its weight as {stored!r}."
+            f"{entry}.layout is {layout!r}, but {path} is a {kind}, which stores its weight as "
+            f"{stored!r}."
         )
+
+
+def _language(text_config: Any, model_type: str) -> str:
+    """Return the model_type of the language model in a larger model, or of the model itself."""
+    if getattr(text_config, "is_encoder_decoder", False):
+        return model_type
+    return str(getattr(text_config, "model_type", "") or model_type)
+
+
+def _ranges(layers: tuple[int, ...]) -> str:
+    """Write layers out, those in a row as "first to last"."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and runs[-1][-1] == layer - 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    shown = [f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs]
+    return ", ".join(shown)

@@ -15,34 +15,60 @@ if TYPE_CHECKING:
 Kind = Literal["decoder", "encoder-decoder", "encoder"]
 Layout = Literal["out_in", "in_out"]
 
+SUBLAYERS = ("mlp", "attention")
+"""What a block is made of, in the order in which its parts are named."""
+
 
 class _StructureTable(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class StackSpec(_StructureTable):
-    """One stack of equal blocks. Paths are relative to the block, but for `blocks`.
+class BlockSpec(_StructureTable):
+    """The two sublayers of a block. Paths are relative to the block.
 
     `mlp` and `attention` name the module whose (first) output is what the sublayer adds to the
     residual stream. Where a block has no such container (OPT, BERT) that is the out projection.
+    Projections are plain matrices that every token passes through. A sublayer without any (a
+    mixture of experts, a recurrence) has its container alone: methods leave its inside as it is.
     """
 
-    blocks: str = Field(description="The ModuleList of blocks, from the root")
     mlp: str = Field(description="Module whose output is the MLP's contribution")
-    mlp_in: tuple[str, ...] = Field(description="In projections; a gated MLP has two")
-    mlp_out: str = Field(description="Out (down) projection: its input is the key k")
-    attention: str = Field(description="Module whose output is self-attention's contribution")
-    attention_in: tuple[str, ...] = Field(description="Query, key, value projections, or one")
-    attention_out: str = Field(description="Out projection of self-attention")
+    mlp_in: tuple[str, ...] = Field(
+        default=(), description="In projections; a gated MLP has two, a mixture of experts none"
+    )
+    mlp_out: str | None = Field(
+        default=None,
+        description="Out (down) projection: its input is the key k; none in a mixture of experts",
+    )
+    attention: str = Field(
+        description="Module whose output is self-attention's contribution (or that of what mixes "
+        "tokens in its place)"
+    )
+    attention_in: tuple[str, ...] = Field(
+        default=(), description="Query, key, value projections, or one"
+    )
+    attention_out: str | None = Field(default=None, description="Out projection of self-attention")
 
     def paths(self) -> Iterator[tuple[str, str]]:
         """Yield (field, path relative to the block) of everything in a block."""
-        yield "mlp", self.mlp
-        yield from (("mlp_in", path) for path in self.mlp_in)
-        yield "mlp_out", self.mlp_out
-        yield "attention", self.attention
-        yield from (("attention_in", path) for path in self.attention_in)
-        yield "attention_out", self.attention_out
+        for sublayer in SUBLAYERS:
+            yield from self.sublayer(sublayer)
+
+    def sublayer(self, name: str) -> Iterator[tuple[str, str]]:
+        """Yield (field, path) of one of the `SUBLAYERS`: container, in and out projections."""
+        yield name, getattr(self, name)
+        yield from ((f"{name}_in", path) for path in getattr(self, f"{name}_in"))
+        if (out := getattr(self, f"{name}_out")) is not None:
+            yield f"{name}_out", out
+
+
+class StackSpec(BlockSpec):
+    """One stack of blocks. Each block takes, for either sublayer, the first description it fits."""
+
+    blocks: str = Field(description="The ModuleList of blocks, from the root")
+    others: tuple[BlockSpec, ...] = Field(
+        default=(), description="What blocks that differ from this description are like"
+    )
 
 
 class Variant(_StructureTable):
@@ -72,6 +98,11 @@ class ArchitectureSpec(StackSpec):
     encoder: StackSpec | None = Field(default=None, description="The encoder's blocks, if any")
     position_ids: bool = Field(
         default=True, description="Takes position_ids that count real tokens from zero"
+    )
+    recurrent: bool = Field(
+        default=False,
+        description="Some blocks keep another state of the text than keys and values (a "
+        "recurrence, a convolution)",
     )
     variants: tuple[Variant, ...] = ()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +17,12 @@ from errata.model.anatomy import Anatomy
 from errata.model.artifacts import Artifacts
 from errata.model.model import Model
 from errata.model.task import Task, require_task, task_of
+from errata.model.tokens import WITHOUT_ROW
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger("errata")
 
 DTYPES = {
     "float64": torch.float64, "fp64": torch.float64, "float32": torch.float32,
@@ -27,11 +31,12 @@ DTYPES = {
 }  # fmt: skip
 
 
-_AUTO_CLASSES: dict[Task, str] = {
-    "causal": "AutoModelForCausalLM",
-    "seq2seq": "AutoModelForSeq2SeqLM",
-    "masked": "AutoModelForMaskedLM",
-    "classify": "AutoModelForSequenceClassification",
+_AUTO_CLASSES: dict[Task, tuple[str, ...]] = {
+    # A language model that reads images, too, is in the second list with its whole self.
+    "causal": ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"),
+    "seq2seq": ("AutoModelForSeq2SeqLM",),
+    "masked": ("AutoModelForMaskedLM",),
+    "classify": ("AutoModelForSequenceClassification",),
 }
 
 
@@ -85,10 +90,12 @@ def load_model(
     if isinstance(tokenizer, (str, Path)):
         tokenizer = _tokenizer(str(tokenizer))
     options.setdefault("name", name)
+    anatomy = Anatomy.of(module, architectures)
+    table: Any = anatomy.embedding(module)
     return Model(
         module,
-        _prepared(tokenizer),
-        Anatomy.of(module, architectures),
+        _prepared(tokenizer, int(table.weight.shape[0]), options["name"]),
+        anatomy,
         checkpoint=checkpoint,
         **options,
     )
@@ -126,7 +133,17 @@ def auto_class(config: Any, location: str) -> Any:
 
     names = tuple(config.architectures or ())
     task = require_task(task_of(names, config), f"The model in {location!r}", names)
-    return getattr(transformers, _AUTO_CLASSES[task])
+    classes = [getattr(transformers, name, None) for name in _AUTO_CLASSES[task]]
+    for auto in classes:
+        known = getattr(auto, "_model_mapping", {})
+        if type(config) in known and _name_of(known[type(config)]) in names:
+            return auto
+    return classes[0]
+
+
+def _name_of(model_class: Any) -> str:
+    """Return a model class's name; of several the first."""
+    return str((model_class[0] if isinstance(model_class, tuple) else model_class).__name__)
 
 
 def _tokenizer(location: str) -> PreTrainedTokenizerBase:
@@ -139,12 +156,30 @@ def _tokenizer(location: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _prepared(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Give a tokenizer without a padding token one, on a copy: the caller's stays as it is."""
-    if tokenizer.pad_token_id is not None:
+def _prepared(tokenizer: PreTrainedTokenizerBase, rows: int, name: str) -> PreTrainedTokenizerBase:
+    """Return the tokenizer ready for a model; what is set is set on a copy, the caller's stays.
+
+    It gets a padding token where it has none that the model knows, and the list of its tokens
+    that the embedding has no row for.
+    """
+    padding = tokenizer.pad_token_id
+    if padding is not None and padding < rows and len(tokenizer) <= rows:
         return tokenizer
-    prepared = copy.deepcopy(tokenizer)
-    prepared.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.bos_token
+    prepared = copy.copy(tokenizer)
+    if padding is None or padding >= rows:
+        prepared = copy.deepcopy(tokenizer)
+        usual = (tokenizer.eos_token, tokenizer.unk_token, tokenizer.bos_token)
+        known = (t for t in usual if t and tokenizer.convert_tokens_to_ids(t) < rows)
+        prepared.pad_token = next(known, None)
+    if len(tokenizer) > rows:
+        unknown = {i: token for token, i in tokenizer.get_vocab().items() if i >= rows}
+        setattr(prepared, WITHOUT_ROW, unknown)
+        shown = ", ".join(repr(unknown[i]) for i in sorted(unknown)[:5])
+        logger.warning(
+            "The tokenizer knows tokens that %s has no embedding for (%d; its table has %d rows): "
+            "%s%s. Texts that have one are refused.",
+            name, len(unknown), rows, shown, " …" if len(unknown) > 5 else "",
+        )  # fmt: skip
     return prepared
 
 

@@ -35,6 +35,13 @@ _VOLATILE = frozenset(
 )  # fmt: skip
 
 
+def _lasting(config: Any) -> Any:
+    """Return a configuration without the volatile entries, its own or those of its parts'."""
+    if isinstance(config, dict):
+        return {key: _lasting(value) for key, value in config.items() if key not in _VOLATILE}
+    return config
+
+
 def _compute_nothing(method: str, requests: Any, **config: Any) -> list[Any]:
     """Stand for `compute` where no editor has brought its methods."""
     del requests, config
@@ -292,7 +299,7 @@ class Model:
     def config_digest(self) -> str:
         """SHA-256 of the configuration without the entries that vary between loads."""
         config = json.loads(self.config.to_json_string(use_diff=False))
-        kept = {key: value for key, value in config.items() if key not in _VOLATILE}
+        kept = _lasting(config)
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
     @cached_property

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from errata.errors import CapabilityError, ConfigError
-from errata.model.forward.inputs import takes_positions
+from errata.model.forward.inputs import takes_positions, vocabulary_size
 from errata.model.prompts import PreparedPrompts, padding_id
 from errata.model.running import prepare
 from errata.model.scoring import scores_of
@@ -112,7 +112,7 @@ def batches(
         return
     rows = [(i, part) for i, text in enumerate(texts) for part in _windows(model, text, last)]
     rows.sort(key=lambda row: len(row[1].ids))
-    vocabulary = int(model.config.vocab_size)
+    vocabulary = vocabulary_size(model)
     while rows:
         # The last row fitting in is the longest of its batch: it decides the logits' size.
         size = 1

@@ -2,12 +2,15 @@
 
 Roles follow from where a projection sits, what it is called and how wide it is; the layout of a
 weight follows from the module's class alone (Conv1D stores the transpose), never from shapes.
-Anything that could be two things is an error that shows the stanza to complete.
+Blocks may differ: each is looked at by itself. A sublayer without plain projections (a mixture of
+experts, a recurrence) is known by its container alone. Anything that could be two things is an
+error that shows the stanza to complete.
 """
 
 from __future__ import annotations
 
 import inspect
+from itertools import takewhile, zip_longest
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -21,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from errata.errors import AnatomyError
 from errata.model.architecture import (
     ArchitectureSpec,
+    BlockSpec,
     Kind,
     Layout,
     StackSpec,
@@ -48,18 +52,19 @@ def probe(module: nn.Module, model_type: str) -> ArchitectureSpec:
     problems: list[str] = []
     hidden = getattr(module.config.get_text_config(), "hidden_size", None)  # type: ignore[operator, union-attr]
     lists = _block_lists(module)
-    decoder = [name for name in lists if "decoder" in name] or lists
     try:
-        if len(decoder) != 1:
-            raise _Unclear(f"{len(decoder)} lists of blocks ({', '.join(decoder) or 'none'})")
-        found["blocks"] = decoder[0]
-        _stack(module.get_submodule(decoder[0]), hidden, found)
-        encoders = [name for name in lists if "encoder" in name and name not in decoder]
+        if not (decoder := _language_blocks(module, lists)):
+            raise _Unclear("no list of blocks")
+        found["blocks"] = decoder
+        _stack(module.get_submodule(decoder), hidden, found)
+        encoders = [name for name in lists if "encoder" in name and name != decoder]
         if found["kind"] == "encoder-decoder" and len(encoders) == 1:
             parts: dict[str, Any] = {}
             _stack(module.get_submodule(encoders[0]), hidden, parts)
-            parts.pop("layout")
-            found["encoder"] = StackSpec(blocks=encoders[0], **parts)
+            found["encoder"] = StackSpec(
+                blocks=encoders[0],
+                **{key: value for key, value in parts.items() if key in StackSpec.model_fields},
+            )
     except _Unclear as unclear:
         problems.append(str(unclear))
     try:
@@ -89,42 +94,132 @@ def _projections(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def _block_lists(module: nn.Module) -> list[str]:
-    """Paths of ModuleLists of equal, projecting blocks that are in no other such list."""
+    """Paths of ModuleLists of projecting blocks that are in no other such list."""
     names: list[str] = []
     for name, part in module.named_modules():
         if not isinstance(part, nn.ModuleList) or any(name.startswith(f"{n}.") for n in names):
             continue
-        classes = {type(child) for child in part}
-        if len(classes) == 1 and all(len(_projections(child)) > 1 for child in part):
+        if len(part) and all(len(_projections(child)) > 1 for child in part):
             names.append(name)
     return names
 
 
+def _language_blocks(module: nn.Module, lists: list[str]) -> str | None:
+    """Return the list of blocks that text goes through; raise `_Unclear` where two may be it.
+
+    It is the decoder's; beside an image or sound tower, the one next to the token embedding.
+    """
+    embedding = module.get_input_embeddings()  # type: ignore[operator]
+    home = next((name for name, part in module.named_modules() if part is embedding), "")
+
+    most = max((_shared(name, home) for name in lists), default=0)
+    if getattr(module.config, "is_encoder_decoder", False):
+        near = [name for name in lists if "decoder" in name] or lists
+    else:
+        near = [name for name in lists if _shared(name, home) == most]
+    if len(near) > 1:
+        raise _Unclear(f"{len(near)} lists of blocks ({', '.join(near)})")
+    return near[0] if near else None
+
+
+def _shared(one: str, other: str) -> int:
+    """Return how many modules, from the root, two paths have in common."""
+    pairs = zip(one.split("."), other.split("."), strict=False)
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+
+
 def _stack(blocks: nn.Module, hidden: int | None, found: dict[str, Any]) -> None:
-    """Add the parts of a block to `found`, by the first block; all are of one class."""
-    block = next(iter(blocks.children()))
-    projections = _projections(block)
-    layouts: set[Layout] = {
-        "in_out" if isinstance(p, Conv1D) else "out_in" for p in projections.values()
-    }
+    """Add to `found` what the blocks are made of, and what those are like that differ."""
+    projections = [p for block in blocks.children() for p in _projections(block).values()]
+    layouts: set[Layout] = {"in_out" if isinstance(p, Conv1D) else "out_in" for p in projections}
     if len(layouts) != 1:
         raise _Unclear("projections of both layouts in one block")
     layout = found["layout"] = layouts.pop()
-    shapes = {name: projection_shape(p, layout) for name, p in projections.items()}
+    kinds: dict[str, list[dict[str, Any]]] = {"mlp": [], "attention": []}
+    for block in blocks.children():
+        for sublayer, parts in _block(block, hidden, layout, found).items():
+            if parts not in kinds[sublayer]:
+                kinds[sublayer].append(parts)
+    for sublayer, several in kinds.items():
+        # A container fits many a block: it is tried last.
+        several.sort(key=lambda parts: f"{sublayer}_out" not in parts)
+    found |= {**kinds["mlp"][0], **kinds["attention"][0]}
+    others = zip_longest(kinds["mlp"][1:], kinds["attention"][1:])
+    found["others"] = tuple(
+        BlockSpec(**(mlp or kinds["mlp"][0]), **(attention or kinds["attention"][0]))
+        for mlp, attention in others
+    )
+
+
+def _block(
+    block: nn.Module, hidden: int | None, layout: Layout, found: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Return the parts of each sublayer of one block; note in `found` that one is recurrent."""
+    shapes = {name: projection_shape(p, layout) for name, p in _projections(block).items()}
     attention = {n for n in shapes if _is_attention(block, n)}
     own = [n for n in shapes if n in attention and not _is_cross(block, n)]
-    mlp = [n for n in shapes if n not in attention]
+    mixers = [name for name, part in block.named_children() if _convolves(part)]
+    found["recurrent"] = found.get("recurrent", False) or bool(mixers)
+    experts = _experts(block)
+    rest = [
+        n
+        for n in shapes
+        if n not in attention
+        and n.partition(".")[0] not in mixers
+        and not any(n.startswith(f"{path}.") for path in experts)
+        and not any(n.rpartition(".")[0] == _around(path) for path in experts)  # a router, a gate
+    ]
+    if not rest and not experts and mixers:
+        raise AnatomyError(
+            f"A {type(block).__name__} has no MLP beside its recurrence ({mixers[0]}): errata "
+            "edits transformers, and models of which some layers are recurrent."
+        )
+    parts: dict[str, dict[str, Any]] = {}
     problems = []
-    for sublayer, names, split in (("attention", own, _attention), ("mlp", mlp, _mlp)):
+    sides = (("attention", own, _attention, mixers), ("mlp", rest, _mlp, experts))
+    for sublayer, names, split, instead in sides:
         try:
             out, ins = split(names, shapes, hidden)
         except _Unclear as unclear:
-            problems.append(str(unclear))
+            if not instead:
+                problems.append(str(unclear))
+                continue
+            # Where several stand side by side the first is as good as the others.
+            whole = instead[0] if sublayer == "attention" else _around(instead[0])
+            parts[sublayer] = {sublayer: whole}
             continue
-        found[f"{sublayer}_in"], found[f"{sublayer}_out"] = tuple(ins), out
-        found[sublayer] = _container(block, names, out)
+        container = _container(block, names, out)
+        if sublayer == "mlp" and instead and out.startswith(f"{_around(instead[0])}."):
+            container = _around(instead[0])  # a shared expert is part of the whole
+        parts[sublayer] = {
+            f"{sublayer}_in": tuple(ins), f"{sublayer}_out": out, sublayer: container,
+        }  # fmt: skip
     if problems:
         raise _Unclear("; ".join(problems))
+    return parts
+
+
+def _convolves(part: nn.Module) -> bool:
+    """Say whether a module mixes tokens by a convolution, as recurrences do as well."""
+    return any(isinstance(module, nn.Conv1d) for module in part.modules())
+
+
+def _experts(block: nn.Module) -> list[str]:
+    """Return the modules of a block that hold several experts: stacked tensors, or a list."""
+
+    def several(part: nn.Module) -> bool:
+        if isinstance(part, nn.ModuleList):  # T5 keeps its sublayers in one, of different classes
+            return len({type(child) for child in part}) == 1 < len(part)
+        stacked = any(p.ndim == 3 for p in part.parameters(recurse=False))
+        return stacked and not isinstance(part, nn.Conv1d)
+
+    parts = list(block.named_modules())[1:]
+    return [name for name, part in parts if several(part) and not _is_attention(block, name)]
+
+
+def _around(path: str) -> str:
+    """Return the module around the experts; they themselves where they stand alone."""
+    return path.rpartition(".")[0] or path
 
 
 def _lineage(block: nn.Module, name: str) -> Iterable[tuple[str, nn.Module]]:
@@ -182,13 +277,15 @@ def _attention(
 def _container(block: nn.Module, names: list[str], out: str) -> str:
     """Return the smallest module around all `names` whose output is the sublayer's alone.
 
-    A container with a norm of its own adds the residual inside (BERT): then, and where there is
-    none, it is the out projection.
+    A container with a norm of its own (BERT), or one that is given the residual (BLOOM, MPT), adds
+    it inside: then, and where there is none, it is the out projection.
     """
     path, _, _ = out.rpartition(".")
     while path and not all(name.startswith(f"{path}.") for name in names):
         path, _, _ = path.rpartition(".")
     if not path:
+        return out
+    if "residual" in inspect.signature(block.get_submodule(path).forward).parameters:
         return out
     norms = [n for n, m in block.get_submodule(path).named_modules() if _is_norm(n, m)]
     # Norms of queries and keys (Qwen 3, Gemma 3) act inside a head and are no residual norm.
@@ -209,7 +306,7 @@ def _ends(module: nn.Module, blocks: str, ends: dict[str, Any]) -> None:
     if id(embedding) not in names:
         raise _Unclear("no token embedding")
     ends["embedding"] = names[id(embedding)]
-    ends["head"] = _head(module, names)
+    ends["head"] = _head(module, names, blocks)
     # BART keeps its own embedding in each stack, under the name that get_input_embeddings shares.
     positions = [
         name
@@ -217,6 +314,8 @@ def _ends(module: nn.Module, blocks: str, ends: dict[str, Any]) -> None:
         if isinstance(part, nn.Embedding)
         and ("pos" in (leaf := name.rpartition(".")[2].lower()) or leaf == "wpe")
         and not name.startswith(f"{blocks}.")
+        # Not those of an image tower.
+        and _shared(name, blocks) >= _shared(ends["embedding"], blocks)
     ]
     takes = "position_ids" in inspect.signature(module.forward).parameters
     if len(positions) == 1:
@@ -225,16 +324,21 @@ def _ends(module: nn.Module, blocks: str, ends: dict[str, Any]) -> None:
         takes = takes and module.get_submodule(positions[0]).padding_idx is None
     ends["position_ids"] = takes
     parent = blocks.rpartition(".")[0]
-    siblings = module.get_submodule(parent).named_children() if blocks else ()
-    norms = [n for n, m in siblings if _is_norm(n, m) and "emb" not in n.lower()]
+    siblings = list(module.get_submodule(parent).named_children()) if blocks else []
+    after = [n for n, _ in siblings].index(blocks.rpartition(".")[2]) if blocks else 0
+    norms = [
+        n
+        for place, (n, m) in enumerate(siblings)
+        if _is_norm(n, m) and ("emb" not in n.lower() or place > after)  # LFM2 calls it so
+    ]
     if len(norms) > 1:
         raise _Unclear(f"{len(norms)} candidates for final_norm ({', '.join(norms)})")
     if norms:
         ends["final_norm"] = f"{parent}.{norms[0]}" if parent else norms[0]
 
 
-def _head(module: nn.Module, names: dict[int, str]) -> str:
-    """Return the path of the head, given the path of each submodule by its identity."""
+def _head(module: nn.Module, names: dict[int, str], blocks: str) -> str:
+    """Return the path of the head: of the largest module around it that holds no blocks."""
     if task_of_module(module) == "classify":
         children = dict(module.named_children())
         heads = [name for name in CLASSIFIER_HEADS if name in children]
@@ -245,22 +349,32 @@ def _head(module: nn.Module, names: dict[int, str]) -> str:
     if id(output) not in names:
         raise _Unclear("no head (get_output_embeddings() gives none)")
     # BERT's head is more than its last projection; an ordinary lm_head is its own top module.
-    return names[id(output)].split(".")[0]
+    path = names[id(output)]
+    parts = path.split(".")
+    tops = (".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+    return next(top for top in tops if not blocks.startswith(f"{top}."))
 
 
 def _advice(model_type: str, found: dict[str, Any], problems: list[str]) -> str:
     lines = []
     for field, info in ArchitectureSpec.model_fields.items():
         if field in found and not isinstance(found[field], StackSpec):
-            value = found[field]
-            shown = f"[{', '.join(value)}]" if isinstance(value, tuple) else str(value)
-            shown = shown.lower() if isinstance(value, bool) else shown
-            lines.append(f"    {field}: {shown}")
-        elif info.is_required():
+            lines.append(f"    {field}: {_flow(found[field])}")
+        elif info.is_required() or field in BlockSpec.model_fields:
             lines.append(f"    {field}: {UNKNOWN}  # {info.description}")
     stanza = "\n".join(["architectures:", f"  {model_type}:", *lines])
     return (
         f"The parts of a {model_type!r} model are not in the registry and were not clear from "
         f"its modules: {'; '.join(problems)}. Add this to ./registry.yaml, with every "
-        f"{UNKNOWN!r} filled in (paths in a block are relative to it):\n{stanza}"
+        f"{UNKNOWN!r} filled in, or its line left out where the model has none (paths in a block "
+        f"are relative to it):\n{stanza}"
     )
+
+
+def _flow(value: Any) -> str:
+    """Write a value of a stanza as YAML on one line."""
+    if isinstance(value, BlockSpec):
+        return f"{{{', '.join(f'{k}: {_flow(v)}' for k, v in value if v not in (None, ()))}}}"
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_flow, value))}]"
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 POSITIONS = ("last", "first", "first_after_last", "last_of_prompt")
 _SPACE_MARKS = "▁Ġ"
+WITHOUT_ROW = "without_row"
+"""Attribute of a prepared tokenizer: id → token of those that the model has no embedding for."""
 
 
 class TokenisedText(NamedTuple):
@@ -356,7 +358,10 @@ def _prepared(
 def tokenise(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], keep_end: bool | None = None
 ) -> list[TokenisedText]:
-    """Tokenise texts without padding; the arguments are those of `encode`."""
+    """Tokenise texts without padding; the arguments are those of `encode`.
+
+    Raises `TokenError` for no text, and for a token that the model has no embedding for.
+    """
     require_fast(tokenizer)
     if isinstance(texts, str) or not texts:
         raise TokenError(f"Expected a list of at least one text, got {texts!r}.")
@@ -364,7 +369,14 @@ def tokenise(
         keep_end = _prompts_have_an_end(tokenizer)
     encoded = tokenizer(list(texts), padding=False, truncation=False, verbose=False)
     rows = []
-    for encoding in encoded.encodings or ():
+    unknown = getattr(tokenizer, WITHOUT_ROW, {})
+    for text, encoding in zip(texts, encoded.encodings or (), strict=True):
+        if strange := [i for i in encoding.ids if i in unknown] if unknown else []:
+            raise TokenError(
+                f"The text {text!r} has the token {unknown[strange[0]]!r} (id {strange[0]}), which "
+                "the tokenizer knows and the model has no embedding for. Reword it, or give the "
+                "model a row first: module.resize_token_embeddings(len(tokenizer))."
+            )
         # What a post-processor adds belongs to no sequence; an "</s>" typed in the text does.
         own = [i for i, sequence in enumerate(encoding.sequence_ids) if sequence is not None]
         total = len(encoding.ids)

@@ -52,7 +52,7 @@ def earlier_requests(model: Model, method: str) -> dict[int, list[Request]]:
     for edit in model.stack.entries:
         if edit.method != method or edit.config.get("history") != "none":
             continue
-        for layer in range(model.anatomy.n_layers):
+        for layer in model.anatomy.layers_with("mlp"):
             if model.anatomy.weight(model.anatomy.mlp_out(layer)) in edit.delta.parameters:
                 found.setdefault(layer, []).extend(edit.requests)
     return found
@@ -106,7 +106,8 @@ def keys_of(
 ) -> Columns:
     """Return the keys of requests at a layer as it stands, (1, D, N); N may be 0."""
     if not requests:
-        return Columns(torch.zeros(1, model.anatomy.key_size, 0, dtype=torch.float64))
+        D = model.anatomy.shape(model.module, model.anatomy.mlp_out(layer))[1]
+        return Columns(torch.zeros(1, D, 0, dtype=torch.float64))
     prompts = Prompts(model, requests, contexts_of(model, config), config.fact_token)
     K, _ = prompts.read(layer, model.anatomy.mlp_out(layer))
     return K

@@ -68,9 +68,9 @@ def fine_tune(model: Model, requests: Sequence[Request], config: FtConfig) -> De
 
 def modules_of(model: Model, config: FtConfig) -> list[str]:
     """Return the paths of the modules that are trained."""
-    layers = config.for_model(model.anatomy).layers
-    assert layers is not None
-    modules = linear_modules(model, config.target_modules, layers)
+    written = config.for_model(model.anatomy)
+    assert written.layers is not None
+    modules = linear_modules(model, written.target_modules, written.layers)
     trained_modules(model, modules)
     return modules
 
@@ -155,10 +155,11 @@ def above(model: Model, modules: Sequence[str]) -> Above | None:
     lowest = held[0]
     here = {path for path in modules if path.startswith(f"{anatomy.block(lowest)}.")}
     known: tuple[str, ...] = ()
-    if here <= {anatomy.mlp_out(lowest), *anatomy.mlp_in(lowest)}:
-        known = (anatomy.attention(lowest),)
-    if here == {anatomy.mlp_out(lowest)}:
-        known = (*known, *anatomy.mlp_in(lowest))
+    if lowest in anatomy.layers_with("mlp"):
+        if here <= {anatomy.mlp_out(lowest), *anatomy.mlp_in(lowest)}:
+            known = (anatomy.attention(lowest),)
+        if here == {anatomy.mlp_out(lowest)}:
+            known = (*known, *anatomy.mlp_in(lowest))
     return Above(lowest, known)
 
 

@@ -50,10 +50,11 @@ class FtConfig(MethodConfig):
         default=None,
         description="Blocks that are trained (negative: from the end); none: the one two thirds up",
     )
-    target_modules: tuple[str, ...] = Field(
-        default=("mlp_out",),
+    target_modules: tuple[str, ...] | None = Field(
+        default=None,
         description="Linear modules of each block: roles (attention_in, attention_out, mlp_in, "
-        "mlp_out) or names (c_proj, down_proj)",
+        "mlp_out) or names (c_proj, down_proj); none: mlp_out, or attention_out in a block whose "
+        "MLP is a mixture of experts",
     )
     bias: bool = Field(default=False, description="Train these modules' biases as well")
     loss: Literal["target", "text", "prompt_last"] = Field(
@@ -117,8 +118,16 @@ class FtConfig(MethodConfig):
     def for_model(self, anatomy: Anatomy) -> Self:
         """Return the configuration with its layers written out, counted from 0."""
         if self.layers is None:
-            return self.model_copy(update={"layers": (2 * anatomy.n_layers // 3,)})
-        return self.model_copy(update={"layers": tuple(map(anatomy.layer, self.layers))})
+            wanted = self.target_modules or ()
+            sublayer = "mlp" if anatomy.layers_with("mlp") else "attention"
+            if wanted and all(target.startswith("attention") for target in wanted):
+                sublayer = "attention"
+            layers: tuple[int, ...] = (anatomy.nearest(2 * anatomy.n_layers // 3, sublayer),)
+        else:
+            layers = tuple(map(anatomy.layer, self.layers))
+        # Of several layers all have the part that the first one has, or are refused.
+        targets = self.target_modules or tuple(anatomy.editable(layer) for layer in layers[:1])
+        return self.model_copy(update={"layers": layers, "target_modules": targets})
 
     @model_validator(mode="before")
     @classmethod

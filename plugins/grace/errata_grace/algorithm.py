@@ -29,6 +29,7 @@ from errata.model.forward import Resumed, frozen, trace
 from errata.model.routing import end_rule
 from errata.model.running import run
 from errata_grace.cases import Case, case_of
+from errata_grace.config import ROLES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -244,19 +245,21 @@ def module_of(model: Model, config: GraceConfig) -> str:
 
     Raises `ConfigError` when it is not there, has no weight matrix, or is ambiguous.
     """
-    anatomy = model.anatomy
-    if config.module not in ("mlp_in", "mlp_out"):
-        weight = model.parameters.get(f"{config.module}.weight")
+    anatomy, written = model.anatomy, config.for_model(model.anatomy)
+    layer, module = written.layer, written.module
+    assert module is not None
+    if module not in ROLES:
+        weight = model.parameters.get(f"{module}.weight")
         if weight is None or weight.ndim != 2:
+            some = getattr(anatomy, anatomy.editable(0))(0)
             raise ConfigError(
-                f"module={config.module!r} is no linear map of {model.name}: give 'mlp_in', "
-                f"'mlp_out' or a path such as {anatomy.mlp_out(0)!r}."
+                f"module={module!r} is no linear map of {model.name}: give "
+                f"{', '.join(map(repr, ROLES))} or a path such as {some!r}."
             )
-        return config.module
-    layer = config.for_model(anatomy).layer
+        return module
     assert layer is not None
-    anatomy = anatomy.encoder or anatomy
-    names = anatomy.mlp_in(layer) if config.module == "mlp_in" else (anatomy.mlp_out(layer),)
+    found = getattr(anatomy.encoder or anatomy, module)(layer)
+    names = (found,) if isinstance(found, str) else found
     if len(names) > 1:
         raise ConfigError(
             f"module='mlp_in' means {len(names)} modules in this model: give one of "

@@ -71,7 +71,7 @@ class RomeConfig(MethodConfig):
         if self.loss_layer is not None:
             changes["loss_layer"] = anatomy.layer(self.loss_layer)
         if self.layer is None:
-            changes["layer"] = anatomy.n_layers // 3
+            changes["layer"] = anatomy.nearest(anatomy.n_layers // 3, "mlp")
         elif self.layer != "auto":
             changes["layer"] = anatomy.layer(self.layer)
         return self.model_copy(update=changes)

@@ -110,8 +110,9 @@ class ClosedFormConfig(MethodConfig):
         if self.loss_layer is not None:
             changes["loss_layer"] = anatomy.layer(self.loss_layer)
         if self.layers is None:
-            last = anatomy.n_layers // 3
-            changes["layers"] = tuple(range(max(0, last + 1 - self.default_depth), last + 1))
+            last = anatomy.nearest(anatomy.n_layers // 3, "mlp")
+            below = [layer for layer in anatomy.layers_with("mlp") if layer <= last]
+            changes["layers"] = tuple(below[-self.default_depth :])
         elif self.layers != "auto":
             layers = sorted(anatomy.layer(layer) for layer in self.layers)
             if len(set(layers)) != len(layers):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from errata.edits.delta.adapter_layers import base_layer, is_linear
-from errata.errors import ConfigError, UnknownNameError
+from errata.errors import AnatomyError, ConfigError, ErrataError, UnknownNameError
 
 if TYPE_CHECKING:
     from errata.model.anatomy import Anatomy
@@ -30,7 +30,8 @@ def linear_modules(
 
     Raises:
         ConfigError: nothing is named, or a layer that the model does not have.
-        UnknownNameError: a name that no linear module of a block has.
+        UnknownNameError: a name that no linear module of a named block (of any block) has.
+        AnatomyError: so for a role, as the MLP's in a mixture of experts.
     """
     stacks: list[tuple[Anatomy, Sequence[int]]] = []
     if layers is None:
@@ -38,14 +39,23 @@ def linear_modules(
         stacks += [(stack, range(stack.n_layers)) for stack in every if stack is not None]
     else:
         stacks.append((model.anatomy, layers))
+    wanted: Sequence[str | None] = (None,) if targets is None else targets
+    places = [(anatomy, layer, t) for anatomy, blocks in stacks for layer in blocks for t in wanted]
     chosen: dict[str, None] = {}
-    for anatomy, blocks in stacks:
-        for layer in blocks:
-            if targets is None:
-                names = _query_and_value(anatomy.attention_in(layer))
-            else:
-                names = [name for t in targets for name in _named(model, anatomy, layer, t)]
-            chosen.update(dict.fromkeys(names))
+    found: set[str | None] = set()
+    lacking: dict[str | None, ErrataError] = {}
+    for anatomy, layer, target in places:
+        try:
+            names = _named(model, anatomy, layer, target)
+        except (AnatomyError, UnknownNameError) as error:
+            if layers is not None:
+                raise
+            lacking.setdefault(target, error)  # blocks differ: another may have it
+            continue
+        chosen.update(dict.fromkeys(names))
+        found.add(target)
+    for target in lacking.keys() - found:
+        raise lacking[target]
     if not chosen:
         raise ConfigError("target_modules or layers is empty: name at least one, or leave it out.")
     return list(chosen)
@@ -53,11 +63,14 @@ def linear_modules(
 
 def _query_and_value(projections: Sequence[str]) -> list[str]:
     """Return the projections without the key's, or the one that all are fused into."""
-    return [path for path in projections if not path.rpartition(".")[2].startswith("k")]
+    names = ((path, path.rpartition(".")[2]) for path in projections)
+    return [path for path, name in names if not name.startswith("k") or name.startswith("kv")]
 
 
-def _named(model: Model, anatomy: Anatomy, layer: int, target: str) -> list[str]:
-    """Return what a role or a name means in one block."""
+def _named(model: Model, anatomy: Anatomy, layer: int, target: str | None) -> list[str]:
+    """Return what a role, a name or None (query and value) means in one block."""
+    if target is None:
+        return _query_and_value(anatomy.attention_in(layer))
     if target in ROLES:
         found = getattr(anatomy, target)(layer)
         return [found] if isinstance(found, str) else list(found)

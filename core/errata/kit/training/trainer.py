@@ -250,9 +250,13 @@ class Trainer:
         value = float(loss.detach())
         self.losses.append(value)
         if not math.isfinite(value):
+            half = self.model.dtype == torch.float16
+            narrow = (
+                ", or load the model in bf16 or fp32 (fp16's gradients overflow)" if half else ""
+            )
             raise ConfigError(
                 f"The training loss is {value} at step {step} with lr={self.settings.lr:g}: give "
-                "a smaller lr."
+                f"a smaller lr{narrow}."
             )
 
     def _bytes(self, prompts: PreparedPrompts) -> int:

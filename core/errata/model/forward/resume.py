@@ -432,9 +432,9 @@ def caches_keys(model: Model) -> bool:
 
     Then what it keeps of a token is that token's keys and values.
     """
-    if model.anatomy.kind != "decoder":
+    if model.anatomy.kind != "decoder" or model.anatomy.spec.recurrent:
         return False
-    kinds = getattr(model.config, "layer_types", None) or ()
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
     return _PLAIN_ATTENTION.issuperset(kinds) and "past_key_values" in accepted(
         model.module, {"past_key_values": None}
     )
