@@ -37,7 +37,9 @@ def wheel(folder: Path, name: str, files: dict[str, bytes]) -> Wheel:
     with zipfile.ZipFile(path, "w") as archive:
         for member, data in files.items():
             archive.writestr(f"{name}/{member}", data)
-        archive.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        archive.writestr(
+            f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"
+        )
         archive.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         archive.writestr(f"{about}/RECORD", "")
     data = path.read_bytes()
