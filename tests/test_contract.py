@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
 
 from errata.contract.hooks import METHODS
 from errata.testing import MethodContract
+from tests.conftest import base_folder
+
+
+class _Contract(MethodContract):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def cache(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """One artifact folder for all methods, so that statistics are computed once."""
+        return base_folder(tmp_path_factory) / "contract-artifacts"
+
 
 for _point in sorted(entry_points(group=METHODS), key=lambda point: point.name):
     _name = "Test" + _point.name.replace("-", " ").title().replace(" ", "")
-    globals()[_name] = type(_name, (MethodContract,), {"method": _point.name})
+    globals()[_name] = type(_name, (_Contract,), {"method": _point.name})
 del MethodContract  # the class itself names no method: pytest must not collect it

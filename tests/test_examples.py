@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import json
-import os
 import re
 import shlex
 import shutil
@@ -19,6 +18,7 @@ import errata
 from errata.cli.app import app
 from errata.datasets import atlas
 from errata.zoo import MODELS
+from errata.zoo.pretrained import PRETRAINED
 from errata.zoo.world import make_world
 from tests.helpers import ROOT
 
@@ -137,10 +137,8 @@ def words_of(line: str, folder: Path) -> tuple[list[str], str | None]:
 def arrange(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bring about what an example takes for granted."""
     if REAL in words:
-        models = os.environ.get("ERRATA_REAL_MODELS")
-        if models is None:
-            pytest.skip("no pretrained model here: set ERRATA_REAL_MODELS to its folder")
-        (folder / REAL).symlink_to(Path(models).resolve() / REAL)
+        if not PRETRAINED[REAL].is_present:
+            pytest.skip(f"no pretrained model here: errata zoo get {REAL}")
         shutil.rmtree(folder / "errata-ledger")
     elif words[0] == "import" or "capital.errata" in words:
         shutil.rmtree(folder / "errata-ledger")

@@ -7,12 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from errata.contract import plugins
 from errata.contract.capabilities import check_capabilities, check_prompts
 from errata.contract.editing import EditCall, Editing
 from errata.contract.guards import GuardPolicy, Guards
-from errata.contract.hooks import MODELS
-from errata.contract.manager import Manager
+from errata.contract.manager import known_models
 from errata.contract.methods import Methods
 from errata.contract.preparation import Preparation
 from errata.contract.registry import Registry
@@ -69,7 +67,7 @@ class Editor(Described):
         damaged: id → reason of active edits whose file is lost or damaged; not on the model.
 
     Args:
-        model: a zoo name, a directory, a hub name, or a transformers module in memory.
+        model: a zoo name, a directory, a GGUF file, a hub name, or a module in memory.
         tokenizer: needed for a module (or `(module, tokenizer)`); else taken from the model's own.
         ledger: folder of a durable ledger; None keeps the ledger in memory. Edits that an
             existing ledger says are active are put on the model.
@@ -113,10 +111,10 @@ class Editor(Described):
         preparation = Preparation(training)
         self._suspended = 0
         name = str(model) if isinstance(model, (str, Path)) else ""
-        known = Manager("", plugins.rooms(MODELS)).models() if name else {}
+        known = known_models() if name else {}
         bring = known.get(name)
         self.model: Model = load_model(
-            bring() if bring is not None else model,
+            model if bring is None else bring(Progress.of(progress)),
             tokenizer,
             architectures=self.registry.architectures,
             known=known,

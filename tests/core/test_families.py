@@ -16,6 +16,7 @@ from errata.editor import Editor
 from errata.edits.request import Request
 from errata.errors import AnatomyError, CapabilityError
 from errata.locate import average
+from errata.locate.sweep import sweep
 from errata.model import tokens
 from errata.model.anatomy import Anatomy
 from errata.model.loading import load_model

@@ -17,14 +17,13 @@ _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 def check_model(name: str) -> None:
     """Raise for a folder that is not there, or a hub name that cannot be had."""
-    from errata import zoo
+    from errata.contract.manager import known_models
 
-    if name not in zoo.MODELS and not _strangers():
-        check_model_source(name, zoo.MODELS)
+    check_model_source(name, known_models())
 
 
 def _strangers() -> bool:
-    """Say whether a plugin that is not errata's own may bring models, which takes loading it."""
+    """Say whether a plugin that is not errata's own may locate, which takes loading it."""
     modules = (point.module.partition(".")[0] for point in entry_points(group=PLUGINS))
     return any(package != "errata" for package in modules)
 
@@ -61,7 +60,7 @@ def _facts(model: str) -> dict[str, Any]:
     """Return what presets are matched against, as far as the model's `config.json` says it."""
     from errata import zoo
 
-    folder = zoo.MODELS[model].path if model in zoo.MODELS else Path(model).expanduser()
+    folder = zoo.folder_of(model) or Path(model).expanduser()
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

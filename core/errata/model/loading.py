@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from errata.errors import ConfigError, UnknownNameError
+from errata.model import gguf
 from errata.model.anatomy import Anatomy
+from errata.model.artifacts import Artifacts
 from errata.model.checkpoint import read_config, read_module, read_tokenizer
 from errata.model.foreign_noise import quiet_loading
 from errata.model.model import Model
@@ -58,7 +60,8 @@ def load_model(
     """Return a `Model` from a directory, a hub name, or a module in memory.
 
     Args:
-        source: what to load; a module needs its `tokenizer` too, beside it or as a pair.
+        source: what to load: a directory, a GGUF file, a hub name, or a module, which needs its
+            `tokenizer` too, beside it or as a pair.
         tokenizer: the tokenizer, or where to load it from; by default the model's own.
         architectures: stanzas of the registry, by model_type.
         known: names of models that could have been meant, for the error.
@@ -85,7 +88,10 @@ def load_model(
     else:
         name = location = str(source)
         check_model_source(name, known)
-        checkpoint = Path(name) if os.path.isdir(name) else None
+        if gguf.is_gguf(name):
+            cache = (options.get("artifacts") or Artifacts()).directory
+            location = str(gguf.checkpoint_of(Path(name), cache, options.get("progress")))
+        checkpoint = Path(location) if os.path.isdir(location) else None
         with Progress.of(options.get("progress")).busy(f"Loading {name}"), quiet_loading():
             config = read_config(location, known, trust_remote_code)
             module = read_module(

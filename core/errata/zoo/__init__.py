@@ -1,8 +1,9 @@
-"""The zoo: small language models that really know facts, shipped inside the package.
+"""The zoo: language models that can be had by name.
 
-They know an invented world (`errata.zoo.world`), so that the demo, the tests and the benchmarks
-run on something that can be edited, anywhere, offline. Importing this module loads no weights and
-no torch.
+Two are shipped inside the package (`MODELS`). They know an invented world (`errata.zoo.world`), so
+that tests and benchmarks run on something whose every fact is known, anywhere, offline. Others are
+pretrained (`errata.zoo.pretrained.PRETRAINED`): they are fetched from the package index at the
+first use and kept in the cache. Importing this module loads no weights and no torch.
 
 >>> from errata import zoo
 >>> zoo.model_path("atlas-gpt2").name
@@ -14,11 +15,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from errata.errors import StorageError, UnknownNameError
 from errata.model.texts import text_path
 
-__all__ = ["MODELS", "ZooModel", "model_path", "text_path"]
+if TYPE_CHECKING:
+    from errata.model.progress import Progress
+
+__all__ = ["MODELS", "ZooModel", "folder_of", "model_path", "text_path"]
 
 _HERE = Path(__file__).parent
 
@@ -60,14 +65,28 @@ MODELS = _models(
 """The shipped models by name."""
 
 
-def model_path(name: str) -> Path:
-    """Return the directory of a shipped model, for `from_pretrained`.
+def folder_of(name: str) -> Path | None:
+    """Return the folder that a model of the zoo has or will have; None for other names."""
+    from errata.zoo.pretrained import PRETRAINED
 
-    Raises `errata.errors.UnknownNameError` for a name that is not in `MODELS`, and
-    `StorageError`, naming the command that makes them, where the weights are missing.
+    model = MODELS.get(name) or PRETRAINED.get(name)
+    return None if model is None else model.path
+
+
+def model_path(name: str, progress: Progress | None = None) -> Path:
+    """Return the directory of a model of the zoo, for `from_pretrained`.
+
+    A pretrained model is fetched where it is not in the cache yet; `progress` is told how far.
+
+    Raises `errata.errors.UnknownNameError` for a name that is not in the zoo, and
+    `StorageError` where the weights are missing and cannot be had, saying what to do.
     """
+    from errata.zoo.pretrained import PRETRAINED
+
+    if name in PRETRAINED:
+        return PRETRAINED[name].bring(progress)
     if name not in MODELS:
-        raise UnknownNameError("zoo model", name, MODELS)
+        raise UnknownNameError("zoo model", name, (*MODELS, *PRETRAINED))
     model = MODELS[name]
     if not model.is_present:
         raise StorageError(

@@ -94,7 +94,7 @@ def alphaedit(
     updates: list[LayerUpdate] = []
     for layer, target, layers_left in stages:
         K, h = prompts.read(layer, model.anatomy.block(target), updates)
-        R = (z[target] - h) / layers_left
+        R = prompts.before_norm(layer, (z[target] - h) / layers_left, updates)
         K_p, P_l = past[layer], P[layer]
         Δ = R @ K.T @ P_l @ inverse(K_p @ K_p.T @ P_l + K @ K.T @ P_l + L2 * I)
         updates.append(LayerUpdate(layer, K, R, Δ, h))

@@ -51,7 +51,7 @@ def emmet(
     updates: list[LayerUpdate] = []
     for layer, target, layers_left in stages:
         K, h = prompts.read(layer, model.anatomy.block(target), updates)
-        R = (z[target] - h) / layers_left
+        R = prompts.before_norm(layer, (z[target] - h) / layers_left, updates)
         C_inv = inverse(C[layer])
         Δ = R @ inverse(K.T @ C_inv @ K + λε * I) @ K.T @ C_inv
         updates.append(LayerUpdate(layer, K, R, Δ, h))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from errata.kit.closed_form.layer_updates import LayerUpdate
 from errata.kit.closed_form.matrices import Columns, inverse
-from errata.kit.closed_form.statistics import prompts_of, stages_of
+from errata.kit.closed_form.statistics import prompts_of, second_moment_weights, stages_of
 from errata.kit.closed_form.target_values import memit_values
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def memit(
     Raises:
         EditFailed: a loss is not finite.
     """
-    λ = config.second_moment_weight
+    λ = second_moment_weights(model, config)
     prompts = prompts_of(model, requests, config)
     stages = stages_of(model, config)
 
@@ -50,7 +50,7 @@ def memit(
     for layer, target, layers_left in stages:
         # Keys and outputs as they are with the lower layers changed.
         K, h = prompts.read(layer, model.anatomy.block(target), updates)
-        R = (z[target] - h) / layers_left
-        Δ = R @ K.T @ inverse(λ * C[layer] + K @ K.T)
+        R = prompts.before_norm(layer, (z[target] - h) / layers_left, updates)
+        Δ = R @ K.T @ inverse(λ[layer] * C[layer] + K @ K.T)
         updates.append(LayerUpdate(layer, K, R, Δ, h))
     return updates

@@ -41,11 +41,12 @@ class Pmet:
     ) -> Delta | Sequence[Delta]:
         """Return the change, computed from the base (frozen) or the model's present state."""
         from errata.kit.closed_form.deltas import deltas_of
-        from errata.kit.closed_form.statistics import known_keys
+        from errata.kit.closed_form.statistics import known_keys, second_moment_weights
         from errata_pmet.algorithm import pmet
 
         C = known_keys(model, config)
         updates = pmet(model, requests, C, config)
         # The joint problem of all active edits: M = C⁻¹, and λ is what a miss costs.
         M = {layer: matrix.metric for layer, matrix in C.items()}
-        return deltas_of(model, updates, config, metrics=M, slack=config.second_moment_weight)
+        λ = second_moment_weights(model, config)
+        return deltas_of(model, updates, config, metrics=M, slack=λ)

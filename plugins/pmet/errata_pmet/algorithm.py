@@ -16,7 +16,12 @@ import torch
 
 from errata.kit.closed_form.layer_updates import LayerUpdate
 from errata.kit.closed_form.matrices import Columns, inverse
-from errata.kit.closed_form.statistics import mean_norm, prompts_of, stages_of
+from errata.kit.closed_form.statistics import (
+    mean_norm,
+    prompts_of,
+    second_moment_weights,
+    stages_of,
+)
 from errata.kit.closed_form.target_values import (
     most_probable,
     norm_anchored,
@@ -49,7 +54,7 @@ def pmet(
     Raises:
         EditFailed: a loss is not finite.
     """
-    λ = config.second_moment_weight
+    λ = second_moment_weights(model, config)
     prompts = prompts_of(model, requests, config)
     stages = stages_of(model, config)
 
@@ -66,7 +71,7 @@ def pmet(
     for layer, target, layers_left in stages:
         K, now = prompts.read(layer, model.anatomy.mlp_out(target), updates)
         R = (m[target] - now) / sqrt(layers_left)
-        Δ = R @ K.T @ inverse(λ * C[layer] + K @ K.T)
+        Δ = R @ K.T @ inverse(λ[layer] * C[layer] + K @ K.T)
         updates.append(LayerUpdate(layer, K, R, Δ, now))
     return updates
 

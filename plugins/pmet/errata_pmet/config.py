@@ -4,20 +4,15 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from errata.kit.closed_form.config import ClosedFormConfig
+from errata.kit.closed_form.config import WeightedConfig
 
 
-class PmetConfig(ClosedFormConfig):
-    """Hyper-parameters of PMET; the defaults are the authors' for GPT-J, layers excepted."""
+class PmetConfig(WeightedConfig):
+    """Hyper-parameters of PMET; the defaults are the authors' for GPT-J, layers and λ excepted."""
 
     steps: int = Field(default=30, ge=1, description="Evaluations of the loss (one less updates)")
     lr: float = Field(default=0.2, gt=0, description="Adam's learning rate for both values")
     kl_factor: float = Field(default=1.0, ge=0, description="Factor of the KL term; 0: none")
-    second_moment_weight: float = Field(
-        default=6000.0,
-        gt=0,
-        description="λ: how many observations of ordinary text C stands for against the new keys",
-    )
     top_factor: float = Field(
         default=0.1, ge=0, description="Factor of the NLL once the target comes first everywhere"
     )

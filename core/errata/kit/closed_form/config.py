@@ -131,3 +131,20 @@ class ClosedFormConfig(MethodConfig):
         if isinstance(value, tuple) and (not value or len(set(value)) != len(value)):
             raise ValueError(f"layers {list(value)} must name at least one block, each once")
         return value
+
+
+class WeightedConfig(ClosedFormConfig):
+    """What methods that weigh ordinary text against new keys have besides: MEMIT and PMET."""
+
+    second_moment_weight: float | None = Field(
+        default=None,
+        gt=0,
+        description="λ: how many observations of ordinary text C stands for against the new keys; "
+        "none: from relative_weight",
+    )
+    relative_weight: float = Field(
+        default=0.25,
+        gt=0,
+        description="λ in units of what a usual subject's key weighs, the median of kᵀ C⁻¹ k: an "
+        "edit alone writes 1 / (1 + this) of its residual",
+    )

@@ -24,7 +24,7 @@ def deltas_of(
     config: ClosedFormConfig,
     *,
     metrics: Mapping[int, Metric],
-    slack: float,
+    slack: Mapping[int, float],
 ) -> LowRankDelta | list[KeyValueDelta]:
     """Return what is stored: one change for the batch, or keys and residuals of each request.
 
@@ -33,8 +33,8 @@ def deltas_of(
         updates: what each layer is asked for.
         config: its `history` says which of the two.
         metrics: M of each layer, and
-        slack: s: what has been written is solved again with all other active edits, as
-            Δ = R (s I + Kᵀ M K)⁻¹ Kᵀ M.
+        slack: s of each layer: what has been written is solved again with all other active
+            edits, as Δ = R (s I + Kᵀ M K)⁻¹ Kᵀ M.
     """
     if config.history == "none":
         return low_rank(model, updates)
@@ -59,7 +59,7 @@ def key_values(
     config: ClosedFormConfig,
     *,
     metrics: Mapping[int, Metric],
-    slack: float,
+    slack: Mapping[int, float],
 ) -> list[KeyValueDelta]:
     """Return one delta per request, to be solved with all others that are active.
 
@@ -83,7 +83,7 @@ def key_values(
                 k=keys[:, index][None].contiguous(),
                 w=whitened[:, index][None].contiguous(),
                 r=residuals[:, index][None].contiguous(),
-                s=torch.tensor([slack], dtype=torch.float64),
+                s=torch.tensor([slack[update.layer]], dtype=torch.float64),
                 transposed=model.anatomy.transposed(path),
                 metric=metric.reference,
             )

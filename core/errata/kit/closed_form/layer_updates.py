@@ -123,6 +123,27 @@ class Prompts:
         """Return one vector per request (N, x) as columns, in the problems of these prompts."""
         return Columns.of(rows, each=self.each)
 
+    def norm_behind(self, layer: int) -> nn.Module | None:
+        """Return the norm between a block's MLP and the residual stream, if there is one."""
+        return self.model.anatomy.norm_behind_mlp(self.model.module, layer)
+
+    def before_norm(self, layer: int, R: Columns, updates: Sequence[LayerUpdate]) -> Columns:
+        """Return what the down projection must add for the residual stream to change by R.
+
+        That is R itself, but where a norm stands between them (Gemma 2 and 3, OLMo 2). Then the
+        value v is to become the v′ of the same length with norm(v′) = norm(v) + R, as far as the
+        norm can say that, and the answer is v′ − v.
+        """
+        norm = self.norm_behind(layer)
+        if norm is None:
+            return R
+        _, v = self.read(layer, self.model.anatomy.mlp_out(layer), updates)
+        gain = through(norm, Columns(torch.ones_like(v.tensor))).tensor  # of an RMS norm
+        wanted = (through(norm, v) + R).tensor
+        direction = wanted * gain / (gain**2 + 1e-6 * gain.square().mean(1, keepdim=True))
+        length = v.tensor.norm(dim=1, keepdim=True) / direction.norm(dim=1, keepdim=True)
+        return Columns(direction * length) - v
+
     @torch.no_grad()
     def read(
         self, layer: int, output: str, updates: Sequence[LayerUpdate] = ()
@@ -154,6 +175,14 @@ class Prompts:
             keys.append(_column(seen[source].input, len(tokens), column).view(shape))
             outputs.append(_column(seen[output].output, len(tokens), column).view(shape)[:, 0])
         return self.columns(grouped(torch.cat(keys))), self.columns(torch.cat(outputs))
+
+
+@torch.no_grad()
+def through(norm: nn.Module, values: Columns) -> Columns:
+    """Return what a norm makes of values, in fp64."""
+    rows = values.tensor.transpose(1, 2)
+    like = next(norm.parameters(), rows)
+    return Columns(norm(rows.to(like)).double().cpu().transpose(1, 2))
 
 
 @contextmanager

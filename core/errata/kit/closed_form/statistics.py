@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from errata.errors import ConfigError
+from errata.kit.closed_form.config import WeightedConfig
 from errata.kit.closed_form.layer_updates import Prompts, Stage, boundary, spread
 from errata.kit.closed_form.matrices import NormalMatrix
 from errata.kit.contexts import prefix_contexts
@@ -24,6 +25,16 @@ if TYPE_CHECKING:
     from errata.kit.closed_form.config import ClosedFormConfig
     from errata.kit.second_moments import SecondMoment
     from errata.model.model import Model
+
+USUAL_NAMES = (
+    "Albert Einstein", "Marie Curie", "William Shakespeare", "Leonardo da Vinci", "Isaac Newton",
+    "Jane Austen", "Nelson Mandela", "Wolfgang Amadeus Mozart", "Frida Kahlo", "Pablo Picasso",
+    "Charles Darwin", "Ada Lovelace", "Paris", "Buenos Aires", "Mount Everest", "the Eiffel Tower",
+    "Lake Victoria", "New Zealand", "Tokyo", "the Colosseum", "South Korea", "Microsoft", "Toyota",
+    "the BBC", "Harvard University", "Nintendo", "the Red Cross", "Romeo and Juliet", "Star Wars",
+    "The Lord of the Rings", "Windows 95", "Real Madrid",
+)  # fmt: skip
+"""Subjects of the kinds that people edit facts about."""
 
 _NORM_TOKENS = 2000
 _OUTLIERS = 0.05  # NAS leaves out the largest 5 % of the norms
@@ -63,6 +74,8 @@ def prepare(model: Model, corpus: Sequence[str], config: ClosedFormConfig) -> No
     """Compute and keep contexts, second moments, and the norm anchor where it is asked for."""
     contexts_of(model, config)
     moments_of(model, config, corpus)
+    if isinstance(config, WeightedConfig):
+        second_moment_weights(model, config)
     if config.norm_anchor is not None:
         for layer in {stage.target for stage in stages_of(model, config)}:
             mean_norm(model, layer)
@@ -101,6 +114,45 @@ def known_keys(model: Model, config: ClosedFormConfig) -> dict[int, NormalMatrix
     """Return C = E[k kᵀ] of every edited layer, as the formulas take it."""
     moments = moments_of(model, config)
     return {layer: NormalMatrix(Whitening(moment)) for layer, moment in moments.items()}
+
+
+def second_moment_weights(model: Model, config: WeightedConfig) -> dict[int, float]:
+    """Return λ of every edited layer: as it is given, or from what a usual key weighs there."""
+    layers = [stage.layer for stage in stages_of(model, config)]
+    if config.second_moment_weight is not None:
+        return dict.fromkeys(layers, config.second_moment_weight)
+    moments = moments_of(model, config)
+    return {
+        layer: config.relative_weight * usual_key_weight(model, layer, moments[layer])
+        for layer in layers
+    }
+
+
+def usual_key_weight(model: Model, layer: int, moment: SecondMoment) -> float:
+    """Return the median of kᵀ C⁻¹ k over the last tokens of well-known names.
+
+    It is the scale that λ has to be seen on, and it differs between models, layers and texts by
+    orders of magnitude. Computed once, from the base, and kept under the model's fingerprint.
+    """
+
+    def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
+        texts = [f"It is known that {name}" for name in USUAL_NAMES]
+        path = model.anatomy.mlp_out(layer)
+        batch = pad(model.tokenizer, [row.ids for row in tokenise(model.tokenizer, texts)],
+                    device=model.device)  # fmt: skip
+        with torch.no_grad(), trace(model.module, path, inputs=True, stop=True) as seen:
+            model.module(**batch.inputs(positions=False))
+        keys = seen[path].input
+        assert keys is not None
+        rows, last = batch.attention_mask, batch.attention_mask.shape[1] - 1
+        at = (rows * torch.arange(last + 1, device=rows.device)).argmax(1)  # of real tokens
+        keys = keys.reshape(len(texts), last + 1, -1)[torch.arange(len(texts)), at]
+        K = keys.T.double().cpu()  # (D, N)
+        weights = Whitening(moment).reduce(K).square().sum(0)
+        return {"weights": weights.cpu()}, {"median": float(weights.median()), "layer": layer}
+
+    _, about = model.of_base("usual_key_weight", f"layer-{layer}", moment.digest, compute=compute)
+    return float(about["median"])
 
 
 def mean_norm(model: Model, layer: int) -> float:

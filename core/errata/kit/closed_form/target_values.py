@@ -6,11 +6,12 @@ may stop (MPES), and how long a value may be (NAS).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
+from errata.kit.closed_form.layer_updates import through
 from errata.kit.closed_form.matrices import Columns
 from errata.kit.closed_form.statistics import mean_norm
 from errata.kit.value_loss import ValueLoss
@@ -92,7 +93,13 @@ def memit_values(prompts: Prompts, layer: int, config: ClosedFormConfig) -> tupl
     Raises:
         EditFailed: a loss is not finite.
     """
-    h, δ = optimised(prompts, value_settings(layer, config), MemitObjective(config))
+    settings, objective = value_settings(layer, config), MemitObjective(config)
+    norm = prompts.norm_behind(layer)
+    if norm is not None:  # what this layer's MLP can say behind its norm is all that δ can be
+        m, δ = optimised(prompts, replace(settings, at="mlp"), objective)
+        _, h = prompts.read(layer, prompts.model.anatomy.block(layer))
+        return h, through(norm, m + δ) - through(norm, m)
+    h, δ = optimised(prompts, settings, objective)
     if config.norm_anchor is not None:
         _, m = prompts.read(layer, prompts.model.anatomy.mlp_out(layer))
         δ = norm_anchored(m, δ, config.norm_anchor * mean_norm(prompts.model, layer))
