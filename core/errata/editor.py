@@ -30,6 +30,7 @@ from errata.model.artifacts import Artifacts
 from errata.model.display import Described, ResultTable, plural
 from errata.model.generation import generate
 from errata.model.loading import load_model
+from errata.model.progress import Progress
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from errata.contract.measurement import Measurement
     from errata.contract.registry import Value
     from errata.model.model import Model
-    from errata.model.progress import Progress
 
 EditLike = Edit | str
 

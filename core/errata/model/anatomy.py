@@ -273,8 +273,8 @@ class Anatomy:
         """
         block = module.get_submodule(self.block(index))
         for name in _NORMS_BEHIND_MLP:
-            if isinstance(norm := getattr(block, name, None), nn.Module):
-                return norm
+            if hasattr(block, name):
+                return block.get_submodule(name)
         return None
 
     def weight(self, path: str) -> str:
