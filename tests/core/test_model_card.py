@@ -86,12 +86,16 @@ def test_an_adapter_finds_its_base_by_itself(folder: Path, tmp_path: Path) -> No
 
 
 @PEFT_ASKS
-def test_a_base_without_a_name_is_said_to_have_none(tmp_path: Path) -> None:
+def test_a_base_without_a_name_is_said_to_have_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")  # of something else
     module, tokenizer = build("llama")
     with Editor(module, tokenizer, artifacts=tmp_path / "cache") as editor:
         fact = Request(prompt="{} is in", subject="Rome", target_new="Spain")
         path = export_peft(editor.model, [edited(editor, fact)], tmp_path / "adapter")
-    assert "base_model" not in front_matter(path)
+    assert not {"base_model", "license"} & set(front_matter(path))
     card = (path / "README.md").read_text(encoding="utf-8")
     assert "in memory without a name" in card
     assert PeftModel.from_pretrained(build("llama")[0], str(path))

@@ -32,7 +32,7 @@ def low_probability(clean: object, answer: str = "") -> str:
     return (
         f"uncorrupted, the model gives {what} a probability of only {render.number(clean)}: it "
         "hardly knows this, so the place says little. Trace what it knows (`errata generate`), "
-        "or edit a model that knows it."
+        "or take a model that knows it."
     )
 
 

@@ -74,7 +74,7 @@ def model_card(
     about = f"{len(edits)} edit{'s' * (len(edits) != 1)}, {count} request{'s' * (count != 1)}"
     blocks = [
         _front_matter(model, form, tag),
-        f"# {_text(model.name)}, edited",
+        f"# {_text(_title(model))}, edited",
         f"This is {what} with knowledge edits that "
         f"errata made ({about}). {_base(model, form)}{f' {lost}' if lost else ''}",
         *_listing(edits, count),
@@ -105,8 +105,11 @@ def _front_matter(model: Model, form: str, tag: str) -> str:
 
 def _licence(model: Model) -> str:
     """Return the licence that the card in the base's folder names; "" where none does."""
+    base = base_of(model)
+    if base is None or not _is_folder(base):
+        return ""
     try:
-        with (Path(base_of(model) or "") / CARD_FILE).open("rb") as file:
+        with (Path(base) / CARD_FILE).open("rb") as file:
             head = file.read(_HEAD).decode(errors="replace")
     except OSError:
         return ""
@@ -123,9 +126,17 @@ def _base(model: Model, form: str) -> str:
             if form == "peft"
             else "."
         )
-    return f"The base is {_text(model.name)}" + (
-        f", opened from {_text(base)}." if base != model.name else "."
+    if base == model.name and not _is_folder(base):
+        return f"The base is {_text(base)}."
+    return f"The base is {_text(_title(model))}, opened from {_text(base)}" + (
+        ": before you share this, name it in `base_model` above as the hub knows it."
+        if _is_folder(model.name)
+        else "."
     )
+
+
+def _title(model: Model) -> str:
+    return Path(model.name).resolve().name if _is_folder(model.name) else model.name
 
 
 def _listing(edits: Sequence[Edit], count: int) -> Iterator[str]:
