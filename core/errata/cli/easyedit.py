@@ -105,7 +105,8 @@ def from_easyedit(path: Path, registry: Registry) -> ImportedConfig:
             config["layer"], taken[field] = _block(path, field, value), "layer"
         elif not name:
             if field != NAME and field not in names.when:
-                left[field] = ELSEWHERE.get(field, f"errata's {method} has nothing of the kind")
+                why = ELSEWHERE.get(field, f"errata's {method} has nothing of the kind")
+                left[field] = "not set there" if value is False else why
         elif value in (None, []) or (value is False and "bool" not in kinds[name]):
             left[field] = "not set there"
         else:

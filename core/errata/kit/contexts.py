@@ -31,7 +31,7 @@ def in_contexts(model: Model, request: Request, contexts: Sequence[str]) -> list
     """
     before, after = ("", "") if isinstance(request.chat, bool) else request.chat
     bos = str(model.tokenizer.bos_token or "")
-    if not before and request.prompt.startswith(bos):
+    if bos and not before and request.prompt.startswith(bos):
         (row,) = tokenise(model.tokenizer, [request.prompt])
         before = bos if row.begin else ""
     said = request.prompt.removeprefix(before).removesuffix(after)
