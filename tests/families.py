@@ -184,7 +184,8 @@ def build(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = getattr(transformers, model_name)(config)
-    return module.to(dtype).eval(), tokenizer
+    # Llama 4's image tower holds complex numbers, which a cast to real ones would cut.
+    return (module if module.dtype == dtype else module.to(dtype)).eval(), tokenizer
 
 
 def build_model(

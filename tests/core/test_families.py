@@ -15,8 +15,7 @@ from errata.contract import plugins
 from errata.editor import Editor
 from errata.edits.request import Request
 from errata.errors import AnatomyError, CapabilityError
-from errata.locate import average
-from errata.locate.sweep import sweep
+from errata.locate import average, sweep
 from errata.model import tokens
 from errata.model.anatomy import Anatomy
 from errata.model.loading import load_model
@@ -166,7 +165,7 @@ def test_a_method_without_an_mlp_to_write_to_is_refused_by_name(experts: Editor)
             experts.configure(method)
         except CapabilityError:
             refused.add(method)
-    assert refused == {"rome", "memit", "emmet", "alphaedit", "pmet", "kn"}
+    assert refused >= {"rome", "memit", "emmet", "alphaedit", "pmet", "kn"}
     with pytest.raises(CapabilityError, match="rome writes into the down projection") as caught:
         experts.edit(FACT, method="rome")
     named = str(caught.value).rpartition("need none: ")[2].rstrip(".").split(", ")
@@ -203,9 +202,9 @@ def test_layer_rules_choose_among_the_layers_that_have_the_part(
 
 
 def test_a_sweep_runs_over_the_layers_that_have_the_part(tmp_path: Path) -> None:
-    fact = Request(**FACT, target_true="Paris", neighbours=("The capital of Italy is",))
+    fact = Request(**FACT, target_true="Paris")
     with _opened("qwen3_moe", tmp_path) as editor:
-        found = sweep(editor, [fact], "rome", config=CLOSED)
+        found = sweep(editor, [fact], "rome", trace=False, config=CLOSED)
         assert [one.layer for one in found.results] == [2]
         assert editor.configure("rome", {"layer": "auto"})[0].layer == 2  # type: ignore[attr-defined]
 
