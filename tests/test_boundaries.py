@@ -144,11 +144,12 @@ def test_importing_is_light() -> None:
         assert loaded(code, heavy) == "[]"
 
 
-def test_the_editor_loads_the_engine_and_nothing_beside_it() -> None:
+def test_a_model_opened_by_name_loads_the_engine_and_the_zoo() -> None:
     beside = (
         f"{{m.split('.')[1] for m in sys.modules if m.startswith('errata.')}} - {set(LAYERS)!r}"
     )
-    assert loaded("from errata import Editor", beside) == "[]"
+    code = "from errata import Editor; assert 'errata.zoo' not in sys.modules; Editor('atlas-gpt2')"
+    assert loaded(code, beside) == "['zoo']"
 
 
 def test_reading_results_needs_no_model() -> None:

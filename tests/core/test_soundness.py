@@ -147,7 +147,7 @@ TOUCHES = {
     hook("register_full_backward_hook"): f"{FC} (hooks)",
     hook_everywhere: "all modules of the process (hooks)",
     replace_parameter: f"{FC}.weight",
-    own_method: f"{FC} (method forward)",
+    own_method: f"{FC} (methods: forward)",
     lambda root: root.train(): "the top module (training flag)",
     swap_module: "module transformer.h.0.mlp",
 }

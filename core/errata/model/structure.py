@@ -42,8 +42,9 @@ class Trait(NamedTuple):
             return "all modules of the process (hooks)"
         if self.what in HOOK_TABLES:
             return f"{where} (hooks)"
-        named = self.what in ("method", "attribute")
-        return f"{where} ({self.what} {self.name})" if named else f"{where} ({self.what})"
+        if self.what in ("method", "attribute"):
+            return f"{where} ({self.what}s: {self.name})"
+        return f"{where} ({self.what})"
 
 
 Traits = dict[Trait, Any]
