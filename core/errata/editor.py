@@ -24,9 +24,10 @@ from errata.edits.ledger import Ledger
 from errata.edits.request import Request, parse_arguments
 from errata.edits.stack import Stack
 from errata.edits.transaction import Transactions
-from errata.errors import ConfigError, ErrataError, LedgerError, UnknownNameError
+from errata.errors import ConfigError, ErrataError, LedgerError
 from errata.kit.auto_layers import resolve_auto_layers
 from errata.model.access import Access
+from errata.model.arguments import check_name, path_of, texts_of
 from errata.model.artifacts import Artifacts
 from errata.model.generation import generate
 from errata.model.loading import load_model
@@ -107,7 +108,10 @@ class Editor:
         progress: Progress | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        self.registry = registry or Registry.load()
+        self.registry = Registry.load() if registry is None else registry
+        if not isinstance(self.registry, Registry):
+            raise ConfigError(f"registry: {registry!r} is none: give Registry.load() or nothing.")
+        ledger = None if ledger is None else path_of(ledger, "ledger")
         guarding = Guards(GuardPolicy.parse(guards))
         preparation = Preparation(training)
         self._access = Access()
@@ -200,11 +204,8 @@ class Editor:
             EditRefused: a guard said no. LedgerError, StorageError: nothing was recorded.
         """
         single, requests, overrides = parse_arguments(request, config or {}, fields)
-        for option, given, allowed in (
-            ("commit", commit, ("call", "batch")), ("on_refused", on_refused, ("raise", "skip")),
-        ):  # fmt: skip
-            if given not in allowed:
-                raise UnknownNameError(option, str(given), allowed)
+        check_name("commit", commit, ("call", "batch"))
+        check_name("on_refused", on_refused, ("raise", "skip"))
         if supersede and not apply:
             raise ConfigError("supersede=True changes the model, apply=False does not: give one.")
         with self._changing("edit"):
@@ -359,7 +360,7 @@ class Editor:
 
     def generate(self, prompt: str | Sequence[str], **options: Any) -> Any:
         """Continue one prompt (returns text) or several (returns a list); greedy by default."""
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = texts_of(prompt, "prompt")
         with self._access.running():
             texts = generate(self.model, prompts, **options)
         return texts[0] if isinstance(prompt, str) else texts
@@ -380,9 +381,8 @@ class Editor:
         """
         manager = self._methods.measuring()
         known = manager.protocols()
-        for name in protocols:
-            if name not in known:
-                raise UnknownNameError("protocol", name, known)
+        for name in texts_of(protocols, "protocols"):
+            check_name("protocol", name, known)
         with self._access.changing():  # the base is measured with every edit off
             wanted = requests_of(self._stack.entries if requests is None else requests)
             return manager.evaluate(self.model, wanted, tuple(protocols), settings)
@@ -422,13 +422,14 @@ class Editor:
             **options: of "peft": `rank` and `error`, see `errata.edits.export.export_peft`.
         """
         export.check_format(format, options)
+        target = path_of(path, "path")
         chosen = [self._get(edit) for edit in edits or self.model.stack.ids]
         if not chosen:
             raise LedgerError("There is nothing to export: no edit is active and none was named.")
         if format == "errata":
             ids = [edit.id for edit in chosen]
-            return self.ledger.export(ids, path, self.model.artifacts, overwrite=overwrite)
-        return export.export_peft(self.model, chosen, Path(path), overwrite, **options)
+            return self.ledger.export(ids, target, self.model.artifacts, overwrite=overwrite)
+        return export.export_peft(self.model, chosen, target, overwrite, **options)
 
     def import_(self, path: str | Path) -> list[Edit]:
         """Take the edits of an exported file into the ledger, inactive.
@@ -436,14 +437,14 @@ class Editor:
         Raises `FingerprintError` for another model's edits, `IntegrityError` for a damaged file.
         """
         with self._changing("import"):
-            pairs = self.ledger.read_export(Path(path), self.model.artifacts)
+            pairs = self.ledger.read_export(path_of(path, "path"), self.model.artifacts)
             for edit, delta in pairs:
                 check_fingerprint(self.model, edit.bind(delta))
             return self.ledger.import_(Path(path), pairs)
 
     def merge(self, path: str | Path, overwrite: bool = False) -> Path:
         """Write the edited model as a plain Hugging Face checkpoint, tokenizer included."""
-        return export.merge_checkpoint(self.model, Path(path), overwrite)
+        return export.merge_checkpoint(self.model, path_of(path, "path"), overwrite)
 
     # -- inside ----------------------------------------------------------------------------------
 

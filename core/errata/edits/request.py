@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from errata.errors import RequestError, UnknownNameError
+from errata.model.arguments import is_whole, mapping_of
 
 Kind = Literal["modify", "insert", "erase", "relation", "sentiment", "text", "label"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -138,6 +139,8 @@ class Request(_Frozen):
                 f"prompt {self.prompt!r} has {self.prompt.count('{}')} places for the subject; "
                 "it needs exactly one {} (for example 'The capital of {} is')"
             )
+        if not is_whole(json.dumps(self.model_dump(), ensure_ascii=False)):
+            raise ValueError("a text holds half a character (a lone surrogate)")
         if not self.target_new.strip():
             raise ValueError("target_new is empty: say what the model should answer")
         return self
@@ -162,6 +165,11 @@ class Request(_Frozen):
         """
         if isinstance(value, Request):
             return value
+        if value is not None and not isinstance(value, Mapping):
+            raise RequestError(
+                f"{value!r} is no request: give a Request, or a mapping with prompt, subject and "
+                "target_new."
+            )
         data = {**(value or {}), **fields}
         unknown = [key for key in data if key not in cls.model_fields]
         if unknown:
@@ -181,6 +189,8 @@ def parse_requests(
     value: Request | Mapping[str, Any] | Iterable[Request | Mapping[str, Any]],
 ) -> list[Request]:
     """Return requests from one or many; refuse an empty list and exact duplicates."""
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise RequestError(f"{value!r} is no request and no list of requests.")
     many = [value] if isinstance(value, (Request, Mapping)) else list(value)
     requests = [Request.parse(item) for item in many]
     if not requests:
@@ -204,7 +214,7 @@ def parse_arguments(
     Returns (whether one request was meant, the requests, the hyper-parameters).
     """
     mine = {key: value for key, value in fields.items() if key in Request.model_fields}
-    overrides = {**config, **{k: v for k, v in fields.items() if k not in mine}}
+    overrides = mapping_of(config, "config") | {k: v for k, v in fields.items() if k not in mine}
     if isinstance(request, str):
         if request:
             mine["prompt"] = request

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errata.errors import IntegrityError
+from errata.model.arguments import path_of
 from errata.model.storage import (
     make_folder,
     read_bytes,
@@ -38,7 +39,9 @@ class Artifacts:
     """
 
     def __init__(self, directory: Path | str | None = None) -> None:
-        self.directory = Path(directory) if directory is not None else default_directory()
+        self.directory = (
+            default_directory() if directory is None else path_of(directory, "artifacts")
+        )
 
     def path(self, key: tuple[str, ...]) -> Path:
         """Return the file of a key."""
