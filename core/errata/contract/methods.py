@@ -76,7 +76,7 @@ class Methods:
 
     def plugin(self, name: str) -> Any:
         """Return the plugin object of a method; raise as `errata.contract.plugins.load` does."""
-        if not isinstance(name, str):
+        if type(name) is not str:
             check_name("method", name, plugins.installed())
         if name not in self._plugins:
             self._plugins[name] = plugins.load(name)

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
 from errata.edits.outcome import Outcome
 from errata.edits.request import Request
 from errata.errors import IntegrityError, LedgerError, RequestError
+from errata.model.arguments import is_list
 
 if TYPE_CHECKING:
     from errata.edits.delta import Delta
@@ -126,7 +127,7 @@ class LogEntry(NamedTuple):
 
 def requests_of(items: Request | Edit | Iterable[Request | Edit]) -> list[Request]:
     """Return the requests among requests and edits; raise `RequestError` when there are none."""
-    if isinstance(items, (str, bytes)) or not isinstance(items, Iterable):
+    if not is_list(items) and not isinstance(items, (Request, Edit)):
         raise RequestError(f"{items!r} is no request, no edit and no list of them.")
     many = [items] if isinstance(items, (Request, Edit, Mapping)) else list(items)
     requests: list[Request] = []

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from errata.errors import RequestError, UnknownNameError
-from errata.model.arguments import is_whole, mapping_of
+from errata.model.arguments import is_list, is_whole, mapping_of
 
 Kind = Literal["modify", "insert", "erase", "relation", "sentiment", "text", "label"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -189,7 +189,7 @@ def parse_requests(
     value: Request | Mapping[str, Any] | Iterable[Request | Mapping[str, Any]],
 ) -> list[Request]:
     """Return requests from one or many; refuse an empty list and exact duplicates."""
-    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+    if not is_list(value) and not isinstance(value, Request):
         raise RequestError(f"{value!r} is no request and no list of requests.")
     many = [value] if isinstance(value, (Request, Mapping)) else list(value)
     requests = [Request.parse(item) for item in many]

@@ -26,14 +26,18 @@ def path_of(value: object, what: str) -> Path:
 
 def texts_of(value: object, what: str) -> list[str]:
     """Return texts from one or many; raise `RequestError` for what is no whole text."""
-    many = [value] if isinstance(value, (str, bytes)) or not isinstance(value, Iterable) else value
-    texts = list(many)
+    texts: list[Any] = list(value) if isinstance(value, Iterable) and is_list(value) else [value]
     for text in texts:
         if not isinstance(text, str):
             raise RequestError(f"{what}: {text!r} is no text.")
         if not is_whole(text):
             raise RequestError(f"{what}: {text[:200]!r} holds half a character (a lone surrogate).")
     return texts
+
+
+def is_list(value: object) -> bool:
+    """Say whether something holds several things: it can be gone through, and is no text."""
+    return isinstance(value, Iterable) and not isinstance(value, (str, bytes))
 
 
 def is_whole(text: str) -> bool:
