@@ -23,9 +23,10 @@ from errata.edits.rendering import rendered
 from errata.edits.request import Request, parse_arguments
 from errata.edits.stack import Stack
 from errata.edits.transaction import Transactions
-from errata.errors import ConfigError, ErrataError, LedgerError, UnknownNameError
+from errata.errors import ConfigError, ErrataError, LedgerError
 from errata.kit.auto_layers import resolve_auto_layers
 from errata.model.access import claim, release
+from errata.model.arguments import check_name, path_of, texts_of
 from errata.model.artifacts import Artifacts
 from errata.model.display import Described, ResultTable, plural
 from errata.model.generation import generate
@@ -106,7 +107,10 @@ class Editor(Described):
         progress: Progress | Callable[[str], None] | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        self.registry = registry or Registry.load()
+        self.registry = Registry.load() if registry is None else registry
+        if not isinstance(self.registry, Registry):
+            raise ConfigError(f"registry: {registry!r} is none: give Registry.load() or nothing.")
+        ledger = None if ledger is None else path_of(ledger, "ledger")
         guarding = Guards(GuardPolicy.parse(guards))
         preparation = Preparation(training)
         self._suspended = 0
@@ -203,11 +207,8 @@ class Editor(Described):
         """
         single, asked, overrides = parse_arguments(request, config or {}, fields)
         requests = rendered(self.model, asked)
-        for option, given, allowed in (
-            ("commit", commit, ("call", "batch")), ("on_refused", on_refused, ("raise", "skip")),
-        ):  # fmt: skip
-            if given not in allowed:
-                raise UnknownNameError(option, str(given), allowed)
+        check_name("commit", commit, ("call", "batch"))
+        check_name("on_refused", on_refused, ("raise", "skip"))
         if supersede and not apply:
             raise ConfigError("supersede=True changes the model, apply=False does not: give one.")
         with self._changing("edit"):
@@ -351,7 +352,7 @@ class Editor(Described):
 
     def generate(self, prompt: str | Sequence[str], **options: Any) -> Any:
         """Continue one prompt (gives text) or several (a list); options: `model.generation`."""
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = texts_of(prompt, "prompt")
         texts = generate(self.model, prompts, **options)
         return texts[0] if isinstance(prompt, str) else texts
 
@@ -371,9 +372,8 @@ class Editor(Described):
         """
         manager = self._methods.measuring()
         known = manager.protocols()
-        for name in protocols:
-            if name not in known:
-                raise UnknownNameError("protocol", name, known)
+        for name in texts_of(protocols, "protocols"):
+            check_name("protocol", name, known)
         with self.model.access.changing():  # the base is measured with every edit off
             given = requests_of(self._stack.entries if requests is None else requests)
             wanted = rendered(self.model, given)
@@ -415,14 +415,15 @@ class Editor(Described):
             **options: of "peft": `rank` and `error`, see `errata.edits.export.export_peft`.
         """
         export.check_format(format, options)
+        target = path_of(path, "path")
         with self.model.access.changing():
             chosen = [self._get(edit) for edit in edits or self._stack.ids]
             if not chosen:
                 raise LedgerError("There is nothing to export: no edit is active; name one.")
             if format == "errata":
                 ids, artifacts = [edit.id for edit in chosen], self.model.artifacts
-                return self.ledger.export(ids, path, artifacts, overwrite=overwrite)
-            return export.export_peft(self.model, chosen, Path(path), overwrite, **options)
+                return self.ledger.export(ids, target, artifacts, overwrite=overwrite)
+            return export.export_peft(self.model, chosen, target, overwrite, **options)
 
     def import_(self, path: str | Path) -> list[Edit]:
         """Take the edits of an exported file into the ledger, inactive.
@@ -431,7 +432,7 @@ class Editor(Described):
         """
         with self._changing("import"):
             carried: dict[str, bytes] = {}
-            pairs = self.ledger.read_export(Path(path), carried)
+            pairs = self.ledger.read_export(path_of(path, "path"), carried)
             for edit, delta in pairs:
                 check_fingerprint(self.model, edit.bind(delta), carried)
             with self.ledger.transaction():
@@ -442,7 +443,7 @@ class Editor(Described):
     def merge(self, path: str | Path, overwrite: bool = False) -> Path:
         """Write the edited model as a plain Hugging Face checkpoint, tokenizer included."""
         with self.model.access.changing():
-            return export.merge_checkpoint(self.model, Path(path), overwrite)
+            return export.merge_checkpoint(self.model, path_of(path, "path"), overwrite)
 
     # -- inside ----------------------------------------------------------------------------------
 

@@ -65,7 +65,7 @@ class UnknownNameError(ErrataError, LookupError):
 
     def __init__(self, what: str, name: str, known: Iterable[str], hint: str = "") -> None:
         self.what = what
-        self.name = name
+        self.name = name = name if isinstance(name, str) else repr(name)
         self.known = sorted(known)
         close = difflib.get_close_matches(name[:LONGEST_NAME], self.known, n=1, cutoff=0.5)
         suggestion = f" Did you mean {close[0]!r}?" if close else ""

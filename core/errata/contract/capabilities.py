@@ -45,8 +45,8 @@ def check_capabilities(
                 f"{method} carries out requests of kind {', '.join(can.kinds)}; "
                 f"{request.text!r} is of kind {request.kind!r}."
             )
-    if batch_size is not None and batch_size < 1:
-        raise CapabilityError(f"batch_size={batch_size} is not allowed: give 1 or more.")
+    if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
+        raise CapabilityError(f"batch_size={batch_size!r} is not allowed: give 1 or more.")
     if batch_size is not None and batch_size > 1 and not can.batch:
         raise CapabilityError(
             f"{method} takes one request at a time, not {batch_size}: leave batch_size out."

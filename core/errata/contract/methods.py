@@ -12,6 +12,7 @@ from errata.contract.manager import Manager
 from errata.contract.meter import Meter
 from errata.edits.outcome import PeakMemoryReading
 from errata.edits.request import parse_requests
+from errata.model.arguments import check_name, mapping_of
 
 if TYPE_CHECKING:
     from errata.contract.config import MethodConfig
@@ -76,6 +77,8 @@ class Methods:
 
     def plugin(self, name: str) -> Any:
         """Return the plugin object of a method; raise as `errata.contract.plugins.load` does."""
+        if type(name) is not str:
+            check_name("method", name, plugins.installed())
         if name not in self._plugins:
             self._plugins[name] = plugins.load(name)
         return self._plugins[name]
@@ -121,6 +124,7 @@ class Methods:
         """
         config = self.plugin(name).config
         check_parts(name, self._registry, self._model)
+        overrides = mapping_of(overrides, "config")
         resolved, values = self._registry.resolve(name, config, self._facts(), overrides)
         settled, why = self._settle(self._model, name, resolved)
         written = settled.for_model(self._model.anatomy)

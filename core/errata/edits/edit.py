@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
 from errata.edits.outcome import Outcome
 from errata.edits.request import Request
 from errata.errors import IntegrityError, LedgerError, RequestError
+from errata.model.arguments import is_list
 from errata.model.display import Described, shortened
 
 if TYPE_CHECKING:
@@ -166,7 +167,9 @@ class LogEntry(NamedTuple):
 
 def requests_of(items: Request | Edit | Iterable[Request | Edit]) -> list[Request]:
     """Return the requests among requests and edits; raise `RequestError` when there are none."""
-    many = [items] if isinstance(items, (Request, Edit)) else list(items)
+    if not is_list(items) and not isinstance(items, (Request, Edit)):
+        raise RequestError(f"{items!r} is no request, no edit and no list of them.")
+    many = [items] if isinstance(items, (Request, Edit, Mapping)) else list(items)
     requests: list[Request] = []
     for item in many:
         requests += item.requests if isinstance(item, Edit) else [Request.parse(item)]

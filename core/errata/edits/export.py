@@ -12,7 +12,8 @@ from errata.edits.delta import AdapterDelta
 from errata.edits.factors import Change, changes
 from errata.edits.model_card import CARD_FILE, base_of, model_card
 from errata.edits.outputs import check_folder, write_folder
-from errata.errors import CapabilityError, UnknownNameError
+from errata.errors import CapabilityError
+from errata.model.arguments import check_name
 from errata.model.storage import write_bytes
 from errata.model.task import task_of_module
 
@@ -30,11 +31,9 @@ FORMATS = {"errata": (), "peft": ("rank", "error")}
 
 def check_format(format: str, options: Mapping[str, Any]) -> None:
     """Raise `UnknownNameError` for a format, or an option of it, that there is not."""
-    if format not in FORMATS:
-        raise UnknownNameError("export format", format, FORMATS)
+    check_name("export format", format, FORMATS)
     for option in options:
-        if option not in FORMATS[format]:
-            raise UnknownNameError(f"option of format {format!r}", option, FORMATS[format])
+        check_name(f"option of format {format!r}", option, FORMATS[format])
 
 
 def export_peft(

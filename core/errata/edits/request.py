@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from errata.edits.subjects import subject_place
 from errata.errors import RequestError, UnknownNameError
+from errata.model.arguments import is_list, is_whole, mapping_of
 from errata.model.display import Described, shortened
 from errata.model.joining import with_join
 
@@ -174,6 +175,8 @@ class Request(_Frozen):
                 f"prompt {self.prompt!r} has {self.prompt.count('{}')} places for the subject; "
                 "it needs exactly one {} (for example 'The capital of {} is')"
             )
+        if not is_whole(json.dumps(self.model_dump(), ensure_ascii=False)):
+            raise ValueError("a text holds half a character (a lone surrogate)")
         if not self.target_new.strip():
             raise ValueError("target_new is empty: say what the model should answer")
         return self
@@ -254,7 +257,7 @@ class Request(_Frozen):
         subject stands in it exactly once as words of its own. White space where prompt and answer
         meet is taken off, and a warning says so. Raises `RequestError` naming each wrong field.
         """
-        if not isinstance(value, Request):
+        if value is None or isinstance(value, Mapping):
             value = {**(value or {}), **fields}
         request, notes = parse_noting(value)
         warn_of_white_space(notes)
@@ -268,6 +271,11 @@ def parse_noting(value: Request | Mapping[str, Any]) -> tuple[Request, list[str]
     """
     if isinstance(value, Request):
         return _tidy(value)
+    if not isinstance(value, Mapping):
+        raise RequestError(
+            f"{value!r} is no request: give a Request, or a mapping with prompt, subject and "
+            "target_new."
+        )
     data = dict(value)
     unknown = [key for key in data if key not in Request.model_fields]
     if unknown:
@@ -297,6 +305,8 @@ def parse_requests(
     value: Request | Mapping[str, Any] | Iterable[Request | Mapping[str, Any]],
 ) -> list[Request]:
     """Return requests from one or many; refuse an empty list and exact duplicates."""
+    if not is_list(value) and not isinstance(value, Request):
+        raise RequestError(f"{value!r} is no request and no list of requests.")
     many = [value] if isinstance(value, (Request, Mapping)) else list(value)
     parsed = [parse_noting(item) for item in many]
     requests = [request for request, _ in parsed]
@@ -322,7 +332,7 @@ def parse_arguments(
     Returns (whether one request was meant, the requests, the hyper-parameters).
     """
     mine = {key: value for key, value in fields.items() if key in Request.model_fields}
-    overrides = {**config, **{k: v for k, v in fields.items() if k not in mine}}
+    overrides = mapping_of(config, "config") | {k: v for k, v in fields.items() if k not in mine}
     if isinstance(request, str):
         if request:
             mine["prompt"] = request

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from errata.contract.hooks import hookimpl
+from errata.errors import ConfigError
 from errata.evaluate.baseline import Baseline
 from errata.evaluate.protocols import PROTOCOLS
 from errata.evaluate.reader import MeasureSettings, Reader
+from errata.model.arguments import check_name
 
 if TYPE_CHECKING:
     from errata.contract.measurement import Measurement
@@ -30,6 +33,10 @@ class CoreMetrics:
     """
 
     def __init__(self, baseline: Baseline | None = None, **settings: Any) -> None:
+        if baseline is not None and not isinstance(baseline, Baseline):
+            raise ConfigError(f"{baseline!r} is no baseline: give one of errata.evaluate.Baseline.")
+        for name in settings:
+            check_name("setting", name, [field.name for field in fields(MeasureSettings)])
         self.baseline = baseline
         self.settings = baseline.settings if baseline else MeasureSettings(**settings)
 

@@ -30,6 +30,7 @@ from errata.locate.trace_settings import (
     TraceSettings,
     parse_settings,
 )
+from errata.model.arguments import check_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -220,8 +221,7 @@ def read_settings(config: Any) -> tuple[Locator, MethodConfig]:
         return LOCATORS["trace"], TraceSettings(seed=config.seed)
     given: dict[str, Any] = dict(config) if isinstance(config, Mapping) else {}
     name = given.pop("by", "trace")
-    if name not in LOCATORS:
-        raise UnknownNameError("locator", str(name), LOCATORS)
+    check_name("locator", name, LOCATORS)
     locator = LOCATORS[name]
     try:
         return locator, parse_settings(locator.config, given, name)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errata.errors import IntegrityError
+from errata.model.arguments import path_of
 from errata.model.scratch import default_directory
 from errata.model.storage import (
     make_folder,
@@ -30,7 +31,9 @@ class Artifacts:
     """
 
     def __init__(self, directory: Path | str | None = None) -> None:
-        self.directory = Path(directory) if directory is not None else default_directory()
+        self.directory = (
+            default_directory() if directory is None else path_of(directory, "artifacts")
+        )
 
     def path(self, key: tuple[str, ...]) -> Path:
         """Return the file of a key."""

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.modeling_outputs import BaseModelOutput
 
-from errata.errors import CapabilityError
+from errata.errors import CapabilityError, ConfigError
 from errata.model import prefix_sharing, tokens
 from errata.model.active_edits import ask
 from errata.model.answers import Generated
+from errata.model.arguments import texts_of
 from errata.model.chat import in_chat, turn_ends
 from errata.model.forward.inputs import decoder_prefix, takes_positions
 from errata.model.forward.resume import accepted
@@ -58,9 +59,21 @@ def generate(
     >>> generate(model, ["The capital of France is"])  # doctest: +SKIP
     [' Paris.']
     """
+    counts = {
+        "max_new_tokens": max_new_tokens,
+        "top_k": top_k,
+        "seed": seed,
+        "batch_size": batch_size,
+    }
+    for name, count in counts.items():
+        if type(count) is not int:
+            raise ConfigError(f"{name}={count!r} is not allowed: give a whole number.")
+    for name, share in (("temperature", temperature), ("top_p", top_p)):
+        if not isinstance(share, (int, float)):
+            raise ConfigError(f"{name}={share!r} is not allowed: give a number.")
     settings = GenerationSettings(
         max_new_tokens=max_new_tokens,
-        stop=tuple(stop),
+        stop=tuple(texts_of(stop, "stop")),
         sampling=Sampling(do_sample, temperature, top_k, top_p, seed),
         batch_size=batch_size,
     )

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from errata.errors import ConfigError, UnknownNameError
+from errata.errors import ConfigError
 from errata.model import gguf
 from errata.model.anatomy import Anatomy
+from errata.model.arguments import check_name
 from errata.model.artifacts import Artifacts
 from errata.model.checkpoint import read_config, read_module, read_tokenizer
 from errata.model.foreign_noise import quiet_loading
@@ -104,6 +105,8 @@ def load_model(
         module.to(_device(device))
     if isinstance(tokenizer, (str, Path)):
         tokenizer = read_tokenizer(str(tokenizer), trust_remote_code)
+    if not hasattr(tokenizer, "pad_token_id"):
+        raise ConfigError(f"{tokenizer!r} is no tokenizer: give one of transformers, or its place.")
     options.setdefault("name", name)
     anatomy = Anatomy.of(module, architectures)
     table: Any = anatomy.embedding(module)
@@ -194,15 +197,14 @@ def _prepared(tokenizer: PreTrainedTokenizerBase, rows: int, name: str) -> PreTr
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
-    if dtype not in DTYPES:
-        raise UnknownNameError("dtype", dtype, DTYPES)
+    check_name("dtype", dtype, DTYPES)
     return DTYPES[dtype]
 
 
 def _device(device: str | torch.device) -> torch.device:
     try:
         wanted = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ConfigError(f"{device!r} is no device: use 'cpu', 'cuda' or 'cuda:N'.") from error
     if wanted.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {device!r} was asked for, but no GPU is visible here.")

@@ -190,6 +190,33 @@ def read_tensors(path: Path, sha256: str | None = None) -> tuple[dict[str, Tenso
     return from_bytes(read_bytes(path, sha256), str(path))
 
 
+def read_whole(path: Path) -> bytes:
+    """Read a safetensors file of errata after its header said that it is as long as it should be.
+
+    What is no such file is refused unread, however long it is. Raises as `read_tensors` does.
+    """
+    try:
+        with path.open("rb") as handle:
+            size = os.fstat(handle.fileno()).st_size
+            (length,) = struct.unpack("<Q", handle.read(8).ljust(8, b"\0"))
+            head = handle.read(min(length, MAX_HEADER))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(f"Cannot read {path}: {reason}.") from error
+    _check_header(struct.pack("<Q", length) + head, str(path))
+    try:
+        header = json.loads(head)
+        ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
+        whole = 8 + length + max(ends, default=0)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+        raise IntegrityError(f"{path} is not a sound safetensors file: its header.") from None
+    if size != whole:
+        raise IntegrityError(
+            f"{path} is damaged: it has {size} bytes, its header speaks of {whole}."
+        )
+    return read_bytes(path)
+
+
 def sha256(data: bytes) -> str:
     """Return the SHA-256 of bytes as hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()

@@ -14,7 +14,7 @@ from errata.model.storage import (
     canonical,
     from_bytes,
     parse_json,
-    read_bytes,
+    read_whole,
     sha256,
     to_bytes,
     write_bytes,
@@ -99,7 +99,7 @@ def read_export(
     not installed, `LedgerError` for a file of a newer errata and `StorageError` when it cannot
     be read.
     """
-    return _unpack(read_bytes(Path(path)), kinds, str(path), {} if carried is None else carried)
+    return _unpack(read_whole(Path(path)), kinds, str(path), {} if carried is None else carried)
 
 
 def same(edit: Edit, parts: content.Parts, other: Edit, other_parts: content.Parts) -> bool:
