@@ -20,6 +20,7 @@ from errata.datasets import atlas
 from errata.zoo import MODELS
 from errata.zoo.pretrained import PRETRAINED
 from errata.zoo.world import make_world
+from tests.core.report_runs import simulated
 from tests.helpers import ROOT
 
 DATA = ROOT / "tests" / "data"
@@ -27,7 +28,6 @@ REAL = "smollm2-135m"
 """The pretrained model of the examples."""
 FASTER = {
     "--limit": "4", "--held-out": "1", "--probe": "1", "--steps": "2", "--device": "cpu",
-    "steps": "3",
 }  # fmt: skip
 """A test shows that an example works, not what it measures."""
 SLOW = ("bench", "demo", "zoo train", "locate --average", "locate --sweep", "locate --similar")
@@ -72,7 +72,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prepared")
     requests = atlas.requests(2)
     (folder / "requests.jsonl").write_text(
-        "".join(one.model_dump_json(exclude_defaults=True) + "\n" for one in atlas.requests(4)[2:])
+        "".join(one.model_dump_json(exclude_defaults=True) + "\n" for one in atlas.requests(3)[2:])
     )
     shutil.copy(folder / "requests.jsonl", folder / "facts.jsonl")
     (folder / "prompts.txt").write_text("".join(one.text + "\n" for one in requests))
@@ -82,8 +82,10 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         editor.export(folder / "two.errata")
     shutil.copy(folder / "two.errata", folder / "capital.errata")
     (folder / "ids.json").write_text(json.dumps(ids))
-    for name in ("first", "seed-0", "seed-1", "atlas-single", "atlas-sequential-100"):
-        shutil.copytree(DATA / "runs" / "single", folder / "runs" / name)
+    for seed, name in enumerate(("seed-0", "seed-1")):
+        simulated(folder / "runs" / name, cases=3, seed=seed)
+    for name in ("first", "atlas-single", "atlas-sequential-100"):
+        shutil.copytree(DATA / "runs" / "single", folder / "other-runs" / name)
     for name, source in (
         ("counterfact.json", "counterfact.json"),
         ("MQuAKE-CF-3k-v2.json", "mquake.json"),
@@ -122,11 +124,7 @@ def words_of(line: str, folder: Path) -> tuple[list[str], str | None]:
         words = [word.replace(short, name) if re.fullmatch(r"[0-9a-f,]+", word) else word
                  for word in words]  # fmt: skip
     for place, word in enumerate(words):
-        name, sign, _ = word.partition("=")
-        if words[place - 1] in FASTER:
-            words[place] = FASTER[words[place - 1]]
-        elif sign and words[place - 1] == "--set" and name in FASTER:
-            words[place] = f"{name}={FASTER[name]}"
+        words[place] = FASTER.get(words[place - 1], word)
     if words[:2] == ["zoo", "train"] and "--steps" not in words:
         words += ["--steps", FASTER["--steps"]]
     if words[0] == "bench" and "--limit" not in words:
@@ -152,6 +150,11 @@ def arrange(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
         pytest.skip("atlas-llama is not in this checkout: errata zoo train llama")
     if words[0] == "bench":
         shutil.rmtree(folder / "runs")
+    if words[0] == "export":
+        Path("two.errata").unlink()
+    for place, word in enumerate(words):
+        if words[0] == "report" and word.startswith("runs/") and not Path(word).exists():
+            words[place] = f"other-{word}"
     if words[0] in ("prepare", "locate", "import"):
         monkeypatch.setenv("ERRATA_MODEL", "atlas-gpt2")
 

@@ -395,6 +395,21 @@ def test_a_bad_guard_is_explained(guard: str, run: Run, checkpoint: Path) -> Non
     assert "norm" in edit(run, checkpoint, "--guard", guard, code=1).stderr
 
 
+def test_neighbours_and_checks_are_shown_after_an_edit(run: Run, run_json: Run) -> None:
+    fact = ("edit", "The instrument of {} is", "-s", "Oswin Galdor", "-t", "harp")
+    loud = ("--method", "ft", "--set", "lr=0.05", "--set", "steps=10", "-m", "atlas-gpt2", *OFF)
+    check = ("--check", "The mayor of the city Oakmere is")
+    page = " ".join(run(*fact, *loud, *check).stdout.split())
+    assert "layer 1, a preset: measured on the embedded model" in page
+    assert "! new answer" in page
+    assert "Warning: 4 of 4 neighbours changed" in page
+    assert "The mayor of the city Oakmere is" in page
+    report = run_json(*fact, *loud, *check, "--dry-run")
+    assert [one["role"] for one in report["answers"]] == [
+        "request", *["neighbour"] * 4, "check",
+    ]  # fmt: skip
+
+
 def test_an_edit_without_effect_exits_5_and_says_so_last(run: Run, checkpoint: Path) -> None:
     command = ("edit", *FACT, "--method", "nudge", "--model", checkpoint)
     last = run(*command, "--guard", "perplexity=off", code=5).stdout.split("\n\n")[-1]

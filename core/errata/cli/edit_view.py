@@ -39,11 +39,11 @@ def edit_view(
         yield Text(render.OUTCOME_NOTE, style="muted")
         if len(edits) > MANY:
             yield f"… and {len(edits) - MANY} more: errata log"
-        if report.layer is not None:
-            yield render.facts([("layers", _layer(report.layer))])
+        yield render.facts(_layer(report.layer))
     if report.answers:
         yield ""
         yield render.titled("Answers", _answers(report), report.protocol)
+        yield ""
         yield from _neighbours(report)
     if not applied:
         yield f"Recorded, not on the model. Put it on with: errata apply {edits[0].id}"
@@ -51,14 +51,15 @@ def edit_view(
     yield Text(f"{count} on {editor.model.name}; {kept}", style="muted")
 
 
-def idle_view(idle: Sequence[str], edits: Sequence[Edit]) -> Text:
+def idle_view(idle: Sequence[str], edits: Sequence[Edit], recorded: bool) -> Text:
     """Return the last line after edits of which some have no effect."""
     if len(edits) == 1:
         what = "No effect: the model does not give the new answer."
     else:
         what = f"{len(idle)} of {len(edits)} edits have no effect: {render.names(idle)}."
     off = f"errata revert {' '.join(idle[:3])}{' …' if len(idle) > 3 else ''}"
-    advice = f" Take off what does not help ({off}), or try another layer, more steps or a method."
+    first = f" Take off what does not help: {off}." if recorded else ""
+    advice = f"{first} Try another layer, more steps, or another method."
     return Text.assemble((what, "bad"), advice)
 
 
@@ -66,8 +67,7 @@ def _one_edit(edit: Edit, layer: LayerChoice | None) -> Iterator[Any]:
     yield Text.assemble((edit.id, "accent"), "  ", (render.short_request(edit), "head"))
     cost = f"{render.size(edit.nbytes)}, {render.seconds(edit.seconds)}"
     rows: list[tuple[str, Any]] = [("made", f"{edit.method}, {edit.delta_kind}, {cost}")]
-    if layer is not None:
-        rows.append(("layer" if len(layer.layers) == 1 else "layers", _layer(layer)))
+    rows += _layer(layer)
     rows += render.outcome(edit)
     outcome = edit.outcome
     if outcome.supersedes:
@@ -81,22 +81,23 @@ def _one_edit(edit: Edit, layer: LayerChoice | None) -> Iterator[Any]:
     yield render.facts(rows)
 
 
-def _layer(choice: LayerChoice) -> Text:
+def _layer(choice: LayerChoice | None) -> list[tuple[str, Any]]:
     """Return where the edit was made and who chose it; after a rule, how to find a better one."""
-    numbers = ", ".join(map(str, choice.layers))
-    if choice.chosen_by == "rule":
-        return Text.assemble(
-            f"{numbers}, by a rule of thumb: no preset fits this model. Facts that the model "
-            "knows, one JSON object a line, find a better one: ",
-            (choice.advice, "accent"),
-        )
+    if choice is None:
+        return []
     by = {
+        "rule": "by a rule of thumb: no preset fits this model",
         "preset": f"a preset: {choice.source}",
         "sweep": f"a sweep of this model: {choice.source.removeprefix('auto: ')}",
         "argument": "as you said",
         "default": "the method's default",
     }[choice.chosen_by]
-    return Text(f"{numbers}, {by}")
+    name = "layer" if len(choice.layers) == 1 else "layers"
+    rows: list[tuple[str, Any]] = [(name, f"{', '.join(map(str, choice.layers))}, {by}")]
+    if choice.advice:
+        rows.append(("better", Text.assemble((choice.advice, "accent"),
+                     "  (facts that the model knows, one JSON object a line)")))  # fmt: skip
+    return rows
 
 
 def _answers(report: EditReport) -> Any:

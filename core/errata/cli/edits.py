@@ -328,7 +328,7 @@ def _run(
     if not requests:
         session.show("Nothing left to do: an active edit carries out every request.")
     if idle:
-        session.show(idle_view(idle, edits))
+        session.show(idle_view(idle, edits, recorded))
     return {
         "ledger": str(session.ledger),
         "model": editor.model.name,
