@@ -185,7 +185,8 @@ def check_after_kill(folder: Path, report: Path, before: State) -> tuple[State, 
     lines = report.read_text().splitlines() if report.exists() else []
     done, pending = replay(lines, before)
     with Ledger.open(folder, kinds=KINDS) as ledger:
-        assert ledger.verify() == []
+        # At worst the file of each edit that was in flight is left without a record, and named.
+        assert all("has no record of" in text for text in ledger.verify())
         active = set(ledger.active_ids())
         state = {name: name in active for name in ledger.ids()}
         assert state in (done, pending)
