@@ -205,6 +205,8 @@ def test_killed_at_random_moments_it_holds_every_edit_reported_as_done(
     state: State = {}
     for kill in range(kills):
         child = writers.start(do="write", ledger=folder, report=report, seed=kill)
+        if kill % 2:  # on a busy machine the pause alone may end before anything is written
+            wait_for(report)
         time.sleep(choose.uniform(0, 0.15))
         os.kill(child, signal.SIGKILL)
         assert writers.wait() == -signal.SIGKILL
@@ -251,6 +253,9 @@ def test_a_limit_on_file_sizes_stops_the_writer_with_one_clear_error(
     assert writers.wait() == 0
     assert report.read_text() == "StorageError"
     with Ledger.open(folder, kinds=KINDS) as ledger:
+        # A commit that failed may yet be on the disk, so its file stays.
+        assert all("has no record of 1 of the files" in text for text in ledger.verify())
+        ledger.recover()
         assert ledger.verify() == []
         before = len(ledger.edits())
         assert before > 0

@@ -120,6 +120,8 @@ def test_the_command_line_recovers(tmp_path: Path) -> None:
     lost = run.invoke(app, ["log", "--ledger", str(folder)])
     assert lost.exit_code == 1
     assert "log --recover" in " ".join(lost.output.split())
+    examined = run.invoke(app, ["doctor", "--ledger", str(folder), "--json"])
+    assert any("log --recover" in text for text in json.loads(examined.stdout)["problems"])
     back = run.invoke(app, ["log", "--ledger", str(folder), "--recover", "--json"])
     assert back.exit_code == 0, back.output
     assert IDS[2] in back.output
