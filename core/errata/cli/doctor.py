@@ -19,6 +19,7 @@ from errata import __version__
 from errata.cli import render
 from errata.cli.session import LEDGER, Session, command, remembered
 from errata.contract import plugins
+from errata.edits.ledger.files import refuse_lost_database
 from errata.errors import ErrataError
 from errata.model.scratch import default_directory
 
@@ -135,9 +136,10 @@ def _registry(problems: list[str]) -> dict[str, Any]:
 
 def _ledger(session: Session, problems: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {"path": str(session.ledger), "present": session.has_ledger()}
-    if not found["present"]:
-        return found
     try:
+        if not found["present"]:
+            refuse_lost_database(session.ledger)
+            return found
         with session.read_ledger(kinds=True) as ledger:
             trouble = ledger.verify()
             found.update(

@@ -11,6 +11,7 @@ from rich.text import Text
 from errata.cli import render
 from errata.cli.edits import edit_json
 from errata.cli.session import DAMAGED, LEDGER, MODEL, Session, command, remembered
+from errata.errors import LedgerError
 
 if TYPE_CHECKING:
     from errata.edits.edit import Edit
@@ -34,7 +35,8 @@ def add(app: typer.Typer) -> None:
         "log",
         panel=PANEL,
         shared=LEDGER,
-        examples="errata log\nerrata log --active --json | jq '.edits[].id'\nerrata log --refused",
+        examples="errata log\nerrata log --active --json | jq '.edits[].id'\nerrata log --refused\n"
+        "errata log --recover",
     )(log)
     command(app, "show", panel=PANEL, shared=LEDGER, examples="errata show 3f2a")(show)
     command(
@@ -55,12 +57,24 @@ def log(
     limit: Annotated[
         int | None, typer.Option("--limit", "-n", min=1, help="Only the last N edits.")
     ] = None,
+    recover: Annotated[
+        bool,
+        typer.Option(
+            "--recover", help="First take edits whose records were lost back in from their files."
+        ),
+    ] = False,
 ) -> None:
     """List the edits of the ledger, and which are on the model.
 
     In their order, with what each conflicts with (the same fact, another target) or overlaps
     (nearly the same key). Loads no model.
+
+    With --recover, edits whose file is there and whose record was lost (with the database, or
+    its write-ahead file) are recorded again, after those that are there and off the model: a
+    file does not tell whether its edit was reverted since. errata apply ID puts one on.
     """
+    if recover:
+        _recover(session)
     with session.read_ledger() as ledger:
         shown, on = ledger.edits(limit, active=active), set(ledger.active_ids())
         total, stale = len(ledger.ids()), set(ledger.stale_ids())
@@ -93,6 +107,22 @@ def log(
     if stale:
         note = "computed on top of edits that are off; errata rebase computes them again"
         session.show(Text(f"\n{len(stale)} stale: {note}", style="warn"))
+
+
+def _recover(session: Session) -> None:
+    """Take edits back in from their files, and say which."""
+    from errata.edits.delta_kinds import DeltaKinds
+    from errata.edits.ledger import Ledger
+
+    if not session.ledger.is_dir():
+        raise LedgerError(f"There is no folder {str(session.ledger)!r}: name one with --ledger.")
+    with Ledger.open(session.ledger, kinds=DeltaKinds(), recover=True) as ledger:
+        records, refused = ledger.recover()
+    for why in refused.values():
+        session.say(f"Not taken back: {why}", "warn")
+    ids = ", ".join(edit.id for edit in records[-5:])
+    more = f" (the last: {ids}); they are off the model: errata apply ID" if records else ""
+    session.say(f"{render.count(len(records), 'edit')} taken back from files{more}", "head")
 
 
 def _log_table(edits: list[Edit], on: set[str], stale: set[str], wide: bool) -> Any:

@@ -183,6 +183,9 @@ class Session:
         from errata.edits.ledger import Ledger
 
         if not self.has_ledger():
+            from errata.edits.ledger.files import refuse_lost_database
+
+            refuse_lost_database(self.ledger)
             raise LedgerError(
                 f"There is no ledger in {str(self.ledger)!r}: the first `errata edit` makes one; "
                 "name another folder with --ledger or the environment variable ERRATA_LEDGER."

@@ -24,6 +24,7 @@ import torch
 from errata.edits.delta.base import Delta, require
 from errata.edits.delta.key_value_joint import Joint
 from errata.edits.delta.key_values import PARTS, KeyValues
+from errata.errors import IntegrityError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -165,17 +166,13 @@ class KeyValueDelta(Delta):
 
 def _check_shapes(name: str, pair: KeyValues) -> None:
     k, w, r, s = (getattr(pair, part) for part in PARTS)
-    shapes = [tuple(tensor.shape) for tensor in (k, w, r, s)]
-    require(
-        k.ndim == 2
-        and len(k) > 0
-        and w.shape == k.shape
-        and r.ndim == 2
-        and len(r) == len(k)
-        and s.shape == k.shape[:1],
-        f"Keys, whitened keys, residuals and slacks of {name!r} have shapes {shapes}; they must "
-        "be (n, D), (n, D), (n, d) and (n,).",
-    )
+    fits = k.ndim == r.ndim == 2 and w.shape == k.shape and s.shape == r.shape[:1] == k.shape[:1]
+    if not fits or not k.shape[0]:
+        shapes = [tuple(tensor.shape) for tensor in (k, w, r, s)]
+        raise IntegrityError(
+            f"Keys, whitened keys, residuals and slacks of {name!r} have shapes {shapes}; they "
+            "must be (n, D), (n, D), (n, d) and (n,)."
+        )
     require(
         all(tensor.is_floating_point() for tensor in (k, w, r, s)),
         f"Keys, whitened keys, residuals and slacks of {name!r} must be floating point.",
@@ -183,8 +180,8 @@ def _check_shapes(name: str, pair: KeyValues) -> None:
     require(bool((s.double() >= 0).all()), f"A slack of {name!r} is negative or not a number.")
     own = (k.double() * w.double()).sum(1)
     # Not <=: what is not finite is named by `check`.
-    require(
-        not bool((own <= 0).any()),
-        f"A key of {name!r} has kᵀ M k = {float(own.min()):.3g}: it is zero, or lies outside what "
-        "the metric lets be written, so that nothing can be written there.",
-    )
+    if bool((own <= 0).any()):
+        raise IntegrityError(
+            f"A key of {name!r} has kᵀ M k = {float(own.min()):.3g}: it is zero, or lies outside "
+            "what the metric lets be written, so that nothing can be written there."
+        )

@@ -28,20 +28,30 @@ def take(delta: Delta) -> Parts:
     return Parts(delta.kind, delta.metadata(), delta.tensors())
 
 
-def encode(parts: Parts) -> bytes:
-    """Return a delta's parts as one safetensors file; refuse NaN and infinite entries."""
+def encode(parts: Parts, record: Mapping[str, Any]) -> bytes:
+    """Return a delta's parts as one safetensors file; refuse NaN and infinite entries.
+
+    The file also holds the edit's record, so that it can be taken back in (`Ledger.recover`)
+    when the database is lost.
+    """
     _require_finite(parts.tensors, f"A {parts.kind} delta")
-    return to_bytes(parts.tensors, {"kind": parts.kind, "metadata": parts.metadata})
+    header = {"kind": parts.kind, "metadata": parts.metadata, "record": record}
+    return to_bytes(parts.tensors, header)
 
 
 def decode(data: bytes, kind: str, source: str) -> Parts:
     """Return the parts that `encode` wrote, of the kind that the record says, all finite."""
     tensors, header = from_bytes(data, source)
-    if set(header) != {"kind", "metadata"} or header["kind"] != kind:
+    if header.keys() - {"record"} != {"kind", "metadata"} or header["kind"] != kind:
         raise IntegrityError(
             f"{source} holds a delta of kind {header.get('kind')!r}; its record says {kind!r}."
         )
     return checked(kind, header["metadata"], tensors, source)
+
+
+def record_of(data: bytes, source: str) -> Any:
+    """Return the record that `encode` put beside a delta, not validated; None in older files."""
+    return from_bytes(data, source)[1].get("record")
 
 
 def checked(kind: str, metadata: Any, tensors: Mapping[str, Tensor], source: str) -> Parts:

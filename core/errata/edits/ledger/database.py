@@ -164,7 +164,7 @@ class Database:
 
     @contextmanager
     def _savepoint(self, connection: sqlite3.Connection) -> Iterator[None]:
-        before = self._last, self._tip
+        before, written = (self._last, self._tip), self.files.written
         self.rows("SAVEPOINT inner_change")
         try:
             yield
@@ -172,6 +172,7 @@ class Database:
             if connection.in_transaction:  # not after an error at which SQLite took all of it back
                 self.rows("ROLLBACK TO inner_change")
                 self.rows("RELEASE inner_change")
+                self.files.discard(written)
             self._last, self._tip = before
             raise
         self.rows("RELEASE inner_change")

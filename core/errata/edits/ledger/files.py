@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
-from errata.edits.ledger.schema import DATABASE
+from errata.edits.ledger.schema import DATABASE, DIGEST
 from errata.errors import IntegrityError, StorageError
 from errata.model.scratch import unfinished
 from errata.model.storage import make_folder, read_bytes, replace_whole, sha256, sync_folder
@@ -79,15 +79,30 @@ class DeltaFiles:
         self._fresh.clear()
         self._unsynced.clear()
 
-    def discard(self) -> None:
-        """Take away what a failed transaction wrote; a file left over would do no harm."""
-        for digest in self._fresh:
+    @property
+    def written(self) -> int:
+        """How many new files the transaction in progress has."""
+        return len(self._fresh)
+
+    def discard(self, since: int = 0) -> None:
+        """Take away what a failed transaction wrote, or its part since so many were `written`.
+
+        A file left over would do no harm, but be named as one without a record.
+        """
+        gone, self._fresh = self._fresh[since:], self._fresh[:since]
+        for digest in gone:
             if self._folder is None:
                 self._memory.pop(digest, None)
             else:
                 with suppress(OSError):
                     self._path(self._folder, digest).unlink(missing_ok=True)
-        self.settle()
+
+    def digests(self) -> set[str]:
+        """Return the SHA-256, by their names, of all files that are there."""
+        if self._folder is None:
+            return set(self._memory)
+        names = (path.stem for path in (self._folder / "blobs").glob("*/*.safetensors"))
+        return {name for name in names if DIGEST.fullmatch(name)}
 
     def orphans(self) -> list[Path]:
         """Return the half-written files; theirs are orphans only while the write lock is held."""
@@ -100,6 +115,8 @@ class DeltaFiles:
         return folder / f"blobs/{digest[:2]}/{digest}.safetensors"
 
 
+RECOVER = "`errata log --recover`, or `Ledger.open(folder, recover=True)` and its `recover`"
+"""What brings back edits whose files are there and whose records are not."""
 SMALLEST = 512
 """Bytes of the smallest page, and so of the smallest file, that SQLite writes."""
 
@@ -111,11 +128,14 @@ def refuse_lost_database(folder: Path) -> None:
         raise IntegrityError(f"{database} is not a file: {folder} is no ledger.")
     size = database.stat().st_size if database.exists() else 0
     if 0 < size < SMALLEST:  # SQLite takes such a stump for a new, empty database
-        raise IntegrityError(f"{database} was cut off: restore that file from a copy.")
+        raise IntegrityError(
+            f"{database} was cut off: restore that file from a copy, or take the edits back in "
+            f"from their files ({RECOVER})."
+        )
     if not size and any((folder / "blobs").glob("*/*.safetensors")):
         raise IntegrityError(
-            f"{folder} has deltas but no {DATABASE}: restore that file from a copy, or give "
-            "another folder."
+            f"{folder} has deltas but no {DATABASE}: restore that file from a copy, take the edits "
+            f"back in from their files ({RECOVER}), or give another folder."
         )
 
 

@@ -97,6 +97,11 @@ def translated(where: str, timeout: float = 0.0) -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         raise _translate(error, where, timeout) from error
+    except OverflowError:
+        raise IntegrityError(
+            f"The ledger {where} is damaged: one of its numbers is too large to be one that errata "
+            f"gave. Restore {DATABASE} from a copy."
+        ) from None
     except UnicodeError as error:
         raise LedgerError(f"Text that is not valid Unicode cannot be stored: {error}") from None
 

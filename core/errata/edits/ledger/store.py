@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,11 +13,12 @@ from errata.edits.ledger import content, exchange
 from errata.edits.ledger.check import problems
 from errata.edits.ledger.database import Database
 from errata.edits.ledger.files import PRIVATE_FOLDER, make_private, refuse_lost_database
+from errata.edits.ledger.recovery import lost_edits, lost_text
 from errata.edits.ledger.schema import KINDS, NOTE_KIND, Event, Row, edit_of, record_text
 from errata.errors import IntegrityError, LedgerError, StorageError, UnknownNameError
 from errata.model.artifacts import Artifacts
 from errata.model.scratch import sweep
-from errata.model.storage import make_folder, sha256
+from errata.model.storage import make_folder, parse_json, sha256
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
     Kinds = Mapping[str, type[Delta]]
 
+logger = logging.getLogger("errata")
 BATCH = 500  # SQLite limits how many variables a statement has
 EDIT_COLUMNS = "sequence, id, active, record, digest"
 HEX = frozenset("0123456789abcdef")
@@ -39,7 +42,7 @@ class Ledger:
 
     Every change is one transaction. The delta's file is complete and synced before the record
     that names it, so whatever is killed whenever, the ledger holds every edit whose `commit`
-    returned; at worst a file is left that no record names, and the next equal delta takes it.
+    returned; at worst a file is left that no record names (`lost`, `recover`).
 
     Each change first looks whether another process has changed the edits since this object last
     read them (`head`), and if so raises `LedgerChangedError` and writes nothing.
@@ -67,6 +70,7 @@ class Ledger:
         kinds: Kinds | None = None,
         timeout: float = 10.0,
         readonly: bool = False,
+        recover: bool = False,
     ) -> Self:
         """Open the ledger in a folder, made when missing; None keeps it in memory.
 
@@ -75,6 +79,7 @@ class Ledger:
             kinds: delta kinds by name; without them only records and events can be read.
             timeout: seconds to wait for another process that writes.
             readonly: never write; the ledger must exist.
+            recover: begin a new database where it is lost; `recover` then fills it.
 
         Raises `IntegrityError` for what is no ledger or a damaged one, `StorageError` when the
         disk refuses, `LedgerError` for one of a newer errata.
@@ -91,12 +96,15 @@ class Ledger:
             raise IntegrityError(f"{folder} is a file; a ledger is a folder. Give another path.")
         if not readonly:
             make_folder(folder, PRIVATE_FOLDER)
+        if not readonly and not recover:
             refuse_lost_database(folder)
-        database = Database(folder, timeout, readonly)
+        opened = cls(Database(folder, timeout, readonly), folder, known)
         if not readonly:
             make_private(folder)
             sweep()
-        return cls(database, folder, known)
+        if not recover and (lost := opened.lost()):
+            logger.warning("%s", lost_text(lost, opened.where))
+        return opened
 
     @property
     def head(self) -> int:
@@ -245,11 +253,13 @@ class Ledger:
 
     def delta(self, name: str) -> Delta:
         """Return the delta of an edit: its hash verified, its parts validated and finite."""
-        return self._delta(self.get(name))
+        return self.bound(self.get(name)).delta
 
     def bound(self, edit: Edit) -> Edit:
         """Return a record with its delta; raises as `delta` does."""
-        return edit.bind(self._delta(edit))
+        return edit.bind(
+            content.build(self._parts(edit), self.kinds, f"The delta of edit {edit.id}")
+        )
 
     def read_active(self, known: Collection[str] = ()) -> tuple[list[Edit], dict[str, str]]:
         """Read the active edits with their deltas, all but those `known` already.
@@ -315,7 +325,42 @@ class Ledger:
     def verify(self) -> list[str]:
         """Read everything and return what is wrong with it, in words; empty when all is sound."""
         database = self._database
-        return problems(database.ready(), self.where, database.files.read, self.kinds)
+        lost = self.lost()
+        found = problems(database.ready(), self.where, database.files.read, self.kinds)
+        return [*found, lost_text(lost, self.where)] if lost else found
+
+    # -- what a lost database leaves -------------------------------------------------------------
+
+    def lost(self) -> list[str]:
+        """Return the SHA-256 of the files of edits that no record names.
+
+        They are left when the database, or its write-ahead file, is lost, and one edit's when
+        its process is killed before the edit was reported as done.
+        """
+        there = self._database.files.digests()  # first: what is recorded meanwhile is not lost
+        query = 'SELECT substr(record, instr(record, \'"blob":"\') + 8, 64) FROM edits'
+        return sorted(there - {str(row[0]) for row in self._database.rows(query)})
+
+    def recover(self) -> tuple[list[Edit], dict[str, str]]:
+        """Take edits whose files no record names back into the ledger, in their order, inactive.
+
+        Inactive, because a file does not tell whether its edit was reverted since: `activate`
+        them, or `Editor.apply` each. They get new numbers after the edits that are there.
+
+        Returns:
+            The records, and the name of each file that cannot be taken back → the reason.
+        """
+        with self._database.write():
+            pairs, refused = lost_edits(self._database.files, self.lost(), self.kinds)
+            here = set(self.ids())
+            records = []
+            for edit, delta in pairs:
+                if edit.id in here:
+                    refused[edit.blob] = f"The ledger has another edit {edit.id} already."
+                    continue
+                here.add(edit.id)
+                records.append(self._insert(edit, delta, False, {"recovered": True}, edit.blob))
+        return records, refused
 
     # -- exchange --------------------------------------------------------------------------------
 
@@ -395,7 +440,15 @@ class Ledger:
                 self._database.add_event("apply" if active else "revert", name, {})
             return names
 
-    def _insert(self, edit: Edit, delta: Delta, active: bool, detail: Mapping[str, Any]) -> Edit:
+    def _insert(
+        self,
+        edit: Edit,
+        delta: Delta,
+        active: bool,
+        detail: Mapping[str, Any],
+        blob: str | None = None,
+    ) -> Edit:
+        """Record an edit, after writing its file unless it is there as `blob`."""
         content.check_kind(delta.kind, self.kinds)
         if edit.delta_kind != delta.kind:
             raise LedgerError(
@@ -403,12 +456,13 @@ class Ledger:
             )
         if self._database.rows("SELECT 1 FROM edits WHERE id = ?", (edit.id,)):
             raise LedgerError(f"Edit {edit.id} is in the ledger {self.where} already.")
-        # The file is complete, and synced before the record that names it is committed.
-        blob = self._database.files.write(content.encode(content.take(delta)))
         sequence = self.next_sequence
-        filled = edit.model_copy(
-            update={"sequence": sequence, "blob": blob, "nbytes": delta.nbytes}
-        )
+        filled = edit.model_copy(update={"sequence": sequence, "blob": "", "nbytes": delta.nbytes})
+        if blob is None:
+            # The file is complete, and synced before the record that names it is committed.
+            record = parse_json(record_text(filled))
+            blob = self._database.files.write(content.encode(content.take(delta), record))
+        filled = filled.model_copy(update={"blob": blob})
         text = record_text(filled)
         digest = sha256(text.encode())
         requests = [(request.digest, sequence) for request in dict.fromkeys(edit.requests)]
@@ -431,9 +485,6 @@ class Ledger:
             edit = edit_of(row)
             self._records[edit.id] = (row[4], edit)
         return edit
-
-    def _delta(self, edit: Edit) -> Delta:
-        return content.build(self._parts(edit), self.kinds, f"The delta of edit {edit.id}")
 
     def _parts(self, edit: Edit) -> content.Parts:
         source = f"The delta of edit {edit.id}"

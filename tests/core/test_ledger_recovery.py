@@ -1,0 +1,149 @@
+"""Edits whose files are there and whose records are lost: named, and taken back in."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import sqlite3
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from errata.cli.app import app
+from errata.edits.ledger import Ledger, content
+from errata.edits.ledger.schema import DATABASE
+from errata.errors import IntegrityError
+from errata.model.storage import sha256
+from tests.core.ledger_helpers import (
+    IDS,
+    add,
+    content_of,
+    open_,
+    same_delta,
+    small_delta,
+    small_edit,
+    three_edits,
+)
+
+
+def a_lost_tail(tmp_path: Path) -> tuple[Path, Ledger]:
+    """Return a ledger whose write-ahead file went with all that came after three edits."""
+    folder = three_edits(tmp_path / "ledger")
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    with open_(folder) as whole:
+        add(whole, 2)
+        expected = whole.edits()
+    for blob in (folder / "blobs").rglob("*.safetensors"):
+        there = copy / blob.relative_to(folder)
+        there.parent.mkdir(exist_ok=True)
+        shutil.copy(blob, there)
+    return copy, expected
+
+
+def test_edits_of_a_lost_write_ahead_file_are_named_and_taken_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, expected = a_lost_tail(tmp_path)
+    with caplog.at_level(logging.WARNING, "errata"), open_(folder) as ledger:
+        assert "has no record of 2 of the files" in caplog.text
+        assert "errata log --recover" in caplog.text
+        assert ledger.ids() == IDS
+        (problem,) = ledger.verify()
+        assert "has no record of 2 of the files" in problem
+        records, refused = ledger.recover()
+        assert refused == {}
+        assert records == expected[3:]  # to the last field
+        assert ledger.edits() == expected
+        assert ledger.active_ids() == [IDS[0], IDS[2]]  # what was reverted since is not known
+        assert all(same_delta(ledger.delta(e.id), small_delta(e.sequence)) for e in records)
+        assert ledger.verify() == []
+        assert ledger.recover() == ([], {})
+
+
+def test_a_whole_lost_database_comes_back_in_the_order_of_its_edits(tmp_path: Path) -> None:
+    folder = three_edits(tmp_path / "ledger")
+    with open_(folder) as ledger:
+        expected = ledger.edits()
+    (folder / DATABASE).unlink()
+    with pytest.raises(IntegrityError, match=r"errata log --recover.*recover=True"):
+        open_(folder)
+    with open_(folder, recover=True) as ledger:
+        records, refused = ledger.recover()
+        assert (records, refused) == (expected, {})
+        assert ledger.active_ids() == []
+    with open_(folder) as ledger:
+        assert ledger.verify() == []
+        assert ledger.edits() == expected
+
+
+def test_what_is_not_sound_is_refused_by_name_and_the_rest_comes_back(tmp_path: Path) -> None:
+    folder = three_edits(tmp_path / "ledger")
+    with open_(folder) as ledger:
+        blobs = [edit.blob for edit in ledger.edits()]
+        record = json.loads(ledger.edits()[0].model_dump_json())
+    (folder / DATABASE).unlink()
+    damaged = folder / "blobs" / blobs[1][:2] / f"{blobs[1]}.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    parts = content.take(small_delta(50))
+    forged = {
+        "older": content.encode(parts, None),  # type: ignore[arg-type]
+        "no record": content.encode(parts, {**record, "id": "../../etc"}),
+        "another kind": content.encode(parts, {**record, "delta_kind": "dense"}),
+        "another size": content.encode(parts, {**record, "nbytes": 1}),
+        "twice": content.encode(parts, {**record, "sequence": 9, "nbytes": small_delta(50).nbytes}),
+    }
+    for data in forged.values():
+        digest = sha256(data)
+        there = folder / "blobs" / digest[:2] / f"{digest}.safetensors"
+        there.parent.mkdir(exist_ok=True)
+        there.write_bytes(data)
+    with open_(folder, recover=True) as ledger:
+        records, refused = ledger.recover()
+        assert [edit.id for edit in records] == [IDS[0], IDS[2]]
+        reasons = {name: refused[sha256(data)] for name, data in forged.items()}
+        assert "earlier errata" in reasons["older"]
+        assert "no sound record: id" in reasons["no record"]
+        assert "of kind 'low_rank'" in reasons["another kind"]
+        assert "its record says 1" in reasons["another size"]
+        assert "already" in reasons["twice"]
+        assert "SHA-256" in refused[blobs[1]]
+        assert len(refused) == 6
+
+
+def test_the_command_line_recovers(tmp_path: Path) -> None:
+    folder = three_edits(tmp_path / "ledger")
+    (folder / DATABASE).unlink()
+    run = CliRunner()
+    lost = run.invoke(app, ["log", "--ledger", str(folder)])
+    assert lost.exit_code == 1
+    assert "log --recover" in " ".join(lost.output.split())
+    examined = run.invoke(app, ["doctor", "--ledger", str(folder), "--json"])
+    assert any("log --recover" in text for text in json.loads(examined.stdout)["problems"])
+    back = run.invoke(app, ["log", "--ledger", str(folder), "--recover", "--json"])
+    assert back.exit_code == 0, back.output
+    assert IDS[2] in back.output
+    after = run.invoke(app, ["log", "--ledger", str(folder), "--json"])
+    assert [edit["active"] for edit in json.loads(after.stdout)["edits"]] == [False] * 3
+
+
+def test_a_number_that_no_ledger_gives_is_damage(tmp_path: Path) -> None:
+    folder = three_edits(tmp_path / "ledger")
+    with sqlite3.connect(folder / DATABASE) as connection:
+        connection.execute(f"UPDATE events SET number = {2**63 - 1} WHERE number = 1")
+    with open_(folder) as ledger:
+        before = content_of_rows(ledger)
+        with pytest.raises(IntegrityError, match="too large"):
+            ledger.commit(small_edit(), small_delta(9))
+        with pytest.raises(IntegrityError, match="digest does not follow"):
+            content_of(ledger)
+        assert ledger.verify()
+        assert content_of_rows(ledger) == before
+
+
+def content_of_rows(ledger: Ledger) -> list[object]:
+    return ledger._database.rows("SELECT * FROM edits") + ledger._database.rows(
+        "SELECT * FROM events"
+    )
