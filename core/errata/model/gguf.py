@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from errata.errors import ConfigError, MissingExtraError, StorageError
+from errata.model.foreign_noise import quiet_loading
 from errata.model.progress import Progress
 
 SUFFIX = ".gguf"
@@ -39,7 +40,7 @@ def checkpoint_of(file: Path, cache: Path, progress: Progress | None = None) -> 
         ConfigError: a file that is no GGUF, is cut short, or holds a model transformers does not
             open. StorageError: the checkpoint could not be written.
     """
-    progress = progress or Progress()
+    progress = Progress.of(progress)
     folder = cache / "gguf" / f"{file.stem}-{sha256_of(file)[:16]}"
     if not (folder / RECORD).is_file():
         convert(file, folder, progress)
@@ -54,7 +55,7 @@ def convert(file: Path, folder: Path, progress: Progress) -> None:
         raise MissingExtraError("Opening a GGUF file", "gguf", "gguf")
     try:
         quantised = quantisation(file)
-        with _reporting(progress, f"Dequantising {file.name} (once)"):
+        with quiet_loading(), _reporting(progress, f"Dequantising {file.name} (once)"):
             module, tokenizer = _opened(file)
     except (OSError, ValueError, KeyError, IndexError, RuntimeError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -129,9 +130,11 @@ def _opened(file: Path) -> tuple[Any, Any]:
     import transformers
 
     where, name = str(file.parent), file.name
-    tokenizer = transformers.AutoTokenizer.from_pretrained(where, gguf_file=name)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        where, gguf_file=name, trust_remote_code=False
+    )
     module = transformers.AutoModelForCausalLM.from_pretrained(
-        where, gguf_file=name, dtype=torch.float32
+        where, gguf_file=name, dtype=torch.float32, trust_remote_code=False
     )
     return module, tokenizer
 

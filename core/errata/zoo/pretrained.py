@@ -20,8 +20,8 @@ from types import MappingProxyType
 
 from errata.errors import StorageError
 from errata.model import gguf
-from errata.model.artifacts import default_directory
 from errata.model.progress import Progress
+from errata.model.scratch import default_directory
 
 MB = 1_000_000
 
@@ -80,7 +80,7 @@ class PretrainedModel:
 
         if self.is_present:
             return self.path
-        progress = progress or Progress()
+        progress = Progress.of(progress)
         parts = self.path.parent / f".{self.name}.parts"
         try:
             parts.mkdir(parents=True, exist_ok=True)
