@@ -50,17 +50,22 @@ def blocks() -> list[str]:
     return [block for page in pages for block in fence.findall(page.read_text(encoding="utf-8"))]
 
 
-def examples() -> list[Any]:
-    lines = dict.fromkeys(
+def lines_of(block: str) -> list[str]:
+    return [
         re.sub(r"\s+#\s.*", "", re.sub(r"\\\n\s*", "", text)).strip()
-        for block in [*help_pages(), *blocks()]
         for text in re.findall(r"(?:[^\n\\]|\\\n|\\.)+", re.sub(r"[ \t]+#\s.*", "", block))
-    )
+    ]
+
+
+def examples() -> list[Any]:
+    """The first example of each help page is in the default run; most others are slow."""
+    first = {lines_of(page)[0] for page in help_pages()}
+    lines = dict.fromkeys(line for block in [*help_pages(), *blocks()] for line in lines_of(block))
     found = []
     for line in lines:
         if not line.startswith(("errata ", "cat ")):
             continue
-        slow = any(set(name.split()) <= set(line.split()) for name in SLOW)
+        slow = any(set(name.split()) <= set(line.split()) for name in SLOW) or line not in first
         marks = [pytest.mark.real] if REAL in line else [pytest.mark.slow] if slow else []
         found.append(pytest.param(line, marks=marks, id=re.sub(r"[^\w.{} -]", "", line)[7:70]))
     return found

@@ -143,8 +143,9 @@ OFF = ("--guard", "perplexity=off", *IDLE)  # most tests are about other things
 
 
 def edit(run: Run, checkpoint: Path, *more: Any, code: int = 0) -> Any:
-    base = ("edit", *FACT, "--method", "nudge", "--model", checkpoint, *IDLE)
-    return run(*base, *(more or OFF), code=code)
+    base = ("edit", *FACT, "--method", "nudge", "--model", checkpoint)
+    quiet = () if "efficacy=off" in more else IDLE if more else OFF
+    return run(*base, *quiet, *more, code=code)
 
 
 # -- the shape of the command line -----------------------------------------------------------------
@@ -166,7 +167,7 @@ def test_the_commands_are_these() -> None:
     assert set(commands()) == {
         "demo", "edit", "revert", "apply", "rebase", "log", "show", "verify", "generate", "locate",
         "prepare", "diff", "evaluate", "bench", "report", "datasets", "export", "import", "merge",
-        "methods", "zoo list", "zoo path", "zoo train", "doctor",
+        "methods", "zoo list", "zoo get", "zoo path", "zoo train", "doctor",
     }  # fmt: skip
 
 

@@ -128,7 +128,7 @@ def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     letters = list(bytes_to_unicode().values())
-    tokens = [*letters, *(f"<{i}>" for i in range(VOCABULARY - len(letters)))]
+    tokens = [*letters, "ab", *(f"<{i}>" for i in range(VOCABULARY - len(letters) - 1))]
     kinds = [package.TokenType.NORMAL] * len(letters)
     kinds += [package.TokenType.CONTROL] * (VOCABULARY - len(letters))
     writer.add_tokenizer_model("gpt2")
