@@ -431,6 +431,7 @@ def test_across_domains_a_method_trains_on_one_dataset_and_edits_another(tmp_pat
     assert lines["learner|atlas|0|single|1|1"]["kind"] == "case"
 
 
+@pytest.mark.slow
 def test_cases_measured_together_are_told_apart(tmp_path: Path) -> None:
     from errata import Editor
     from errata.bench import measuring

@@ -87,6 +87,7 @@ def test_a_case_that_kills_every_worker_is_given_up_and_the_stream_goes_on(
     assert len(list(bench.run({**STREAM, "methods": dying}, tmp_path))) == len(lines)
 
 
+@pytest.mark.slow
 def test_an_error_about_the_run_comes_back_from_a_worker(tmp_path: Path) -> None:
     with pytest.raises(ErrataError, match="holds no model"):
         bench.run(short(model=str(tmp_path)), tmp_path / "run", engine=bench.ProcessEngine(1))

@@ -118,6 +118,7 @@ def test_a_stream_of_batches_goes_on_wherever_it_was_killed(runs: Runner, tmp_pa
         assert len(ledger.edits()) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [0, 3, 8])
 def test_a_results_file_that_lost_its_end_is_completed(
     whole: tuple[Path, float], tmp_path: Path, kept: int
@@ -270,6 +271,7 @@ def test_a_ledger_of_another_stream_is_refused(whole: tuple[Path, float], tmp_pa
 # -- the disk --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_damages_nothing(
     runs: Runner, whole: tuple[Path, float], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -180,6 +180,7 @@ def quantised(bits: int) -> tuple[Any, Any]:
 
 
 # bitsandbytes warns of casts on the CPU
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_quantised_model_is_edited_beside_its_weights(tmp_path: Path) -> None:
     fact = atlas.requests(1)[0]

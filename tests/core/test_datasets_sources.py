@@ -77,6 +77,7 @@ def cached(home: Path, repository: str, file: str, content: bytes) -> None:
     (folder / "refs" / "main").write_text(COMMIT)
 
 
+@pytest.mark.slow
 @needs_library
 def test_tables_and_folders_of_them(
     tmp_path: Path, offline: Callable[..., list[dict[str, Any]]]
@@ -142,6 +143,7 @@ def test_tables_of_the_hub_have_a_digest_of_their_rows(
     assert "has the splits train, test: choose one" in unsaid["error"]
 
 
+@pytest.mark.slow
 @needs_library
 def test_files_of_the_hub_are_read_as_published_and_offline_the_error_says_so(
     tmp_path: Path, offline: Callable[..., list[dict[str, Any]]]

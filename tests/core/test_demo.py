@@ -89,6 +89,7 @@ def test_the_middle_edit_goes_first_and_the_base_comes_back(report: dict[str, An
     assert report["bytes"] > 1_000_000
 
 
+@pytest.mark.slow
 def test_people_see_the_steps_and_the_verdict() -> None:
     page = " ".join(run("--method", "rome", "--seed", "1").stdout.split())
     for text in (

@@ -68,7 +68,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=sampled(FAMILIES))
 def any_model(request: pytest.FixtureRequest, cache: Path) -> Model:
     return build_model(request.param, cache, torch.float64)
 
@@ -213,7 +213,7 @@ def test_scoring_refuses_what_it_cannot_score(tiny: Model) -> None:
 # -- generation ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("bert", "roberta")])
+@pytest.mark.parametrize("family", sampled([f for f in FAMILIES if f not in ("bert", "roberta")]))
 def test_generation_is_the_same_batched_alone_and_by_transformers(family: str, cache: Path) -> None:
     model = build_model(family, cache)
     wide = Stack.on(Model(copy.deepcopy(model.module).double(), model.tokenizer, model.anatomy))
@@ -569,6 +569,7 @@ def test_the_metrics_come_in_through_the_hook(tiny: Model) -> None:
 # -- comparing with the base ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_model_is_compared_with_its_base_and_never_with_itself(cache: Path) -> None:
     model = build_model("gpt2", cache)
     requests = [known_request()]
@@ -625,6 +626,7 @@ def test_a_weight_left_from_an_edit_is_not_taken_for_the_base(cache: Path) -> No
         CoreMetrics(texts=TEXTS).evaluate(model, [known_request()], ["general"])
 
 
+@pytest.mark.slow
 def test_a_baseline_of_another_model_is_refused(cache: Path) -> None:
     baseline = Baseline.capture(build_model("gpt2", cache), [known_request()], texts=())
     assert baseline.memory.nlls == {}

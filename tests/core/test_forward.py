@@ -105,7 +105,7 @@ def check_all_layers(model: Model, *, reuse: bool, tolerance: float = 1e-5) -> N
 # -- resumed runs ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sampled(FAMILIES))
 def test_resuming_equals_the_full_run(family: str, tmp_path: Path) -> None:
     check_all_layers(build_model(family, tmp_path), reuse=family in DECODERS)
 

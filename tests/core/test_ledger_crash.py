@@ -76,6 +76,7 @@ def wait_for(path: Path, text: str = "") -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 def test_a_second_writer_waits_and_then_succeeds(tmp_path: Path, writers: Writers) -> None:
     held, release = tmp_path / "held", tmp_path / "release"
     with Ledger.open(tmp_path / "ledger", kinds=KINDS, timeout=60) as ledger:
@@ -245,6 +246,7 @@ def test_a_temporary_file_is_left_alone_while_its_writer_lives(
     assert not orphan.exists()
 
 
+@pytest.mark.slow
 def test_a_limit_on_file_sizes_stops_the_writer_with_one_clear_error(
     tmp_path: Path, writers: Writers
 ) -> None:

@@ -85,6 +85,7 @@ def test_an_export_does_not_overwrite_unless_told(ledger: Ledger, tmp_path: Path
         ledger.export([first.id], tmp_path / "missing" / "x.errata")
 
 
+@pytest.mark.slow
 def test_hundreds_of_edits_fit_into_one_file(tmp_path: Path) -> None:
     with Ledger.open(None, kinds=KINDS) as ledger, Ledger.open(None, kinds=KINDS) as other:
         edits = add(ledger, 300)

@@ -231,6 +231,7 @@ def test_every_relation_of_counterfact_and_pararel_has_a_name() -> None:
     assert len({names[0] for names in NAMES.values()}) == len(NAMES)
 
 
+@pytest.mark.slow
 def test_real_rake_is_whole() -> None:
     path = shared_path("data", "counterfact", "counterfact_full_2393.json")
     data = load("rake", path, pararel=str(shared_path("data", "pararel")))

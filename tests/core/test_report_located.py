@@ -116,6 +116,7 @@ def test_runs_and_places_stand_on_one_page(files: dict[str, Path]) -> None:
     assert with_places.as_json()["located"][0]["path"] == str(files["sweep"])
 
 
+@pytest.mark.slow
 def test_texts_of_others_stay_texts(files: dict[str, Path], tmp_path: Path) -> None:
     for number, text in enumerate([*HOSTILE, "$x^2$", "a $ b", "$\\frac$"]):
         data = json.loads(files["trace"].read_text())

@@ -89,6 +89,7 @@ def small_windows(monkeypatch):
 # -- what is measured ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_parity_with_the_authors_code(tmp_path):
     folder = GOLDEN
     module = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")

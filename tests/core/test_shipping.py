@@ -213,6 +213,7 @@ def test_what_cannot_be_a_lora_adapter_is_said(cache: Path, tmp_path: Path) -> N
         export_peft(model, [good], tmp_path / "d")
 
 
+@pytest.mark.slow
 def test_an_editor_exports_what_is_on_the_model(tmp_path: Path) -> None:
     requests = atlas.requests(3)
     with Editor("atlas-gpt2", artifacts=tmp_path) as editor:

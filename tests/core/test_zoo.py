@@ -84,6 +84,7 @@ def test_names_share_their_last_word(world: World) -> None:
         assert min(last.count(word) for word in last) >= 4
 
 
+@pytest.mark.slow
 def test_held_out_phrasings_are_in_no_training_text(world: World) -> None:
     documents = corpora.write_documents(world, random.Random(5), restricted_share=0.0)
     text = "\n".join(next(documents).text for _ in range(3000))
@@ -159,6 +160,7 @@ def test_unknown_names_get_a_suggestion() -> None:
         zoo.text_path("held_out")
 
 
+@pytest.mark.slow
 def test_a_packed_document_sees_only_itself(world: World, tokenizer: Any) -> None:
     corpus = corpora.Corpus(world, tokenizer, prose_share=0.3, restricted_share=0.0)
     batch = corpus.batch(0, rows=6, length=64)
@@ -173,6 +175,7 @@ def test_a_packed_document_sees_only_itself(world: World, tokenizer: Any) -> Non
     assert (batch.labels[:, :-1][~follows] == corpora.IGNORED).all()
 
 
+@pytest.mark.slow
 def test_restricted_attention_hides_all_but_the_last_token_of_a_mention(
     world: World, tokenizer: Any
 ) -> None:
@@ -188,6 +191,7 @@ def test_restricted_attention_hides_all_but_the_last_token_of_a_mention(
     assert corpus.batch(0, 4, 64).allowed.sum() < ordinary.batch(0, 4, 64).allowed.sum()
 
 
+@pytest.mark.slow
 def test_batches_depend_on_seed_and_step_only(world: World, tokenizer: Any) -> None:
     one, two = (corpora.Corpus(world, tokenizer, seed=4) for _ in range(2))
     one.batch(0, 2, 32)

@@ -105,6 +105,7 @@ def test_a_trained_model_changes_its_answer_and_keeps_the_others() -> None:
     assert kept >= 0.7 * 3 * (sum(before) - 1)
 
 
+@pytest.mark.slow
 def test_several_requests_make_one_adapter(model: Model) -> None:
     delta = train(model, CAPITAL, MUSIC, TONGUE, batch_size=2, steps=40)
     assert delta.config["total_step"] == 2 * 40
@@ -112,6 +113,7 @@ def test_several_requests_make_one_adapter(model: Model) -> None:
     assert hold(model, CAPITAL, MUSIC, TONGUE) == [True] * 3
 
 
+@pytest.mark.slow
 def test_later_edits_are_trained_on_top_of_earlier_ones(model: Model) -> None:
     first = train(model, CAPITAL)
     alone = train(model, MUSIC)

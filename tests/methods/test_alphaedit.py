@@ -27,6 +27,7 @@ TINY = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_parity_with_the_authors_code_over_two_batches(tmp_path: Path) -> None:
     tensors, about, requests, settings = recorded("5_emmet_alphaedit/alphaedit_L0-1_l2_0.1")
     given = about["hparams"]

@@ -24,6 +24,7 @@ from tests.methods.test_memit import REQUESTS
 BARE = {"contexts": ("{}",), "layers": (1,), "steps": 4, "weight_decay": 0.0, "tokens": 200}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["emmet_L1_lam100_batch8", "emmet_L0-1_lam100_batch8"])
 def test_parity_with_the_authors_code(name: str, tmp_path: Path) -> None:
     tensors, about, requests, settings = recorded(f"5_emmet_alphaedit/{name}")

@@ -157,6 +157,7 @@ def test_half_precision_models_can_be_edited(dtype: torch.dtype, tmp_path: Path)
     assert hold(model, CAPITAL) == [True]
 
 
+@pytest.mark.slow
 def test_one_seed_gives_one_difference(model: Model) -> None:
     requests = [CAPITAL, MUSIC, TONGUE]
     state = torch.random.get_rng_state()
@@ -195,6 +196,7 @@ def test_no_entry_leaves_the_box(epsilon: float, model: Model) -> None:
     assert largest == torch.tensor(epsilon)  # some entries lie on the wall: the box is at work
 
 
+@pytest.mark.slow
 def test_edits_in_sequence_share_the_box_around_the_base(model: Model) -> None:
     epsilon = 0.02
     values = {"variant": "ft-l", "norm_constraint": epsilon, "early_stop": False}
@@ -249,6 +251,7 @@ def test_the_fisher_diagonal_is_the_mean_squared_gradient(model: Model) -> None:
     torch.testing.assert_close(found, total / len(SENTENCES), rtol=1e-3, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_consolidation_pulls_towards_the_base(model: Model) -> None:
     fisher = fisher_of(model, [OUT], FtConfig(**FAST))
     spent, losses = [], []
@@ -283,6 +286,7 @@ def test_the_fisher_information_is_kept_and_belongs_to_the_base(
 # -- replaying, and batches ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_is_retained_suffers_less(model: Model) -> None:
     keep = ("The mother tongue of Danielle Darrieux is", "French")
 
@@ -301,6 +305,7 @@ def test_replaying_needs_text(tmp_path: Path) -> None:
         tune(model, CAPITAL, variant="ft-retrain")
 
 
+@pytest.mark.slow
 def test_a_batch_is_kept_better_breadth_first(model: Model) -> None:
     requests = [CAPITAL, MUSIC, TONGUE]
     values = {"batch_size": 1, "steps": 60}

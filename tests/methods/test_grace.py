@@ -111,7 +111,12 @@ class Recorded:
 
 
 @pytest.mark.parametrize(
-    "name", ["plain_replace_last", "plain_replace_prompt", "upstream_tokenize_replace_prompt"]
+    "name",
+    [
+        pytest.param("plain_replace_last", marks=pytest.mark.slow),
+        "plain_replace_prompt",
+        pytest.param("upstream_tokenize_replace_prompt", marks=pytest.mark.slow),
+    ],
 )
 def test_six_edits_agree_with_the_authors_code(name: str) -> None:
     recorded = Recorded(name)
@@ -165,6 +170,7 @@ def test_the_plain_cases_are_what_the_plugin_makes_of_the_requests() -> None:
         assert torch.equal(made.prompt.input_ids, wanted.prompt.input_ids)
 
 
+@pytest.mark.slow
 def test_taking_out_the_split_restores_the_recorded_radii() -> None:
     recorded = Recorded("plain_replace_last")
     deltas: list[CodebookDelta] = []
@@ -196,8 +202,17 @@ FAMILIES = ["gpt2", "gptj", "gpt_neox", "llama", "opt", "bloom", "gemma2", "t5",
 
 @pytest.mark.parametrize(
     ("family", "replacement"),
-    [(family, "replace_last") for family in FAMILIES]
-    + [(f, r) for f in ("gpt2", "t5", "bert") for r in ("replace_prompt", "replace_all")],
+    [("gpt2", "replace_last"), ("llama", "replace_last"), ("bert", "replace_last")]
+    + [
+        pytest.param(f, "replace_last", marks=pytest.mark.slow)
+        for f in FAMILIES
+        if f not in ("gpt2", "llama", "bert")
+    ]
+    + [
+        pytest.param(f, r, marks=pytest.mark.slow if f == "t5" else ())
+        for f in ("gpt2", "t5", "bert")
+        for r in ("replace_prompt", "replace_all")
+    ],
 )
 def test_an_edit_lowers_the_loss_is_pure_and_goes_without_trace(
     family: str, replacement: str, tmp_path: Path
@@ -222,6 +237,7 @@ def test_an_edit_lowers_the_loss_is_pure_and_goes_without_trace(
     assert score_targets(model, texts, targets) == base
 
 
+@pytest.mark.slow
 def test_the_loss_that_was_trained_is_the_loss_that_is_scored(tmp_path: Path) -> None:
     for family in ("gpt2", "llama", "bert"):
         model = build_model(family, tmp_path)
@@ -232,6 +248,7 @@ def test_the_loss_that_was_trained_is_the_loss_that_is_scored(tmp_path: Path) ->
             assert score.mean_nll == pytest.approx(delta.notes["loss"], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_edits_show_in_generation(tmp_path: Path) -> None:
     for family in ("gpt2", "llama"):
         model = build_model(family, tmp_path)
@@ -258,6 +275,7 @@ def test_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
     assert edited[0].mean_nll < base[0].mean_nll - 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", CLASSIFIERS)
 def test_a_classifier_learns_a_class(family: str, tmp_path: Path) -> None:
     model = build_model(family, tmp_path)
@@ -280,6 +298,7 @@ def test_a_classifier_learns_a_class(family: str, tmp_path: Path) -> None:
 # -- a sequence of edits -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_edits_of_one_call_equal_edits_one_after_the_other(tmp_path: Path) -> None:
     model = build_model("gpt2", tmp_path)
     again = Request(prompt="The capital of {} is", subject="France", target_new="Paris")
@@ -296,6 +315,7 @@ def test_edits_of_one_call_equal_edits_one_after_the_other(tmp_path: Path) -> No
         assert one.notes["losses"][0] == pytest.approx(other.notes["losses"][0], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_last_answer_to_a_prompt_counts_and_the_first_comes_back(tmp_path: Path) -> None:
     model = build_model("gpt2", tmp_path)
     deltas = edit(model, SHORT, OTHER, steps=60, eps=0.01)

@@ -69,6 +69,7 @@ def test_an_edit_takes_effect_and_plain_peft_computes_the_same(family: str, tmp_
     assert torch.equal(logits(model, model.module), base)
 
 
+@pytest.mark.slow
 def test_several_adapters_are_active_at_once_and_plain_peft_adds_them_up(
     model: Model, tmp_path: Path
 ) -> None:
@@ -107,6 +108,7 @@ def test_several_requests_make_one_adapter(model: Model) -> None:
     assert hold(model, CAPITAL, MUSIC, TONGUE) == [True] * 3
 
 
+@pytest.mark.slow
 def test_depth_first_trains_one_request_after_another(model: Model) -> None:
     deep = train(model, CAPITAL, MUSIC, order="depth-first", steps=40)
     assert not same(deep, train(model, CAPITAL, MUSIC, steps=40))

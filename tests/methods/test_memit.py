@@ -260,6 +260,7 @@ def test_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
 # -- options of the value ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_it_stops_when_the_target_comes_first_everywhere() -> None:
     model = load_model(zoo.model_path("atlas-gpt2"), architectures=architectures())
     requests = atlas.requests(3)
@@ -278,6 +279,7 @@ def test_it_stops_when_the_target_comes_first_everywhere() -> None:
         assert float(one.delta.norm()) < float(whole.delta.norm())
 
 
+@pytest.mark.slow
 def test_a_value_can_be_brought_to_the_usual_norm(tmp_path: Path) -> None:
     model = tiny("gpt2", tmp_path)
     norm = mean_norm(model, 1)

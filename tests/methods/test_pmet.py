@@ -74,6 +74,7 @@ def test_a_value_at_two_places_is_no_worse_than_at_one(tmp_path: Path) -> None:
         assert double.losses[-1][1] < single.losses[-1][1]
 
 
+@pytest.mark.slow
 def test_it_relaxes_and_stops_once_the_target_comes_first() -> None:
     model = load_model(zoo.model_path("atlas-gpt2"), architectures=architectures())
     settings = ValueSettings(layer=1, at="attention+mlp", steps=25, lr=0.2, clamp=15.0)
