@@ -470,10 +470,11 @@ def test_a_dataset_in_its_published_format_is_edited_and_measured(
 ) -> None:
     base = ("--model", checkpoint)
     source = f"counterfact={CASES / 'flat_paired_lists.json'}"
-    report = run_json("edit", "--dataset", source, "--limit", "1", "--method", "nudge", *base)
+    nudge = ("--method", "nudge", *IDLE)
+    report = run_json("edit", "--dataset", source, "--limit", "1", *nudge, *base)
     (edit,) = report["edits"]
     assert edit["requests"][0]["case_id"] == "17"
-    rest = run_json("edit", "--dataset", source, "--resume", "--method", "nudge", *base)
+    rest = run_json("edit", "--dataset", source, "--resume", *nudge, *base)
     assert (rest["skipped"], len(rest["edits"])) == (1, 1)
     measured = run_json("evaluate", "--dataset", source, "--limit", "1", "-p", "counterfact", *base)
     assert measured["requests"] == 1

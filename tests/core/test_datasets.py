@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import errata.datasets
 from errata import Request
-from errata.datasets import READERS, atlas, cases_of, dataset, load, pararel, probes, record
+from errata.datasets import READERS, atlas, cases_of, dataset, load, pararel, probes
 from errata.edits.subjects import subject_place as place
 from errata.errors import ConfigError, DatasetError, PluginError, UnknownNameError
 from errata.evaluate import PROTOCOLS
@@ -281,8 +281,8 @@ def test_the_subject_is_found(prompt: str, subject: str, found: tuple[str, str])
         ("New York, New York", "New York", "2 times"),
         ("Who is the mayor?", "Paris", "does not stand"),
         ("{} or {}", "Paris", "several"),
-        ("The artichoke", "art", "does not stand"),
-        ("The Finnish language", "Finn", "does not stand"),
+        ("The artichoke", "art", "part of another word"),
+        ("The Finnish language", "Finn", "part of another word"),
         ("the paris of the west, Paris Hall", "PARIS", "2 times"),
         ("The mayor is", " ", "empty"),
     ],
@@ -320,7 +320,7 @@ def test_every_reader_says_what_it_is_and_is_measured_by_known_protocols() -> No
     assert len(READERS) == len(list(READERS))
 
 
-@pytest.mark.parametrize("module", [errata.datasets, dataset, pararel, probes, record, atlas])
+@pytest.mark.parametrize("module", [errata.datasets, dataset, pararel, probes, atlas])
 def test_the_examples_in_docstrings_run(module: ModuleType) -> None:
     results = doctest.testmod(module)
     assert results.attempted > 0

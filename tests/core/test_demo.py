@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from errata import zoo
 from errata.cli.app import app
-from errata.cli.demo import METHODS, MODEL_NAME
+from errata.cli.demo import EMBEDDED_METHODS as METHODS
+from errata.cli.demo import MODEL_NAME
 from errata.evaluate import exact_match
 
 pytestmark = pytest.mark.skipif(
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def run(*words: str, code: int = 0) -> Any:
-    result = CliRunner().invoke(app, ["demo", *words])
+    result = CliRunner().invoke(app, ["demo", "--model", MODEL_NAME, *words])
     assert result.exit_code == code, f"{result.stdout}\n{result.stderr}\n{result.exception!r}"
     return result
 

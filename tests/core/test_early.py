@@ -24,7 +24,7 @@ def nothing_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.fail("a model was opened")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(errata.model.loading, "_from_pretrained", refuse)
+    monkeypatch.setattr(errata.model.loading, "read_module", refuse)
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def test_an_edit_takes_its_configuration_from_a_file(
         "norm_constraint: false\nkl_factor: 0\n"
     )
     fact = ("The capital of {} is", "-s", "France", "-t", "Rome", "--model", "model", "--json")
-    options = ("--config", "ft.yaml", "--set", "steps=2", "--guard", "norm=off")
+    options = ("--config", "ft.yaml", "--set", "steps=2", "--guard", "efficacy=off")
     (edit,) = json.loads(run("edit", *fact, *options).stdout)["edits"]
     assert edit["method"] == "ft"
     chosen = {name: edit["config"][name] for name in ("layers", "steps", "lr", "loss")}

@@ -19,6 +19,7 @@ PYTHON_ONLY = (
     "list(errata.datasets.load(", "Editor(…, branch=True)", "disabled() or only()",
     "ledger.delta(id)", "Baseline.capture(", "model.base_state()", "get_output_embeddings()",
     "corpus=[document, …]", "Editor(model, tokenizer)",
+    "module.resize_token_embeddings(len(tokenizer))",
 )  # fmt: skip
 
 

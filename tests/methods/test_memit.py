@@ -18,7 +18,7 @@ from errata.errors import CapabilityError, ConfigError
 from errata.kit.closed_form.deltas import key_values, low_rank
 from errata.kit.closed_form.layer_updates import LayerUpdate, Prompts, boundary, grouped, spread
 from errata.kit.closed_form.matrices import Columns, NormalMatrix
-from errata.kit.closed_form.statistics import known_keys, mean_norm
+from errata.kit.closed_form.statistics import known_keys, mean_norm, second_moment_weights
 from errata.kit.closed_form.target_values import MemitObjective, norm_anchored
 from errata.kit.values import EditFailed, OptimisedValue, ValueSettings, optimise_values
 from errata.model import Model
@@ -70,7 +70,7 @@ def stored(
 ) -> list[KeyValueDelta]:
     """Return the joint edits of some updates."""
     metrics = {layer: matrix.metric for layer, matrix in C.items()}
-    slack = config.second_moment_weight
+    slack = second_moment_weights(model, config)
     return key_values(model, updates, config, metrics=metrics, slack=slack)
 
 

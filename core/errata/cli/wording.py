@@ -6,6 +6,7 @@ import re
 
 WORDS: tuple[tuple[str, str], ...] = (
     (r"pass overwrite=True", "pass --overwrite"),
+    (r"trust_remote_code=True", "--trust-remote-code"),
     (r"supersede=True changes the model, apply=False does not",
      "--supersede changes the model, --no-apply does not"),
     (r"--skip-bad \(skip_bad=True\)", "--skip-bad"),

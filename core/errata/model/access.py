@@ -33,7 +33,7 @@ def claim(owner: object, tensors: Iterable[object]) -> None:
         if taken():
             raise ConfigError(
                 "Another editor has this model object (or a part of it): two of them would take "
-                "each other's edits for the base. Use that editor, close() it first, or load the "
+                "each other's edits for the base. Use that editor, close it first, or load the "
                 "model a second time."
             )
         _CLAIMED[owner] = wanted

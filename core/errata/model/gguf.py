@@ -23,7 +23,7 @@ RECORD = "errata-source.json"  # beside the checkpoint: where it came from
 
 def is_gguf(source: str | Path) -> bool:
     """Return whether a source names a GGUF file that is there."""
-    return str(source).endswith(SUFFIX) and Path(source).is_file()
+    return str(source).endswith(SUFFIX) and os.path.isfile(source)
 
 
 def checkpoint_of(file: Path, cache: Path, progress: Progress | None = None) -> Path:

@@ -18,6 +18,8 @@ from urllib.request import getproxies
 from errata.errors import ConfigError, UnknownNameError
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_LONGEST = 200
+"""Characters; the hub's own limit for a name is 96, and a file system's 255."""
 PATIENCE = 0.8
 """Seconds that the hub's host gets to say whether it is there; no answer counts as yes."""
 
@@ -37,10 +39,10 @@ def check_model_source(source: str, known: Collection[str] = ()) -> None:
             reach.
     """
     where = Path(source).expanduser()
-    if source in known or where.exists():
+    if source in known or os.path.exists(where):
         return
     if _is_path(source):
-        raise ConfigError(f"There is no folder {source!r}.{_nearby(where)}")
+        raise ConfigError(f"There is no folder {source[:_LONGEST]!r}.{_nearby(where)}")
     if _cached(source) or _hub_answers():
         return
     offline = _offline()
@@ -56,7 +58,7 @@ def _is_path(source: str) -> bool:
     separators = {os.sep, os.altsep or os.sep}
     if source.startswith((".", "~", *separators)) or source.endswith(tuple(separators)):
         return True
-    if not _HUB_NAME.fullmatch(source):
+    if len(source) > _LONGEST or not _HUB_NAME.fullmatch(source):
         return True
     owner = Path(source).parent
     return owner != Path() and owner.is_dir()
@@ -65,7 +67,7 @@ def _is_path(source: str) -> bool:
 def _nearby(where: Path) -> str:
     """Return a suggestion: an entry beside it with a similar name, or how far the path leads."""
     parent = where.parent
-    if not parent.is_dir():
+    if not os.path.isdir(parent):
         return ""
     try:
         names = [entry.name for entry in parent.iterdir() if entry.is_dir()]
