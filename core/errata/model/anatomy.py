@@ -235,6 +235,14 @@ class Anatomy:
             raise AnatomyError(self._lacking(sublayer, "No layer", self.parts[0]))
         return min(there, key=lambda layer: (abs(layer - index), layer))
 
+    @property
+    def early(self) -> int:
+        """The layer a tenth of the way up, where facts are best written; 1 in small models.
+
+        Measured, not from a paper: docs/results/presets.md.
+        """
+        return max(1, self.n_layers // 10)
+
     def editable(self, index: int) -> str:
         """Return the role of the out projection that a layer has: the MLP's, else attention's."""
         return "mlp_out" if self.parts[self.layer(index)].mlp_out is not None else "attention_out"

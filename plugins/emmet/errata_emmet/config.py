@@ -12,7 +12,7 @@ from errata.kit.closed_form.config import ClosedFormConfig
 class EmmetConfig(ClosedFormConfig):
     """Hyper-parameters of EMMET; the defaults are the authors' for GPT-2 XL, the layer excepted.
 
-    For a model without a preset the one edited layer is a third of the way up.
+    For a model without a preset the one edited layer is a tenth of the way up.
     """
 
     default_depth: ClassVar[int] = 1

@@ -17,14 +17,15 @@ if TYPE_CHECKING:
 class RomeConfig(MethodConfig):
     """Hyper-parameters of ROME; the defaults are the paper's for GPT-2 XL.
 
-    For a model without a preset the layer is a third of the way up, about where the paper's layers
-    lie (GPT-2 XL: 17 of 48); a layer sweep (`errata locate --sweep`) is the better guide.
+    For a model without a preset the layer is a tenth of the way up: further up, the edit overwrites
+    neighbours of small models (docs/results/presets.md). A layer sweep (`errata locate --sweep`) is
+    the better guide.
     """
 
     layer: int | Literal["auto"] | None = Field(
         default=None,
         description="Block whose MLP is edited (negative: from the end); auto: what a sweep of "
-        "this model found (`errata locate --sweep`); none: a third from below",
+        "this model found (`errata locate --sweep`); none: a tenth of the way up",
     )
     steps: int = Field(default=20, ge=1, description="Evaluations of the loss (one less updates)")
     lr: float = Field(default=0.5, gt=0, description="Adam's learning rate for the value")
@@ -71,7 +72,7 @@ class RomeConfig(MethodConfig):
         if self.loss_layer is not None:
             changes["loss_layer"] = anatomy.layer(self.loss_layer)
         if self.layer is None:
-            changes["layer"] = anatomy.nearest(anatomy.n_layers // 3, "mlp")
+            changes["layer"] = anatomy.nearest(anatomy.early, "mlp")
         elif self.layer != "auto":
             changes["layer"] = anatomy.layer(self.layer)
         return self.model_copy(update=changes)

@@ -18,16 +18,17 @@ if TYPE_CHECKING:
 class ClosedFormConfig(MethodConfig):
     """Hyper-parameters of the family; the defaults are MEMIT's for GPT-2 XL, layers excepted.
 
-    For a model without a preset the edited layers are the (up to) five that end a third of the way
-    up, about where the papers' lie (GPT-2 XL: 13 to 17 of 48); a layer sweep is the better guide.
+    For a model without a preset the edited layers are the (up to) three around the one that is a
+    tenth of the way up: further up, small models' neighbours are overwritten, too
+    (docs/results/presets.md). A layer sweep is the better guide.
     """
 
-    default_depth: ClassVar[int] = 5
+    default_depth: ClassVar[int] = 3
 
     layers: tuple[int, ...] | Literal["auto"] | None = Field(
         default=None,
         description="Blocks whose MLP is edited; auto: what a sweep of this model found (`errata "
-        "locate --sweep`); none: those that end a third of the way up",
+        "locate --sweep`); none: those around a tenth of the way up",
     )
     placement: Literal["spread", "boundary"] = Field(
         default="spread",
@@ -110,7 +111,7 @@ class ClosedFormConfig(MethodConfig):
         if self.loss_layer is not None:
             changes["loss_layer"] = anatomy.layer(self.loss_layer)
         if self.layers is None:
-            last = anatomy.nearest(anatomy.n_layers // 3, "mlp")
+            last = anatomy.nearest(anatomy.early + (self.default_depth - 1) // 2, "mlp")
             below = [layer for layer in anatomy.layers_with("mlp") if layer <= last]
             changes["layers"] = tuple(below[-self.default_depth :])
         elif self.layers != "auto":
