@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.path.name != "test_contract.py":
             continue
         name, method = getattr(item, "originalname", ""), item.cls.method
-        if name in LONG and method != "rome" or method not in WHOLE and name not in ESSENTIAL:
+        if (name in LONG and method != "rome") or (method not in WHOLE and name not in ESSENTIAL):
             item.add_marker(pytest.mark.slow)
 
 
