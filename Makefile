@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup demo test test-slow bench lint format clean
+.PHONY: setup demo test test-slow test-real bench lint format clean
 
 setup: $(STAMP)
 
@@ -22,7 +22,11 @@ test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --numprocesses auto --dist worksteal
+
+test-real: $(STAMP)
+	$(BIN)/errata zoo get smollm2-135m
+	$(BIN)/python -m pytest -m real
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/rome.py

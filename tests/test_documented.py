@@ -22,17 +22,6 @@ def test_the_examples_in_docstrings_run(module: object) -> None:
     assert results.failed == 0
 
 
-def test_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)
-    assert code is not None
-    space: dict[str, object] = {}
-    exec(compile(code[1], "README.md", "exec"), space)
-    fact = space["fact"]
-    assert fact.target_new in capsys.readouterr().out
-    assert space["editor"].verify() == []
-
-
 def test_every_hook_is_documented_with_its_arguments() -> None:
     text = (ROOT / "docs" / "plugin.md").read_text(encoding="utf-8")
     for name, hook in inspect.getmembers(Specification, inspect.isfunction):

@@ -1,0 +1,81 @@
+"""On a pretrained model: the README's example, the demo, and what one edit with defaults spares."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+
+import pytest
+from typer.testing import CliRunner
+
+from errata import Editor
+from errata.cli.app import app
+from errata.zoo.facts import KNOWN
+from errata.zoo.pretrained import PRETRAINED
+from tests.helpers import ROOT
+
+NAME = "smollm2-135m"
+NEIGHBOURS = [
+    f"The capital of {country} is"
+    for country in ("Germany", "Spain", "Italy", "France", "Japan", "Poland", "Greece", "Austria")
+]
+
+
+@pytest.fixture(scope="module")
+def editor() -> Iterator[Editor]:
+    with Editor(NAME) as opened:
+        yield opened
+
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(
+        not PRETRAINED[NAME].is_present, reason=f"no pretrained model: errata zoo get {NAME}"
+    ),
+]
+
+
+@pytest.mark.parametrize("method", ["rome", "memit", "grace"])
+def test_an_edit_with_defaults_takes_effect_and_spares_the_rest(
+    method: str, editor: Editor
+) -> None:
+    fact = KNOWN[0]
+    prompts = [*NEIGHBOURS, *(probe.prompt for probe in fact.neighbourhood)]
+    before = editor.generate(prompts, max_new_tokens=3)
+    edit = editor.edit(fact, method=method)
+    try:
+        assert edit.outcome.efficacy is not None
+        assert edit.outcome.efficacy.value == 1
+        assert edit.outcome.perplexity is not None
+        assert edit.outcome.perplexity.ratio_to_base < 1.02
+        assert editor.generate(fact.text, max_new_tokens=3).strip().startswith(fact.target_new)
+        after = editor.generate(prompts, max_new_tokens=3)
+        same = [old == new for old, new in zip(before, after, strict=True)]
+        assert sum(same) >= 0.8 * len(same)
+    finally:
+        editor.revert(edit)
+    assert editor.verify() == []
+    assert editor.generate(prompts, max_new_tokens=3) == before
+
+
+def test_the_readme_runs(capsys: pytest.CaptureFixture[str], editor: Editor) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    assert code is not None
+    space: dict[str, object] = {}
+    exec(compile(code[1], "README.md", "exec"), space)
+    first, _, rest = capsys.readouterr().out.strip().partition("\n")
+    assert "English" in first
+    assert "French" in rest
+    assert space["editor"].verify() == []  # type: ignore[attr-defined]
+
+
+def test_the_demo_edits_it_and_every_byte_comes_back() -> None:
+    result = CliRunner().invoke(app, ["demo", "--json"])
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["model"]["name"] == NAME
+    assert report["identical"]
+    asked = [row for row in report["answers"]["rows"] if row["what"] == "asked"]
+    assert all(row["now"].startswith(row["wanted"]) for row in asked)
