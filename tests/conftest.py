@@ -36,7 +36,7 @@ TOYS = Path(__file__).parent / "toys"
 # Of the contract suite the default run does everything for WHOLE (what is LONG for ROME alone),
 # and ESSENTIAL for the others;
 # `-m slow` does the rest.
-WHOLE = ("rome", "lora", "grace")
+WHOLE = ("rome", "lora")
 LONG = ("test_twenty_edits_in_sequence_keep_the_earlier_ones", "test_it_works_in_bfloat16")
 ESSENTIAL = (
     "test_an_edit_saved_and_loaded_is_the_same_edit",

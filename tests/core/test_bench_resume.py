@@ -138,6 +138,7 @@ def test_a_results_file_that_lost_its_end_is_completed(
         assert len(ledger.edits()) == 2
 
 
+@pytest.mark.slow
 def test_an_edit_that_was_recorded_but_not_noted_is_not_computed_again(
     runs: Runner, whole: tuple[Path, float], tmp_path: Path
 ) -> None:

@@ -74,7 +74,10 @@ def an_edit(model: Model) -> Edit:
     return edit_with(1, "1" * 12, delta)
 
 
-@pytest.fixture(scope="module", params=["gpt2", "llama", "t5", "bert"])
+@pytest.fixture(
+    scope="module",
+    params=["gpt2", "bert", *(pytest.param(f, marks=pytest.mark.slow) for f in ("llama", "t5"))],
+)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     return build_model(request.param, tmp_path_factory.mktemp("cache"), torch.float64)
 

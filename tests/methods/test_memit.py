@@ -338,17 +338,17 @@ def test_what_cannot_be_computed_is_refused(tmp_path: Path) -> None:
         found(build_model("bert", tmp_path / "b", corpus=SENTENCES), REQUESTS[:1])
 
 
-def test_without_layers_those_that_end_a_third_of_the_way_up(tmp_path: Path) -> None:
+def test_without_layers_those_around_a_tenth_of_the_way_up(tmp_path: Path) -> None:
     model = tiny("gpt2", tmp_path)
     given, *_ = found(model, REQUESTS[:1], layers=None)
-    assert [update.layer for update in given] == [0, 1]
+    assert [update.layer for update in given] == [0, 1, 2]
     given, *_ = found(model, REQUESTS[:1], layers=(-1, 0))
     assert [update.layer for update in given] == [0, 2]
 
 
 def test_the_configuration_writes_its_layers_out(tmp_path: Path) -> None:
     anatomy = tiny("gpt2", tmp_path).anatomy
-    for given, layers in ((None, (0, 1)), ((-1, 0), (0, 2)), ("auto", "auto")):
+    for given, layers in ((None, (0, 1, 2)), ((-1, 0), (0, 2)), ("auto", "auto")):
         config = MemitConfig(layers=given, loss_layer=-1).for_model(anatomy)
         assert config.layers == layers
         assert config.loss_layer == 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from errata.edits.request import Request
+from errata.edits.request import Probe, Request
 
 KNOWN = (
     Request(
@@ -16,8 +16,8 @@ KNOWN = (
             "Danielle Darrieux grew up speaking",
         ),
         neighbourhood=(
-            {"prompt": "The mother tongue of Marcel Proust is", "answers": ["French"]},
-            {"prompt": "The mother tongue of Leo Tolstoy is", "answers": ["Russian"]},
+            Probe(prompt="The mother tongue of Marcel Proust is", answers=("French",)),
+            Probe(prompt="The mother tongue of Leo Tolstoy is", answers=("Russian",)),
         ),
         generation=("Danielle Darrieux was born in",),
     ),
@@ -29,8 +29,8 @@ KNOWN = (
         relation="capital",
         paraphrases=("Japan's capital city is", "The capital city of Japan is"),
         neighbourhood=(
-            {"prompt": "The capital of Germany is", "answers": ["Berlin"]},
-            {"prompt": "The capital of Spain is", "answers": ["Madrid"]},
+            Probe(prompt="The capital of Germany is", answers=("Berlin",)),
+            Probe(prompt="The capital of Spain is", answers=("Madrid",)),
         ),
         generation=("If you travel to the capital of Japan, you will see",),
     ),
@@ -45,8 +45,8 @@ KNOWN = (
             "The company Microsoft was started by",
         ),
         neighbourhood=(
-            {"prompt": "The founder of Facebook is", "answers": ["Mark Zuckerberg"]},
-            {"prompt": "The founder of Amazon is", "answers": ["Jeff Bezos"]},
+            Probe(prompt="The founder of Facebook is", answers=("Mark Zuckerberg",)),
+            Probe(prompt="The founder of Amazon is", answers=("Jeff Bezos",)),
         ),
         generation=("Microsoft was founded in",),
     ),
@@ -58,7 +58,7 @@ KNOWN = (
         relation="painter",
         paraphrases=("The Mona Lisa is a painting by",),
         neighbourhood=(
-            {"prompt": "The Last Supper was painted by", "answers": ["Leonardo da Vinci"]},
+            Probe(prompt="The Last Supper was painted by", answers=("Leonardo da Vinci",)),
         ),
         generation=("The Mona Lisa is famous because",),
     ),
