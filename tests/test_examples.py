@@ -93,12 +93,16 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(DATA / "runs" / "single", folder / "other-runs" / name)
     for name, source in (
         ("counterfact.json", "counterfact.json"),
+        ("zsre_mend_eval.json", "zsre.json"),
         ("MQuAKE-CF-3k-v2.json", "mquake.json"),
         ("ZsRE-test-all.json", "knowedit_zsre.json"),
         ("zjunlp/KnowEdit/benchmark/WikiBio/wikibio-test-all.json", "knowedit_wikibio.json"),
     ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(DATA / "datasets" / source, folder / name)
+    hparams = folder / "hparams" / "ROME" / "gpt2-xl.yaml"
+    hparams.parent.mkdir(parents=True)
+    hparams.write_text("alg_name: ROME\nlayers: [17]\nv_num_grad_steps: 20\nv_lr: 0.5\n")
     shutil.copytree(DATA / "datasets" / "pararel", folder / "pararel")
     shutil.copytree(ROOT / "examples", folder / "examples")
     shutil.copy(ROOT / "examples" / "bench" / "atlas-single.yaml", folder / "run.yaml")
