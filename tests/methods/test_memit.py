@@ -16,14 +16,28 @@ from errata.edits.delta import KeyValueDelta, LowRankDelta
 from errata.edits.request import Request
 from errata.errors import CapabilityError, ConfigError
 from errata.kit.closed_form.deltas import key_values, low_rank
-from errata.kit.closed_form.layer_updates import LayerUpdate, Prompts, boundary, grouped, spread
+from errata.kit.closed_form.layer_updates import (
+    LayerUpdate,
+    Prompts,
+    boundary,
+    grouped,
+    spread,
+    through,
+)
 from errata.kit.closed_form.matrices import Columns, NormalMatrix
-from errata.kit.closed_form.statistics import known_keys, mean_norm, second_moment_weights
+from errata.kit.closed_form.statistics import (
+    USUAL_NAMES,
+    known_keys,
+    mean_norm,
+    prompts_of,
+    second_moment_weights,
+)
 from errata.kit.closed_form.target_values import MemitObjective, norm_anchored
 from errata.kit.values import EditFailed, OptimisedValue, ValueSettings, optimise_values
 from errata.model import Model
 from errata.model.forward import trace
 from errata.model.loading import load_model
+from errata.model.scoring import score_targets
 from errata.model.tokens import encode, subject_position
 from errata.testing import edit_with
 from errata_memit import Memit, MemitConfig
@@ -128,7 +142,7 @@ def test_keys_are_averaged_over_two_groups() -> None:
     assert grouped(keys[:, :1]).item() == 8.0
 
 
-# Gemma 2 and 3 norm what the MLP gives before it is added: nothing written there comes out as is.
+# Gemma 2 and 3 norm what the MLP gives before it is added: residuals there are not the stream's.
 ADDING = [family for family in DECODERS if family not in ("gemma2", "gemma3_text")]
 
 
@@ -153,6 +167,59 @@ def test_what_was_to_be_written_is_there(family: str, tmp_path: Path) -> None:
         assert h is not None
     assert relative(h[0, position], z[:, 0]) < 1e-3
     assert relative(updates[0].h.flat, z) > 1e-2
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt2"])
+def test_what_is_wanted_of_the_stream_is_asked_of_the_mlp(family: str, tmp_path: Path) -> None:
+    """R of the stream becomes the change of the down projection that brings it about."""
+    model = tiny(family, tmp_path)
+    prompts = prompts_of(model, REQUESTS, MemitConfig(**FAST))
+    _, v = prompts.read(1, model.anatomy.mlp_out(1))
+    noise = torch.randn(v.tensor.shape, generator=torch.Generator().manual_seed(0)).double()
+    other = v.tensor + 0.3 * v.tensor.norm(dim=1, keepdim=True) / noise.shape[1] ** 0.5 * noise
+    wanted = other * (v.tensor.norm(dim=1, keepdim=True) / other.norm(dim=1, keepdim=True))
+    norm = prompts.norm_behind(1)
+    assert (norm is None) == (family == "gpt2")
+    R = Columns(wanted) - v
+    if norm is not None:
+        R = through(norm, Columns(wanted)) - through(norm, v)
+    asked = prompts.before_norm(1, R, [])
+    assert relative(asked.flat, (Columns(wanted) - v).flat) < 1e-3
+
+
+def test_an_edit_behind_a_norm_raises_its_target(tmp_path: Path) -> None:
+    model = tiny("gemma2", tmp_path)
+    updates, C, config = found(model, REQUESTS[:1], layers=(1,), second_moment_weight=1e-9)
+    (delta,) = stored(model, updates, C, config)
+    asked = [REQUESTS[0].text], [REQUESTS[0].target]
+    before = sum(score_targets(model, *asked)[0].logprobs)
+    with on(model, [delta]):
+        assert sum(score_targets(model, *asked)[0].logprobs) > before + 0.05
+
+
+def test_without_a_weight_it_is_in_units_of_what_usual_keys_weigh(tmp_path: Path) -> None:
+    model = tiny("gpt2", tmp_path)
+    given = {"second_moment_weight": None, "layers": (0, 1)}
+    once = second_moment_weights(model, MemitConfig(**{**FAST, **given, "relative_weight": 0.5}))
+    twice = second_moment_weights(model, MemitConfig(**{**FAST, **given, "relative_weight": 1.0}))
+    for layer in (0, 1):
+        K = torch.cat([
+            _key(model, layer, f"It is known that {name}") for name in USUAL_NAMES
+        ], 1)  # fmt: skip
+        C = known_keys(model, MemitConfig(**{**FAST, **given}))[layer].metric
+        usual = float((K * C.whiten(K)).sum(0).median())
+        assert twice[layer] == pytest.approx(usual, rel=1e-4)
+        assert once[layer] == pytest.approx(usual / 2, rel=1e-4)
+
+
+def _key(model: Model, layer: int, text: str) -> torch.Tensor:
+    batch = encode(model.tokenizer, [text])
+    path = model.anatomy.mlp_out(layer)
+    with torch.no_grad(), trace(model.module, path, inputs=True, stop=True) as seen:
+        model.module(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    given = seen[path].input
+    assert given is not None
+    return given.reshape(-1, given.shape[-1])[-1:].T.double()
 
 
 def test_a_batch_meets_its_values_together_or_alone(tmp_path: Path) -> None:

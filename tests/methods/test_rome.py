@@ -171,6 +171,16 @@ def test_the_value_is_written_and_the_model_left_alone(family: str, tmp_path: Pa
     assert model.stack.differing() == []
 
 
+@pytest.mark.parametrize(("family", "kept"), [("gemma2", True), ("gpt2", False)])
+def test_a_value_behind_a_norm_keeps_its_length(family: str, kept: bool, tmp_path: Path) -> None:
+    """Where a norm follows, only the direction counts, and nothing else bounds the length."""
+    config = RomeConfig(**FAST, weight_decay=0.0)
+    for edit in rome(build_model(family, tmp_path), REQUESTS, CONTEXTS, None, config):
+        assert float(edit.value.delta.norm()) > 0.01 * float(edit.value.v0.norm())
+        same = abs(float(edit.value.v_star.norm() / edit.value.v0.norm()) - 1) < 1e-4
+        assert same == kept
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_other_dtypes(family: str, dtype: torch.dtype, tmp_path: Path) -> None:

@@ -207,9 +207,7 @@ class _Demo:
                 render.seconds(edit.seconds), Text(edit.id, style="accent"),
             )  # fmt: skip
         self._show(grid)
-        for edit in self._edits:
-            checked = str(edit.outcome).removeprefix("Outcome(").removesuffix(")")
-            self._show(Text(f"{edit.method}: {checked}", style="muted"))
+        self._show(render.outcomes(self._edits))
         self.report["edits"] = [edit_json(edit, True) for edit in self._edits]
 
     def ask(self) -> None:

@@ -13,7 +13,7 @@ from errata.cli import render
 from errata.cli.checks import check_guards, check_model, check_settings
 from errata.cli.easyedit import configured
 from errata.cli.edit_view import edit_view, idle_view
-from errata.cli.requests import asked_as, read_dataset, read_requests
+from errata.cli.requests import Chat, Join, Limit, asked_as, read_dataset, read_requests
 from errata.cli.session import MODEL, NO_EFFECT, REFUSED, Session, command
 from errata.contract.yaml_file import parse_yaml
 from errata.edits.request import KINDS, Request
@@ -122,23 +122,9 @@ def edit(
             help="Requests of a dataset in its published format; `errata datasets` lists them.",
         ),
     ] = "",
-    limit: Annotated[
-        int | None,
-        typer.Option("--limit", "-n", min=1, help="Only the first N of --file or --dataset."),
-    ] = None,
-    join: Annotated[
-        str | None,
-        typer.Option(
-            "--join",
-            metavar="TEXT",
-            help='What stands between prompt and answer, "" or " "; by default a space where the '
-            "scripts use one.",
-        ),
-    ] = None,
-    chat: Annotated[
-        bool,
-        typer.Option("--chat", help="Each prompt is a user's turn: render the chat template."),
-    ] = False,
+    limit: Limit = None,
+    join: Join = None,
+    chat: Chat = False,
     config: Annotated[
         Path | None,
         typer.Option(

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from errata.cli import locate, render
 from errata.cli.checks import check_model, check_protocols
-from errata.cli.requests import asked_as, read_dataset, read_requests
+from errata.cli.requests import Chat, Join, Limit, asked_as, read_dataset, read_requests
 from errata.cli.session import MODEL, Session, command
 from errata.errors import LedgerError, RequestError
 
@@ -156,17 +156,9 @@ def evaluate(
         str,
         typer.Option("--dataset", metavar="NAME=PATH", help="Measure the requests of a dataset."),
     ] = "",
-    limit: Annotated[
-        int | None,
-        typer.Option("--limit", "-n", min=1, help="Only the first N of --file or --dataset."),
-    ] = None,
-    join: Annotated[
-        str | None,
-        typer.Option("--join", metavar="TEXT", help="As for `errata edit`, of these requests."),
-    ] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="As for `errata edit`, of these requests.")
-    ] = False,
+    limit: Limit = None,
+    join: Join = None,
+    chat: Chat = False,
     protocols: Annotated[
         list[str] | None,
         typer.Option(

@@ -381,15 +381,15 @@ def model_facts(source: str, registry: Registry, trusted: bool = False) -> dict[
     The model is built on the meta device, which holds shapes and no numbers, so that any
     architecture whose anatomy can be found is understood.
     """
-    from errata import zoo
     from errata.contract.manager import known_models
     from errata.model.anatomy import Anatomy
     from errata.model.checkpoint import empty_module, read_config
     from errata.model.loading import auto_class
 
     calm_transformers()
-    where = source if zoo.folder_of(source) is None else str(zoo.model_path(source))
-    config = read_config(where, known_models(), trusted)
+    known = known_models()
+    where = str(known[source](None)) if source in known else source
+    config = read_config(where, known, trusted)
     module = empty_module(where, config, auto_class(config, source), trusted)
     anatomy = Anatomy.of(module, registry.architectures)
     return {

@@ -6,13 +6,32 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from errata.edits.request import Request, parse_noting, warn_of_white_space
 from errata.errors import ConfigError, DatasetError, RequestError
 
 if TYPE_CHECKING:
     from errata.datasets import Dataset
+
+Limit = Annotated[
+    int | None,
+    typer.Option("--limit", "-n", min=1, help="Only the first N of --file or --dataset."),
+]
+Join = Annotated[
+    str | None,
+    typer.Option(
+        "--join",
+        metavar="TEXT",
+        help='What stands between prompt and answer, "" or " "; by default a space where the '
+        "scripts use one.",
+    ),
+]
+Chat = Annotated[
+    bool, typer.Option("--chat", help="Each prompt is a user's turn: render the chat template.")
+]
 
 FOREIGN = ("requested_rewrite", "prompts", "ground_truth", "rephrase_prompt", "src", "ent")
 """Fields by which records of published datasets show that they are not in errata's schema."""

@@ -17,6 +17,7 @@ from errata.datasets.reader import Item
 from errata.datasets.record import Record
 from errata.datasets.source import Source
 from errata.errors import ConfigError
+from errata.model.storage import file_sha256
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
@@ -39,10 +40,8 @@ class Shipped(Source):
 
     def digest(self) -> str:
         """Return the SHA-256 of the file's bytes."""
-        from errata.datasets import streams
-
         with resources.as_file(_file()) as path:
-            return streams.digest(Path(path))
+            return file_sha256(Path(path))
 
 
 def cases() -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from typing import Any
 from errata.datasets import streams
 from errata.datasets.record import Record
 from errata.errors import DatasetError, MissingExtraError
+from errata.model.storage import file_sha256
 
 log = logging.getLogger("errata")
 
@@ -76,7 +77,7 @@ class JsonFile(Source):
 
     def digest(self) -> str:
         """Return the SHA-256 of the file's bytes."""
-        return streams.digest(self._path)
+        return file_sha256(self._path)
 
     def _is_of_split(self, record: Record) -> bool:
         if not record.has("split"):
@@ -109,7 +110,7 @@ class TabularSource(Source):
         if self.path is None:
             return self._rows.hexdigest()
         if self.path.is_file():
-            return streams.digest(self.path)
+            return file_sha256(self.path)
         return digest_of_folder(self.path)
 
     def _open(self) -> Any:
@@ -186,7 +187,7 @@ def digest_of_folder(path: Path) -> str:
     """Return the SHA-256 over the names and bytes of a folder's files."""
     found = hashlib.sha256()
     for file in sorted(item for item in path.rglob("*") if item.is_file()):
-        found.update(f"{file.relative_to(path).as_posix()} {streams.digest(file)}\n".encode())
+        found.update(f"{file.relative_to(path).as_posix()} {file_sha256(file)}\n".encode())
     return found.hexdigest()
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import codecs
 import gzip
-import hashlib
 import json
 import re
 import zlib
@@ -29,15 +28,6 @@ _GZIP = b"\x1f\x8b"
 _POINTER = b"version https://git-lfs"
 _TAIL = 12
 """An error this close to the window's end may only mean that the rest is not read yet."""
-
-
-def digest(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes."""
-    found = hashlib.sha256()
-    with path.open("rb") as handle:
-        while block := handle.read(CHUNK):
-            found.update(block)
-    return found.hexdigest()
 
 
 def read_json(path: Path, name: str = "") -> Iterator[Any]:

@@ -7,7 +7,6 @@ tells it from others. What lacks that sign, and whatever belongs to a ledger, is
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import pairwise
@@ -16,7 +15,7 @@ from typing import NamedTuple
 
 from errata.edits.ledger.schema import DATABASE
 from errata.errors import ConfigError, ErrataError, StorageError
-from errata.model.scratch import OLD, noted, unfinished
+from errata.model.scratch import fill_folder
 from errata.model.storage import write_bytes
 
 LISTING = "errata.json"
@@ -118,24 +117,13 @@ def write_folder(path: Path, overwrite: bool, fill: Callable[[Path], object]) ->
     `StorageError` when the disk refuses.
     """
     check_folder(path, overwrite)
+
+    def listed(folder: Path) -> None:
+        fill(folder)
+        list_files(folder)
+
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = unfinished(path)
-        with noted(scratch, path):
-            new, old = scratch / "new", scratch / OLD
-            try:
-                new.mkdir(parents=True)
-                fill(new)
-                list_files(new)
-                if path.exists():
-                    path.rename(old)
-                new.rename(path)
-            except BaseException:
-                if old.exists() and not path.exists():
-                    old.rename(path)
-                raise
-            finally:
-                shutil.rmtree(scratch, ignore_errors=True)
+        fill_folder(path, listed)
     except ErrataError:
         raise
     except Exception as error:  # those who save weights and tokenizers raise errors of their own

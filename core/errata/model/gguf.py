@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from errata.errors import ConfigError, MissingExtraError, StorageError
 from errata.model.foreign_noise import quiet_loading
 from errata.model.progress import Progress
+from errata.model.scratch import fill_folder
+from errata.model.storage import file_sha256, make_folder
 
 SUFFIX = ".gguf"
 RECORD = "errata-source.json"  # beside the checkpoint: where it came from
@@ -41,9 +42,12 @@ def checkpoint_of(file: Path, cache: Path, progress: Progress | None = None) -> 
             open. StorageError: the checkpoint could not be written.
     """
     progress = Progress.of(progress)
-    folder = cache / "gguf" / f"{file.stem}-{sha256_of(file)[:16]}"
+    folder = cache / "gguf" / f"{file.stem}-{file_sha256(file)[:16]}"
     if not (folder / RECORD).is_file():
-        convert(file, folder, progress)
+        make_folder(cache)
+        with FileLock(cache / ".gguf.lock"):
+            if not (folder / RECORD).is_file():  # else another process was first
+                convert(file, folder, progress)
     quantised = json.loads((folder / RECORD).read_text(encoding="utf-8"))["quantised"]
     progress.note(f"{file.name}: dequantised from {quantised} to fp32")
     return folder
@@ -60,8 +64,11 @@ def convert(file: Path, folder: Path, progress: Progress) -> None:
     except (OSError, ValueError, KeyError, IndexError, RuntimeError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"{str(file)!r} does not open as a GGUF model: {reason}") from error
-    record = {"file": file.name, "sha256": sha256_of(file), "quantised": quantised}
-    write_whole(folder, lambda part: _write(part, module, tokenizer, record))
+    record = {"file": file.name, "sha256": file_sha256(file), "quantised": quantised}
+    try:
+        fill_folder(folder, lambda part: _write(part, module, tokenizer, record))
+    except OSError as error:
+        raise StorageError(f"{folder} cannot be written: {error}") from error
 
 
 def quantisation(file: Path) -> str:
@@ -73,39 +80,6 @@ def quantisation(file: Path) -> str:
         kind = tensor.tensor_type.name
         sizes[kind] = sizes.get(kind, 0) + int(tensor.n_bytes)
     return ", ".join(sorted(sizes, key=lambda kind: -sizes[kind]))
-
-
-def write_whole(folder: Path, write: Any) -> None:
-    """Let `write(part)` fill a folder beside `folder`, and put it in place when it is whole.
-
-    Raises `StorageError` where the disk refuses; nothing is left behind then.
-    """
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise StorageError(f"{folder.parent} cannot be written: {error}") from error
-    try:
-        write(part)
-        part.chmod(0o755)
-        try:
-            os.replace(part, folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was first, with the same content
-                raise
-    except OSError as error:
-        raise StorageError(f"{folder} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def sha256_of(file: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with file.open("rb") as handle:
-        sha = hashlib.sha256()
-        while block := handle.read(1 << 20):
-            sha.update(block)
-    return sha.hexdigest()
 
 
 @contextmanager

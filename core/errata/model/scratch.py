@@ -8,7 +8,7 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -52,6 +52,30 @@ def noted(scratch: Path, target: Path) -> Iterator[None]:
             with suppress(OSError):
                 note.unlink(missing_ok=True)
             os.close(handle)
+
+
+def fill_folder(target: Path, fill: Callable[[Path], object]) -> None:
+    """Let `fill` write a new folder beside `target` and rename it there: it is whole or absent.
+
+    What stood there is gone only once the new one is in place. What a killed process leaves is
+    swept at the next `sweep`. Raises `OSError` when the disk refuses, and whatever `fill` raises.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = unfinished(target)
+    with noted(scratch, target):
+        new, old = scratch / "new", scratch / OLD
+        try:
+            new.mkdir(parents=True)
+            fill(new)
+            if target.exists():
+                target.rename(old)
+            new.rename(target)
+        except BaseException:
+            if old.exists() and not target.exists():
+                old.rename(target)
+            raise
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def sweep() -> list[Path]:

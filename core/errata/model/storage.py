@@ -222,6 +222,15 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes as hexadecimal digits; raise `OSError`."""
+    found = hashlib.sha256()
+    with path.open("rb") as handle:
+        while block := handle.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
+
+
 def make_folder(path: Path, mode: int = 0o777) -> None:
     """Create a folder durably unless it exists; raise `StorageError` when the disk refuses."""
     try:

