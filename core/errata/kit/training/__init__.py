@@ -10,6 +10,8 @@ from errata.kit.training.trainer import Objective, Trainer, TrainerSettings
 from errata.kit.training.training_batches import (
     Loss,
     TrainingBatch,
+    aim_batch,
+    request_batches,
     target_batches,
     text_batches,
 )
@@ -22,7 +24,9 @@ __all__ = [
     "Trainer",
     "TrainerSettings",
     "TrainingBatch",
+    "aim_batch",
     "linear_modules",
+    "request_batches",
     "target_batches",
     "text_batches",
     "train_adapter",
