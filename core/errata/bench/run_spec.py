@@ -194,7 +194,7 @@ class RunSpec:
         for name in given:
             if name not in free:
                 raise UnknownNameError("measuring setting", name, free, "The run sets the others.")
-        for name in ("texts", "references", "harness_tasks"):
+        for name in ("texts", "references", "harness_tasks", "leave_out"):
             if given.get(name) is not None:
                 given[name] = tuple(given[name])
         # What RS is fitted on must not depend on which cases are measured together.
