@@ -26,7 +26,7 @@ from errata.edits.transaction import Transactions
 from errata.errors import ConfigError, ErrataError, LedgerError
 from errata.kit.auto_layers import resolve_auto_layers
 from errata.model.access import claim, release
-from errata.model.arguments import check_name, path_of, texts_of
+from errata.model.arguments import check_name, is_file, path_of, texts_of
 from errata.model.artifacts import Artifacts
 from errata.model.display import Described, ResultTable, plural
 from errata.model.generation import generate
@@ -242,17 +242,19 @@ class Editor(Described):
             The new edits, in order. After any error the model and the ledger are as they were.
         """
         with self._changing("rebase"):
-            firm = set(self._stack.ids)
-            if edits:
-                wanted = sorted((self._get(e) for e in edits), key=lambda edit: edit.sequence)
-                self._require({edit.id for edit in wanted} <= firm, wanted, "not active")
-            else:
-                wanted = []
-                for edit in self._stack.entries:
-                    if edit.is_stale(firm):
-                        wanted.append(edit)
-                        firm.discard(edit.id)  # what was made on top of it comes with it
+            wanted = self._active(edits) if edits else self._stack.stale()
             return self._editing.replay(wanted) if wanted else []
+
+    def resolve(self, *edits: EditLike, **config: Any) -> list[Edit]:
+        """Solve active edits again with other hyper-parameters, from the values that they store.
+
+        Joint edits (MEMIT's family) store keys and residuals; λ or the null space decide how they
+        are written, and λ can so follow a stream's length. By default all edits that can be. Raises
+        `CapabilityError` where a method cannot, `ConfigError` for values that decide residuals.
+        """
+        with self._changing("resolve"):
+            wanted = self._active(edits) if edits else self._editing.solvable(config)
+            return self._editing.resolve(wanted, config) if wanted else []
 
     def configure(
         self, method: str, overrides: Mapping[str, Any] | None = None
@@ -308,7 +310,7 @@ class Editor(Described):
         A file's edits are taken into the ledger and put on as one: all of it, or nothing.
         """
         with self._changing("apply"):
-            if isinstance(target, Path) or (isinstance(target, str) and _is_file(target)):
+            if isinstance(target, Path) or (isinstance(target, str) and is_file(target)):
                 ids: list[str] = []
                 with self._transactions.all_or_nothing(ids), self.ledger.transaction():
                     wanted = [self._get(edit.id) for edit in self.import_(target)]
@@ -456,6 +458,12 @@ class Editor(Described):
         found = self._record(edit)
         return self.ledger.bound(found)
 
+    def _active(self, edits: Sequence[EditLike]) -> list[Edit]:
+        """Return these edits in ledger order; raise `LedgerError` unless they are active."""
+        wanted = sorted((self._get(e) for e in edits), key=lambda edit: edit.sequence)
+        self._require({edit.id for edit in wanted} <= set(self._stack.ids), wanted, "not active")
+        return wanted
+
     def _put_on(self, wanted: Sequence[Edit]) -> list[Edit]:
         active = set(self._stack.ids)
         self._require(not {e.id for e in wanted} & active, wanted, "already active")
@@ -490,10 +498,3 @@ class Editor(Described):
             raise LedgerError(
                 f"{names}: {what}. Active now: {', '.join(self._stack.ids) or 'none'}."
             )
-
-
-def _is_file(text: str) -> bool:
-    try:
-        return Path(text).is_file()
-    except (OSError, ValueError):  # longer than a path may be, or with a NUL in it
-        return False
