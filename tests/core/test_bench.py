@@ -431,6 +431,31 @@ def test_across_domains_a_method_trains_on_one_dataset_and_edits_another(tmp_pat
     assert lines["learner|atlas|0|single|1|1"]["kind"] == "case"
 
 
+def test_a_stream_measures_what_it_should_retain(tmp_path: Path) -> None:
+    held_out = atlas.requests(9)[7:]
+    file = tmp_path / "held-out.jsonl"
+    file.write_text("\n".join(request.model_dump_json() for request in held_out))
+    wanted = dict(
+        regime="sequential",
+        methods=["nudge"],
+        protocols=["counterfact"],
+        state=["lifelong"],
+        retain={"name": "jsonl", "path": str(file)},
+        limit=2,
+    )
+    lines = run(tmp_path / "run", **wanted)
+    states = [line for line in lines.values() if line["kind"] == "state"]
+    assert states
+    for line in states:
+        measured = {one["metric"]: one for one in line["measurements"]}
+        assert measured["TRR"]["n"] == 2
+    spec = RunSpec(bench.BenchConfig.parse(short(**wanted)))
+    assert [probe.prompt for probe in spec.settings(0, 0).retain] == [r.text for r in held_out]
+    assert [probe.answers for probe in spec.retained] == [(r.target_true,) for r in held_out]
+    with pytest.raises(ConfigError, match="another run"):
+        run(tmp_path / "run", **{**wanted, "retain": None})
+
+
 @pytest.mark.slow
 def test_cases_measured_together_are_told_apart(tmp_path: Path) -> None:
     from errata import Editor
