@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
@@ -12,6 +13,10 @@ from errata.cli import render
 from errata.cli.edits import edit_json
 from errata.cli.session import MODEL, Session, command
 from errata.errors import LedgerError
+
+if TYPE_CHECKING:
+    from errata.editor import Editor
+    from errata.edits.edit import Edit
 
 PANEL = "Ship"
 BASE = typer.Option(
@@ -128,14 +133,18 @@ def import_(
     if not file.is_file():
         raise LedgerError(f"There is no file {str(file)!r} to import.")
     with session.editor(create=True) as editor:
-        edits = editor.import_(file)
-        session.remember(editor)
-        if apply:
-            active = set(editor.model.stack.ids)
-            for edit in edits:
-                if edit.id not in active:
-                    editor.apply(edit)
-        on = set(editor.model.stack.ids)
+        show_imported(session, editor, editor.import_(file), apply)
+
+
+def show_imported(session: Session, editor: Editor, edits: Sequence[Edit], apply: bool) -> None:
+    """Put edits that came into the ledger on the model where that is wanted, and show them."""
+    session.remember(editor)
+    if apply:
+        active = set(editor.model.stack.ids)
+        for edit in edits:
+            if edit.id not in active:
+                editor.apply(edit)
+    on = set(editor.model.stack.ids)
     if session.json:
         session.emit(
             {
