@@ -14,7 +14,7 @@ from errata.contract.manager import known_models
 from errata.contract.methods import Methods
 from errata.contract.preparation import Preparation
 from errata.contract.registry import Registry
-from errata.edits import export
+from errata.edits import formats
 from errata.edits.delta_kinds import DeltaKinds
 from errata.edits.edit import Edit, LogEntry, requests_of
 from errata.edits.fingerprint import check_fingerprint
@@ -407,25 +407,26 @@ class Editor(Described):
         overwrite: bool = False,
         **options: Any,
     ) -> Path:
-        """Write edits (by default the active ones) as one file, or as a PEFT LoRA adapter.
+        """Write edits (by default the active ones) as one file, or as a LoRA adapter.
 
         Args:
-            path: the file ("errata") or directory ("peft") to write.
+            path: the file ("errata", "gguf") or directory ("peft") to write.
             *edits: which edits.
-            format: "errata" for `apply` and `import_` anywhere; "peft" for plain PeftModel.
+            format: "errata" for `apply` and `import_` anywhere; "peft" for plain PeftModel; "gguf"
+                for llama.cpp.
             overwrite: replace an earlier export of errata; nothing else ever is.
-            **options: of "peft": `rank` and `error`, see `errata.edits.export.export_peft`.
+            **options: of "peft" and "gguf": `rank`, `error`; of "gguf": `base`, its GGUF file.
         """
-        export.check_format(format, options)
+        write = formats.writer(formats.EXPORTS, format, options)
         target = path_of(path, "path")
         with self.model.access.changing():
             chosen = [self._get(edit) for edit in edits or self._stack.ids]
             if not chosen:
                 raise LedgerError("There is nothing to export: no edit is active; name one.")
-            if format == "errata":
+            if write is None:
                 ids, artifacts = [edit.id for edit in chosen], self.model.artifacts
                 return self.ledger.export(ids, target, artifacts, overwrite=overwrite)
-            return export.export_peft(self.model, chosen, target, overwrite, **options)
+            return write(self.model, chosen, target, overwrite, **options)
 
     def import_(self, path: str | Path) -> list[Edit]:
         """Take the edits of an exported file into the ledger, inactive.
@@ -442,10 +443,16 @@ class Editor(Described):
                 self.model.artifacts.take(carried)
             return records
 
-    def merge(self, path: str | Path, overwrite: bool = False) -> Path:
-        """Write the edited model as a plain Hugging Face checkpoint, tokenizer included."""
+    def merge(
+        self, path: str | Path, overwrite: bool = False, format: str = "checkpoint", **options: Any
+    ) -> Path:
+        """Write the edited model as a plain Hugging Face checkpoint, or as one GGUF file.
+
+        Options of "gguf": `base`, the base's GGUF file, and `type` ("f16", "q4_1" …).
+        """
+        write = formats.writer(formats.MERGES, format, options)
         with self.model.access.changing():
-            return export.merge_checkpoint(self.model, path_of(path, "path"), overwrite)
+            return write(self.model, path_of(path, "path"), overwrite, **options)
 
     # -- inside ----------------------------------------------------------------------------------
 
