@@ -114,6 +114,10 @@ class Methods:
         own = [plugin for plugin in self._plugins.values() if hasattr(plugin, "evaluate")]
         return Manager("", [*self._others(), *self._observers, *own])
 
+    def observe(self, what: str, edits: Sequence[Edit]) -> None:
+        """Tell the observers that edits are put on ("apply") or taken off ("revert")."""
+        getattr(self.manager(), what)(self._model, edits)
+
     # -- configuring -----------------------------------------------------------------------------
 
     def configure(

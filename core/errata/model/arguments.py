@@ -64,11 +64,3 @@ def mapping_of(value: object, what: str) -> dict[str, Any]:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise ConfigError(f"{what} maps names to values; {value!r} does not.")
     return dict(value)
-
-
-def is_file(text: str) -> bool:
-    """Say whether a text is the path of a file."""
-    try:
-        return Path(text).is_file()
-    except (OSError, ValueError):  # longer than a path may be, or with a NUL in it
-        return False
