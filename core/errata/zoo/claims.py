@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errata.edits.outputs import check_folder
 from errata.errors import ConfigError
+from errata.model.foreign_noise import quiet_loading
 from errata.model.joining import join
 from errata.model.storage import write_bytes
 from errata.zoo.state import STATE, load_state, save_state
@@ -178,7 +180,7 @@ def _base(recipe: ClaimsRecipe) -> tuple[Any, Any]:
 
     folder = model_path(recipe.base) if not Path(recipe.base).is_dir() else Path(recipe.base)
     names = dict(enumerate(LABELS))
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), quiet_loading(), _no_report():
         torch.manual_seed(recipe.seed)
         model = AutoModelForSequenceClassification.from_pretrained(
             folder, num_labels=len(LABELS), id2label=names, dtype=torch.float32,
@@ -186,6 +188,19 @@ def _base(recipe: ClaimsRecipe) -> tuple[Any, Any]:
             hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         )  # fmt: skip
     return model, AutoTokenizer.from_pretrained(folder)
+
+
+@contextmanager
+def _no_report() -> Iterator[None]:
+    """Keep transformers from reporting that the head is new."""
+    from transformers.utils import logging
+
+    former = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(former)
 
 
 def _logits(model: Any, tokenizer: Any, texts: Sequence[str]) -> torch.Tensor:

@@ -39,7 +39,7 @@ def train(model: Model, requests: Sequence[Request], config: AdaloraConfig) -> A
     batches = target_batches(model, pairs, batch_size=config.batch_size)
     total, tinit, tfinal = config.schedule(len(batches))
     peft_config = AdaLoraConfig(
-        task_type=TASKS[model.anatomy.kind],
+        task_type=TASKS.get(model.task),
         init_r=config.init_rank,
         target_r=config.target_rank,
         lora_alpha=config.alpha,
