@@ -125,8 +125,8 @@ class Request(_Frozen):
     )
     counterexamples: tuple[str, ...] = Field(
         default=(),
-        description="Texts that show the opposite of the wished behaviour; of an insertion: prompts "
-        "after which the target would be wrong",
+        description="Texts that show the opposite of the wished behaviour; of an insertion: "
+        "prompts after which the target would be wrong",
     )
     relation_view: RelationView | None = Field(
         default=None, description="The change seen from the relation's side"
