@@ -160,6 +160,26 @@ class RunSpec:
             raise ConfigError(f"The training data {spec.title!r} holds no case.")
         return [request for case in cases for request in case]
 
+    @cached_property
+    def retained(self) -> tuple[Probe, ...]:
+        """Questions that no edit may change: prompts of the run's `retain` with their old answers.
+
+        Where a request has no true target, its target is taken for what is true.
+        """
+        from errata.edits.request import Probe
+
+        spec = self.config.retain
+        if spec is None:
+            return ()
+        cases = selected_cases(open_dataset(spec, spec.limit), spec, spec.limit)
+        if not cases:
+            raise ConfigError(f"The retained data {spec.title!r} holds no case.")
+        return tuple(
+            Probe(prompt=request.text, answers=(request.target_true or request.target_new,))
+            for case in cases
+            for request in case
+        )
+
     # -- measuring -------------------------------------------------------------------------------
 
     @cached_property
@@ -212,12 +232,12 @@ class RunSpec:
         for name in given:
             if name not in free:
                 raise UnknownNameError("measuring setting", name, free, "The run sets the others.")
-        for name in ("texts", "references", "harness_tasks"):
+        for name in ("texts", "references", "harness_tasks", "leave_out"):
             if given.get(name) is not None:
                 given[name] = tuple(given[name])
         # What RS is fitted on must not depend on which cases are measured together.
         given.setdefault("references", self._references(dataset))
-        retain: tuple[Probe, ...] = tuple(self.datasets[dataset].retain)
+        retain: tuple[Probe, ...] = (*self.datasets[dataset].retain, *self.retained)
         return MeasureSettings(**given, seed=seed, retain=retain)
 
     def _references(self, dataset: int) -> tuple[str, ...]:

@@ -160,7 +160,7 @@ class Worker:
             try:
                 for case in mine:
                     check_prompts(self.editor.model, case)
-                found, memory = measuring.measure_base(self.editor, mine, protocols, settings)
+                found, memory = measuring.measure_base_once(self.editor, mine, protocols, settings)
             except FATAL:
                 raise
             except Exception as error:

@@ -19,6 +19,7 @@ from errata.cli import (
     edits,
     export,
     history,
+    hub,
     measure,
     methods,
     prepare,
@@ -101,6 +102,7 @@ diff.add(app)
 bench.add(app)
 report.add(app)
 export.add(app)
+hub.add(app)
 methods.add(app)
 datasets.add(app)
 zoo.add(app)

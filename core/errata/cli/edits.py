@@ -1,4 +1,4 @@
-"""Changing the model: `edit`, `revert`, `apply` and `rebase`."""
+"""Changing the model: `edit`, `revert`, `apply`, `rebase` and `resolve`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 PANEL = "Edit"
 ANSWER_TOKENS = 8
+REPLACES = ("rebased", "resolved")
 
 
 def add(app: typer.Typer) -> None:
@@ -69,6 +70,14 @@ def add(app: typer.Typer) -> None:
         shared=MODEL,
         examples="errata rebase\nerrata rebase 3f2a",
     )(rebase)
+    command(
+        app,
+        "resolve",
+        panel=PANEL,
+        shared=MODEL,
+        examples="errata resolve --set second_moment_weight=1500\n"
+        "errata resolve 3f2a 91bc --set l2=1",
+    )(resolve)
 
 
 # -- edit ------------------------------------------------------------------------------------------
@@ -451,6 +460,37 @@ def rebase(
         _changed(session, editor, {"rebased": made})
 
 
+def resolve(
+    session: Session,
+    ids: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="ID", help="Ids, or unique beginnings; by default all edits that can be."
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="A hyper-parameter (repeatable)."),
+    ] = None,
+) -> None:
+    """Solve edits again with another λ or null space, without computing their values anew.
+
+    Joint edits (memit, emmet, pmet, alphaedit) store what they want at which keys; λ decides how
+    far ordinary text holds them back. A stream of thousands wants another λ than ten edits: this
+    changes it in seconds. All or nothing; the old records stay in the ledger.
+    """
+    _need_ledger(session)
+    session.check_ids(ids or (), active=True)
+    given = pairs(settings or (), "--set")
+    if not given:
+        raise ConfigError("Say what to solve with, for example --set second_moment_weight=1500.")
+    with session.editor() as editor:
+        made = editor.resolve(*(ids or ()), **given)
+        if not made and not session.json:
+            session.show("No active edit can be solved again with that.")
+        _changed(session, editor, {"resolved": made})
+
+
 def _need_ledger(session: Session) -> None:
     session.read_ledger().close()
 
@@ -460,13 +500,13 @@ def _changed(session: Session, editor: Editor, done: Mapping[str, Sequence[Edit]
     active = editor.model.stack.ids
     if session.json:
         ids = {what: [e.id for e in edits] for what, edits in done.items()}
-        replaced = {e.id: e.outcome.rebases for e in done.get("rebased", ())}
+        replaced = {e.id: e.outcome.rebases for what in REPLACES for e in done.get(what, ())}
         extra = {"replaces": replaced} if replaced else {}
         session.emit({**ids, **extra, "active": active, "model": editor.model.name})
         return
     for what, edits in done.items():
         for one in edits:
-            instead = f", was {one.outcome.rebases}" if what == "rebased" else ""
+            instead = f", was {one.outcome.rebases}" if what in REPLACES else ""
             line = f"  {what}{instead}  "
             session.show(Text.assemble((one.id, "accent"), line, render.short_request(one)))
     state = (

@@ -142,7 +142,9 @@ class Request(_Frozen):
         default=(), description="Texts that show the wished behaviour (of a sentiment: replies)"
     )
     counterexamples: tuple[str, ...] = Field(
-        default=(), description="Texts that show the opposite of the wished behaviour"
+        default=(),
+        description="Texts that show the opposite of the wished behaviour; of an insertion: "
+        "prompts after which the target would be wrong",
     )
     relation_view: RelationView | None = Field(
         default=None, description="The change seen from the relation's side"

@@ -38,7 +38,7 @@ def train(model: Model, requests: Sequence[Request], config: AdaloraConfig) -> A
     batches = request_batches(model, requests, batch_size=config.batch_size)
     total, tinit, tfinal = config.schedule(len(batches))
     peft_config = AdaLoraConfig(
-        task_type=TASKS[model.anatomy.kind],
+        task_type=TASKS.get(model.task),
         init_r=config.init_rank,
         target_r=config.target_rank,
         lora_alpha=config.alpha,

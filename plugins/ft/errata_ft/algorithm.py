@@ -15,12 +15,12 @@ from errata.kit.training import (
     Trainer,
     TrainerSettings,
     TrainingBatch,
+    above,
     linear_modules,
     request_batches,
     target_batches,
     text_batches,
 )
-from errata.kit.training.trainer import Above
 from errata.kit.training.training_batches import batch_loss
 from errata.model.forward import frozen
 from errata_ft.difference import Difference, Stored, forms, trained_modules
@@ -141,28 +141,6 @@ class FineTuner(Trainer):
                 )
             kept += texts
         return kept
-
-
-def above(model: Model, modules: Sequence[str]) -> Above | None:
-    """Return what has to be run again when these modules change: all from the lowest one on."""
-    anatomy = model.anatomy
-    held = [
-        layer
-        for layer in range(anatomy.n_layers)
-        if any(path.startswith(f"{anatomy.block(layer)}.") for path in modules)
-    ]
-    outside = [p for p in modules if not p.startswith(f"{anatomy.spec.blocks}.")]
-    if not held or outside:  # the encoder of an encoder-decoder
-        return None
-    lowest = held[0]
-    here = {path for path in modules if path.startswith(f"{anatomy.block(lowest)}.")}
-    known: tuple[str, ...] = ()
-    if lowest in anatomy.layers_with("mlp"):
-        if here <= {anatomy.mlp_out(lowest), *anatomy.mlp_in(lowest)}:
-            known = (anatomy.attention(lowest),)
-        if here == {anatomy.mlp_out(lowest)}:
-            known = (*known, *anatomy.mlp_in(lowest))
-    return Above(lowest, known)
 
 
 def _stored(model: Model, tuner: FineTuner, difference: Difference, config: FtConfig) -> Stored:

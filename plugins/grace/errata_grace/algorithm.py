@@ -23,12 +23,11 @@ from errata.edits.delta.codebook_entry import CodebookEntry, CodebookSettings
 from errata.edits.delta.codebook_replay import import_faiss
 from errata.edits.delta.codebook_router import CodebookRouter, Codebooks
 from errata.errors import ConfigError
+from errata.kit.placement import key_column, module_of
 from errata.kit.values import EditFailed
 from errata.model.forward import Resumed, frozen, trace
-from errata.model.routing import end_rule
 from errata.model.running import run
 from errata_grace.cases import Case, case_of
-from errata_grace.config import ROLES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -150,9 +149,7 @@ class GraceRun:
 
     def _column(self, case: Case) -> int:
         """Return the column of the key position among the tokens that the module sees."""
-        rule = end_rule(self.model, self.module)
-        last = case.prompt.input_ids.shape[1] - 1
-        return {"prompt": case.end, "first": 0, "last": last}[rule]
+        return key_column(self.model, self.module, case.prompt)
 
     @torch.no_grad()
     def _observe(self, case: Case) -> tuple[Tensor, Tensor]:
@@ -240,31 +237,3 @@ class GraceRun:
             label_text=case.text,
             notes=notes,
         )
-
-
-def module_of(model: Model, config: GraceConfig) -> str:
-    """Return the path of the module that the configuration means.
-
-    Raises `ConfigError` when it is not there, has no weight matrix, or is ambiguous.
-    """
-    anatomy, written = model.anatomy, config.for_model(model.anatomy)
-    layer, module = written.layer, written.module
-    assert module is not None
-    if module not in ROLES:
-        weight = model.parameters.get(f"{module}.weight")
-        if weight is None or weight.ndim != 2:
-            some = getattr(anatomy, anatomy.editable(0))(0)
-            raise ConfigError(
-                f"module={module!r} is no linear map of {model.name}: give "
-                f"{', '.join(map(repr, ROLES))} or a path such as {some!r}."
-            )
-        return module
-    assert layer is not None
-    found = getattr(anatomy.encoder or anatomy, module)(layer)
-    names = (found,) if isinstance(found, str) else found
-    if len(names) > 1:
-        raise ConfigError(
-            f"module='mlp_in' means {len(names)} modules in this model: give one of "
-            f"{', '.join(names)}, or 'mlp_out'."
-        )
-    return names[0]

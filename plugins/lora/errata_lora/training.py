@@ -38,7 +38,7 @@ def train(model: Model, requests: Sequence[Request], config: LoraConfig) -> Adap
     size = 1 if config.order == "depth-first" else config.batch_size
     batches = request_batches(model, requests, batch_size=size, end=config.append_end)
     peft_config = PeftConfig(
-        task_type=TASKS[model.anatomy.kind],
+        task_type=TASKS.get(model.task),
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,

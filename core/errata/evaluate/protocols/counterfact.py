@@ -162,6 +162,8 @@ def _attributes(reader: Reader) -> list[Measurement]:
 
     The authors' code records these numbers and compares them with nothing.
     """
+    if "attribute_nll" in reader.settings.leave_out:
+        return []
     asked = [
         (i, probe.prompt, request.target_new, request.target_true)
         for i, request in enumerate(reader.requests)
@@ -191,7 +193,7 @@ def fluency(
     prompts_of: Callable[[Request], Sequence[str]],
 ) -> list[Measurement]:
     """Return the n-gram entropy of sampled texts, averaged per case, then over cases."""
-    if not reader.generates:
+    if not reader.generates or metric in reader.settings.leave_out:
         return []
     entropies = [
         (i, weighted_entropy(words(text)))
@@ -220,7 +222,7 @@ def _consistency(reader: Reader) -> list[Measurement]:
         for i, request in enumerate(reader.requests)
         if request.generation and request.references
     ]
-    if not asked or not reader.generates:
+    if not asked or not reader.generates or "RS" in reader.settings.leave_out:
         return []
     try:
         from sklearn.feature_extraction.text import TfidfVectorizer

@@ -142,6 +142,8 @@ class ClosedFormConfig(MethodConfig):
 class WeightedConfig(ClosedFormConfig):
     """What methods that weigh ordinary text against new keys have besides: MEMIT and PMET."""
 
+    resolves: ClassVar[frozenset[str]] = frozenset({"second_moment_weight", "relative_weight"})
+
     second_moment_weight: float | None = Field(
         default=None,
         gt=0,

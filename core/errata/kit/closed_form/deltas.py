@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -14,6 +15,7 @@ from errata.kit.closed_form.windows import pooled, windows_of
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from errata.edits.delta import Delta
     from errata.edits.request import Request
     from errata.kit.closed_form.config import ClosedFormConfig
     from errata.kit.metric import Metric
@@ -99,6 +101,35 @@ def key_values(
                 metric=metric.reference,
             )
     return [KeyValueDelta(pair) for pair in pairs]
+
+
+def solved_again(
+    model: Model,
+    delta: Delta,
+    config: ClosedFormConfig,
+    *,
+    metrics: Mapping[int, Metric],
+    slack: Mapping[int, float],
+) -> KeyValueDelta | None:
+    """Return a recorded edit with the same keys and residuals, another metric and slack.
+
+    None for a delta of another kind. A key of more than one layer keeps the residual that it had
+    with the lower layers as they were then.
+    """
+    if not isinstance(delta, KeyValueDelta):
+        return None
+    layers = {model.anatomy.weight(model.anatomy.mlp_out(layer)): layer for layer in metrics}
+    pairs = {}
+    for name, pair in delta.pairs.items():
+        metric = metrics[layers[name]]
+        whitened = metric.whiten(pair.k.T.double()).cpu().T
+        pairs[name] = replace(
+            pair,
+            w=whitened.to(getattr(torch, config.precision)).contiguous(),
+            s=torch.full_like(pair.s, slack[layers[name]]),
+            metric=metric.reference,
+        )
+    return KeyValueDelta(pairs)
 
 
 def _written(model: Model, name: str, metric: Metric, keys: Tensor) -> Tensor:
