@@ -9,6 +9,9 @@ Where a norm stands between the MLP and the residual stream (Gemma 2 and 3, OLMo
 direction of a value counts: nothing in the loss bounds its length, which grows, and with it what
 the edit does to every other key. There v0 + δ is kept at the length of v0.
 
+Several facts of one subject can share a δ (`optimise_shared`): the key at the subject's last token
+hardly depends on the fact, so two values there would overwrite each other.
+
 Many requests run together. Rows are laid out so that all edited positions share one column, and
 every step runs only the blocks and columns that δ can reach (`errata.model.forward.Resumed`).
 Requests do not see each other, whatever the batch.
@@ -18,7 +21,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -127,6 +130,7 @@ class _RequestRows:
     # Positions that the loss reads: (row, column, target id; -1 on the KL prompt).
     reads: list[tuple[int, int, int]] = field(default_factory=list)
     contexts: int = 0
+    starts: list[int] = field(default_factory=lambda: [0])  # first rows of those that share a δ
 
     @property
     def reach(self) -> int:
@@ -143,9 +147,27 @@ def optimise_values(
 ) -> list[OptimisedValue]:
     """Return the optimised value of each request, in order, all from the model's present state.
 
+    As `optimise_shared`, with a δ for every request.
+    """
+    groups = [[request] for request in requests]
+    return [value for (value,) in optimise_shared(model, groups, contexts, settings, objective)]
+
+
+def optimise_shared(
+    model: Model,
+    groups: Sequence[Sequence[Request]],
+    contexts: Sequence[str],
+    settings: ValueSettings,
+    objective: ValueObjective,
+) -> list[list[OptimisedValue]]:
+    """Return the optimised value of each request of each group; the requests of one share their δ.
+
+    To the loss a group is one request: means are over the target tokens of all, and ‖v0‖ is the
+    first one's.
+
     Args:
         model: the model; it is not changed.
-        requests: what should be said instead.
+        groups: what should be said instead, all of a group about one subject.
         contexts: templates with one {} for the prompt; the first is "{}", the bare prompt.
         settings: where and how.
         objective: the loss, and when a request is done.
@@ -161,14 +183,19 @@ def optimise_values(
             f"{model.anatomy.model_type!r} is of kind {model.anatomy.kind!r}. "
             "Use a method that lists this architecture (`errata methods`)."
         )
-    rows = [_rows(model, request, contexts, settings) for request in requests]
-    values: list[OptimisedValue | None] = [None] * len(requests)
+    others = replace(settings, kl_prompt=None)  # once is enough: they have one subject
+    rows = [
+        _together(
+            [_rows(model, r, contexts, others if i else settings) for i, r in enumerate(group)]
+        )
+        for group in groups
+    ]
+    values: dict[int, list[OptimisedValue]] = {}
     most = settings.rows or row_limit(model)
     for chunk in _chunks(rows, most):
         found = _Problem(model, [rows[i] for i in chunk], settings, objective).solve()
-        for index, value in zip(chunk, found, strict=True):
-            values[index] = value
-    return [value for value in values if value is not None]
+        values.update(zip(chunk, found, strict=True))
+    return [values[index] for index in range(len(groups))]
 
 
 def row_limit(model: Model) -> int:
@@ -224,6 +251,18 @@ def _rows(
         rows.lookups.append(lookup)
         rows.reads.append((len(templates), lookup, -1))
     return rows
+
+
+def _together(parts: Sequence[_RequestRows]) -> _RequestRows:
+    """Return requests that share a δ as one."""
+    whole, *others = parts
+    for part in others:
+        start = len(whole.tokens)
+        whole.starts.append(start)
+        whole.tokens += part.tokens
+        whole.lookups += part.lookups
+        whole.reads += [(start + row, column, target) for row, column, target in part.reads]
+    return whole
 
 
 class _Problem:
@@ -303,14 +342,18 @@ class _Problem:
         keys = _at(self.run.seen[out].input, size, self.column)
         seen = [_at(self.run.seen[place].output, size, self.column) for place in self.places]
         outputs = torch.stack([output.to(seen[0].device) for output in seen], 1)  # (B, P, d)
-        spans = [slice(f, f + part.contexts) for f, part in zip(first, parts, strict=True)]
-        self.keys = [keys[span] for span in spans]
-        self.outputs = [outputs[span] for span in spans]
-        self.v0 = torch.stack([output[0] for output in self.outputs])  # (N, P, d)
+        spans = [
+            [slice(f + start, f + start + part.contexts) for start in part.starts]
+            for f, part in zip(first, parts, strict=True)
+        ]
+        # Of each δ, and of each request that shares it.
+        self.keys = [[keys[span] for span in each] for each in spans]
+        self.outputs = [[outputs[span] for span in each] for each in spans]
+        self.v0 = torch.stack([each[0][0] for each in self.outputs])  # (N, P, d)
         self.v0_norm = self.v0.norm(dim=2)  # (N, P)
         self.run.seen.clear()  # all columns of two modules
 
-    def solve(self) -> list[OptimisedValue]:
+    def solve(self) -> list[list[OptimisedValue]]:
         """Run Adam on all δ together; a request that is done keeps its δ."""
         settings, count = self.settings, len(self.v0)
         delta = torch.zeros_like(self.v0)  # (N, P, d), fp32 whatever the model's dtype
@@ -339,14 +382,17 @@ class _Problem:
                 self._shed(active)
         delta = delta.detach()
         return [
-            OptimisedValue(
-                v0=self.v0[i, 0],
-                delta=delta[i, 0],
-                keys=self.keys[i],
-                outputs=self.outputs[i][:, 0],
-                losses=tuple(losses[i]),  # type: ignore[arg-type]
-                top=bool(first_before[i]),
-            )
+            [
+                OptimisedValue(
+                    v0=outputs[0, 0],
+                    delta=delta[i, 0],
+                    keys=keys,
+                    outputs=outputs[:, 0],
+                    losses=tuple(losses[i]),  # type: ignore[arg-type]
+                    top=bool(first_before[i]),
+                )
+                for keys, outputs in zip(self.keys[i], self.outputs[i], strict=True)
+            ]
             for i in range(count)
         ]
 

@@ -96,6 +96,7 @@ class Prompts:
         fact_token: the token that is edited.
         each: every request is a problem of its own and sees only its own change of the lower
             layers, as if it were the only one. Otherwise all are one problem.
+        shared: all are about one subject, and share their values.
     """
 
     def __init__(
@@ -106,9 +107,10 @@ class Prompts:
         fact_token: FactToken = "subject_last",
         *,
         each: bool = False,
+        shared: bool = False,
     ) -> None:
         self.model, self.requests, self.contexts = model, tuple(requests), tuple(contexts)
-        self.each = each
+        self.each, self.shared = each, shared
         tokenizer, which = model.tokenizer, FACT_TOKENS[fact_token]
         self._rows: list[list[int]] = []
         for request in requests:
@@ -167,7 +169,7 @@ class Prompts:
             inputs, column = aligned(tokens, last, padding_id(model.tokenizer))
             owner = torch.arange(start, stop).repeat_interleave(per) if self.each else None
             with (
-                _written(model, updates, owner, len(tokens)),
+                written(model, updates, owner),
                 trace(model.module, names, inputs=True, stop=True) as seen,
             ):
                 model.module(**inputs_of(model, {**inputs, "use_cache": False}))
@@ -186,15 +188,20 @@ def through(norm: nn.Module, values: Columns) -> Columns:
 
 
 @contextmanager
-def _written(
-    model: Model, updates: Sequence[LayerUpdate], owner: Tensor | None, rows: int
+def written(
+    model: Model, updates: Sequence[LayerUpdate], owner: Tensor | None = None
 ) -> Iterator[None]:
-    """Let changes Δ act beside the weights; with `owner` (B,), each row's own problem only."""
+    """Let changes Δ act beside the weights for a block.
+
+    With `owner` (B,) each row sees the change of its own problem only; without, every row sees
+    that of the one problem there is.
+    """
 
     def hook_for(Δ: Product) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             del module
             given = args[0]
+            rows = 1 if owner is None else len(owner)
             x = given.reshape(rows, -1, given.shape[-1]).float()  # (B, T, D), also OPT's flat one
             left, right = Δ.left.tensor.to(x), Δ.right.rows.to(x)  # (G, d, N), (G, N, D)
             if owner is not None:

@@ -15,7 +15,7 @@ from errata.kit.closed_form.layer_updates import through
 from errata.kit.closed_form.matrices import Columns
 from errata.kit.closed_form.statistics import mean_norm
 from errata.kit.value_loss import ValueLoss
-from errata.kit.values import ValueSettings, optimise_values
+from errata.kit.values import ValueSettings, optimise_shared
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,7 +81,9 @@ def optimised(
     Raises:
         EditFailed: a loss is not finite.
     """
-    values = optimise_values(prompts.model, prompts.requests, prompts.contexts, settings, objective)
+    groups = [prompts.requests] if prompts.shared else [[request] for request in prompts.requests]
+    found = optimise_shared(prompts.model, groups, prompts.contexts, settings, objective)
+    values = [value for group in found for value in group]
     v0 = torch.stack([value.v0 for value in values]).cpu()  # (N, d)
     delta = torch.stack([value.delta for value in values]).cpu()
     return prompts.columns(v0), prompts.columns(delta)
