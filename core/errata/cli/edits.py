@@ -16,7 +16,7 @@ from errata.cli.edit_view import edit_view, idle_view
 from errata.cli.requests import Chat, Join, Limit, asked_as, read_dataset, read_requests
 from errata.cli.session import MODEL, NO_EFFECT, REFUSED, Session, command
 from errata.contract.yaml_file import parse_yaml
-from errata.edits.request import KINDS, Request
+from errata.edits.request import KINDS, OPERATIONS, Request
 from errata.errors import ConfigError, LedgerError, RequestError
 
 if TYPE_CHECKING:
@@ -107,6 +107,30 @@ def edit(
     kind: Annotated[
         str | None, typer.Option("--kind", metavar="KIND", help=f"One of {', '.join(KINDS)}.")
     ] = None,
+    operation: Annotated[
+        str | None,
+        typer.Option(
+            "--operation",
+            metavar="NAME",
+            help=f"Of kind relation: {', '.join(OPERATIONS)}.",
+        ),
+    ] = None,
+    remove: Annotated[
+        str | None,
+        typer.Option(
+            "--remove",
+            metavar="PROMPT",
+            help="Of operation both: the prompt, with {}, that --target should no longer follow.",
+        ),
+    ] = None,
+    example: Annotated[
+        list[str] | None,
+        typer.Option("--example", help="Of kind sentiment: a wished reply (repeatable)."),
+    ] = None,
+    counterexample: Annotated[
+        list[str] | None,
+        typer.Option("--counterexample", help="A reply of the other sentiment (repeatable)."),
+    ] = None,
     paraphrase: Annotated[
         list[str] | None,
         typer.Option("--paraphrase", help="A filled prompt that means the same (repeatable)."),
@@ -186,7 +210,9 @@ def edit(
     """
     given = {
         "prompt": prompt, "subject": subject, "target_new": target, "target_true": target_true,
-        "relation": relation, "kind": kind, "paraphrases": paraphrase or None,
+        "relation": relation, "kind": kind, "operation": operation, "remove": remove,
+        "examples": example or None, "counterexamples": counterexample or None,
+        "paraphrases": paraphrase or None,
     }  # fmt: skip
     requests = asked_as(_requests(given, file, dataset, limit), join, chat)
     overrides = pairs(values or (), "--set")
