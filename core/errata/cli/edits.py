@@ -10,11 +10,12 @@ import typer
 from rich.text import Text
 
 from errata.cli import render
+from errata.cli.check_facts import check_view, fact_guard
 from errata.cli.checks import check_guards, check_model, check_settings
 from errata.cli.easyedit import configured
 from errata.cli.edit_view import edit_view, idle_view
 from errata.cli.requests import Chat, Join, Limit, asked_as, read_dataset, read_requests
-from errata.cli.session import MODEL, NO_EFFECT, REFUSED, Session, command
+from errata.cli.session import MODEL, NO_EFFECT, REFUSED, UNTRUE, Session, command
 from errata.contract.yaml_file import parse_yaml
 from errata.edits.request import KINDS, Request
 from errata.errors import ConfigError, LedgerError, RequestError
@@ -38,9 +39,10 @@ def add(app: typer.Typer) -> None:
             'errata edit "The capital of {} is" --subject Mirevia --target Velmont \\\n'
             "    --method rome --model atlas-gpt2\n"
             'errata edit "The capital of {} is" --subject France --target Rome \\\n'
-            '    --method rome --model smollm2-135m --check "The Eiffel Tower is in"\n'
+            '    --method rome --model smollm2-135m --ask "The Eiffel Tower is in"\n'
             "errata edit --file requests.jsonl --method grace --skip-refused\n"
             "errata edit --dataset zsre=zsre_mend_eval.json --limit 100 --method grace\n"
+            "errata edit --file requests.jsonl --method memit --check facts.yaml --refuse\n"
             'errata edit "The instrument of {} is" --subject "Oswin Galdor" --kind erase \\\n'
             "    --method adalora --set steps=30 --guard norm=refuse --dry-run"
         ),
@@ -102,12 +104,22 @@ def edit(
         list[str] | None,
         typer.Option("--paraphrase", help="A filled prompt that means the same (repeatable)."),
     ] = None,
-    check: Annotated[
+    ask: Annotated[
         list[str] | None,
         typer.Option(
-            "--check", metavar="PROMPT", help="Also ask this, before and after (repeatable)."
+            "--ask", metavar="PROMPT", help="Also ask this, before and after (repeatable)."
         ),
     ] = None,
+    check: Annotated[
+        Path | None,
+        typer.Option(
+            "--check", metavar="FILE", help="Check a file of facts on the model with the edits on."
+        ),
+    ] = None,
+    refuse: Annotated[
+        bool,
+        typer.Option("--refuse", help="With --check: keep nothing where the facts do not hold."),
+    ] = False,
     file: Annotated[
         Path | None,
         typer.Option(
@@ -184,10 +196,13 @@ def edit(
     if config is not None:
         method, overrides = configured(session, config, method, overrides)
     guards = pairs(guard or (), "--guard")
+    facts = fact_guard(check, refuse=refuse, applied=not no_apply, skipping=skip_refused)
     check_method(method)
     check_model(session.model_name())
     check_settings(method, overrides, session.model_name())
     check_guards(guards)
+    if facts is not None and refuse:
+        guards["checks"] = [facts]
     with session.editor(create=not dry_run, durable=not dry_run, guards=guards) as editor:
         if dry_run:
             _copy_active(session, editor)
@@ -199,17 +214,24 @@ def edit(
             "batch_size": batch_size,
             "apply": not no_apply,
             "supersede": supersede,
-            # A long file that is killed keeps what it had made, and goes on with --resume.
-            "commit": "batch" if file is not None or dataset else "call",
+            # A long file that is killed keeps what it had made, and goes on with --resume. What
+            # facts may refuse is judged once, when all of it is on the model.
+            "commit": "batch" if (file is not None or dataset) and not refuse else "call",
             "on_refused": "skip" if skip_refused else "raise",
         }
-        report = _run(session, editor, wanted, method, how, check or (), recorded=not dry_run)
+        report = _run(session, editor, wanted, method, how, ask or (), recorded=not dry_run)
         report["skipped"] = len(requests) - len(wanted)
         report["dry_run"] = dry_run
+        found = None if facts is None else facts.report or facts.ask(editor.model)
+        if found is not None:
+            report["facts"] = found.as_json()
+            session.show("", *check_view(found))
         if session.json:
             session.emit(report)
     if report["refused"]:
         raise typer.Exit(REFUSED)
+    if found is not None and not found.passed:
+        raise typer.Exit(UNTRUE)
     if report["without_effect"]:
         raise typer.Exit(NO_EFFECT)
 
