@@ -13,21 +13,21 @@ from errata.edits.export import export_peft
 from errata.errors import ConfigError
 from errata.model.running import prepare, run
 from errata.testing import edit_with
-from errata_melo.database import Database, Point
+from errata_melo.database import EditedPrompt, VectorDatabase
 from tests.families import build_model
 from tests.methods.test_memories import DAVIS, FRANCE, IDS, KING, edit, in_sequence, nll
 
 
-def point(*key: float, label: int = 1, block: int = 0, radius: float = 1.0) -> Point:
-    return Point(torch.tensor(key, dtype=torch.float32), (label,), block, radius)
+def point(*key: float, label: int = 1, block: int = 0, radius: float = 1.0) -> EditedPrompt:
+    return EditedPrompt(torch.tensor(key, dtype=torch.float32), (label,), block, radius)
 
 
-def block_of(database: Database, *query: float) -> int | None:
+def block_of(database: VectorDatabase, *query: float) -> int | None:
     return database.look_up(torch.tensor(query, dtype=torch.float32), torch.float32)
 
 
 def test_far_points_make_clusters_and_near_ones_of_a_label_join() -> None:
-    database = Database([point(0, 0), point(5, 0, block=1), point(1.5, 0, block=2)])
+    database = VectorDatabase([point(0, 0), point(5, 0, block=1), point(1.5, 0, block=2)])
     first, second = database.clusters
     assert first.centre.tolist() == [0.75, 0]
     assert first.radius == 1.0  # no point is farther from the centre
@@ -39,22 +39,24 @@ def test_far_points_make_clusters_and_near_ones_of_a_label_join() -> None:
 
 
 def test_another_label_nearby_splits_and_what_lies_outside_is_forgotten() -> None:
-    database = Database([point(0, 0), point(1.6, 0, block=1), point(2.2, 0, label=2, block=2)])
+    database = VectorDatabase(
+        [point(0, 0), point(1.6, 0, block=1), point(2.2, 0, label=2, block=2)]
+    )
     (new,) = database.clusters  # the old one's points both lay .8 from its centre
     half = (2.2 - 0.8) / 2
     assert new.radius == pytest.approx(half + 1e-5)
     assert block_of(database, 0, 0) is None
     assert block_of(database, 2.2, 0) == 2
     # A farther one leaves it half of the way.
-    old, new = Database([point(0, 0), point(1.8, 0, label=2, block=1)]).clusters
+    old, new = VectorDatabase([point(0, 0), point(1.8, 0, label=2, block=1)]).clusters
     assert (old.radius, new.radius) == pytest.approx((0.9 - 1e-5, 0.9 + 1e-5))
     assert len(old.points) == 1
     # Taken out, the third never was.
-    assert block_of(Database([point(0, 0), point(1.6, 0, block=1)]), 0, 0) == 0
+    assert block_of(VectorDatabase([point(0, 0), point(1.6, 0, block=1)]), 0, 0) == 0
 
 
 def test_the_newer_answer_to_a_prompt_counts() -> None:
-    database = Database([point(0, 0), point(0, 0, label=2, block=1)])
+    database = VectorDatabase([point(0, 0), point(0, 0, label=2, block=1)])
     assert block_of(database, 0, 0) == 1
 
 

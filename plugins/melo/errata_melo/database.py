@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _MARGIN = 1e-5
 
 
-class Point(NamedTuple):
+class EditedPrompt(NamedTuple):
     """One edited prompt.
 
     Attributes:
@@ -57,17 +57,17 @@ class Cluster:
     centre: Tensor
     radius: float
     label: tuple[int, ...]
-    points: list[Point] = field(default_factory=list)
+    points: list[EditedPrompt] = field(default_factory=list)
 
 
-class Database:
+class VectorDatabase:
     """The clusters that a list of points makes.
 
     Args:
         points: in the order in which they were edited.
     """
 
-    def __init__(self, points: Sequence[Point]) -> None:
+    def __init__(self, points: Sequence[EditedPrompt]) -> None:
         self.clusters: list[Cluster] = []
         for point in points:
             self._add(point)
@@ -91,7 +91,7 @@ class Database:
         points = torch.stack([point.key for point in cluster.points]).to(query.device)
         return cluster.points[int((points - query).norm(dim=1).argmin())].block
 
-    def _add(self, point: Point) -> None:
+    def _add(self, point: EditedPrompt) -> None:
         distances = [float((c.centre - point.key).norm()) for c in self.clusters]
         nearest = min(range(len(distances)), key=distances.__getitem__, default=-1)
         d = distances[nearest] if distances else float("inf")
