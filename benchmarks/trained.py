@@ -58,6 +58,7 @@ def claims_rows(layers: int) -> dict[str, tuple[str, dict[str, Any]]]:
         "fine-tune all layers": ("ft", {**tuned, "layers": every}),
         "Zhu et al. 1st layer": ("ft", {**boxed, "layers": [0]}),
         "Zhu et al. all layers": ("ft", {**boxed, "layers": every}),
+        "C_L2": ("ke", {"constraint": "l2", "margin": 1e-3, "margin_end": 1e-7}),
         "KnowledgeEditor": ("ke", {}),
         "+ loop": ("ke", {"loops": 5}),
         "+ P^x": ("ke", {"views": True}),

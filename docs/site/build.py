@@ -51,7 +51,7 @@ def on_config(config: Any) -> Any:
             own[1:1] = sorted(p for p in made if p.startswith("methods/") and p not in named)
         if title == "Results":
             own += sorted(p for p in there if p.startswith("results/"))
-        if title == "About":  # whatever nobody has found a place for
+        if title == "How to":  # and whatever nobody has found a place for
             own += sorted(p for p in there if "/" not in p and p not in named)
         config.nav.append({title: own[0]} if len(own) == 1 else {title: own})
     return config

@@ -23,7 +23,7 @@ from errata.kit.hypernetworks import (
 from errata.kit.training.training_batches import target_batches
 from errata.model import Model
 from errata.model.running import prepare, run
-from tests.families import build_model
+from tests.families import build, build_model
 
 QUIET = {"efficacy": "off", "perplexity": "off", "norm": "off"}
 TINY: dict[str, Any] = {
@@ -182,3 +182,32 @@ def test_what_was_trained_on_is_not_edited_and_without_training_nothing_is(tmp_p
         editor.prepare("mend", {**TINY, "steps": 1})
         with pytest.raises(RequestError, match="was trained on the fact"):
             editor.edit(training[0], method="mend", config={**TINY, "steps": 1})
+
+
+KE: dict[str, Any] = {
+    "variant": "small", "hidden": 8, "condition": 16, "inner": 8, "steps": 2, "validate_every": 2,
+    "validation": 2, "batch_size": 2, "n_locality": 2,
+}  # fmt: skip
+MEND: dict[str, Any] = {**TINY, "layers": [-1], "steps": 2, "locality": "others"}
+
+
+@pytest.mark.parametrize("family", ["t5", "t5-classifier", "bert", "llama-classifier", "opt"])
+def test_every_sort_of_model_is_edited_and_comes_back(family: str, tmp_path: Path) -> None:
+    module, tokenizer = build(family)
+    names = ("France", "Spain", "Italy", "Rome", "Paris", "Madrid", "London", "Berlin")
+    kind = {"kind": "label", "target_new": "economic"} if "classifier" in family else {}
+    requests = [asked("gpt2")[0].model_copy(update={"subject": name, **kind}) for name in names]
+    with Editor(
+        module, tokenizer, guards=QUIET, artifacts=tmp_path, training=requests[2:]
+    ) as editor:
+        before = {name: p.detach().clone() for name, p in editor.model.parameters.items()}
+        for method, config in (("mend", MEND), ("ke", KE)):
+            one, other = editor.edit(requests[:2], method=method, config=config)
+            alone = editor.edit(requests[1], method=method, config=config, apply=False)
+            for name, tensor in alone.delta.tensors().items():
+                difference = (other.delta.tensors()[name] - tensor).norm()
+                assert difference <= 1e-3 * tensor.norm()
+            assert one.parents == other.parents == ()
+            editor.revert(one, other)
+            now = editor.model.parameters
+            assert all(torch.equal(now[name], tensor) for name, tensor in before.items())

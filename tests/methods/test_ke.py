@@ -13,7 +13,7 @@ from errata.kit.hypernetworks import Signals, signals_of
 from errata.kit.hypernetworks.lessons import Answered
 from errata.model import Model
 from errata_ke import KeConfig
-from errata_ke.network import KnowledgeEditor
+from errata_ke.network import KnowledgeEditor, root_mean_square
 from tests.families import build, build_model
 
 QUIET = {"efficacy": "off", "perplexity": "off", "norm": "off"}
@@ -74,6 +74,15 @@ def test_the_multiplier_rises_while_the_constraint_is_broken(tmp_path: Path) -> 
     network.alpha.data.fill_(-1.0)
     network.stepped()
     assert float(network.alpha) == 0.0
+
+
+def test_the_size_of_the_change_can_be_bounded_instead(tmp_path: Path) -> None:
+    network, signals = editing(build_model("bert-classifier", tmp_path), constraint="l2")
+    change = network(signals[0])[network.modules[0]]
+    size = (change.u[0].T @ change.v[0]).square().mean().sqrt()
+    torch.testing.assert_close(root_mean_square(change), size)
+    loss = network.objective(answered(5.0))
+    torch.testing.assert_close(loss, 1 + size - network.margin)
 
 
 def test_the_margin_shrinks_after_success_down_to_its_end(tmp_path: Path) -> None:

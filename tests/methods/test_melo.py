@@ -13,13 +13,13 @@ from errata.edits.export import export_peft
 from errata.errors import ConfigError
 from errata.model.running import prepare, run
 from errata.testing import edit_with
-from errata_melo.database import EditedPrompt, VectorDatabase
+from errata_melo.database import EditedPoint, VectorDatabase
 from tests.families import build_model
 from tests.methods.test_memories import DAVIS, FRANCE, IDS, KING, edit, in_sequence, nll
 
 
-def point(*key: float, label: int = 1, block: int = 0, radius: float = 1.0) -> EditedPrompt:
-    return EditedPrompt(torch.tensor(key, dtype=torch.float32), (label,), block, radius)
+def point(*key: float, label: int = 1, block: int = 0, radius: float = 1.0) -> EditedPoint:
+    return EditedPoint(torch.tensor(key, dtype=torch.float32), (label,), block, radius)
 
 
 def block_of(database: VectorDatabase, *query: float) -> int | None:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from errata.bench.config import BASE, STREAMS, BenchConfig, DatasetSpec
+from errata.edits.request import OPERATIONS
 from errata.errors import ConfigError, UnknownNameError
 
 if TYPE_CHECKING:
     from errata.datasets import Dataset
-    from errata.edits.request import Probe, Request
+    from errata.edits.request import Operation, Probe, Request
     from errata.evaluate import MeasureSettings, Protocol
 
 Case = tuple["Request", ...]
@@ -81,14 +82,31 @@ class RunSpec:
         """Return one case."""
         return self.cases(item.dataset, seed)[item.number]
 
-    def edited(self, item: Item, seed: int) -> Case:
-        """Return the requests that a case is edited with; it is measured with its own."""
+    def edited(self, item: Item, seed: int, variant: int) -> Case:
+        """Return the requests that a case is edited with; it is measured with its own.
+
+        On the relation's side adding and deleting are one request where the method can do both at
+        once, else one each.
+        """
         case = self.case(item, seed)
         if self.config.datasets[item.dataset].view == "entity":
             return case
         from errata.datasets.rake import relation_requests
 
-        return tuple(made for request in case for made in relation_requests(request))
+        operations = self.operations.get(variant, OPERATIONS)
+        return tuple(made for request in case for made in relation_requests(request, operations))
+
+    @cached_property
+    def operations(self) -> dict[int, Sequence[Operation]]:
+        """What each variant's method declares to do with a relation."""
+        from errata.contract.registry import Registry
+
+        methods = Registry.load().methods
+        return {
+            number: methods[variant.method].capabilities.operations
+            for number, variant in enumerate(self.config.methods)
+            if variant.method in methods
+        }
 
     def chunks(self, items: Sequence[Item]) -> Iterator[list[Item]]:
         """Group places so that each group is measured together: always the same groups."""

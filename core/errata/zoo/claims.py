@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errata.edits.outputs import check_folder
 from errata.errors import ConfigError
+from errata.model.foreign_noise import quiet_loading
 from errata.model.joining import join
 from errata.model.storage import write_bytes
 from errata.zoo.state import STATE, load_state, save_state
@@ -50,7 +52,7 @@ class ClaimsRecipe:
 
 
 @dataclass(frozen=True)
-class Fact:
+class ClaimedFact:
     """One fact, as its claims.
 
     Attributes:
@@ -83,18 +85,18 @@ def claim(prompt: str, said: str) -> str:
     return f"{join(prompt, said)}."
 
 
-def facts_of(requests: Sequence[Request], recipe: ClaimsRecipe) -> list[Fact]:
+def facts_of(requests: Sequence[Request], recipe: ClaimsRecipe) -> list[ClaimedFact]:
     """Return facts about different subjects, drawn with the seed.
 
     Raises `ConfigError` when there are fewer than the recipe wants.
     """
-    found: dict[str, Fact] = {}
+    found: dict[str, ClaimedFact] = {}
     for request in requests:
         if request.target_true is None or not request.paraphrases:
             continue
         phrasings = tuple(dict.fromkeys((request.text, *request.paraphrases)))
         objects = (request.joined(request.target_true), request.target)
-        found.setdefault(request.subject, Fact(phrasings, *objects))
+        found.setdefault(request.subject, ClaimedFact(phrasings, *objects))
     if len(found) < recipe.facts:
         raise ConfigError(
             f"The data has {len(found)} facts about different subjects with a true and another "
@@ -178,7 +180,7 @@ def _base(recipe: ClaimsRecipe) -> tuple[Any, Any]:
 
     folder = model_path(recipe.base) if not Path(recipe.base).is_dir() else Path(recipe.base)
     names = dict(enumerate(LABELS))
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), quiet_loading(), _no_report():
         torch.manual_seed(recipe.seed)
         model = AutoModelForSequenceClassification.from_pretrained(
             folder, num_labels=len(LABELS), id2label=names, dtype=torch.float32,
@@ -188,6 +190,19 @@ def _base(recipe: ClaimsRecipe) -> tuple[Any, Any]:
     return model, AutoTokenizer.from_pretrained(folder)
 
 
+@contextmanager
+def _no_report() -> Iterator[None]:
+    """Keep transformers from reporting that the head is new."""
+    from transformers.utils import logging
+
+    former = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(former)
+
+
 def _logits(model: Any, tokenizer: Any, texts: Sequence[str]) -> torch.Tensor:
     batch = tokenizer(list(texts), return_tensors="pt", padding=True, truncation=True)
     logits: torch.Tensor = model(**batch).logits
@@ -195,7 +210,7 @@ def _logits(model: Any, tokenizer: Any, texts: Sequence[str]) -> torch.Tensor:
 
 
 def _records(
-    model: Any, tokenizer: Any, facts: Sequence[Fact], rng: random.Random
+    model: Any, tokenizer: Any, facts: Sequence[ClaimedFact], rng: random.Random
 ) -> list[dict[str, Any]]:
     """Return one claim of each fact with what the model says of it, in FEVER's fields."""
     import torch

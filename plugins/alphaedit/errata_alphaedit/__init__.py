@@ -54,7 +54,9 @@ class AlphaEdit:
         earlier = earlier_requests(model, self.name) if config.history == "none" else {}
         updates = alphaedit(model, requests, P, config, earlier)
         # The joint problem of all active edits: M = P, and L2 is what a miss costs.
-        return deltas_of(model, updates, config, metrics=P, slack=dict.fromkeys(P, config.l2))
+        return deltas_of(
+            model, requests, updates, config, metrics=P, slack=dict.fromkeys(P, config.l2)
+        )
 
     @hookimpl
     def resolve(self, model: Model, delta: Delta, config: AlphaEditConfig) -> Delta | None:

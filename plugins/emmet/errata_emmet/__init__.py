@@ -50,7 +50,9 @@ class Emmet:
         updates = emmet(model, requests, C, config)
         # The joint problem of all active edits: M = C⁻¹, and the ridge λε is what a miss costs.
         M = {layer: matrix.metric for layer, matrix in C.items()}
-        return deltas_of(model, updates, config, metrics=M, slack=dict.fromkeys(M, config.slack))
+        return deltas_of(
+            model, requests, updates, config, metrics=M, slack=dict.fromkeys(M, config.slack)
+        )
 
     @hookimpl
     def resolve(self, model: Model, delta: Delta, config: EmmetConfig) -> Delta | None:

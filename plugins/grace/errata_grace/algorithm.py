@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn import functional
 
 from errata.edits.delta.codebook import CodebookDelta
 from errata.edits.delta.codebook_entry import CodebookEntry, CodebookSettings
@@ -99,7 +98,7 @@ class GraceRun:
         """Return the entry for one case, with `entries` in force before it."""
         with self._trial(entries, case):
             key, logits = self._observe(case)
-        if self.config.only_when_wrong and torch.equal(logits.argmax(-1), case.labels):
+        if (self.config.only_when_wrong or not case.says) and case.holds(logits):
             logger.info("%r is what the model says already: a void entry", case.text)
             return self._delta(case, key, None, {"operation": "void"})
         draft = self._delta(case, key, self.start_value(case, entries), {})
@@ -119,8 +118,11 @@ class GraceRun:
         return self._delta(case, key, value, notes)
 
     def start_value(self, case: Case, entries: Entries) -> Tensor:
-        """Return the start (d_out) of a new value: U[0, 1) (cold) or the module's output (warm)."""
-        if self.config.init == "cold":
+        """Return the start (d_out) of a new value: U[0, 1) (cold) or the module's output (warm).
+
+        What is only to be forgotten starts warm: the rest of what is said there stays.
+        """
+        if self.config.init == "cold" and case.says:
             generator = torch.Generator().manual_seed(self.config.seed)
             width, _ = self.model.anatomy.shape(self.model.module, self.module)
             return torch.rand(width, generator=generator)
@@ -140,7 +142,7 @@ class GraceRun:
         model = self.model
         with (
             Codebooks.of(model).trial(entries) as router,
-            model.prompts([case.end]),
+            model.prompts(case.prompt.ends),
             frozen(model.module),
         ):
             yield router
@@ -176,9 +178,9 @@ class GraceRun:
         losses: list[float] = []
         with torch.enable_grad():
             for _ in range(self.config.steps):
-                loss = _nll(logits(), case.labels)
+                loss = case.loss(logits())
                 losses.append(float(loss.detach()))
-                if not math.isfinite(losses[-1]) or losses[-1] < self.config.early_stop:
+                if not losses[-1] >= max(self.config.early_stop, 1e-12):  # low enough, or no number
                     break
                 (gradient,) = torch.autograd.grad(loss * scale, value)
                 if not bool(gradient.any()):
@@ -190,7 +192,7 @@ class GraceRun:
                 value.grad = gradient / scale
                 optimizer.step()
         with torch.no_grad():
-            losses.append(float(_nll(logits(), case.labels)))
+            losses.append(float(case.loss(logits())))
         if not math.isfinite(losses[-1]):
             raise EditFailed(
                 f"The loss of {case.text!r} became {losses[-1]}: lower lr ({self.config.lr:g}) "
@@ -235,8 +237,3 @@ class GraceRun:
             label_text=case.text,
             notes=notes,
         )
-
-
-def _nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean −log P of the labels in nats, in fp32."""
-    return functional.cross_entropy(logits.float(), labels.to(logits.device))

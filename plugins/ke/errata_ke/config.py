@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Variant = Literal["published", "efk", "small", "efk-small"]
 
 _EFK: Mapping[str, Any] = {
-    "constrained": False, "hidden": 512, "condition": 768, "optimiser": "adam", "lr": 1e-5,
+    "constraint": "none", "hidden": 512, "condition": 768, "optimiser": "adam", "lr": 1e-5,
     "warmup": 0, "decay": None, "batch_size": 10, "n_locality": 1, "steps": 100_000,
 }  # fmt: skip
 
@@ -78,12 +78,15 @@ class KeConfig(NetworkConfig):
         description="Train the word embeddings that the LSTM reads, a copy of the model's; else "
         "read the model's own",
     )
-    constrained: bool = Field(
-        default=True,
-        description="Minimise the edit's loss under KL ≤ margin by a Lagrange multiplier; else the "
-        "sum c_edit · NLL + c_loc · KL",
+    constraint: Literal["kl", "l2", "none"] = Field(
+        default="kl",
+        description="What the edit's loss is minimised under, by a Lagrange multiplier: kl, KL ≤ "
+        "margin; l2, the root mean square of ΔW's entries ≤ margin (the paper's C_L2); none: the "
+        "sum c_edit · NLL + c_loc · KL is minimised",
     )
-    margin: float = Field(default=0.1, gt=0, description="Bound m on the KL divergence (nats)")
+    margin: float = Field(
+        default=0.1, gt=0, description="Bound m on the KL divergence (nats), or on ΔW"
+    )
     margin_end: float = Field(default=1e-3, gt=0, description="Least bound")
     margin_decay: float = Field(
         default=0.8,

@@ -29,7 +29,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from errata.edits.delta import Factor, LowRankDelta
 from errata.edits.delta.adapter_layers import no_randomness
 from errata.kit.hypernetworks import (
-    Editing,
+    EditingNetwork,
     Factors,
     Signals,
     edited_modules,
@@ -114,6 +114,13 @@ def _sum(parts: Sequence[LowRankDelta]) -> LowRankDelta:
     )
 
 
+def root_mean_square(change: Factors) -> Tensor:
+    """Return the root mean square of ΔW's entries, mean over the requests, from Gram matrices."""
+    u, v = change.u, change.v
+    square = ((u @ u.mT) * (v @ v.mT)).sum((1, 2)).clamp_min(1e-30)
+    return (square / (u.shape[-1] * v.shape[-1])).sqrt().mean()
+
+
 class Conditioner(nn.Module):
     """What one matrix (m × n) takes from the condition: a_col, a_row, b_col, b_row and s.
 
@@ -133,7 +140,7 @@ class Conditioner(nn.Module):
         return self.outer(self.inner(h).tanh()).split(self._sizes, -1)
 
 
-class KnowledgeEditor(Editing):
+class KnowledgeEditor(EditingNetwork):
     """The network for one model, and the multiplier of its constraint.
 
     Args:
@@ -163,6 +170,7 @@ class KnowledgeEditor(Editing):
             self.conditioners = nn.ModuleList(
                 Conditioner(*model.anatomy.shape(model.module, path), config) for path in modules
             )
+        self._size = torch.zeros(())  # of the last changes, where that is bounded
         self.alpha = nn.Parameter(torch.ones(()))
         self.register_buffer("margin", torch.tensor(config.margin))
 
@@ -177,6 +185,8 @@ class KnowledgeEditor(Editing):
             u = torch.cat([a_row.softmax(-1)[:, None] * delta, b_row.softmax(-1)[:, None]], 1)
             v = torch.cat([a_col[:, None] * x, b_col[:, None]], 1)
             found[path] = Factors(scale * u, v)
+        if self._config.constraint == "l2":
+            self._size = torch.stack([root_mean_square(f) for f in found.values()]).mean()
         return found
 
     def read(self, requests: Sequence[Request]) -> Tensor:
@@ -201,10 +211,11 @@ class KnowledgeEditor(Editing):
     def objective(self, answered: Answered) -> Tensor:
         """Return L' + α (KL − m), whose gradient in α is turned round: it rises; or the sum."""
         config = self._config
-        if not config.constrained:
+        if config.constraint == "none":
             return config.c_edit * answered.edit.mean() + config.c_loc * answered.locality
+        bounded = answered.locality if config.constraint == "kl" else self._size
         rising = 2 * self.alpha.detach() - self.alpha
-        return answered.edit.mean() + rising * (answered.locality - self.margin)
+        return answered.edit.mean() + rising * (bounded - self.margin)
 
     def optimisers(self) -> list[torch.optim.Optimizer]:
         """Return what trains the network, and the multiplier."""
@@ -239,6 +250,6 @@ class KnowledgeEditor(Editing):
 
     def badness(self, found: Validation) -> float:
         """Return 1 − the mean of what succeeds and what is kept, or the loss of the port."""
-        if not self._config.constrained:
+        if self._config.constraint == "none":
             return found["loss"]
         return 1.0 - (found["success"] + found["kept"]) / 2

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _MARGIN = 1e-5
 
 
-class EditedPrompt(NamedTuple):
+class EditedPoint(NamedTuple):
     """One edited prompt.
 
     Attributes:
@@ -57,7 +57,7 @@ class Cluster:
     centre: Tensor
     radius: float
     label: tuple[int, ...]
-    points: list[EditedPrompt] = field(default_factory=list)
+    points: list[EditedPoint] = field(default_factory=list)
 
 
 class VectorDatabase:
@@ -67,7 +67,7 @@ class VectorDatabase:
         points: in the order in which they were edited.
     """
 
-    def __init__(self, points: Sequence[EditedPrompt]) -> None:
+    def __init__(self, points: Sequence[EditedPoint]) -> None:
         self.clusters: list[Cluster] = []
         for point in points:
             self._add(point)
@@ -91,7 +91,7 @@ class VectorDatabase:
         points = torch.stack([point.key for point in cluster.points]).to(query.device)
         return cluster.points[int((points - query).norm(dim=1).argmin())].block
 
-    def _add(self, point: EditedPrompt) -> None:
+    def _add(self, point: EditedPoint) -> None:
         distances = [float((c.centre - point.key).norm()) for c in self.clusters]
         nearest = min(range(len(distances)), key=distances.__getitem__, default=-1)
         d = distances[nearest] if distances else float("inf")

@@ -11,7 +11,7 @@ from errata.edits.delta import AdapterDelta
 from errata.edits.delta.base import Delta, Undo, require
 from errata.model.forward.trace import submodule
 from errata.model.routing import Arrivals, Router, Visit
-from errata_melo.database import EditedPrompt, VectorDatabase
+from errata_melo.database import EditedPoint, VectorDatabase
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,10 +108,10 @@ class RoutedAdapterDelta(Delta):
             f"this model returns {width}.",
         )
 
-    def points(self, block: int) -> list[EditedPrompt]:
+    def points(self, block: int) -> list[EditedPoint]:
         """Return its points of the database."""
         pairs = zip(self.keys.float(), self.labels, strict=True)
-        return [EditedPrompt(key, label, block, self.radius) for key, label in pairs]
+        return [EditedPoint(key, label, block, self.radius) for key, label in pairs]
 
     @classmethod
     def joint_factors(cls, name: str, deltas: Sequence[Self]) -> tuple[Tensor, Tensor]:
@@ -142,7 +142,7 @@ class BlockRouter(Router):
 
     def __init__(self, model: Model, deltas: Sequence[RoutedAdapterDelta]) -> None:
         routes: dict[str, dict[str, None]] = {}
-        points: dict[str, list[EditedPrompt]] = {}
+        points: dict[str, list[EditedPoint]] = {}
         self._factors: list[dict[str, tuple[Tensor, Tensor]]] = []
         for number, delta in enumerate(deltas):
             routes.setdefault(delta.module, {}).update(dict.fromkeys(delta.adapter.modules))

@@ -54,7 +54,7 @@ class Memit:
         # The joint problem of all active edits: M = C⁻¹, and λ is what a miss costs.
         M = {layer: matrix.metric for layer, matrix in C.items()}
         λ = second_moment_weights(model, config)
-        return deltas_of(model, updates, config, metrics=M, slack=λ)
+        return deltas_of(model, requests, updates, config, metrics=M, slack=λ)
 
     @hookimpl
     def resolve(self, model: Model, delta: Delta, config: MemitConfig) -> Delta | None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from errata.model import Model
     from errata_side_network.delta import SideNetworkDelta
 
-__all__ = ["Defer", "DeferConfig", "MemoryConfig", "MemoryNetwork"]
+__all__ = ["Defer", "DeferConfig", "Memory", "MemoryConfig"]
 
 
 class Defer:
@@ -46,7 +46,7 @@ class Defer:
         return training.edit(model, requests, config, networks.DEFER)
 
 
-class MemoryNetwork:
+class Memory:
     """The plugin: what one request changes in a memory network."""
 
     name = "memory"

@@ -16,7 +16,7 @@ Parameters = Mapping[str, "Tensor"]
 THRESHOLD = 0.5
 
 
-class NetworkAnswer(NamedTuple):
+class SideAnswer(NamedTuple):
     """What a network makes of queries.
 
     Attributes:
@@ -42,7 +42,7 @@ class SideNetwork:
     name: str
     size: int
     shapes: Callable[[int, int], dict[str, tuple[int, ...]]]
-    answer: Callable[[Parameters, Tensor], NetworkAnswer]
+    answer: Callable[[Parameters, Tensor], SideAnswer]
 
     def start(self, d_out: int, d_in: int, seed: int) -> dict[str, Tensor]:
         """Return the parameters as the authors' modules begin.
@@ -59,14 +59,14 @@ class SideNetwork:
         return start
 
 
-def _defer(p: Parameters, q: Tensor) -> NetworkAnswer:
+def _defer(p: Parameters, q: Tensor) -> SideAnswer:
     g = torch.sigmoid(q @ p["w"] + p["c"])
-    return NetworkAnswer(g, q @ p["A"].T + p["a"])
+    return SideAnswer(g, q @ p["A"].T + p["a"])
 
 
-def _memory(p: Parameters, q: Tensor) -> NetworkAnswer:
+def _memory(p: Parameters, q: Tensor) -> SideAnswer:
     π = torch.softmax(q @ p["F"].T + p["f"], dim=-1)
-    return NetworkAnswer(torch.ones_like(π[:, 0]), π @ p["values"])
+    return SideAnswer(torch.ones_like(π[:, 0]), π @ p["values"])
 
 
 DEFER = SideNetwork(

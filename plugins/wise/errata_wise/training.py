@@ -29,7 +29,7 @@ from errata.kit.contexts import in_contexts, prefix_contexts
 from errata.kit.feed_forward import site_of
 from errata.kit.second_moments import documents_of
 from errata.kit.training import Trainer, TrainerSettings, above, target_batches
-from errata.kit.training.training_batches import negative_log_likelihood
+from errata.kit.training.training_batches import batch_loss
 from errata.model.forward import frozen, patched, trace
 from errata.model.running import prepare, run
 from errata_wise.delta import ShardDelta, SideMemories, activation, packed
@@ -148,7 +148,7 @@ class Writing:
         config = self._config
         with patched(self._model.module, {self._module: self._through(d)}):
             logits = self._trainer.logits(self._batch)
-        nll, _ = negative_log_likelihood(self._batch, logits)
+        nll, _ = batch_loss(self._batch, logits)
         Δ_in, Δ_out = self.distances(d)
         terms = (Δ_out - config.alpha, config.beta - Δ_in, config.gamma - (Δ_in - Δ_out))
         return nll + sum(_positive_mean(term) for term in terms)

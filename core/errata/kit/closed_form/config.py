@@ -74,6 +74,11 @@ class ClosedFormConfig(MethodConfig):
     fact_token: Literal["subject_last", "subject_first", "subject_first_after_last", "last"] = (
         Field(default="subject_last", description="Token whose value is rewritten")
     )
+    window: int = Field(
+        default=16,
+        ge=1,
+        description="Of requests of kind text: most tokens that one value has to say (AnyEdit)",
+    )
     tokens: int | None = Field(
         default=None, ge=1, description="Tokens C is estimated from; none: a multiple of its size"
     )

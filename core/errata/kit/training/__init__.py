@@ -10,6 +10,8 @@ from errata.kit.training.trainer import Objective, Trainer, TrainerSettings, abo
 from errata.kit.training.training_batches import (
     Loss,
     TrainingBatch,
+    aim_batch,
+    request_batches,
     target_batches,
     text_batches,
 )
@@ -23,7 +25,9 @@ __all__ = [
     "TrainerSettings",
     "TrainingBatch",
     "above",
+    "aim_batch",
     "linear_modules",
+    "request_batches",
     "target_batches",
     "text_batches",
     "train_adapter",

@@ -13,7 +13,7 @@ import torch
 from errata.errors import ConfigError
 from errata.kit.training.training_batches import (
     TrainingBatch,
-    negative_log_likelihood,
+    batch_loss,
     settled,
 )
 from errata.model.forward import Resumed
@@ -175,7 +175,7 @@ class Trainer:
     def objective(self) -> Objective:
         """Compute loss and judgement of the current batch."""
         logits = self.logits(self._current)
-        loss, nll = negative_log_likelihood(self._current, logits)
+        loss, nll = batch_loss(self._current, logits)
         with torch.no_grad():
             holds = settled(self._current, logits, nll.detach(), self.settings.stop_loss)
         return Objective(loss, holds)
@@ -216,7 +216,7 @@ class Trainer:
         found = []
         for batch in self.batches:
             logits = self.logits(batch)
-            _, nll = negative_log_likelihood(batch, logits)
+            _, nll = batch_loss(batch, logits)
             found += settled(batch, logits, nll, self.settings.stop_loss)
         return found
 
