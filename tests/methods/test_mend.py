@@ -13,7 +13,7 @@ from errata import Editor, Request
 from errata.datasets import atlas
 from errata.model.scoring import score_targets
 from errata_mend import MendConfig
-from errata_mend.network import Mend, Residual, Shape
+from errata_mend.network import MendNetwork, Residual, Shape
 from tests.families import build_model
 
 QUIET = {"efficacy": "off", "perplexity": "off", "norm": "off"}
@@ -62,7 +62,7 @@ def test_an_untrained_network_ascends_by_standardised_factors_as_published(tmp_p
     signals = signals_of(model, requests, modules)
     changes = {}
     for descent in (False, True):
-        network = Mend(model, modules, MendConfig(descent=descent, rank=4))
+        network = MendNetwork(model, modules, MendConfig(descent=descent, rank=4))
         network.begin(signals, lambda: 0.0)
         changes[descent] = network(Signals.join(signals))[modules[0]]
     x = torch.cat([s.inputs[p][0] for s in signals for p in modules])
@@ -80,7 +80,7 @@ def test_an_untrained_network_ascends_by_standardised_factors_as_published(tmp_p
 def test_matrices_of_one_shape_share_a_network(tmp_path: Path) -> None:
     model = build_model("llama", tmp_path)
     modules = [*model.anatomy.mlp_in(0), model.anatomy.mlp_out(0)]
-    network = Mend(model, modules, MendConfig(rank=4))
+    network = MendNetwork(model, modules, MendConfig(rank=4))
     assert len(network.shapes) == 2  # gate and up; down
     sizes = [len(layer.s) for shape in network.shapes.values() for layer in shape.layers]
     assert sizes == [2, 2, 1, 1]

@@ -52,7 +52,7 @@ class ClaimsRecipe:
 
 
 @dataclass(frozen=True)
-class Fact:
+class ClaimedFact:
     """One fact, as its claims.
 
     Attributes:
@@ -85,18 +85,18 @@ def claim(prompt: str, said: str) -> str:
     return f"{join(prompt, said)}."
 
 
-def facts_of(requests: Sequence[Request], recipe: ClaimsRecipe) -> list[Fact]:
+def facts_of(requests: Sequence[Request], recipe: ClaimsRecipe) -> list[ClaimedFact]:
     """Return facts about different subjects, drawn with the seed.
 
     Raises `ConfigError` when there are fewer than the recipe wants.
     """
-    found: dict[str, Fact] = {}
+    found: dict[str, ClaimedFact] = {}
     for request in requests:
         if request.target_true is None or not request.paraphrases:
             continue
         phrasings = tuple(dict.fromkeys((request.text, *request.paraphrases)))
         objects = (request.joined(request.target_true), request.target)
-        found.setdefault(request.subject, Fact(phrasings, *objects))
+        found.setdefault(request.subject, ClaimedFact(phrasings, *objects))
     if len(found) < recipe.facts:
         raise ConfigError(
             f"The data has {len(found)} facts about different subjects with a true and another "
@@ -210,7 +210,7 @@ def _logits(model: Any, tokenizer: Any, texts: Sequence[str]) -> torch.Tensor:
 
 
 def _records(
-    model: Any, tokenizer: Any, facts: Sequence[Fact], rng: random.Random
+    model: Any, tokenizer: Any, facts: Sequence[ClaimedFact], rng: random.Random
 ) -> list[dict[str, Any]]:
     """Return one claim of each fact with what the model says of it, in FEVER's fields."""
     import torch

@@ -29,7 +29,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from errata.edits.delta import Factor, LowRankDelta
 from errata.edits.delta.adapter_layers import no_randomness
 from errata.kit.hypernetworks import (
-    Editing,
+    EditingNetwork,
     Factors,
     Signals,
     edited_modules,
@@ -140,7 +140,7 @@ class Conditioner(nn.Module):
         return self.outer(self.inner(h).tanh()).split(self._sizes, -1)
 
 
-class KnowledgeEditor(Editing):
+class KnowledgeEditor(EditingNetwork):
     """The network for one model, and the multiplier of its constraint.
 
     Args:

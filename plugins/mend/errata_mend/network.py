@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from errata.kit.hypernetworks import (
-    Editing,
+    EditingNetwork,
     Factors,
     Signals,
     edited_modules,
@@ -48,13 +48,13 @@ LINE = (0.03, 0.1, 0.3, 1.0, 3.0)
 """Shares of ‖W x‖ that the line search tries as the size of a change."""
 
 
-def trained(model: Model, config: MendConfig, training: Sequence[Request] = ()) -> Mend:
+def trained(model: Model, config: MendConfig, training: Sequence[Request] = ()) -> MendNetwork:
     """Return the trained network."""
     modules = edited_modules(model, config.target_modules, config.layers)
     network = trained_network(
-        model, "mend", lambda: Mend(model, modules, config), modules, config, training
+        model, "mend", lambda: MendNetwork(model, modules, config), modules, config, training
     )
-    assert isinstance(network, Mend)
+    assert isinstance(network, MendNetwork)
     return network
 
 
@@ -125,7 +125,7 @@ class Shape(nn.Module):
         return c[..., : self.n], c[..., self.n :]
 
 
-class Mend(Editing):
+class MendNetwork(EditingNetwork):
     """MEND's networks and rates for one model.
 
     Args:

@@ -14,10 +14,10 @@ from errata.kit.hypernetworks.lessons import Locality
 from errata.kit.hypernetworks.settings import NetworkConfig
 from errata.kit.hypernetworks.signals import Signals, signals_of
 from errata.kit.hypernetworks.trained import edited_modules, trained_network
-from errata.kit.hypernetworks.training import Editing, NetworkTraining
+from errata.kit.hypernetworks.training import EditingNetwork, NetworkTraining
 
 __all__ = [
-    "Editing",
+    "EditingNetwork",
     "Factors",
     "Locality",
     "NetworkConfig",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from errata.errors import CapabilityError, ConfigError
-from errata.kit.hypernetworks.training import Editing, NetworkTraining
+from errata.kit.hypernetworks.training import EditingNetwork, NetworkTraining
 from errata.kit.training import linear_modules
 from errata.model.forward.inputs import pads
 
@@ -41,11 +41,11 @@ def edited_modules(
 def trained_network(
     model: Model,
     name: str,
-    build: Callable[[], Editing],
+    build: Callable[[], EditingNetwork],
     modules: Sequence[str],
     config: NetworkConfig,
     training: Sequence[Request] = (),
-) -> Editing:
+) -> EditingNetwork:
     """Return a method's network, trained now where that was not done yet.
 
     Args:
@@ -61,7 +61,7 @@ def trained_network(
     recipe = config.recipe()
     key = model.base_key(name, recipe, trained=True)
     if (name, *key) in model.memo:
-        known: Editing = model.memo[(name, *key)]
+        known: EditingNetwork = model.memo[(name, *key)]
         return known
 
     def compute() -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:

@@ -38,7 +38,7 @@ _REMEMBERED = 2**30  # bytes of what the base says; lessons beyond that run it a
 _KEPT = torch.bfloat16  # of the signals that are trained on
 
 
-class Editing(nn.Module, ABC):
+class EditingNetwork(nn.Module, ABC):
     """A network that edits, and what it is trained for; a method's own.
 
     Attributes:
@@ -103,7 +103,7 @@ class NetworkTraining:
         self,
         model: Model,
         name: str,
-        editing: Editing,
+        editing: EditingNetwork,
         modules: Sequence[str],
         requests: Sequence[Request],
         config: NetworkConfig,
