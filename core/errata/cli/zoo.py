@@ -37,9 +37,13 @@ def add(app: typer.Typer) -> None:
     command(group, "get", panel="Commands", shared=OUTPUT, examples="errata zoo get smollm2-135m")(
         get
     )
-    command(group, "path", panel="Commands", shared=OUTPUT, examples="errata zoo path atlas-gpt2")(
-        path
-    )
+    command(
+        group,
+        "path",
+        panel="Commands",
+        shared=OUTPUT,
+        examples="errata zoo path smollm2-135m --gguf",
+    )(path)
     command(
         group,
         "train",
@@ -137,11 +141,14 @@ def get(
 def path(
     session: Session,
     name: Annotated[str, typer.Argument(metavar="NAME", help="A model of `errata zoo list`.")],
+    gguf: Annotated[
+        bool, typer.Option("--gguf", help="The GGUF file that it came as, for llama.cpp.")
+    ] = False,
 ) -> None:
     """Print the folder of a model, for scripts; fetch it where it is not here yet."""
     from errata import zoo
 
-    where = str(zoo.model_path(name, session.progress))
+    where = str((zoo.gguf_path if gguf else zoo.model_path)(name, session.progress))
     if session.json:
         session.emit({"name": name, "path": where})
     else:

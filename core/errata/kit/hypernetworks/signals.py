@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from errata.kit.training.training_batches import TrainingBatch, negative_log_likelihood
+from errata.kit.training.training_batches import TrainingBatch, batch_loss
 from errata.kit.values import EditFailed
 from errata.model.forward import frozen, patched, trace
 from errata.model.running import prepare, run
@@ -139,7 +139,7 @@ def _batch(model: Model, requests: Sequence[Request], modules: Sequence[str]) ->
         trace(model.module, modules, inputs=True, outputs=False, detach=True) as seen,
         patched(model.module, {path: probe(path) for path in modules}),
     ):
-        loss, _ = negative_log_likelihood(batch, run(model, prompts))
+        loss, _ = batch_loss(batch, run(model, prompts))
         gradients = torch.autograd.grad(loss * scale, [probes[path] for path in modules])
     inputs, errors, kept = {}, {}, {}
     for path, gradient in zip(modules, gradients, strict=True):
