@@ -139,7 +139,9 @@ class Editor(Described):
             self.model, self.registry, preparation, resolve_auto_layers, observers
         )
         self.ledger = Ledger.open(ledger, kinds=DeltaKinds())
-        self._transactions = Transactions(self.model, self._stack, self.ledger, self._observe)
+        self._transactions = Transactions(
+            self.model, self._stack, self.ledger, self._methods.observe
+        )
         self._editing = Editing(
             self.model, self._stack, self.ledger, self._methods, guarding, self._transactions
         )
@@ -235,32 +237,28 @@ class Editor(Described):
         computes them again, in their order, from the same requests and hyper-parameters; the old
         records stay in the ledger, reverted.
 
-        Args:
-            *edits: which ones; by default all stale edits, and those made on top of them.
-
-        Returns:
-            The new edits, in order. After any error the model and the ledger are as they were.
+        By default all stale edits, and those made on top of them. Returns the new edits, in order;
+        after any error the model and the ledger are as they were.
         """
         with self._changing("rebase"):
-            firm = set(self._stack.ids)
-            if edits:
-                wanted = sorted((self._get(e) for e in edits), key=lambda edit: edit.sequence)
-                self._require({edit.id for edit in wanted} <= firm, wanted, "not active")
-            else:
-                wanted = []
-                for edit in self._stack.entries:
-                    if edit.is_stale(firm):
-                        wanted.append(edit)
-                        firm.discard(edit.id)  # what was made on top of it comes with it
+            wanted = self._active(edits) if edits else self._stack.stale()
             return self._editing.replay(wanted) if wanted else []
+
+    def resolve(self, *edits: EditLike, **config: Any) -> list[Edit]:
+        """Solve active edits again with other hyper-parameters, from the values that they store.
+
+        Joint edits (MEMIT's family) store keys and residuals; λ or the null space decide how they
+        are written, and λ can so follow a stream's length. By default all edits that can be. Raises
+        `CapabilityError` where a method cannot, `ConfigError` for values that decide residuals.
+        """
+        with self._changing("resolve"):
+            wanted = self._active(edits) if edits else self._editing.solvable(config)
+            return self._editing.resolve(wanted, config) if wanted else []
 
     def configure(
         self, method: str, overrides: Mapping[str, Any] | None = None
     ) -> tuple[MethodConfig, list[Value]]:
-        """Return a method's configuration for this model and where each value comes from.
-
-        Layers come out as numbers, also those that a sweep ("auto") or a rule chooses.
-        """
+        """Return a method's configuration for this model, layers as numbers, and its sources."""
         return self._methods.configure(method, overrides)
 
     def prepare(self, method: str, config: Mapping[str, Any] | None = None) -> None:
@@ -410,8 +408,7 @@ class Editor(Described):
         Args:
             path: the file ("errata", "gguf") or directory ("peft") to write.
             *edits: which edits.
-            format: "errata" for `apply` and `import_` anywhere; "peft" for plain PeftModel; "gguf"
-                for llama.cpp.
+            format: "errata" for `apply` and `import_`; "peft" for PeftModel; "gguf" for llama.cpp.
             overwrite: replace an earlier export of errata; nothing else ever is.
             **options: of "peft" and "gguf": `rank`, `error`; of "gguf": `base`, its GGUF file.
         """
@@ -463,14 +460,17 @@ class Editor(Described):
         found = self._record(edit)
         return self.ledger.bound(found)
 
+    def _active(self, edits: Sequence[EditLike]) -> list[Edit]:
+        """Return these edits in ledger order; raise `LedgerError` unless they are active."""
+        wanted = sorted((self._get(e) for e in edits), key=lambda edit: edit.sequence)
+        self._require({edit.id for edit in wanted} <= set(self._stack.ids), wanted, "not active")
+        return wanted
+
     def _put_on(self, wanted: Sequence[Edit]) -> list[Edit]:
         active = set(self._stack.ids)
         self._require(not {e.id for e in wanted} & active, wanted, "already active")
         self._transactions.exchange([], wanted)
         return list(wanted)
-
-    def _observe(self, what: str, edits: Sequence[Edit]) -> None:
-        getattr(self._methods.manager(), what)(self.model, edits)
 
     @contextmanager
     def _with_entries(self, entries: Sequence[Edit]) -> Iterator[None]:

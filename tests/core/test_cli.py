@@ -165,9 +165,10 @@ def commands() -> dict[str, Any]:
 
 def test_the_commands_are_these() -> None:
     assert set(commands()) == {
-        "demo", "edit", "revert", "apply", "rebase", "log", "show", "verify", "generate", "locate",
-        "prepare", "diff", "evaluate", "bench", "report", "datasets", "export", "import", "merge",
-        "push", "pull", "methods", "zoo list", "zoo get", "zoo path", "zoo train", "doctor",
+        "demo", "edit", "revert", "apply", "rebase", "resolve", "log", "show", "verify", "generate",
+        "locate", "prepare", "diff", "evaluate", "bench", "report", "datasets", "export", "import",
+        "merge", "push", "pull", "methods", "zoo list", "zoo get", "zoo path", "zoo train",
+        "doctor",
     }  # fmt: skip
 
 

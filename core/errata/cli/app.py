@@ -22,6 +22,7 @@ from errata.cli import (
     hub,
     measure,
     methods,
+    on_and_off,
     prepare,
     report,
     zoo,
@@ -95,6 +96,7 @@ def root(
 # The order of the help page: from the first look to shipping.
 demo.add(app)
 edits.add(app)
+on_and_off.add(app)
 history.add(app)
 prepare.add(app)
 measure.add(app)
