@@ -8,6 +8,7 @@ import sys
 import tarfile
 import venv
 import zipfile
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from tests.helpers import ROOT
 
 pytestmark = pytest.mark.slow
 OUTSIDE = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-METHODS = sorted(path.name for path in (ROOT / "plugins").iterdir() if path.is_dir())
+METHODS = sorted(point.name for point in entry_points(group="errata.methods")
+                 if point.dist is not None and point.dist.name == "errata")  # fmt: skip
 
 SCRIPT = """
 import sys, errata

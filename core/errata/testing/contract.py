@@ -52,7 +52,8 @@ class MethodContract:
     @classmethod
     def shared_editor(cls, cache: Path) -> Iterator[Editor]:
         """One editor for the class; `editor` gives it out clean."""
-        with Editor(cls.model, guards=QUIET, artifacts=cache) as editor:
+        training = cls().training()
+        with Editor(cls.model, guards=QUIET, artifacts=cache, training=training) as editor:
             yield editor
 
     @pytest.fixture
@@ -91,6 +92,11 @@ class MethodContract:
         for request in atlas.requests():
             chosen.setdefault(request.subject, request)
         return list(chosen.values())[:n]
+
+    def training(self) -> list[Request]:
+        """Return what methods that are trained learn from: no subject of the cases is in it."""
+        edited = {request.subject for request in self.requests(20)}
+        return [request for request in atlas.requests() if request.subject not in edited]
 
     def edit(self, editor: Editor, request: Any, **options: Any) -> Any:
         """Edit with this method and configuration."""
@@ -250,7 +256,12 @@ class MethodContract:
             pytest.skip("no CUDA device here")
         requests = self.requests(2)
         with Editor(
-            self.model, guards=QUIET, artifacts=cache, dtype="bf16", device=device
+            self.model,
+            guards=QUIET,
+            artifacts=cache,
+            dtype="bf16",
+            device=device,
+            training=self.training(),
         ) as editor:
             before = state_of(editor.model)
             edits = [self.edit(editor, request) for request in requests]
