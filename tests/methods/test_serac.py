@@ -130,14 +130,14 @@ def test_a_training_that_was_killed_goes_on_to_the_same_bits(
     killed = build_model("gpt2", tmp_path / "two")
     seen: list[int] = []
 
-    def dies(self: Any, rows: Any, loss: Any = training._Run.loss) -> Any:
+    def dies(self: Any, rows: Any, loss: Any = training.SeracTraining.loss) -> Any:
         seen.append(1)
         if len(seen) == 6:  # five batches and a validation before
             raise KeyboardInterrupt
         return loss(self, rows)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training._Run, "loss", dies)
+        patch.setattr(training.SeracTraining, "loss", dies)
         with pytest.raises(KeyboardInterrupt):
             training.train(killed, TRAINING, config, ("run", "1"))
     found, told = training.train(killed, TRAINING, config, ("run", "1"))
@@ -147,7 +147,7 @@ def test_a_training_that_was_killed_goes_on_to_the_same_bits(
 
 def test_the_loss_of_the_scope_is_balanced(model: Model) -> None:
     config = SeracConfig(**SMALL, edit_weight=0.0)
-    begun = training._Run.begin(model, config, training.lessons_of(TRAINING, None), [])
+    begun = training.SeracTraining.begin(model, config, training.lessons_of(TRAINING, None), [])
     rows = begun.batch(begun.lessons, "0")
     assert rows == begun.batch(begun.lessons, "0") != begun.batch(begun.lessons, "1")
     within = begun.scope.pairs([r.edit for r in rows], [r.inside for r in rows])

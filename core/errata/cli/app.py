@@ -19,8 +19,10 @@ from errata.cli import (
     edits,
     export,
     history,
+    hub,
     measure,
     methods,
+    on_and_off,
     prepare,
     report,
     zoo,
@@ -94,6 +96,7 @@ def root(
 # The order of the help page: from the first look to shipping.
 demo.add(app)
 edits.add(app)
+on_and_off.add(app)
 history.add(app)
 prepare.add(app)
 measure.add(app)
@@ -101,6 +104,7 @@ diff.add(app)
 bench.add(app)
 report.add(app)
 export.add(app)
+hub.add(app)
 methods.add(app)
 datasets.add(app)
 zoo.add(app)

@@ -54,4 +54,15 @@ class AlphaEdit:
         earlier = earlier_requests(model, self.name) if config.history == "none" else {}
         updates = alphaedit(model, requests, P, config, earlier)
         # The joint problem of all active edits: M = P, and L2 is what a miss costs.
-        return deltas_of(model, updates, config, metrics=P, slack=dict.fromkeys(P, config.l2))
+        return deltas_of(
+            model, requests, updates, config, metrics=P, slack=dict.fromkeys(P, config.l2)
+        )
+
+    @hookimpl
+    def resolve(self, model: Model, delta: Delta, config: AlphaEditConfig) -> Delta | None:
+        """Return a recorded joint edit with another null space or L2."""
+        from errata.kit.closed_form.deltas import solved_again
+        from errata_alphaedit.algorithm import null_spaces
+
+        P = null_spaces(model, config)
+        return solved_again(model, delta, config, metrics=P, slack=dict.fromkeys(P, config.l2))

@@ -50,4 +50,16 @@ class Emmet:
         updates = emmet(model, requests, C, config)
         # The joint problem of all active edits: M = C⁻¹, and the ridge λε is what a miss costs.
         M = {layer: matrix.metric for layer, matrix in C.items()}
-        return deltas_of(model, updates, config, metrics=M, slack=dict.fromkeys(M, config.slack))
+        return deltas_of(
+            model, requests, updates, config, metrics=M, slack=dict.fromkeys(M, config.slack)
+        )
+
+    @hookimpl
+    def resolve(self, model: Model, delta: Delta, config: EmmetConfig) -> Delta | None:
+        """Return a recorded joint edit with another ridge."""
+        from errata.kit.closed_form.deltas import solved_again
+        from errata.kit.closed_form.statistics import known_keys
+
+        M = {layer: matrix.metric for layer, matrix in known_keys(model, config).items()}
+        slack = dict.fromkeys(M, config.slack)
+        return solved_again(model, delta, config, metrics=M, slack=slack)

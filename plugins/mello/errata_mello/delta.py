@@ -125,11 +125,11 @@ class AnswerLoopDelta(Delta):
         cls, model: Model, deltas: Sequence[tuple[str, Self]], prompts: Sequence[str]
     ) -> list[Answers | None]:
         """Have the loop answer every prompt, as the newest edit's settings say."""
-        memory = Memory(model, [delta for _, delta in deltas])
+        memory = FactMemory(model, [delta for _, delta in deltas])
         return [memory if prompt.strip() else None for prompt in prompts]
 
 
-class Memory:
+class FactMemory:
     """All sentences that are active, and the loop over them, as something that answers."""
 
     def __init__(self, model: Model, facts: Sequence[AnswerLoopDelta]) -> None:

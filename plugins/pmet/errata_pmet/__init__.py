@@ -49,4 +49,14 @@ class Pmet:
         # The joint problem of all active edits: M = C⁻¹, and λ is what a miss costs.
         M = {layer: matrix.metric for layer, matrix in C.items()}
         λ = second_moment_weights(model, config)
-        return deltas_of(model, updates, config, metrics=M, slack=λ)
+        return deltas_of(model, requests, updates, config, metrics=M, slack=λ)
+
+    @hookimpl
+    def resolve(self, model: Model, delta: Delta, config: PmetConfig) -> Delta | None:
+        """Return a recorded joint edit with another λ."""
+        from errata.kit.closed_form.deltas import solved_again
+        from errata.kit.closed_form.statistics import known_keys, second_moment_weights
+
+        M = {layer: matrix.metric for layer, matrix in known_keys(model, config).items()}
+        λ = second_moment_weights(model, config)
+        return solved_again(model, delta, config, metrics=M, slack=λ)

@@ -44,7 +44,7 @@ _VALIDATED_ON = 20
 """Training requests at most that are kept aside to validate on."""
 
 
-class Lesson(NamedTuple):
+class ScopeLesson(NamedTuple):
     """One training request: the edit, prompts in its scope, and hard ones that are not."""
 
     edit: Edit
@@ -75,17 +75,17 @@ def train(
     """
     lessons = lessons_of(training, config.records)
     held_out = lessons[: min(_VALIDATED_ON, max(1, len(lessons) // 10))]
-    run_ = _Run.begin(model, config, lessons[len(held_out) :], held_out)
-    return run_.to_end(unfinished)
+    begun = SeracTraining.begin(model, config, lessons[len(held_out) :], held_out)
+    return begun.to_end(unfinished)
 
 
-def lessons_of(training: Sequence[Request], most: int | None) -> list[Lesson]:
+def lessons_of(training: Sequence[Request], most: int | None) -> list[ScopeLesson]:
     """Return what can be learnt of training requests."""
     lessons = []
     for request in training:
         hard = [probe.prompt for probe in (*request.neighbourhood, *request.locality)]
         edit = (request.text, request.target_new)
-        lessons.append(Lesson(edit, [request.text, *request.paraphrases], hard))
+        lessons.append(ScopeLesson(edit, [request.text, *request.paraphrases], hard))
         if len(lessons) == most:
             break
     if len(lessons) < 4:
@@ -94,19 +94,34 @@ def lessons_of(training: Sequence[Request], most: int | None) -> list[Lesson]:
 
 
 @dataclass
-class _Run:
+class SeracTraining:
+    """One training run.
+
+    Attributes:
+        model: the unedited model.
+        config: the hyper-parameters.
+        lessons, held_out: what is learnt from, and what is kept aside to validate on.
+        scope, lora: the two networks.
+        tensors: all that is trained, "scope/…" and "lora/…".
+    """
+
     model: Model
     config: SeracConfig
-    lessons: list[Lesson]
-    held_out: list[Lesson]
+    lessons: list[ScopeLesson]
+    held_out: list[ScopeLesson]
     scope: Any
     lora: dict[str, Tensor]
     tensors: dict[str, Tensor]
 
     @classmethod
     def begin(
-        cls, model: Model, config: SeracConfig, lessons: list[Lesson], held_out: list[Lesson]
-    ) -> _Run:
+        cls,
+        model: Model,
+        config: SeracConfig,
+        lessons: list[ScopeLesson],
+        held_out: list[ScopeLesson],
+    ) -> SeracTraining:
+        """Return a run before its first batch."""
         scope = scope_of(model, config)
         lora = new_lora(model, config.rank, config.target_modules, config.layers, config.seed)
         tensors = {
@@ -154,7 +169,7 @@ class _Run:
 
     # -- losses ----------------------------------------------------------------------------------
 
-    def batch(self, lessons: Sequence[Lesson], seed: str) -> list[Example]:
+    def batch(self, lessons: Sequence[ScopeLesson], seed: str) -> list[Example]:
         """Draw a batch: prompts outside are the request's own neighbours, or another's prompts."""
         chance = random.Random(seed)
         rows = []

@@ -67,7 +67,7 @@ def prompts_of(model: Model, requests: Sequence[Request], config: ClosedFormConf
     """
     contexts = contexts_of(model, config)
     each = config.history == "joint"
-    return Prompts(model, requests, contexts, config.fact_token, each=each)
+    return Prompts(model, requests, contexts, config.fact_token, each=each, window=config.window)
 
 
 def prepare(model: Model, corpus: Sequence[str], config: ClosedFormConfig) -> None:
