@@ -71,6 +71,8 @@ class Model:
         memo: artifacts that were read already, so that they are read (and factored) once.
         compute: `compute(method, requests, **config)` returns another method's deltas as its
             `edit` would, with its presets; for methods that build on methods.
+        bring: returns the folder of a model that plugins bring by name (the zoo's), fetched where
+            it is not here; any other name as it is.
         runtimes: what delta kinds keep between attachments, by kind; theirs alone.
         branch: weight edits run beside the weights (y = W x + U Vᵀ x) instead of in them.
     """
@@ -111,6 +113,7 @@ class Model:
         self.trained_on: str | None = None
         self.memo: dict[Any, Any] = {}
         self.compute: Callable[..., list[Any]] = _compute_nothing
+        self.bring: Callable[[str], str] = str
         self.stack: ActiveEdits = NoEdits()
 
     def __repr__(self) -> str:
