@@ -48,6 +48,9 @@ class MethodConfig(BaseModel):
     prepares: ClassVar[set[str] | None] = None
     """Names of the hyper-parameters that `prepare` depends on; None: all of them."""
 
+    resolves: ClassVar[frozenset[str]] = frozenset()
+    """Names of the hyper-parameters that a recorded edit can be solved again with (`resolve`)."""
+
     seed: int = Field(default=0, ge=0, description="Seeds every random choice of the method")
 
     def for_model(self, anatomy: Anatomy) -> Self:

@@ -74,7 +74,8 @@ def sharing(
             for edit in model.edits_about(request.subject)
             if len(edit.requests) == 1
             and isinstance(edit.delta, KeyValueDelta)
-            and edit.delta.fact == fact_of(edit.requests[0], delta)
+            and edit.delta.fact
+            and _places(edit.delta) == _places(delta)
         }
         earlier = requests[:index]
         known |= {other.digest for other in earlier}
@@ -89,9 +90,13 @@ def sharing(
 
 
 def fact_of(request: Request, delta: KeyValueDelta) -> str:
-    """Return the name of a fact where a delta writes: of the request, parameters and metrics."""
-    places = sorted((name, pair.group) for name, pair in delta.pairs.items())
-    return hashlib.sha256(json.dumps([request.digest, places]).encode()).hexdigest()
+    """Return the name of a fact where a delta writes: a digest of request and parameters."""
+    return hashlib.sha256(json.dumps([request.digest, sorted(delta.pairs)]).encode()).hexdigest()
+
+
+def _places(delta: KeyValueDelta) -> dict[str, str]:
+    """Return parameter → metric of a delta."""
+    return {name: pair.group for name, pair in delta.pairs.items()}
 
 
 def _sets(request: Request, beside: Sequence[Request]) -> Iterator[list[Request]]:

@@ -80,6 +80,8 @@ class Model:
         edits_about: `edits_about(subject)` returns the edits about a subject that are active, also
             while they are taken off for a method that computes on the base, and those that the
             running call has made.
+        bring: returns the folder of a model that plugins bring by name (the zoo's), fetched where
+            it is not here; any other name as it is.
         runtimes: what delta kinds keep between attachments, by kind; theirs alone.
         branch: weight edits run beside the weights (y = W x + U Vᵀ x) instead of in them.
     """
@@ -121,6 +123,7 @@ class Model:
         self.memo: dict[Any, Any] = {}
         self.compute: Callable[..., list[Any]] = _compute_nothing
         self.edits_about: Callable[[str], Sequence[Any]] = _no_edits
+        self.bring: Callable[[str], str] = str
         self.stack: ActiveEdits = NoEdits()
 
     def __repr__(self) -> str:

@@ -58,6 +58,15 @@ class AlphaEdit:
 
         def compute(facts: Sequence[Request], shared: bool = False) -> Delta | Sequence[Delta]:
             updates = alphaedit(model, facts, P, config, earlier, shared=shared)
-            return deltas_of(model, updates, config, metrics=P, slack=s)
+            return deltas_of(model, facts, updates, config, metrics=P, slack=s)
 
         return sharing(model, requests, compute) if config.shares else compute(requests)
+
+    @hookimpl
+    def resolve(self, model: Model, delta: Delta, config: AlphaEditConfig) -> Delta | None:
+        """Return a recorded joint edit with another null space or L2."""
+        from errata.kit.closed_form.deltas import solved_again
+        from errata_alphaedit.algorithm import null_spaces
+
+        P = null_spaces(model, config)
+        return solved_again(model, delta, config, metrics=P, slack=dict.fromkeys(P, config.l2))

@@ -111,6 +111,8 @@ def keys_of(
     if not requests:
         D = model.anatomy.shape(model.module, model.anatomy.mlp_out(layer))[1]
         return Columns(torch.zeros(1, D, 0, dtype=torch.float64))
-    prompts = Prompts(model, requests, contexts_of(model, config), config.fact_token)
+    prompts = Prompts(
+        model, requests, contexts_of(model, config), config.fact_token, window=config.window
+    )
     K, _ = prompts.read(layer, model.anatomy.mlp_out(layer))
     return K

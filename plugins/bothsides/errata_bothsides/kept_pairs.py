@@ -77,9 +77,7 @@ class RelationPrompt:
         What edits a request at its subject so edits this one at its object.
         """
         prompt = self.template.replace("{}", subject).replace(OBJECT, "{}")
-        return Request(
-            prompt=prompt, subject=target, target_new=self.relation, kind="relation", chat=self.chat
-        )
+        return Request(prompt=prompt, subject=target, target_new=self.relation, chat=self.chat)
 
 
 def other_objects(model: Model, request: Request, count: int) -> list[str]:

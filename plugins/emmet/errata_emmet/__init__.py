@@ -54,6 +54,16 @@ class Emmet:
 
         def compute(facts: Sequence[Request], shared: bool = False) -> Delta | Sequence[Delta]:
             updates = emmet(model, facts, C, config, shared=shared)
-            return deltas_of(model, updates, config, metrics=M, slack=s)
+            return deltas_of(model, facts, updates, config, metrics=M, slack=s)
 
         return sharing(model, requests, compute) if config.shares else compute(requests)
+
+    @hookimpl
+    def resolve(self, model: Model, delta: Delta, config: EmmetConfig) -> Delta | None:
+        """Return a recorded joint edit with another ridge."""
+        from errata.kit.closed_form.deltas import solved_again
+        from errata.kit.closed_form.statistics import known_keys
+
+        M = {layer: matrix.metric for layer, matrix in known_keys(model, config).items()}
+        slack = dict.fromkeys(M, config.slack)
+        return solved_again(model, delta, config, metrics=M, slack=slack)

@@ -93,7 +93,7 @@ class PmetObjective:
         config, log_P, log_P0 = self.config, at.essence, at.essence_before
         factor = torch.where(at.first_before > 0, config.top_factor, 1.0)
         return ValueLoss(
-            nll=factor * at.mean_over_contexts(-at.log_p),
+            nll=factor * (at.mean_over_contexts(-at.log_p) + at.unlikelihood),
             kl=config.kl_factor * at.per_request((log_P.exp() * (log_P - log_P0)).sum(1)),
             decay=config.weight_decay * (at.δ_norm / at.v0_norm**2).sum(0),  # over both places
         )
@@ -101,7 +101,8 @@ class PmetObjective:
     def done(self, at: Evaluation, loss: ValueLoss) -> Tensor:
         """Return whose loss is low enough, or whose target comes first with little drift."""
         config = self.config
-        done = (loss.total < config.early_stop) | most_probable(at, config.top_steps)
+        low = (loss.total < config.early_stop) & at.gone
+        done = low | most_probable(at, config.top_steps)
         if config.top_kl is not None:
             done = done | ((at.first > 0) & (loss.kl <= config.top_kl))
         return done

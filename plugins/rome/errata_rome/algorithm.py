@@ -130,6 +130,7 @@ class RomeObjective:
              + kl_factor · KL(P_{v0 + δ}[x | p′] ‖ P[x | p′])               (b) the essence stays
              + weight_decay · ‖δ‖ / ‖v0‖²
 
+    Where an answer is to go, −log(1 − P) of it stands beside (a) (`errata.kit.aims`).
     x_j are the contexts and p′ is "{subject} is a", read at the subject's last token. The KL
     term's factor and the weight decay, whose norm is not squared, are the authors' code's.
     """
@@ -140,14 +141,14 @@ class RomeObjective:
         """Return the loss of each request."""
         log_P, log_P0 = at.essence, at.essence_before
         return ValueLoss(
-            nll=at.mean_over_contexts(-at.log_p),
+            nll=at.mean_over_contexts(-at.log_p) + at.unlikelihood,
             kl=self.config.kl_factor * at.per_request((log_P.exp() * (log_P - log_P0)).sum(1)),
             decay=self.config.weight_decay * (at.δ_norm / at.v0_norm**2)[0],
         )
 
     def done(self, at: Evaluation, loss: ValueLoss) -> Tensor:
         """Return whose loss is low enough."""
-        return loss.total < self.config.early_stop
+        return (loss.total < self.config.early_stop) & at.gone
 
 
 def rank_one(

@@ -77,6 +77,11 @@ class ClosedFormConfig(MethodConfig):
     fact_token: Literal["subject_last", "subject_first", "subject_first_after_last", "last"] = (
         Field(default="subject_last", description="Token whose value is rewritten")
     )
+    window: int = Field(
+        default=16,
+        ge=1,
+        description="Of requests of kind text: most tokens that one value has to say (AnyEdit)",
+    )
     tokens: int | None = Field(
         default=None, ge=1, description="Tokens C is estimated from; none: a multiple of its size"
     )
@@ -144,6 +149,8 @@ class ClosedFormConfig(MethodConfig):
 
 class WeightedConfig(ClosedFormConfig):
     """What methods that weigh ordinary text against new keys have besides: MEMIT and PMET."""
+
+    resolves: ClassVar[frozenset[str]] = frozenset({"second_moment_weight", "relative_weight"})
 
     second_moment_weight: float | None = Field(
         default=None,

@@ -71,7 +71,10 @@ def prompts_of(
     """
     contexts = contexts_of(model, config)
     each = config.history == "joint" and not shared
-    return Prompts(model, requests, contexts, config.fact_token, each=each, shared=shared)
+    return Prompts(
+        model, requests, contexts, config.fact_token,
+        each=each, shared=shared, window=config.window,
+    )  # fmt: skip
 
 
 def prepare(model: Model, corpus: Sequence[str], config: ClosedFormConfig) -> None:
