@@ -137,7 +137,8 @@ class Conditioner(nn.Module):
 
     def forward(self, h: Tensor) -> tuple[Tensor, ...]:
         """Return (B, n), (B, m), (B, n), (B, m) and (B, 1) for a condition (B, width)."""
-        return self.outer(self.inner(h).tanh()).split(self._sizes, -1)
+        parts: tuple[Tensor, ...] = self.outer(self.inner(h).tanh()).split(self._sizes, -1)
+        return parts
 
 
 class KnowledgeEditor(EditingNetwork):
@@ -206,7 +207,8 @@ class KnowledgeEditor(EditingNetwork):
         words = nn.functional.embedding(rows.to(table.device), table).float()
         packed = pack_padded_sequence(words, lengths, batch_first=True, enforce_sorted=False)
         _, (last, _) = self.lstm(packed)
-        return self.reduced(torch.cat([last[0], last[1]], -1)).tanh()
+        h: Tensor = self.reduced(torch.cat([last[0], last[1]], -1)).tanh()
+        return h
 
     def objective(self, answered: Answered) -> Tensor:
         """Return L' + α (KL − m), whose gradient in α is turned round: it rises; or the sum."""

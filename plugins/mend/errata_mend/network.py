@@ -182,6 +182,7 @@ class MendNetwork(EditingNetwork):
     def begin(self, signals: Sequence[Signals], trial: Callable[[], float]) -> None:
         """Take the statistics of x and δ, and find where η starts, if that is asked for."""
         for name, shape in self.shapes.items():
+            assert isinstance(shape, Shape)
             paths = [path for path in self.modules if self._place[path][0] == name]
             count, total, square = 0, torch.zeros_like(shape.mean), torch.zeros_like(shape.mean)
             total, square = total.double(), square.double()
