@@ -187,7 +187,7 @@ def test_both_operations_hold_as_one_request(editor: Editor, method: str) -> Non
     editor.revert(edit)
 
 
-@pytest.mark.parametrize("method", ["rome", "ft"])
+@pytest.mark.parametrize("method", ["rome", "ft", "grace"])
 def test_deleting_after_adding_does_not_undo_the_addition(editor: Editor, method: str) -> None:
     add, delete = rake.relation_requests(CASE, ("add", "delete"))
     editor.edit(add, method=method)

@@ -217,7 +217,6 @@ def test_what_cannot_be_a_lora_adapter_is_said(cache: Path, tmp_path: Path) -> N
 def test_a_strangers_format_comes_in_as_ours_do(toys: None, tmp_path: Path) -> None:
     assert {"errata", "gguf", "peft", "toy_list"} <= set(names(EXPORTS))
     write = writer(EXPORTS, "toy_list", {"mark": "*"})
-    assert write is not None
     model = build_model("gpt2", tmp_path)
     edit = edit_of(model, 1, low_rank(model, 1, model.anatomy.mlp_out(0)))
     path = write(model, [edit], tmp_path / "list", mark="*")

@@ -73,7 +73,7 @@ def test_the_multiplier_rises_while_the_constraint_is_broken(tmp_path: Path) -> 
         assert bool(gradient < 0) is rises  # an optimiser steps against it
     network.alpha.data.fill_(-1.0)
     network.stepped()
-    assert float(network.alpha) == 0.0
+    assert network.alpha.item() == 0.0
 
 
 def test_the_size_of_the_change_can_be_bounded_instead(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ class GateReport:
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _GateQuestion:
     """Prompts with their nearest fact: its cosine, whether it is the right one, if any is."""
 
     cosines: Tensor
@@ -127,7 +127,7 @@ def _measured(
     )  # fmt: skip
 
 
-def _asked(model: Model, requests: Sequence[Request], name: str | None) -> _Asked:
+def _asked(model: Model, requests: Sequence[Request], name: str | None) -> _GateQuestion:
     encoder = sentence_encoder(model, name)
     memory = encoder.encode([request.text for request in requests])
     prompts, owners = [], []
@@ -138,4 +138,4 @@ def _asked(model: Model, requests: Sequence[Request], name: str | None) -> _Aske
         owners += [place] * count + [-1] * (len(texts) - count)
     cosines, nearest = torch.cat(prompts).max(dim=1)
     owner = torch.tensor(owners)
-    return _Asked(cosines, nearest == owner, owner >= 0)
+    return _GateQuestion(cosines, nearest == owner, owner >= 0)
