@@ -143,7 +143,7 @@ def _serve(
         if show:
             webbrowser.open(address)
 
-    with session.editor(**({"branch": True} if beside else {})) as editor:
+    with session.editor(branch=True if beside else None) as editor:
         run(editor, settings, host, port, ready)
 
 
