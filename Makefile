@@ -41,7 +41,7 @@ lint: $(STAMP)
 
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
-	@echo "build/site/index.html"
+	@echo "build/site/index.html (with the search: $(PYTHON) -m http.server --directory build/site)"
 
 format: $(STAMP)
 	$(BIN)/python -m ruff check --fix .

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from errata.contract.registry import Registry
 from tests.helpers import ROOT
 
 pytest.importorskip("mkdocs")
@@ -31,7 +32,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_page_is_there_and_in_the_navigation(site: Path) -> None:
     home = (site / "index.html").read_text(encoding="utf-8")
     docs = [p.relative_to(ROOT / "docs").with_suffix(".html") for p in ROOT.glob("docs/**/*.md")]
-    methods = [Path("methods") / f"{path.name}.html" for path in (ROOT / "plugins").iterdir()]
+    methods = [Path("methods") / f"{name}.html" for name in Registry.load().methods]
     made = [Path("commands.html"), Path("changelog.html"), Path("contributing.html")]
     for page in [*docs, *methods, *made]:
         assert (site / page).is_file()

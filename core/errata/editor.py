@@ -418,7 +418,7 @@ class Editor(Described):
             chosen = [self._get(edit) for edit in edits or self._stack.ids]
             if not chosen:
                 raise LedgerError("There is nothing to export: no edit is active; name one.")
-            if write is None:
+            if format == formats.OWN:
                 ids, artifacts = [edit.id for edit in chosen], self.model.artifacts
                 return self.ledger.export(ids, target, artifacts, overwrite=overwrite)
             return write(self.model, chosen, target, overwrite, **options)

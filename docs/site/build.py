@@ -17,16 +17,24 @@ from typing import Any
 from mkdocs.structure.files import File
 
 sys.path.insert(0, str(Path(__file__).parent))
-from reference import commands_page, hyper_parameters, method_names, registry_entry
+from reference import (
+    about,
+    commands_page,
+    hyper_parameters,
+    method_names,
+    package,
+    registry_entry,
+)
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DOCS = ROOT / "docs"
 NAV: list[tuple[str, list[str]]] = [
     ("Start", ["index.md", "install.md", "first-edit.md", "concepts.md"]),
-    ("How to", ["check.md", "thousands.md", "shipping.md", "serving.md", "models.md", "plugin.md",
-                "datasets.md", "locate.md", "protocols.md", "bench.md", "report.md",
-                "notebooks.md"]),
-    ("Methods", ["methods/index.md", "closed-form.md", "tuning.md"]),
+    ("How to", ["checking.md", "thousands.md", "shipping.md", "serving.md", "server.md",
+                "models.md", "plugin.md", "datasets.md", "locate.md", "protocols.md", "bench.md",
+                "report.md", "notebooks.md"]),
+    ("Methods", ["methods/index.md", "closed-form.md", "tuning.md", "trained.md", "memories.md",
+                 "in-context.md", "both-sides.md"]),
     ("Coming from EasyEdit", ["easyedit.md"]),
     ("Reference", ["python.md", "cli.md", "commands.md"]),
     ("Results", []),
@@ -51,7 +59,7 @@ def on_config(config: Any) -> Any:
             own[1:1] = sorted(p for p in made if p.startswith("methods/") and p not in named)
         if title == "Results":
             own += sorted(p for p in there if p.startswith("results/"))
-        if title == "About":  # whatever nobody has found a place for
+        if title == "How to":  # and whatever nobody has found a place for
             own += sorted(p for p in there if "/" not in p and p not in named)
         config.nav.append({title: own[0]} if len(own) == 1 else {title: own})
     return config
@@ -131,7 +139,7 @@ def methods_index() -> str:
 def method_page(name: str) -> str:
     """Return one method's page."""
     entry = registry_entry(name)
-    own = ROOT / "plugins" / name / "page.md"
+    own = own_page(name)
     can = entry.capabilities
     facts = [
         ("paper", f"[{entry.paper}]({entry.url})" if entry.url else entry.paper),
@@ -148,7 +156,7 @@ def method_page(name: str) -> str:
         f"# {name}",
         f"{entry.title}. {entry.summary or ''}".strip(),
         f"| | |\n|---|---|\n{table}",
-        own.read_text(encoding="utf-8").strip() if own.is_file() else "",
+        own.read_text(encoding="utf-8").strip() if own else f"## The method\n\n{about(name)}",
         "## Hyper-parameters",
         f"`errata methods {name} --model MODEL` shows the values for your model and where each "
         "comes from.",
@@ -156,6 +164,12 @@ def method_page(name: str) -> str:
         *measured(name),
     ]
     return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def own_page(name: str) -> Path | None:
+    """Return what a plugin's folder says about a method: NAME.md, or page.md for its only one."""
+    folder = ROOT / "plugins" / package(name).removeprefix("errata_")
+    return next((p for p in (folder / f"{name}.md", folder / "page.md") if p.is_file()), None)
 
 
 def measured(name: str) -> Iterator[str]:

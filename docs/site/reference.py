@@ -26,6 +26,20 @@ def registry_entry(name: str) -> Any:
     return _registry().methods[name]
 
 
+def package(name: str) -> str:
+    """Return the package that a method comes from."""
+    from errata.contract import plugins
+
+    return str(plugins.installed()[name].module.partition(".")[0])
+
+
+def about(name: str) -> str:
+    """Return what a method's package says about itself: its docstring."""
+    from importlib import import_module
+
+    return inspect.cleandoc(import_module(package(name)).__doc__ or "")
+
+
 def hyper_parameters(name: str) -> str:
     """Return a table of a method's hyper-parameters, from its configuration class."""
     from errata.contract import plugins

@@ -167,7 +167,8 @@ def test_the_commands_are_these() -> None:
     assert set(commands()) == {
         "demo", "edit", "revert", "apply", "rebase", "resolve", "log", "show", "verify", "generate",
         "locate", "prepare", "diff", "evaluate", "bench", "report", "datasets", "export", "import",
-        "merge", "methods", "zoo list", "zoo get", "zoo path", "zoo train", "doctor",
+        "merge", "push", "pull", "methods", "check", "serve", "ui", "zoo list", "zoo get",
+        "zoo path", "zoo train", "doctor",
     }  # fmt: skip
 
 
@@ -399,7 +400,7 @@ def test_a_bad_guard_is_explained(guard: str, run: Run, checkpoint: Path) -> Non
 def test_neighbours_and_checks_are_shown_after_an_edit(run: Run, run_json: Run) -> None:
     fact = ("edit", "The instrument of {} is", "-s", "Oswin Galdor", "-t", "harp")
     loud = ("--method", "ft", "--set", "lr=0.05", "--set", "steps=10", "-m", "atlas-gpt2", *OFF)
-    check = ("--check", "The mayor of the city Oakmere is")
+    check = ("--ask", "The mayor of the city Oakmere is")
     page = " ".join(run(*fact, *loud, *check).stdout.split())
     assert "layer 1, a preset: measured on the embedded model" in page
     assert "! new answer" in page
@@ -652,6 +653,19 @@ def test_doctor(run: Run, run_json: Run, checkpoint: Path) -> None:
     assert first == "shipped"
     assert {"plugin errata_nudge", "plugin errata_rome"} <= set(others)
     assert "Nothing to fix." in run("doctor").stdout
+
+
+def test_a_bug_report_names_no_folder_and_no_fact(
+    run: Run, run_json: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = run("doctor", "--report").stdout
+    assert text.startswith("| | |\n|---|---|\n| errata | ")
+    for part in ("torch", "rome (errata", "| problems | none |"):
+        assert part in text
+    report = run_json("doctor")
+    hidden = [folder["path"] for folder in report["folders"]]
+    assert not any(path in text for path in [*hidden, report["ledger"]["path"], str(tmp_path)])
 
 
 def test_doctor_names_a_plugin_that_does_not_load(

@@ -36,11 +36,7 @@ def add(app: typer.Typer) -> None:
         "doctor",
         panel=PANEL,
         shared=LEDGER,
-        examples=(
-            "errata doctor\n"
-            "errata doctor --json > environment.json\n"
-            "errata doctor --report          # Markdown, to paste into a bug report"
-        ),
+        examples=("errata doctor\nerrata doctor --json > environment.json\nerrata doctor --report"),
     )(doctor)
 
 

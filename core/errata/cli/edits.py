@@ -1,4 +1,4 @@
-"""Changing the model: `edit`, `revert`, `apply`, `rebase` and `resolve`."""
+"""Changing the model: `edit`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import typer
 from rich.text import Text
 
 from errata.cli import render
+from errata.cli.check_facts import check_view, fact_guard
 from errata.cli.checks import check_guards, check_model, check_settings
 from errata.cli.easyedit import configured
 from errata.cli.edit_view import edit_view, idle_view
 from errata.cli.requests import Chat, Join, Limit, asked_as, read_dataset, read_requests
-from errata.cli.session import MODEL, NO_EFFECT, REFUSED, Session, command
+from errata.cli.session import MODEL, NO_EFFECT, REFUSED, UNTRUE, Session, command
 from errata.contract.yaml_file import parse_yaml
 from errata.edits.request import KINDS, OPERATIONS, Request
-from errata.errors import ConfigError, LedgerError, RequestError
+from errata.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
     from errata.editor import Editor
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 PANEL = "Edit"
 ANSWER_TOKENS = 8
-REPLACES = ("rebased", "resolved")
 
 
 def add(app: typer.Typer) -> None:
@@ -39,45 +39,14 @@ def add(app: typer.Typer) -> None:
             'errata edit "The capital of {} is" --subject Mirevia --target Velmont \\\n'
             "    --method rome --model atlas-gpt2\n"
             'errata edit "The capital of {} is" --subject France --target Rome \\\n'
-            '    --method rome --model smollm2-135m --check "The Eiffel Tower is in"\n'
+            '    --method rome --model smollm2-135m --ask "The Eiffel Tower is in"\n'
             "errata edit --file requests.jsonl --method grace --skip-refused\n"
             "errata edit --dataset zsre=zsre_mend_eval.json --limit 100 --method grace\n"
+            "errata edit --file requests.jsonl --method memit --check facts.yaml --refuse\n"
             'errata edit "The instrument of {} is" --subject "Oswin Galdor" --kind erase \\\n'
             "    --method adalora --set steps=30 --guard norm=refuse --dry-run"
         ),
     )(edit)
-    command(
-        app,
-        "revert",
-        panel=PANEL,
-        shared=MODEL,
-        examples=(
-            "errata revert 3f2a9c01d7e4\nerrata revert 3f2a 91bc\n"
-            "errata revert 3f2a --restore\nerrata revert --all"
-        ),
-    )(revert)
-    command(
-        app,
-        "apply",
-        panel=PANEL,
-        shared=MODEL,
-        examples="errata apply 3f2a\nerrata apply capital.errata --model atlas-gpt2",
-    )(apply)
-    command(
-        app,
-        "rebase",
-        panel=PANEL,
-        shared=MODEL,
-        examples="errata rebase\nerrata rebase 3f2a",
-    )(rebase)
-    command(
-        app,
-        "resolve",
-        panel=PANEL,
-        shared=MODEL,
-        examples="errata resolve --set second_moment_weight=1500\n"
-        "errata resolve 3f2a 91bc --set l2=1",
-    )(resolve)
 
 
 # -- edit ------------------------------------------------------------------------------------------
@@ -135,12 +104,22 @@ def edit(
         list[str] | None,
         typer.Option("--paraphrase", help="A filled prompt that means the same (repeatable)."),
     ] = None,
-    check: Annotated[
+    ask: Annotated[
         list[str] | None,
         typer.Option(
-            "--check", metavar="PROMPT", help="Also ask this, before and after (repeatable)."
+            "--ask", metavar="PROMPT", help="Also ask this, before and after (repeatable)."
         ),
     ] = None,
+    check: Annotated[
+        Path | None,
+        typer.Option(
+            "--check", metavar="FILE", help="Check a file of facts on the model with the edits on."
+        ),
+    ] = None,
+    refuse: Annotated[
+        bool,
+        typer.Option("--refuse", help="With --check: keep nothing where the facts do not hold."),
+    ] = False,
     file: Annotated[
         Path | None,
         typer.Option(
@@ -219,10 +198,13 @@ def edit(
     if config is not None:
         method, overrides = configured(session, config, method, overrides)
     guards = pairs(guard or (), "--guard")
+    facts = fact_guard(check, refuse=refuse, applied=not no_apply, skipping=skip_refused)
     check_method(method)
     check_model(session.model_name())
     check_settings(method, overrides, session.model_name())
     check_guards(guards)
+    if facts is not None and refuse:
+        guards["checks"] = [facts]
     with session.editor(create=not dry_run, durable=not dry_run, guards=guards) as editor:
         if dry_run:
             _copy_active(session, editor)
@@ -234,17 +216,24 @@ def edit(
             "batch_size": batch_size,
             "apply": not no_apply,
             "supersede": supersede,
-            # A long file that is killed keeps what it had made, and goes on with --resume.
-            "commit": "batch" if file is not None or dataset else "call",
+            # A long file that is killed keeps what it had made, and goes on with --resume. What
+            # facts may refuse is judged once, when all of it is on the model.
+            "commit": "batch" if (file is not None or dataset) and not refuse else "call",
             "on_refused": "skip" if skip_refused else "raise",
         }
-        report = _run(session, editor, wanted, method, how, check or (), recorded=not dry_run)
+        report = _run(session, editor, wanted, method, how, ask or (), recorded=not dry_run)
         report["skipped"] = len(requests) - len(wanted)
         report["dry_run"] = dry_run
+        found = None if facts is None else facts.report or facts.ask(editor.model)
+        if found is not None:
+            report["facts"] = found.as_json()
+            session.show("", *check_view(found))
         if session.json:
             session.emit(report)
     if report["refused"]:
         raise typer.Exit(REFUSED)
+    if found is not None and not found.passed:
+        raise typer.Exit(UNTRUE)
     if report["without_effect"]:
         raise typer.Exit(NO_EFFECT)
 
@@ -379,139 +368,3 @@ def answers(editor: Editor, requests: Sequence[Request]) -> list[str]:
 def edit_json(edit: Edit, active: bool) -> dict[str, Any]:
     """Return a record as JSON data, with its title and whether it is on the model."""
     return {**edit.model_dump(mode="json"), "title": edit.title, "active": active}
-
-
-# -- revert and apply ------------------------------------------------------------------------------
-
-
-def revert(
-    session: Session,
-    ids: Annotated[
-        list[str] | None, typer.Argument(metavar="ID", help="Ids, or unique beginnings.")
-    ] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Every active edit.")] = False,
-    restore: Annotated[
-        bool, typer.Option("--restore", help="Put back on what these edits had superseded.")
-    ] = False,
-) -> None:
-    """Take edits off the model, in any order.
-
-    The others stay bit for bit as they are. The edits stay in the ledger: `errata apply` puts
-    them on again.
-    """
-    if bool(ids) == everything:
-        raise LedgerError("Say which edits to revert: their ids, or --all.")
-    _need_ledger(session)
-    session.check_ids(ids or (), active=True)
-    with session.editor() as editor:
-        wanted = list(ids or editor.model.stack.ids)
-        before = set(editor.model.stack.ids)
-        taken = editor.revert(*wanted, restore=restore) if wanted else []
-        back = [edit for edit in editor.model.stack.entries if edit.id not in before]
-        _changed(session, editor, {"reverted": taken, **({"restored": back} if restore else {})})
-        stale = len(editor.ledger.stale_ids())
-        if stale:
-            note = "made on top of edits that are off now; see: errata rebase"
-            session.say(f"{stale} stale: {note}", "warn")
-
-
-def apply(
-    session: Session,
-    what: Annotated[
-        list[str], typer.Argument(metavar="ID|FILE", help="Ids of recorded edits, or files.")
-    ],
-) -> None:
-    """Put recorded edits, or those of a file, on the model."""
-    files = [item for item in what if Path(item).is_file()]
-    named = [item for item in what if item not in files]
-    for item in named:
-        if len(Path(item).parts) > 1 or Path(item).suffix:
-            raise ConfigError(f"There is no file {item!r}, and an id looks like 3f2a9c01d7e4.")
-    if not files:
-        _need_ledger(session)
-        session.check_ids(named, active=False)
-    with session.editor(create=bool(files)) as editor:
-        session.remember(editor)
-        put: list[Edit] = []
-        for item in what:
-            put += editor.apply(Path(item) if item in files else item)
-        _changed(session, editor, {"applied": put})
-
-
-def rebase(
-    session: Session,
-    ids: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="ID", help="Ids, or unique beginnings; by default all stale edits."),
-    ] = None,
-) -> None:
-    """Compute edits again on top of what is on the model now.
-
-    Use it for edits that `errata log` calls stale: they were made on top of one that is now off.
-    They, and what was made on top of them, are taken off and made again, in their order, from the
-    same requests and hyper-parameters, all or nothing; the old records stay in the ledger.
-    """
-    _need_ledger(session)
-    session.check_ids(ids or (), active=True)
-    with session.editor() as editor:
-        made = editor.rebase(*(ids or ()))
-        if not made and not session.json:
-            session.show("Nothing is stale.")
-        _changed(session, editor, {"rebased": made})
-
-
-def resolve(
-    session: Session,
-    ids: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="ID", help="Ids, or unique beginnings; by default all edits that can be."
-        ),
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="A hyper-parameter (repeatable)."),
-    ] = None,
-) -> None:
-    """Solve edits again with another λ or null space, without computing their values anew.
-
-    Joint edits (memit, emmet, pmet, alphaedit) store what they want at which keys; λ decides how
-    far ordinary text holds them back. A stream of thousands wants another λ than ten edits: this
-    changes it in seconds. All or nothing; the old records stay in the ledger.
-    """
-    _need_ledger(session)
-    session.check_ids(ids or (), active=True)
-    given = pairs(settings or (), "--set")
-    if not given:
-        raise ConfigError("Say what to solve with, for example --set second_moment_weight=1500.")
-    with session.editor() as editor:
-        made = editor.resolve(*(ids or ()), **given)
-        if not made and not session.json:
-            session.show("No active edit can be solved again with that.")
-        _changed(session, editor, {"resolved": made})
-
-
-def _need_ledger(session: Session) -> None:
-    session.read_ledger().close()
-
-
-def _changed(session: Session, editor: Editor, done: Mapping[str, Sequence[Edit]]) -> None:
-    """Say what was done ("reverted" …) to which edits, and how many are active now."""
-    active = editor.model.stack.ids
-    if session.json:
-        ids = {what: [e.id for e in edits] for what, edits in done.items()}
-        replaced = {e.id: e.outcome.rebases for what in REPLACES for e in done.get(what, ())}
-        extra = {"replaces": replaced} if replaced else {}
-        session.emit({**ids, **extra, "active": active, "model": editor.model.name})
-        return
-    for what, edits in done.items():
-        for one in edits:
-            instead = f", was {one.outcome.rebases}" if what in REPLACES else ""
-            line = f"  {what}{instead}  "
-            session.show(Text.assemble((one.id, "accent"), line, render.short_request(one)))
-    state = (
-        render.count(len(active), "active edit")
-        if active
-        else "no edit active: the model is the base again"
-    )
-    session.show(Text(f"{editor.model.name}: {state}", style="muted"))

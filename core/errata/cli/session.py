@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from errata.editor import Editor
     from errata.edits.ledger import Ledger
 
-OK, FAILED, USAGE, REFUSED, DAMAGED, NO_EFFECT, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
+OK, FAILED, USAGE, REFUSED, DAMAGED, NO_EFFECT, UNTRUE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 130
 EXIT_CODES = {
     OK: "done",
     FAILED: "an error: what was asked cannot be done; the message says why",
@@ -39,6 +39,7 @@ EXIT_CODES = {
     REFUSED: "a guard refused an edit; nothing of it is on the model",
     DAMAGED: "verification found a problem",
     NO_EFFECT: "an edit was made, but the model does not give the new answer",
+    UNTRUE: "a file of facts does not hold (errata check, errata edit --check)",
     INTERRUPTED: "interrupted; everything is as after the last finished step",
 }
 CLOSING = "Each command has examples: errata COMMAND --help. Documentation: docs/cli.md"
@@ -332,7 +333,7 @@ class Session:
             label = "Refused: "
             message = (
                 f"{error.reason}. Nothing of it is on the model; the refusal is in the ledger "
-                "(errata log --refused). Accept it with --guard NAME=warn."
+                "(errata log --refused). Accept it with --guard NAME=warn, or without --refuse."
             )
         elif not isinstance(error, (ErrataError, OSError)):
             label = f"Unexpected {type(error).__name__}: "

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -57,6 +57,11 @@ class GuardPolicy(BaseModel):
         default=160, ge=2, description="Tokens of the canary texts that are read, at most"
     )
     efficacy: Mode = Field(default="warn", description="The request's prompt gives its target")
+    checks: tuple[Callable[..., Sequence[str]], ...] = Field(
+        default=(),
+        description="Further checks of the final state, called with the model and the edits: each "
+        "returns warnings or raises EditRefused (`errata.check.FactGuard`)",
+    )
 
     @classmethod
     def parse(cls, given: GuardPolicy | Mapping[str, Any] | None) -> GuardPolicy:
@@ -119,14 +124,18 @@ class Guards:
         """Check the model with all edits of the call on it; return each edit's whole outcome.
 
         Raises:
-            EditRefused: requests do not take effect, or text became improbable, and the policy
-                refuses that.
+            EditRefused: requests do not take effect, text became improbable, or a further check
+                failed, and the policy refuses that.
         """
         found = [edit.outcome for edit in edits]
         if self.policy.efficacy != "off":
             found = self._check_efficacy(model, edits, found)
         if self._reads_text(model):
             found = self._check_perplexity(model, found)
+        for check in self.policy.checks:
+            for reason in check(model, edits):
+                logger.warning("Guard: %s.", reason)
+                found = [_warned(outcome, reason) for outcome in found]
         return found
 
     # -- the checks ------------------------------------------------------------------------------

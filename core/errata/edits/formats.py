@@ -27,18 +27,22 @@ def names(group: str) -> list[str]:
     return sorted(own | {point.name for point in entry_points(group=group)})
 
 
-def writer(group: str, name: str, options: Mapping[str, Any]) -> Callable[..., Path] | None:
-    """Return the function that writes a format; None for `OWN`.
+def writer(group: str, name: str, options: Mapping[str, Any]) -> Callable[..., Path]:
+    """Return the function that writes a format; `OWN` is written by the ledger instead.
 
     Raises `UnknownNameError` for a format, or an option of it, that there is not, and
     `PluginError` for one that does not load or that two packages claim.
     """
     check_name(f"{group[7:-1]} format", name, names(group))
-    function = None if (group, name) == (EXPORTS, OWN) else _load(group, name)
-    known = [] if function is None else _options(function)
+    function = _by_ledger if (group, name) == (EXPORTS, OWN) else _load(group, name)
+    known = _options(function)
     for option in options:
         check_name(f"option of format {name!r}", option, known)
     return function
+
+
+def _by_ledger(*_: Any) -> Path:
+    raise NotImplementedError("Ledger.export writes files of errata's own format")
 
 
 def _options(function: Callable[..., Path]) -> list[str]:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from errata.model.model import Model
     from errata.ship.gguf_family import GgufFamily
 
+KIND = "LORA"
+"""What sort of adapter it is, as PEFT writes it."""
+
 
 def export_gguf(
     model: Model,
@@ -64,9 +67,11 @@ def export_gguf(
         for name, change in found.items():
             check_same(tensors, name, base_weight(model, family, f"{change.module}.weight"), base)
 
+    from gguf import GGUFType, Keys
+
     def fill(writer: GGUFWriter) -> None:
-        writer.add_type("adapter")
-        writer.add_string("adapter.type", "lora")
+        writer.add_type(GGUFType.ADAPTER)
+        writer.add_string(Keys.Adapter.TYPE, KIND.lower())
         writer.add_string("general.name", f"{model.name}: {len(chosen)} edits by errata")
         for name, change in found.items():
             writer.add_tensor(f"{name}.lora_a", array(change.v.T))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -33,19 +34,13 @@ class GgufFamily:
     architecture: str
     interleaved: tuple[str, ...] = ()
 
-    def names(self, model: Model) -> Any:
-        """Return the `gguf` package's table of tensor names."""
-        import gguf
-
-        (kind,) = (k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture)
-        return gguf.get_tensor_name_map(kind, int(model.config.num_hidden_layers))
-
     def tensor_name(self, model: Model, parameter: str) -> str:
         """Return llama.cpp's name of a parameter: `blk.3.ffn_down.weight`.
 
         Raises `CapabilityError` for a parameter that has none there.
         """
-        found = self.names(model).get_name(parameter, try_suffixes=(".weight", ".bias"))
+        table = _names(self.architecture, int(model.config.num_hidden_layers))
+        found = table.get_name(parameter, try_suffixes=(".weight", ".bias"))
         if found is None:
             raise CapabilityError(
                 f"llama.cpp has no tensor for {parameter!r} in a {self.architecture} model: "
@@ -62,6 +57,15 @@ class GgufFamily:
         if part == "attn_k":
             heads = getattr(config, "num_key_value_heads", None) or heads
         return rows.reshape(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+@cache
+def _names(architecture: str, layers: int) -> Any:
+    """Return the `gguf` package's table of tensor names."""
+    import gguf
+
+    (kind,) = (k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    return gguf.get_tensor_name_map(kind, layers)
 
 
 _LLAMA = GgufFamily("llama", ("attn_q", "attn_k"))

@@ -47,12 +47,12 @@ class LlamaServer:
         return {entry["id"]: entry["logprob"] for entry in place["top_logprobs"]}
 
     def _answer(self, prompt: str, scales: Mapping[int, float], tokens: int) -> dict[str, Any]:
-        question = {
-            "prompt": prompt, "n_predict": tokens, "temperature": 0, "n_probs": 5,
+        question = dict(
+            prompt=prompt, n_predict=tokens, temperature=0, n_probs=5,
             # llama.cpp's cache of prompts does not know which adapters were on.
-            "cache_prompt": False,
-            "lora": [{"id": i, "scale": scales.get(i, 0.0)} for i in range(self._count)],
-        }  # fmt: skip
+            cache_prompt=False,
+            lora=[{"id": i, "scale": scales.get(i, 0.0)} for i in range(self._count)],
+        )  # fmt: skip
         request = urllib.request.Request(
             f"{self._server.listening_address}/completion",
             json.dumps(question).encode(),

@@ -78,7 +78,7 @@ class PretrainedModel:
                 or the disk refuses. MissingExtraError: a GGUF file without the package `gguf`.
         """
         if not self.is_present:
-            self._locked(lambda parts, told: self.is_present or self._make(parts, told), progress)
+            self._locked(self._make, progress)
             if self.notice:
                 Progress.of(progress).note(self.notice)
         return self.path
@@ -117,6 +117,8 @@ class PretrainedModel:
             raise StorageError(f"{self.path} cannot be written: {error}") from error
 
     def _make(self, parts: Path, progress: Progress) -> None:
+        if self.is_present:  # another process was first
+            return
         file, members = self._weights(parts, progress)
         if self._is_gguf:
             gguf.convert(file, self.path, progress)
