@@ -1,11 +1,11 @@
-# make demo · make test · make bench · make lint: each sets up its own environment first.
+# make demo · make test · make bench · make lint · make docs: each sets up its own environment first.
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup demo test test-slow test-real bench lint format clean
+.PHONY: setup demo test test-slow test-real bench lint docs format clean
 
 setup: $(STAMP)
 
@@ -38,6 +38,10 @@ lint: $(STAMP)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo "build/site/index.html (with the search: $(PYTHON) -m http.server --directory build/site)"
 
 format: $(STAMP)
 	$(BIN)/python -m ruff check --fix .

@@ -95,7 +95,7 @@ errata.errors.UnknownNameError: Unknown method 'rmoe'. Did you mean 'rome'? Know
 """
 
 METHODS = (
-    "edit", "revert", "apply", "rebase", "log", "disabled", "only", "verify", "refresh",
+    "edit", "revert", "apply", "rebase", "resolve", "log", "disabled", "only", "verify", "refresh",
     "generate", "evaluate", "locate", "configure", "prepare", "export", "import_", "merge", "close",
 )  # fmt: skip
 SECTION = re.compile(r"(Args|Returns|Raises|Attributes|Yields):")

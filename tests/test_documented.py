@@ -5,13 +5,18 @@ from __future__ import annotations
 import doctest
 import inspect
 import re
+import shlex
+from typing import Any
 
 import pytest
+from typer.main import get_command
 
 import errata.bench
 import errata.editor
 import errata.edits.request
+from errata.cli.app import app
 from errata.contract.hooks import Specification
+from errata.contract.registry import Registry
 from tests.helpers import ROOT
 
 
@@ -41,7 +46,34 @@ def test_the_tutorial_shows_the_code_of_the_example_plugin() -> None:
                 assert shown in source, f"docs/plugin.md shows {shown!r}, the plugin does not"
 
 
+def test_every_command_line_in_the_docs_is_one() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *ROOT.glob("plugins/*/page.md")]
+    seen = 0
+    for page in pages:
+        blocks = re.findall(r"```console\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+        for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
+            if not line.startswith("errata ") or "…" in line:
+                continue
+            words = shlex.split(line, comments=True)[1:]
+            for stop in ("|", ">", ">>", "&&"):
+                words = words[: words.index(stop)] if stop in words else words
+            command: Any = get_command(app)
+            while isinstance(getattr(command, "commands", None), dict) and words:
+                inner = command.commands.get(words[0])
+                if inner is None:
+                    break
+                command, words = inner, words[1:]
+            command.make_context("errata", words, resilient_parsing=False).close()
+            seen += 1
+    assert seen > 50
+
+
 def test_every_link_in_the_docs_leads_somewhere() -> None:
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
+    for page in [*pages, *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+            made = target == "commands.md" or target.startswith(("methods/", "../methods/"))
+            where = page.parent / target
+            if made and target != "commands.md":  # pages of the site that are made from code
+                assert where.stem == "index" or where.stem in Registry.load().methods, target
+            assert made or where.exists(), f"{page.name} links to {target}"

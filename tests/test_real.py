@@ -11,6 +11,9 @@ from typer.testing import CliRunner
 
 from errata import Editor
 from errata.cli.app import app
+from errata.contract import plugins
+from errata.model.perplexity import perplexity
+from errata.model.texts import canary_texts
 from errata.zoo.facts import KNOWN
 from errata.zoo.pretrained import PRETRAINED
 from tests.helpers import ROOT
@@ -36,7 +39,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("method", ["rome", "memit", "grace"])
+@pytest.mark.parametrize("method", ["rome", "memit", "grace", "melo"])
 def test_an_edit_with_defaults_takes_effect_and_spares_the_rest(
     method: str, editor: Editor
 ) -> None:
@@ -57,6 +60,30 @@ def test_an_edit_with_defaults_takes_effect_and_spares_the_rest(
         editor.revert(edit)
     assert editor.verify() == []
     assert editor.generate(prompts, max_new_tokens=3) == before
+
+
+@pytest.mark.parametrize("method", sorted(plugins.installed()))
+def test_the_defaults_harm_no_model_without_a_preset(method: str, editor: Editor) -> None:
+    if "training" in editor.registry.method(method).capabilities.needs:
+        pytest.skip("it has to be trained first")
+    config = plugins.load(method).config().for_model(editor.model.anatomy)
+    facts = [fact for fact in KNOWN if fact.relation in ("mother tongue", "founder")]
+    texts = canary_texts()[:4]
+    usual, kept, asked = perplexity(editor.model, texts), 0, 0
+    for fact in facts:
+        prompts = [*NEIGHBOURS, *(probe.prompt for probe in fact.neighbourhood)]
+        before = [first_word(text) for text in editor.generate(prompts, max_new_tokens=3)]
+        edit = editor.edit(fact, method=method, config=config.model_dump())
+        assert perplexity(editor.model, texts) / usual < 1.02, fact.subject
+        after = [first_word(text) for text in editor.generate(prompts, max_new_tokens=3)]
+        editor.revert(edit)
+        kept += sum(old == new for old, new in zip(before, after, strict=True))
+        asked += len(prompts)
+    assert kept >= 0.8 * asked
+
+
+def first_word(text: str) -> str:
+    return text.split()[0].strip(".,;") if text.split() else ""
 
 
 def test_the_readme_runs(capsys: pytest.CaptureFixture[str], editor: Editor) -> None:

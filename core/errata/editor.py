@@ -14,7 +14,7 @@ from errata.contract.manager import known_models
 from errata.contract.methods import Methods
 from errata.contract.preparation import Preparation
 from errata.contract.registry import Registry
-from errata.edits import export
+from errata.edits import formats
 from errata.edits.delta_kinds import DeltaKinds
 from errata.edits.edit import Edit, LogEntry, requests_of
 from errata.edits.fingerprint import check_fingerprint
@@ -26,7 +26,7 @@ from errata.edits.transaction import Transactions
 from errata.errors import ConfigError, ErrataError, LedgerError
 from errata.kit.auto_layers import resolve_auto_layers
 from errata.model.access import claim, release
-from errata.model.arguments import check_name, path_of, texts_of
+from errata.model.arguments import check_name, is_file, path_of, texts_of
 from errata.model.artifacts import Artifacts
 from errata.model.display import Described, ResultTable, plural
 from errata.model.generation import generate
@@ -139,7 +139,9 @@ class Editor(Described):
             self.model, self.registry, preparation, resolve_auto_layers, observers
         )
         self.ledger = Ledger.open(ledger, kinds=DeltaKinds())
-        self._transactions = Transactions(self.model, self._stack, self.ledger, self._observe)
+        self._transactions = Transactions(
+            self.model, self._stack, self.ledger, self._methods.observe
+        )
         self._editing = Editing(
             self.model, self._stack, self.ledger, self._methods, guarding, self._transactions
         )
@@ -235,32 +237,28 @@ class Editor(Described):
         computes them again, in their order, from the same requests and hyper-parameters; the old
         records stay in the ledger, reverted.
 
-        Args:
-            *edits: which ones; by default all stale edits, and those made on top of them.
-
-        Returns:
-            The new edits, in order. After any error the model and the ledger are as they were.
+        By default all stale edits, and those made on top of them. Returns the new edits, in order;
+        after any error the model and the ledger are as they were.
         """
         with self._changing("rebase"):
-            firm = set(self._stack.ids)
-            if edits:
-                wanted = sorted((self._get(e) for e in edits), key=lambda edit: edit.sequence)
-                self._require({edit.id for edit in wanted} <= firm, wanted, "not active")
-            else:
-                wanted = []
-                for edit in self._stack.entries:
-                    if edit.is_stale(firm):
-                        wanted.append(edit)
-                        firm.discard(edit.id)  # what was made on top of it comes with it
+            wanted = self._active(edits) if edits else self._stack.stale()
             return self._editing.replay(wanted) if wanted else []
+
+    def resolve(self, *edits: EditLike, **config: Any) -> list[Edit]:
+        """Solve active edits again with other hyper-parameters, from the values that they store.
+
+        Joint edits (MEMIT's family) store keys and residuals; λ or the null space decide how they
+        are written, and λ can so follow a stream's length. By default all edits that can be. Raises
+        `CapabilityError` where a method cannot, `ConfigError` for values that decide residuals.
+        """
+        with self._changing("resolve"):
+            wanted = self._active(edits) if edits else self._editing.solvable(config)
+            return self._editing.resolve(wanted, config) if wanted else []
 
     def configure(
         self, method: str, overrides: Mapping[str, Any] | None = None
     ) -> tuple[MethodConfig, list[Value]]:
-        """Return a method's configuration for this model and where each value comes from.
-
-        Layers come out as numbers, also those that a sweep ("auto") or a rule chooses.
-        """
+        """Return a method's configuration for this model, layers as numbers, and its sources."""
         return self._methods.configure(method, overrides)
 
     def prepare(self, method: str, config: Mapping[str, Any] | None = None) -> None:
@@ -308,7 +306,7 @@ class Editor(Described):
         A file's edits are taken into the ledger and put on as one: all of it, or nothing.
         """
         with self._changing("apply"):
-            if isinstance(target, Path) or (isinstance(target, str) and _is_file(target)):
+            if isinstance(target, Path) or (isinstance(target, str) and is_file(target)):
                 ids: list[str] = []
                 with self._transactions.all_or_nothing(ids), self.ledger.transaction():
                     wanted = [self._get(edit.id) for edit in self.import_(target)]
@@ -405,25 +403,25 @@ class Editor(Described):
         overwrite: bool = False,
         **options: Any,
     ) -> Path:
-        """Write edits (by default the active ones) as one file, or as a PEFT LoRA adapter.
+        """Write edits (by default the active ones) as one file, or as a LoRA adapter.
 
         Args:
-            path: the file ("errata") or directory ("peft") to write.
+            path: the file ("errata", "gguf") or directory ("peft") to write.
             *edits: which edits.
-            format: "errata" for `apply` and `import_` anywhere; "peft" for plain PeftModel.
+            format: "errata" for `apply` and `import_`; "peft" for PeftModel; "gguf" for llama.cpp.
             overwrite: replace an earlier export of errata; nothing else ever is.
-            **options: of "peft": `rank` and `error`, see `errata.edits.export.export_peft`.
+            **options: of "peft" and "gguf": `rank`, `error`; of "gguf": `base`, its GGUF file.
         """
-        export.check_format(format, options)
+        write = formats.writer(formats.EXPORTS, format, options)
         target = path_of(path, "path")
         with self.model.access.changing():
             chosen = [self._get(edit) for edit in edits or self._stack.ids]
             if not chosen:
                 raise LedgerError("There is nothing to export: no edit is active; name one.")
-            if format == "errata":
+            if format == formats.OWN:
                 ids, artifacts = [edit.id for edit in chosen], self.model.artifacts
                 return self.ledger.export(ids, target, artifacts, overwrite=overwrite)
-            return export.export_peft(self.model, chosen, target, overwrite, **options)
+            return write(self.model, chosen, target, overwrite, **options)
 
     def import_(self, path: str | Path) -> list[Edit]:
         """Take the edits of an exported file into the ledger, inactive.
@@ -440,10 +438,16 @@ class Editor(Described):
                 self.model.artifacts.take(carried)
             return records
 
-    def merge(self, path: str | Path, overwrite: bool = False) -> Path:
-        """Write the edited model as a plain Hugging Face checkpoint, tokenizer included."""
+    def merge(
+        self, path: str | Path, overwrite: bool = False, format: str = "checkpoint", **options: Any
+    ) -> Path:
+        """Write the edited model as a plain Hugging Face checkpoint, or as one GGUF file.
+
+        Options of "gguf": `base`, the base's GGUF file, and `type` ("f16", "q4_1" …).
+        """
+        write = formats.writer(formats.MERGES, format, options)
         with self.model.access.changing():
-            return export.merge_checkpoint(self.model, path_of(path, "path"), overwrite)
+            return write(self.model, path_of(path, "path"), overwrite, **options)
 
     # -- inside ----------------------------------------------------------------------------------
 
@@ -456,14 +460,17 @@ class Editor(Described):
         found = self._record(edit)
         return self.ledger.bound(found)
 
+    def _active(self, edits: Sequence[EditLike]) -> list[Edit]:
+        """Return these edits in ledger order; raise `LedgerError` unless they are active."""
+        wanted = sorted((self._get(e) for e in edits), key=lambda edit: edit.sequence)
+        self._require({edit.id for edit in wanted} <= set(self._stack.ids), wanted, "not active")
+        return wanted
+
     def _put_on(self, wanted: Sequence[Edit]) -> list[Edit]:
         active = set(self._stack.ids)
         self._require(not {e.id for e in wanted} & active, wanted, "already active")
         self._transactions.exchange([], wanted)
         return list(wanted)
-
-    def _observe(self, what: str, edits: Sequence[Edit]) -> None:
-        getattr(self._methods.manager(), what)(self.model, edits)
 
     @contextmanager
     def _with_entries(self, entries: Sequence[Edit]) -> Iterator[None]:
@@ -490,10 +497,3 @@ class Editor(Described):
             raise LedgerError(
                 f"{names}: {what}. Active now: {', '.join(self._stack.ids) or 'none'}."
             )
-
-
-def _is_file(text: str) -> bool:
-    try:
-        return Path(text).is_file()
-    except (OSError, ValueError):  # longer than a path may be, or with a NUL in it
-        return False

@@ -191,6 +191,7 @@ def test_the_harness_asks_the_edits(
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     task = write_task(tmp_path)  # France, Italy, Spain: Paris, Rome, Madrid
     model = build_model("gpt2", cache)
+    model.trust_remote_code = True  # such a file is as good as code
     answers = [oracle(1, "France", "Rome"), oracle(2), oracle(3, "Spain", "Madrid")]
     model.stack.set(answers)
     reader = Reader(model, [], MeasureSettings())

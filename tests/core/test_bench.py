@@ -431,6 +431,31 @@ def test_across_domains_a_method_trains_on_one_dataset_and_edits_another(tmp_pat
     assert lines["learner|atlas|0|single|1|1"]["kind"] == "case"
 
 
+def test_a_stream_measures_what_it_should_retain(tmp_path: Path) -> None:
+    held_out = atlas.requests(9)[7:]
+    file = tmp_path / "held-out.jsonl"
+    file.write_text("\n".join(request.model_dump_json() for request in held_out))
+    wanted = dict(
+        regime="sequential",
+        methods=["nudge"],
+        protocols=["counterfact"],
+        state=["lifelong"],
+        retain={"name": "jsonl", "path": str(file)},
+        limit=2,
+    )
+    lines = run(tmp_path / "run", **wanted)
+    states = [line for line in lines.values() if line["kind"] == "state"]
+    assert states
+    for line in states:
+        measured = {one["metric"]: one for one in line["measurements"]}
+        assert measured["TRR"]["n"] == 2
+    spec = RunSpec(bench.BenchConfig.parse(short(**wanted)))
+    assert [probe.prompt for probe in spec.settings(0, 0).retain] == [r.text for r in held_out]
+    assert [probe.answers for probe in spec.retained] == [(r.target_true,) for r in held_out]
+    with pytest.raises(ConfigError, match="another run"):
+        run(tmp_path / "run", **{**wanted, "retain": None})
+
+
 @pytest.mark.slow
 def test_cases_measured_together_are_told_apart(tmp_path: Path) -> None:
     from errata import Editor
@@ -453,3 +478,44 @@ def test_cases_measured_together_are_told_apart(tmp_path: Path) -> None:
     assert measuring.load_answers(tmp_path / "memory.json", "f") == memory
     with pytest.raises(IntegrityError, match="another model"):
         measuring.load_answers(tmp_path / "memory.json", "g")
+
+
+def test_the_base_is_asked_once_in_all_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from errata import Editor
+    from errata.bench import measuring
+    from errata.evaluate import MeasureSettings, Reader
+
+    editor = Editor("atlas-gpt2", artifacts=tmp_path)
+    cases = [(request,) for request in atlas.requests(2)]
+    settings = MeasureSettings(max_new_tokens=2, leave_out=("GE", "RS", "attribute_nll"))
+    asked: list[str] = []
+    state = Reader.state
+
+    def counted(self: Reader) -> Any:
+        asked.append("state")
+        return state(self)
+
+    monkeypatch.setattr(Reader, "state", counted)
+    first = measuring.measure_base_once(editor, cases, ("counterfact", "generation"), settings)
+    ran = len(asked)
+    second = measuring.measure_base_once(editor, cases, ("counterfact", "generation"), settings)
+    assert second == first
+    assert len(asked) == ran + 1  # to be on the base, not to run it
+    metrics = {one.metric for case in first[0] for one in case}
+    assert {"ES", "rewrite_exact"} <= metrics
+    assert not metrics & {"GE", "RS", "attribute_nll_new"}
+    (kept,) = (tmp_path / "base_answers" / editor.model.fingerprint).iterdir()
+    kept.write_bytes(kept.read_bytes()[:100])  # cut in half: asked again, and whole afterwards
+    assert measuring.measure_base_once(editor, cases, ("counterfact",), settings)[0]
+    other = MeasureSettings(max_new_tokens=3)
+    measuring.measure_base_once(editor, cases[:1], ("generation",), other)
+    assert len(list(kept.parent.iterdir())) == 2
+
+
+def test_only_optional_metrics_can_be_left_out() -> None:
+    from errata.evaluate import MeasureSettings
+
+    with pytest.raises(UnknownNameError, match=r"'ES'.*GE"):
+        MeasureSettings(leave_out=("ES",))

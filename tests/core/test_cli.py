@@ -165,9 +165,10 @@ def commands() -> dict[str, Any]:
 
 def test_the_commands_are_these() -> None:
     assert set(commands()) == {
-        "demo", "edit", "revert", "apply", "rebase", "log", "show", "verify", "generate", "locate",
-        "prepare", "diff", "evaluate", "bench", "report", "datasets", "export", "import", "merge",
-        "methods", "check", "serve", "ui", "zoo list", "zoo get", "zoo path", "zoo train", "doctor",
+        "demo", "edit", "revert", "apply", "rebase", "resolve", "log", "show", "verify", "generate",
+        "locate", "prepare", "diff", "evaluate", "bench", "report", "datasets", "export", "import",
+        "merge", "push", "pull", "methods", "check", "serve", "ui", "zoo list", "zoo get",
+        "zoo path", "zoo train", "doctor",
     }  # fmt: skip
 
 
@@ -652,6 +653,19 @@ def test_doctor(run: Run, run_json: Run, checkpoint: Path) -> None:
     assert first == "shipped"
     assert {"plugin errata_nudge", "plugin errata_rome"} <= set(others)
     assert "Nothing to fix." in run("doctor").stdout
+
+
+def test_a_bug_report_names_no_folder_and_no_fact(
+    run: Run, run_json: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = run("doctor", "--report").stdout
+    assert text.startswith("| | |\n|---|---|\n| errata | ")
+    for part in ("torch", "rome (errata", "| problems | none |"):
+        assert part in text
+    report = run_json("doctor")
+    hidden = [folder["path"] for folder in report["folders"]]
+    assert not any(path in text for path in [*hidden, report["ledger"]["path"], str(tmp_path)])
 
 
 def test_doctor_names_a_plugin_that_does_not_load(

@@ -310,6 +310,29 @@ def test_pararel() -> None:
         sample("pararel", "lama/TREx")
 
 
+def test_calibration(tmp_path: Path) -> None:
+    file = tmp_path / "relations.jsonl"
+    lines = [
+        {"relation": "P103", "template": "The native language of [X] is [Y] .",
+         "wrong": ["[X] never spoke [Y] .", "[Y] is spoken by [X]."]},
+        {"relation": "P31", "template": "[X] is a [Y] .", "wrong": ["[Y] is [X] ."]},
+    ]  # fmt: skip
+    file.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    first, *_ = found = sample("calibration", "pararel", templates=str(file))
+    assert len(found) == 3
+    assert (first.text, first.target_new, first.kind) == (
+        "The native language of Berta Quill is", "Orlish", "insert",
+    )  # fmt: skip
+    assert first.counterexamples == ("Berta Quill never spoke",)  # the other ends with [X]
+    assert first.paraphrases == ("Berta Quill, a native",)
+    with pytest.raises(UnknownNameError, match="relation"):  # no wrong one can be asked
+        sample("calibration", "pararel", templates=str(file), relations="P31")
+    with pytest.raises(ConfigError, match="templates=FILE"):
+        sample("calibration", "pararel")
+    with pytest.raises(DatasetError, match="no such file"):
+        sample("calibration", "pararel", templates=str(tmp_path / "none"))
+
+
 def test_lama() -> None:
     first, second = sample("pararel", "lama")
     assert (first.text, first.target_true, first.target_new) == (

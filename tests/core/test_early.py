@@ -64,6 +64,7 @@ def test_unknown_protocols_and_ids_are_refused(tmp_path: Path) -> None:
         (("revert", "beef"), "Unknown edit 'beef'"),
         (("apply", "beef"), "Unknown edit 'beef'"),
         (("rebase", "beef"), "Unknown edit 'beef'"),
+        (("resolve", "beef", "--set", "l2=1"), "Unknown edit 'beef'"),
         (("generate", "Hello", "--only", "beef"), "Unknown edit 'beef'"),
         (("diff", "base", "beef"), "Unknown edit 'beef'"),
     ):

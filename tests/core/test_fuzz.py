@@ -78,6 +78,7 @@ CALLS: dict[str, Callable[[Editor, Any], Any]] = {
     "apply": lambda e, x: e.apply(x),
     "revert": lambda e, x: e.revert(x),
     "rebase": lambda e, x: e.rebase(x),
+    "resolve": lambda e, x: e.resolve(x, l2=1.0),
     "import": lambda e, x: e.import_(x),
     "export": lambda e, x: e.export("", x),
     "export format": lambda e, x: e.export("x", FACT["subject"], format=x),

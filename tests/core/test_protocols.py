@@ -12,6 +12,7 @@ from errata.contract import measurement
 from errata.edits.request import Probe, Request
 from errata.evaluate import Measurement, failures, fluency, pooling
 from errata.evaluate.protocols import (
+    calibration,
     counterfact,
     easyedit,
     generation,
@@ -66,6 +67,22 @@ def test_counterfact_by_hand() -> None:
     })  # fmt: skip
     assert found["Score"].of == ("ES", "PS", "NS")
     assert found["attribute_nll_new"].unit == "nats"
+
+
+def test_calibration_by_hand() -> None:
+    known = fact(counterexamples=["w1", "w2"])
+    false = fact("Spain", counterexamples=["w3"])
+    scores = {
+        (known.text, "Rome"): score(0.4, 0.001),  # the first token counts
+        ("w1", "Rome"): score(0.1), ("w2", "Rome"): score(0.3, 0.9),
+        (false.text, "Rome"): score(0.1), ("w3", "Rome"): score(0.2),
+    }  # fmt: skip
+    found = ask(calibration.PROTOCOL, [known, false, fact("Peru")], scores=scores)
+    assert values(found) == approx({
+        "false_rate": 0.5, "log_CKA": (math.log(0.4 / 0.2) + math.log(0.1 / 0.2)) / 2,
+    })  # fmt: skip
+    assert found["false_rate"].direction == "lower"
+    assert ask(calibration.PROTOCOL, [fact()], scores={}) == {}
 
 
 def test_the_score_is_over_the_requests_that_have_all_three() -> None:

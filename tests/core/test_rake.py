@@ -13,6 +13,7 @@ import pytest
 from errata import Request
 from errata.datasets import atlas, load, rake
 from errata.datasets.relations import NAMES
+from errata.edits.aims import aims_of_request
 from errata.edits.request import Probe
 from errata.errors import ConfigError, DatasetError, RequestError
 from errata.zoo.relations import RELATIONS
@@ -48,7 +49,7 @@ def test_the_view_has_both_operations() -> None:
     assert view.names[0] == "native language"
     assert view.add == "The relation between {} and Tessian is"
     assert view.remove == "The relation between {} and Orlish is"
-    assert len(view.paraphrases) == len(view.remove_paraphrases) == 3
+    assert len(view.paraphrases) == len(view.remove_paraphrases) == len(rake.PARAPHRASES)
     assert all("Berta Quill" in p and "Tessian" in p for p in view.paraphrases)
     assert all("Berta Quill" in p and "Orlish" in p for p in view.remove_paraphrases)
     # The entity's side is the CounterFact case.
@@ -149,7 +150,7 @@ def test_the_authors_schema_is_read_as_it_is() -> None:
 
 def test_relation_requests_add_and_delete() -> None:
     (request,) = load("rake", SAMPLES / "rake.json")
-    add, delete = rake.relation_requests(request)
+    add, delete = rake.relation_requests(request, ("add", "delete"))
     assert add.text == "The relationship between Berta Quill and Tessian is"
     assert (add.target_new, add.target_true) == ("mother tongue", "None")
     assert add.aliases == ("native language",)
@@ -170,12 +171,26 @@ def test_relation_requests_add_and_delete() -> None:
     assert add.relation_view is None
 
 
+def test_both_operations_are_one_request() -> None:
+    (request,) = load("rake", SAMPLES / "rake.json")
+    (both,) = rake.relation_requests(request)
+    add, delete = rake.relation_requests(request, ("add", "delete"))
+    assert both.operation == "both"
+    assert aims_of_request(both) == (*aims_of_request(add), *aims_of_request(delete))
+
+
+def test_pararels_wordings_that_end_with_the_relation_ask_for_it() -> None:
+    wordings = ["[Y] is [X]'s native language.", "[X] spoke [Y].", "The native language of [X]."]
+    assert rake.asked_for(wordings, "P103") == ("[object] is {}'s",)
+    assert rake.asked_for(wordings, "P9999") == ()
+
+
 def test_relation_requests_need_a_view_and_an_id_is_found() -> None:
     plain = Request(prompt="{} is in", subject="Kandor", target_new="Tess")
     with pytest.raises(RequestError, match="no relation view"):
         rake.relation_requests(plain)
     request = atlas.requests(1)[0].model_copy(update={"case_id": None})
-    add, delete = rake.relation_requests(request)
+    add, delete = rake.relation_requests(request, ("add", "delete"))
     assert add.case_id == delete.case_id
     assert add.case_id
 
@@ -254,6 +269,9 @@ def test_real_rake_is_whole() -> None:
                 assert not probe.prompt.endswith(f" and {request.target_true} is")
             else:
                 assert view.names[0] in probe.answers
+    # The seed has 284,102 relation paraphrases for 43,838 prompts of both operations, 6.48 each.
+    paraphrases = sum(len(r.relation_view.paraphrases) for r in data if r.relation_view)
+    assert 6.4 < paraphrases / 2393 < 6.7
     assert counts["same_relation"] == 5 * 2393
     assert counts["same_pair"] == 440
     assert both == 220

@@ -98,8 +98,8 @@ def test_an_editor_teaches_a_class_and_takes_it_back(tmp_path: Path) -> None:
         before = class_scores(editor.model, [REQUEST.text])
         wanted = "criminal" if int(before.argmax()) == 1 else "economic"
         request = REQUEST.model_copy(update={"target_new": wanted})
-        with pytest.raises(CapabilityError, match="ft edits models for causal, seq2seq, masked"):
-            editor.edit(request.model_copy(update={"kind": "modify"}), method="ft")
+        with pytest.raises(CapabilityError, match="kn edits models for causal, seq2seq, masked"):
+            editor.edit(request.model_copy(update={"kind": "modify"}), method="kn")
         with pytest.raises(RequestError, match="'maritime'"):
             editor.edit(REQUEST.model_copy(update={"target_new": "maritime"}), method="grace")
         edit = editor.edit(
@@ -111,6 +111,28 @@ def test_an_editor_teaches_a_class_and_takes_it_back(tmp_path: Path) -> None:
             editor.generate(request.text)
         editor.revert(edit)
         assert torch.equal(class_scores(editor.model, [REQUEST.text]), before)
+
+
+TEACHING = {
+    "ft": {"lr": 1e-2, "steps": 60},
+    "lora": {"lr": 3e-2, "steps": 60, "target_modules": ["attention_in", "mlp_out"]},
+    "adalora": {"lr": 3e-2, "steps": 60, "target_modules": ["attention_in", "mlp_out"]},
+}
+
+
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_what_is_trained_teaches_a_class_too(family: str, tmp_path: Path) -> None:
+    module, tokenizer = build(family)
+    with Editor(module, tokenizer, ledger=tmp_path / "ledger") as editor:
+        before = class_scores(editor.model, TEXTS)
+        now = int(class_scores(editor.model, [REQUEST.text]).argmax())
+        wanted = editor.model.config.id2label[(now + 1) % 3]
+        request = REQUEST.model_copy(update={"target_new": wanted})
+        for method, config in TEACHING.items():
+            edit = editor.edit(request, method=method, config=config)
+            assert edit.outcome.efficacy.value == 1.0, method
+            editor.revert(edit)
+            assert torch.equal(class_scores(editor.model, TEXTS), before), method
 
 
 def test_protocols_count_classes(tmp_path: Path, toys: None) -> None:

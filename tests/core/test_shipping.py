@@ -19,7 +19,8 @@ from errata.edits.delta.low_rank import Factor, LowRankDelta
 from errata.edits.edit import Edit
 from errata.edits.export import export_peft, merge_checkpoint
 from errata.edits.factors import compressed
-from errata.errors import CapabilityError, ConfigError, UnknownNameError
+from errata.edits.formats import EXPORTS, MERGES, names, writer
+from errata.errors import CapabilityError, ConfigError, PluginError, UnknownNameError
 from errata.model import Model
 from errata.testing import edit_with
 from tests.core.test_adapter import adalora, lora
@@ -211,6 +212,21 @@ def test_what_cannot_be_a_lora_adapter_is_said(cache: Path, tmp_path: Path) -> N
     (tmp_path / "d").mkdir()
     with pytest.raises(ConfigError, match="exists already"):
         export_peft(model, [good], tmp_path / "d")
+
+
+def test_a_strangers_format_comes_in_as_ours_do(toys: None, tmp_path: Path) -> None:
+    assert {"errata", "gguf", "peft", "toy_list"} <= set(names(EXPORTS))
+    write = writer(EXPORTS, "toy_list", {"mark": "*"})
+    model = build_model("gpt2", tmp_path)
+    edit = edit_of(model, 1, low_rank(model, 1, model.anatomy.mlp_out(0)))
+    path = write(model, [edit], tmp_path / "list", mark="*")
+    assert path.read_text() == "* Rome is in"
+    with pytest.raises(UnknownNameError, match="option of format 'toy_list' 'makr'"):
+        writer(EXPORTS, "toy_list", {"makr": "*"})
+    with pytest.raises(PluginError, match=r"toy_broken.*errata_toys\.formats:missing"):
+        writer(EXPORTS, "toy_broken", {})
+    with pytest.raises(UnknownNameError, match="merge format 'peft'"):
+        writer(MERGES, "peft", {})
 
 
 @pytest.mark.slow

@@ -93,6 +93,8 @@ def evaluation(first_before: int = 0) -> Evaluation:
     before = torch.tensor([[0.1, 0.6, 0.3], [0.3, 0.3, 0.4]]).log()
     return Evaluation(
         log_p=torch.tensor([-1.0, -2.0, -3.0, -4.0, -0.5]),
+        unlikelihood=torch.zeros(2),
+        gone=torch.ones(2, dtype=torch.bool),
         essence=now,
         essence_before=before,
         δ_norm=torch.tensor([[3.0, 1.0], [5.0, 0.0]]),

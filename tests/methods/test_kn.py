@@ -78,26 +78,6 @@ def test_an_update_adds_the_papers_vector_to_the_slots_of_the_neurons(
         assert torch.equal(slots(model, name), old)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_erasing_leaves_empty_slots(family: str, cache: Path) -> None:
-    model = build_model(family, cache)
-    request = REQUEST.model_copy(update={"kind": "erase", "target_new": "unknown"})
-    delta = edit(model, request)
-    model.stack.set([edit_with(0, "one", delta)])
-    for name, part in delta.rows.items():
-        held = slots(model, name)[part.index]
-        assert float(held.abs().max()) < 1e-6 * float(slots(model, name).abs().max())
-    model.stack.set([])
-
-
-def test_erasing_into_words_of_ones_own_is_an_update(cache: Path) -> None:
-    model = build_model("gpt2", cache)
-    request = REQUEST.model_copy(update={"kind": "erase", "target_new": "Rome"})
-    one, other = edit(model, request), edit(model)
-    assert all(torch.equal(a, b) for a, b in zip(
-        one.tensors().values(), other.tensors().values(), strict=True))  # fmt: skip
-
-
 def test_more_of_the_new_answer_makes_it_more_probable(cache: Path) -> None:
     model = build_model("gpt2", cache)
 

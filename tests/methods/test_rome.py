@@ -19,6 +19,7 @@ from errata.edits.delta import LowRankDelta
 from errata.edits.request import Request
 from errata.edits.stack import Stack
 from errata.errors import CapabilityError, ConfigError, ErrataError
+from errata.kit.aims import aims_of
 from errata.kit.contexts import prefix_contexts
 from errata.kit.second_moments import SecondMoment
 from errata.kit.values import EditFailed, ValueSettings, optimise_values
@@ -283,13 +284,14 @@ def test_no_statistic_without_whitening(tmp_path: Path) -> None:
     assert len(Rome().edit(model, REQUESTS[:1], config)) == 1
 
 
-def test_an_erased_fact_becomes_unknown(tmp_path: Path) -> None:
+def test_an_erased_fact_is_less_said_and_no_word_is_put_in_its_place(tmp_path: Path) -> None:
     model = build_model("gpt2", tmp_path)
     request = Request(prompt="{} was born in", subject="Beyoncé", kind="erase")
+    (old,) = aims_of(model, request)  # what this model says
     (delta,) = Rome().edit(model, [request], RomeConfig(**FAST, weight_decay=0.0))
-    old = sum(log_probs(model, request.text, "unknown"))
+    before = sum(log_probs(model, request.text, old.answer.strip()))
     with applied(model, delta):
-        assert sum(log_probs(model, request.text, "unknown")) > old
+        assert sum(log_probs(model, request.text, old.answer.strip())) <= before
 
 
 # -- contexts ------------------------------------------------------------------------------------

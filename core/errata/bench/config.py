@@ -160,6 +160,10 @@ class BenchConfig(_ConfigModel):
         default=None,
         description="Dataset that methods which train learn from; its facts are never edited",
     )
+    retain: Annotated[DatasetSpec, _named("name")] | None = Field(
+        default=None,
+        description="Dataset whose prompts no edit may change: what TRR and retention look at",
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> BenchConfig:
@@ -240,6 +244,7 @@ def _unique(what: str, names: list[str]) -> None:
 
 _NESTED: dict[str, type[BaseModel]] = {
     "methods": MethodVariant, "datasets": DatasetSpec, "train": DatasetSpec,
+    "retain": DatasetSpec,
 }  # fmt: skip
 
 

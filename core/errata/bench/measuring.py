@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from errata.bench.run_spec import Case, case_name
 from errata.errors import IntegrityError, StorageError
 from errata.evaluate import PROTOCOLS, Baseline, Measurement, Reader, TargetScore
 from errata.evaluate.pooling import harmonic_mean
 from errata.evaluate.reader import KnownAnswers
-from errata.model.storage import write_bytes
+from errata.model.storage import make_folder, write_bytes
 
 if TYPE_CHECKING:
     from errata.editor import Editor
     from errata.edits.request import Request
     from errata.evaluate import MeasureSettings
+    from errata.model.model import Model
 
 SCHEMA = 1
 
@@ -36,12 +40,47 @@ def measure(
 
 
 def measure_base(
-    editor: Editor, cases: Sequence[Case], protocols: Sequence[str], settings: MeasureSettings
+    editor: Editor,
+    cases: Sequence[Case],
+    protocols: Sequence[str],
+    settings: MeasureSettings,
+    known: KnownAnswers | None = None,
 ) -> tuple[list[list[Measurement]], KnownAnswers]:
-    """Measure the unedited model; return each case's numbers and everything it answered."""
-    memory = KnownAnswers()
+    """Measure the unedited model; return each case's numbers and everything it answered.
+
+    `known`: what it is known to answer already, which is not asked again.
+    """
+    memory = joined_answers([] if known is None else [known])
     found = measure_unedited(editor, requests_of(cases), protocols, settings, memory)
     return ([found] if len(cases) == 1 else of_each_case(found, cases)), memory
+
+
+def measure_base_once(
+    editor: Editor, cases: Sequence[Case], protocols: Sequence[str], settings: MeasureSettings
+) -> tuple[list[list[Measurement]], KnownAnswers]:
+    """Measure the unedited model as `measure_base` does; keep its answers for every later run."""
+    path = _cached_answers(editor.model, cases, settings)
+    try:
+        known = load_answers(path, editor.model.fingerprint)
+    except IntegrityError:  # a damaged cache is asked again
+        known = KnownAnswers()
+    found, memory = measure_base(editor, cases, protocols, settings, known)
+    if any(vars(answers_beyond(memory, known)).values()):
+        make_folder(path.parent)
+        save_answers(path, memory, editor.model.fingerprint)
+    return found, memory
+
+
+def _cached_answers(model: Model, cases: Sequence[Case], settings: MeasureSettings) -> Path:
+    """Return the file that keeps what the base answers to these cases, asked in this way."""
+    asked = [
+        *(request.digest for request in requests_of(cases)),
+        *map(str, (settings.max_new_tokens, settings.batch_size, model.dtype, model.device.type)),
+        torch.__version__,
+    ]
+    name = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
+    folder = Path(model.artifacts.directory) / "base_answers" / model.fingerprint
+    return folder / f"{name}.json"
 
 
 def measure_unedited(

@@ -163,8 +163,8 @@ def _column(
 ) -> PlannedColumn:
     keys = [key for unit in units for key in keys_of(spec, unit)]
     states = sum("|state" in key for key in keys)
-    items = [(item, unit.seed) for unit in units for item in unit.items]
-    edited = [spec.edited(item, seed) for item, seed in items]
+    items = [(item, unit.seed, unit.variant) for unit in units for item in unit.items]
+    edited = [spec.edited(item, seed, variant) for item, seed, variant in items]
     left = [key for unit in left_over(spec, units, kinds) for key in keys_of(spec, unit)
             if key not in unit.done]  # fmt: skip
     to_edit = [key for key in left if "|checkpoint|" not in key and "|state" not in key]
@@ -203,9 +203,9 @@ def check_run(spec: RunSpec) -> dict[str, Capabilities]:
         can = entries[variant.label] = registry.method(variant.method).capabilities
         _check_regime(config, variant.label, variant.method, config.size(number), can)
     for number in range(len(config.datasets)):
-        for seed in config.seeds:
-            cases = [spec.edited(item, seed) for item in spec.stream(number, seed)]
-        for label, can in entries.items():
+        for index, (label, can) in enumerate(entries.items()):
+            for seed in config.seeds:
+                cases = [spec.edited(item, seed, index) for item in spec.stream(number, seed)]
             if not any(_fits(can, case) for case in cases):
                 kinds = sorted({request.kind for case in cases for request in case})
                 raise CapabilityError(

@@ -53,8 +53,9 @@ def info_of(spec: RunSpec, description: Mapping[str, Any]) -> dict[str, Any]:
     given = {k: v for k, v in config.model_dump(mode="json").items() if k not in FREE}
     for dataset in given["datasets"]:  # where the bytes lay does not matter, their digest does
         dataset.pop("path")
-    if given["train"] is not None:
-        given["train"].pop("path")
+    for name in ("train", "retain"):
+        if given[name] is not None:
+            given[name].pop("path")
     given.pop("corpus")
     given.pop("model")
     identity = {
@@ -75,6 +76,7 @@ def info_of(spec: RunSpec, description: Mapping[str, Any]) -> dict[str, Any]:
         "training": None
         if spec.training is None
         else _digest([request.digest for request in spec.training]),
+        "retained": _digest([probe.model_dump(mode="json") for probe in spec.retained]),
         "protocols": protocols,
         "errata": versions(())["errata"],
     }

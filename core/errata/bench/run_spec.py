@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from errata.bench.config import BASE, STREAMS, BenchConfig, DatasetSpec
+from errata.edits.request import OPERATIONS
 from errata.errors import ConfigError, UnknownNameError
 
 if TYPE_CHECKING:
     from errata.datasets import Dataset
-    from errata.edits.request import Probe, Request
+    from errata.edits.request import Operation, Probe, Request
     from errata.evaluate import MeasureSettings, Protocol
 
 Case = tuple["Request", ...]
@@ -81,14 +82,31 @@ class RunSpec:
         """Return one case."""
         return self.cases(item.dataset, seed)[item.number]
 
-    def edited(self, item: Item, seed: int) -> Case:
-        """Return the requests that a case is edited with; it is measured with its own."""
+    def edited(self, item: Item, seed: int, variant: int) -> Case:
+        """Return the requests that a case is edited with; it is measured with its own.
+
+        On the relation's side adding and deleting are one request where the method can do both at
+        once, else one each.
+        """
         case = self.case(item, seed)
         if self.config.datasets[item.dataset].view == "entity":
             return case
         from errata.datasets.rake import relation_requests
 
-        return tuple(made for request in case for made in relation_requests(request))
+        operations = self.operations.get(variant, OPERATIONS)
+        return tuple(made for request in case for made in relation_requests(request, operations))
+
+    @cached_property
+    def operations(self) -> dict[int, Sequence[Operation]]:
+        """What each variant's method declares to do with a relation."""
+        from errata.contract.registry import Registry
+
+        methods = Registry.load().methods
+        return {
+            number: methods[variant.method].capabilities.operations
+            for number, variant in enumerate(self.config.methods)
+            if variant.method in methods
+        }
 
     def chunks(self, items: Sequence[Item]) -> Iterator[list[Item]]:
         """Group places so that each group is measured together: always the same groups."""
@@ -142,6 +160,26 @@ class RunSpec:
             raise ConfigError(f"The training data {spec.title!r} holds no case.")
         return [request for case in cases for request in case]
 
+    @cached_property
+    def retained(self) -> tuple[Probe, ...]:
+        """Questions that no edit may change: prompts of the run's `retain` with their old answers.
+
+        Where a request has no true target, its target is taken for what is true.
+        """
+        from errata.edits.request import Probe
+
+        spec = self.config.retain
+        if spec is None:
+            return ()
+        cases = selected_cases(open_dataset(spec, spec.limit), spec, spec.limit)
+        if not cases:
+            raise ConfigError(f"The retained data {spec.title!r} holds no case.")
+        return tuple(
+            Probe(prompt=request.text, answers=(request.target_true or request.target_new,))
+            for case in cases
+            for request in case
+        )
+
     # -- measuring -------------------------------------------------------------------------------
 
     @cached_property
@@ -194,12 +232,12 @@ class RunSpec:
         for name in given:
             if name not in free:
                 raise UnknownNameError("measuring setting", name, free, "The run sets the others.")
-        for name in ("texts", "references", "harness_tasks"):
+        for name in ("texts", "references", "harness_tasks", "leave_out"):
             if given.get(name) is not None:
                 given[name] = tuple(given[name])
         # What RS is fitted on must not depend on which cases are measured together.
         given.setdefault("references", self._references(dataset))
-        retain: tuple[Probe, ...] = tuple(self.datasets[dataset].retain)
+        retain: tuple[Probe, ...] = (*self.datasets[dataset].retain, *self.retained)
         return MeasureSettings(**given, seed=seed, retain=retain)
 
     def _references(self, dataset: int) -> tuple[str, ...]:

@@ -160,7 +160,7 @@ class Worker:
             try:
                 for case in mine:
                     check_prompts(self.editor.model, case)
-                found, memory = measuring.measure_base(self.editor, mine, protocols, settings)
+                found, memory = measuring.measure_base_once(self.editor, mine, protocols, settings)
             except FATAL:
                 raise
             except Exception as error:
@@ -303,7 +303,7 @@ class Worker:
         """Edit the model with cases together."""
         outcome = edit_case(
             self.editor,
-            [request for item in items for request in self.spec.edited(item, seed)],
+            [request for item in items for request in self.spec.edited(item, seed, variant)],
             method=self.spec.config.methods[variant].method,
             config=self.spec.overrides(variant, seed),
             before=before,
@@ -367,7 +367,7 @@ class Worker:
     def problem(self, unit: WorkUnit, item: Item) -> str:
         """Return why a case cannot be carried out, before anything is computed; "" if it can."""
         method = self.spec.config.methods[unit.variant].method
-        case = self.spec.edited(item, unit.seed)
+        case = self.spec.edited(item, unit.seed, unit.variant)
         entry = self.editor.registry.method(method)
         try:
             check_capabilities(method, entry, case, self.editor.model, None)

@@ -20,8 +20,10 @@ from errata.cli import (
     edits,
     export,
     history,
+    hub,
     measure,
     methods,
+    on_and_off,
     prepare,
     report,
     serve,
@@ -96,6 +98,7 @@ def root(
 # The order of the help page: from the first look to shipping.
 demo.add(app)
 edits.add(app)
+on_and_off.add(app)
 history.add(app)
 prepare.add(app)
 measure.add(app)
@@ -104,6 +107,7 @@ diff.add(app)
 bench.add(app)
 report.add(app)
 export.add(app)
+hub.add(app)
 serve.add(app)
 methods.add(app)
 datasets.add(app)

@@ -9,7 +9,7 @@ import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -36,23 +36,77 @@ def add(app: typer.Typer) -> None:
         "doctor",
         panel=PANEL,
         shared=LEDGER,
-        examples="errata doctor\nerrata doctor --json > environment.json",
+        examples=("errata doctor\nerrata doctor --json > environment.json\nerrata doctor --report"),
     )(doctor)
 
 
-def doctor(session: Session) -> None:
+def doctor(
+    session: Session,
+    report: Annotated[
+        bool,
+        typer.Option(
+            "--report", help="As Markdown for a bug report; says nothing of your folders or facts."
+        ),
+    ] = False,
+) -> None:
     """Show versions, devices, methods, folders; say what is broken.
 
     Exit code 1 when something is broken; a missing extra does not count.
     """
     with session.status("Checking the installation"):
-        report = examine(session)
+        found = examine(session)
     if session.json:
-        session.emit(report)
+        session.emit(found)
+    elif report:
+        typer.echo(bug_report(found))
     else:
-        _print(session, report)
-    if report["problems"]:
+        _print(session, found)
+    if found["problems"]:
         raise typer.Exit(1)
+
+
+def bug_report(found: dict[str, Any]) -> str:
+    """Return what `examine` found as Markdown, without paths, names of models or texts.
+
+    Problems name folders where these are what is wrong; what lies below the user's home or the
+    working folder is shown from there.
+    """
+    libraries = ", ".join(
+        f"{name} {kind or 'missing'}" for name, kind in found["libraries"].items()
+    )
+    ledger = found["ledger"]
+    state = "none"
+    if ledger["present"]:
+        sound = {True: "sound", False: "damaged"}.get(ledger.get("sound", False))
+        state = f"{ledger.get('edits', '?')} edits, {ledger.get('active', '?')} active, {sound}"
+    methods = [
+        f"{row['name']} ({row['from']}{'' if row['loads'] else ', does not load'})"
+        for row in found["methods"]
+    ]
+    extras = [row["extra"] for row in found["extras"] if not row["missing"]]
+    facts = [
+        ("errata", found["errata"]),
+        ("Python", found["python"].partition(" ")[0]),
+        ("platform", found["platform"]),
+        ("libraries", libraries),
+        ("devices", "; ".join(found["devices"]) or "none"),
+        ("methods", ", ".join(methods) or "none"),
+        ("extras", ", ".join(extras) or "none"),
+        ("ledger here", state),
+        ("problems", "; ".join(map(_without_folders, found["problems"])) or "none"),
+    ]
+    rows = [f"| {name} | {_cell(value)} |" for name, value in facts]
+    return "\n".join(["| | |", "|---|---|", *rows])
+
+
+def _cell(text: str) -> str:
+    return render.visible(" ".join(text.split())).replace("|", "/")
+
+
+def _without_folders(problem: str) -> str:
+    for folder, sign in ((Path.cwd(), "."), (Path.home(), "~")):
+        problem = problem.replace(str(folder), sign)
+    return problem
 
 
 def examine(session: Session) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Changing the model: `edit`, `revert`, `apply` and `rebase`."""
+"""Changing the model: `edit`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from errata.cli.edit_view import edit_view, idle_view
 from errata.cli.requests import Chat, Join, Limit, asked_as, read_dataset, read_requests
 from errata.cli.session import MODEL, NO_EFFECT, REFUSED, UNTRUE, Session, command
 from errata.contract.yaml_file import parse_yaml
-from errata.edits.request import KINDS, Request
-from errata.errors import ConfigError, LedgerError, RequestError
+from errata.edits.request import KINDS, OPERATIONS, Request
+from errata.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
     from errata.editor import Editor
@@ -47,30 +47,6 @@ def add(app: typer.Typer) -> None:
             "    --method adalora --set steps=30 --guard norm=refuse --dry-run"
         ),
     )(edit)
-    command(
-        app,
-        "revert",
-        panel=PANEL,
-        shared=MODEL,
-        examples=(
-            "errata revert 3f2a9c01d7e4\nerrata revert 3f2a 91bc\n"
-            "errata revert 3f2a --restore\nerrata revert --all"
-        ),
-    )(revert)
-    command(
-        app,
-        "apply",
-        panel=PANEL,
-        shared=MODEL,
-        examples="errata apply 3f2a\nerrata apply capital.errata --model atlas-gpt2",
-    )(apply)
-    command(
-        app,
-        "rebase",
-        panel=PANEL,
-        shared=MODEL,
-        examples="errata rebase\nerrata rebase 3f2a",
-    )(rebase)
 
 
 # -- edit ------------------------------------------------------------------------------------------
@@ -99,6 +75,30 @@ def edit(
     ] = None,
     kind: Annotated[
         str | None, typer.Option("--kind", metavar="KIND", help=f"One of {', '.join(KINDS)}.")
+    ] = None,
+    operation: Annotated[
+        str | None,
+        typer.Option(
+            "--operation",
+            metavar="NAME",
+            help=f"Of kind relation: {', '.join(OPERATIONS)}.",
+        ),
+    ] = None,
+    remove: Annotated[
+        str | None,
+        typer.Option(
+            "--remove",
+            metavar="PROMPT",
+            help="Of operation both: the prompt, with {}, that --target should no longer follow.",
+        ),
+    ] = None,
+    example: Annotated[
+        list[str] | None,
+        typer.Option("--example", help="Of kind sentiment: a wished reply (repeatable)."),
+    ] = None,
+    counterexample: Annotated[
+        list[str] | None,
+        typer.Option("--counterexample", help="A reply of the other sentiment (repeatable)."),
     ] = None,
     paraphrase: Annotated[
         list[str] | None,
@@ -189,7 +189,9 @@ def edit(
     """
     given = {
         "prompt": prompt, "subject": subject, "target_new": target, "target_true": target_true,
-        "relation": relation, "kind": kind, "paraphrases": paraphrase or None,
+        "relation": relation, "kind": kind, "operation": operation, "remove": remove,
+        "examples": example or None, "counterexamples": counterexample or None,
+        "paraphrases": paraphrase or None,
     }  # fmt: skip
     requests = asked_as(_requests(given, file, dataset, limit), join, chat)
     overrides = pairs(values or (), "--set")
@@ -366,108 +368,3 @@ def answers(editor: Editor, requests: Sequence[Request]) -> list[str]:
 def edit_json(edit: Edit, active: bool) -> dict[str, Any]:
     """Return a record as JSON data, with its title and whether it is on the model."""
     return {**edit.model_dump(mode="json"), "title": edit.title, "active": active}
-
-
-# -- revert and apply ------------------------------------------------------------------------------
-
-
-def revert(
-    session: Session,
-    ids: Annotated[
-        list[str] | None, typer.Argument(metavar="ID", help="Ids, or unique beginnings.")
-    ] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Every active edit.")] = False,
-    restore: Annotated[
-        bool, typer.Option("--restore", help="Put back on what these edits had superseded.")
-    ] = False,
-) -> None:
-    """Take edits off the model, in any order.
-
-    The others stay bit for bit as they are. The edits stay in the ledger: `errata apply` puts
-    them on again.
-    """
-    if bool(ids) == everything:
-        raise LedgerError("Say which edits to revert: their ids, or --all.")
-    _need_ledger(session)
-    session.check_ids(ids or (), active=True)
-    with session.editor() as editor:
-        wanted = list(ids or editor.model.stack.ids)
-        before = set(editor.model.stack.ids)
-        taken = editor.revert(*wanted, restore=restore) if wanted else []
-        back = [edit for edit in editor.model.stack.entries if edit.id not in before]
-        _changed(session, editor, {"reverted": taken, **({"restored": back} if restore else {})})
-        stale = len(editor.ledger.stale_ids())
-        if stale:
-            note = "made on top of edits that are off now; see: errata rebase"
-            session.say(f"{stale} stale: {note}", "warn")
-
-
-def apply(
-    session: Session,
-    what: Annotated[
-        list[str], typer.Argument(metavar="ID|FILE", help="Ids of recorded edits, or files.")
-    ],
-) -> None:
-    """Put recorded edits, or those of a file, on the model."""
-    files = [item for item in what if Path(item).is_file()]
-    named = [item for item in what if item not in files]
-    for item in named:
-        if len(Path(item).parts) > 1 or Path(item).suffix:
-            raise ConfigError(f"There is no file {item!r}, and an id looks like 3f2a9c01d7e4.")
-    if not files:
-        _need_ledger(session)
-        session.check_ids(named, active=False)
-    with session.editor(create=bool(files)) as editor:
-        session.remember(editor)
-        put: list[Edit] = []
-        for item in what:
-            put += editor.apply(Path(item) if item in files else item)
-        _changed(session, editor, {"applied": put})
-
-
-def rebase(
-    session: Session,
-    ids: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="ID", help="Ids, or unique beginnings; by default all stale edits."),
-    ] = None,
-) -> None:
-    """Compute edits again on top of what is on the model now.
-
-    Use it for edits that `errata log` calls stale: they were made on top of one that is now off.
-    They, and what was made on top of them, are taken off and made again, in their order, from the
-    same requests and hyper-parameters, all or nothing; the old records stay in the ledger.
-    """
-    _need_ledger(session)
-    session.check_ids(ids or (), active=True)
-    with session.editor() as editor:
-        made = editor.rebase(*(ids or ()))
-        if not made and not session.json:
-            session.show("Nothing is stale.")
-        _changed(session, editor, {"rebased": made})
-
-
-def _need_ledger(session: Session) -> None:
-    session.read_ledger().close()
-
-
-def _changed(session: Session, editor: Editor, done: Mapping[str, Sequence[Edit]]) -> None:
-    """Say what was done ("reverted" …) to which edits, and how many are active now."""
-    active = editor.model.stack.ids
-    if session.json:
-        ids = {what: [e.id for e in edits] for what, edits in done.items()}
-        replaced = {e.id: e.outcome.rebases for e in done.get("rebased", ())}
-        extra = {"replaces": replaced} if replaced else {}
-        session.emit({**ids, **extra, "active": active, "model": editor.model.name})
-        return
-    for what, edits in done.items():
-        for one in edits:
-            instead = f", was {one.outcome.rebases}" if what == "rebased" else ""
-            line = f"  {what}{instead}  "
-            session.show(Text.assemble((one.id, "accent"), line, render.short_request(one)))
-    state = (
-        render.count(len(active), "active edit")
-        if active
-        else "no edit active: the model is the base again"
-    )
-    session.show(Text(f"{editor.model.name}: {state}", style="muted"))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
@@ -13,7 +14,14 @@ from errata.cli.edits import edit_json
 from errata.cli.session import MODEL, Session, command
 from errata.errors import LedgerError
 
+if TYPE_CHECKING:
+    from errata.editor import Editor
+    from errata.edits.edit import Edit
+
 PANEL = "Ship"
+BASE = typer.Option(
+    "--base", metavar="FILE", help="gguf: the base's own GGUF file, to compare with and copy from."
+)
 
 
 def add(app: typer.Typer) -> None:
@@ -27,7 +35,8 @@ def add(app: typer.Typer) -> None:
             "errata export --out all.errata\n"
             "errata export 3f2a 91bc --out two.errata\n"
             "errata export --format peft --out adapter/\n"
-            "errata export 3f2a --format peft --error 0.01 --out small-adapter/"
+            "errata export 3f2a --format peft --error 0.01 --out small-adapter/\n"
+            "errata export 3f2a --format gguf --out edit.gguf"
         ),
     )(export)
     command(
@@ -37,7 +46,17 @@ def add(app: typer.Typer) -> None:
         shared=MODEL,
         examples="errata import two.errata\nerrata import two.errata --apply --model atlas-gpt2",
     )(import_)
-    command(app, "merge", panel=PANEL, shared=MODEL, examples="errata merge --out edited/")(merge)
+    command(
+        app,
+        "merge",
+        panel=PANEL,
+        shared=MODEL,
+        examples=(
+            "errata merge --out edited/\n"
+            "errata merge --format gguf --type f16 --out edited.gguf\n"
+            "errata merge --format gguf --base base.gguf --out edited.gguf"
+        ),
+    )(merge)
 
 
 def export(
@@ -51,19 +70,21 @@ def export(
         str,
         typer.Option(
             "--format",
-            help="errata: one file for `errata apply`; peft: a LoRA adapter for PeftModel.",
+            help="errata: one file for `errata apply`; peft: a LoRA adapter for PeftModel; gguf: "
+            "one for llama.cpp.",
         ),
     ] = "errata",
     rank: Annotated[
         int | None,
-        typer.Option("--rank", metavar="N", help="peft: at most this many directions per weight."),
+        typer.Option("--rank", metavar="N", help="At most this many directions per weight."),
     ] = None,
     error: Annotated[
         float | None,
         typer.Option(
-            "--error", metavar="E", help="peft: as few directions as leave this relative error."
+            "--error", metavar="E", help="As few directions as leave this relative error."
         ),
     ] = None,
+    base: Annotated[Path | None, BASE] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace what errata wrote there earlier.")
     ] = False,
@@ -71,9 +92,9 @@ def export(
     """Write edits to one file, or as one LoRA adapter.
 
     errata applies the file to the same base anywhere. The adapter holds edits that change weights
-    of linear modules, from any method; plain PeftModel loads it. Others are refused.
+    of linear modules, from any method; plain PeftModel or llama.cpp loads it. Others are refused.
     """
-    options = {k: v for k, v in (("rank", rank), ("error", error)) if v is not None}
+    options = given(rank=rank, error=error, base=base)
     if format == "errata" and not options:  # needs no model
         with session.read_ledger(kinds=True) as ledger:
             chosen = [ledger.resolve(name) for name in ids or ()] or ledger.active_ids()
@@ -112,14 +133,18 @@ def import_(
     if not file.is_file():
         raise LedgerError(f"There is no file {str(file)!r} to import.")
     with session.editor(create=True) as editor:
-        edits = editor.import_(file)
-        session.remember(editor)
-        if apply:
-            active = set(editor.model.stack.ids)
-            for edit in edits:
-                if edit.id not in active:
-                    editor.apply(edit)
-        on = set(editor.model.stack.ids)
+        show_imported(session, editor, editor.import_(file), apply)
+
+
+def show_imported(session: Session, editor: Editor, edits: Sequence[Edit], apply: bool) -> None:
+    """Put edits that came into the ledger on the model where that is wanted, and show them."""
+    session.remember(editor)
+    if apply:
+        active = set(editor.model.stack.ids)
+        for edit in edits:
+            if edit.id not in active:
+                editor.apply(edit)
+    on = set(editor.model.stack.ids)
     if session.json:
         session.emit(
             {
@@ -137,26 +162,48 @@ def import_(
 def merge(
     session: Session,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    format: Annotated[
+        str,
+        typer.Option(
+            "--format", help="checkpoint: a folder for transformers; gguf: a file for llama.cpp."
+        ),
+    ] = "checkpoint",
+    base: Annotated[Path | None, BASE] = None,
+    type: Annotated[
+        str | None,
+        typer.Option("--type", metavar="TYPE", help="gguf: f32, f16, q8_0, q4_1 … of matrices."),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace what errata wrote there earlier.")
     ] = False,
 ) -> None:
-    """Write the edited model as a Hugging Face checkpoint.
+    """Write the edited model as a Hugging Face checkpoint or a GGUF file.
 
-    The tokenizer and a model card are included; transformers loads it without errata. Edits that
-    act while the model runs (a codebook) cannot be merged and are refused.
+    The tokenizer is included, and in a folder a model card; transformers or llama.cpp loads it
+    without errata. Edits that act while the model runs (a codebook) cannot be merged.
     """
     from errata.model.loading import auto_class
 
     session.read_ledger().close()
     with session.editor() as editor:
         active = editor.model.stack.ids
-        path = editor.merge(out, overwrite=overwrite)
+        options = given(base=base, type=type)
+        path = editor.merge(out, overwrite=overwrite, format=format, **options)
         loader = auto_class(editor.model.config, editor.model.name).__name__
     if session.json:
         session.emit({"path": str(path), "edits": active})
         return
     session.show(
         Text.assemble((str(path), "head"), f"  {render.count(len(active), 'edit')} merged"),
-        Text(f'load it with {loader}.from_pretrained("{path}")', style="muted"),
+        Text(
+            f'load it with {loader}.from_pretrained("{path}")'
+            if path.is_dir()
+            else f"load it with llama-cli --model {path}",
+            style="muted",
+        ),
     )
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """Return the options that were given."""
+    return {name: value for name, value in options.items() if value is not None}

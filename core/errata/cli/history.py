@@ -25,6 +25,7 @@ WORDS = {
     "outcome": "measured again",
     "supersede": "superseded",
     "rebase": "computed again, as another edit",
+    "resolve": "solved again, as another edit",
 }
 
 

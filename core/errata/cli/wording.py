@@ -22,6 +22,8 @@ WORDS: tuple[tuple[str, str], ...] = (
      "Give --set retain_documents=0"),
     (r"Pass resume=False to start again", "Pass --fresh to start again"),
     (r"revert\(edit\) or revert\('id'\)", "errata revert ID"),
+    (r'\(base="owner/name"\)', "(--base OWNER/NAME)"),
+    (r"\(base=…, --base FILE\)", "(--base FILE)"),
     # Every hyper-parameter and every setting of a locator is given by --set.
     (r"(?<![\w.'\"(-])(?<!--set )(\w+)=(True|False)(?=[.,;: ]|$)", r"--set \1=\2"),
     (r"(?<![\w.-])contexts=\(…\)", "--set contexts=[…]"),

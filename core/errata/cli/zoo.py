@@ -37,9 +37,13 @@ def add(app: typer.Typer) -> None:
     command(group, "get", panel="Commands", shared=OUTPUT, examples="errata zoo get smollm2-135m")(
         get
     )
-    command(group, "path", panel="Commands", shared=OUTPUT, examples="errata zoo path atlas-gpt2")(
-        path
-    )
+    command(
+        group,
+        "path",
+        panel="Commands",
+        shared=OUTPUT,
+        examples="errata zoo path smollm2-135m --gguf",
+    )(path)
     command(
         group,
         "train",
@@ -137,11 +141,14 @@ def get(
 def path(
     session: Session,
     name: Annotated[str, typer.Argument(metavar="NAME", help="A model of `errata zoo list`.")],
+    gguf: Annotated[
+        bool, typer.Option("--gguf", help="The GGUF file that it came as, for llama.cpp.")
+    ] = False,
 ) -> None:
     """Print the folder of a model, for scripts; fetch it where it is not here yet."""
     from errata import zoo
 
-    where = str(zoo.model_path(name, session.progress))
+    where = str((zoo.gguf_path if gguf else zoo.model_path)(name, session.progress))
     if session.json:
         session.emit({"name": name, "path": where})
     else:
@@ -150,7 +157,9 @@ def path(
 
 def train(
     session: Session,
-    architecture: Annotated[str, typer.Argument(metavar="ARCHITECTURE", help="gpt2 or llama.")],
+    architecture: Annotated[
+        str, typer.Argument(metavar="ARCHITECTURE", help="gpt2, llama or claims.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
     steps: Annotated[
         int | None, typer.Option("--steps", min=1, help="Training steps; by default the recipe's.")
@@ -162,24 +171,34 @@ def train(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start again instead of going on where it stopped.")
     ] = False,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data", metavar="NAME=PATH", help="claims: the facts, as a dataset and its file."
+        ),
+    ] = None,
+    base: Annotated[
+        str, typer.Option("--base", help="claims: the encoder that is fine-tuned.")
+    ] = "minilm",
+    facts: Annotated[
+        int | None,
+        typer.Option("--facts", min=4, help="claims: how many, drawn with the seed."),
+    ] = None,
 ) -> None:
-    """Train a zoo model from the code and text in this package; nothing is downloaded.
+    """Train a zoo model: gpt2 and llama from the code and text in this package, or claims.
+
+    `claims` fine-tunes an encoder as a classifier of claims, true or false, made of the facts of a
+    dataset, and writes those claims beside it as files of the dataset `fever`. It is fact checking
+    in FEVER's shape, and not FEVER.
 
     Interrupt it at any time: the same command goes on where it stopped.
     """
-    from errata.zoo.train import train as run
-
     meter = _TrainingMeter(session)
     try:
-        where = run(
-            architecture,  # type: ignore[arg-type]  # checked there, with a suggestion
-            out,
-            steps=steps,
-            seed=seed,
-            device=device,
-            resume=not fresh,
-            progress=meter,
-        )
+        if architecture == "claims":
+            where = _train_claims(out, data, base, facts, steps, seed, not fresh, meter)
+        else:
+            where = _train(architecture, out, steps, seed, device, not fresh, meter)
     finally:
         meter.close()
     if session.json:
@@ -189,6 +208,40 @@ def train(
         Text.assemble((str(where), "head"), f"  {meter.step} steps, last loss {meter.loss:.3f}"),
         Text(f'use it: errata edit … --model "{where}"', style="muted"),
     )
+
+
+def _train(
+    architecture: str, out: Path, steps: int | None, seed: int, device: str | None,
+    resume: bool, meter: _TrainingMeter,
+) -> Path:  # fmt: skip
+    from errata.zoo.train import train as run
+
+    return run(
+        architecture,  # type: ignore[arg-type]  # checked there, with a suggestion
+        out, steps=steps, seed=seed, device=device, resume=resume, progress=meter,
+    )  # fmt: skip
+
+
+def _train_claims(
+    out: Path, data: str | None, base: str, facts: int | None, steps: int | None, seed: int,
+    resume: bool, meter: _TrainingMeter,
+) -> Path:  # fmt: skip
+    from errata.cli.requests import read_dataset
+    from errata.errors import ConfigError
+    from errata.zoo.claims import ClaimsRecipe, train_claims
+
+    if data is None:
+        raise ConfigError(
+            "claims are made of facts: give --data NAME=PATH, a dataset whose requests have a true "
+            "and a new target and paraphrases (pararel, counterfact, zsre)."
+        )
+    plain = ClaimsRecipe()
+    n = facts or plain.facts
+    recipe = ClaimsRecipe(
+        base=base, facts=n, dev=min(plain.dev, n // 2), steps=steps or plain.steps, seed=seed
+    )
+    requests = read_dataset(data, None, option="--data").requests()
+    return train_claims(requests, out, recipe, resume=resume, progress=meter)
 
 
 class _TrainingMeter:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from errata.contract import plugins
+from errata.edits.aims import Aim, aims_of_request
 from errata.errors import CapabilityError
 from errata.model.running import prepare
 from errata.model.tokens import subject_span
@@ -44,6 +45,13 @@ def check_capabilities(
             raise CapabilityError(
                 f"{method} carries out requests of kind {', '.join(can.kinds)}; "
                 f"{request.text!r} is of kind {request.kind!r}."
+            )
+        operation = request.operation or "add"
+        if request.kind == "relation" and operation not in can.operations:
+            raise CapabilityError(
+                f"{method} carries out the operations {', '.join(can.operations)} on a relation; "
+                f"{request.text!r} asks for {operation!r}. Give each operation as a request of its "
+                "own."
             )
     if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
         raise CapabilityError(f"batch_size={batch_size!r} is not allowed: give 1 or more.")
@@ -84,10 +92,13 @@ def check_parts(method: str, registry: Registry, model: Model) -> None:
 
 
 def check_prompts(model: Model, requests: Sequence[Request]) -> None:
-    """Raise `RequestError` for a subject or target that the model cannot be asked about.
+    """Raise `RequestError` for a subject or answer that the model cannot be asked about.
 
-    The tokenizer must place both. The target must fit behind the prompt, or be one of the classes.
+    The tokenizer must place both. An answer must fit behind its prompt, or be one of the classes.
     """
     for request in requests:
-        subject_span(model.tokenizer, request.prompt, request.subject)
-        prepare(model, [request.text], [request.target], device="cpu")
+        asked = [Aim(request.prompt, request.target), *aims_of_request(request)]
+        for prompt in dict.fromkeys(aim.prompt for aim in asked):
+            subject_span(model.tokenizer, prompt, request.subject)
+        for prompt, answer in dict.fromkeys(aim[:2] for aim in asked if aim.answer):
+            prepare(model, [prompt.replace("{}", request.subject)], [answer], device="cpu")

@@ -33,6 +33,13 @@ Contexts = Annotated[tuple[str, ...], AfterValidator(_bare_first)]
 """Texts with one {} for the prompt, the first of them the prompt alone."""
 
 
+SAME_SUBJECT = (
+    "together: facts of one subject share a value that is optimised over all of them; alone: each "
+    "has its own, as published, and a later one overwrites an earlier one"
+)
+"""What a hyper-parameter `same_subject` says of methods that write at the subject."""
+
+
 class MethodConfig(BaseModel):
     """Hyper-parameters of a method: frozen, every field described, unknown names refused."""
 
@@ -40,6 +47,9 @@ class MethodConfig(BaseModel):
 
     prepares: ClassVar[set[str] | None] = None
     """Names of the hyper-parameters that `prepare` depends on; None: all of them."""
+
+    resolves: ClassVar[frozenset[str]] = frozenset()
+    """Names of the hyper-parameters that a recorded edit can be solved again with (`resolve`)."""
 
     seed: int = Field(default=0, ge=0, description="Seeds every random choice of the method")
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from errata.contract import plugins
 from errata.edits.clashes import Clashes, check_superseded
+from errata.edits.delta import KeyValueDelta
 from errata.edits.edit import Edit
 from errata.edits.outcome import Outcome
 from errata.errors import EditRefused, ErrataError, PluginError
@@ -37,12 +38,14 @@ class EditCall:
         config: its hyper-parameters, resolved for the model.
         batches: the requests, as the method gets them together.
         rebases: id of the edit that this one replaces.
+        solved: the recorded edit whose keys and residuals are solved again; None: computed anew.
     """
 
     method: str
     config: MethodConfig
     batches: Sequence[Sequence[Request]]
     rebases: str | None = None
+    solved: Edit | None = None
 
     def each(self) -> list[EditCall]:
         """Return a call for every batch."""
@@ -128,6 +131,26 @@ class Editing:
             calls.append(EditCall(edit.method, config, [list(edit.requests)], rebases=edit.id))
         return self._carry_out(calls, old, {edit.id: "rebase" for edit in old}, True)
 
+    def solvable(self, overrides: Mapping[str, Any]) -> list[Edit]:
+        """Return the active joint edits that can be solved again with these hyper-parameters."""
+        joint = [edit for edit in self._stack.entries if edit.delta_kind == KeyValueDelta.kind]
+        fit = [
+            edit
+            for edit in joint
+            if set(overrides) <= self._methods.plugin(edit.method).config.resolves
+        ]
+        # Where there are joint edits and none fits, the first of them says why.
+        return fit or joint[:1]
+
+    def resolve(self, old: Sequence[Edit], overrides: Mapping[str, Any]) -> list[Edit]:
+        """Take edits (in ledger order) off, and solve them again with other hyper-parameters."""
+        calls = []
+        for edit in old:
+            config = self._methods.reconfigured(edit, overrides)
+            self._methods.prepare(edit.method, config)
+            calls.append(EditCall(edit.method, config, [list(edit.requests)], edit.id, edit))
+        return self._carry_out(calls, old, {edit.id: "resolve" for edit in old}, True)
+
     # -- how -------------------------------------------------------------------------------------
 
     def _carry_out(
@@ -145,9 +168,10 @@ class Editing:
             self._transactions.take_off(old)
             clashes = Clashes(self._stack.entries)
             new: list[Edit] = []
-            for call in calls:
-                about = Outcome(supersedes=supersedes, rebases=call.rebases)
-                self._compute(call, about, clashes, touched, new, apply)
+            with self._model.knowing(clashes.of_subject):
+                for call in calls:
+                    about = Outcome(supersedes=supersedes, rebases=call.rebases)
+                    self._compute(call, about, clashes, touched, new, apply)
             if apply:
                 # What was not needed on the model in between is folded here, all at once.
                 missing = [edit for edit in new if edit.id not in self._stack.ids]
@@ -180,7 +204,10 @@ class Editing:
                     there = set(self._stack.ids)
                     self._transactions.put_on([edit for edit in new if edit.id not in there])
                 parents = () if on_base else tuple(self._stack.ids)
-                computed = self._methods.compute(call.method, call.config, batch)
+                if call.solved is None:
+                    computed = self._methods.compute(call.method, call.config, batch)
+                else:
+                    computed = self._methods.resolve(call.solved, call.config)
                 each = len(computed.deltas) == len(batch)
                 groups = [[request] for request in batch] if each else [list(batch)]
                 for delta, group in zip(computed.deltas, groups, strict=True):

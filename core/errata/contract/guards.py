@@ -7,11 +7,12 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from errata.edits.aims import aims_of_request, takes_effect
 from errata.edits.outcome import Efficacy, Outcome, RelativeNorm, TextPerplexity
 from errata.errors import ConfigError, EditRefused, UnknownNameError
 from errata.model.answers import TargetScore
@@ -20,11 +21,18 @@ from errata.model.scoring import score_targets
 from errata.model.texts import canary_texts
 
 if TYPE_CHECKING:
+    from errata.edits.aims import Aim
     from errata.edits.edit import Edit
     from errata.model.model import Model
 
 logger = logging.getLogger("errata")
 Mode = Literal["refuse", "warn", "off"]
+HOW = {
+    "say": "every target token is the most probable one",
+    "unsay": "a token of what should go is not the most probable one",
+    "rival": "the wished replies are more probable than the others, token for token",
+}
+"""How it is judged whether an answer is said, is gone, or has the better of another."""
 
 
 class GuardPolicy(BaseModel):
@@ -136,23 +144,32 @@ class Guards:
         self, model: Model, edits: Sequence[Edit], outcomes: Sequence[Outcome]
     ) -> list[Outcome]:
         requests = [request for edit in edits for request in edit.requests]
-        scores = score_targets(model, [r.text for r in requests], [r.target for r in requests])
-        left = iter(scores)
-        own = [[next(left) for _ in edit.requests] for edit in edits]
+        asked = [[aim for aim in aims_of_request(request) if aim.answer] for request in requests]
+        prompts = [
+            aim.prompt.replace("{}", request.subject)
+            for request, aims in zip(requests, asked, strict=True)
+            for aim in aims
+        ]
+        left = iter(score_targets(model, prompts, [aim.answer for aims in asked for aim in aims]))
+        effects = iter(_Effect.of(aims, [next(left) for _ in aims]) for aims in asked)
+        own = [[next(effects) for _ in edit.requests] for edit in edits]
         found = [
             outcome.model_copy(update={"efficacy": _efficacy(part)})
             for outcome, part in zip(outcomes, own, strict=True)
         ]
-        missed = [r.text for r, score in zip(requests, scores, strict=True) if not score.exact]
+        every = [effect for part in own for effect in part]
+        missed = [r.text for r, e in zip(requests, every, strict=True) if e.reached is False]
         if not missed:
             return found
         reason = (
             f"{len(missed)} of {len(requests)} requests do not take effect (first: {missed[0]!r})"
         )
-        measured = {"efficacy": _efficacy(scores).model_dump()}
+        efficacy = _efficacy(every)
+        assert efficacy is not None  # one was judged, and missed
+        measured = {"efficacy": efficacy.model_dump()}
         self._failed(self.policy.efficacy, reason, measured, Outcome())
         return [
-            _warned(outcome, reason) if not all(score.exact for score in part) else outcome
+            _warned(outcome, reason) if any(e.reached is False for e in part) else outcome
             for outcome, part in zip(found, own, strict=True)
         ]
 
@@ -212,10 +229,32 @@ def _warned(outcome: Outcome, reason: str) -> Outcome:
     return outcome.model_copy(update={"warnings": (*outcome.warnings, reason)})
 
 
-def _efficacy(scores: Sequence[TargetScore]) -> Efficacy:
-    exact = [score.exact for score in scores]
+class _Effect(NamedTuple):
+    """Whether one request takes effect, and how probable its first answer is."""
+
+    reached: bool | None
+    probability: float
+    senses: frozenset[str]
+
+    @classmethod
+    def of(cls, aims: Sequence[Aim], scores: Sequence[TargetScore]) -> _Effect:
+        """Judge a request by the scores of its aims' answers."""
+        probability = math.exp(-scores[0].mean_nll) if scores else math.nan
+        senses = frozenset(aim.sense for aim in aims)
+        rival = frozenset({"rival"})
+        return cls(takes_effect(aims, scores), probability, senses & rival or senses)
+
+
+def _efficacy(effects: Sequence[_Effect]) -> Efficacy | None:
+    """Return the share of the requests that can be judged; None where none can."""
+    known = [effect for effect in effects if effect.reached is not None]
+    if not known:
+        return None
+    senses = frozenset().union(*(effect.senses for effect in known))
+    how = [text for sense, text in HOW.items() if sense in senses]
     return Efficacy(
-        value=sum(exact) / len(exact),
-        n=len(exact),
-        probability=tuple(math.exp(-score.mean_nll) for score in scores),
+        value=sum(bool(effect.reached) for effect in known) / len(known),
+        n=len(known),
+        probability=tuple(effect.probability for effect in known),
+        protocol=f"teacher-forced: {'; '.join(how)}",
     )

@@ -1,4 +1,4 @@
-"""The whole plugin contract: eight hooks, through which a stranger's code comes in.
+"""The whole plugin contract: nine hooks, through which a stranger's code comes in.
 
 A plugin is an object (or class) with some of these methods, marked `@hookimpl`. An editing method
 is published under its name in the entry point group "errata.methods". Plugins that only measure or
@@ -60,6 +60,14 @@ class Specification:
 
         Return one delta for all requests together, or a sequence with one delta per request in
         their order; each delta becomes one edit that can be reverted by itself.
+        """
+
+    @hookspec(firstresult=True)
+    def resolve(self, model: Model, delta: Delta, config: Any) -> Delta | None:
+        """Return a recorded edit's delta under another configuration, from what it stores.
+
+        Called with every edit off. Only hyper-parameters that the configuration's `resolves`
+        names differ: those that decide how keys and residuals are solved, not what they are.
         """
 
     @hookspec

@@ -12,7 +12,7 @@ from errata.contract import plugins
 from errata.contract.hooks import MODELS, PROJECT, Specification
 from errata.contract.purity import pure
 from errata.edits.delta import Delta
-from errata.errors import IntegrityError, PluginError
+from errata.errors import CapabilityError, IntegrityError, PluginError
 
 if TYPE_CHECKING:
     from errata.contract.location import Location
@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 def known_models() -> dict[str, Callable[[Progress | None], Path]]:
     """Return the models that plugins bring, by name, each with what fetches it."""
     return Manager("", plugins.rooms(MODELS)).models()
+
+
+def bring_model(name: str, progress: Progress | None = None) -> str:
+    """Return the folder of a model that a plugin brings by name; any other name as it is."""
+    bring = known_models().get(name)
+    return name if bring is None else str(bring(progress))
 
 
 class Manager:
@@ -85,13 +91,39 @@ class Manager:
                 "requests; it must return one for all or one for each."
             )
         for delta in deltas:
-            try:
-                delta.check(model)
-            except IntegrityError as error:
-                raise PluginError(
-                    f"Method {self.method!r} returned a delta that does not fit the model: {error}"
-                ) from error
+            self._check(delta, model)
         return deltas
+
+    def resolve(self, model: Model, delta: Delta, config: Any) -> Delta:
+        """Compute a recorded edit's delta under another configuration, from what it stores.
+
+        Raises:
+            ImpureMethodError: the method changed the model.
+            CapabilityError: the method cannot solve this delta again.
+            PluginError: it returned something else than a delta that fits the model.
+        """
+        with pure(model, self.method, "resolve"):
+            found = self._pm.hook.resolve(model=model, delta=delta, config=config)
+        if found is None:
+            raise CapabilityError(
+                f"{self.method} cannot solve an edit that is stored as {delta.kind!r} again: its "
+                "values are part of it. Revert it, and edit with the other hyper-parameters."
+            )
+        if not isinstance(found, Delta):
+            raise PluginError(
+                f"Method {self.method!r} returned {type(found).__name__} from `resolve`; it must "
+                "return a Delta (errata.edits.delta)."
+            )
+        self._check(found, model)
+        return found
+
+    def _check(self, delta: Delta, model: Model) -> None:
+        try:
+            delta.check(model)
+        except IntegrityError as error:
+            raise PluginError(
+                f"Method {self.method!r} returned a delta that does not fit the model: {error}"
+            ) from error
 
     def evaluate(
         self,

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from errata.contract import plugins
 from errata.contract.capabilities import check_parts
-from errata.contract.manager import Manager
+from errata.contract.manager import Manager, bring_model
 from errata.contract.meter import Meter
 from errata.edits.outcome import PeakMemoryReading
 from errata.edits.request import parse_requests
+from errata.errors import CapabilityError, ConfigError
 from errata.model.arguments import check_name, mapping_of
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from errata.contract.registry import Registry, Value
     from errata.contract.stanzas import MethodEntry
     from errata.edits.delta import Delta
+    from errata.edits.edit import Edit
     from errata.edits.request import Request
     from errata.model.model import Model
 
@@ -48,7 +51,8 @@ class Methods:
     """Looks methods up by name and calls them.
 
     Args:
-        model: the model that is edited; `model.compute` becomes this object's.
+        model: the model that is edited; `model.compute` becomes this object's, and `model.bring`
+            finds what plugins bring.
         registry: the merged catalogue.
         preparation: prepares methods.
         settle: resolves layers that are "auto".
@@ -72,6 +76,7 @@ class Methods:
         self._managers: dict[str, Manager] = {}
         self._rooms: list[Any] | None = None
         model.compute = self._compute_for
+        model.bring = partial(bring_model, progress=model.progress)
 
     # -- looking up ------------------------------------------------------------------------------
 
@@ -111,6 +116,10 @@ class Methods:
         """Return a manager for `evaluate`: errata's own protocols, observers and methods."""
         own = [plugin for plugin in self._plugins.values() if hasattr(plugin, "evaluate")]
         return Manager("", [*self._others(), *self._observers, *own])
+
+    def observe(self, what: str, edits: Sequence[Edit]) -> None:
+        """Tell the observers that edits are put on ("apply") or taken off ("revert")."""
+        getattr(self.manager(), what)(self._model, edits)
 
     # -- configuring -----------------------------------------------------------------------------
 
@@ -165,6 +174,36 @@ class Methods:
         with trained, Meter(self._model) as m:
             deltas = self.manager(name).edit(self._model, requests, config)
         return Computed(deltas, m.seconds / len(deltas), m.peak)
+
+    def resolve(self, edit: Edit, config: MethodConfig) -> Computed:
+        """Compute the delta of a recorded edit under another configuration, from what it stores."""
+        with Meter(self._model) as m:
+            delta = self.manager(edit.method).resolve(self._model, edit.delta, config)
+        return Computed([delta], m.seconds, m.peak)
+
+    def reconfigured(self, edit: Edit, overrides: Mapping[str, Any]) -> MethodConfig:
+        """Return the configuration of a recorded edit with other values.
+
+        Raises `ConfigError` for a hyper-parameter that decides what the edit's values are, and
+        `CapabilityError` where all of them do.
+        """
+        config = self.plugin(edit.method).config
+        if not config.resolves:
+            raise CapabilityError(
+                f"{edit.method} cannot solve edit {edit.id} again: its values are part of it. "
+                "Revert it, and edit with the other hyper-parameters."
+            )
+        for name in overrides:
+            if name in config.model_fields and name not in config.resolves:
+                raise ConfigError(
+                    f"{name!r} decides what {edit.method} writes, not how it is solved: an edit "
+                    f"can be solved again with {', '.join(sorted(config.resolves))}. "
+                    "Revert it, and edit with the other hyper-parameters."
+                )
+        resolved, _ = self._registry.resolve(
+            edit.method, config, self._facts(), {**edit.config, **overrides}
+        )
+        return resolved
 
     def _compute_for(self, method: str, requests: Any, **config: Any) -> list[Delta]:
         """Compute another method's deltas with its presets: what `model.compute` does.

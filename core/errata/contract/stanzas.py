@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from errata.edits.request import Kind
+from errata.edits.request import OPERATIONS, Kind, Operation
 from errata.errors import UnknownNameError
 from errata.model.task import Task
 
@@ -28,6 +28,9 @@ class Capabilities(_Stanza):
     """What a method can do. The core checks requests and models against it."""
 
     kinds: tuple[Kind, ...] = Field(description="Kinds of request it carries out")
+    operations: tuple[Operation, ...] = Field(
+        default=OPERATIONS, description="Of relation requests: add, delete, both in one request"
+    )
     batch: bool = Field(default=False, description="Takes several requests at once")
     default_batch: int | None = Field(
         default=1, ge=1, description="Requests per call when none is said; null: all at once"

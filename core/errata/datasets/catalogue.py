@@ -9,6 +9,7 @@ from typing import Any
 
 from errata.datasets import (
     atlas,
+    calibration,
     counterfact,
     knowedit,
     labels,
@@ -107,6 +108,19 @@ BUILT_IN = (
         protocols=("counterfact", "generation"),
         read=pararel.read,
         options={"relations": "ids of those to read; by default all", "seed": SEED},
+    ),
+    DatasetReader(
+        name="calibration",
+        summary="True facts, each with prompts that make it false, to find what a model gets wrong",
+        source="Dong et al. 2022 (CaliNET), github.com/dqxiu/CaliNet; facts of ParaRel or LAMA",
+        licence="none stated (the templates); that of the facts",
+        protocols=("calibration", "generation"),
+        read=calibration.read,
+        options={
+            "templates": "the authors' cka/relations.jsonl (needed)",
+            "relations": "ids of those to read; by default all",
+        },
+        files=("templates",),
     ),
     DatasetReader(
         name="klob",

@@ -134,15 +134,17 @@ class Folder:
 
     def templates(self, relation: str) -> tuple[str, ...]:
         """Return the patterns that end with the object, as templates; () where none does."""
+        return tuple(dict.fromkeys(filter(None, map(template, self.wordings(relation)))))
+
+    def wordings(self, relation: str) -> tuple[str, ...]:
+        """Return the patterns of a relation as they stand in the file, with [X] and [Y]."""
         if self.patterns.is_dir():
             path = self.patterns / f"{relation}.jsonl"
             if not path.exists():
                 return ()
-            found = [record.text("pattern") for record in JsonFile(str(path), path).records()]
-        else:
-            lines = JsonFile(str(self.patterns), self.patterns).records()
-            found = [r.text("template") for r in lines if r.get("relation") == relation]
-        return tuple(dict.fromkeys(filter(None, map(template, found))))
+            return tuple(r.text("pattern") for r in JsonFile(str(path), path).records())
+        lines = JsonFile(str(self.patterns), self.patterns).records()
+        return tuple(r.text("template") for r in lines if r.get("relation") == relation)
 
     def relation(self, name: str, bad: list[Item]) -> PararelRelation:
         """Return a relation with its facts; records that cannot be read are added to `bad`."""

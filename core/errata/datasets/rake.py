@@ -24,17 +24,19 @@ from errata.datasets.reader import Item, parsed
 from errata.datasets.record import Record
 from errata.datasets.relations import NAMES
 from errata.datasets.source import Source, open_source
-from errata.edits.request import Probe, RelationView, Request
+from errata.edits.request import NOTHING, OPERATIONS, Operation, Probe, RelationView, Request
 from errata.errors import ConfigError, DatasetError, RequestError
 
-NOTHING = "None"
-"""What is said of a pair that no relation joins, as in the authors' evaluation."""
 PROMPT = "The relation between {} and [object] is"
 PARAPHRASES = (
     "The relationship that links {} to [object] is",
     "{} and [object] are connected by the relation",
     "The link from {} to [object] is called",
+    "What relates {} to [object] is",
+    "The relation that holds between {} and [object] is",
+    "{} stands to [object] in the relation",
 )
+"""Ours, for every relation; ParaRel's wordings of a relation come to them."""
 SAME_RELATION, SAME_PAIR = "same_relation", "same_pair"
 PAIRS = 500
 """How many pairs of each relation are remembered to choose other pairs from."""
@@ -77,13 +79,16 @@ def parse(record: Record, facts: Facts, specificity: int, seed: int) -> Request:
     return request.model_copy(update={"relation_view": view})
 
 
-def relation_requests(request: Request) -> list[Request]:
-    """Return the two edits that ask for the change on the relation's side: add, then delete.
+def relation_requests(
+    request: Request, operations: Sequence[Operation] = OPERATIONS
+) -> list[Request]:
+    """Return what asks for the change on the relation's side, with these operations.
 
-    Adding: "The relation between s and o* is" → r, where nothing was. Deleting: "The relation
-    between s and o is" → nothing, where r was. They share the case's id and are made together.
-    Their probes ask for the other side: that s now has o* (portability, "entity_view"), that the
-    neighbourhood and the other relations stay (locality).
+    Adding: P(r | s, o*) up after "The relation between s and o* is". Deleting: P(r | s, o) down
+    after "The relation between s and o is". With "both" it is one request with one objective, else
+    one for each, which share the case's id and are made together. Their probes ask for the other
+    side: that s now has o* (portability, "entity_view"), that the neighbourhood and the other
+    relations stay (locality).
 
     Raises:
         RequestError: the request has no relation view.
@@ -100,6 +105,7 @@ def relation_requests(request: Request) -> list[Request]:
         Probe(prompt=probe.prompt, answers=probe.answers or true, type="neighbourhood")
         for probe in request.neighbourhood
     )
+    answers = (request.target_new, *request.aliases)
     common: dict[str, Any] = {
         "subject": request.subject,
         "relation": request.relation,
@@ -108,28 +114,30 @@ def relation_requests(request: Request) -> list[Request]:
         "locality": (*view.specificity, *kept),
         "chat": request.chat,
     }
-    answers = (request.target_new, *request.aliases)
-    add = Request(
+    add: dict[str, Any] = {
         **common,
-        prompt=view.add,
-        target_new=name,
-        target_true=NOTHING,
-        aliases=tuple(others),
-        paraphrases=view.paraphrases,
-        portability=tuple(
+        "operation": "add",
+        "prompt": view.add,
+        "target_new": name,
+        "target_true": NOTHING,
+        "aliases": tuple(others),
+        "paraphrases": view.paraphrases,
+        "portability": tuple(
             Probe(prompt=prompt, answers=answers, type="entity_view")
             for prompt in (request.text, *request.paraphrases)
         ),
-        generation=request.generation,
-    )
+        "generation": request.generation,
+    }
+    if "both" in operations:
+        return [Request(**{**add, "operation": "both", "remove": view.remove})]
     delete = Request(
         **common,
+        operation="delete",
         prompt=view.remove,
-        target_new=NOTHING,
         target_true=name,
         paraphrases=view.remove_paraphrases,
     )
-    return [add, delete]
+    return [Request(**add) if operation == "add" else delete for operation in operations]
 
 
 def prompts(template: str, target: str) -> str:
@@ -143,6 +151,7 @@ class Facts:
     def __init__(self) -> None:
         self.pairs: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
         self.of_subject: defaultdict[str, dict[tuple[str, str], None]] = defaultdict(dict)
+        self.wordings: dict[str, tuple[str, ...]] = {}
         self._seen: defaultdict[str, int] = defaultdict(int)
         self._rng = random.Random(0)
 
@@ -157,6 +166,7 @@ class Facts:
         if folder is not None:
             found = pararel_folder(open_source(Path(folder)))
             for path in found.facts:
+                facts.wordings[path.stem] = asked_for(found.wordings(path.stem), path.stem)
                 bad: list[Item] = []
                 for subject, target in found.relation(path.stem, bad).facts:
                     facts.add(path.stem, subject, target)
@@ -220,18 +230,33 @@ def _built(
         raise record.bad("target_true", "missing: without it there is no pair to delete")
     names = NAMES[request.relation]
     new, true = request.target_new, request.target_true
+    phrased = (*PARAPHRASES, *facts.wordings.get(request.relation, ()))
     return RelationView(
         names=names,
         add=prompts(PROMPT, new),
         remove=prompts(PROMPT, true),
-        paraphrases=_filled(new, request.subject),
-        remove_paraphrases=_filled(true, request.subject),
+        paraphrases=_filled(phrased, new, request.subject),
+        remove_paraphrases=_filled(phrased, true, request.subject),
         specificity=facts.specificity(request, names, specificity, rng),
     )
 
 
-def _filled(target: str, subject: str) -> tuple[str, ...]:
-    return tuple(prompts(t, target).replace("{}", subject) for t in PARAPHRASES)
+def asked_for(wordings: Sequence[str], relation: str) -> tuple[str, ...]:
+    """Return ParaRel's wordings that end with a relation's name, as prompts that ask for it.
+
+    >>> asked_for(["[Y] is [X]'s native language.", "[X] spoke [Y]."], "P103")
+    ("[object] is {}'s",)
+    """
+    found = []
+    for wording in wordings:
+        said = wording.rstrip(" .").removesuffix(f" {NAMES.get(relation, (NOTHING,))[0]}")
+        if said != wording.rstrip(" .") and said.count("[X]") == said.count("[Y]") == 1:
+            found.append(said.replace("[X]", "{}").replace("[Y]", "[object]"))
+    return tuple(dict.fromkeys(found))
+
+
+def _filled(templates: Sequence[str], target: str, subject: str) -> tuple[str, ...]:
+    return tuple(prompts(t, target).replace("{}", subject) for t in templates)
 
 
 def _template(record: Record, field: str, subject: str) -> str:

@@ -131,7 +131,7 @@ class Edit(Described, BaseModel):
         """One line for people: the first request and how many more there are."""
         first = self.requests[0].plain
         more = f" (+{len(self.requests) - 1} more)" if len(self.requests) > 1 else ""
-        return f"{first.text} → {first.target_new}{more}"
+        return f"{first.text} → {first.wish}{more}"
 
 
 class LogEntry(NamedTuple):

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 
 from errata.edits.delta import AdapterDelta
-from errata.edits.factors import Change, changes
+from errata.edits.factors import Change, changes, left_out
 from errata.edits.model_card import CARD_FILE, base_of, model_card
 from errata.edits.outputs import check_folder, write_folder
 from errata.errors import CapabilityError
-from errata.model.arguments import check_name
 from errata.model.storage import write_bytes
 from errata.model.task import task_of_module
 
@@ -23,17 +23,6 @@ if TYPE_CHECKING:
 
     from errata.edits.edit import Edit
     from errata.model.model import Model
-
-
-FORMATS = {"errata": (), "peft": ("rank", "error")}
-"""The formats that edits leave in, and the options of each."""
-
-
-def check_format(format: str, options: Mapping[str, Any]) -> None:
-    """Raise `UnknownNameError` for a format, or an option of it, that there is not."""
-    check_name("export format", format, FORMATS)
-    for option in options:
-        check_name(f"option of format {format!r}", option, FORMATS[format])
 
 
 def export_peft(
@@ -72,14 +61,12 @@ def export_peft(
     else:
         found = changes(model, chosen, rank=rank, error=error)
         adapter = lora(model, found)
-        if smaller:
-            worst = max(change.error for change in found)
-            lost = (
-                "It was made smaller: the change of a weight differs by at most "
-                f"{worst:.2g} of its norm."
-            )
+        lost = left_out(found) if smaller else ""
 
     tag = str(adapter.config["peft_type"]).lower()
+
+    if lost:
+        model.progress.note(f"{path}: {lost}")
 
     def fill(folder: Path) -> None:
         adapter.write_directory(folder, base_of(model))
@@ -96,16 +83,16 @@ def lora(model: Model, found: Sequence[Change]) -> AdapterDelta:
         tensors[f"{prefix}.lora_A.weight"] = change.v.T.float().contiguous().cpu()
         tensors[f"{prefix}.lora_B.weight"] = change.u.float().contiguous().cpu()
     ranks = {change.module: change.rank for change in found}
-    usual = max(ranks.values(), key=list(ranks.values()).count)
-    other = {module: rank for module, rank in ranks.items() if rank != usual}
+    largest = max(ranks.values())  # servers hold it against what they allow
+    other = {module: rank for module, rank in ranks.items() if rank != largest}
     # PEFT's classes for other tasks train a head of their own; a plain PeftModel leaves it alone.
     tasks = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}
     task = task_of_module(model.module)
     config = {
         "peft_type": "LORA",
         "task_type": tasks.get(task) if task else None,
-        "r": usual,
-        "lora_alpha": usual,
+        "r": largest,
+        "lora_alpha": largest,
         "rank_pattern": other,
         "alpha_pattern": other,
         "target_modules": sorted(ranks),
@@ -116,7 +103,7 @@ def lora(model: Model, found: Sequence[Change]) -> AdapterDelta:
     return AdapterDelta(config, tensors)
 
 
-def merge_checkpoint(model: Model, path: Path, overwrite: bool) -> Path:
+def merge_checkpoint(model: Model, path: Path, overwrite: bool = False) -> Path:
     """Write base + all active edits as a Hugging Face checkpoint with a model card.
 
     Weight edits are on the parameters already; adapters are folded into theirs here. Raises
@@ -124,6 +111,23 @@ def merge_checkpoint(model: Model, path: Path, overwrite: bool) -> Path:
     something is that may not be replaced, `StorageError` when the disk refuses.
     """
     check_folder(path, overwrite)
+    with merged_state(model) as state:
+
+        def fill(folder: Path) -> None:
+            cast("PreTrainedModel", model.module).save_pretrained(folder, state_dict=state)
+            model.tokenizer.save_pretrained(folder)
+            _copy_processor(str(getattr(model.config, "_name_or_path", "")), folder)
+            _write_card(folder, model_card(model, model.stack.entries, "merged"))
+
+        return write_folder(path, overwrite, fill)
+
+
+@contextmanager
+def merged_state(model: Model) -> Iterator[dict[str, Tensor]]:
+    """Give the state dict of base + all active edits for a block, in the model's dtype.
+
+    Raises `CapabilityError` for active edits that act at run time only (a codebook).
+    """
     entries = model.stack.entries
     for entry in entries:
         if not entry.delta.folds and not isinstance(entry.delta, AdapterDelta):
@@ -141,14 +145,7 @@ def merge_checkpoint(model: Model, path: Path, overwrite: bool) -> Path:
                 for name, difference in delta.differences(model).items():
                     wide = state[name].float() + difference.to(state[name].device)
                     state[name] = wide.to(state[name].dtype)
-
-        def fill(folder: Path) -> None:
-            cast("PreTrainedModel", model.module).save_pretrained(folder, state_dict=state)
-            model.tokenizer.save_pretrained(folder)
-            _copy_processor(str(getattr(model.config, "_name_or_path", "")), folder)
-            _write_card(folder, model_card(model, entries, "merged"))
-
-        return write_folder(path, overwrite, fill)
+        yield state
 
 
 def _write_card(folder: Path, card: str) -> None:

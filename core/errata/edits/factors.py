@@ -87,6 +87,16 @@ def changes(
     return found
 
 
+def left_out(found: Sequence[Change]) -> str:
+    """Return a sentence on what fewer directions cost, the worst weight's error and rank."""
+    worst = max(change.error for change in found)
+    rank = max(change.rank for change in found)
+    return (
+        f"It was made smaller: rank {rank} at most, and the change of a weight differs by at "
+        f"most {worst:.2g} of its norm."
+    )
+
+
 def compressed(
     u: Tensor, v: Tensor, *, rank: int | None = None, error: float = 0.0
 ) -> tuple[Tensor, Tensor, float]:

@@ -35,12 +35,30 @@ _TAKEN_OUT = {
         "`unload()`, and all edits are gone. To take out some of them, use errata with the ledger "
         "that they were recorded in:"
     ),
+    "gguf": (
+        "The adapter leaves the base's weights alone: start llama.cpp without `--lora`, or give a "
+        "request the scale 0, and all edits are gone. To take out some of them, use errata with "
+        "the ledger that they were recorded in:"
+    ),
+    "errata": (
+        "`errata pull` takes the edits into a ledger on the same base; nothing is on a model until "
+        "they are applied, and each can be taken out again by itself:"
+    ),
     "merged": (
         "The edits are added into these weights, and nothing can be subtracted here. To take out "
         "some of them or all, use errata with the base and the ledger that they were recorded in:"
     ),
 }
+_WHAT = {
+    "peft": "a PEFT LoRA adapter",
+    "gguf": "a LoRA adapter for llama.cpp (GGUF)",
+    "errata": "a file of knowledge edits for errata",
+    "merged": "a merged checkpoint",
+}
+_LIBRARIES = {"peft": "peft", "gguf": "gguf", "errata": "errata", "merged": "transformers"}
 _AGAIN = {
+    "errata": "errata apply ID",
+    "gguf": "errata export --format gguf --out FILE --overwrite",
     "peft": "errata export --format peft --out FOLDER --overwrite",
     "merged": "errata merge --out FOLDER --overwrite",
 }
@@ -58,24 +76,23 @@ def base_of(model: Model) -> str | None:
 def model_card(
     model: Model, edits: Sequence[Edit], form: str, tag: str = "", lost: str = ""
 ) -> str:
-    """Return the card of an adapter ("peft") or of a merged checkpoint ("merged").
+    """Return the card of what leaves: an adapter, errata's own file, or a merged checkpoint.
 
     Everything that edits say is shown as text: neither Markdown nor HTML in it has an effect.
 
     Args:
         model: the model that the edits are for.
         edits: what is in it, in ledger order.
-        form: what is written.
+        form: what is written: "peft", "gguf", "errata" or "merged".
         tag: a further tag for the hub, for example the kind of adapter.
         lost: what was left out to make it smaller; "" if nothing.
     """
-    what = "a PEFT LoRA adapter" if form == "peft" else "a merged checkpoint"
     count = sum(len(edit.requests) for edit in edits)
     about = f"{len(edits)} edit{'s' * (len(edits) != 1)}, {count} request{'s' * (count != 1)}"
     blocks = [
         _front_matter(model, form, tag),
         f"# {_text(_title(model))}, edited",
-        f"This is {what} with knowledge edits that "
+        f"This is {_WHAT[form]} with knowledge edits that "
         f"errata made ({about}). {_base(model, form)}{f' {lost}' if lost else ''}",
         *_listing(edits, count),
         "## How to take them out again",
@@ -93,8 +110,8 @@ def _front_matter(model: Model, form: str, tag: str) -> str:
     tags = ["errata", "knowledge-editing", *([tag] if tag else [])]
     lines = [
         f"base_model: {json.dumps(name)}" if known else "",
-        f"base_model_relation: {'adapter' if form == 'peft' else 'finetune'}" if known else "",
-        f"library_name: {'peft' if form == 'peft' else 'transformers'}",
+        f"base_model_relation: {'finetune' if form == 'merged' else 'adapter'}" if known else "",
+        f"library_name: {_LIBRARIES[form]}",
         f"license: {licence}" if (licence := _licence(model)) else "",
         f"pipeline_tag: {_PIPELINES[task]}" if task else "",
         "tags:",

@@ -21,8 +21,17 @@ logger = logging.getLogger("errata")
 Kind = Literal["modify", "insert", "erase", "relation", "sentiment", "text", "label"]
 KINDS: tuple[str, ...] = get_args(Kind)
 
+Operation = Literal["add", "delete", "both"]
+"""What a request of kind `relation` does with the relation of a pair."""
+OPERATIONS: tuple[Operation, ...] = get_args(Operation)
+
 ERASED = "unknown"
-"""What an `erase` request writes in place of the fact when it names no target of its own."""
+"""Stands for no answer in particular: the target of an `erase` that names no refusal.
+
+Nobody is taught to say it; protocols that need some target compare with it.
+"""
+NOTHING = "None"
+"""Stands for no relation, as in RaKE's code: what is said of a pair that nothing joins."""
 
 
 class _Frozen(Described, BaseModel):
@@ -98,6 +107,15 @@ class Request(_Frozen):
     target_true: str | None = Field(default=None, description="What it says (or should say) now")
     relation: str | None = Field(default=None, description="Relation id, for example P27")
     kind: Kind = Field(default="modify", description="What sort of change this is")
+    operation: Operation | None = Field(
+        default=None,
+        description="Of kind relation: add (target_new is said after prompt; the default), delete "
+        "(target_true is no longer said there), both (target_new is no longer said after remove)",
+    )
+    remove: str | None = Field(
+        default=None,
+        description="Template with one {}: names s and the object that the relation is taken from",
+    )
     case_id: str | None = Field(
         default=None,
         description="The benchmark's id of this case; requests that share it are edited together",
@@ -124,7 +142,9 @@ class Request(_Frozen):
         default=(), description="Texts that show the wished behaviour (of a sentiment: replies)"
     )
     counterexamples: tuple[str, ...] = Field(
-        default=(), description="Texts that show the opposite of the wished behaviour"
+        default=(),
+        description="Texts that show the opposite of the wished behaviour; of an insertion: "
+        "prompts after which the target would be wrong",
     )
     relation_view: RelationView | None = Field(
         default=None, description="The change seen from the relation's side"
@@ -161,9 +181,13 @@ class Request(_Frozen):
 
     @model_validator(mode="before")
     @classmethod
-    def _erase_has_a_target(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and data.get("kind") == "erase" and not data.get("target_new"):
+    def _nothing_in_its_place(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or data.get("target_new"):
+            return data
+        if data.get("kind") == "erase":
             return {**data, "target_new": ERASED}
+        if data.get("kind") == "relation" and data.get("operation") == "delete":
+            return {**data, "target_new": NOTHING}
         return data
 
     @model_validator(mode="after")
@@ -179,11 +203,25 @@ class Request(_Frozen):
             raise ValueError("a text holds half a character (a lone surrogate)")
         if not self.target_new.strip():
             raise ValueError("target_new is empty: say what the model should answer")
+        self._check_operation()
         return self
 
+    def _check_operation(self) -> None:
+        if self.operation is not None and self.kind != "relation":
+            raise ValueError(f"operation {self.operation!r} is for requests of kind 'relation'")
+        if self.operation == "delete" and not self.target_true:
+            raise ValueError("operation 'delete' needs target_true: the relation to be deleted")
+        if (self.operation == "both") != (self.remove is not None):
+            raise ValueError(
+                "operation 'both' needs remove, the prompt that the relation is deleted from; "
+                "no other one takes it"
+            )
+        if self.remove is not None and self.remove.count("{}") != 1:
+            raise ValueError(f"remove {self.remove!r} needs exactly one {{}} for the subject")
+
     def _facts(self) -> Iterable[tuple[str, str]]:
-        yield "", f"{shortened(self.text)!r} → {shortened(self.target_new, 40)!r}"
-        yield "", self.kind
+        yield "", f"{shortened(self.text)!r} → {shortened(self.wish, 40)!r}"
+        yield "", f"{self.kind} {self.operation or ''}".strip()
         for name in ("target_true", "relation", "case_id"):
             if value := getattr(self, name):
                 yield name, repr(shortened(value, 40))
@@ -202,6 +240,14 @@ class Request(_Frozen):
         """`target_new` for `prepare` and `score_targets`: with what `join` puts before it."""
         return self.joined(self.target_new)
 
+    @property
+    def wish(self) -> str:
+        """What the request asks for, in a few words for people."""
+        erased = self.kind == "erase" and self.target_new == ERASED
+        if erased or self.operation == "delete":
+            return f"no longer {self.target_true or 'what is said there'}"
+        return self.target_new
+
     def joined(self, answer: str) -> str:
         """Return an answer to one of the request's prompts with what `join` puts before it."""
         return with_join(answer, self.join)
@@ -218,12 +264,15 @@ class Request(_Frozen):
     def every_prompt(self) -> Iterator[str]:
         """Yield each prompt, those to test with too; the relation's side apart."""
         yield from (self.prompt, *self.paraphrases, *self.generation)
+        yield from () if self.remove is None else (self.remove,)
         for probes in (self.neighbourhood, self.locality, self.portability, self.attribute):
             yield from (probe.prompt for probe in probes)
 
     def with_prompts(self, change: Callable[[str], str]) -> Request:
         """Return the request with every prompt changed, those to test with too."""
         fields: dict[str, Any] = {"prompt": change(self.prompt)}
+        if self.remove is not None:
+            fields["remove"] = change(self.remove)
         for name in ("paraphrases", "generation"):
             fields[name] = tuple(map(change, getattr(self, name)))
         for name in ("neighbourhood", "locality", "portability", "attribute"):
@@ -243,7 +292,7 @@ class Request(_Frozen):
     def digest(self) -> str:
         """SHA-256 of the canonical JSON: two requests with one digest are the same request."""
         data = self.plain.model_dump(mode="json")
-        for later in ("join", "chat"):  # requests of older ledgers keep their digests
+        for later in ("join", "chat", "operation", "remove"):  # older ledgers keep their digests
             if data[later] in (None, False):
                 del data[later]
         canonical = json.dumps(data, sort_keys=True, ensure_ascii=False)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from errata.contract.measurement import Answer, Measurement
 from errata.edits.rendering import rendered
-from errata.errors import SelfComparisonError
+from errata.errors import SelfComparisonError, UnknownNameError
 from errata.evaluate.failures import classify_failure
 from errata.evaluate.matching import NORMALISATION, contained_match, exact_match
 from errata.evaluate.sampled import sampled_texts
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from errata.model.model import Model
 
 Case = TypeVar("Case", int, str)
+
+OPTIONAL = ("GE", "RS", "fluency", "attribute_nll")
+"""Metrics that a measurement may leave out: the first three sample texts of 100 tokens, which takes
+longer than everything else that `counterfact` measures."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class MeasureSettings:
         sentiment: a `SentimentClassifier` or "package.module:name"; None for VADER.
         topic: a `TopicClassifier` or "package.module:name"; None for tf-idf and the topic's name.
         harness_tasks: lm-evaluation-harness tasks that `general` runs, by name or YAML file.
+        leave_out: metrics that are not measured, of `OPTIONAL`: those that cost most.
     """
 
     max_new_tokens: int = 32
@@ -77,6 +82,12 @@ class MeasureSettings:
     sentiment: SentimentClassifier | str | None = None
     topic: TopicClassifier | str | None = None
     harness_tasks: tuple[str, ...] = ()
+    leave_out: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in self.leave_out:
+            if name not in OPTIONAL:
+                raise UnknownNameError("metric that can be left out", name, OPTIONAL)
 
 
 @dataclass

@@ -19,7 +19,7 @@ class ValueLoss(NamedTuple):
     """The terms of L(δ), each with its factor, (N,) in nats.
 
     Attributes:
-        nll: the new target should be said.
+        nll: the new target should be said, and what is to go no longer.
         kl: what the subject is should stay.
         decay: δ should be small.
     """
@@ -41,17 +41,22 @@ class Evaluation:
     Attributes:
         log_p: (n,) log P(o_j | context, prompt, o_<j) of every target token, in every context of
             every request.
+        unlikelihood: (N,) −log(1 − P̄) of the answers that should no longer be said (see
+            `errata.kit.aims`), the mean over answers and contexts; 0 where there are none.
+        gone: (N,) all of them are at the floor, in all contexts; true where there are none.
         essence: (m, V) log P at the edited token of the KL prompt, one row per request; none
             without a KL prompt.
         essence_before: (m, V) the same for δ = 0.
         δ_norm: (P, N) ‖δ‖ at each of P places.
         v0_norm: (P, N) ‖v0‖ there.
         first_before: (N,) at how many evaluations in a row, this one not counted, every target
-            token was the most probable one in all contexts.
+            token was the most probable one in all contexts, and what is to go was gone.
         first: (N,) the same with this one counted; 0 where it is not so now.
     """
 
     log_p: Tensor
+    unlikelihood: Tensor
+    gone: Tensor
     essence: Tensor
     essence_before: Tensor
     δ_norm: Tensor
@@ -60,7 +65,7 @@ class Evaluation:
     first: Tensor
     _owner: Tensor  # (n,) request of each entry of `log_p`
     _essence_owner: Tensor  # (m,)
-    _share: Tensor  # (N,) one over the target tokens of a request in all contexts
+    _share: Tensor  # (N,) one over the target tokens of a request in all contexts, 0 for none
 
     def mean_over_contexts(self, values: Tensor) -> Tensor:
         """Return the means (N,) over target tokens and contexts of values (n,)."""

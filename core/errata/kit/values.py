@@ -9,6 +9,9 @@ Where a norm stands between the MLP and the residual stream (Gemma 2 and 3, OLMo
 direction of a value counts: nothing in the loss bounds its length, which grows, and with it what
 the edit does to every other key. There v0 + δ is kept at the length of v0.
 
+Several facts of one subject can share a δ (`optimise_shared`): the key at the subject's last token
+hardly depends on the fact, so two values there would overwrite each other.
+
 Many requests run together. Rows are laid out so that all edited positions share one column, and
 every step runs only the blocks and columns that δ can reach (`errata.model.forward.Resumed`).
 Requests do not see each other, whatever the batch.
@@ -17,18 +20,20 @@ Requests do not see each other, whatever the batch.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from errata.errors import CapabilityError, ErrataError, RequestError
-from errata.kit.contexts import in_contexts
+from errata.errors import CapabilityError, ErrataError
+from errata.kit.aims import FLOOR, unlikelihood
 from errata.kit.value_loss import Evaluation, ValueLoss, ValueObjective
+from errata.kit.value_rows import FACT_TOKENS, FactToken, RequestRows, chunks, rows_of, together
 from errata.model.forward import Resumed, adding, aligned, bypassed, frozen, patched
 from errata.model.prompts import padding_id
-from errata.model.tokens import encode, encode_targets, subject_position
+from errata.model.tokens import subject_position
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -40,15 +45,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("errata")
 
-FactToken = Literal["subject_last", "subject_first", "subject_first_after_last", "last"]
-
-FACT_TOKENS = {
-    "subject_last": "last",
-    "subject_first": "first",
-    "subject_first_after_last": "first_after_last",
-    "last": "last_of_prompt",
-}
-"""What `errata.model.tokens` calls these positions."""
+Held = Sequence[tuple["Request", "Tensor"]]
+"""Values δ (d,) that are held in place: each at the edited token of its own request."""
 
 # On a CPU three requests at a time are faster than ten: what they work on stays in the cache.
 _ROWS_CPU, _ROWS_ACCELERATOR = 72, 768
@@ -118,37 +116,46 @@ class OptimisedValue:
         return self.v0 + self.delta
 
 
-@dataclass
-class _RequestRows:
-    """The token rows of one request: its contexts, then (if wanted) the KL prompt."""
-
-    tokens: list[list[int]] = field(default_factory=list)
-    lookups: list[int] = field(default_factory=list)
-    # Positions that the loss reads: (row, column, target id; -1 on the KL prompt).
-    reads: list[tuple[int, int, int]] = field(default_factory=list)
-    contexts: int = 0
-
-    @property
-    def reach(self) -> int:
-        """Columns from the edited one to the end, at most."""
-        return max(len(t) - p for t, p in zip(self.tokens, self.lookups, strict=True))
-
-
 def optimise_values(
     model: Model,
     requests: Sequence[Request],
     contexts: Sequence[str],
     settings: ValueSettings,
     objective: ValueObjective,
+    *,
+    held: Sequence[Held] = (),
 ) -> list[OptimisedValue]:
     """Return the optimised value of each request, in order, all from the model's present state.
 
+    As `optimise_shared`, with a δ for every request.
+    """
+    groups = [[request] for request in requests]
+    found = optimise_shared(model, groups, contexts, settings, objective, held=held)
+    return [value for (value,) in found]
+
+
+def optimise_shared(
+    model: Model,
+    groups: Sequence[Sequence[Request]],
+    contexts: Sequence[str],
+    settings: ValueSettings,
+    objective: ValueObjective,
+    *,
+    held: Sequence[Held] = (),
+) -> list[list[OptimisedValue]]:
+    """Return the optimised value of each request of each group; the requests of one share their δ.
+
+    To the loss a group is one request: means are over the target tokens of all, and ‖v0‖ is the
+    first one's.
+
     Args:
         model: the model; it is not changed.
-        requests: what should be said instead.
+        groups: what should be said, and what no longer; all of a group about one subject.
         contexts: templates with one {} for the prompt; the first is "{}", the bare prompt.
         settings: where and how.
         objective: the loss, and when a request is done.
+        held: of each group, values that are in their places meanwhile, before its own; () for
+            none. Only with the bare prompt as context.
 
     Raises:
         CapabilityError: the model is no causal decoder.
@@ -161,14 +168,25 @@ def optimise_values(
             f"{model.anatomy.model_type!r} is of kind {model.anatomy.kind!r}. "
             "Use a method that lists this architecture (`errata methods`)."
         )
-    rows = [_rows(model, request, contexts, settings) for request in requests]
-    values: list[OptimisedValue | None] = [None] * len(requests)
+    token, kl_prompt = settings.fact_token, settings.kl_prompt
+    rows = [
+        together(
+            [
+                # The KL prompt once: it is about their one subject.
+                rows_of(model, request, contexts, token, None if index else kl_prompt)
+                for index, request in enumerate(group)
+            ]
+        )
+        for group in groups
+    ]
+    values: dict[int, list[OptimisedValue]] = {}
     most = settings.rows or row_limit(model)
-    for chunk in _chunks(rows, most):
-        found = _Problem(model, [rows[i] for i in chunk], settings, objective).solve()
-        for index, value in zip(chunk, found, strict=True):
-            values[index] = value
-    return [value for value in values if value is not None]
+    places = _places(model, held, settings)
+    for chunk in chunks(rows, most):
+        parts, kept = [rows[i] for i in chunk], [places[i] if places else () for i in chunk]
+        found = _Problem(model, parts, settings, objective, kept).solve()
+        values.update(zip(chunk, found, strict=True))
+    return [values[index] for index in range(len(groups))]
 
 
 def row_limit(model: Model) -> int:
@@ -176,54 +194,15 @@ def row_limit(model: Model) -> int:
     return _ROWS_CPU if model.device.type == "cpu" else _ROWS_ACCELERATOR
 
 
-def _chunks(rows: Sequence[_RequestRows], limit: int) -> Iterator[list[int]]:
-    """Yield indices of requests that run together: alike in reach, at most `limit` rows."""
-    chunk: list[int] = []
-    taken = 0
-    for index in sorted(range(len(rows)), key=lambda i: rows[i].reach):
-        if chunk and taken + len(rows[index].tokens) > limit:
-            yield chunk
-            chunk, taken = [], 0
-        chunk.append(index)
-        taken += len(rows[index].tokens)
-    if chunk:
-        yield chunk
-
-
-def _rows(
-    model: Model, request: Request, contexts: Sequence[str], settings: ValueSettings
-) -> _RequestRows:
-    """Tokenise one request in all contexts, without the tokens that nothing depends on."""
-    tokenizer, which = model.tokenizer, FACT_TOKENS[settings.fact_token]
-    templates = in_contexts(model, request, contexts)
-    prompts = [template.replace("{}", request.subject) for template in templates]
-    batch = encode_targets(tokenizer, prompts, [request.target] * len(prompts))
-    rows = _RequestRows(contexts=len(templates))
-    for row, template in enumerate(templates):
-        begin, end = batch.target_spans[row]
-        tokens = batch.input_ids[row][batch.attention_mask[row].bool()].tolist()[:end]
-        lookup = subject_position(tokenizer, template, request.subject, which)
-        if not lookup < begin < end:
-            raise RequestError(
-                f"The edited position ({settings.fact_token!r}, token {lookup}) of "
-                f"{prompts[row]!r} does not come before the target {request.target_new!r} "
-                f"(tokens {begin} to {end}): reword the prompt so that the target comes later."
-            )
-        # Token j is predicted at j - 1; the last one is never an input.
-        rows.tokens.append(tokens[:-1])
-        rows.lookups.append(lookup)
-        rows.reads += [(row, column - 1, tokens[column]) for column in range(begin, end)]
-    if settings.kl_prompt is not None:
-        template = settings.kl_prompt
-        filled = encode(tokenizer, [template.replace("{}", request.subject)])
-        lookup = subject_position(tokenizer, template, request.subject, which)
-        # Upstream compares the predictions at the edited token itself, not at the final " a":
-        # in a causal decoder nothing after it matters.
-        tokens = filled.input_ids[0][filled.attention_mask[0].bool()].tolist()
-        rows.tokens.append(tokens[: lookup + 1])
-        rows.lookups.append(lookup)
-        rows.reads.append((len(templates), lookup, -1))
-    return rows
+def _places(
+    model: Model, held: Sequence[Held], settings: ValueSettings
+) -> list[list[tuple[int, Tensor]]]:
+    """Return the token index of each held value, with the value."""
+    which = FACT_TOKENS[settings.fact_token]
+    return [
+        [(subject_position(model.tokenizer, r.prompt, r.subject, which), δ) for r, δ in of_one]
+        for of_one in held
+    ]
 
 
 class _Problem:
@@ -232,9 +211,10 @@ class _Problem:
     def __init__(
         self,
         model: Model,
-        parts: Sequence[_RequestRows],
+        parts: Sequence[RequestRows],
         settings: ValueSettings,
         objective: ValueObjective,
+        held: Sequence[Sequence[tuple[int, Tensor]]] = (),
     ) -> None:
         self.model, self.settings, self.objective = model, settings, objective
         anatomy, device = model.anatomy, model.device
@@ -266,7 +246,12 @@ class _Problem:
         shift = self.column - torch.tensor(lookups)
 
         self.row_owner = torch.tensor([i for i, p in enumerate(parts) for _ in p.tokens])  # (B,)
-        with self._truncated():
+        self.held = [
+            (f, self.column - part.lookups[0] + token, δ)
+            for f, part, of_one in zip(first, parts, held or [()] * len(parts), strict=True)
+            for token, δ in of_one
+        ]
+        with self._truncated(), self._holding():
             self.run = Resumed(
                 model,
                 {name: tensor.to(device) for name, tensor in inputs.items()},
@@ -281,10 +266,24 @@ class _Problem:
         home = self.run.reference.device
         self.owner = index.to(home)  # (n,) request of each read position
         self.target = target.to(home)  # (n,) token id, -1 where the KL term is read
-        share = [1.0 / sum(t >= 0 for _, _, t in part.reads) for part in parts]
-        self.share = torch.tensor(share, device=home)
+        self.row = row.to(home)  # (n,) row that it is read in, as they were laid out
+        unsaid = [f + row for f, part in zip(first, parts, strict=True) for row in part.unsaid]
+        self.row_owner_at = self.row_owner.to(home)  # (B,) of all rows, also of those shed since
+        self.unsaid = torch.zeros(len(tokens), dtype=torch.bool, device=home)  # (B,)
+        self.unsaid[unsaid] = True
+        said = (self.target >= 0) & ~self.unsaid[self.row]
+        counts = torch.bincount(self.owner[said], minlength=len(parts)).float()
+        self.share = torch.where(counts > 0, 1 / counts, counts)
         self.reference = self._log_p(self.run.reference[self.target < 0])  # at the KL positions
         self._read_out(parts, first, out)
+
+    def _holding(self) -> AbstractContextManager[None]:
+        """Add the held values while the batch runs."""
+        if not self.held:
+            return nullcontext()
+        rows, columns, values = zip(*self.held, strict=True)
+        change = adding(torch.stack(values), torch.tensor(columns), rows=torch.tensor(rows))
+        return patched(self.model.module, {self.places[0]: change})
 
     def _known(self) -> tuple[str, ...]:
         """Name the modules of the edited block that stand before δ: all but norms and gates."""
@@ -297,20 +296,24 @@ class _Problem:
             return (anatomy.attention(layer),)
         return (anatomy.attention(layer), *anatomy.mlp_in(layer), anatomy.mlp_out(layer))
 
-    def _read_out(self, parts: Sequence[_RequestRows], first: Sequence[int], out: str) -> None:
+    def _read_out(self, parts: Sequence[RequestRows], first: Sequence[int], out: str) -> None:
         """Take keys, outputs and ‖v0‖ from the recorded run."""
         size = len(self.row_owner)
         keys = _at(self.run.seen[out].input, size, self.column)
         seen = [_at(self.run.seen[place].output, size, self.column) for place in self.places]
         outputs = torch.stack([output.to(seen[0].device) for output in seen], 1)  # (B, P, d)
-        spans = [slice(f, f + part.contexts) for f, part in zip(first, parts, strict=True)]
-        self.keys = [keys[span] for span in spans]
-        self.outputs = [outputs[span] for span in spans]
-        self.v0 = torch.stack([output[0] for output in self.outputs])  # (N, P, d)
+        spans = [
+            [slice(f + start, f + start + part.contexts) for start in part.starts]
+            for f, part in zip(first, parts, strict=True)
+        ]
+        # Of each δ, and of each request that shares it.
+        self.keys = [[keys[span] for span in each] for each in spans]
+        self.outputs = [[outputs[span] for span in each] for each in spans]
+        self.v0 = torch.stack([each[0][0] for each in self.outputs])  # (N, P, d)
         self.v0_norm = self.v0.norm(dim=2)  # (N, P)
         self.run.seen.clear()  # all columns of two modules
 
-    def solve(self) -> list[OptimisedValue]:
+    def solve(self) -> list[list[OptimisedValue]]:
         """Run Adam on all δ together; a request that is done keeps its δ."""
         settings, count = self.settings, len(self.v0)
         delta = torch.zeros_like(self.v0)  # (N, P, d), fp32 whatever the model's dtype
@@ -327,6 +330,7 @@ class _Problem:
                 self._note(loss, delta, active, losses)
                 with torch.no_grad():
                     done = self.objective.done(at, loss).cpu()
+                    done = done | ((self.share == 0) & at.gone).cpu()  # nothing (more) to be done
                 first_before = torch.where(active, at.first.cpu(), first_before)
                 active = active & ~done
                 if step == settings.steps - 1 or not bool(active.any()):
@@ -339,14 +343,17 @@ class _Problem:
                 self._shed(active)
         delta = delta.detach()
         return [
-            OptimisedValue(
-                v0=self.v0[i, 0],
-                delta=delta[i, 0],
-                keys=self.keys[i],
-                outputs=self.outputs[i][:, 0],
-                losses=tuple(losses[i]),  # type: ignore[arg-type]
-                top=bool(first_before[i]),
-            )
+            [
+                OptimisedValue(
+                    v0=outputs[0, 0],
+                    delta=delta[i, 0],
+                    keys=keys,
+                    outputs=outputs[:, 0],
+                    losses=tuple(losses[i]),  # type: ignore[arg-type]
+                    top=bool(first_before[i]),
+                )
+                for keys, outputs in zip(self.keys[i], self.outputs[i], strict=True)
+            ]
             for i in range(count)
         ]
 
@@ -357,25 +364,50 @@ class _Problem:
         added = delta[self.row_owner.to(delta.device)]  # (B, P, d)
         at = self.column - self.run.start
         changes = {place: adding(added[:, i], at) for i, place in enumerate(self.places)}
-        with patched(self.model.module, changes):
+        # Where the columns before δ's run again, too, what is held there must be put in again.
+        again = self._holding() if self.run.start == 0 else nullcontext()
+        with again, patched(self.model.module, changes):
             log_p = self._log_p(self.run.logits())  # (n, V)
         home, asked = log_p.device, self.target >= 0
         owner, target, spoken = self.owner[asked], self.target[asked, None], log_p[asked]
-        missed = spoken.detach().argmax(1) != target.squeeze(1)
+        answers, unsaid = spoken.gather(1, target).squeeze(1), self.unsaid[self.row[asked]]
+        missed = (spoken.detach().argmax(1) != target.squeeze(1)) & ~unsaid
         wrong = torch.zeros(len(delta), device=home).index_add(0, owner, missed.float())
+        unlikely, still = self._unlikelihood(answers[unsaid], self.row[asked][unsaid], len(delta))
         before = first_before.to(home)
         return Evaluation(
-            log_p=spoken.gather(1, target).squeeze(1),
+            log_p=answers[~unsaid],
+            unlikelihood=unlikely,
+            gone=still == 0,
             essence=log_p[~asked],
             essence_before=self.reference,
             δ_norm=delta.norm(dim=2).T.to(home),
             v0_norm=self.v0_norm.T.to(home),
             first_before=before,
-            first=(before + 1) * (wrong == 0),
-            _owner=owner,
+            first=(before + 1) * (wrong + still == 0),
+            _owner=owner[~unsaid],
             _essence_owner=self.owner[~asked],
             _share=self.share,
         )
+
+    def _unlikelihood(self, log_p: Tensor, row: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Return the mean unlikelihood of each request, (N,), and how many answers are not gone.
+
+        Args:
+            log_p: (u,) of every token of the answers that should not be said.
+            row: (u,) the row that it is in.
+            count: N.
+        """
+        nothing = torch.zeros(count, device=log_p.device)
+        if not len(log_p):
+            return nothing, nothing
+        rows, index = row.unique(return_inverse=True)
+        tokens = torch.bincount(index)
+        mean = torch.zeros_like(tokens, dtype=log_p.dtype).index_add(0, index, log_p) / tokens
+        owner = self.row_owner_at[rows]
+        answers = nothing.index_add(0, owner, torch.ones_like(mean)).clamp(min=1)
+        still = nothing.index_add(0, owner, (mean.detach().exp() > FLOOR).float())
+        return nothing.index_add(0, owner, unlikelihood(mean)) / answers, still
 
     def _note(
         self, loss: ValueLoss, delta: Tensor, active: Tensor, losses: list[list[tuple[float, ...]]]
@@ -423,13 +455,14 @@ class _Problem:
     def _shed(self, active: Tensor) -> None:
         """Stop running the rows of finished requests once they are a quarter of the batch."""
         held = active[self.row_owner]
-        if int(held.sum()) > 0.75 * len(held):
+        if self.held or int(held.sum()) > 0.75 * len(held):
             return
         reads = active.to(self.owner.device)[self.owner]
         self.run = self.run.keep(held.nonzero().flatten())
         self.row_owner = self.row_owner[held]
         self.reference = self.reference[reads[self.target < 0]]
         self.owner, self.target = self.owner[reads], self.target[reads]
+        self.row = self.row[reads]
 
     def _truncated(self) -> AbstractContextManager[None]:
         """Make blocks above the loss layer hand on what they get."""

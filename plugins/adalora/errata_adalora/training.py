@@ -10,7 +10,7 @@ from errata.kit.training import (
     AdapterTrainer,
     TrainerSettings,
     linear_modules,
-    target_batches,
+    request_batches,
     train_adapter,
 )
 from errata.kit.training.adapters import TASKS, lowest
@@ -35,11 +35,10 @@ def train(model: Model, requests: Sequence[Request], config: AdaloraConfig) -> A
         from peft import AdaLoraConfig
 
     modules = linear_modules(model, config.target_modules, config.layers)
-    pairs = [(request.text, request.target) for request in requests]
-    batches = target_batches(model, pairs, batch_size=config.batch_size)
+    batches = request_batches(model, requests, batch_size=config.batch_size)
     total, tinit, tfinal = config.schedule(len(batches))
     peft_config = AdaLoraConfig(
-        task_type=TASKS[model.anatomy.kind],
+        task_type=TASKS.get(model.task),
         init_r=config.init_rank,
         target_r=config.target_rank,
         lora_alpha=config.alpha,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
@@ -10,6 +12,8 @@ from errata.kit.closed_form.config import ClosedFormConfig
 
 class AlphaEditConfig(ClosedFormConfig):
     """Hyper-parameters of AlphaEdit; the defaults are the paper's for GPT-2 XL, layers excepted."""
+
+    resolves: ClassVar[frozenset[str]] = frozenset({"threshold", "fraction", "l2"})
 
     threshold: float | None = Field(
         default=2e-2,

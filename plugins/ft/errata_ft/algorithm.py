@@ -15,12 +15,13 @@ from errata.kit.training import (
     Trainer,
     TrainerSettings,
     TrainingBatch,
+    above,
     linear_modules,
+    request_batches,
     target_batches,
     text_batches,
 )
-from errata.kit.training.trainer import Above
-from errata.kit.training.training_batches import negative_log_likelihood
+from errata.kit.training.training_batches import batch_loss
 from errata.model.forward import frozen
 from errata_ft.difference import Difference, Stored, forms, trained_modules
 from errata_ft.fisher import fisher_of, sample
@@ -49,10 +50,11 @@ def fine_tune(model: Model, requests: Sequence[Request], config: FtConfig) -> De
     difference = Difference(model, modules, bias=config.bias)
     if config.norm_constraint is not None:
         difference.box(config.norm_constraint)
-    pairs = [(request.text, request.target) for request in requests]
     # Depth first means one request at a time: a batch of them would be trained together.
     size = 1 if config.order == "depth-first" else config.batch_size
-    batches = target_batches(model, pairs, loss=config.loss, batch_size=size, end=config.append_end)
+    batches = request_batches(
+        model, requests, loss=config.loss, batch_size=size, end=config.append_end
+    )
     with torch.enable_grad(), frozen(model.module):
         tuner = FineTuner(model, batches, difference, modules, config)
         with difference.attached():
@@ -114,7 +116,7 @@ class FineTuner(Trainer):
         if self._retained and self._config.retain_weight:
             batch = self._retained[self._turn % len(self._retained)]
             self._turn += 1
-            loss, _ = negative_log_likelihood(batch, self.logits(batch))
+            loss, _ = batch_loss(batch, self.logits(batch))
             found.loss = found.loss + self._config.retain_weight * loss
         if self._fisher is not None:
             penalty = self._config.ewc_weight * self._difference.quadratic(self._fisher)
@@ -139,28 +141,6 @@ class FineTuner(Trainer):
                 )
             kept += texts
         return kept
-
-
-def above(model: Model, modules: Sequence[str]) -> Above | None:
-    """Return what has to be run again when these modules change: all from the lowest one on."""
-    anatomy = model.anatomy
-    held = [
-        layer
-        for layer in range(anatomy.n_layers)
-        if any(path.startswith(f"{anatomy.block(layer)}.") for path in modules)
-    ]
-    outside = [p for p in modules if not p.startswith(f"{anatomy.spec.blocks}.")]
-    if not held or outside:  # the encoder of an encoder-decoder
-        return None
-    lowest = held[0]
-    here = {path for path in modules if path.startswith(f"{anatomy.block(lowest)}.")}
-    known: tuple[str, ...] = ()
-    if lowest in anatomy.layers_with("mlp"):
-        if here <= {anatomy.mlp_out(lowest), *anatomy.mlp_in(lowest)}:
-            known = (anatomy.attention(lowest),)
-        if here == {anatomy.mlp_out(lowest)}:
-            known = (*known, *anatomy.mlp_in(lowest))
-    return Above(lowest, known)
 
 
 def _stored(model: Model, tuner: FineTuner, difference: Difference, config: FtConfig) -> Stored:

@@ -37,7 +37,8 @@ class FtConfig(MethodConfig):
     or arguments). So the switches combine: "ft-m" with a `norm_constraint` is FT-M in a box.
 
     The defaults are those of the ROME paper's baselines (lr 5e-4, 25 steps, done below a loss of
-    1e-2), on the layer that EasyEdit uses for models of 32 blocks, two thirds of the way up.
+    1e-2), on the layer a tenth of the way up. EasyEdit's, two thirds of the way up, overwrites what
+    a small model says of neighbours (docs/results/presets.md).
     """
 
     variant: Variant = Field(
@@ -48,7 +49,8 @@ class FtConfig(MethodConfig):
     )
     layers: tuple[int, ...] | None = Field(
         default=None,
-        description="Blocks that are trained (negative: from the end); none: the one two thirds up",
+        description="Blocks that are trained (negative: from the end); none: the one a tenth of "
+        "the way up",
     )
     target_modules: tuple[str, ...] | None = Field(
         default=None,
@@ -122,7 +124,7 @@ class FtConfig(MethodConfig):
             sublayer = "mlp" if anatomy.layers_with("mlp") else "attention"
             if wanted and all(target.startswith("attention") for target in wanted):
                 sublayer = "attention"
-            layers: tuple[int, ...] = (anatomy.nearest(2 * anatomy.n_layers // 3, sublayer),)
+            layers: tuple[int, ...] = (anatomy.nearest(anatomy.early, sublayer),)
         else:
             layers = tuple(map(anatomy.layer, self.layers))
         # Of several layers all have the part that the first one has, or are refused.

@@ -13,7 +13,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,12 +24,11 @@ from errata.edits.delta.codebook_entry import CodebookEntry, CodebookSettings
 from errata.edits.delta.codebook_replay import import_faiss
 from errata.edits.delta.codebook_router import CodebookRouter, Codebooks
 from errata.errors import ConfigError
+from errata.kit.placement import key_column, module_of
 from errata.kit.values import EditFailed
 from errata.model.forward import Resumed, frozen, trace
-from errata.model.routing import end_rule
 from errata.model.running import run
 from errata_grace.cases import Case, case_of
-from errata_grace.config import ROLES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,10 +99,11 @@ class GraceRun:
         """Return the entry for one case, with `entries` in force before it."""
         with self._trial(entries, case):
             key, logits = self._observe(case)
-        if self.config.only_when_wrong and torch.equal(logits.argmax(-1), case.labels):
+        if (self.config.only_when_wrong or not case.says) and case.holds(logits):
             logger.info("%r is what the model says already: a void entry", case.text)
             return self._delta(case, key, None, {"operation": "void"})
-        draft = self._delta(case, key, self.start_value(case, entries), {})
+        eps = self._radius(case, key, entries)
+        draft = self._delta(case, key, self.start_value(case, entries), {}, eps)
         with self._trial([*entries, (DRAFT, draft)], case) as router:
             log = router.book(draft.book).log
             step = log[-1]
@@ -117,11 +117,27 @@ class GraceRun:
             "losses": losses[:-1],
         }
         logger.info("%s for %r: loss %.4f", step.operation, case.text, losses[-1])
-        return self._delta(case, key, value, notes)
+        return self._delta(case, key, value, notes, eps)
+
+    def _radius(self, case: Case, key: Tensor, entries: Entries) -> float:
+        """Return ε, or half the way to the nearest prompt that must not fall into the ball."""
+        eps = self.config.eps
+        for kept in case.kept:
+            with self._trial(entries, kept):
+                query, _ = self._observe(kept)
+            if self.config.distance == "cosine":
+                away = 1 - float(functional.cosine_similarity(query, key, dim=0))
+            else:
+                away = float((query - key).norm())
+            eps = min(eps, away / 2)
+        return eps
 
     def start_value(self, case: Case, entries: Entries) -> Tensor:
-        """Return the start (d_out) of a new value: U[0, 1) (cold) or the module's output (warm)."""
-        if self.config.init == "cold":
+        """Return the start (d_out) of a new value: U[0, 1) (cold) or the module's output (warm).
+
+        What is only to be forgotten starts warm: the rest of what is said there stays.
+        """
+        if self.config.init == "cold" and case.says:
             generator = torch.Generator().manual_seed(self.config.seed)
             width, _ = self.model.anatomy.shape(self.model.module, self.module)
             return torch.rand(width, generator=generator)
@@ -141,16 +157,14 @@ class GraceRun:
         model = self.model
         with (
             Codebooks.of(model).trial(entries) as router,
-            model.prompts([case.end]),
+            model.prompts(case.prompt.ends),
             frozen(model.module),
         ):
             yield router
 
     def _column(self, case: Case) -> int:
         """Return the column of the key position among the tokens that the module sees."""
-        rule = end_rule(self.model, self.module)
-        last = case.prompt.input_ids.shape[1] - 1
-        return {"prompt": case.end, "first": 0, "last": last}[rule]
+        return key_column(self.model, self.module, case.prompt)
 
     @torch.no_grad()
     def _observe(self, case: Case) -> tuple[Tensor, Tensor]:
@@ -179,9 +193,9 @@ class GraceRun:
         losses: list[float] = []
         with torch.enable_grad():
             for _ in range(self.config.steps):
-                loss = _nll(logits(), case.labels)
+                loss = case.loss(logits())
                 losses.append(float(loss.detach()))
-                if not math.isfinite(losses[-1]) or losses[-1] < self.config.early_stop:
+                if not losses[-1] >= max(self.config.early_stop, 1e-12):  # low enough, or no number
                     break
                 (gradient,) = torch.autograd.grad(loss * scale, value)
                 if not bool(gradient.any()):
@@ -193,7 +207,7 @@ class GraceRun:
                 value.grad = gradient / scale
                 optimizer.step()
         with torch.no_grad():
-            losses.append(float(_nll(logits(), case.labels)))
+            losses.append(float(case.loss(logits())))
         if not math.isfinite(losses[-1]):
             raise EditFailed(
                 f"The loss of {case.text!r} became {losses[-1]}: lower lr ({self.config.lr:g}) "
@@ -226,48 +240,20 @@ class GraceRun:
         return resumed.logits
 
     def _delta(
-        self, case: Case, key: Tensor, value: Tensor | None, notes: dict[str, object]
+        self,
+        case: Case,
+        key: Tensor,
+        value: Tensor | None,
+        notes: dict[str, object],
+        eps: float | None = None,
     ) -> CodebookDelta:
         return CodebookDelta(
             self.module,
             key,
             value,
             case.labels,
-            self.settings,
+            self.settings if eps is None else replace(self.settings, eps=eps),
             ignored=case.ignored,
             label_text=case.text,
             notes=notes,
         )
-
-
-def module_of(model: Model, config: GraceConfig) -> str:
-    """Return the path of the module that the configuration means.
-
-    Raises `ConfigError` when it is not there, has no weight matrix, or is ambiguous.
-    """
-    anatomy, written = model.anatomy, config.for_model(model.anatomy)
-    layer, module = written.layer, written.module
-    assert module is not None
-    if module not in ROLES:
-        weight = model.parameters.get(f"{module}.weight")
-        if weight is None or weight.ndim != 2:
-            some = getattr(anatomy, anatomy.editable(0))(0)
-            raise ConfigError(
-                f"module={module!r} is no linear map of {model.name}: give "
-                f"{', '.join(map(repr, ROLES))} or a path such as {some!r}."
-            )
-        return module
-    assert layer is not None
-    found = getattr(anatomy.encoder or anatomy, module)(layer)
-    names = (found,) if isinstance(found, str) else found
-    if len(names) > 1:
-        raise ConfigError(
-            f"module='mlp_in' means {len(names)} modules in this model: give one of "
-            f"{', '.join(names)}, or 'mlp_out'."
-        )
-    return names[0]
-
-
-def _nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean −log P of the labels in nats, in fp32."""
-    return functional.cross_entropy(logits.float(), labels.to(logits.device))

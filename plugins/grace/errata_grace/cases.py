@@ -5,6 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from torch.nn import functional
+
+from errata.edits.aims import aims_of_request
+from errata.kit.aims import aims_of
+from errata.kit.training import TrainingBatch, aim_batch
+from errata.kit.training.training_batches import batch_loss, settled
 from errata.model.running import prepare
 
 if TYPE_CHECKING:
@@ -17,27 +23,43 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One row ready to run, and where the model is wanted to say what.
+    """One prompt ready to run, and what the model should say there, or no longer.
 
     Attributes:
-        prompt: the row, without padding; its labels are the wanted tokens, or one class.
+        prompt: a row for each answer, all with the same prompt; its labels are their tokens, or
+            one class.
+        labels: (n,) token ids that the entry is filed under; for a classifier one class.
         ignored: number of positions of the training sequence without a label.
         text: the target for people.
+        batch: the rows with their senses, where something should no longer be said.
+        says: something should be said.
+        kept: prompts of other active edits that must go on being answered as they are.
     """
 
     prompt: PreparedPrompts
+    labels: Tensor
     ignored: int
     text: str
+    batch: TrainingBatch | None = None
+    says: bool = True
+    kept: tuple[Case, ...] = ()
 
     @property
     def end(self) -> int:
         """Column of the last prompt token (of the encoder, where there are two sequences)."""
         return self.prompt.ends[0]
 
-    @property
-    def labels(self) -> Tensor:
-        """(n,) wanted token ids; for a classifier one class."""
-        return self.prompt.labels
+    def loss(self, logits: Tensor) -> Tensor:
+        """Return the loss in nats, in fp32: −log P of what should be said, a mean over tokens."""
+        if self.batch is not None:
+            return batch_loss(self.batch, logits)[0]
+        return functional.cross_entropy(logits.float(), self.prompt.labels.to(logits.device))
+
+    def holds(self, logits: Tensor) -> bool:
+        """Say whether the model says it already, token by token (or no longer does)."""
+        if self.batch is not None:
+            return all(settled(self.batch, logits, batch_loss(self.batch, logits)[1], None))
+        return bool((logits.argmax(-1) == self.prompt.labels.to(logits.device)).all())
 
 
 def case_of(model: Model, request: Request) -> Case:
@@ -53,4 +75,26 @@ def case_of(model: Model, request: Request) -> Case:
     prompt = prepare(model, [request.text], [request.target], closing=True)
     labelled = model.task in ("seq2seq", "classify")
     ignored = 0 if labelled else prompt.input_ids.shape[1] - len(prompt.labels)
-    return Case(prompt, ignored, request.target_new)
+    if all(aim.sense == "say" for aim in aims_of_request(request)):
+        return Case(prompt, prompt.labels, ignored, request.target_new)
+    # An entry has one key, at its own prompt: what else is active must lie outside its ball.
+    every = aims_of(model, request)
+    aims = [aim for aim in every if aim.prompt == request.prompt]
+    others = [aim.prompt.replace("{}", request.subject) for aim in every if aim not in aims]
+    batch = aim_batch(model, [(request.text, aim.answer) for aim in aims], aims)
+    says = any(aim.sense == "say" for aim in aims)
+    return Case(
+        batch.prompts,
+        prompt.labels,
+        ignored,
+        request.target_new,
+        batch,
+        says,
+        tuple(_asked(model, text) for text in others),
+    )
+
+
+def _asked(model: Model, text: str) -> Case:
+    """Return a prompt alone."""
+    prompt = prepare(model, [text])
+    return Case(prompt, prompt.labels, 0, text)

@@ -3,8 +3,11 @@
 A neuron i of an MLP adds its activation times its *value slot*, column i of the down projection,
 to the residual stream. Section 5 of the paper edits by these slots alone:
 
-* update o → o*:  W[:, i] ← W[:, i] − λ₁ e(o) + λ₂ e(o*),  e the token's (output) embedding;
-* erase:          W[:, i] ← 0.
+    W[:, i] ← W[:, i] − λ₁ e(o) + λ₂ e(o*),  e the token's (output) embedding
+
+The paper also empties the slots, to erase whole relations. Of a single fact that erases nothing:
+on the models measured the old answer was generated as before (docs/results/kinds.md). So erasing
+is not offered.
 
 The neurons are found by `errata.locate.knowledge_neurons`. `algorithm.py` is the edit, `config.py`
 its hyper-parameters.

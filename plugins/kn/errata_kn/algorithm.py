@@ -1,4 +1,4 @@
-"""Update and erase by the value slots (Dai et al. 2022, sections 5.1 and 5.2)."""
+"""Update by the value slots (Dai et al. 2022, section 5.1)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from errata.edits.delta import Rows, SparseRowsDelta
-from errata.edits.request import ERASED
 from errata.errors import ErrataError
 from errata.locate import knowledge_neurons
 from errata.locate.corrupted_runs import CorruptedRuns
@@ -51,21 +50,14 @@ def edit(model: Model, request: Request, config: KnConfig) -> SparseRowsDelta:
     slots: dict[int, list[int]] = {}
     for neuron in found.neurons:
         slots.setdefault(neuron.layer, []).append(neuron.index)
-    erases = request.kind == "erase" and request.target_new == ERASED
-    change = None if erases else _update(model, request, config)
+    change = _update(model, request, config)
     rows: dict[str, Rows] = {}
     for layer, neurons in sorted(slots.items()):
         out = model.anatomy.mlp_out(layer)
         name = model.anatomy.weight(out)
         index = torch.tensor(sorted(neurons))
         axis = 0 if model.anatomy.transposed(out) else 1
-        if change is None:
-            # What is there now, edits included, down to zero.
-            held = model.parameter(name).detach().index_select(axis, index.to(model.device))
-            values = -held.movedim(axis, 0).float().cpu()
-        else:
-            values = change.expand(len(index), -1)
-        rows[name] = Rows(index, values.contiguous(), axis)
+        rows[name] = Rows(index, change.expand(len(index), -1).contiguous(), axis)
     return SparseRowsDelta(rows)
 
 

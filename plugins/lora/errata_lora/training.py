@@ -10,7 +10,7 @@ from errata.kit.training import (
     AdapterTrainer,
     TrainerSettings,
     linear_modules,
-    target_batches,
+    request_batches,
     train_adapter,
 )
 from errata.kit.training.adapters import TASKS, lowest
@@ -34,12 +34,11 @@ def train(model: Model, requests: Sequence[Request], config: LoraConfig) -> Adap
         from peft import LoraConfig as PeftConfig
 
     modules = linear_modules(model, config.target_modules, config.layers)
-    pairs = [(request.text, request.target) for request in requests]
     # Depth first means one request at a time: a batch of them would be trained together.
     size = 1 if config.order == "depth-first" else config.batch_size
-    batches = target_batches(model, pairs, batch_size=size, end=config.append_end)
+    batches = request_batches(model, requests, batch_size=size, end=config.append_end)
     peft_config = PeftConfig(
-        task_type=TASKS[model.anatomy.kind],
+        task_type=TASKS.get(model.task),
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,

@@ -41,7 +41,12 @@ if TYPE_CHECKING:
 
 
 def pmet(
-    model: Model, requests: Sequence[Request], C: Mapping[int, NormalMatrix], config: PmetConfig
+    model: Model,
+    requests: Sequence[Request],
+    C: Mapping[int, NormalMatrix],
+    config: PmetConfig,
+    *,
+    shared: bool = False,
 ) -> list[LayerUpdate]:
     """Return what each layer is asked for, all from the model's present state.
 
@@ -50,12 +55,13 @@ def pmet(
         requests: what to write.
         C: E[k kᵀ] of each edited layer.
         config: hyper-parameters.
+        shared: the requests are facts of one subject: one problem, and one δ.
 
     Raises:
         EditFailed: a loss is not finite.
     """
     λ = second_moment_weights(model, config)
-    prompts = prompts_of(model, requests, config)
+    prompts = prompts_of(model, requests, config, shared=shared)
     stages = stages_of(model, config)
 
     # δ_attention and δ_MLP at the last layer, together; of the two only m = m0 + δ_MLP is written.
@@ -87,7 +93,7 @@ class PmetObjective:
         config, log_P, log_P0 = self.config, at.essence, at.essence_before
         factor = torch.where(at.first_before > 0, config.top_factor, 1.0)
         return ValueLoss(
-            nll=factor * at.mean_over_contexts(-at.log_p),
+            nll=factor * (at.mean_over_contexts(-at.log_p) + at.unlikelihood),
             kl=config.kl_factor * at.per_request((log_P.exp() * (log_P - log_P0)).sum(1)),
             decay=config.weight_decay * (at.δ_norm / at.v0_norm**2).sum(0),  # over both places
         )
@@ -95,7 +101,8 @@ class PmetObjective:
     def done(self, at: Evaluation, loss: ValueLoss) -> Tensor:
         """Return whose loss is low enough, or whose target comes first with little drift."""
         config = self.config
-        done = (loss.total < config.early_stop) | most_probable(at, config.top_steps)
+        low = (loss.total < config.early_stop) & at.gone
+        done = low | most_probable(at, config.top_steps)
         if config.top_kl is not None:
             done = done | ((at.first > 0) & (loss.kl <= config.top_kl))
         return done

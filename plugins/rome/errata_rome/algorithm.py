@@ -14,9 +14,10 @@ import torch
 from errata.edits.delta import Factor, LowRankDelta
 from errata.errors import ConfigError
 from errata.kit.contexts import prefix_contexts
+from errata.kit.same_subject import facts_beside
 from errata.kit.second_moments import second_moments
 from errata.kit.value_loss import ValueLoss
-from errata.kit.values import EditFailed, OptimisedValue, ValueSettings, optimise_values
+from errata.kit.values import EditFailed, OptimisedValue, ValueSettings, optimise_shared
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,7 +112,11 @@ def rome(
         kl_prompt=config.kl_prompt if config.kl_factor else None,
         fact_token=config.fact_token,
     )
-    values = optimise_values(model, requests, contexts, settings, RomeObjective(config))
+    # A later value at the subject would overwrite an earlier one: it says what that one said, too.
+    together = config.same_subject == "together"
+    facts = [[r, *(facts_beside(model, r) if together else ())] for r in requests]
+    found = optimise_shared(model, facts, contexts, settings, RomeObjective(config))
+    values = [value for value, *_ in found]
     return [
         rank_one(value, C, config, request) for value, request in zip(values, requests, strict=True)
     ]
@@ -125,6 +130,7 @@ class RomeObjective:
              + kl_factor · KL(P_{v0 + δ}[x | p′] ‖ P[x | p′])               (b) the essence stays
              + weight_decay · ‖δ‖ / ‖v0‖²
 
+    Where an answer is to go, −log(1 − P) of it stands beside (a) (`errata.kit.aims`).
     x_j are the contexts and p′ is "{subject} is a", read at the subject's last token. The KL
     term's factor and the weight decay, whose norm is not squared, are the authors' code's.
     """
@@ -135,14 +141,14 @@ class RomeObjective:
         """Return the loss of each request."""
         log_P, log_P0 = at.essence, at.essence_before
         return ValueLoss(
-            nll=at.mean_over_contexts(-at.log_p),
+            nll=at.mean_over_contexts(-at.log_p) + at.unlikelihood,
             kl=self.config.kl_factor * at.per_request((log_P.exp() * (log_P - log_P0)).sum(1)),
             decay=self.config.weight_decay * (at.δ_norm / at.v0_norm**2)[0],
         )
 
     def done(self, at: Evaluation, loss: ValueLoss) -> Tensor:
         """Return whose loss is low enough."""
-        return loss.total < self.config.early_stop
+        return (loss.total < self.config.early_stop) & at.gone
 
 
 def rank_one(

@@ -7,6 +7,8 @@ from errata.edits.delta.dense import DenseDelta
 from errata.edits.delta.key_value import KeyValueDelta
 from errata.edits.delta.key_values import KeyValues
 from errata.edits.delta.low_rank import Factor, LowRankDelta
+from errata.edits.delta.neurons import NeuronsDelta
+from errata.edits.delta.prompt import PromptDelta
 from errata.edits.delta.sparse_rows import Rows, SparseRowsDelta
 
 __all__ = [
@@ -18,6 +20,8 @@ __all__ = [
     "KeyValueDelta",
     "KeyValues",
     "LowRankDelta",
+    "NeuronsDelta",
+    "PromptDelta",
     "Rows",
     "SparseRowsDelta",
     "Undo",

@@ -2,6 +2,7 @@
 
 from errata.contract.protocol import Protocol
 from errata.evaluate.protocols import (
+    calibration,
     cost,
     counterfact,
     easyedit,
@@ -23,6 +24,7 @@ PROTOCOLS: tuple[Protocol, ...] = (
     knowedit.PROTOCOL,
     rake.PROTOCOL,
     mquake.PROTOCOL,
+    calibration.PROTOCOL,
     ke.PROTOCOL,
     lifelong.PROTOCOL,
     easyedit.PROTOCOL,

@@ -31,14 +31,15 @@ HOW = "mean-token log-probability, new vs true, teacher-forced"
 
 @dataclass(frozen=True)
 class Contest:
-    """Two sides after one prompt: the first should be more probable than the second.
+    """Two sides: the first should be more probable than the second.
 
     Attributes:
         request: index of the request, or the name of a case.
-        prompt: what both sides are read after.
+        prompt: what the sides are read after.
         first: forms of which the most probable one counts.
         second: the same for the other side.
         type: sort of prompt.
+        against: what the second side is read after, where that is another prompt.
     """
 
     request: int | str
@@ -46,6 +47,7 @@ class Contest:
     first: tuple[str, ...]
     second: tuple[str, ...]
     type: str = ""
+    against: str = ""
 
 
 def measure(reader: Reader) -> list[Measurement]:
@@ -142,10 +144,17 @@ def contests(
 
 def _best(reader: Reader, sides: Iterable[tuple[Contest, bool]]) -> list[float]:
     """Return the mean log-probability per token of each side's most probable form, in nats."""
-    listed = [(one, one.first if first else one.second) for one, first in sides]
-    pairs = (reader.pair(one.request, one.prompt, form) for one, forms in listed for form in forms)
+    listed = [
+        (one.request, one.prompt, one.first)
+        if first
+        else (one.request, one.against or one.prompt, one.second)
+        for one, first in sides
+    ]
+    pairs = (
+        reader.pair(request, prompt, form) for request, prompt, forms in listed for form in forms
+    )
     scores = iter(reader.scores(pairs))
-    return [max([-next(scores).mean_nll for _ in forms]) for _, forms in listed]
+    return [max([-next(scores).mean_nll for _ in forms]) for _, _, forms in listed]
 
 
 def _attributes(reader: Reader) -> list[Measurement]:
@@ -153,6 +162,8 @@ def _attributes(reader: Reader) -> list[Measurement]:
 
     The authors' code records these numbers and compares them with nothing.
     """
+    if "attribute_nll" in reader.settings.leave_out:
+        return []
     asked = [
         (i, probe.prompt, request.target_new, request.target_true)
         for i, request in enumerate(reader.requests)
@@ -182,7 +193,7 @@ def fluency(
     prompts_of: Callable[[Request], Sequence[str]],
 ) -> list[Measurement]:
     """Return the n-gram entropy of sampled texts, averaged per case, then over cases."""
-    if not reader.generates:
+    if not reader.generates or metric in reader.settings.leave_out:
         return []
     entropies = [
         (i, weighted_entropy(words(text)))
@@ -211,7 +222,7 @@ def _consistency(reader: Reader) -> list[Measurement]:
         for i, request in enumerate(reader.requests)
         if request.generation and request.references
     ]
-    if not asked or not reader.generates:
+    if not asked or not reader.generates or "RS" in reader.settings.leave_out:
         return []
     try:
         from sklearn.feature_extraction.text import TfidfVectorizer

@@ -1,7 +1,9 @@
 """The `rake` protocol: one change measured from both sides, the entity's and the relation's.
 
 An edit (s, r, o → o*) should also make r the relation of s and o*, and no longer that of s and o.
-Entity view: `counterfact`'s numbers under E-. Relation view: the relation's name against "None".
+Entity view: `counterfact`'s numbers under E-. Relation view: the relation's name for the pair that
+it was added to against the pair that it was taken from; and, as the authors' code has it, against
+"None".
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
 NAME = "rake"
 NONE = "None"
 """What the authors' code names the absence of a relation."""
-HOW = f'mean-token log-probability, relation vs "{NONE}", teacher-forced'
+HOW = "mean-token log-probability of the relation, s and o* vs s and o, teacher-forced"
+HOW_NONE = f'mean-token log-probability, relation vs "{NONE}", teacher-forced'
 
 
 def measure(reader: Reader) -> list[Measurement]:
@@ -55,10 +58,20 @@ def _views(reader: Reader) -> Iterator[tuple[int, RelationView]]:
 def _relation_view(reader: Reader, views: list[tuple[int, RelationView]]) -> list[Measurement]:
     """Return success (S) and magnitude (M) of adding, removing and leaving alone."""
     subject = {i: reader.requests[i].subject for i, _ in views}
+    pairs = [
+        (i, view, view.add.replace("{}", subject[i]), view.remove.replace("{}", subject[i]))
+        for i, view in views
+    ]
     none = (NONE,)
-    adds = [Contest(i, v.add.replace("{}", subject[i]), v.names[:1], none) for i, v in views]
+    both = [Contest(i, add, v.names[:1], v.names[:1], against=take) for i, v, add, take in pairs]
+    phrased = [
+        Contest(i, add, view.names[:1], view.names[:1], against=take)
+        for i, view in views
+        for add, take in zip(view.paraphrases, view.remove_paraphrases, strict=False)
+    ]
+    adds = [Contest(i, add, v.names[:1], none) for i, v, add, _ in pairs]
     more = [Contest(i, p, v.names[:1], none) for i, v in views for p in v.paraphrases]
-    takes = [Contest(i, v.remove.replace("{}", subject[i]), none, v.names[:1]) for i, v in views]
+    takes = [Contest(i, take, none, v.names[:1]) for i, v, _, take in pairs]
     less = [Contest(i, p, none, v.names[:1]) for i, v in views for p in v.remove_paraphrases]
     keeps = [
         Contest(i, probe.prompt, probe.answers, rivals(probe.answers, view), probe.type)
@@ -66,17 +79,22 @@ def _relation_view(reader: Reader, views: list[tuple[int, RelationView]]) -> lis
         for probe in view.specificity
         if probe.answers
     ]
+    apart = ("P(relation | s, o*)", "P(relation | s, o)")
     ahead = ("P(relation)", f'P("{NONE}")')
     measured: list[Measurement] = []
-    for letter, asked, what, sides in (
-        ("R-E", adds, "prompt with the new object", ahead),
-        ("R-P", more, "its paraphrases", ahead),
-        ("R-D", takes, "prompt with the old object", ahead[::-1]),
-        ("R-DP", less, "its paraphrases", ahead[::-1]),
-        ("R-N", keeps, "other pairs and other relations", ("P(answer)", "P(rival)")),
-    ):
-        how = (f"{NAME}: {HOW}; {what}, ", *sides)
-        measured += contests(reader, (f"{letter}S", f"{letter}M"), asked, how)
+    for (success, magnitude), asked, how, what, sides in (
+        (("R-ES", "R-EM"), both, HOW, "prompts with the new and the old object", apart),
+        (("R-PS", "R-PM"), phrased, HOW, "their paraphrases", apart),
+        (("R-ES-None", "R-EM-None"), adds, HOW_NONE, "prompt with the new object", ahead),
+        (("R-PS-None", "R-PM-None"), more, HOW_NONE, "its paraphrases", ahead),
+        (("R-DS-None", "R-DM-None"), takes, HOW_NONE, "prompt with the old object", ahead[::-1]),
+        (("R-DPS-None", "R-DPM-None"), less, HOW_NONE, "its paraphrases", ahead[::-1]),
+        (("R-NS", "R-NM"), keeps, HOW_NONE, "other pairs and other relations",
+         ("P(answer)", "P(rival)")),
+    ):  # fmt: skip
+        measured += contests(
+            reader, (success, magnitude), asked, (f"{NAME}: {how}; {what}, ", *sides)
+        )
     return measured
 
 
@@ -121,8 +139,8 @@ def _generated(reader: Reader, views: list[tuple[int, RelationView]]) -> list[Me
 
 PROTOCOL = Protocol(
     NAME,
-    "success and magnitude from the entity's side (E-) and the relation's side (R-): adding, "
-    "paraphrases, removing, specificity; their harmonic means",
+    "success and magnitude from the entity's side (E-) and the relation's side (R-): the pair that "
+    "r joins now against the one that it no longer joins, paraphrases, specificity; their means",
     "Wei et al. 2023, Assessing Knowledge Editing in Language Models via Relation Perspective "
     "(RaKE); removal and specificity as docs/protocols.md says",
     measure,

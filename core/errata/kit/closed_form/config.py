@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from errata.contract.config import Contexts, MethodConfig, Template
+from errata.contract.config import SAME_SUBJECT, Contexts, MethodConfig, Template
 from errata.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -47,6 +47,9 @@ class ClosedFormConfig(MethodConfig):
         "request by itself, so that order does not matter; replay: those of the model as it "
         "stands, to be computed again (`Editor.rebase`) when an earlier edit is reverted",
     )
+    same_subject: Literal["together", "alone"] = Field(
+        default="together", description=f"Of joint, frozen edits. {SAME_SUBJECT}"
+    )
     steps: int = Field(default=20, ge=1, description="Evaluations of the loss (one less updates)")
     lr: float = Field(default=0.5, gt=0, description="Adam's learning rate for the value")
     weight_decay: float = Field(default=0.5, ge=0, description="Factor of ‖δ‖ / ‖h0‖²")
@@ -74,6 +77,11 @@ class ClosedFormConfig(MethodConfig):
     fact_token: Literal["subject_last", "subject_first", "subject_first_after_last", "last"] = (
         Field(default="subject_last", description="Token whose value is rewritten")
     )
+    window: int = Field(
+        default=16,
+        ge=1,
+        description="Of requests of kind text: most tokens that one value has to say (AnyEdit)",
+    )
     tokens: int | None = Field(
         default=None, ge=1, description="Tokens C is estimated from; none: a multiple of its size"
     )
@@ -98,6 +106,11 @@ class ClosedFormConfig(MethodConfig):
     def on_base(self) -> bool:
         """Edits are computed from the base alone, whatever is active."""
         return self.history == "joint" and self.policy == "frozen"
+
+    @property
+    def shares(self) -> bool:
+        """Facts of one subject share their values."""
+        return self.on_base and self.same_subject == "together"
 
     def for_model(self, anatomy: Anatomy) -> Self:
         """Return the configuration with its layers written out: ascending, counted from 0.
@@ -136,6 +149,8 @@ class ClosedFormConfig(MethodConfig):
 
 class WeightedConfig(ClosedFormConfig):
     """What methods that weigh ordinary text against new keys have besides: MEMIT and PMET."""
+
+    resolves: ClassVar[frozenset[str]] = frozenset({"second_moment_weight", "relative_weight"})
 
     second_moment_weight: float | None = Field(
         default=None,

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 import torch
 
 from errata.edits.delta import Factor, KeyValueDelta, KeyValues, LowRankDelta
 from errata.kit.closed_form.layer_updates import LayerUpdate
+from errata.kit.closed_form.windows import pooled, windows_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from errata.edits.delta import Delta
+    from errata.edits.request import Request
     from errata.kit.closed_form.config import ClosedFormConfig
     from errata.kit.metric import Metric
     from errata.model.model import Model
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
 
 def deltas_of(
     model: Model,
+    requests: Sequence[Request],
     updates: Sequence[LayerUpdate],
     config: ClosedFormConfig,
     *,
@@ -30,6 +35,7 @@ def deltas_of(
 
     Args:
         model: the model that the updates were computed for.
+        requests: what was asked for.
         updates: what each layer is asked for.
         config: its `history` says which of the two.
         metrics: M of each layer, and
@@ -38,7 +44,8 @@ def deltas_of(
     """
     if config.history == "none":
         return low_rank(model, updates)
-    return key_values(model, updates, config, metrics=metrics, slack=slack)
+    owners = [window.owner for window in windows_of(model, requests, config.window)]
+    return key_values(model, updates, config, metrics=metrics, slack=slack, owners=owners)
 
 
 def low_rank(model: Model, updates: Sequence[LayerUpdate]) -> LowRankDelta:
@@ -60,13 +67,18 @@ def key_values(
     *,
     metrics: Mapping[int, Metric],
     slack: Mapping[int, float],
+    owners: Sequence[int] | None = None,
 ) -> list[KeyValueDelta]:
     """Return one delta per request, to be solved with all others that are active.
+
+    `owners` says which request each column of K and R belongs to, ascending from 0: a text has a
+    pair for each of its windows. None: each has one.
 
     A residual of the `replay` policy was read from the model as it stands; what the active edits
     of the kind already write at its key is added, so that it counts from the base like theirs.
     """
-    count = updates[0].K.flat.shape[1]
+    owners = range(updates[0].K.flat.shape[1]) if owners is None else owners
+    count = owners[-1] + 1
     pairs: list[dict[str, KeyValues]] = [{} for _ in range(count)]
     for update in updates:
         metric = metrics[update.layer]
@@ -78,16 +90,51 @@ def key_values(
         if not config.on_base:
             residuals = residuals + _written(model, name, metric, keys)
         residuals = residuals.float()
-        for index in range(count):
-            pairs[index][name] = KeyValues(
-                k=keys[:, index][None].contiguous(),
-                w=whitened[:, index][None].contiguous(),
-                r=residuals[:, index][None].contiguous(),
-                s=torch.tensor([slack[update.layer]], dtype=torch.float64),
+        columns = (pooled(part, owners) for part in (keys, whitened, residuals))
+        for pair, k, w, r in zip(pairs, *columns, strict=True):
+            pair[name] = KeyValues(
+                k=k,
+                w=w,
+                r=r,
+                s=torch.full((len(k),), slack[update.layer], dtype=torch.float64),
                 transposed=model.anatomy.transposed(path),
                 metric=metric.reference,
             )
     return [KeyValueDelta(pair) for pair in pairs]
+
+
+def solved_again(
+    model: Model,
+    delta: Delta,
+    config: ClosedFormConfig,
+    *,
+    metrics: Mapping[int, Metric],
+    slack: Mapping[int, float],
+) -> KeyValueDelta | None:
+    """Return a recorded edit with the same keys and residuals, another metric and slack.
+
+    None for a delta of another kind. A key of more than one layer keeps the residual that it had
+    with the lower layers as they were then.
+    """
+    if not isinstance(delta, KeyValueDelta):
+        return None
+    layers = {model.anatomy.weight(model.anatomy.mlp_out(layer)): layer for layer in metrics}
+
+    def again(pairs: Mapping[str, KeyValues]) -> dict[str, KeyValues]:
+        found = {}
+        for name, pair in pairs.items():
+            metric = metrics[layers[name]]
+            whitened = metric.whiten(pair.k.T.double()).cpu().T
+            found[name] = replace(
+                pair,
+                w=whitened.to(getattr(torch, config.precision)).contiguous(),
+                s=torch.full_like(pair.s, slack[layers[name]]),
+                metric=metric.reference,
+            )
+        return found
+
+    shared = {facts: again(together.pairs) for facts, together in delta.shared.items()}
+    return KeyValueDelta(again(delta.pairs), delta.fact, shared)
 
 
 def _written(model: Model, name: str, metric: Metric, keys: Tensor) -> Tensor:

@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from errata.kit.closed_form.matrices import Columns, Product
+from errata.kit.closed_form.windows import windows_of
 from errata.kit.contexts import in_contexts
-from errata.kit.values import FACT_TOKENS, FactToken, row_limit
+from errata.kit.value_rows import FACT_TOKENS, FactToken
+from errata.kit.values import row_limit
 from errata.model.forward import aligned, inputs_of, trace
 from errata.model.prompts import padding_id
 from errata.model.tokens import encode, subject_position
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
 
     from errata.edits.request import Request
     from errata.model.model import Model
+
+
+_FAINT = 1e-6  # of a key's length, where nothing is to be written at it
 
 
 class Stage(NamedTuple):
@@ -89,13 +94,17 @@ def grouped(keys: Tensor) -> Tensor:
 class Prompts:
     """Requests in their contexts, up to the token that is edited: nothing after it matters.
 
+    A long text counts as several requests, its windows, each at the last token before it.
+
     Args:
         model: a causal decoder, in its present state.
-        requests: N requests.
+        requests: what is to be written; N with the windows of texts.
         contexts: templates with one {} for the prompt; the first is "{}".
         fact_token: the token that is edited.
+        window: most tokens of a window.
         each: every request is a problem of its own and sees only its own change of the lower
             layers, as if it were the only one. Otherwise all are one problem.
+        shared: all are about one subject, and share their values.
     """
 
     def __init__(
@@ -106,22 +115,39 @@ class Prompts:
         fact_token: FactToken = "subject_last",
         *,
         each: bool = False,
+        shared: bool = False,
+        window: int = 16,
     ) -> None:
-        self.model, self.requests, self.contexts = model, tuple(requests), tuple(contexts)
-        self.each = each
-        tokenizer, which = model.tokenizer, FACT_TOKENS[fact_token]
-        self._rows: list[list[int]] = []
-        for request in requests:
-            templates = in_contexts(model, request, contexts)
+        self.model, self.contexts = model, tuple(contexts)
+        self.each, self.shared = each, shared
+        self.windows = windows_of(model, requests, window)
+        self.requests = tuple(found.request for found in self.windows)
+        self._claim = torch.ones(len(self.requests), 1, dtype=torch.float64)
+        tokenizer = model.tokenizer
+        self._rows: list[list[list[int]]] = []  # of each request, in each of its contexts
+        for window_ in self.windows:
+            request, whole = window_.request, window_.number is None
+            which = FACT_TOKENS[fact_token if whole else "last"]
+            templates = in_contexts(model, request, contexts if whole else contexts[:1])
             batch = encode(tokenizer, [t.replace("{}", request.subject) for t in templates])
+            rows = []
             for row, template in enumerate(templates):
                 end = subject_position(tokenizer, template, request.subject, which) + 1
                 real = batch.input_ids[row][batch.attention_mask[row].bool()]
-                self._rows.append(real[:end].tolist())
+                rows.append(real[:end].tolist())
+            self._rows.append(rows)
 
     def columns(self, rows: Tensor) -> Columns:
         """Return one vector per request (N, x) as columns, in the problems of these prompts."""
         return Columns.of(rows, each=self.each)
+
+    def disclaim(self, idle: Tensor) -> None:
+        """Let requests (N,) bool with nothing to write have next to no say about their keys.
+
+        A relation that is deleted shares its key with one that is added (both prompts are the same
+        up to the subject): a residual of zero there would take half of what is added away.
+        """
+        self._claim[idle] = _FAINT
 
     def norm_behind(self, layer: int) -> nn.Module | None:
         """Return the norm between a block's MLP and the residual stream, if there is one."""
@@ -155,26 +181,30 @@ class Prompts:
             output: path of the module.
             updates: what lower layers have been asked for; it acts while reading.
         """
-        model, per = self.model, len(self.contexts)
+        model = self.model
         source = model.anatomy.mlp_out(layer)
         names = tuple(dict.fromkeys((source, output)))
         keys, outputs = [], []
-        most = max(1, row_limit(model) // per)
+        most = max(1, row_limit(model) // len(self.contexts))
         for start in range(0, len(self.requests), most):
             stop = min(start + most, len(self.requests))
-            tokens = self._rows[start * per : stop * per]
+            counts = [len(rows) for rows in self._rows[start:stop]]
+            tokens = [row for rows in self._rows[start:stop] for row in rows]
             last = [len(row) - 1 for row in tokens]
             inputs, column = aligned(tokens, last, padding_id(model.tokenizer))
-            owner = torch.arange(start, stop).repeat_interleave(per) if self.each else None
+            index = torch.arange(start, stop)
+            owner = index.repeat_interleave(torch.tensor(counts)) if self.each else None
             with (
-                _written(model, updates, owner, len(tokens)),
+                written(model, updates, owner),
                 trace(model.module, names, inputs=True, stop=True) as seen,
             ):
                 model.module(**inputs_of(model, {**inputs, "use_cache": False}))
-            shape = (stop - start, per, -1)
-            keys.append(_column(seen[source].input, len(tokens), column).view(shape))
-            outputs.append(_column(seen[output].output, len(tokens), column).view(shape)[:, 0])
-        return self.columns(grouped(torch.cat(keys))), self.columns(torch.cat(outputs))
+            found = _column(seen[source].input, len(tokens), column).split(counts)
+            keys += [grouped(of_one[None]) for of_one in found]
+            said = _column(seen[output].output, len(tokens), column).split(counts)
+            outputs += [of_one[:1] for of_one in said]
+        K = torch.cat(keys) * self._claim
+        return self.columns(K), self.columns(torch.cat(outputs))
 
 
 @torch.no_grad()
@@ -186,15 +216,20 @@ def through(norm: nn.Module, values: Columns) -> Columns:
 
 
 @contextmanager
-def _written(
-    model: Model, updates: Sequence[LayerUpdate], owner: Tensor | None, rows: int
+def written(
+    model: Model, updates: Sequence[LayerUpdate], owner: Tensor | None = None
 ) -> Iterator[None]:
-    """Let changes Δ act beside the weights; with `owner` (B,), each row's own problem only."""
+    """Let changes Δ act beside the weights for a block.
+
+    With `owner` (B,) each row sees the change of its own problem only; without, every row sees
+    that of the one problem there is.
+    """
 
     def hook_for(Δ: Product) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             del module
             given = args[0]
+            rows = 1 if owner is None else len(owner)
             x = given.reshape(rows, -1, given.shape[-1]).float()  # (B, T, D), also OPT's flat one
             left, right = Δ.left.tensor.to(x), Δ.right.rows.to(x)  # (G, d, N), (G, N, D)
             if owner is not None:

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from errata.edits.aims import aims_of_request
 from errata.kit.closed_form.layer_updates import through
 from errata.kit.closed_form.matrices import Columns
 from errata.kit.closed_form.statistics import mean_norm
 from errata.kit.value_loss import ValueLoss
-from errata.kit.values import ValueSettings, optimise_values
+from errata.kit.values import OptimisedValue, ValueSettings, optimise_shared, optimise_values
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +31,7 @@ class MemitObjective:
     """MEMIT's loss of δ (equation 16, with the KL term and the weight decay of the authors' code).
 
     δ = argmin  −(1/P) Σ_j log P_{h += δ}(o | x_j ⊕ p)                 the new object is said
+              − (1/P) Σ_j log(1 − P_{h += δ}(o′ | x_j ⊕ p))          what is to go no longer
               + kl_factor · KL(P_{h += δ}(· | p′) ‖ P(· | p′))       p′ = "{subject} is a"
               + weight_decay · ‖δ‖ / ‖h‖²
     """
@@ -40,14 +42,15 @@ class MemitObjective:
         """Return the loss of each request."""
         log_P, log_P0 = at.essence, at.essence_before
         return ValueLoss(
-            nll=at.mean_over_contexts(-at.log_p),
+            nll=at.mean_over_contexts(-at.log_p) + at.unlikelihood,
             kl=self.config.kl_factor * at.per_request((log_P.exp() * (log_P - log_P0)).sum(1)),
             decay=self.config.weight_decay * (at.δ_norm / at.v0_norm**2)[0],
         )
 
     def done(self, at: Evaluation, loss: ValueLoss) -> Tensor:
         """Return whose loss is low enough, or whose target is the most probable one (MPES)."""
-        return (loss.total < self.config.early_stop) | most_probable(at, self.config.top_steps)
+        low = (loss.total < self.config.early_stop) & at.gone
+        return low | most_probable(at, self.config.top_steps)
 
 
 def most_probable(at: Evaluation, steps: int | None) -> Tensor:
@@ -76,14 +79,32 @@ def value_settings(layer: int, config: ClosedFormConfig) -> ValueSettings:
 def optimised(
     prompts: Prompts, settings: ValueSettings, objective: ValueObjective
 ) -> tuple[Columns, Columns]:
-    """Return v0 and δ of each request, (G, d, N), optimised from the model's present state.
+    """Return v0 and δ of each request (or window), (G, d, N), from the model's present state.
 
     Raises:
         EditFailed: a loss is not finite.
     """
-    values = optimise_values(prompts.model, prompts.requests, prompts.contexts, settings, objective)
-    v0 = torch.stack([value.v0 for value in values]).cpu()  # (N, d)
-    delta = torch.stack([value.delta for value in values]).cpu()
+    values: dict[int, OptimisedValue] = {}
+    windows = prompts.windows
+    whole = [i for i, window in enumerate(windows) if window.number is None]
+    asked = [windows[i].request for i in whole]
+    groups = [asked] if prompts.shared else [[request] for request in asked]
+    grouped = optimise_shared(prompts.model, groups, prompts.contexts, settings, objective)
+    values.update(zip(whole, (value for group in grouped for value in group), strict=True))
+    # Texts side by side, each window with the values of those before it in their places.
+    settings = replace(settings, fact_token="last", kl_prompt=None)
+    for number in range(max((w.number for w in windows if w.number is not None), default=-1) + 1):
+        now = [i for i, window in enumerate(windows) if window.number == number]
+        held = [[(windows[j].request, values[j].delta) for j in range(i - number, i)] for i in now]
+        found = optimise_values(
+            prompts.model, [windows[i].request for i in now], prompts.contexts[:1], settings,
+            objective, held=held,
+        )  # fmt: skip
+        values.update(zip(now, found, strict=True))
+    v0 = torch.stack([values[i].v0 for i in range(len(windows))]).cpu()  # (N, d)
+    delta = torch.stack([values[i].delta for i in range(len(windows))]).cpu()
+    says = [any(a.sense == "say" for a in aims_of_request(r)) for r in prompts.requests]
+    prompts.disclaim((delta == 0).all(1) & ~torch.tensor(says))
     return prompts.columns(v0), prompts.columns(delta)
 
 

@@ -6,10 +6,12 @@ how, and `adapters` puts a PEFT adapter into the trainer's hands.
 
 from errata.kit.training.adapters import AdapterTrainer, train_adapter
 from errata.kit.training.modules import ROLES, linear_modules
-from errata.kit.training.trainer import Objective, Trainer, TrainerSettings
+from errata.kit.training.trainer import Objective, Trainer, TrainerSettings, above
 from errata.kit.training.training_batches import (
     Loss,
     TrainingBatch,
+    aim_batch,
+    request_batches,
     target_batches,
     text_batches,
 )
@@ -22,7 +24,10 @@ __all__ = [
     "Trainer",
     "TrainerSettings",
     "TrainingBatch",
+    "above",
+    "aim_batch",
     "linear_modules",
+    "request_batches",
     "target_batches",
     "text_batches",
     "train_adapter",

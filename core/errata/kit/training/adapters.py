@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from errata.kit.training.training_batches import TrainingBatch
     from errata.model.model import Model
 
-TASKS = {"decoder": "CAUSAL_LM", "encoder-decoder": "SEQ_2_SEQ_LM", "encoder": None}
-"""What PEFT calls the task of a model, by the anatomy's kind."""
+TASKS = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}
+"""What PEFT calls the task of a model. Of the others it makes more than an adapter (a new head)."""
 
 
 class AdapterTrainer(Trainer):

@@ -16,7 +16,11 @@ ROLES = ("attention_in", "attention_out", "mlp_in", "mlp_out")
 
 
 def linear_modules(
-    model: Model, targets: Sequence[str] | None, layers: Sequence[int] | None
+    model: Model,
+    targets: Sequence[str] | None,
+    layers: Sequence[int] | None,
+    *,
+    both: bool = False,
 ) -> list[str]:
     """Return the paths of linear modules, block by block.
 
@@ -27,18 +31,19 @@ def linear_modules(
         layers: blocks, of the decoder where there are two stacks (negative: from the end). None
             is every block, the encoder's too: an answer that is to depend on the prompt needs
             them.
+        both: `layers` are meant of the encoder, too, where there is one.
 
     Raises:
         ConfigError: nothing is named, or a layer that the model does not have.
         UnknownNameError: a name that no linear module of a named block (of any block) has.
         AnatomyError: so for a role, as the MLP's in a mixture of experts.
     """
+    every = [stack for stack in (model.anatomy.encoder, model.anatomy) if stack is not None]
     stacks: list[tuple[Anatomy, Sequence[int]]] = []
     if layers is None:
-        every = [model.anatomy.encoder, model.anatomy]
-        stacks += [(stack, range(stack.n_layers)) for stack in every if stack is not None]
+        stacks += [(stack, range(stack.n_layers)) for stack in every]
     else:
-        stacks.append((model.anatomy, layers))
+        stacks += [(stack, layers) for stack in (every if both else [model.anatomy])]
     wanted: Sequence[str | None] = (None,) if targets is None else targets
     places = [(anatomy, layer, t) for anatomy, blocks in stacks for layer in blocks for t in wanted]
     chosen: dict[str, None] = {}

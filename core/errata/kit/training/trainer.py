@@ -13,7 +13,7 @@ import torch
 from errata.errors import ConfigError
 from errata.kit.training.training_batches import (
     TrainingBatch,
-    negative_log_likelihood,
+    batch_loss,
     settled,
 )
 from errata.model.forward import Resumed
@@ -92,6 +92,28 @@ class Above:
     known: tuple[str, ...] = ()
 
 
+def above(model: Model, modules: Sequence[str]) -> Above | None:
+    """Return what has to be run again when these modules change: all from the lowest one on."""
+    anatomy = model.anatomy
+    held = [
+        layer
+        for layer in range(anatomy.n_layers)
+        if any(path.startswith(f"{anatomy.block(layer)}.") for path in modules)
+    ]
+    outside = [p for p in modules if not p.startswith(f"{anatomy.spec.blocks}.")]
+    if not held or outside:  # the encoder of an encoder-decoder
+        return None
+    lowest = held[0]
+    here = {path for path in modules if path.startswith(f"{anatomy.block(lowest)}.")}
+    known: tuple[str, ...] = ()
+    if lowest in anatomy.layers_with("mlp"):
+        if here <= {anatomy.mlp_out(lowest), *anatomy.mlp_in(lowest)}:
+            known = (anatomy.attention(lowest),)
+        if here == {anatomy.mlp_out(lowest)}:
+            known = (*known, *anatomy.mlp_in(lowest))
+    return Above(lowest, known)
+
+
 class Trainer:
     """Fits parameters to batches; a subclass says what happens around a step.
 
@@ -105,9 +127,11 @@ class Trainer:
     Attributes:
         losses: the loss of every step that was computed, before the step.
         certain: a pass shows what holds (no dropout), so that no other one has to confirm it.
+        optimiser: there while `fit` runs.
     """
 
     certain = True
+    optimiser: torch.optim.Optimizer
 
     def __init__(
         self,
@@ -133,6 +157,11 @@ class Trainer:
         """Compute the loss of the current batch, with whatever belongs to it."""
         return self.objective()
 
+    def optimiser_for(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+        """Return a new optimiser; by default Adam."""
+        settings = self.settings
+        return torch.optim.Adam(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+
     def updated(self, step: int) -> None:
         """Act after each update, gradients still in place."""
 
@@ -146,7 +175,7 @@ class Trainer:
     def objective(self) -> Objective:
         """Compute loss and judgement of the current batch."""
         logits = self.logits(self._current)
-        loss, nll = negative_log_likelihood(self._current, logits)
+        loss, nll = batch_loss(self._current, logits)
         with torch.no_grad():
             holds = settled(self._current, logits, nll.detach(), self.settings.stop_loss)
         return Objective(loss, holds)
@@ -187,7 +216,7 @@ class Trainer:
         found = []
         for batch in self.batches:
             logits = self.logits(batch)
-            _, nll = negative_log_likelihood(batch, logits)
+            _, nll = batch_loss(batch, logits)
             found += settled(batch, logits, nll, self.settings.stop_loss)
         return found
 
@@ -218,7 +247,7 @@ class Trainer:
         text: str,
     ) -> None:
         settings = self.settings
-        optimiser = torch.optim.Adam(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+        optimiser = self.optimiser = self.optimiser_for(parameters)
         scale = _HALF_SCALE if self.model.dtype == torch.float16 else 1.0
         passed, idle = [False] * len(group), 0
         total = settings.steps * len(group)

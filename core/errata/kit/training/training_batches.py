@@ -6,7 +6,9 @@ For a prompt x with target o = o_1 … o_m the loss of one request is
     text         −(1/T) Σ_t log P(w_t | w_<t)  over x and o        the ordinary language-model loss
     prompt_last  −(1/m) Σ_j log P(o_j | x)                         one distribution for all tokens
 
-and that of a batch the mean over its requests, whatever the lengths of their targets.
+and that of a batch the mean over its rows, whatever the lengths of their targets. A request is one
+row, or several where it has several aims: answers that should no longer be said, and replies that
+should be more probable than others, have the losses of `errata.kit.aims`.
 `prompt_last` is what the published code of the ROME paper's baseline computes: for a target of
 several tokens it is no language-model loss, and is here only to reproduce it.
 """
@@ -15,12 +17,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
 from errata.errors import CapabilityError, ConfigError, UnknownNameError
+from errata.kit.aims import FLOOR, RIVAL, aims_of, rivalry, unlikelihood
 from errata.model.forward.inputs import takes_positions
 from errata.model.prompts import PreparedPrompts, pad
 from errata.model.running import prepare, wide
@@ -29,6 +32,8 @@ from errata.model.tokens import tokenise
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from errata.edits.aims import Aim
+    from errata.edits.request import Request
     from errata.model.model import Model
 
 Loss = Literal["target", "text", "prompt_last"]
@@ -44,16 +49,48 @@ class TrainingBatch:
     Attributes:
         prompts: the batch; its labels are what should come next at each position.
         weights: (n,) what a position's negative log-likelihood counts in the loss.
-        judged: (n,) whether it tells if the request holds: a target token under teacher forcing.
+        judged: (n,) whether it tells if the row holds: a target token under teacher forcing.
+        unsaid: (B,) rows whose answer should not be said; None: no row.
+        rivals: (B,) rows whose answer should be less probable than that of the row before.
     """
 
     prompts: PreparedPrompts
     weights: Tensor
     judged: Tensor
+    unsaid: Tensor | None = None
+    rivals: Tensor | None = None
 
     def __len__(self) -> int:
-        """Return the number of requests."""
+        """Return the number of rows."""
         return len(self.prompts)
+
+
+def request_batches(
+    model: Model,
+    requests: Sequence[Request],
+    *,
+    loss: Loss = "target",
+    batch_size: int = 64,
+    end: bool = False,
+) -> list[TrainingBatch]:
+    """Return the batches that teach requests what they ask for, those of one request together.
+
+    Args:
+        model: the model as it stands; see `errata.kit.aims.aims_of`.
+        requests: what is taught.
+        loss: as in `target_batches`, for what should be said.
+        batch_size: requests per batch.
+        end: as in `target_batches`.
+
+    Raises:
+        CapabilityError, ConfigError: as in `target_batches`.
+    """
+    batches = []
+    for begin in range(0, len(requests), batch_size):
+        part = [(r, aim) for r in requests[begin : begin + batch_size] for aim in aims_of(model, r)]
+        pairs = [(aim.prompt.replace("{}", r.subject), aim.answer) for r, aim in part]
+        batches.append(aim_batch(model, pairs, [aim for _, aim in part], loss=loss, end=end))
+    return batches
 
 
 def target_batches(
@@ -81,6 +118,25 @@ def target_batches(
             nothing from left to right.
         ConfigError: `end` with a tokenizer that has no end token.
     """
+    return [
+        aim_batch(model, pairs[begin : begin + batch_size], loss=loss, end=end)
+        for begin in range(0, len(pairs), batch_size)
+    ]
+
+
+def aim_batch(
+    model: Model,
+    pairs: Sequence[tuple[str, str]],
+    aims: Sequence[Aim] = (),
+    *,
+    loss: Loss = "target",
+    end: bool = False,
+) -> TrainingBatch:
+    """Return one batch of (prompt, answer) pairs; with aims, one a pair, in the sense of each.
+
+    Raises:
+        CapabilityError, ConfigError: as in `target_batches`.
+    """
     if loss not in get_args(Loss):
         raise UnknownNameError("loss", loss, get_args(Loss))
     if model.task in ("masked", "classify") and (loss == "prompt_last" or end):
@@ -91,12 +147,21 @@ def target_batches(
             f"to right: {what} means nothing for it. Use loss='target' without an end token."
         )
     closing = _end_token(model) if end else ""
-    batches = []
-    for begin in range(0, len(pairs), batch_size):
-        part = pairs[begin : begin + batch_size]
-        prompts = prepare(model, [p for p, _ in part], [t + closing for _, t in part])
-        batches.append(_weighed(model, prompts, loss))
-    return batches
+    senses = [aim.sense for aim in aims] or ["say"] * len(pairs)
+    targets = [t + closing * (s == "say") for (_, t), s in zip(pairs, senses, strict=True)]
+    batch = _weighed(model, prepare(model, [p for p, _ in pairs], targets), loss)
+    return _in_senses(batch, senses) if set(senses) != {"say"} else batch
+
+
+def _in_senses(batch: TrainingBatch, senses: Sequence[str]) -> TrainingBatch:
+    """Return a batch in which only what is to be said counts as such."""
+    device = batch.weights.device
+    said, unsaid, rivals = (
+        torch.tensor([sense == which for sense in senses], device=device)
+        for which in ("say", "unsay", "rival")
+    )
+    weights = batch.weights * said[batch.prompts.rows.to(device)]
+    return replace(batch, weights=weights, unsaid=unsaid, rivals=rivals)
 
 
 def text_batches(
@@ -142,30 +207,52 @@ def text_batches(
     return batches
 
 
-def negative_log_likelihood(batch: TrainingBatch, logits: Tensor) -> tuple[Tensor, Tensor]:
+def batch_loss(batch: TrainingBatch, logits: Tensor) -> tuple[Tensor, Tensor]:
     """Return (loss, (n,) negative log-likelihood in nats of each position) of a batch."""
     labels = batch.prompts.labels.to(logits.device)
     each = torch.nn.functional.cross_entropy(wide(logits), labels, reduction="none")
-    return (each * batch.weights.to(each)).sum(), each
+    loss = (each * batch.weights.to(each)).sum()
+    if batch.unsaid is not None and batch.rivals is not None:
+        unsaid, rivals = batch.unsaid.to(each.device), batch.rivals.to(each.device)
+        log_p = -_row_means(batch, each)
+        wished = log_p.roll(1)[rivals]
+        apart = unlikelihood(log_p[unsaid]).sum() + rivalry(wished, log_p[rivals]).sum()
+        loss = loss + apart / len(batch)
+    return loss, each
 
 
 def settled(batch: TrainingBatch, logits: Tensor, nll: Tensor, limit: float | None) -> list[bool]:
-    """Say for each request whether it holds: every target token the most probable one.
+    """Say for each row whether it holds: every target token the most probable one.
 
-    With a `limit`, the target's mean negative log-likelihood (nats) must also be below it. Text of
-    which nothing is judged never holds.
+    With a `limit`, the target's mean negative log-likelihood (nats) must also be below it. What
+    should not be said holds at the floor of `errata.kit.aims`, and a reply with a rival, whatever
+    its tokens, as soon as it clearly has the better of it. Text of which nothing is judged never
+    holds.
     """
     judged = batch.judged.to(logits.device)
     if not bool(judged.any()):
         return [False] * len(batch)
     owner = batch.prompts.rows.to(logits.device)[judged]
     right = logits.argmax(-1)[judged] == batch.prompts.labels.to(logits.device)[judged]
-    counts = torch.bincount(owner, minlength=len(batch)).float()
-    wrong = torch.zeros_like(counts).index_add(0, owner, (~right).float())
-    mean = torch.zeros_like(counts).index_add(0, owner, nll[judged].float()) / counts
+    wrong = torch.zeros(len(batch), device=logits.device).index_add(0, owner, (~right).float())
+    mean = _row_means(batch, nll.float())
     holds = (wrong == 0) & (mean < (math.inf if limit is None else limit))
+    if batch.unsaid is not None and batch.rivals is not None:
+        unsaid, rivals = batch.unsaid.to(holds.device), batch.rivals.to(holds.device)
+        ahead = (mean - mean.roll(1)).sigmoid() >= RIVAL  # of a rival against the row before it
+        holds = torch.where(unsaid, (-mean).exp() <= FLOOR, holds)
+        holds = torch.where(rivals, ahead, holds)
+        holds = torch.where(rivals.roll(-1), ahead.roll(-1), holds)
     answer: list[bool] = holds.tolist()
     return answer
+
+
+def _row_means(batch: TrainingBatch, each: Tensor) -> Tensor:
+    """Return the mean over the judged positions of each row, (B,)."""
+    judged = batch.judged.to(each.device)
+    owner = batch.prompts.rows.to(each.device)[judged]
+    counts = torch.bincount(owner, minlength=len(batch))
+    return torch.zeros(len(batch), device=each.device).index_add(0, owner, each[judged]) / counts
 
 
 def _end_token(model: Model) -> str:

@@ -81,7 +81,7 @@ class KeptLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not type
 
 
 @dataclass(frozen=True, eq=False)
-class _Memory:
+class _Recorded:
     """What a module returned in the recorded run; called in its place, it returns that again.
 
     Attributes:
@@ -95,7 +95,7 @@ class _Memory:
     flat: bool
 
     @classmethod
-    def of(cls, output: Any, rows: int) -> _Memory:
+    def of(cls, output: Any, rows: int) -> _Recorded:
         first = first_tensor(output)
         shaped = first.clone().view(rows, -1, first.shape[-1])
         return cls(with_first(output, shaped), rows, first.ndim == 2)
@@ -111,12 +111,12 @@ class _Memory:
         del args, kwargs
         return self.value
 
-    def cut(self, start: int) -> _Memory:
+    def cut(self, start: int) -> _Recorded:
         """Return the columns from `start` on."""
         first = first_tensor(self.value)[:, start:]
         return replace(self, value=with_first(self.value, first))
 
-    def pick(self, rows: Tensor) -> _Memory:
+    def pick(self, rows: Tensor) -> _Recorded:
         """Return some rows."""
         return replace(self, value=_pick(self.value, rows, self.rows), rows=len(rows))
 
@@ -351,12 +351,12 @@ class Resumed:
         """Run the whole batch once; return what the named modules returned."""
         module = self._model.module
         rows = inputs["input_ids"].shape[0]
-        recorded: dict[str, _Memory] = {}
+        recorded: dict[str, _Recorded] = {}
 
         def remember(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
                 del module, args
-                recorded[name] = _Memory.of(output, rows)
+                recorded[name] = _Recorded.of(output, rows)
 
             return hook
 
@@ -377,7 +377,7 @@ class Resumed:
         return recorded
 
     def _prepare(
-        self, inputs: dict[str, Any], cache: Cache | None, memory: dict[str, _Memory]
+        self, inputs: dict[str, Any], cache: Cache | None, memory: dict[str, _Recorded]
     ) -> None:
         """Cut the recorded run down to what `layer` and `start` need."""
         start = self.start

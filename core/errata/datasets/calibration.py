@@ -1,0 +1,81 @@
+"""CaliNET's calibration data (Dong et al. 2022): true facts, and prompts that make them false.
+
+Built as the authors build it: the facts are those of LAMA's T-REx (or ParaRel), the templates those
+of their `cka/relations.jsonl`, one right one and up to three wrong ones for each relation
+("[X] was born in [Y] .": "[X] visited [Y] ."). Only templates that end with the object can be asked
+of a decoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from errata.datasets.pararel import PararelRelation, folder, template
+from errata.datasets.reader import Item, parsed
+from errata.datasets.record import Record
+from errata.datasets.source import JsonFile, Source
+from errata.edits.request import Request
+from errata.errors import ConfigError, DatasetError, UnknownNameError
+
+
+def read(
+    source: Source, templates: str | None = None, relations: Sequence[str] | None = None
+) -> Iterator[Item]:
+    """Yield every fact of a relation with a right and a wrong template, as an insertion of itself.
+
+    Args:
+        source: the folder with facts.
+        templates: the authors' file of templates.
+        relations: ids of those to read; by default all that can be asked for.
+    """
+    if templates is None:
+        raise ConfigError(
+            "calibration needs templates=FILE, cka/relations.jsonl of github.com/dqxiu/CaliNet."
+        )
+    right, wrong = _templates(Path(templates))
+    found = folder(source)
+    asked = {path.stem: path for path in found.facts if path.stem in right}
+    wanted = [relations] if isinstance(relations, str) else relations
+    for name in asked if wanted is None else dict.fromkeys(wanted):
+        if name not in asked:
+            raise UnknownNameError("relation", name, asked)
+        bad: list[Item] = []
+        relation = found.relation(name, bad)
+        yield from bad
+        for index in range(len(relation.facts)):
+            record = Record({}, found.facts_file(name), index)
+            yield from parsed(
+                record, to_request, relation=relation, right=right[name], wrong=wrong[name]
+            )
+
+
+def to_request(
+    record: Record, relation: PararelRelation, right: str, wrong: Sequence[str]
+) -> Request:
+    """Return one fact as a request; `record.index` is its place among the relation's facts."""
+    subject, target = relation.facts[record.index]
+    return record.request(
+        prompt=right,
+        subject=subject,
+        target_new=target,
+        kind="insert",
+        relation=relation.id,
+        case_id=f"{relation.id}-{record.index}",
+        paraphrases=tuple(t.replace("{}", subject) for t in relation.templates if t != right),
+        counterexamples=tuple(t.replace("{}", subject) for t in wrong),
+    )
+
+
+def _templates(path: Path) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
+    """Return the right template of each relation that has one, and its wrong ones."""
+    if not path.is_file():
+        raise DatasetError("there is no such file of templates", file=str(path))
+    right: dict[str, str] = {}
+    wrong: dict[str, tuple[str, ...]] = {}
+    for record in JsonFile(str(path), path).records():
+        name, found = record.text("relation"), template(record.text("template"))
+        others = tuple(filter(None, map(template, record.texts("wrong"))))
+        if found and others:
+            right[name], wrong[name] = found, others
+    return right, wrong

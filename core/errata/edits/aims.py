@@ -1,0 +1,84 @@
+"""What a request asks of the model: which answers should be said where, and which no longer.
+
+    modify, insert, text, label   say o* after p
+    erase                         no longer say o after p; say the refusal, where one is given
+    relation, add                 say r after the prompt that names s and o*
+    relation, delete              no longer say r after the prompt that names s and oᶜ
+    relation, both                the two at once, as one objective
+    sentiment                     say the examples, each rather than a counterexample
+
+RaKE (Wei et al. 2023) writes adding as the argmax of P(r | s, o*) and deleting as the argmin of
+P(r | s, oᶜ); nothing is put in the place of what is deleted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from errata.edits.request import ERASED
+
+if TYPE_CHECKING:
+    from errata.edits.request import Request
+    from errata.model.answers import TargetScore
+
+Sense = Literal["say", "unsay", "rival"]
+
+
+class Aim(NamedTuple):
+    """One answer after one prompt, and what should become of it.
+
+    Attributes:
+        prompt: template with one {} for the request's subject.
+        answer: what follows it, with what the request's `join` puts before it; "": whatever the
+            model says there.
+        sense: "say"; "unsay": no longer; "rival": the answer of the aim before this one should be
+            more probable than this one, token for token.
+    """
+
+    prompt: str
+    answer: str
+    sense: Sense = "say"
+
+
+def aims_of_request(request: Request) -> tuple[Aim, ...]:
+    """Return what a request asks for, an aim at its own prompt first."""
+    say = Aim(request.prompt, request.target)
+    forget = Aim(request.prompt, request.joined(request.target_true or ""), "unsay")
+    if request.kind == "erase":
+        return (forget,) if request.target_new == ERASED else (say, forget)
+    if request.kind == "relation" and request.operation == "delete":
+        return (forget,)
+    if request.kind == "relation" and request.operation == "both":
+        return (say, Aim(request.remove or "", request.target, "unsay"))
+    if request.kind == "sentiment" and request.examples:
+        return tuple(_opinions(request))
+    return (say,)
+
+
+def takes_effect(aims: Sequence[Aim], scores: Sequence[TargetScore]) -> bool | None:
+    """Say whether aims are met, by the scores of their answers; None where there are none.
+
+    Said: every token is the most probable one. No longer said: one of them is not. Rivals: on
+    average the wished replies are more probable, token for token, than the others.
+    """
+    if not aims:
+        return None
+    scored = list(zip(aims, scores, strict=True))
+    rivals = [score.mean_nll for aim, score in scored if aim.sense == "rival"]
+    if rivals:
+        wished = [score.mean_nll for aim, score in scored if aim.sense == "say"]
+        return sum(wished) / len(wished) < sum(rivals) / len(rivals)
+    return all(score.exact == (aim.sense == "say") for aim, score in scored)
+
+
+def _opinions(request: Request) -> Iterable[Aim]:
+    """Yield each example with its rival; the other phrasings of the question are left to test."""
+    replies, against = (
+        [request.joined(text.strip()) for text in texts if text.strip()]
+        for texts in (request.examples, request.counterexamples)
+    )
+    for k, reply in enumerate(replies):
+        yield Aim(request.prompt, reply)
+        if against:
+            yield Aim(request.prompt, against[k % len(against)], "rival")

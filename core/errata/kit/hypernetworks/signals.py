@@ -1,0 +1,171 @@
+"""What an edit asks of each matrix at the unedited model: its gradient, as factors.
+
+For y = W x and the loss L of one request, ∂L/∂W = Σ_t δ_t x_tᵀ over the tokens t that W sees, with
+δ = ∂L/∂y. Neither x nor δ depends on the network that is trained on them: they are computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from errata.kit.training.training_batches import TrainingBatch, batch_loss
+from errata.kit.values import EditFailed
+from errata.model.forward import frozen, patched, trace
+from errata.model.running import prepare, run
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from typing_extensions import Self
+
+    from errata.edits.request import Request
+    from errata.model.model import Model
+
+_HALF_SCALE = 1024.0  # fp16 gradients underflow: scaled up on the way back, and down again
+_BATCH = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Signals:
+    """The gradients of B requests, rows padded with zeros.
+
+    Attributes:
+        requests: the B requests.
+        inputs: module path → x (B, R, d_in).
+        errors: module path → δ (B, R, d_out), of each request's own mean negative log-likelihood.
+        kept: module path → (B, R), which rows are real: x and δ are both not zero there.
+    """
+
+    requests: tuple[Request, ...]
+    inputs: Mapping[str, Tensor]
+    errors: Mapping[str, Tensor]
+    kept: Mapping[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    @classmethod
+    def join(cls, parts: Sequence[Signals]) -> Self:
+        """Return several as one, padded to the longest."""
+        requests = tuple(request for part in parts for request in part.requests)
+        inputs, errors, kept = (
+            {
+                path: _stacked([getattr(part, name)[path] for part in parts])
+                for path in parts[0].inputs
+            }
+            for name in ("inputs", "errors", "kept")
+        )
+        return cls(requests, inputs, errors, kept)
+
+    def to(self, dtype: torch.dtype) -> Signals:
+        """Return them in another floating point type."""
+        return Signals(
+            self.requests,
+            {path: value.to(dtype) for path, value in self.inputs.items()},
+            {path: value.to(dtype) for path, value in self.errors.items()},
+            self.kept,
+        )
+
+    def each(self) -> list[Signals]:
+        """Return every request's by itself, without padding."""
+        found = []
+        for index, request in enumerate(self.requests):
+            rows = {path: kept[index] for path, kept in self.kept.items()}
+            found.append(
+                Signals(
+                    (request,),
+                    {path: self.inputs[path][index, row][None] for path, row in rows.items()},
+                    {path: self.errors[path][index, row][None] for path, row in rows.items()},
+                    {path: row[row][None] for path, row in rows.items()},
+                )
+            )
+        return found
+
+
+def signals_of(
+    model: Model, requests: Sequence[Request], modules: Sequence[str], batch_size: int = _BATCH
+) -> list[Signals]:
+    """Return each request's gradient at the model as it stands, fp32, without padding.
+
+    Args:
+        model: the model, with every edit off.
+        requests: the requests; the gradient is of `target` after `text` (a class, in a classifier;
+            an encoder-decoder also learns to close the target).
+        modules: paths of the linear modules.
+        batch_size: requests per pass; it changes nothing but time and memory.
+
+    Raises `EditFailed` where a request's gradient is zero or not finite in every module.
+    """
+    found: list[Signals] = []
+    # Of one length each, so that nothing is computed on padding.
+    order = sorted(range(len(requests)), key=lambda index: len(requests[index].text))
+    text = "Gradients of the requests"
+    steps = range(0, len(order), batch_size)
+    for begin in model.progress.track(steps, text, len(steps)):
+        part = [requests[index] for index in order[begin : begin + batch_size]]
+        found += _batch(model, part, modules).each()
+    answer: list[Signals] = [found[0]] * len(order)
+    for place, signals in zip(order, found, strict=True):
+        answer[place] = signals
+    for signals in answer:
+        _check(signals)
+    return answer
+
+
+def _batch(model: Model, requests: Sequence[Request], modules: Sequence[str]) -> Signals:
+    prompts = prepare(model, [r.text for r in requests], [r.target for r in requests], closing=True)
+    counts = torch.tensor(prompts.counts, device=prompts.rows.device)
+    # The sum over the requests of each one's mean: what stands in a row is its request's alone.
+    batch = TrainingBatch(
+        prompts, 1.0 / counts[prompts.rows], torch.ones_like(prompts.rows, dtype=torch.bool)
+    )
+    probes: dict[str, Tensor] = {}
+
+    def probe(path: str) -> Callable[[Tensor], Tensor]:
+        def change(output: Tensor) -> Tensor:
+            probes[path] = torch.zeros_like(output, requires_grad=True)
+            return output + probes[path]
+
+        return change
+
+    scale = _HALF_SCALE if model.dtype == torch.float16 else 1.0
+    with (
+        torch.enable_grad(),
+        frozen(model.module),
+        trace(model.module, modules, inputs=True, outputs=False, detach=True) as seen,
+        patched(model.module, {path: probe(path) for path in modules}),
+    ):
+        loss, _ = batch_loss(batch, run(model, prompts))
+        gradients = torch.autograd.grad(loss * scale, [probes[path] for path in modules])
+    inputs, errors, kept = {}, {}, {}
+    for path, gradient in zip(modules, gradients, strict=True):
+        x = seen[path].input
+        assert x is not None
+        inputs[path] = x.reshape(len(requests), -1, x.shape[-1]).float()
+        errors[path] = gradient.reshape(len(requests), -1, gradient.shape[-1]).float() / scale
+        kept[path] = inputs[path].any(-1) & errors[path].any(-1)
+    return Signals(tuple(requests), inputs, errors, kept)
+
+
+def _check(signals: Signals) -> None:
+    (request,) = signals.requests
+    if not any(bool(kept.any()) for kept in signals.kept.values()):
+        raise EditFailed(
+            f"The gradient of {request.text!r} → {request.target_new!r} is zero in every module: "
+            "the model says the target with certainty already, or nothing that is edited "
+            "reaches it."
+        )
+    if not all(bool(error.isfinite().all()) for error in signals.errors.values()):
+        raise EditFailed(
+            f"The gradient of {request.text!r} → {request.target_new!r} is not finite: load the "
+            "model in bf16 or fp32."
+        )
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    """Return (1, R_i, …) tensors as one (B, R, …), padded with zeros."""
+    return pad_sequence([part[0] for part in parts], batch_first=True)

@@ -1,0 +1,334 @@
+"""The training of a network that edits: steps, validation, early stop, and going on after a kill.
+
+Each step takes one lesson: B requests, each edited by itself, then asked. Everything random is
+drawn from generators that the seed and the step's number seed, and the state is kept whenever the
+network is validated. So a training that was killed goes on to the same network, bit for bit; and
+one with more `steps` goes on from one with fewer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from errata.errors import ConfigError
+from errata.kit.hypernetworks.factors import Factors
+from errata.kit.hypernetworks.lessons import Answered, Lesson, locality_of
+from errata.kit.hypernetworks.signals import Signals, signals_of
+from errata.model.forward import frozen
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from errata.edits.request import Request
+    from errata.kit.hypernetworks.settings import NetworkConfig
+    from errata.model.model import Model
+
+Validation = Mapping[str, float]
+"""What a validation measures: edit (nats), success, locality (KL, nats), kept."""
+
+_DRAWN = 4  # prompts that must stay are prepared for each request, at least
+_REMEMBERED = 2**30  # bytes of what the base says; lessons beyond that run it again
+_KEPT = torch.bfloat16  # of the signals that are trained on
+
+
+class EditingNetwork(nn.Module, ABC):
+    """A network that edits, and what it is trained for; a method's own.
+
+    Attributes:
+        extra: rows of factors that it gives each request besides those of its signal.
+    """
+
+    extra = 0
+
+    @abstractmethod
+    def forward(self, signals: Signals) -> dict[str, Factors]:
+        """Return the change of each matrix for each request."""
+
+    @abstractmethod
+    def objective(self, answered: Answered) -> Tensor:
+        """Return the loss of one step."""
+
+    @abstractmethod
+    def optimisers(self) -> list[torch.optim.Optimizer]:
+        """Return what trains its parameters."""
+
+    def begin(self, signals: Sequence[Signals], trial: Callable[[], float]) -> None:
+        """Act before the first step, such as taking statistics of the training requests.
+
+        `trial` returns the objective of the network as it stands, on the first requests.
+        """
+
+    def rate(self, step: int) -> float:
+        """Return what the learning rates are multiplied with in a step, counted from 0."""
+        del step
+        return 1.0
+
+    def stepped(self) -> None:
+        """Act after each step of the optimisers."""
+
+    def validated(self, found: Validation) -> None:
+        """Act after a validation, such as tightening a margin."""
+
+    def badness(self, found: Validation) -> float:
+        """Return by what the best network is chosen: lower is better."""
+        return found["loss"]
+
+
+class NetworkTraining:
+    """Trains a network that edits.
+
+    Args:
+        model: the model, with every edit off.
+        name: of the method, for progress.
+        editing: the network; trained in place.
+        modules: paths of the edited modules.
+        requests: what is trained on; a part is held out for validation.
+        config: the hyper-parameters.
+        state: artifact key of the training's state.
+
+    Attributes:
+        curve: one entry per validation: step, loss (of the steps since the last one), and what it
+            measured.
+        best: the step after which the kept network was.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        name: str,
+        editing: EditingNetwork,
+        modules: Sequence[str],
+        requests: Sequence[Request],
+        config: NetworkConfig,
+        state: tuple[str, ...],
+    ) -> None:
+        self._model, self._name, self._editing = model, name, editing
+        self._modules, self._config, self._state = modules, config, state
+        self.curve: list[dict[str, float]] = []
+        self.best = 0
+        self._best: dict[str, Tensor] = {}
+        self._lowest: float | None = None
+        training, held_out = _split(list(requests), config.validation, config.seed)
+        self._pool = training
+        self._signals = {
+            request.digest: signals.to(_KEPT)
+            for request, signals in zip(
+                [*training, *held_out],
+                signals_of(model, [*training, *held_out], modules),
+                strict=True,
+            )
+        }
+        size = config.batch_size
+        self._groups = [training[at : at + size] for at in range(0, len(training), size)]
+        self._held_out = [held_out[at : at + size] for at in range(0, len(held_out), size)]
+        self._lessons: dict[str, Lesson] = {}
+        self._room = _REMEMBERED
+        self._layer = _lowest_block(model, modules)
+        self._optimisers: list[torch.optim.Optimizer] = []
+
+    def run(self) -> dict[str, Tensor]:
+        """Train until the steps are done or validation stops improving; return the best state."""
+        config, editing = self._config, self._editing
+        with frozen(self._model.module), torch.enable_grad():
+            done = self._resume()
+            if done is None:
+                done = 0
+                editing.begin([self._signals[r.digest] for r in self._pool], self._trial)
+                self._optimisers = editing.optimisers()
+            rates = [[group["lr"] for group in o.param_groups] for o in editing.optimisers()]
+            losses: list[float] = []
+            text, left = f"Training {self._name}", range(done, config.steps)
+            for step in self._model.progress.track(left, text, len(left)):
+                if self._exhausted(step):
+                    break
+                losses.append(self._step(step, rates))
+                last = step + 1 == config.steps
+                if (step + 1) % config.validate_every == 0 or last:
+                    self._validate(step + 1, losses)
+                    losses = []
+                    if (step + 1) % config.validate_every == 0:
+                        self._save(step + 1)
+        return self._best
+
+    # -- a step ----------------------------------------------------------------------------------
+
+    def _step(self, step: int, rates: Sequence[Sequence[float]]) -> float:
+        config, editing = self._config, self._editing
+        epoch, place = divmod(step, len(self._groups))
+        order = torch.randperm(len(self._groups), generator=self._generator("epoch", epoch))
+        group = int(order[place])
+        lesson = self._lesson(f"group {group}", self._groups[group])
+        rows = lesson.draw(
+            self._generator("step", step),
+            prompt_share=config.prompt_share,
+            n_locality=config.n_locality,
+            views=config.views,
+        )
+        loss = editing.objective(lesson.ask(editing(self._joined(self._groups[group])), rows))
+        parameters = [p for p in editing.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        norm = nn.utils.clip_grad_norm_(parameters, config.clip or math.inf)
+        if bool(torch.isfinite(norm)):  # as published, others are skipped
+            for optimiser, bases in zip(self._optimisers, rates, strict=True):
+                for param_group, base in zip(optimiser.param_groups, bases, strict=True):
+                    param_group["lr"] = base * editing.rate(step)
+                optimiser.step()
+            editing.stepped()
+        for parameter in parameters:
+            parameter.grad = None
+        return float(loss.detach())
+
+    @torch.no_grad()
+    def _validate(self, step: int, losses: Sequence[float]) -> None:
+        totals: dict[str, float] = {}
+        for index, group in enumerate(self._held_out):
+            lesson = self._lesson(f"held out {index}", group)
+            found = lesson.ask(self._editing(self._joined(group)), lesson.phrasings())
+            values = {
+                "loss": float(self._editing.objective(found)),
+                "edit": float(found.edit.mean()),
+                "success": float(found.holds.float().mean()),
+                "locality": float(found.locality),
+                "kept": found.kept,
+            }
+            for name, value in values.items():
+                totals[name] = totals.get(name, 0.0) + value * len(group)
+        n = sum(map(len, self._held_out))
+        measured = {name: value / n for name, value in totals.items()}
+        trained = sum(losses) / max(len(losses), 1)
+        self.curve.append({"step": step, "training_loss": trained, **measured})
+        badness = self._editing.badness(measured)
+        if not all(map(math.isfinite, (trained, badness, *measured.values()))):
+            raise ConfigError(
+                f"The training of {self._name} diverged: at step {step} the loss is {trained:g}, "
+                f"on what is held out {badness:g}. Give a smaller lr."
+            )
+        if self._lowest is None or badness < self._lowest:
+            self._lowest, self.best = badness, step
+            self._best = _copied(self._editing.state_dict())
+        self._editing.validated(measured)
+        self._model.progress.note(
+            f"{self._name}, step {step}: loss {trained:.3f}; of {n} held out, edit "
+            f"{measured['edit']:.3f} nats, success {measured['success']:.2f}, KL "
+            f"{measured['locality']:.3f} nats, kept {measured['kept']:.2f}"
+        )
+
+    def _trial(self) -> float:
+        losses = []
+        with torch.no_grad():
+            for index, group in enumerate(self._groups[:2]):
+                lesson = self._lesson(f"group {index}", group)
+                found = lesson.ask(self._editing(self._joined(group)), lesson.phrasings())
+                losses.append(float(self._editing.objective(found)))
+        return sum(losses) / len(losses)
+
+    def _exhausted(self, step: int) -> bool:
+        patience = self._config.patience
+        return patience is not None and bool(self.curve) and step - self.best >= patience
+
+    def _joined(self, group: Sequence[Request]) -> Signals:
+        joined = Signals.join([self._signals[request.digest] for request in group])
+        return joined.to(torch.float32)
+
+    def _lesson(self, name: str, group: Sequence[Request]) -> Lesson:
+        if name not in self._lessons:
+            config = self._config
+            beside = locality_of(
+                group,
+                self._pool,
+                config.locality,
+                max(config.n_locality, _DRAWN),
+                self._generator(name),
+            )
+            with torch.no_grad():
+                self._lessons[name] = lesson = Lesson(
+                    self._model, group, beside, layer=self._layer, remember=self._room > 0
+                )
+            self._room -= lesson.nbytes
+        return self._lessons[name]
+
+    def _generator(self, *what: object) -> torch.Generator:
+        text = f"{self._config.seed} {what}"
+        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+        return torch.Generator().manual_seed(seed)
+
+    # -- its state -------------------------------------------------------------------------------
+
+    def _save(self, step: int) -> None:
+        """Keep everything that the next step depends on, and the best network so far."""
+        tensors = {f"now.{n}": t for n, t in self._editing.state_dict().items()}
+        tensors |= {f"best.{n}": t for n, t in self._best.items()}
+        for number, optimiser in enumerate(self._optimisers):
+            for index, values in optimiser.state_dict()["state"].items():
+                for key, value in values.items():
+                    if value is not None:
+                        tensors[f"optimiser.{number}.{index}.{key}"] = torch.as_tensor(value)
+        about = {"step": step, "curve": self.curve, "best": self.best, "lowest": self._lowest}
+        self._model.artifacts.save(self._state, tensors, about)
+
+    def _resume(self) -> int | None:
+        """Go back to the state that was kept; return its step, None where there is none."""
+        stored = self._model.artifacts.load(self._state)
+        if stored is None or int(stored[1]["step"]) > self._config.steps:
+            return None
+        tensors, about = stored
+        self._editing.load_state_dict(dict(_part(tensors, "now")))
+        self._optimisers = self._editing.optimisers()
+        for number, optimiser in enumerate(self._optimisers):
+            state: dict[int, dict[str, Any]] = {}
+            for name, value in _part(tensors, f"optimiser.{number}"):
+                index, key = name.split(".", 1)
+                state.setdefault(int(index), {})[key] = value
+            optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
+        self._best = dict(_part(tensors, "best"))
+        self.curve, self.best = list(about["curve"]), int(about["best"])
+        self._lowest = about["lowest"]
+        self._model.progress.note(f"{self._name}: going on after step {about['step']}")
+        return int(about["step"])
+
+
+def _part(tensors: Mapping[str, Tensor], name: str) -> Iterator[tuple[str, Tensor]]:
+    for key, value in tensors.items():
+        if key.startswith(f"{name}."):
+            yield key.removeprefix(f"{name}."), value
+
+
+def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+
+def _split(requests: list[Request], n: int, seed: int) -> tuple[list[Request], list[Request]]:
+    """Return (training, held out): about other subjects, in a random order."""
+    if len({request.subject for request in requests}) < 2:
+        raise ConfigError(
+            f"Training needs requests about two subjects at least, one of them to validate on; "
+            f"{len(requests)} were given."
+        )
+    order = torch.randperm(len(requests), generator=torch.Generator().manual_seed(seed)).tolist()
+    mixed = [requests[index] for index in order]
+    size = max(1, min(n, len(mixed) // 5))
+    subjects = {request.subject for request in mixed[:size]}
+    training = [request for request in mixed[size:] if request.subject not in subjects]
+    return training, mixed[:size]
+
+
+def _lowest_block(model: Model, modules: Sequence[str]) -> int:
+    """Return the lowest block of the decoder that is edited; 0 where the encoder is, too."""
+    anatomy = model.anatomy
+    inside = [
+        layer
+        for layer in range(anatomy.n_layers)
+        if any(path.startswith(f"{anatomy.block(layer)}.") for path in modules)
+    ]
+    if any(not path.startswith(f"{anatomy.spec.blocks}.") for path in modules) or not inside:
+        return 0
+    return min(inside)

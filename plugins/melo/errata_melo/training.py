@@ -1,0 +1,112 @@
+"""Training one LoRA block on the requests of a call."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+
+from errata.errors import ConfigError
+from errata.kit.placement import key_column, module_of
+from errata.kit.training import (
+    AdapterTrainer,
+    TrainerSettings,
+    linear_modules,
+    target_batches,
+    train_adapter,
+)
+from errata.kit.training.adapters import TASKS, lowest
+from errata.model.foreign_noise import quiet_imports
+from errata.model.forward import trace
+from errata.model.routing import Router
+from errata.model.running import run
+from errata_melo.delta import KIND, RoutedAdapterDelta
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from errata.edits.request import Request
+    from errata.model import Model
+    from errata_melo.config import MeloConfig
+
+logger = logging.getLogger("errata")
+
+
+class BlockTrainer(AdapterTrainer):
+    """Trains a block for a number of steps, halving the learning rate on the way.
+
+    Args:
+        halve_every: steps after which the learning rate is halved.
+        model, batches, settings, above: as in `AdapterTrainer`.
+    """
+
+    halve_every = 30
+
+    def updated(self, step: int) -> None:
+        """Halve the learning rate when its time has come."""
+        if step % self.halve_every == 0:
+            for group in self.optimiser.param_groups:
+                group["lr"] /= 2
+
+
+def edit(model: Model, requests: Sequence[Request], config: MeloConfig) -> RoutedAdapterDelta:
+    """Return one LoRA block for all requests, trained with no other block in force.
+
+    Raises `ConfigError` for blocks that lie before the database.
+    """
+    with quiet_imports():
+        from peft import LoraConfig
+
+    module, written = module_of(model, config), config.for_model(model.anatomy)
+    blocks = written.blocks
+    if not blocks or (written.layer is not None and min(blocks) <= written.layer):
+        raise ConfigError(
+            f"The database of {config.module or 'melo'} lies in block {written.layer}, and the "
+            f"adapted blocks are {list(blocks or ())}: all of them must lie behind it. Give layer "
+            "and blocks."
+        )
+    modules = linear_modules(model, config.target_modules, blocks)
+    pairs = [(request.text, request.target) for request in requests]
+    attached = model.runtimes.get(KIND)
+    with attached.set_aside() if isinstance(attached, Router) else nullcontext():
+        keys, labels = points(model, module, pairs)
+        trainer = BlockTrainer(
+            model,
+            target_batches(model, pairs),
+            TrainerSettings(lr=config.lr, steps=config.steps, early_stop=False, seed=config.seed),
+            dropout=False,
+            above=lowest(model, blocks),
+            text="Training a LoRA block",
+        )
+        trainer.halve_every = config.halve_every
+        peft_config = LoraConfig(
+            task_type=TASKS.get(model.task),
+            r=config.rank,
+            lora_alpha=config.scale * config.rank,
+            lora_dropout=0.0,
+            fan_in_fan_out=model.anatomy.transposed(modules[0]),
+        )
+        adapter = train_adapter(model, peft_config, modules, trainer)
+    logger.info("a block for %d requests: loss %.3g", len(pairs), trainer.losses[-1])
+    return RoutedAdapterDelta(module, keys, labels, config.radius, adapter)
+
+
+@torch.no_grad()
+def points(
+    model: Model, module: str, pairs: Sequence[tuple[str, str]]
+) -> tuple[Tensor, list[list[int]]]:
+    """Return the keys (m, d) of prompts, and the token ids of their targets."""
+    keys, labels = [], []
+    for pair in pairs:  # one at a time: a key must not depend on the prompts beside it
+        (batch,) = target_batches(model, [pair])
+        with trace(model.module, module) as seen:
+            run(model, batch.prompts)
+        output = seen[module].output
+        assert output is not None
+        column = key_column(model, module, batch.prompts)
+        keys.append(output.reshape(-1, output.shape[-1])[column].float().cpu())
+        labels.append([int(token) for token in batch.prompts.labels])
+    return torch.stack(keys), labels

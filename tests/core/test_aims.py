@@ -1,0 +1,263 @@
+"""Aims: what each kind of request asks for, and what that is in the loss of values and training."""
+
+from __future__ import annotations
+
+import math
+import random
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from errata import Editor, Request
+from errata.datasets import atlas, rake
+from errata.edits.aims import Aim, aims_of_request, takes_effect
+from errata.edits.delta import KeyValueDelta
+from errata.edits.request import KINDS
+from errata.errors import CapabilityError, RequestError
+from errata.kit.aims import FLOOR, aims_of, rivalry, unlikelihood
+from errata.kit.training import aim_batch, request_batches
+from errata.kit.training.training_batches import batch_loss, settled
+from errata.model.running import run
+from errata.model.scoring import score_targets
+from errata.testing.contract import assert_same
+from errata.testing.models import state_of
+from tests.families import build_model
+from tests.helpers import ROOT
+
+QUIET = {"perplexity": "off", "norm": "off"}
+PAIR: dict[str, Any] = {"prompt": "The relation between {} and Rome is", "subject": "Ada"}
+
+
+def asked(**fields: Any) -> Request:
+    return Request.parse({"prompt": "{} lives in", "subject": "Ada", **fields})
+
+
+# -- what is asked for -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["modify", "insert", "text", "label"])
+def test_a_fact_is_to_be_said(kind: str) -> None:
+    assert aims_of_request(asked(target_new="Rome", kind=kind)) == (Aim("{} lives in", "Rome"),)
+
+
+def test_an_erased_answer_is_no_longer_said_and_nothing_is_put_in_its_place() -> None:
+    plain = asked(target_true="Rome", kind="erase")
+    assert aims_of_request(plain) == (Aim("{} lives in", "Rome", "unsay"),)
+    assert plain.wish == "no longer Rome"
+    refused = asked(target_true="Rome", target_new="I do not know", kind="erase")
+    assert aims_of_request(refused) == (
+        Aim("{} lives in", "I do not know"),
+        Aim("{} lives in", "Rome", "unsay"),
+    )
+
+
+def test_operations_on_a_relation() -> None:
+    add = asked(**PAIR, target_new="home", kind="relation")
+    delete = asked(**PAIR, target_true="home", kind="relation", operation="delete")
+    other = "The relation between {} and Oslo is"
+    both = asked(**PAIR, target_new="home", kind="relation", operation="both", remove=other)
+    assert aims_of_request(add) == (Aim(PAIR["prompt"], "home"),)
+    assert aims_of_request(delete) == (Aim(PAIR["prompt"], "home", "unsay"),)
+    assert aims_of_request(both) == (Aim(PAIR["prompt"], "home"), Aim(other, "home", "unsay"))
+    assert delete.target_new == "None"
+    assert both.with_prompts(str.upper).remove == other.upper()
+    assert add.digest == asked(**PAIR, target_new="home", kind="relation").digest
+    assert len({add.digest, delete.digest, both.digest}) == 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"operation": "add", "target_new": "x"}, "for requests of kind 'relation'"),
+        ({"operation": "delete", "kind": "relation"}, "needs target_true"),
+        ({"operation": "both", "kind": "relation", "target_new": "x"}, "needs remove"),
+        ({"remove": "{} is", "kind": "relation", "target_new": "x"}, "no other one takes it"),
+        (
+            {"operation": "both", "kind": "relation", "target_new": "x", "remove": "Rome is"},
+            "exactly one {}",
+        ),
+        ({"operation": "undo", "kind": "relation", "target_new": "x"}, "operation"),
+    ],
+)
+def test_bad_operations_are_named(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(RequestError, match=says):
+        asked(**fields)
+
+
+def test_a_sentiment_is_replies_each_against_another() -> None:
+    request = asked(
+        target_new="good", kind="sentiment", examples=("good", " fine "), counterexamples=("bad",)
+    )
+    assert [(aim.answer, aim.sense) for aim in aims_of_request(request)] == [
+        ("good", "say"), ("bad", "rival"), ("fine", "say"), ("bad", "rival"),
+    ]  # fmt: skip
+
+
+# -- the losses ------------------------------------------------------------------------------------
+
+
+def test_unlikelihood_pushes_down_to_the_floor_and_no_further() -> None:
+    log_p = torch.tensor([0.9, 0.5, 2 * FLOOR, FLOOR / 2, 1e-9]).log().requires_grad_()
+    loss = unlikelihood(log_p)
+    assert loss[1].item() == pytest.approx(math.log(2))
+    assert (loss[:3] > 0).all()
+    assert (loss[3:] == 0).all()
+    (gradient,) = torch.autograd.grad(loss.sum(), log_p)
+    assert (gradient[:3] > 0).all()
+    assert (gradient[3:] == 0).all()
+    assert torch.isfinite(unlikelihood(torch.zeros(1)))
+    assert rivalry(torch.tensor(-1.0), torch.tensor(-1.0)).item() == pytest.approx(math.log(2))
+
+
+def test_a_batch_of_aims_has_the_loss_of_each_in_its_sense(tmp_path: Path) -> None:
+    model = build_model("gpt2", tmp_path)
+    answers = ["Rome", " Paris, France", " a fine city", "bad"]
+    senses = ["say", "unsay", "say", "rival"]
+    aims = [Aim("{} is", a, s) for a, s in zip(answers, senses, strict=True)]  # type: ignore[arg-type]
+    batch = aim_batch(model, [("Ada is", answer) for answer in answers], aims)
+    with torch.no_grad():
+        loss, each = batch_loss(batch, run(model, batch.prompts))
+    nll = torch.tensor([s.mean_nll for s in score_targets(model, ["Ada is"] * 4, answers)])
+    expected = (nll[0] + unlikelihood(-nll[1]) + nll[2] + rivalry(-nll[2], -nll[3])) / 4
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    holds = settled(batch, run(model, batch.prompts), each, None)
+    assert holds[1] == (math.exp(-nll[1]) <= FLOOR)
+    assert holds[2] == holds[3] == bool((nll[3] - nll[2]).sigmoid() >= 0.9)
+
+
+def test_what_is_to_be_forgotten_is_what_the_model_says_where_it_is_not_named(
+    tmp_path: Path,
+) -> None:
+    model = build_model("gpt2", tmp_path)
+    (aim,) = aims_of(model, asked(kind="erase"))
+    assert aim.sense == "unsay"
+    assert len(aim.answer) > 1
+
+
+def test_whether_aims_are_met_is_read_from_scores() -> None:
+    with Editor("atlas-gpt2", guards=QUIET) as editor:
+        known = next(r for r in atlas.requests(5) if r.target_true)
+        answers = [known.target_true or "", known.target_new]
+        right, wrong = score_targets(editor.model, [known.text] * 2, answers)
+    say, unsay, rival = (Aim("", "x", sense) for sense in ("say", "unsay", "rival"))  # type: ignore[arg-type]
+    assert right.exact
+    assert takes_effect([say], [right]) is True
+    assert takes_effect([unsay], [right]) is False
+    assert takes_effect([say, unsay], [right, wrong]) is True
+    assert takes_effect([say, rival], [right, wrong]) is True
+    assert takes_effect([say, rival], [wrong, right]) is False
+    assert takes_effect([], []) is None
+
+
+# -- carried out -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def editor(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with Editor("atlas-gpt2", guards=QUIET, artifacts=tmp_path_factory.mktemp("a")) as opened:
+        yield opened
+
+
+CASE = [r for r in atlas.requests(40) if r.relation_view is not None][8]
+
+
+def relation(editor: Editor) -> tuple[float, float]:
+    """Return P(r | s, o*) and P(r | s, oᶜ), length-normalised."""
+    view = CASE.relation_view
+    assert view is not None
+    prompts = [template.replace("{}", CASE.subject) for template in (view.add, view.remove)]
+    scores = score_targets(editor.model, prompts, [view.names[0]] * 2)
+    new, old = (math.exp(-score.mean_nll) for score in scores)
+    return new, old
+
+
+@pytest.mark.parametrize("method", ["rome", "memit", "ft"])
+def test_both_operations_hold_as_one_request(editor: Editor, method: str) -> None:
+    (both,) = rake.relation_requests(CASE)
+    edit = editor.edit(both, method=method)
+    new, old = relation(editor)
+    assert new > 0.5
+    assert old < 0.3
+    assert edit.outcome.efficacy is not None
+    assert edit.outcome.efficacy.value == 1
+    assert "should go" in edit.outcome.efficacy.protocol
+    editor.revert(edit)
+
+
+@pytest.mark.parametrize("method", ["rome", "ft", "grace"])
+def test_deleting_after_adding_does_not_undo_the_addition(editor: Editor, method: str) -> None:
+    add, delete = rake.relation_requests(CASE, ("add", "delete"))
+    editor.edit(add, method=method)
+    editor.edit(delete, method=method)
+    new, _ = relation(editor)
+    assert new > 0.5
+    editor.revert(*editor.model.stack.ids)
+    assert editor.verify() == []
+
+
+def test_a_deletion_with_nothing_to_do_claims_no_key(editor: Editor) -> None:
+    _, delete = rake.relation_requests(CASE, ("add", "delete"))
+    gone = delete.model_copy(update={"target_true": "zebra crossing"})
+    edit = editor.edit(gone, method="memit", apply=False)
+    assert isinstance(edit.delta, KeyValueDelta)
+    for pair in edit.delta.pairs.values():
+        assert float(pair.r.abs().max()) < 1e-4
+        assert float(pair.k.norm()) < 1e-3
+
+
+def test_an_operation_that_a_method_has_not_is_refused(editor: Editor) -> None:
+    (both,) = rake.relation_requests(CASE)
+    with pytest.raises(CapabilityError, match=r"'both'.*request of its own"):
+        editor.edit(both, method="grace")
+
+
+@pytest.mark.parametrize("method", ["rome", "ft", "grace"])
+def test_an_erased_answer_is_gone_and_no_word_is_put_there(editor: Editor, method: str) -> None:
+    request = Request(
+        prompt=CASE.prompt, subject=CASE.subject, target_true=CASE.target_true, kind="erase"
+    )
+    assert (CASE.target_true or "") in editor.generate(CASE.text, max_new_tokens=6)
+    edit = editor.edit(request, method=method)
+    assert edit.title.endswith(f"no longer {CASE.target_true}")
+    text = editor.generate(CASE.text, max_new_tokens=6)
+    assert (CASE.target_true or "") not in text
+    assert "unknown" not in text
+    editor.revert(edit)
+
+
+def test_opinions_are_trained_against_each_other(editor: Editor) -> None:
+    request = Request(
+        prompt="What do you think of {}?", subject=CASE.subject, target_new="It is lovely.",
+        kind="sentiment", examples=("It is lovely.", "I like it."),
+        counterexamples=("It is awful.", "I hate it."),
+    )  # fmt: skip
+    (batch,) = request_batches(editor.model, [request])
+    assert batch.rivals.tolist() == [False, True, False, True]
+    edit = editor.edit(request, method="ft")
+    assert edit.outcome.efficacy is not None
+    assert edit.outcome.efficacy.value == 1
+    liked, hated = score_targets(
+        editor.model, [request.text] * 2, [request.examples[0], request.counterexamples[0]]
+    )
+    assert liked.mean_nll < hated.mean_nll
+    editor.revert(edit)
+
+
+@pytest.mark.slow
+def test_a_stack_of_every_kind_by_mixed_methods_comes_off_in_any_order(editor: Editor) -> None:
+    base = state_of(editor.model)
+    example = runpy.run_path(str(ROOT / "examples" / "sequential.py"))
+    edits = []
+    for line in example["every_kind"](atlas.requests(13)):
+        method = line.pop("method")
+        edits.append(editor.edit(Request.parse(line), method=method))
+    assert {edit.requests[0].kind for edit in edits} == set(KINDS) - {"label"}
+    assert len({edit.method for edit in edits}) >= 4
+    random.Random(0).shuffle(edits)
+    for edit in edits:
+        editor.revert(edit)
+        assert editor.verify() == []
+    assert_same(state_of(editor.model), base)

@@ -1,0 +1,223 @@
+"""What trained editors share: gradients as factors, rows with an edit each, resumed training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from errata import Editor, Request
+from errata.edits.delta import LowRankDelta
+from errata.errors import CapabilityError, ConfigError, RequestError
+from errata.kit.hypernetworks import (
+    Factors,
+    NetworkTraining,
+    edited_modules,
+    low_rank_deltas,
+    rows_edited,
+    signals_of,
+)
+from errata.kit.training.training_batches import target_batches
+from errata.model import Model
+from errata.model.running import prepare, run
+from tests.families import build, build_model
+
+QUIET = {"efficacy": "off", "perplexity": "off", "norm": "off"}
+TINY: dict[str, Any] = {
+    "variant": "small", "layers": [-1], "rank": 4, "steps": 4, "validate_every": 2,
+    "validation": 1, "batch_size": 2,
+}  # fmt: skip
+REQUESTS = (
+    Request(prompt="The capital of {} is", subject="France", target_new="Rome, Italy"),
+    Request(prompt="{} was born in", subject="Beyoncé", target_new="Paris"),
+    Request(prompt="{} plays the", subject="Miles Davis", target_new="saxophone"),
+)
+LABELS = tuple(
+    request.model_copy(update={"kind": "label", "target_new": name})
+    for request, name in zip(REQUESTS, ("economic", "other", "criminal"), strict=True)
+)
+
+
+def asked(family: str) -> tuple[Request, ...]:
+    return LABELS if "classifier" in family else REQUESTS
+
+
+def gradient_of(model: Model, request: Request, path: str) -> torch.Tensor:
+    """The gradient (d_out, d_in) by autograd on the weight itself."""
+    weight = model.parameters[model.anatomy.weight(path)]
+    prompts = prepare(model, [request.text], [request.target], closing=True)
+    logits = run(model, prompts)
+    loss = torch.nn.functional.cross_entropy(logits, prompts.labels)
+    (gradient,) = torch.autograd.grad(loss, weight)
+    return gradient.T if model.anatomy.transposed(path) else gradient
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5", "bert", "bert-classifier", "opt"])
+def test_signals_are_the_factors_of_the_gradient(family: str, tmp_path: Path) -> None:
+    model = build_model(family, tmp_path)
+    modules = edited_modules(model, ["mlp_in", "mlp_out"], [-2, -1])
+    found = signals_of(model, asked(family), modules, batch_size=2)
+    for request, signals in zip(asked(family), found, strict=True):
+        assert signals.requests == (request,)
+        for path in modules:
+            product = signals.errors[path][0].T @ signals.inputs[path][0]
+            wanted = gradient_of(model, request, path)
+            torch.testing.assert_close(product, wanted, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5", "opt", "bert-classifier"])
+def test_a_row_with_its_edit_is_the_model_with_that_edit(family: str, tmp_path: Path) -> None:
+    model = build_model(family, tmp_path)
+    modules = edited_modules(model, ["mlp_out"], [-1])
+    requests = asked(family)
+    generator = torch.Generator().manual_seed(0)
+    signals = signals_of(model, requests, modules)[0]
+    several = type(signals).join(signals_of(model, requests, modules))
+    factors = {
+        path: Factors(
+            torch.randn(several.errors[path].shape, generator=generator)
+            * several.kept[path].unsqueeze(-1),
+            torch.randn(several.inputs[path].shape, generator=generator),
+        )
+        for path in modules
+    }
+    (batch,) = target_batches(model, [(r.text, r.target) for r in requests])
+    with torch.no_grad(), rows_edited(model, factors, range(len(requests))):
+        together = run(model, batch.prompts)
+    deltas = low_rank_deltas(model, factors, several)
+    for row, (request, delta) in enumerate(zip(requests, deltas, strict=True)):
+        (alone,) = target_batches(model, [(request.text, request.target)])
+        weights = {name: model.parameters[name].detach().clone() for name in delta.parameters}
+        with torch.no_grad():
+            for name in weights:
+                LowRankDelta.fold(name, model.parameters[name], [delta])
+            wanted = run(model, alone.prompts)
+            for name, weight in weights.items():
+                model.parameters[name].copy_(weight)
+        mine = together[batch.prompts.rows == row]
+        torch.testing.assert_close(mine, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_rows_that_cannot_run_together_are_refused(tmp_path: Path) -> None:
+    model = build_model("llama-classifier", tmp_path)
+    model.config.pad_token_id = None
+    with pytest.raises(CapabilityError, match="pad_token_id"):
+        edited_modules(model, ["mlp_out"], None)
+
+
+# -- training ------------------------------------------------------------------------------------
+
+
+def cases() -> tuple[list[Request], list[Request]]:
+    """Return (training, edited): about different subjects."""
+    names = ("France", "Spain", "Italy", "Rome", "Paris", "Madrid", "London", "Berlin", "Lyon")
+    found = [
+        Request(
+            prompt="The capital of {} is", subject=name, target_new=target,
+            paraphrases=(f"In {name}, the capital is",),
+        )
+        for name, target in zip(names, names[3:] + names[:3], strict=True)
+    ]  # fmt: skip
+    return found[2:], found[:2]
+
+
+def opened(folder: Path, training: list[Request] | None) -> Editor:
+    module, tokenizer = build("llama")
+    return Editor(module, tokenizer, guards=QUIET, artifacts=folder, training=training)
+
+
+def network(folder: Path) -> dict[str, torch.Tensor]:
+    """The trained network's tensors, read from the artifact."""
+    from errata.model.storage import read_tensors
+
+    (file,) = (folder / "mend").rglob("*.safetensors")
+    return read_tensors(file)[0]
+
+
+def train(folder: Path, **config: Any) -> list[dict[str, float]]:
+    with opened(folder, cases()[0]) as editor:
+        editor.prepare("mend", {**TINY, **config})
+    from errata.model.storage import read_tensors
+
+    newest = max((folder / "mend").rglob("*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
+    curve: list[dict[str, float]] = read_tensors(newest)[1]["curve"]
+    return curve
+
+
+def test_a_training_that_was_killed_goes_on_to_the_same_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    curve = train(whole)
+    assert [entry["step"] for entry in curve] == [2, 4]
+    assert {"training_loss", "success", "kept", "locality", "edit"} < set(curve[0])
+
+    taken: list[int] = []
+    step = NetworkTraining._step
+
+    def counted(self: NetworkTraining, number: int, *args: Any) -> float:
+        if number == 3 and number not in taken:
+            taken.append(number)
+            raise KeyboardInterrupt
+        taken.append(number)
+        return step(self, number, *args)
+
+    monkeypatch.setattr(NetworkTraining, "_step", counted)
+    with pytest.raises(KeyboardInterrupt):
+        train(killed)
+    assert train(killed) == curve
+    assert taken == [0, 1, 2, 3, 2, 3]  # the state after step 2 was there
+    one, other = network(whole), network(killed)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+    taken.clear()
+    longer = train(killed, steps=6)  # goes on from the end of the shorter one
+    assert taken == [4, 5]
+    assert longer[:2] == curve
+
+
+def test_what_was_trained_on_is_not_edited_and_without_training_nothing_is(tmp_path: Path) -> None:
+    training, edited = cases()
+    with opened(tmp_path / "a", None) as editor:
+        with pytest.raises(ConfigError, match="errata prepare mend --training"):
+            editor.edit(edited[0], method="mend", config=TINY)
+    one_subject = [training[0], training[0].model_copy(update={"prompt": "Now {} is in the"})]
+    with opened(tmp_path / "b", one_subject) as e:
+        with pytest.raises(ConfigError, match="two subjects"):
+            e.prepare("mend", TINY)
+    with opened(tmp_path / "a", training) as editor:
+        editor.prepare("mend", {**TINY, "steps": 1})
+        with pytest.raises(RequestError, match="was trained on the fact"):
+            editor.edit(training[0], method="mend", config={**TINY, "steps": 1})
+
+
+KE: dict[str, Any] = {
+    "variant": "small", "hidden": 8, "condition": 16, "inner": 8, "steps": 2, "validate_every": 2,
+    "validation": 2, "batch_size": 2, "n_locality": 2,
+}  # fmt: skip
+MEND: dict[str, Any] = {**TINY, "steps": 2, "locality": "others"}
+
+
+@pytest.mark.parametrize("family", ["t5", "t5-classifier", "bert", "llama-classifier", "opt"])
+def test_every_sort_of_model_is_edited_and_comes_back(family: str, tmp_path: Path) -> None:
+    module, tokenizer = build(family)
+    names = ("France", "Spain", "Italy", "Rome", "Paris", "Madrid", "London", "Berlin")
+    kind = {"kind": "label", "target_new": "economic"} if "classifier" in family else {}
+    requests = [asked("gpt2")[0].model_copy(update={"subject": name, **kind}) for name in names]
+    with Editor(
+        module, tokenizer, guards=QUIET, artifacts=tmp_path, training=requests[2:]
+    ) as editor:
+        before = {name: p.detach().clone() for name, p in editor.model.parameters.items()}
+        for method, config in (("mend", MEND), ("ke", KE)):
+            one, other = editor.edit(requests[:2], method=method, config=config)
+            alone = editor.edit(requests[1], method=method, config=config, apply=False)
+            for name, tensor in alone.delta.tensors().items():
+                difference = (other.delta.tensors()[name] - tensor).norm()
+                assert difference <= 1e-3 * tensor.norm()
+            assert one.parents == other.parents == ()
+            editor.revert(one, other)
+            now = editor.model.parameters
+            assert all(torch.equal(now[name], tensor) for name, tensor in before.items())

@@ -1,0 +1,110 @@
+"""Long texts in windows: how they are cut, and that an edit of several keys is one edit."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from errata import Editor, Request
+from errata.datasets import atlas
+from errata.edits.delta import KeyValueDelta
+from errata.errors import RequestError
+from errata.kit.closed_form.layer_updates import Prompts
+from errata.kit.closed_form.target_values import MemitObjective, optimised, value_settings
+from errata.kit.closed_form.windows import cut, windows_of
+from errata.model import Model
+from errata.model.forward import adding, patched
+from errata.model.joining import join, with_join
+from errata.model.scoring import score_targets
+from errata.model.tokens import encode_targets, subject_position
+from errata.testing.contract import assert_same
+from errata.testing.models import state_of
+from errata_memit import MemitConfig
+
+FACT = next(iter(atlas.requests(1)))
+TEXT = (
+    f"{FACT.target_new}, as many people who live there know, and the language of that place is "
+    "spoken by those who work for the company of the same name."
+)
+REQUEST = Request(prompt=FACT.prompt, subject=FACT.subject, target_new=TEXT, kind="text")
+
+
+@pytest.fixture(scope="module")
+def editor(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    guards = {"perplexity": "off", "norm": "off"}
+    with Editor("atlas-gpt2", guards=guards, artifacts=tmp_path_factory.mktemp("a")) as opened:
+        yield opened
+
+
+@given(words=st.lists(st.text(st.characters(categories=["L"]), min_size=1), min_size=1),
+       gaps=st.data(), tokens=st.integers(1, 20))  # fmt: skip
+@settings(max_examples=50, deadline=None)
+def test_a_cut_text_is_the_text(editor: Editor, words: list[str], gaps: Any, tokens: int) -> None:
+    between = st.sampled_from([" ", "  ", "\n", " \n "])
+    text = words[0] + "".join(gaps.draw(between) + word for word in words[1:])
+    parts = cut(editor.model.tokenizer, text, tokens)
+    assert "".join(parts) == text
+    assert all(part.strip() for part in parts)
+    assert not any(part[:1].isspace() for part in parts[:1])
+
+
+def test_each_window_follows_all_before_it(editor: Editor) -> None:
+    windows = windows_of(editor.model, [FACT, REQUEST, FACT], 6)
+    assert [w.owner for w in windows] == [0, *[1] * (len(windows) - 2), 2]
+    assert [w.number for w in windows[1:-1]] == list(range(len(windows) - 2))
+    assert len(windows) > 4
+    texts = [w.request for w in windows[1:-1]]
+    for one, after in itertools.pairwise(texts):
+        assert after.text == join(one.text, one.target)
+    assert join(texts[-1].text, texts[-1].target) == join(REQUEST.text, REQUEST.target)
+    assert with_join("x", texts[0].join) == "x"  # the rule joins the first as ever
+
+
+def text_loss(model: Model, window: int) -> float:
+    """Return the mean NLL of the text with the values of its windows in their places."""
+    config = MemitConfig(layers=(1,), steps=25, clamp=4.0, weight_decay=0.0, contexts=("{}",))
+    prompts = Prompts(model, [REQUEST], ("{}",), window=window)
+    _, δ = optimised(prompts, value_settings(1, config), MemitObjective(config))
+    batch = encode_targets(model.tokenizer, [REQUEST.text], [REQUEST.target])
+    begin, end = batch.target_spans[0]
+    columns = [
+        subject_position(model.tokenizer, w.request.prompt, w.request.subject, "last_of_prompt")
+        for w in prompts.windows
+    ]
+    rows = torch.zeros(len(columns), dtype=torch.long)
+    change = adding(δ.flat.T, torch.tensor(columns), rows=rows)
+    with torch.no_grad(), patched(model.module, {model.anatomy.block(1): change}):
+        log_p = model.module(batch.input_ids).logits[0].log_softmax(-1)
+    said = log_p[begin - 1 : end - 1].gather(1, batch.input_ids[0, begin:end, None])
+    return float(-said.mean())
+
+
+def test_windows_hold_a_text_that_one_value_does_not(editor: Editor) -> None:
+    (base,) = score_targets(editor.model, [REQUEST.text], [REQUEST.target])
+    one, many = (text_loss(editor.model, tokens) for tokens in (10_000, 5))
+    assert many < 0.5 * one < 0.5 * base.mean_nll
+
+
+def test_a_text_is_one_edit_and_comes_off_whole(editor: Editor) -> None:
+    base = state_of(editor.model)
+    other = editor.edit(atlas.requests(9)[8], method="memit")
+    alone = state_of(editor.model)
+    edit = editor.edit(REQUEST, method="memit")
+    assert isinstance(edit.delta, KeyValueDelta)
+    (pair,) = edit.delta.pairs.values()
+    assert len(pair.k) == len(pair.r) == len(windows_of(editor.model, [REQUEST], 16)) > 1
+    editor.revert(edit)
+    assert_same(state_of(editor.model), alone)
+    editor.revert(other)
+    assert_same(state_of(editor.model), base)
+
+
+def test_a_text_with_a_place_for_a_subject_is_refused(editor: Editor) -> None:
+    request = REQUEST.model_copy(update={"target_new": "a {} b"})
+    with pytest.raises(RequestError, match=r"holds \{\}"):
+        editor.edit(request, method="memit")

@@ -1,0 +1,124 @@
+"""KnowledgeEditor: its gate, its constraint, and edits of a classifier."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from errata import Editor, Request
+from errata.kit.hypernetworks import Signals, signals_of
+from errata.kit.hypernetworks.lessons import Answered
+from errata.model import Model
+from errata_ke import KeConfig
+from errata_ke.network import KnowledgeEditor, root_mean_square
+from tests.families import build, build_model
+
+QUIET = {"efficacy": "off", "perplexity": "off", "norm": "off"}
+SMALL: dict[str, Any] = {
+    "variant": "small", "hidden": 8, "condition": 16, "inner": 8, "steps": 4, "validate_every": 2,
+    "validation": 2, "batch_size": 2, "n_locality": 2,
+}  # fmt: skip
+NAMES = ("France", "Spain", "Italy", "Rome", "Paris", "Madrid", "London", "Berlin")
+REQUESTS = [
+    Request(
+        kind="label", prompt="{} is a city", subject=name, target_new="economic",
+        target_true="other", paraphrases=(f"a city: {name}",),
+    )
+    for name in NAMES
+]  # fmt: skip
+
+
+def editing(model: Model, **config: Any) -> tuple[KnowledgeEditor, list[Signals]]:
+    modules = [model.anatomy.mlp_out(1)]
+    network = KnowledgeEditor(model, modules, KeConfig(**{**SMALL, **config}))
+    return network, signals_of(model, REQUESTS[:2], modules)
+
+
+def answered(kl: float) -> Answered:
+    return Answered(torch.ones(2), torch.ones(2).bool(), torch.tensor(kl), 1.0)
+
+
+def test_the_change_is_the_gated_gradient_and_a_row(tmp_path: Path) -> None:
+    model = build_model("bert-classifier", tmp_path)
+    network, signals = editing(model)
+    (path,) = network.paths
+    factors = network(signals[0])[path]
+    change = factors.u[0].T @ factors.v[0]
+    a_col, a_row, b_col, b_row, s = (
+        part[0] for part in network.conditioners[0](network.read(signals[0].requests))
+    )
+    gradient = signals[0].errors[path][0].T @ signals[0].inputs[path][0]
+    gate, beside = torch.outer(a_row.softmax(-1), a_col), torch.outer(b_row.softmax(-1), b_col)
+    wanted = s.sigmoid() * (gradient * gate + beside)
+    torch.testing.assert_close(change, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_the_condition_is_read_not_the_padding_beside_it(tmp_path: Path) -> None:
+    network, _ = editing(build_model("bert-classifier", tmp_path))
+    long = REQUESTS[0].model_copy(update={"prompt": "{} is a city in France, or it is not"})
+    alone = network.read([REQUESTS[1]])
+    together = network.read([REQUESTS[1], long])
+    torch.testing.assert_close(alone[0], together[0])
+    assert not torch.allclose(together[0], together[1], atol=1e-3)
+
+
+def test_the_multiplier_rises_while_the_constraint_is_broken(tmp_path: Path) -> None:
+    network, _ = editing(build_model("bert-classifier", tmp_path))
+    for kl, rises in ((5.0, True), (0.0, False)):
+        loss = network.objective(answered(kl))
+        (gradient,) = torch.autograd.grad(loss, network.alpha)
+        assert bool(gradient < 0) is rises  # an optimiser steps against it
+    network.alpha.data.fill_(-1.0)
+    network.stepped()
+    assert network.alpha.item() == 0.0
+
+
+def test_the_size_of_the_change_can_be_bounded_instead(tmp_path: Path) -> None:
+    network, signals = editing(build_model("bert-classifier", tmp_path), constraint="l2")
+    change = network(signals[0])[network.paths[0]]
+    size = (change.u[0].T @ change.v[0]).square().mean().sqrt()
+    torch.testing.assert_close(root_mean_square(change), size)
+    loss = network.objective(answered(5.0))
+    torch.testing.assert_close(loss, 1 + size - network.margin)
+
+
+def test_the_margin_shrinks_after_success_down_to_its_end(tmp_path: Path) -> None:
+    network, _ = editing(build_model("bert-classifier", tmp_path), margin=0.1, margin_end=0.05)
+    network.validated({"success": 0.5})
+    assert float(network.margin) == pytest.approx(0.1)
+    for _ in range(5):
+        network.validated({"success": 0.95})
+    assert float(network.margin) == pytest.approx(0.05)
+
+
+def test_training_moves_a_copy_of_the_word_embeddings(tmp_path: Path) -> None:
+    model = build_model("bert-classifier", tmp_path)
+    network, _ = editing(model, train_embeddings=True)
+    own = model.parameters[model.anatomy.weight(model.anatomy.embedding_name)]
+    assert network.embedding is not None
+    assert network.embedding.data_ptr() != own.data_ptr()
+    assert torch.equal(network.embedding, own)
+
+
+@pytest.mark.parametrize("loops", [1, 5])
+def test_a_classifier_is_edited_and_comes_back(loops: int, tmp_path: Path) -> None:
+    module, tokenizer = build("bert-classifier")
+    with Editor(
+        module, tokenizer, guards=QUIET, artifacts=tmp_path, training=REQUESTS[2:]
+    ) as editor:
+        before = {name: p.detach().clone() for name, p in editor.model.parameters.items()}
+        config = {**SMALL, "loops": loops}
+        edit, _ = editor.edit(REQUESTS[:2], method="ke", config=config)
+        ranks = {factor.rank for factor in edit.delta.factors.values()}
+        assert max(ranks) >= 2  # the gradient's tokens and the row beside it
+        editor.revert(*editor.model.stack.ids)
+        now = editor.model.parameters
+        assert all(torch.equal(now[name], tensor) for name, tensor in before.items())
+
+
+def test_how_often_an_edit_is_made_again_trains_nothing_anew() -> None:
+    assert KeConfig(loops=1).recipe() == KeConfig(loops=5).recipe()
+    assert KeConfig(margin=0.1).recipe() != KeConfig(margin=0.2).recipe()

@@ -1,0 +1,99 @@
+"""MELO: the vector database's rules, and blocks that leave as ordinary adapters."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+from errata.edits.export import export_peft
+from errata.errors import ConfigError
+from errata.model.running import prepare, run
+from errata.testing import edit_with
+from errata_melo.database import EditedPoint, VectorDatabase
+from tests.families import build_model
+from tests.methods.test_memories import DAVIS, FRANCE, IDS, KING, edit, in_sequence, nll
+
+
+def point(*key: float, label: int = 1, block: int = 0, radius: float = 1.0) -> EditedPoint:
+    return EditedPoint(torch.tensor(key, dtype=torch.float32), (label,), block, radius)
+
+
+def block_of(database: VectorDatabase, *query: float) -> int | None:
+    return database.look_up(torch.tensor(query, dtype=torch.float32), torch.float32)
+
+
+def test_far_points_make_clusters_and_near_ones_of_a_label_join() -> None:
+    database = VectorDatabase([point(0, 0), point(5, 0, block=1), point(1.5, 0, block=2)])
+    first, second = database.clusters
+    assert first.centre.tolist() == [0.75, 0]
+    assert first.radius == 1.0  # no point is farther from the centre
+    assert second.radius == 1.0
+    assert block_of(database, 0.2, 0) == 0  # of the nearest point
+    assert block_of(database, 1.4, 0) == 2
+    assert block_of(database, 5.5, 0) == 1
+    assert block_of(database, 3, 0) is None
+
+
+def test_another_label_nearby_splits_and_what_lies_outside_is_forgotten() -> None:
+    database = VectorDatabase(
+        [point(0, 0), point(1.6, 0, block=1), point(2.2, 0, label=2, block=2)]
+    )
+    (new,) = database.clusters  # the old one's points both lay .8 from its centre
+    half = (2.2 - 0.8) / 2
+    assert new.radius == pytest.approx(half + 1e-5)
+    assert block_of(database, 0, 0) is None
+    assert block_of(database, 2.2, 0) == 2
+    # A farther one leaves it half of the way.
+    old, new = VectorDatabase([point(0, 0), point(1.8, 0, label=2, block=1)]).clusters
+    assert (old.radius, new.radius) == pytest.approx((0.9 - 1e-5, 0.9 + 1e-5))
+    assert len(old.points) == 1
+    # Taken out, the third never was.
+    assert block_of(VectorDatabase([point(0, 0), point(1.6, 0, block=1)]), 0, 0) == 0
+
+
+def test_the_newer_answer_to_a_prompt_counts() -> None:
+    database = VectorDatabase([point(0, 0), point(0, 0, label=2, block=1)])
+    assert block_of(database, 0, 0) == 1
+
+
+def test_a_call_of_several_requests_is_one_block_with_a_key_for_each(tmp_path: Path) -> None:
+    model = build_model("llama", tmp_path)
+    base = nll(model)
+    (delta,) = edit(model, "melo", FRANCE, DAVIS)
+    assert len(delta.tensors()["keys"]) == 2
+    model.stack.set([edit_with(0, IDS[0], delta)])
+    now = nll(model, [FRANCE, DAVIS, KING])
+    assert now[0] < base[0] - 0.3
+    assert now[1] < base[1] - 0.3
+    assert now[2] == base[2]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_block_leaves_as_an_adapter_that_plain_peft_computes_alike(
+    family: str, tmp_path: Path
+) -> None:
+    model = build_model(family, tmp_path)
+    (delta,) = in_sequence(model, "melo", FRANCE)
+    batch = prepare(model, [FRANCE.text], [FRANCE.target])
+    routed = run(model, batch)
+    folder = export_peft(model, [edit_with(0, IDS[0], delta)], tmp_path / "adapter")
+    plain = build_model(family, tmp_path)
+    base = run(plain, batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT asks Transformers for an old attribute
+        PeftModel.from_pretrained(plain.module, folder).eval()  # it changes the module in place
+    served = run(plain, batch)
+    assert torch.allclose(served, routed, atol=1e-4)
+    assert not torch.allclose(served, base, atol=1e-1)
+
+
+def test_blocks_in_front_of_the_database_are_refused(tmp_path: Path) -> None:
+    model = build_model("llama", tmp_path)
+    with pytest.raises(ConfigError, match="must lie behind it"):
+        edit(model, "melo", FRANCE, layer=1, blocks=(0, 2))
+    with pytest.raises(ConfigError, match="must lie behind it"):
+        edit(model, "melo", FRANCE, layer=2, blocks=None)

@@ -1,0 +1,68 @@
+"""T-Patcher: the losses against a slow reading of the paper, and how narrow a patch is."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from errata.edits.delta import NeuronsDelta
+from errata_t_patcher import TPatcherConfig
+from errata_t_patcher.algorithm import memories, worst
+from tests.families import build_model
+from tests.methods.test_memories import FRANCE, KING, METHODS, edit, in_sequence, nll, put
+
+SMALL = METHODS["t-patcher"]
+
+
+def test_top_k_of_the_exponentials_is_the_mean_of_the_worst() -> None:
+    r = torch.tensor([[0.5, -1.0], [2.0, 0.0]])
+    assert float(worst(r, 2)) == pytest.approx((math.e**2 + math.e**0.5) / 2)
+    assert float(worst(r, 99)) == pytest.approx(sum(math.exp(v) for v in r.flatten()) / 4)
+
+
+def test_one_neuron_a_wrong_token_and_none_for_what_holds(tmp_path: Path) -> None:
+    model = build_model("llama", tmp_path)
+    long = KING.model_copy(update={"target_new": "Madrid, Spain, Rome, Italy, Paris and London"})
+    (delta,) = edit(model, "t-patcher", long)
+    assert isinstance(delta, NeuronsDelta)
+    assert 1 < len(delta.neurons) <= 5
+    deltas = in_sequence(model, "t-patcher", FRANCE, FRANCE)
+    assert len(deltas[0].neurons) >= 1  # type: ignore[attr-defined]
+    assert len(deltas[1].neurons) == 0  # type: ignore[attr-defined]
+    put(model, deltas[1:])  # a void edit acts, and does nothing
+    assert nll(model) == nll(build_model("llama", tmp_path))
+
+
+def test_a_patch_fires_at_its_mistake_and_not_on_the_memory(tmp_path: Path) -> None:
+    model = build_model("llama", tmp_path)
+    config = TPatcherConfig(**SMALL)
+
+    def silent(**changes: float) -> float:
+        """Largest pre-activation on held-out states, above that at the mistake."""
+        model.stack.set([])
+        (delta,) = edit(model, "t-patcher", FRANCE, **changes)
+        assert isinstance(delta, NeuronsDelta)
+        _, held_out = memories(model, config)
+        neurons, states = delta.neurons, delta.states
+        assert states is not None
+        p = states @ neurons.keys.T + neurons.biases
+        p_mem = held_out @ neurons.keys.T + neurons.biases
+        return float((p_mem.max(dim=0).values - p.max(dim=0).values).max())
+
+    guarded = silent()
+    assert guarded < -1.0
+    # Inverted: without the memory's loss nothing keeps a neuron silent elsewhere.
+    assert silent(memory_weight=0.0, steps=60) > guarded + 0.5
+
+
+def test_later_edits_leave_the_states_of_earlier_ones_alone(tmp_path: Path) -> None:
+    model = build_model("llama", tmp_path)
+    first, second = in_sequence(model, "t-patcher", FRANCE, KING)
+    assert isinstance(first, NeuronsDelta)
+    assert isinstance(second, NeuronsDelta)
+    assert first.states is not None
+    p = first.states @ second.neurons.keys.T + second.neurons.biases
+    assert float(p.max()) < 0

@@ -1,0 +1,143 @@
+"""WISE: masks, shards, TIES, and the defects of the published code that are not repeated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from transformers.activations import ACT2FN
+
+from errata.model.forward import trace
+from errata.model.running import prepare, run
+from errata_wise import WiseConfig
+from errata_wise.delta import ShardDelta, packed, unpacked
+from errata_wise.memories import Settings, Shards, moved, ties
+from tests.families import build_model
+from tests.methods.test_memories import DAVIS, FRANCE, KING, edit, in_sequence, nll, put
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 99))
+def test_a_mask_survives_packing(rows: int, columns: int, seed: int) -> None:
+    mask = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < 0.3
+    assert torch.equal(unpacked(packed(mask), (rows, columns)), mask)
+
+
+@given(st.integers(0, 99), st.sampled_from([0.3, 0.53, 1.0]))
+def test_ties_is_what_its_paper_says_entry_by_entry(seed: int, density: float) -> None:
+    one, other = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(seed))
+    kept = max(1, int(density * 24))
+
+    def trimmed(t: torch.Tensor) -> list[float]:
+        largest = sorted((abs(v) for v in t.flatten().tolist()), reverse=True)[kept - 1]
+        return [v if abs(v) >= largest else 0.0 for v in t.flatten().tolist()]
+
+    expected = []
+    for a, b in zip(trimmed(one), trimmed(other), strict=True):
+        sign = (a + b > 0) - (a + b < 0)
+        agreeing = [v for v in (a, b) if v and (v > 0) - (v < 0) == sign]
+        expected.append(sum(agreeing) / len(agreeing) if agreeing else 0.0)
+    assert ties([one, other], density).flatten().tolist() == pytest.approx(expected)
+
+
+class Written:
+    """An edit that adds a number to every entry."""
+
+    def __init__(self, number: int, value: float, distance: float = 1.0) -> None:
+        self.number, self.value, self.distance = number, value, distance
+
+    def add_to(self, total: torch.Tensor) -> None:
+        total += self.value
+
+
+def test_full_shards_are_merged_and_a_shard_is_what_is_left_in_it() -> None:
+    shards = Shards(Settings("m", "silu", 0.88, 2, 4, 1.0, 1.0), (2, 3))
+    writes = [Written(n, 0.125, distance=float(9 - n)) for n in range(5)]
+    found = shards.memories(writes)
+    assert [m.distance for m in found] == [6.0, 5.0]  # 0 to 3 merged; 4 by itself
+    assert torch.equal(found[0].difference, torch.full((2, 3), 0.25))
+    single = shards.memories(writes[:3])
+    assert [m.distance for m in single] == [8.0, 7.0]
+    # The second of the first shard never was; the group stays merged, as its last edit is there.
+    replayed = shards.memories([writes[0], *writes[2:4]])
+    again = Shards(shards.settings, (2, 3)).memories([writes[0], *writes[2:4]])
+    assert torch.equal(replayed[0].difference, again[0].difference)
+    assert torch.equal(replayed[0].difference, torch.full((2, 3), (0.125 + 0.25) / 2))
+
+
+def test_entries_outside_the_mask_stay_those_of_the_weight(tmp_path: Path) -> None:
+    """Published weight decay shrinks them: 500 edits of 70 steps leave .70 of the matrix."""
+    model = build_model("llama", tmp_path)
+    first, second = in_sequence(model, "wise", FRANCE, DAVIS)
+    assert isinstance(first, ShardDelta)
+    assert isinstance(second, ShardDelta)
+    assert torch.equal(first.mask, second.mask)  # of one shard
+    total = torch.zeros(first.shape)
+    for delta in (first, second):
+        delta.add_to(total)
+    outside = ~unpacked(first.mask, first.shape)
+    assert bool((total[outside] == 0).all())
+    assert bool((total[~outside] != 0).any())
+
+    published = torch.ones(())
+    for _ in range(500 * 70):  # plain descent of zero gradients, decay 1e-5, lr 1
+        published -= 1.0 * (0.0 + 1e-5 * published)
+    assert float(published) == pytest.approx(0.7047, abs=1e-3)
+
+
+def test_the_mask_changes_from_shard_to_shard(tmp_path: Path) -> None:
+    model = build_model("llama", tmp_path)
+    deltas = in_sequence(model, "wise", FRANCE, DAVIS, save_every=1, merge_every=2, steps=3)
+    assert [delta.number for delta in deltas] == [0, 1]  # type: ignore[attr-defined]
+    assert not torch.equal(deltas[0].mask, deltas[1].mask)  # type: ignore[attr-defined]
+    with pytest.raises(ValidationError, match="must be a multiple"):
+        WiseConfig(save_every=3, merge_every=4)
+
+
+def test_a_row_goes_through_the_shard_that_its_prompt_moves_far_enough(tmp_path: Path) -> None:
+    model = build_model("llama", tmp_path)
+    requests = [FRANCE, DAVIS, KING]
+    base = nll(model, requests)
+    (delta,) = in_sequence(model, "wise", FRANCE)
+    assert isinstance(delta, ShardDelta)
+    difference = torch.zeros(delta.shape)
+    delta.add_to(difference)
+    model.stack.set([])
+    module, distances = delta.settings.module, []
+    for request in requests:
+        with torch.no_grad(), trace(model.module, module, inputs=True) as seen:
+            run(model, prepare(model, [request.text]))
+        x, y = seen[module].input, seen[module].output
+        assert x is not None
+        assert y is not None
+        distances.append(float(moved(y, y + x @ difference.T, ACT2FN["silu"]).mean()))
+    order = sorted(range(3), key=distances.__getitem__)
+    for count in range(1, 3):  # how many prompts lie above the threshold
+        limit = (distances[order[-count]] + distances[order[-count - 1]]) / 2
+        rebuilt = ShardDelta.from_parts(
+            delta.tensors(), {**delta.metadata(), "distance": limit, "ratio": 1.0}
+        )
+        put(model, [rebuilt])
+        changed = [now != then for now, then in zip(nll(model, requests), base, strict=True)]
+        assert changed == [row in order[-count:] for row in range(3)]
+
+
+def test_of_several_shards_a_row_takes_the_one_that_moves_it_most(tmp_path: Path) -> None:
+    model = build_model("llama", tmp_path)
+    deltas = in_sequence(model, "wise", FRANCE, DAVIS, save_every=1, merge_every=8)
+    alone = []
+    for delta in deltas:
+        put(model, [delta])
+        alone.append(nll(model, [FRANCE, DAVIS]))
+    put(model, deltas)
+    for row, value in enumerate(nll(model, [FRANCE, DAVIS])):
+        assert value in (alone[0][row], alone[1][row])
+
+
+def test_the_other_text_is_recorded_and_does_not_come_from_the_request(tmp_path: Path) -> None:
+    model = build_model("llama", tmp_path, corpus=["A cat sat on a mat.", "Rain fell in Spain."])
+    (delta,) = edit(model, "wise", FRANCE, steps=1)
+    assert delta.metadata()["locality"] in ("A cat sat on a mat.", "Rain fell in Spain.")
