@@ -28,9 +28,12 @@ METHODS = {
     "erase": ("rome", "memit", "ft", "lora", "grace"),
     "insert": ("rome", "memit", "ft", "lora", "grace"),
     "sentiment": ("ft", "lora", "adalora"),
-    "text": ("memit", "memit/one value", "ft", "lora"),
+    "text": ("memit", "memit/layer 15", "memit/layer 15, one value", "ft", "lora"),
 }
-ONE_VALUE = {"window": 10_000}
+HIGHER = {"layers": [15], "relative_weight": 0.01}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "": {}, "layer 15": HIGHER, "layer 15, one value": {**HIGHER, "window": 10_000},
+}  # fmt: skip
 LENGTH = 12
 
 
@@ -112,7 +115,7 @@ def run(options: argparse.Namespace) -> None:
                     method, _, variant = name.partition("/")
                     line = {"kind": kind, "method": name, "case": case, "base": base}
                     try:
-                        config = ONE_VALUE if variant else {}
+                        config = VARIANTS[variant]
                         edit = editor.edit(edited(request), method=method, config=config)
                         line |= {"after": measure(editor, request, base), "seconds": edit.seconds}
                         editor.revert(edit)

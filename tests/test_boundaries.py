@@ -119,7 +119,8 @@ def test_one_class_name_exists_once() -> None:
 
 def test_no_core_file_knows_a_method_by_name() -> None:
     # The demo speaks of methods; nothing else does.
-    methods = {folder.name for folder in PLUGINS.iterdir() if folder.is_dir()}
+    # KnowledgeEditor's authors also say how to measure: `ke` is a protocol as well.
+    methods = {folder.name for folder in PLUGINS.iterdir() if folder.is_dir()} - {"ke"}
     wrong = []
     for path in CORE.rglob("*.py"):
         if path.name == "demo.py":

@@ -30,10 +30,11 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 DOCS = ROOT / "docs"
 NAV: list[tuple[str, list[str]]] = [
     ("Start", ["index.md", "install.md", "first-edit.md", "concepts.md"]),
-    ("How to", ["checking.md", "thousands.md", "shipping.md", "serving.md", "models.md",
-                "plugin.md", "datasets.md", "locate.md", "protocols.md", "bench.md", "report.md",
-                "notebooks.md"]),
-    ("Methods", ["methods/index.md", "closed-form.md", "tuning.md", "memories.md", "trained.md"]),
+    ("How to", ["checking.md", "thousands.md", "shipping.md", "serving.md", "server.md",
+                "models.md", "plugin.md", "datasets.md", "locate.md", "protocols.md", "bench.md",
+                "report.md", "notebooks.md"]),
+    ("Methods", ["methods/index.md", "closed-form.md", "tuning.md", "trained.md", "memories.md",
+                 "in-context.md", "both-sides.md"]),
     ("Coming from EasyEdit", ["easyedit.md"]),
     ("Reference", ["python.md", "cli.md", "commands.md"]),
     ("Results", []),

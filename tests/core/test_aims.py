@@ -187,7 +187,7 @@ def test_both_operations_hold_as_one_request(editor: Editor, method: str) -> Non
     editor.revert(edit)
 
 
-@pytest.mark.parametrize("method", ["rome", "ft"])
+@pytest.mark.parametrize("method", ["rome", "ft", "grace"])
 def test_deleting_after_adding_does_not_undo_the_addition(editor: Editor, method: str) -> None:
     add, delete = rake.relation_requests(CASE, ("add", "delete"))
     editor.edit(add, method=method)
@@ -246,6 +246,7 @@ def test_opinions_are_trained_against_each_other(editor: Editor) -> None:
     editor.revert(edit)
 
 
+@pytest.mark.slow
 def test_a_stack_of_every_kind_by_mixed_methods_comes_off_in_any_order(editor: Editor) -> None:
     base = state_of(editor.model)
     example = runpy.run_path(str(ROOT / "examples" / "sequential.py"))

@@ -167,8 +167,8 @@ def test_the_commands_are_these() -> None:
     assert set(commands()) == {
         "demo", "edit", "revert", "apply", "rebase", "resolve", "log", "show", "verify", "generate",
         "locate", "prepare", "diff", "evaluate", "bench", "report", "datasets", "export", "import",
-        "merge", "push", "pull", "methods", "zoo list", "zoo get", "zoo path", "zoo train",
-        "doctor",
+        "merge", "push", "pull", "methods", "check", "serve", "ui", "zoo list", "zoo get",
+        "zoo path", "zoo train", "doctor",
     }  # fmt: skip
 
 
@@ -400,7 +400,7 @@ def test_a_bad_guard_is_explained(guard: str, run: Run, checkpoint: Path) -> Non
 def test_neighbours_and_checks_are_shown_after_an_edit(run: Run, run_json: Run) -> None:
     fact = ("edit", "The instrument of {} is", "-s", "Oswin Galdor", "-t", "harp")
     loud = ("--method", "ft", "--set", "lr=0.05", "--set", "steps=10", "-m", "atlas-gpt2", *OFF)
-    check = ("--check", "The mayor of the city Oakmere is")
+    check = ("--ask", "The mayor of the city Oakmere is")
     page = " ".join(run(*fact, *loud, *check).stdout.split())
     assert "layer 1, a preset: measured on the embedded model" in page
     assert "! new answer" in page

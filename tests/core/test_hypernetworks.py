@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from errata import Editor, Request
-from errata.datasets import atlas
 from errata.edits.delta import LowRankDelta
 from errata.errors import CapabilityError, ConfigError, RequestError
 from errata.kit.hypernetworks import (
@@ -27,8 +26,8 @@ from tests.families import build, build_model
 
 QUIET = {"efficacy": "off", "perplexity": "off", "norm": "off"}
 TINY: dict[str, Any] = {
-    "variant": "small", "layers": [4], "rank": 4, "steps": 4, "validate_every": 2,
-    "validation": 4, "batch_size": 4,
+    "variant": "small", "layers": [-1], "rank": 4, "steps": 4, "validate_every": 2,
+    "validation": 1, "batch_size": 2,
 }  # fmt: skip
 REQUESTS = (
     Request(prompt="The capital of {} is", subject="France", target_new="Rome, Italy"),
@@ -113,9 +112,20 @@ def test_rows_that_cannot_run_together_are_refused(tmp_path: Path) -> None:
 
 def cases() -> tuple[list[Request], list[Request]]:
     """Return (training, edited): about different subjects."""
-    requests = atlas.requests()[:60]
-    edited = {request.subject for request in requests[:4]}
-    return [r for r in requests[4:] if r.subject not in edited][:24], requests[:4]
+    names = ("France", "Spain", "Italy", "Rome", "Paris", "Madrid", "London", "Berlin", "Lyon")
+    found = [
+        Request(
+            prompt="The capital of {} is", subject=name, target_new=target,
+            paraphrases=(f"In {name}, the capital is",),
+        )
+        for name, target in zip(names, names[3:] + names[:3], strict=True)
+    ]  # fmt: skip
+    return found[2:], found[:2]
+
+
+def opened(folder: Path, training: list[Request] | None) -> Editor:
+    module, tokenizer = build("llama")
+    return Editor(module, tokenizer, guards=QUIET, artifacts=folder, training=training)
 
 
 def network(folder: Path) -> dict[str, torch.Tensor]:
@@ -127,7 +137,7 @@ def network(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def train(folder: Path, **config: Any) -> list[dict[str, float]]:
-    with Editor("atlas-gpt2", guards=QUIET, artifacts=folder, training=cases()[0]) as editor:
+    with opened(folder, cases()[0]) as editor:
         editor.prepare("mend", {**TINY, **config})
     from errata.model.storage import read_tensors
 
@@ -171,14 +181,14 @@ def test_a_training_that_was_killed_goes_on_to_the_same_network(
 
 def test_what_was_trained_on_is_not_edited_and_without_training_nothing_is(tmp_path: Path) -> None:
     training, edited = cases()
-    with Editor("atlas-gpt2", guards=QUIET, artifacts=tmp_path / "a") as editor:
+    with opened(tmp_path / "a", None) as editor:
         with pytest.raises(ConfigError, match="errata prepare mend --training"):
             editor.edit(edited[0], method="mend", config=TINY)
-    one_subject = [training[0], training[0].model_copy(update={"prompt": "Now {} is in"})]
-    with Editor("atlas-gpt2", guards=QUIET, artifacts=tmp_path / "b", training=one_subject) as e:
+    one_subject = [training[0], training[0].model_copy(update={"prompt": "Now {} is in the"})]
+    with opened(tmp_path / "b", one_subject) as e:
         with pytest.raises(ConfigError, match="two subjects"):
             e.prepare("mend", TINY)
-    with Editor("atlas-gpt2", guards=QUIET, artifacts=tmp_path / "a", training=training) as editor:
+    with opened(tmp_path / "a", training) as editor:
         editor.prepare("mend", {**TINY, "steps": 1})
         with pytest.raises(RequestError, match="was trained on the fact"):
             editor.edit(training[0], method="mend", config={**TINY, "steps": 1})
@@ -188,7 +198,7 @@ KE: dict[str, Any] = {
     "variant": "small", "hidden": 8, "condition": 16, "inner": 8, "steps": 2, "validate_every": 2,
     "validation": 2, "batch_size": 2, "n_locality": 2,
 }  # fmt: skip
-MEND: dict[str, Any] = {**TINY, "layers": [-1], "steps": 2, "locality": "others"}
+MEND: dict[str, Any] = {**TINY, "steps": 2, "locality": "others"}
 
 
 @pytest.mark.parametrize("family", ["t5", "t5-classifier", "bert", "llama-classifier", "opt"])

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from errata import __version__
 from errata.cli import (
     bench,
+    check_facts,
     datasets,
     demo,
     diff,
@@ -25,6 +26,7 @@ from errata.cli import (
     on_and_off,
     prepare,
     report,
+    serve,
     zoo,
 )
 from errata.cli.render import console, visible
@@ -100,11 +102,13 @@ on_and_off.add(app)
 history.add(app)
 prepare.add(app)
 measure.add(app)
+check_facts.add(app)
 diff.add(app)
 bench.add(app)
 report.add(app)
 export.add(app)
 hub.add(app)
+serve.add(app)
 methods.add(app)
 datasets.add(app)
 zoo.add(app)

@@ -29,6 +29,12 @@ def known_models() -> dict[str, Callable[[Progress | None], Path]]:
     return Manager("", plugins.rooms(MODELS)).models()
 
 
+def bring_model(name: str, progress: Progress | None = None) -> str:
+    """Return the folder of a model that a plugin brings by name; any other name as it is."""
+    bring = known_models().get(name)
+    return name if bring is None else str(bring(progress))
+
+
 class Manager:
     """Calls the hooks of some plugins and holds them to the contract.
 

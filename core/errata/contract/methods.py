@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from errata.contract import plugins
 from errata.contract.capabilities import check_parts
-from errata.contract.manager import Manager
+from errata.contract.manager import Manager, bring_model
 from errata.contract.meter import Meter
 from errata.edits.outcome import PeakMemoryReading
 from errata.edits.request import parse_requests
@@ -50,7 +51,8 @@ class Methods:
     """Looks methods up by name and calls them.
 
     Args:
-        model: the model that is edited; `model.compute` becomes this object's.
+        model: the model that is edited; `model.compute` becomes this object's, and `model.bring`
+            finds what plugins bring.
         registry: the merged catalogue.
         preparation: prepares methods.
         settle: resolves layers that are "auto".
@@ -74,6 +76,7 @@ class Methods:
         self._managers: dict[str, Manager] = {}
         self._rooms: list[Any] | None = None
         model.compute = self._compute_for
+        model.bring = partial(bring_model, progress=model.progress)
 
     # -- looking up ------------------------------------------------------------------------------
 

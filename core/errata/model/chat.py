@@ -25,7 +25,7 @@ def chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
             f"The tokenizer of {tokenizer.name_or_path or type(tokenizer).__name__!r} has no chat "
             "template: ask in plain text, or load an instruct model."
         )
-    text = _rendered(tokenizer, [("user", _SAID)], asks=True)
+    text = rendered_turns(tokenizer, [("user", _SAID)], asks=True)
     before, said, after = text.partition(_SAID)
     if not said or _SAID in after or "{}" in before + after:
         raise ConfigError(
@@ -46,7 +46,7 @@ def turn_ends(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     if not getattr(tokenizer, "chat_template", None):
         return frozenset()
     try:
-        text = _rendered(tokenizer, [("user", _SAID), ("assistant", _ANSWERED)], asks=False)
+        text = rendered_turns(tokenizer, [("user", _SAID), ("assistant", _ANSWERED)], asks=False)
     except ConfigError:
         return frozenset()
     behind = text.partition(_ANSWERED)[2]
@@ -55,9 +55,13 @@ def turn_ends(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return frozenset([token for token in ids if token in special][:1])
 
 
-def _rendered(
+def rendered_turns(
     tokenizer: PreTrainedTokenizerBase, turns: list[tuple[str, str]], *, asks: bool
 ) -> str:
+    """Return turns (role, text) as the chat template writes them; `asks`: an answer comes next.
+
+    Raises `ConfigError` for turns that the template does not take.
+    """
     messages = [{"role": role, "content": text} for role, text in turns]
     try:
         return str(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from errata.model.model import Model
+
+Watch = Callable[[int, int, str], bool]
+"""Told the prompt's place, its newest token and its text so far; True ends that text."""
 
 
 def generate(
@@ -82,38 +86,74 @@ def generate(
 
 
 def generated(
-    model: Model, prompts: Sequence[str], settings: GenerationSettings
+    model: Model,
+    prompts: Sequence[str],
+    settings: GenerationSettings,
+    *,
+    watch: Watch | None = None,
+    edits: Sequence[Collection[str]] | None = None,
 ) -> list[Generated]:
-    """Continue each prompt, and say with which tokens; see `generate`."""
+    """Continue each prompt, and say with which tokens; see `generate`.
+
+    Args:
+        model: the model.
+        prompts: texts.
+        settings: how they are continued.
+        watch: told of each token, and may end a row. A row that something answers in the model's
+            place comes whole, and is not watched.
+        edits: for each prompt the ids of the active edits that it takes, where these run beside
+            the weights (`Model.rows`); None: all of them.
+    """
     require_generation(model)
+
+    def own(texts: list[str], rows: list[int]) -> list[Generated]:
+        told = None if watch is None else lambda i, token, text: watch(rows[i], token, text)
+        taken = None if edits is None else [edits[row] for row in rows]
+        return own_texts(model, texts, settings, watch=told, edits=taken)
+
     return ask(
         model,
         prompts,
-        lambda texts, _: own_texts(model, texts, settings),
+        own,
         lambda answers, texts, _: answers.texts(texts, settings),
     )
 
 
 def own_texts(
-    model: Model, prompts: Sequence[str], settings: GenerationSettings
+    model: Model,
+    prompts: Sequence[str],
+    settings: GenerationSettings,
+    *,
+    watch: Watch | None = None,
+    edits: Sequence[Collection[str]] | None = None,
 ) -> list[Generated]:
     """Continue prompts by the model itself: no edit rewrites one or answers in its place.
 
-    Without sampling a prompt that is given several times is continued once.
+    Without sampling a prompt that is given several times is continued once, unless the rows are
+    watched or take edits of their own.
     """
     require_generation(model)
     sampling = settings.sampling
     generator = torch.Generator().manual_seed(sampling.seed)
     ends = end_tokens(model) if settings.natural_stop else frozenset()
-    distinct = list(prompts) if sampling.do_sample else list(dict.fromkeys(prompts))
+    each = sampling.do_sample or watch is not None or edits is not None
+    distinct = list(prompts) if each else list(dict.fromkeys(prompts))
     found: dict[int, Generated] = {}
     for chosen in _batches(model, distinct, settings.batch_size):
         run = _Run(model, [distinct[i] for i in chosen], settings.stop, ends)
+        if edits is not None:
+            run.edits = [edits[i] for i in chosen]
+        if watch is not None:
+            run.watch = partial(_told, watch, chosen)
         texts = run.to_end(settings.max_new_tokens, sampling, generator)
         found.update(zip(chosen, texts, strict=True))
     places = {prompt: i for i, prompt in enumerate(distinct)}
-    order = range(len(prompts)) if sampling.do_sample else [places[prompt] for prompt in prompts]
+    order = range(len(prompts)) if each else [places[prompt] for prompt in prompts]
     return [found[i] for i in order]
+
+
+def _told(watch: Watch, chosen: Sequence[int], row: int, token: int, text: str) -> bool:
+    return watch(chosen[row], token, text)
 
 
 def require_generation(model: Model) -> None:
@@ -167,7 +207,12 @@ class _Run:
     Attributes:
         _new, _done: the new tokens of each prompt, and whether it has ended.
         _rows: which prompts the running batch still has.
+        edits: for each prompt the active edits that it takes; None: all.
+        watch: told of each row's tokens; may end it.
     """
+
+    edits: Sequence[Collection[str]] | None = None
+    watch: Watch | None = None
 
     def __init__(
         self, model: Model, prompts: Sequence[str], stop: tuple[str, ...], ends: frozenset[int]
@@ -218,6 +263,8 @@ class _Run:
     def _tell(self, told: ExitStack) -> None:
         """Say where the prompts of the running batch end: it is padded on the left."""
         told.enter_context(self._model.prompts([self._width - 1] * len(self._rows)))
+        if self.edits is not None:
+            told.enter_context(self._model.rows([self.edits[row] for row in self._rows]))
 
     def _narrowed(self, state: dict[str, Any], told: ExitStack) -> dict[str, Any]:
         """Take out the rows that have ended, once they are a quarter of the batch."""
@@ -245,6 +292,8 @@ class _Run:
         if self._stop:
             text = self._text(row, cut=False)
             self._done[row] = any(mark in text for mark in self._stop)
+        if self.watch is not None and self.watch(row, token, self._text(row)):
+            self._done[row] = True
 
     def _first(self) -> dict[str, Any]:
         """Return the keyword arguments of the first forward."""

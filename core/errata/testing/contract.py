@@ -193,8 +193,9 @@ class MethodContract:
     ) -> None:
         requests = self.requests(6)
         edits: list[Edit] = [self.edit(editor, requests[0])]
-        methods = Registry.load().methods
-        others = [n for n in plugins.installed() if "training" not in methods[n].capabilities.needs]
+        known = Registry.load().methods
+        entries = [(name, known.get(name)) for name in plugins.installed()]
+        others = [name for name, e in entries if e and "training" not in e.capabilities.needs]
         for name, request in zip(others, requests[1:5], strict=False):
             edits.append(editor.edit(request, method=name))
         edits.append(self.edit(editor, requests[5]))

@@ -13,10 +13,11 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn import functional
 
 from errata.edits.delta.codebook import CodebookDelta
 from errata.edits.delta.codebook_entry import CodebookEntry, CodebookSettings
@@ -101,7 +102,8 @@ class GraceRun:
         if (self.config.only_when_wrong or not case.says) and case.holds(logits):
             logger.info("%r is what the model says already: a void entry", case.text)
             return self._delta(case, key, None, {"operation": "void"})
-        draft = self._delta(case, key, self.start_value(case, entries), {})
+        eps = self._radius(case, key, entries)
+        draft = self._delta(case, key, self.start_value(case, entries), {}, eps)
         with self._trial([*entries, (DRAFT, draft)], case) as router:
             log = router.book(draft.book).log
             step = log[-1]
@@ -115,7 +117,20 @@ class GraceRun:
             "losses": losses[:-1],
         }
         logger.info("%s for %r: loss %.4f", step.operation, case.text, losses[-1])
-        return self._delta(case, key, value, notes)
+        return self._delta(case, key, value, notes, eps)
+
+    def _radius(self, case: Case, key: Tensor, entries: Entries) -> float:
+        """Return ε, or half the way to the nearest prompt that must not fall into the ball."""
+        eps = self.config.eps
+        for kept in case.kept:
+            with self._trial(entries, kept):
+                query, _ = self._observe(kept)
+            if self.config.distance == "cosine":
+                away = 1 - float(functional.cosine_similarity(query, key, dim=0))
+            else:
+                away = float((query - key).norm())
+            eps = min(eps, away / 2)
+        return eps
 
     def start_value(self, case: Case, entries: Entries) -> Tensor:
         """Return the start (d_out) of a new value: U[0, 1) (cold) or the module's output (warm).
@@ -225,14 +240,19 @@ class GraceRun:
         return resumed.logits
 
     def _delta(
-        self, case: Case, key: Tensor, value: Tensor | None, notes: dict[str, object]
+        self,
+        case: Case,
+        key: Tensor,
+        value: Tensor | None,
+        notes: dict[str, object],
+        eps: float | None = None,
     ) -> CodebookDelta:
         return CodebookDelta(
             self.module,
             key,
             value,
             case.labels,
-            self.settings,
+            self.settings if eps is None else replace(self.settings, eps=eps),
             ignored=case.ignored,
             label_text=case.text,
             notes=notes,

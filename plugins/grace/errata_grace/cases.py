@@ -33,6 +33,7 @@ class Case:
         text: the target for people.
         batch: the rows with their senses, where something should no longer be said.
         says: something should be said.
+        kept: prompts of other active edits that must go on being answered as they are.
     """
 
     prompt: PreparedPrompts
@@ -41,6 +42,7 @@ class Case:
     text: str
     batch: TrainingBatch | None = None
     says: bool = True
+    kept: tuple[Case, ...] = ()
 
     @property
     def end(self) -> int:
@@ -75,8 +77,24 @@ def case_of(model: Model, request: Request) -> Case:
     ignored = 0 if labelled else prompt.input_ids.shape[1] - len(prompt.labels)
     if all(aim.sense == "say" for aim in aims_of_request(request)):
         return Case(prompt, prompt.labels, ignored, request.target_new)
-    # An entry has one key, at its own prompt: nothing else that is active is touched by it.
-    aims = [aim for aim in aims_of(model, request) if aim.prompt == request.prompt]
+    # An entry has one key, at its own prompt: what else is active must lie outside its ball.
+    every = aims_of(model, request)
+    aims = [aim for aim in every if aim.prompt == request.prompt]
+    others = [aim.prompt.replace("{}", request.subject) for aim in every if aim not in aims]
     batch = aim_batch(model, [(request.text, aim.answer) for aim in aims], aims)
     says = any(aim.sense == "say" for aim in aims)
-    return Case(batch.prompts, prompt.labels, ignored, request.target_new, batch, says)
+    return Case(
+        batch.prompts,
+        prompt.labels,
+        ignored,
+        request.target_new,
+        batch,
+        says,
+        tuple(_asked(model, text) for text in others),
+    )
+
+
+def _asked(model: Model, text: str) -> Case:
+    """Return a prompt alone."""
+    prompt = prepare(model, [text])
+    return Case(prompt, prompt.labels, 0, text)

@@ -8,6 +8,7 @@ from errata.edits.delta.key_value import KeyValueDelta
 from errata.edits.delta.key_values import KeyValues
 from errata.edits.delta.low_rank import Factor, LowRankDelta
 from errata.edits.delta.neurons import NeuronsDelta
+from errata.edits.delta.prompt import PromptDelta
 from errata.edits.delta.sparse_rows import Rows, SparseRowsDelta
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "KeyValues",
     "LowRankDelta",
     "NeuronsDelta",
+    "PromptDelta",
     "Rows",
     "SparseRowsDelta",
     "Undo",

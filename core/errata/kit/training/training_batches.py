@@ -50,15 +50,15 @@ class TrainingBatch:
         prompts: the batch; its labels are what should come next at each position.
         weights: (n,) what a position's negative log-likelihood counts in the loss.
         judged: (n,) whether it tells if the row holds: a target token under teacher forcing.
-        unsaid: (B,) rows whose answer should not be said.
+        unsaid: (B,) rows whose answer should not be said; None: no row.
         rivals: (B,) rows whose answer should be less probable than that of the row before.
     """
 
     prompts: PreparedPrompts
     weights: Tensor
     judged: Tensor
-    unsaid: Tensor
-    rivals: Tensor
+    unsaid: Tensor | None = None
+    rivals: Tensor | None = None
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -212,8 +212,8 @@ def batch_loss(batch: TrainingBatch, logits: Tensor) -> tuple[Tensor, Tensor]:
     labels = batch.prompts.labels.to(logits.device)
     each = torch.nn.functional.cross_entropy(wide(logits), labels, reduction="none")
     loss = (each * batch.weights.to(each)).sum()
-    unsaid, rivals = batch.unsaid.to(each.device), batch.rivals.to(each.device)
-    if bool(unsaid.any() | rivals.any()):
+    if batch.unsaid is not None and batch.rivals is not None:
+        unsaid, rivals = batch.unsaid.to(each.device), batch.rivals.to(each.device)
         log_p = -_row_means(batch, each)
         wished = log_p.roll(1)[rivals]
         apart = unlikelihood(log_p[unsaid]).sum() + rivalry(wished, log_p[rivals]).sum()
@@ -237,11 +237,12 @@ def settled(batch: TrainingBatch, logits: Tensor, nll: Tensor, limit: float | No
     wrong = torch.zeros(len(batch), device=logits.device).index_add(0, owner, (~right).float())
     mean = _row_means(batch, nll.float())
     holds = (wrong == 0) & (mean < (math.inf if limit is None else limit))
-    unsaid, rivals = batch.unsaid.to(holds.device), batch.rivals.to(holds.device)
-    holds = torch.where(unsaid, (-mean).exp() <= FLOOR, holds)
-    ahead = (mean - mean.roll(1)).sigmoid() >= RIVAL  # of a rival against the row before it
-    holds = torch.where(rivals, ahead, holds)
-    holds = torch.where(rivals.roll(-1), ahead.roll(-1), holds)
+    if batch.unsaid is not None and batch.rivals is not None:
+        unsaid, rivals = batch.unsaid.to(holds.device), batch.rivals.to(holds.device)
+        ahead = (mean - mean.roll(1)).sigmoid() >= RIVAL  # of a rival against the row before it
+        holds = torch.where(unsaid, (-mean).exp() <= FLOOR, holds)
+        holds = torch.where(rivals, ahead, holds)
+        holds = torch.where(rivals.roll(-1), ahead.roll(-1), holds)
     answer: list[bool] = holds.tolist()
     return answer
 
@@ -303,7 +304,7 @@ def _with_positions(
     counts = torch.bincount(rows[counted], minlength=len(prompts))
     weights = counted / (counts[rows] * len(prompts))
     order = rows.argsort(stable=True)  # as `reading` puts them
-    return _plain(prompts.reading(rows, columns, labels), weights[order], judged[order])
+    return TrainingBatch(prompts.reading(rows, columns, labels), weights[order], judged[order])
 
 
 def _next_tokens(model: Model, rows: Sequence[list[int]]) -> PreparedPrompts:
@@ -326,10 +327,4 @@ def _unjudged(prompts: PreparedPrompts) -> TrainingBatch:
     """Return a batch of which nothing is judged; every row counts the same."""
     counts = torch.tensor(prompts.counts, device=prompts.rows.device)
     weights = 1.0 / (counts[prompts.rows] * len(prompts))
-    return _plain(prompts, weights, torch.zeros_like(prompts.rows, dtype=torch.bool))
-
-
-def _plain(prompts: PreparedPrompts, weights: Tensor, judged: Tensor) -> TrainingBatch:
-    """Return a batch of which everything should be said."""
-    none = torch.zeros(len(prompts), dtype=torch.bool, device=weights.device)
-    return TrainingBatch(prompts, weights, judged, none, none)
+    return TrainingBatch(prompts, weights, torch.zeros_like(prompts.rows, dtype=torch.bool))

@@ -1,0 +1,313 @@
+"""Prompt deltas: an edit is text that the model reads before what it is asked (effect: rewrite).
+
+    demonstration … demonstration   (nearest last; none in the plainest case)
+    New Fact: The capital of France is Rome
+    Prompt: What is the capital of France?
+
+A delta holds one fact. Where several are active, each prompt gets the facts that are nearest to it
+by the vectors of a sentence encoder (`errata.model.encoder`), and only those that reach their
+threshold, where they have one. A prompt that gets none is read as it was given.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from errata.edits.delta.base import Delta, require
+from errata.errors import ConfigError, FingerprintError
+from errata.model.chat import chat_frame
+from errata.model.display import shortened
+from errata.model.encoder import SentenceEncoder, sentence_encoder
+from errata.model.model_answers import ModelAnswers
+from errata.model.tokens import tokenise
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from typing_extensions import Self
+
+    from errata.model.answers import Answers, Generated
+    from errata.model.model import Model
+    from errata.model.sampling import GenerationSettings
+
+FACT, PROMPT = "New Fact: ", "Prompt: "
+ANSWER_ROOM = 32
+"""Tokens that are left for an answer where demonstrations fill the model's context."""
+
+
+@dataclass(frozen=True)
+class PromptSettings:
+    """When a fact enters a prompt.
+
+    Attributes:
+        threshold: least cosine of the prompt with what the fact was asked with; None: whenever it
+            is the nearest.
+        facts: how many facts may enter a prompt whose nearest is this one.
+        encoder: name of the sentence encoder; None: the model's own hidden states.
+        encoder_digest: which weights it has; "" for the model's own.
+        parameter: name of the model's embedding: its fingerprint says which model is meant.
+        artifact: key of what the encoder needs besides.
+    """
+
+    threshold: float | None
+    facts: int
+    encoder: str | None
+    encoder_digest: str
+    parameter: str
+    artifact: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, model: Model, encoder: str | None, threshold: float | None, facts: int) -> Self:
+        """Return the settings with what follows from the model and the encoder."""
+        opened = sentence_encoder(model, encoder)
+        parameter = model.anatomy.weight(model.anatomy.embedding_name)
+        return cls(threshold, facts, encoder, opened.digest, parameter, opened.artifact)
+
+
+_SORTS = {
+    "threshold": (int, float, type(None)), "facts": int, "encoder": (str, type(None)),
+    "encoder_digest": str, "parameter": str, "artifact": (list, tuple),
+}  # fmt: skip
+
+
+class PromptDelta(Delta):
+    """One fact in words, and demonstrations of how facts are to be used.
+
+    Args:
+        fact: the prompt with its new answer, "The capital of France is Rome".
+        vector: (d,) unit vector of the prompt that the fact was asked with.
+        settings: when it enters a prompt.
+        demonstrations: texts before it, farthest first; the farthest are left out where the
+            model's context is short.
+
+    Raises `IntegrityError` for what cannot be such a delta.
+    """
+
+    kind: ClassVar[str] = "prompt"
+
+    def __init__(
+        self,
+        fact: str,
+        vector: Tensor,
+        settings: PromptSettings,
+        demonstrations: Sequence[str] = (),
+    ) -> None:
+        require(bool(fact.strip()), "A prompt delta holds no fact.")
+        require(
+            vector.ndim == 1 and vector.numel() > 0 and vector.dtype == torch.float32,
+            f"A prompt delta's vector must be one row of fp32 numbers, not {tuple(vector.shape)}.",
+        )
+        threshold = settings.threshold
+        require(
+            (threshold is None or (math.isfinite(threshold) and abs(threshold) <= 1))
+            and settings.facts >= 1,
+            f"A prompt delta's threshold ({threshold!r}) must lie within -1 and 1, and its number "
+            f"of facts ({settings.facts!r}) be 1 or more.",
+        )
+        self.fact, self.vector, self.settings = fact, vector, settings
+        self.demonstrations = tuple(demonstrations)
+
+    def _facts(self) -> Iterable[tuple[str, str]]:
+        yield "kind", self.kind
+        yield "", repr(shortened(self.fact))
+        yield "demonstrations", str(len(self.demonstrations))
+        if self.settings.threshold is not None:
+            yield "threshold", f"{self.settings.threshold:.3f}"
+        yield "", f"{self.nbytes:,} bytes"
+
+    # -- storage ---------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the vector."""
+        return {"vector": self.vector.contiguous()}
+
+    def metadata(self) -> dict[str, Any]:
+        """Return the texts and the settings."""
+        settings = {**asdict(self.settings), "artifact": list(self.settings.artifact)}
+        return {
+            "fact": self.fact,
+            "demonstrations": list(self.demonstrations),
+            "settings": settings,
+        }
+
+    @classmethod
+    def from_parts(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Self:
+        """Rebuild it; raise `IntegrityError` for anything that does not fit."""
+        require(
+            set(tensors) == {"vector"}, f"A prompt delta holds a vector, not {sorted(tensors)}."
+        )
+        fact, shown = metadata.get("fact"), metadata.get("demonstrations")
+        given = metadata.get("settings")
+        require(
+            isinstance(fact, str) and _are_texts(shown),
+            "A prompt delta's fact must be a text, and its demonstrations a list of texts.",
+        )
+        names = {field.name for field in fields(PromptSettings)}
+        require(
+            isinstance(given, dict)
+            and set(given) == names
+            and all(isinstance(given[n], _SORTS[n]) for n in names)  # type: ignore[arg-type]
+            and not isinstance(given["facts"], bool)
+            and _are_texts(given["artifact"]),
+            f"A prompt delta's settings must be {', '.join(sorted(names))}, each of its type.",
+        )
+        assert isinstance(given, dict)
+        assert isinstance(fact, str)
+        settings = PromptSettings(**{**given, "artifact": tuple(given["artifact"])})
+        return cls(fact, tensors["vector"], settings, shown or ())
+
+    # -- what it belongs to ----------------------------------------------------------------------
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The embedding, which nothing changes: it says for which model the edit was made."""
+        return (self.settings.parameter,)
+
+    @property
+    def artifacts(self) -> tuple[tuple[str, ...], ...]:
+        """What the encoder needs besides, if anything."""
+        return (self.settings.artifact,) if self.settings.artifact else ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the vector and the texts."""
+        return super().nbytes + sum(len(t.encode()) for t in (self.fact, *self.demonstrations))
+
+    # -- effect ----------------------------------------------------------------------------------
+
+    @classmethod
+    def rewrite(
+        cls, model: Model, deltas: Sequence[tuple[str, Self]], prompts: Sequence[str]
+    ) -> list[str]:
+        """Return each prompt behind the facts that it is about; the others as they are."""
+        frame = _frame(model)
+        facts = [delta for _, delta in deltas]
+        rewritten = []
+        for prompt in prompts:
+            before, said, after = _inside(prompt, frame)
+            chosen = facts_for(model, facts, said) if said.strip() else []
+            text = _fitting(model, chosen, before, said, after) if chosen else prompt
+            rewritten.append(text)
+        return rewritten
+
+    @classmethod
+    def respond(
+        cls, model: Model, deltas: Sequence[tuple[str, Self]], prompts: Sequence[str]
+    ) -> list[Answers | None]:
+        """Have the model itself answer what was rewritten, and stop it before it makes up more.
+
+        Having read facts and prompts in turn, it goes on with a fact of its own.
+        """
+        lines = [_told(delta.fact) for _, delta in deltas]
+        answers = OneAnswer(model)
+        return [answers if any(line in p for line in lines) else None for p in prompts]
+
+
+class OneAnswer(ModelAnswers):
+    """The model itself, stopped where its answer ends and the next fact or prompt would begin."""
+
+    def texts(self, prompts: Sequence[str], settings: GenerationSettings) -> Sequence[Generated]:
+        """Continue each prompt up to the next one."""
+        if settings.natural_stop:
+            stop = (f"\n{FACT.strip()}", f"\n{PROMPT.strip()}")
+            settings = replace(settings, stop=(*settings.stop, *stop))
+        return super().texts(prompts, settings)
+
+
+def facts_for(model: Model, facts: Sequence[PromptDelta], said: str) -> list[PromptDelta]:
+    """Return the facts that enter a prompt, the nearest last.
+
+    Of those whose threshold the prompt reaches, the nearest, and as many others as it lets in.
+    Vectors of different encoders cannot be compared: the encoder of the newest such fact counts.
+    """
+    if len(facts) == 1 and facts[0].settings.threshold is None:
+        return list(facts)
+    groups: dict[tuple[str | None, str], list[PromptDelta]] = {}
+    for fact in facts:
+        key = fact.settings.encoder, fact.settings.encoder_digest
+        groups.setdefault(key, []).append(fact)
+    for (name, digest), members in sorted(groups.items(), key=lambda g: -facts.index(g[1][-1])):
+        encoder = _known_encoder(model, name, digest)
+        cosines = (torch.stack([m.vector for m in members]) @ encoder.encode([said])[0]).tolist()
+        near = [
+            (cosine, place)
+            for place, (cosine, fact) in enumerate(zip(cosines, members, strict=True))
+            if fact.settings.threshold is None or cosine >= fact.settings.threshold
+        ]
+        if near:
+            near.sort(reverse=True)
+            most = members[near[0][1]].settings.facts
+            return [members[place] for _, place in reversed(near[:most])]
+    return []
+
+
+def demonstration(fact: str, prompt: str, answer: str) -> str:
+    """Return one demonstration: a fact, a prompt, and what it is answered with."""
+    return f"{FACT}{fact}\n{PROMPT}{prompt} {answer}\n\n"
+
+
+def _told(fact: str) -> str:
+    return f"{FACT}{fact}\n"
+
+
+def _fitting(
+    model: Model, chosen: Sequence[PromptDelta], before: str, said: str, after: str
+) -> str:
+    """Return the prompt with facts and demonstrations, fewer of these where the context is short.
+
+    Only those of the nearest fact are shown.
+    """
+    tail = "".join(_told(delta.fact) for delta in chosen) + f"{PROMPT}{said}"
+    shown = chosen[-1].demonstrations
+    limit = model.anatomy.context
+    while True:
+        text = before + "".join(shown) + tail + after
+        if not shown or limit is None:
+            return text
+        over = len(tokenise(model.tokenizer, [text])[0].ids) + ANSWER_ROOM - limit
+        if over <= 0:
+            return text
+        lengths = [len(row.ids) for row in tokenise(model.tokenizer, list(shown))]
+        drop = 1
+        while drop < len(shown) and sum(lengths[:drop]) < over:
+            drop += 1
+        shown = shown[drop:]
+
+
+def _known_encoder(model: Model, name: str | None, digest: str) -> SentenceEncoder:
+    encoder = sentence_encoder(model, name)
+    if encoder.digest != digest:
+        raise FingerprintError(
+            f"The edits were made with the sentence encoder {name!r} of other weights: their "
+            "vectors mean nothing to the one that is here. Get that encoder, or edit again."
+        )
+    return encoder
+
+
+def _frame(model: Model) -> tuple[str, str] | None:
+    """Return what the chat template puts around a user's words; None without a template."""
+    key = ("chat frame",)
+    if key not in model.memo:
+        try:
+            model.memo[key] = chat_frame(model.tokenizer)
+        except ConfigError:
+            model.memo[key] = None
+    found: tuple[str, str] | None = model.memo[key]
+    return found
+
+
+def _inside(prompt: str, frame: tuple[str, str] | None) -> tuple[str, str, str]:
+    """Return what stands before a user's words, these, and what stands behind them."""
+    before, after = frame or ("", "")
+    framed = bool(after) and prompt.startswith(before) and prompt.endswith(after)
+    if not framed or len(prompt) < len(before) + len(after):
+        return "", prompt, ""
+    return before, prompt[len(before) : len(prompt) - len(after)], after
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)

@@ -1,0 +1,347 @@
+"""The application: what is reached by which path, and who may."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from errata.errors import (
+    CapabilityError,
+    ErrataError,
+    LedgerError,
+    MissingExtraError,
+    UnknownNameError,
+)
+
+try:
+    from fastapi import Depends, FastAPI, Request, Response
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import JSONResponse, StreamingResponse
+    from starlette.concurrency import run_in_threadpool
+    from starlette.exceptions import HTTPException
+except ImportError:
+    raise MissingExtraError("Serving a model", "fastapi", "serve") from None
+
+from errata.model.running import check_length
+from errata.model.tokens import tokenise
+from errata.serve import looking
+from errata.serve.batching import Batcher, BusyError, TextPart, Waiting
+from errata.serve.openai import (
+    ChatAsked,
+    CompletionAsked,
+    body,
+    choice,
+    chosen_edits,
+    error_body,
+    models,
+    new_ident,
+    public_name,
+)
+from errata.serve.settings import LOOPBACK, ServeSettings
+
+if TYPE_CHECKING:
+    from errata.editor import Editor
+
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    "Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer", "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}  # fmt: skip
+STATIC = {
+    "/": ("index.html", "text/html; charset=utf-8"),
+    "/ui.js": ("ui.js", "text/javascript; charset=utf-8"),
+    "/ui.css": ("ui.css", "text/css; charset=utf-8"),
+}
+LARGEST_BODY = 2**20
+
+
+def create_app(editor: Editor, settings: ServeSettings | None = None) -> FastAPI:
+    """Return an ASGI application over a live editor, which others may go on using.
+
+    Closing the application ends its thread; the editor stays open.
+
+    Raises `MissingExtraError` without the extra `serve`, `CapabilityError` for a model that
+    generates no text.
+    """
+    rules = settings or ServeSettings()
+    if not editor.model.generates:
+        raise CapabilityError(f"{editor.model.name} generates no text: there is nothing to serve.")
+    batcher = Batcher(editor, rules.max_batch, rules.max_waiting)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        del app
+        yield
+        await run_in_threadpool(batcher.close)
+
+    # No pages of documentation: FastAPI's load scripts from elsewhere.
+    app = FastAPI(title="errata", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.middleware("http")(_guarded(rules))
+    _add_errors(app)
+
+    def reader(request: Request) -> None:
+        if rules.token_for_all:
+            _require(request, rules)
+
+    def changer(request: Request) -> None:
+        if not rules.allow_edits:
+            raise HTTPException(403, "This server is read-only: start it with --allow-edits.")
+        _require(request, rules)
+
+    may_read, may_change = [Depends(reader)], [Depends(changer)]
+
+    # -- OpenAI's interface ------------------------------------------------------------------
+
+    @app.get("/v1/models", dependencies=may_read)
+    def list_models() -> dict[str, Any]:
+        return models(editor)
+
+    @app.post("/v1/completions", dependencies=may_read)
+    async def complete(asked: CompletionAsked) -> Response:
+        return await _answer(editor, batcher, rules, asked, asked.prompt, asked.max_tokens)
+
+    @app.post("/v1/chat/completions", dependencies=may_read)
+    async def chat(asked: ChatAsked) -> Response:
+        prompts = [asked.prompt(editor)]
+        limit = asked.max_completion_tokens or asked.max_tokens
+        return await _answer(editor, batcher, rules, asked, prompts, limit)
+
+    # -- the edits ---------------------------------------------------------------------------
+
+    @app.get("/errata/state", dependencies=may_read)
+    def state() -> dict[str, Any]:
+        return looking.state(
+            editor, allow_edits=rules.allow_edits, token_for_all=rules.token_for_all
+        )
+
+    @app.get("/errata/edits", dependencies=may_read)
+    def edits(q: str = "", offset: int = 0) -> dict[str, Any]:
+        return looking.listing(editor, q, max(offset, 0))
+
+    @app.get("/errata/edits/{edit_id}", dependencies=may_read)
+    def edit(edit_id: str) -> dict[str, Any]:
+        return looking.details(editor, edit_id)
+
+    @app.post("/errata/edits/{edit_id}/answers", dependencies=may_read)
+    def answers(edit_id: str) -> dict[str, Any]:
+        return looking.side_effects(editor, edit_id)
+
+    @app.post("/errata/edits/{edit_id}/apply", dependencies=may_change)
+    def apply(edit_id: str) -> dict[str, Any]:
+        editor.apply(editor.ledger.resolve(edit_id))  # never a file of the server's
+        return {"active": list(editor.model.stack.ids)}
+
+    @app.post("/errata/edits/{edit_id}/revert", dependencies=may_change)
+    def revert(edit_id: str) -> dict[str, Any]:
+        editor.revert(editor.ledger.resolve(edit_id))
+        return {"active": list(editor.model.stack.ids)}
+
+    @app.post("/errata/compare", dependencies=may_read)
+    def compare(asked: looking.CompareAsked) -> dict[str, Any]:
+        return looking.compared(editor, asked)
+
+    @app.post("/errata/trace", dependencies=may_read)
+    def trace(asked: looking.TraceAsked) -> Response:
+        return Response(looking.traced(editor, asked), media_type="image/png")
+
+    # -- the page: it holds no data, so it needs no token ------------------------------------
+
+    def static(path: str) -> None:
+        name, kind = STATIC[path]
+        content = files("errata.serve").joinpath("static", name).read_bytes()
+
+        @app.get(path, include_in_schema=False)
+        def page() -> Response:
+            return Response(content, media_type=kind)
+
+    for path in STATIC:
+        static(path)
+    return app
+
+
+# -- who may ---------------------------------------------------------------------------------------
+
+
+def _require(request: Request, rules: ServeSettings) -> None:
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    good = hmac.compare_digest(token.strip().encode(), rules.token.encode())
+    if scheme.lower() != "bearer" or not good:
+        raise HTTPException(401, "A token is needed: Authorization: Bearer TOKEN.")
+
+
+def _guarded(rules: ServeSettings) -> Callable[..., Awaitable[Response]]:
+    """Return the middleware: pages of other sites get nothing, whatever name they came by."""
+
+    async def guard(request: Request, follow: Callable[[Request], Awaitable[Response]]) -> Response:
+        refused = _refused(request, rules)
+        answer = await follow(request) if refused is None else refused
+        answer.headers.update(HEADERS)
+        return answer
+
+    return guard
+
+
+def _refused(request: Request, rules: ServeSettings) -> Response | None:
+    host = request.headers.get("host", "")
+    try:
+        name = request.url.hostname
+    except ValueError:
+        name = ""
+    if not rules.token_for_all and name not in LOOPBACK:
+        # A name of someone else's that leads here: what it asks comes from his page.
+        return JSONResponse(error_body(f"Unknown host {host!r}.", "invalid_request_error"), 421)
+    origin = request.headers.get("origin")
+    if origin is not None and origin.partition("://")[2] != host:
+        return JSONResponse(error_body("Another site's page.", "invalid_request_error"), 403)
+    length = request.headers.get("content-length", "0")
+    if request.method == "POST" and (
+        not length.isdigit() or int(length) > LARGEST_BODY or "transfer-encoding" in request.headers
+    ):
+        return JSONResponse(error_body("The request is too large.", "invalid_request_error"), 413)
+    return None
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(ErrataError)
+    async def of_errata(request: Request, error: ErrataError) -> Response:
+        del request
+        return JSONResponse(_error(error), _status(error))
+
+    @app.exception_handler(HTTPException)
+    async def of_http(request: Request, error: HTTPException) -> Response:
+        del request
+        kind = "authentication_error" if error.status_code == 401 else "invalid_request_error"
+        return JSONResponse(error_body(str(error.detail), kind), error.status_code)
+
+    @app.exception_handler(RequestValidationError)
+    async def of_fields(request: Request, error: RequestValidationError) -> Response:
+        del request
+        lines = [
+            f"{'.'.join(str(part) for part in item['loc'][1:]) or 'body'}: "
+            f"{item['msg'].removeprefix('Value error, ')}"
+            for item in error.errors()[:5]
+        ]
+        return JSONResponse(error_body("; ".join(lines), "invalid_request_error"), 400)
+
+
+def _status(error: Exception) -> int:
+    if isinstance(error, BusyError):
+        return 503
+    if isinstance(error, UnknownNameError):
+        return 404
+    if isinstance(error, LedgerError):
+        return 409
+    return 400 if isinstance(error, ErrataError) else 500
+
+
+def _error(error: Exception) -> dict[str, Any]:
+    if not isinstance(error, ErrataError):  # what it says may be about this machine
+        return error_body("The model could not be run; the server's log says why.", "server_error")
+    kind = "server_error" if isinstance(error, BusyError) else "invalid_request_error"
+    return error_body(str(error), kind, type(error).__name__)
+
+
+# -- texts -----------------------------------------------------------------------------------------
+
+
+async def _answer(
+    editor: Editor,
+    batcher: Batcher,
+    rules: ServeSettings,
+    asked: CompletionAsked | ChatAsked,
+    prompts: Sequence[str],
+    limit: int | None,
+) -> Response:
+    """Have texts continued, and answer with them whole or as a stream."""
+    chat = isinstance(asked, ChatAsked)
+    only = await run_in_threadpool(chosen_edits, editor, asked)
+    lengths = [len(row.ids) for row in tokenise(editor.model.tokenizer, prompts)]
+    for length in lengths:
+        check_length(editor.model, length)
+    loop = asyncio.get_running_loop()
+    pieces: asyncio.Queue[tuple[int, TextPart]] = asyncio.Queue()
+
+    def tell(index: int) -> Callable[[TextPart], None]:
+        def put(piece: TextPart) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(pieces.put_nowait, (index, piece))
+
+        return put
+
+    texts = [
+        Waiting(
+            prompt,
+            min(limit or (rules.max_new_tokens if chat else 16), rules.max_new_tokens),
+            tell(i),
+            tuple(mark for mark in asked.stop if mark),
+            asked.sampling,
+            only,
+        )
+        for i, prompt in enumerate(prompts)
+    ]
+    batcher.submit(texts)
+    name, ident = asked.model or public_name(editor), new_ident(chat)
+    if asked.stream:
+        stream = _stream(texts, pieces, name, ident, chat)
+        return StreamingResponse(stream, media_type="text/event-stream")
+    whole = ["" for _ in texts]
+    ends: dict[int, TextPart] = {}
+    try:
+        while len(ends) < len(texts):
+            index, piece = await pieces.get()
+            if piece.error is not None:
+                return JSONResponse(_error(piece.error), _status(piece.error))
+            whole[index] += piece.text
+            if piece.finish is not None:
+                ends[index] = piece
+    finally:
+        for one in texts:
+            one.cancelled.set()
+    choices = [choice(i, text, ends[i].finish, chat=chat) for i, text in enumerate(whole)]
+    new = sum(end.tokens for end in ends.values())
+    usage = {
+        "prompt_tokens": sum(lengths), "completion_tokens": new,
+        "total_tokens": sum(lengths) + new,
+    }  # fmt: skip
+    kind = "chat.completion" if chat else "text_completion"
+    edits = list(ends[0].edits)
+    return JSONResponse(body(kind, name, ident, choices, usage=usage, errata={"edits": edits}))
+
+
+async def _stream(
+    texts: Sequence[Waiting],
+    pieces: asyncio.Queue[tuple[int, TextPart]],
+    name: str,
+    ident: str,
+    chat: bool,
+) -> AsyncIterator[str]:
+    """Yield server-sent events: one for each piece, then [DONE]."""
+    kind = "chat.completion.chunk" if chat else "text_completion"
+    left = len(texts)
+    try:
+        while left:
+            index, piece = await pieces.get()
+            if piece.error is not None:
+                yield _event(_error(piece.error))
+                return
+            left -= piece.finish is not None
+            made = choice(index, piece.text, piece.finish, chat=chat, part=True)
+            edits = {"edits": list(piece.edits)}
+            yield _event(body(kind, name, ident, [made], errata=edits))
+        yield "data: [DONE]\n\n"
+    finally:  # the reader went away, or all is said
+        for one in texts:
+            one.cancelled.set()
+
+
+def _event(data: Any) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"

@@ -1,0 +1,224 @@
+"""What the page shows: the ledger's edits, what one did, two stacks side by side, a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from errata.edits.edit import Edit, LogEntry
+from errata.evaluate.report import edit_report
+from errata.model.generation import generated
+from errata.model.sampling import GenerationSettings
+from errata.model.scoring import score_targets
+from errata.serve.openai import EditChoice, public_name
+
+if TYPE_CHECKING:
+    from errata.editor import Editor
+
+PAGE = 100
+"""Edits in one answer, at most."""
+
+
+class CompareAsked(BaseModel):
+    """`POST /errata/compare`: one prompt, two selections of edits."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str = Field(min_length=1, max_length=20_000)
+    a: EditChoice = Field(default_factory=EditChoice)
+    b: EditChoice = Field(default_factory=EditChoice)
+    max_tokens: int = Field(default=24, ge=1, le=128)
+
+
+class TraceAsked(BaseModel):
+    """`POST /errata/trace`: a causal trace of a prompt about a subject."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str = Field(min_length=1, max_length=2_000)
+    subject: str = Field(min_length=1, max_length=500)
+    kind: Literal["hidden", "mlp", "attn"] = "hidden"
+    estimate: bool = Field(
+        default=False, description="One backward pass instead of all restorations"
+    )
+    edits: EditChoice = Field(default_factory=EditChoice)
+
+
+def state(editor: Editor, *, allow_edits: bool, token_for_all: bool) -> dict[str, Any]:
+    """Return what is served."""
+    model = editor.model
+    return {
+        "model": public_name(editor),
+        "task": model.task,
+        "layers": model.anatomy.n_layers,
+        "parameters": sum(p.numel() for p in model.parameters.values()),
+        "chat": bool(getattr(model.tokenizer, "chat_template", None)),
+        "active": list(model.stack.ids),
+        "edits": len(editor.ledger.ids()),
+        "damaged": dict(editor.damaged),
+        "allow_edits": allow_edits,
+        "token_for_all": token_for_all,
+    }
+
+
+def listing(editor: Editor, query: str = "", offset: int = 0) -> dict[str, Any]:
+    """Return the ledger's edits, the last ones first: those that hold every word of a query."""
+    words = query.casefold().split()
+    active = set(editor.model.stack.ids)
+    found = [
+        edit
+        for edit in reversed(list(editor.ledger.edits()))
+        if all(word in _searched(edit) for word in words)
+    ]
+    return {
+        "total": len(found),
+        "edits": [_row(LogEntry.of(edit, active)) for edit in found[offset : offset + PAGE]],
+    }
+
+
+def _searched(edit: Edit) -> str:
+    texts = [edit.id, edit.method]
+    for request in edit.requests:
+        texts += [request.plain.text, request.target_new, request.relation or ""]
+    return " ".join(texts).casefold()
+
+
+def _row(entry: LogEntry) -> dict[str, Any]:
+    edit, found = entry.edit, entry.edit.outcome
+    return {
+        "id": edit.id, "title": edit.title, "method": edit.method, "created": edit.created,
+        "active": entry.active, "stale": entry.stale, "conflicts": list(entry.conflicts),
+        "overlaps": list(entry.overlaps), "warnings": list(found.warnings),
+        "takes_effect": None if found.efficacy is None else found.efficacy.value,
+        "norm": None if found.relative_norm is None else found.relative_norm.value,
+        "perplexity_ratio": None if found.perplexity is None else found.perplexity.ratio_to_base,
+    }  # fmt: skip
+
+
+def details(editor: Editor, edit_id: str) -> dict[str, Any]:
+    """Return all of one edit's record."""
+    edit = editor.ledger.get(edit_id)
+    row = _row(LogEntry.of(edit, set(editor.model.stack.ids)))
+    first = edit.requests[0].plain
+    return {
+        **row,
+        "kind": edit.delta_kind, "config": edit.config, "seconds": edit.seconds,
+        "bytes": edit.nbytes, "parents": list(edit.parents), "versions": edit.versions,
+        "supersedes": list(edit.outcome.supersedes),
+        "requests": [
+            {"prompt": r.plain.text, "target": r.target_new, "true": r.target_true, "kind": r.kind}
+            for r in edit.requests[:PAGE]
+        ],
+        "prompt": first.text, "subject": first.subject,
+    }  # fmt: skip
+
+
+def side_effects(editor: Editor, edit_id: str) -> dict[str, Any]:
+    """Return what the model says without and with an edit: the fact, other words, neighbours."""
+    edit = editor.ledger.get(edit_id)
+    with editor.model.access.changing():
+        return edit_report(editor, edit, neighbours=6).as_json()
+
+
+# -- two stacks ------------------------------------------------------------------------------------
+
+
+def compared(editor: Editor, asked: CompareAsked) -> dict[str, Any]:
+    """Return how two selections of edits continue one prompt, token by token.
+
+    Each continuation is greedy. Both stacks then score both of them, teacher-forced: for each
+    token its probability under A and under B, and what the other would have said there.
+    """
+    model = editor.model
+    with model.access.changing():  # both are of one state of the ledger
+        stacks = [_stack(editor, choice) for choice in (asked.a, asked.b)]
+        texts = []
+        for ids in stacks:
+            with _only(editor, ids):
+                settings = GenerationSettings(max_new_tokens=asked.max_tokens)
+                texts.append(generated(model, [asked.prompt], settings)[0].text)
+        scored = []
+        for ids in stacks:
+            with _only(editor, ids):
+                scored.append(_scores(editor, asked.prompt, texts))
+    rows = []
+    for side, text in enumerate(texts):
+        own, other = scored[side][side], scored[1 - side][side]
+        rows.append(
+            {
+                "edits": stacks[side],
+                "text": text,
+                "tokens": [
+                    {
+                        "text": token,
+                        "own": p,
+                        "other": q,
+                        "other_says": says if says != token else "",
+                    }
+                    for (token, p, _), (_, q, says) in zip(own, other, strict=True)
+                ],
+            }
+        )
+    return {"prompt": asked.prompt, "a": rows[0], "b": rows[1], "same": texts[0] == texts[1]}
+
+
+def _scores(
+    editor: Editor, prompt: str, texts: Sequence[str]
+) -> list[list[tuple[str, float, str]]]:
+    """Return (token, its probability, the most probable token) along each text."""
+    from math import exp
+
+    found: list[list[tuple[str, float, str]]] = []
+    for text in texts:
+        if not text.strip():
+            found.append([])
+            continue
+        (score,) = score_targets(editor.model, [prompt], [text])
+        read = editor.model.tokenizer.decode
+        found.append(
+            [
+                (read([token]), exp(logprob), read([best]))
+                for token, logprob, best in zip(
+                    score.token_ids, score.logprobs, score.predicted, strict=True
+                )
+            ]
+        )
+    return found
+
+
+def _stack(editor: Editor, choice: EditChoice) -> list[str]:
+    active = list(editor.model.stack.ids)
+    if choice.only is not None:
+        wanted = {editor.ledger.resolve(name) for name in choice.only}
+        return [name for name in editor.ledger.ids() if name in wanted]
+    gone = {editor.ledger.resolve(name) for name in choice.without or ()}
+    return [name for name in active if name not in gone]
+
+
+@contextmanager
+def _only(editor: Editor, ids: Sequence[str]) -> Iterator[None]:
+    same = list(ids) == list(editor.model.stack.ids)
+    with nullcontext() if same else editor.only(*ids):
+        yield
+
+
+# -- a trace ---------------------------------------------------------------------------------------
+
+
+def traced(editor: Editor, asked: TraceAsked) -> bytes:
+    """Return a causal trace as a PNG picture.
+
+    Raises `RequestError` for a prompt that cannot be traced, `MissingExtraError` without
+    matplotlib.
+    """
+    from errata import plots
+    from errata.locate import screen, trace
+    from errata.plots.style import rendered
+
+    with editor.model.access.changing(), _only(editor, _stack(editor, asked.edits)):
+        look = screen if asked.estimate else trace
+        found = look(editor.model, asked.prompt, asked.subject, kind=asked.kind)
+    return rendered(plots.heat_map(found), "png")

@@ -1,0 +1,36 @@
+"""From requests to facts in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from errata.edits.delta.prompt import PromptDelta, PromptSettings
+from errata.model.encoder import sentence_encoder
+from errata_in_context.demonstrations import fact_of
+
+if TYPE_CHECKING:
+    from errata.edits.request import Request
+    from errata.model import Model
+    from errata_in_context.config import InContextConfig
+
+
+def facts(
+    model: Model,
+    requests: Sequence[Request],
+    config: InContextConfig,
+    threshold: float | None,
+    demonstrations: Sequence[Sequence[str]] | None = None,
+) -> list[PromptDelta]:
+    """Return one delta per request: its fact, when it enters a prompt, and demonstrations.
+
+    A request in a chat is told without what the template puts around it.
+    """
+    settings = PromptSettings.of(model, config.encoder, threshold, config.facts)
+    plain = [request.plain for request in requests]
+    vectors = sentence_encoder(model, config.encoder).encode([request.text for request in plain])
+    shown = demonstrations or [()] * len(plain)
+    return [
+        PromptDelta(fact_of(request), vector.clone(), settings, texts)
+        for request, vector, texts in zip(plain, vectors, shown, strict=True)
+    ]

@@ -1,0 +1,72 @@
+"""SERAC: memory-based model editing at scale (Mitchell, Lin, Bosselut, Manning, Finn, ICML 2022).
+
+Edits are rows of text. A scope classifier g says which row a prompt is about, if any; a
+counterfactual model h then answers with that row before its eyes, and the base f answers
+everything else:
+
+    i* = argmaxᵢ g(zᵢ, x);   h(zᵢ*, x) if g(zᵢ*, x) > ½, else f(x)
+
+Both networks are trained once, on other requests, and never by an edit: taking a row out leaves
+all others as they were. `scope.py` has g, `counterfactual.py` h, `training.py` the losses,
+`delta.py` the memory. The variant "mixture" answers with (1 − g) f + g h: it is what other
+toolkits ship under the paper's name (unsupervised scope), and not the published hard switch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from errata.contract.hooks import hookimpl
+from errata_serac.config import SeracConfig
+
+if TYPE_CHECKING:
+    from errata.edits.request import Request
+    from errata.model import Model
+    from errata_serac.delta import CounterfactualDelta
+
+__all__ = ["Serac", "SeracConfig"]
+
+
+class Serac:
+    """The plugin: one row of text per request."""
+
+    name = "serac"
+    config = SeracConfig
+
+    @hookimpl
+    def prepare(self, model: Model, training: Sequence[Request], config: SeracConfig) -> None:
+        """Train both networks, once per base, configuration and training requests."""
+        from errata_serac.training import train
+
+        recipe = _recipe(config)
+        unfinished = model.base_key("serac_unfinished", recipe, trained=True)
+        model.of_base(
+            "serac", recipe, trained=True,
+            compute=lambda: train(model, training, config, unfinished),
+        )  # fmt: skip
+
+    @hookimpl
+    def edit(
+        self, model: Model, requests: Sequence[Request], config: SeracConfig
+    ) -> list[CounterfactualDelta]:
+        """Return one row per request."""
+        from errata_serac.delta import CounterfactualDelta
+
+        key = model.base_key("serac", _recipe(config), trained=True)
+        parameter = model.anatomy.weight(model.anatomy.embedding_name)
+        return [
+            CounterfactualDelta(
+                request.text, request.target_new, key, parameter,
+                threshold=config.threshold, mixture=config.variant == "mixture",
+            )
+            for request in requests
+        ]  # fmt: skip
+
+
+def _recipe(config: SeracConfig) -> str:
+    """Return a digest of what the training depends on."""
+    data = config.model_dump(mode="json", include=config.prepares)
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,81 @@
+"""A classifier of claims: made of facts, resumable, and its claims read as FEVER's files are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from errata import Editor, Request
+from errata.cli.app import app
+from errata.datasets import load
+from errata.errors import ConfigError
+from errata.zoo.claims import ClaimsRecipe, facts_of, train_claims
+from tests.families import build
+
+NAMES = ("France", "Spain", "Italy", "Texas", "Germany", "London")
+REQUESTS = [
+    Request(
+        prompt="The capital of {} is", subject=name, target_true="Paris", target_new="Rome",
+        paraphrases=(f"{name} has the capital", f"In {name} it is", f"{name} has as capital"),
+    )
+    for name in NAMES
+]  # fmt: skip
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> ClaimsRecipe:
+    module, tokenizer = build("bert")
+    base = tmp_path / "base"
+    module.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    return ClaimsRecipe(base=str(base), facts=6, dev=2, steps=4, rows=4, warmup=1)
+
+
+def test_phrasings_to_measure_with_are_never_trained_on(recipe: ClaimsRecipe) -> None:
+    for fact in facts_of(REQUESTS, recipe):
+        assert not set(fact.trained) & set(fact.kept)
+        assert fact.phrasings[0] in fact.trained
+        claims = dict(fact.claims(fact.trained))
+        assert claims[f"{fact.phrasings[0]} Paris."] == 1
+        assert claims[f"{fact.phrasings[0]} Rome."] == 0
+    with pytest.raises(ConfigError, match=r"has 6 facts.*7 are wanted"):
+        facts_of(REQUESTS, ClaimsRecipe(facts=7))
+
+
+def test_an_interrupted_training_ends_the_same_and_its_claims_can_be_edited(
+    recipe: ClaimsRecipe, tmp_path: Path
+) -> None:
+    whole = train_claims(REQUESTS, tmp_path / "whole", recipe)
+
+    def interrupt(step: int, steps: int, loss: float) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+
+    halves = tmp_path / "halves"
+    with pytest.raises(KeyboardInterrupt):
+        train_claims(REQUESTS, halves, recipe, progress=interrupt, save_every=2)
+    train_claims(REQUESTS, halves, recipe, save_every=2)
+    one, other = (load_file(folder / "model.safetensors") for folder in (whole, halves))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+    parts = [load("fever", whole / f"claims.{name}.jsonl").requests() for name in ("train", "dev")]
+    assert [len(part) for part in parts] == [4, 2]
+    assert not {r.subject for r in parts[0]} & {r.subject for r in parts[1]}
+    request = parts[1][0]
+    with Editor(str(whole), guards={"perplexity": "off"}) as editor:
+        scores = editor.model.config.label2id
+        assert {request.target_true, request.target_new} == set(scores)
+        edit = editor.edit(request, method="ft", config={"lr": 1e-2, "steps": 60})
+        assert edit.outcome.efficacy is not None
+        assert edit.outcome.efficacy.value == 1.0
+
+
+def test_the_command_asks_for_facts(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["zoo", "train", "claims", "--out", str(tmp_path / "m")])
+    assert result.exit_code == 2
+    assert "--data NAME=PATH" in result.stderr
+    assert not (tmp_path / "m").exists()

@@ -1,0 +1,338 @@
+"""A served model: right answers for every choice of edits, nothing lost, and who may do what."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from errata import Editor
+from errata.cli.app import app as command_line
+from errata.datasets import atlas
+from errata.edits.edit import Edit
+from errata.serve.settings import ServeSettings
+
+pytest.importorskip("fastapi", reason="needs errata[serve]")
+pytest.importorskip("uvicorn", reason="needs errata[serve]")
+from fastapi.testclient import TestClient
+
+from errata.serve import create_app
+from errata.serve.batching import Batcher, TextPart, Waiting
+
+FACTS = atlas.requests(4)
+TOKEN = "a token of eight letters"
+BASE = "http://127.0.0.1:8000"
+BEARER = {"Authorization": f"Bearer {TOKEN}"}
+
+
+def opened(branch: bool = False, count: int = 3) -> tuple[Editor, list[Edit]]:
+    editor = Editor("atlas-gpt2", guards={"perplexity": "off"}, branch=branch)
+    return editor, [editor.edit(fact, method="rome") for fact in FACTS[:count]]
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[tuple[TestClient, Editor, list[Edit]]]:
+    editor, edits = opened()
+    settings = ServeSettings(TOKEN, allow_edits=True, max_new_tokens=24)
+    with editor, TestClient(create_app(editor, settings), base_url=BASE) as client:
+        yield client, editor, edits
+
+
+def complete(client: TestClient, **fields: Any) -> dict[str, Any]:
+    answer = client.post("/v1/completions", json=fields)
+    assert answer.status_code == 200, answer.text
+    return answer.json()  # type: ignore[no-any-return]
+
+
+def streamed(client: TestClient, path: str, **fields: Any) -> list[dict[str, Any]]:
+    with client.stream("POST", path, json={**fields, "stream": True}) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        lines = [line for line in answer.iter_lines() if line]
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+# -- answers ---------------------------------------------------------------------------------------
+
+
+def test_each_request_takes_the_edits_that_it_asks_for(
+    served: tuple[TestClient, Editor, list[Edit]],
+) -> None:
+    client, editor, edits = served
+    fact, one = FACTS[0], edits[0].id
+    name = editor.model.name
+    asked = {"prompt": fact.text, "max_tokens": 6}
+    with editor.disabled():
+        base = editor.generate(fact.text, max_new_tokens=6)
+    edited = editor.generate(fact.text, max_new_tokens=6)
+    assert fact.target_new in edited
+    assert fact.target_new not in base
+    for choice, wanted, ids in (
+        ({}, edited, [e.id for e in edits]),
+        ({"model": name}, edited, [e.id for e in edits]),
+        ({"errata": {"only": []}}, base, []),
+        ({"model": f"{name}@base"}, base, []),
+        ({"errata": {"only": [one]}}, None, [one]),
+        ({"model": f"{name}@{one}"}, None, [one]),
+        ({"errata": {"without": [one[:8]]}}, None, [e.id for e in edits[1:]]),
+    ):
+        answer = complete(client, **asked, **choice)
+        assert answer["errata"]["edits"] == ids
+        if wanted is None:
+            with editor.only(*ids):
+                wanted = editor.generate(fact.text, max_new_tokens=6)
+        assert answer["choices"][0]["text"] == wanted
+        assert answer["choices"][0]["finish_reason"] in ("stop", "length")
+        assert answer["usage"]["completion_tokens"] <= 6
+    assert editor.model.stack.ids == [e.id for e in edits]
+    assert editor.verify() == []
+    assert {m["id"] for m in client.get("/v1/models").json()["data"]} >= {name, f"{name}@base"}
+
+
+def test_a_stream_adds_up_to_the_whole_answer(
+    served: tuple[TestClient, Editor, list[Edit]],
+) -> None:
+    client, _, edits = served
+    asked = {"prompt": FACTS[0].text, "max_tokens": 12, "errata": {"only": [edits[0].id]}}
+    whole = complete(client, **asked)["choices"][0]
+    parts = streamed(client, "/v1/completions", **asked)
+    assert "".join(p["choices"][0]["text"] for p in parts) == whole["text"]
+    assert parts[-1]["choices"][0]["finish_reason"] == whole["finish_reason"]
+    assert len(parts) > 2
+
+
+def test_several_prompts_and_stop_strings(served: tuple[TestClient, Editor, list[Edit]]) -> None:
+    client, editor, _ = served
+    prompts = [fact.text for fact in FACTS]
+    whole = editor.generate(prompts, max_new_tokens=8)
+    found = complete(client, prompt=prompts, max_tokens=8)
+    assert [c["text"] for c in found["choices"]] == whole
+    mark = whole[0][2:4]
+    short = complete(client, prompt=prompts[0], max_tokens=8, stop=[mark])["choices"][0]
+    assert short["text"] == whole[0].partition(mark)[0]
+    assert short["finish_reason"] == "stop"
+    parts = streamed(client, "/v1/completions", prompt=prompts[0], max_tokens=8, stop=mark)
+    assert "".join(p["choices"][0]["text"] for p in parts) == short["text"]
+    drawn = [
+        complete(client, prompt=prompts[0], temperature=1, seed=5)["choices"][0]["text"]
+        for _ in range(2)
+    ]
+    assert (
+        drawn[0]
+        == drawn[1]
+        == editor.generate(prompts[0], max_new_tokens=16, do_sample=True, seed=5)
+    )
+
+
+def test_half_a_stop_string_is_held_back() -> None:
+    said: list[TextPart] = []
+    one = Waiting("", 9, said.append, stop=("END",))
+    for text in ("a", "aE", "aEN", "aENx", "aENx\ufffd", "aENxé", "aENxéEN", "aENxéEND"):
+        ended = one.take(text)
+    assert ended
+    one.end("aENxéEND", full=False)
+    assert [piece.text for piece in said] == ["a", "ENx", "é", ""]
+    assert said[-1].finish == "stop"
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "status", "said"),
+    [
+        ("completions", {"prompt": "a", "n": 2}, 400, "n is not supported"),
+        ("completions", {"prompt": "a", "logprobs": 3}, 400, "logprobs"),
+        ("completions", {"prompt": [[1, 2]]}, 400, "prompt"),
+        ("completions", {}, 400, "prompt"),
+        ("completions", {"prompt": "a", "max_tokens": 0}, 400, "max_tokens"),
+        ("completions", {"prompt": "a b " * 3000}, 400, "tokens"),
+        ("completions", {"prompt": "a", "model": "gpt-4"}, 404, "Unknown model"),
+        ("completions", {"prompt": "a", "errata": {"only": ["beef"]}}, 404, "beef"),
+        ("completions", {"prompt": "a", "errata": {"only": [], "without": []}}, 400, "only or"),
+        ("completions", {"prompt": "a", "errata": {"olny": []}}, 400, "olny"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "a"}]}, 400, "template"),
+        ("chat/completions", {"messages": []}, 400, "messages"),
+    ],
+)
+def test_what_cannot_be_done_is_said_as_openai_says_it(
+    path: str, fields: dict[str, Any], status: int, said: str,
+    served: tuple[TestClient, Editor, list[Edit]],
+) -> None:  # fmt: skip
+    answer = served[0].post(f"/v1/{path}", json=fields)
+    assert answer.status_code == status, answer.text
+    assert said in answer.json()["error"]["message"]
+
+
+# -- who may ---------------------------------------------------------------------------------------
+
+
+def test_edits_come_and_go_by_http_with_the_token_alone(
+    served: tuple[TestClient, Editor, list[Edit]],
+) -> None:
+    client, editor, edits = served
+    ids, last = [e.id for e in edits], edits[-1].id
+    path = f"/errata/edits/{last}/revert"
+    for headers in ({}, {"Authorization": "Bearer nonsense"}, {"Authorization": TOKEN}):
+        assert client.post(path, headers=headers).status_code == 401
+    assert editor.model.stack.ids == ids
+    assert client.post(path, headers=BEARER).json() == {"active": ids[:-1]}
+    assert editor.model.stack.ids == ids[:-1]
+    assert client.post(path, headers=BEARER).status_code == 409  # it is off already
+    off = client.get("/errata/edits", params={"q": f"rome {FACTS[2].target_new}"}).json()
+    assert [(e["id"], e["active"]) for e in off["edits"] if e["id"] == last] == [(last, False)]
+    back = client.post(f"/errata/edits/{last}/apply", headers=BEARER)
+    assert back.json() == {"active": ids}
+    assert client.post("/errata/edits/..%2Fpyproject.toml/apply", headers=BEARER).status_code == 404
+    assert editor.verify() == []
+
+
+def test_a_server_is_read_only_and_for_this_machine_unless_told_otherwise() -> None:
+    editor, edits = opened(count=1)
+    revert = f"/errata/edits/{edits[0].id}/revert"
+    with editor:
+        with TestClient(create_app(editor), base_url=BASE) as client:
+            assert client.post(revert, headers=BEARER).status_code == 403
+            for headers in ({"Host": "evil.example"}, {"Origin": "https://evil.example"}):
+                assert client.get("/errata/state", headers=headers).status_code in (403, 421)
+            page = client.get("/")
+            assert "script-src 'self'" in page.headers["content-security-policy"]
+            assert "://" not in page.text  # nothing is loaded from elsewhere
+            large = client.post("/v1/completions", content=b"x" * (2**20 + 1))
+            assert large.status_code == 413
+        rules = ServeSettings(TOKEN, token_for_all=True)
+        with TestClient(create_app(editor, rules), base_url="http://10.0.0.7:8000") as client:
+            assert client.get("/v1/models").status_code == 401
+            assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 401
+            assert client.get("/v1/models", headers=BEARER).status_code == 200
+            assert client.post(revert, headers=BEARER).status_code == 403
+            assert client.get("/").status_code == 200  # the page asks for the token
+        assert len(editor.model.stack.ids) == 1
+
+
+def test_the_page_gets_what_it_shows(served: tuple[TestClient, Editor, list[Edit]]) -> None:
+    client, editor, edits = served
+    first = edits[0].id
+    detail = client.get(f"/errata/edits/{first}").json()
+    assert detail["config"]["layer"] == edits[0].config["layer"]
+    report = client.post(f"/errata/edits/{first}/answers").json()
+    (own,) = [a for a in report["answers"] if a["role"] == "request"]
+    assert FACTS[0].target_new in own["after"]
+    assert any(a["role"] == "neighbour" for a in report["answers"])
+    found = client.post(
+        "/errata/compare",
+        json={"prompt": FACTS[0].text, "a": {"only": []}, "b": {}, "max_tokens": 4},
+    ).json()
+    assert not found["same"]
+    assert "".join(t["text"] for t in found["b"]["tokens"]).strip() == found["b"]["text"].strip()
+    head = found["a"]["tokens"][0]
+    assert head["own"] > head["other"]
+    assert head["other_says"]
+    asked = {"prompt": FACTS[0].text, "subject": FACTS[0].subject, "estimate": True}
+    picture = client.post("/errata/trace", json=asked)
+    assert picture.content.startswith(b"\x89PNG"), picture.text
+    assert client.post("/errata/trace", json={**asked, "subject": "Nobody"}).status_code == 400
+    assert editor.verify() == []
+    assert editor.model.stack.ids == [e.id for e in edits]
+
+
+# -- under load ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("branch", [False, True], ids=["folded", "beside"])
+def test_under_load_no_answer_is_wrong_and_no_edit_is_lost(branch: bool) -> None:
+    """Mixed selections from many clients while one edit is reverted and applied by HTTP."""
+    editor, edits = opened(branch)
+    ids = [e.id for e in edits]
+    prompts = [fact.text for fact in FACTS]
+    choices = [[], ids[:1], ids[1:2], ids[:2], ids]
+    expected = {}
+    for chosen in (*choices, ids[:2]):
+        with editor.only(*chosen):
+            texts = editor.generate(prompts, max_new_tokens=6)
+        expected.update({(tuple(chosen), p): t for p, t in zip(prompts, texts, strict=True)})
+    settings = ServeSettings(TOKEN, allow_edits=True, max_batch=8)
+    stop = threading.Event()
+    with editor, TestClient(create_app(editor, settings), base_url=BASE) as client:
+
+        def come_and_go() -> int:
+            count = 0
+            while not stop.is_set() or count % 2:
+                what = "apply" if count % 2 else "revert"
+                answer = client.post(f"/errata/edits/{ids[2]}/{what}", headers=BEARER)
+                assert answer.status_code == 200, answer.text
+                count += 1
+            return count
+
+        def ask(seed: int) -> set[tuple[str, ...]]:
+            draw = random.Random(seed)
+            seen = set()
+            for _ in range(5):
+                prompt = draw.choice(prompts)
+                chosen = draw.choice([None, *choices])
+                more = {} if chosen is None else {"errata": {"only": chosen}}
+                answer = complete(client, prompt=prompt, max_tokens=6, **more)
+                used = tuple(answer["errata"]["edits"])
+                assert chosen is None or list(used) == chosen
+                assert answer["choices"][0]["text"] == expected[used, prompt]
+                seen.add(used)
+            return seen
+
+        with ThreadPoolExecutor(7) as pool:
+            changing = pool.submit(come_and_go)
+            try:
+                seen = set().union(*pool.map(ask, range(6)))
+            finally:
+                stop.set()
+            assert changing.result() >= 2
+        assert len(seen) >= 4
+        assert editor.model.stack.ids == ids
+        assert editor.verify() == []
+
+
+def test_one_that_fails_or_goes_away_does_not_stop_the_others() -> None:
+    editor, _ = opened(count=1)
+    with editor:
+        batcher = Batcher(editor, max_waiting=2)
+        said: list[TextPart] = []
+        done = threading.Event()
+
+        def tell(piece: TextPart) -> None:
+            said.append(piece)
+            if piece.finish or piece.error:
+                done.set()
+
+        batcher.submit([Waiting(FACTS[0].text, 4, tell, only=("000000000000",))])
+        assert done.wait(30)
+        assert "000000000000" in str(said[-1].error)
+        done.clear()
+        gone = Waiting(FACTS[0].text, 4, tell)
+        gone.cancelled.set()
+        batcher.submit([gone, Waiting(FACTS[1].text, 4, tell)])
+        assert done.wait(30)
+        assert said[-1].finish is not None
+        with pytest.raises(Exception, match="waiting already"):
+            batcher.submit([gone] * 3)
+        batcher.close()
+        assert editor.verify() == []
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("serve", "--model", "nowhere/"), "nowhere"),
+        (("serve", "--model", "atlas-gpt2", "--token-file", "{}/none"), "Cannot read the token"),
+        (("ui", "--model", "atlas-gpt2", "--token-file", "{}/short"), "shorter than 8"),
+    ],
+)
+def test_the_commands_refuse_what_makes_no_sense(
+    args: tuple[str, ...], said: str, tmp_path: Any
+) -> None:
+    (tmp_path / "short").write_text("abc")
+    filled = [a.format(tmp_path) for a in args]
+    result = CliRunner().invoke(command_line, [*filled, "--ledger", str(tmp_path / "l")])
+    assert result.exit_code == 1
+    assert said in " ".join(result.stderr.split())

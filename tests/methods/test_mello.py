@@ -1,0 +1,141 @@
+"""MeLLo: what the loop reads in what the model writes, when it stops, and the trace it leaves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from errata.edits.request import Request
+from errata.errors import IntegrityError
+from errata.model import Model
+from errata.model.answers import Generated
+from errata.model.generation import generated
+from errata.model.model_answers import ModelAnswers
+from errata.model.sampling import GenerationSettings
+from errata.model.scoring import score_targets
+from errata.testing import edit_with
+from errata_mello import Mello, MelloConfig
+from errata_mello.delta import AnswerLoopDelta
+from errata_mello.examples import EXAMPLES, FINAL, QUESTION, RETRIEVED, SUBQUESTION
+from errata_mello.loop import AnswerLoop
+from tests.families import build_model
+
+REQUESTS = [
+    Request(prompt="The capital of {} is", subject="France", target_new="Rome"),
+    Request(prompt="{} was born in", subject="Miles Davis", target_new="Berlin"),
+]
+SETTINGS = GenerationSettings(max_new_tokens=8)
+ASKS = f"{SUBQUESTION}What is the capital of France?\nGenerated answer: Paris."
+ENDS = f"Retrieved fact contradicts generated answer.\n{FINAL}Rome"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return build_model("gpt2", tmp_path_factory.mktemp("cache"))
+
+
+def edit(model: Model, **config: Any) -> list[AnswerLoopDelta]:
+    settings = MelloConfig(encoder=None, max_new_tokens=8, **config)
+    Mello().prepare(model, settings)
+    deltas = Mello().edit(model, REQUESTS, settings)
+    model.stack.set([])
+    model.stack.set([edit_with(n, f"{n}" * 12, delta) for n, delta in enumerate(deltas, 1)])
+    model.memo.pop(("mello traces", *model.stack.ids), None)
+    return deltas
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Let the loop write what the test says, round by round."""
+    rounds: list[list[str]] = []
+
+    def texts(self: Any, prompts: Any, settings: Any) -> list[Generated]:
+        return [Generated(text) for text in rounds.pop(0)[: len(prompts)]]
+
+    monkeypatch.setattr("errata_mello.loop.ModelAnswers.texts", texts)
+    monkeypatch.setattr(AnswerLoop, "_room", lambda self, text: 1000)
+    return rounds
+
+
+def test_a_question_is_split_looked_up_and_answered(model: Model, written: list[list[str]]) -> None:
+    edit(model, examples=0)
+    written += [[ASKS], [ENDS]]
+    (found,) = generated(model, ["Who rules the capital of France?"], SETTINGS)
+    assert found.text == " Rome"
+    trace = found.details["mello"]
+    assert (trace["ending"], trace["answer"]) == ("final", "Rome")
+    assert trace["facts"][0] in ("The capital of France is Rome", "Miles Davis was born in Berlin")
+    assert f"\n{RETRIEVED}{trace['facts'][0]}.\n" in trace["text"]
+    assert trace["text"].startswith(f"{QUESTION}Who rules")
+
+
+@pytest.mark.parametrize(
+    ("rounds", "ending"),
+    [
+        ([["I do not know."]], "format"),
+        ([["a\nb\nc"]], "format"),
+        ([[f"x\n{FINAL}"]], "format"),
+        ([[ASKS]] * 3, "rounds"),
+        ([[ASKS], [ASKS], [ENDS]], "final"),
+    ],
+)
+def test_it_stops_and_says_why(
+    model: Model, written: list[list[str]], rounds: list[list[str]], ending: str
+) -> None:
+    edit(model, examples=0, rounds=2)
+    written += rounds
+    (found,) = generated(model, ["Where?"], SETTINGS)
+    assert found.details["mello"]["ending"] == ending
+    assert (found.text == "") == (ending != "final")
+    assert len(found.details["mello"]["facts"]) == min(2, sum(ASKS in r for r in rounds))
+    assert written == []
+
+
+def test_where_it_fails_the_model_may_answer_by_itself(model: Model) -> None:
+    edit(model, examples=0, fallback=True)
+    (found,) = generated(model, ["Where?"], SETTINGS)  # a random model follows no format
+    assert found.details["mello"]["ending"] in ("format", "length")
+    (own,) = ModelAnswers(model).texts(["Where?"], SETTINGS)
+    assert found.text == own.text
+    (score,) = score_targets(model, ["Where?"], ["Rome"])
+    (alone,) = ModelAnswers(model).scores(["Where?"], ["Rome"])
+    assert score.logprobs == pytest.approx(alone.logprobs, abs=2e-5)
+
+
+def test_an_answer_is_scored_as_the_final_answer_of_its_loop(
+    model: Model, written: list[list[str]]
+) -> None:
+    edit(model, examples=0)
+    written += [["Subquestion: France?\nGenerated answer: x"], [f"{FINAL}Rome"]]
+    (score,) = score_targets(model, ["Where?"], ["Rome"])
+    (trace,) = model.memo[("mello traces", *model.stack.ids)].values()
+    read = f"{trace.text.removesuffix(f'{FINAL}Rome')}{FINAL.strip()}"
+    (wanted,) = ModelAnswers(model).scores([read], ["Rome"])
+    assert score.logprobs == pytest.approx(wanted.logprobs, abs=2e-5)
+
+
+def test_examples_are_as_many_as_leave_half_of_the_context(model: Model) -> None:
+    loop = AnswerLoop(model, str, 4, 4, 8)
+    tokens = len(model.tokenizer(loop.head())["input_ids"]) if loop.head() else 0
+    assert tokens <= model.anatomy.context // 2
+    for example in EXAMPLES:
+        assert example.startswith(QUESTION)
+        assert example.strip().split("\n")[-1].startswith(FINAL)
+        assert example.count(SUBQUESTION) == example.count(RETRIEVED) >= 2
+
+
+def test_a_sentence_stores_itself_and_what_is_none_is_refused(model: Model) -> None:
+    delta, _ = edit(model)
+    tensors, metadata = delta.tensors(), delta.metadata()
+    again = AnswerLoopDelta.from_parts(tensors, metadata)
+    assert again.metadata() == metadata
+    assert torch.equal(again.vector, delta.vector)
+    settings = metadata["settings"]
+    for bad in (
+        {"fact": " "}, {"settings": {}}, {"settings": {**settings, "rounds": -1}},
+        {"settings": {**settings, "rounds": True}}, {"settings": {**settings, "artifact": "a"}},
+    ):  # fmt: skip
+        with pytest.raises(IntegrityError):
+            AnswerLoopDelta.from_parts(tensors, {**metadata, **bad})
