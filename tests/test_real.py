@@ -40,7 +40,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("method", ["rome", "memit", "grace"])
+@pytest.mark.parametrize("method", ["rome", "memit", "grace", "melo"])
 def test_an_edit_with_defaults_takes_effect_and_spares_the_rest(
     method: str, editor: Editor
 ) -> None:

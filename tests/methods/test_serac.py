@@ -99,7 +99,8 @@ def test_a_mixture_is_one_token_by_token(model: Model) -> None:
     assert isinstance(answers, Mixed)
     networks = Networks.of(model, delta.artifact)
     edit, log_g = answers.chosen[EDIT.text]
-    table, ids = mixed_log_probs(model, networks.lora, EDIT.text, "Rome", edit, log_g)
+    with torch.no_grad():
+        table, ids = mixed_log_probs(model, networks.lora, EDIT.text, "Rome", edit, log_g)
     f = run(model, prepare(model, [EDIT.text], ["Rome"])).softmax(-1)
     with switched_on(model, networks.lora):
         h = run(model, prepare(model, [read_with(edit, EDIT.text)], ["Rome"])).softmax(-1)
