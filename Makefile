@@ -40,7 +40,7 @@ lint: $(STAMP)
 	$(BIN)/python -m mypy
 
 docs: $(STAMP)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build  # not --quiet: it would hide warnings from strict
 	@echo "build/site/index.html (with the search: $(PYTHON) -m http.server --directory build/site)"
 
 format: $(STAMP)
