@@ -108,6 +108,7 @@ def test_edits_are_listed_searched_and_asked_about(
     shown = page.locator("#list table").inner_text()
     assert "new answer" in shown
     assert "neighbour" in shown
+    assert not {"null", "undefined"} & set(page.locator("#list").inner_text().split())
     shoot(page, "edits")
 
 

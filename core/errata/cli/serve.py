@@ -56,7 +56,7 @@ def add(app: typer.Typer) -> None:
         examples=(
             "errata serve\n"
             "errata serve --allow-edits --port 8080\n"
-            "ERRATA_TOKEN=… errata serve --host 0.0.0.0\n"
+            "errata serve --host 0.0.0.0 --token-file token\n"
             "errata serve --beside"
         ),
     )(serve)
