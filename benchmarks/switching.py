@@ -73,6 +73,9 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--edits", type=int, default=4)
     parser.add_argument("--requests", type=int, default=32)
+    parser.add_argument(
+        "--steps", type=int, default=20, help="of each edit; cost, not success, is measured"
+    )
     asked = parser.parse_args()
     for branch in (False, True):
         with Editor(asked.model, branch=branch, guards={"perplexity": "off"}) as editor:
@@ -80,6 +83,7 @@ def main() -> None:
                 editor.edit(
                     prompt="The capital of {} is", subject=subject, target_new="Rome",
                     method="rome",
+                    config={"steps": asked.steps},
                 ).id
                 for subject in SUBJECTS[: asked.edits]
             ]  # fmt: skip

@@ -246,6 +246,7 @@ def test_opinions_are_trained_against_each_other(editor: Editor) -> None:
     editor.revert(edit)
 
 
+@pytest.mark.slow
 def test_a_stack_of_every_kind_by_mixed_methods_comes_off_in_any_order(editor: Editor) -> None:
     base = state_of(editor.model)
     example = runpy.run_path(str(ROOT / "examples" / "sequential.py"))

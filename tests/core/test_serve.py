@@ -16,6 +16,7 @@ from errata import Editor
 from errata.cli.app import app as command_line
 from errata.datasets import atlas
 from errata.edits.edit import Edit
+from errata.errors import ConfigError
 from errata.serve.settings import ServeSettings
 
 pytest.importorskip("fastapi", reason="needs errata[serve]")
@@ -23,7 +24,7 @@ pytest.importorskip("uvicorn", reason="needs errata[serve]")
 from fastapi.testclient import TestClient
 
 from errata.serve import create_app
-from errata.serve.batching import Batcher, TextPart, Waiting
+from errata.serve.batching import Batcher, BusyError, TextPart, Waiting
 
 FACTS = atlas.requests(4)
 TOKEN = "a token of eight letters"
@@ -31,9 +32,9 @@ BASE = "http://127.0.0.1:8000"
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
 
 
-def opened(branch: bool = False, count: int = 3) -> tuple[Editor, list[Edit]]:
+def opened(branch: bool = False) -> tuple[Editor, list[Edit]]:
     editor = Editor("atlas-gpt2", guards={"perplexity": "off"}, branch=branch)
-    return editor, [editor.edit(fact, method="rome") for fact in FACTS[:count]]
+    return editor, [editor.edit(fact, method="rome") for fact in FACTS[:3]]
 
 
 @pytest.fixture(scope="module")
@@ -190,27 +191,30 @@ def test_edits_come_and_go_by_http_with_the_token_alone(
     assert editor.verify() == []
 
 
-def test_a_server_is_read_only_and_for_this_machine_unless_told_otherwise() -> None:
-    editor, edits = opened(count=1)
+def test_a_server_is_read_only_and_for_this_machine_unless_told_otherwise(
+    served: tuple[TestClient, Editor, list[Edit]],
+) -> None:
+    _, editor, edits = served
     revert = f"/errata/edits/{edits[0].id}/revert"
-    with editor:
-        with TestClient(create_app(editor), base_url=BASE) as client:
-            assert client.post(revert, headers=BEARER).status_code == 403
-            for headers in ({"Host": "evil.example"}, {"Origin": "https://evil.example"}):
-                assert client.get("/errata/state", headers=headers).status_code in (403, 421)
-            page = client.get("/")
-            assert "script-src 'self'" in page.headers["content-security-policy"]
-            assert "://" not in page.text  # nothing is loaded from elsewhere
-            large = client.post("/v1/completions", content=b"x" * (2**20 + 1))
-            assert large.status_code == 413
-        rules = ServeSettings(TOKEN, token_for_all=True)
-        with TestClient(create_app(editor, rules), base_url="http://10.0.0.7:8000") as client:
-            assert client.get("/v1/models").status_code == 401
-            assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 401
-            assert client.get("/v1/models", headers=BEARER).status_code == 200
-            assert client.post(revert, headers=BEARER).status_code == 403
-            assert client.get("/").status_code == 200  # the page asks for the token
-        assert len(editor.model.stack.ids) == 1
+    with TestClient(create_app(editor), base_url=BASE) as client:
+        assert client.post(revert, headers=BEARER).status_code == 403
+        for headers in ({"Host": "evil.example"}, {"Origin": "https://evil.example"}):
+            assert client.get("/errata/state", headers=headers).status_code in (403, 421)
+        page = client.get("/")
+        assert "script-src 'self'" in page.headers["content-security-policy"]
+        assert "://" not in page.text  # nothing is loaded from elsewhere
+        large = client.post("/v1/completions", content=b"x" * (2**20 + 1))
+        assert large.status_code == 413
+    rules = ServeSettings(TOKEN, token_for_all=True)
+    with TestClient(create_app(editor, rules), base_url="http://10.0.0.7:8000") as client:
+        assert client.get("/v1/models").status_code == 401
+        assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 401
+        assert client.get("/v1/models", headers=BEARER).status_code == 200
+        assert client.post(revert, headers=BEARER).status_code == 403
+        assert client.get("/").status_code == 200  # the page asks for the token
+    assert editor.model.stack.ids == [e.id for e in edits]
+    with pytest.raises(ConfigError, match="need a token"):
+        ServeSettings(allow_edits=True)
 
 
 def test_the_page_gets_what_it_shows(served: tuple[TestClient, Editor, list[Edit]]) -> None:
@@ -293,31 +297,32 @@ def test_under_load_no_answer_is_wrong_and_no_edit_is_lost(branch: bool) -> None
         assert editor.verify() == []
 
 
-def test_one_that_fails_or_goes_away_does_not_stop_the_others() -> None:
-    editor, _ = opened(count=1)
-    with editor:
-        batcher = Batcher(editor, max_waiting=2)
-        said: list[TextPart] = []
-        done = threading.Event()
+def test_one_that_fails_or_goes_away_does_not_stop_the_others(
+    served: tuple[TestClient, Editor, list[Edit]],
+) -> None:
+    _, editor, _ = served
+    batcher = Batcher(editor, max_waiting=2)
+    said: list[TextPart] = []
+    done = threading.Event()
 
-        def tell(piece: TextPart) -> None:
-            said.append(piece)
-            if piece.finish or piece.error:
-                done.set()
+    def tell(piece: TextPart) -> None:
+        said.append(piece)
+        if piece.finish or piece.error:
+            done.set()
 
-        batcher.submit([Waiting(FACTS[0].text, 4, tell, only=("000000000000",))])
-        assert done.wait(30)
-        assert "000000000000" in str(said[-1].error)
-        done.clear()
-        gone = Waiting(FACTS[0].text, 4, tell)
-        gone.cancelled.set()
-        batcher.submit([gone, Waiting(FACTS[1].text, 4, tell)])
-        assert done.wait(30)
-        assert said[-1].finish is not None
-        with pytest.raises(Exception, match="waiting already"):
-            batcher.submit([gone] * 3)
-        batcher.close()
-        assert editor.verify() == []
+    batcher.submit([Waiting(FACTS[0].text, 4, tell, only=("000000000000",))])
+    assert done.wait(60)
+    assert "000000000000" in str(said[-1].error)
+    done.clear()
+    gone = Waiting(FACTS[0].text, 4, tell)
+    gone.cancelled.set()
+    batcher.submit([gone, Waiting(FACTS[1].text, 4, tell)])
+    assert done.wait(60)
+    assert said[-1].finish is not None
+    with pytest.raises(BusyError, match="waiting already"):
+        batcher.submit([gone] * 3)
+    batcher.close()
+    assert editor.verify() == []
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def answered(kl: float) -> Answered:
 def test_the_change_is_the_gated_gradient_and_a_row(tmp_path: Path) -> None:
     model = build_model("bert-classifier", tmp_path)
     network, signals = editing(model)
-    (path,) = network.modules
+    (path,) = network.paths
     factors = network(signals[0])[path]
     change = factors.u[0].T @ factors.v[0]
     a_col, a_row, b_col, b_row, s = (
@@ -78,7 +78,7 @@ def test_the_multiplier_rises_while_the_constraint_is_broken(tmp_path: Path) -> 
 
 def test_the_size_of_the_change_can_be_bounded_instead(tmp_path: Path) -> None:
     network, signals = editing(build_model("bert-classifier", tmp_path), constraint="l2")
-    change = network(signals[0])[network.modules[0]]
+    change = network(signals[0])[network.paths[0]]
     size = (change.u[0].T @ change.v[0]).square().mean().sqrt()
     torch.testing.assert_close(root_mean_square(change), size)
     loss = network.objective(answered(5.0))

@@ -12,10 +12,10 @@ from errata.check.result import CheckReport, FactResult
 from errata.evaluate.matching import contained_match, exact_match, normalise
 from errata.evaluate.report import first_sentence
 from errata.model.generation import require_generation
+from errata.model.model import Model
 
 if TYPE_CHECKING:
     from errata.editor import Editor
-    from errata.model.model import Model
 
 SHOWN = 60
 """Characters of a text that a sentence repeats."""
@@ -47,7 +47,7 @@ def check_facts(
         CapabilityError: the model generates no text.
         ConfigError: a record that lacks a question.
     """
-    own: Model = getattr(model, "model", model)
+    own = model if isinstance(model, Model) else model.model
     require_generation(own)
     tests = facts.tests() if isinstance(facts, FactFile) else list(facts)
     of_base = [test for test in tests if test.of_base]

@@ -235,7 +235,10 @@ class FactFile(_Plain):
         Raises `ValueError` where one prompt stands in two places that contradict or repeat.
         """
         found: dict[tuple[Any, ...], FactTest] = {}
-        for entry in (*self.must_say, *self.must_not_change, *self.must_not_say):
+        entries: tuple[MustSay | MustNotChange | MustNotSay, ...] = (
+            *self.must_say, *self.must_not_change, *self.must_not_say
+        )  # fmt: skip
+        for entry in entries:
             for test in entry.tests(self.settings):
                 free = test.section == "must_not_say"
                 key = (test.prompt, test.chat, *((test.never,) if free else ()))

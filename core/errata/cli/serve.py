@@ -56,7 +56,7 @@ def add(app: typer.Typer) -> None:
         examples=(
             "errata serve\n"
             "errata serve --allow-edits --port 8080\n"
-            "ERRATA_TOKEN=… errata serve --host 0.0.0.0\n"
+            "errata serve --host 0.0.0.0 --token-file token\n"
             "errata serve --beside"
         ),
     )(serve)
@@ -143,7 +143,7 @@ def _serve(
         if show:
             webbrowser.open(address)
 
-    with session.editor(**({"branch": True} if beside else {})) as editor:
+    with session.editor(branch=True if beside else None) as editor:
         run(editor, settings, host, port, ready)
 
 

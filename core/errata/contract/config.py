@@ -33,6 +33,13 @@ Contexts = Annotated[tuple[str, ...], AfterValidator(_bare_first)]
 """Texts with one {} for the prompt, the first of them the prompt alone."""
 
 
+SAME_SUBJECT = (
+    "together: facts of one subject share a value that is optimised over all of them; alone: each "
+    "has its own, as published, and a later one overwrites an earlier one"
+)
+"""What a hyper-parameter `same_subject` says of methods that write at the subject."""
+
+
 class MethodConfig(BaseModel):
     """Hyper-parameters of a method: frozen, every field described, unknown names refused."""
 

@@ -168,9 +168,10 @@ class Editing:
             self._transactions.take_off(old)
             clashes = Clashes(self._stack.entries)
             new: list[Edit] = []
-            for call in calls:
-                about = Outcome(supersedes=supersedes, rebases=call.rebases)
-                self._compute(call, about, clashes, touched, new, apply)
+            with self._model.knowing(clashes.of_subject):
+                for call in calls:
+                    about = Outcome(supersedes=supersedes, rebases=call.rebases)
+                    self._compute(call, about, clashes, touched, new, apply)
             if apply:
                 # What was not needed on the model in between is folded here, all at once.
                 missing = [edit for edit in new if edit.id not in self._stack.ids]

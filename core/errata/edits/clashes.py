@@ -38,6 +38,10 @@ class Clashes:
         for subject in dict.fromkeys(request.subject for request in edit.requests):
             self._by_subject.setdefault(subject, []).append(edit)
 
+    def of_subject(self, subject: str) -> Sequence[Edit]:
+        """Return the edits about a subject, in the order in which they were taken in."""
+        return tuple(self._by_subject.get(subject, ()))
+
     def about(self, requests: Sequence[Request], *, same_target: bool = False) -> list[Edit]:
         """Return the edits that say something else about the same fact (subject and relation).
 

@@ -36,6 +36,7 @@ class RequestRows:
     reads: list[tuple[int, int, int]] = field(default_factory=list)
     unsaid: set[int] = field(default_factory=set)  # rows whose answer should not be said
     contexts: int = 0  # rows of the request's own prompt, which come first
+    starts: list[int] = field(default_factory=lambda: [0])  # first rows of those that share a δ
 
     @property
     def reach(self) -> int:
@@ -55,6 +56,19 @@ def chunks(rows: Sequence[RequestRows], limit: int) -> Iterator[list[int]]:
         taken += len(rows[index].tokens)
     if chunk:
         yield chunk
+
+
+def together(parts: Sequence[RequestRows]) -> RequestRows:
+    """Return requests that share a δ as one."""
+    whole, *others = parts
+    for part in others:
+        start = len(whole.tokens)
+        whole.starts.append(start)
+        whole.tokens += part.tokens
+        whole.lookups += part.lookups
+        whole.reads += [(start + row, column, target) for row, column, target in part.reads]
+        whole.unsaid |= {start + row for row in part.unsaid}
+    return whole
 
 
 def rows_of(

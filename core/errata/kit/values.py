@@ -9,6 +9,9 @@ Where a norm stands between the MLP and the residual stream (Gemma 2 and 3, OLMo
 direction of a value counts: nothing in the loss bounds its length, which grows, and with it what
 the edit does to every other key. There v0 + δ is kept at the length of v0.
 
+Several facts of one subject can share a δ (`optimise_shared`): the key at the subject's last token
+hardly depends on the fact, so two values there would overwrite each other.
+
 Many requests run together. Rows are laid out so that all edited positions share one column, and
 every step runs only the blocks and columns that δ can reach (`errata.model.forward.Resumed`).
 Requests do not see each other, whatever the batch.
@@ -27,7 +30,7 @@ import torch
 from errata.errors import CapabilityError, ErrataError
 from errata.kit.aims import FLOOR, unlikelihood
 from errata.kit.value_loss import Evaluation, ValueLoss, ValueObjective
-from errata.kit.value_rows import FACT_TOKENS, FactToken, RequestRows, chunks, rows_of
+from errata.kit.value_rows import FACT_TOKENS, FactToken, RequestRows, chunks, rows_of, together
 from errata.model.forward import Resumed, adding, aligned, bypassed, frozen, patched
 from errata.model.prompts import padding_id
 from errata.model.tokens import subject_position
@@ -124,13 +127,34 @@ def optimise_values(
 ) -> list[OptimisedValue]:
     """Return the optimised value of each request, in order, all from the model's present state.
 
+    As `optimise_shared`, with a δ for every request.
+    """
+    groups = [[request] for request in requests]
+    found = optimise_shared(model, groups, contexts, settings, objective, held=held)
+    return [value for (value,) in found]
+
+
+def optimise_shared(
+    model: Model,
+    groups: Sequence[Sequence[Request]],
+    contexts: Sequence[str],
+    settings: ValueSettings,
+    objective: ValueObjective,
+    *,
+    held: Sequence[Held] = (),
+) -> list[list[OptimisedValue]]:
+    """Return the optimised value of each request of each group; the requests of one share their δ.
+
+    To the loss a group is one request: means are over the target tokens of all, and ‖v0‖ is the
+    first one's.
+
     Args:
         model: the model; it is not changed.
-        requests: what should be said, and what no longer.
+        groups: what should be said, and what no longer; all of a group about one subject.
         contexts: templates with one {} for the prompt; the first is "{}", the bare prompt.
         settings: where and how.
         objective: the loss, and when a request is done.
-        held: of each request, values that are in their places meanwhile, before its own; () for
+        held: of each group, values that are in their places meanwhile, before its own; () for
             none. Only with the bare prompt as context.
 
     Raises:
@@ -144,19 +168,25 @@ def optimise_values(
             f"{model.anatomy.model_type!r} is of kind {model.anatomy.kind!r}. "
             "Use a method that lists this architecture (`errata methods`)."
         )
+    token, kl_prompt = settings.fact_token, settings.kl_prompt
     rows = [
-        rows_of(model, request, contexts, settings.fact_token, settings.kl_prompt)
-        for request in requests
+        together(
+            [
+                # The KL prompt once: it is about their one subject.
+                rows_of(model, request, contexts, token, None if index else kl_prompt)
+                for index, request in enumerate(group)
+            ]
+        )
+        for group in groups
     ]
-    values: list[OptimisedValue | None] = [None] * len(requests)
+    values: dict[int, list[OptimisedValue]] = {}
     most = settings.rows or row_limit(model)
     places = _places(model, held, settings)
     for chunk in chunks(rows, most):
         parts, kept = [rows[i] for i in chunk], [places[i] if places else () for i in chunk]
         found = _Problem(model, parts, settings, objective, kept).solve()
-        for index, value in zip(chunk, found, strict=True):
-            values[index] = value
-    return [value for value in values if value is not None]
+        values.update(zip(chunk, found, strict=True))
+    return [values[index] for index in range(len(groups))]
 
 
 def row_limit(model: Model) -> int:
@@ -272,14 +302,18 @@ class _Problem:
         keys = _at(self.run.seen[out].input, size, self.column)
         seen = [_at(self.run.seen[place].output, size, self.column) for place in self.places]
         outputs = torch.stack([output.to(seen[0].device) for output in seen], 1)  # (B, P, d)
-        spans = [slice(f, f + part.contexts) for f, part in zip(first, parts, strict=True)]
-        self.keys = [keys[span] for span in spans]
-        self.outputs = [outputs[span] for span in spans]
-        self.v0 = torch.stack([output[0] for output in self.outputs])  # (N, P, d)
+        spans = [
+            [slice(f + start, f + start + part.contexts) for start in part.starts]
+            for f, part in zip(first, parts, strict=True)
+        ]
+        # Of each δ, and of each request that shares it.
+        self.keys = [[keys[span] for span in each] for each in spans]
+        self.outputs = [[outputs[span] for span in each] for each in spans]
+        self.v0 = torch.stack([each[0][0] for each in self.outputs])  # (N, P, d)
         self.v0_norm = self.v0.norm(dim=2)  # (N, P)
         self.run.seen.clear()  # all columns of two modules
 
-    def solve(self) -> list[OptimisedValue]:
+    def solve(self) -> list[list[OptimisedValue]]:
         """Run Adam on all δ together; a request that is done keeps its δ."""
         settings, count = self.settings, len(self.v0)
         delta = torch.zeros_like(self.v0)  # (N, P, d), fp32 whatever the model's dtype
@@ -309,14 +343,17 @@ class _Problem:
                 self._shed(active)
         delta = delta.detach()
         return [
-            OptimisedValue(
-                v0=self.v0[i, 0],
-                delta=delta[i, 0],
-                keys=self.keys[i],
-                outputs=self.outputs[i][:, 0],
-                losses=tuple(losses[i]),  # type: ignore[arg-type]
-                top=bool(first_before[i]),
-            )
+            [
+                OptimisedValue(
+                    v0=outputs[0, 0],
+                    delta=delta[i, 0],
+                    keys=keys,
+                    outputs=outputs[:, 0],
+                    losses=tuple(losses[i]),  # type: ignore[arg-type]
+                    top=bool(first_before[i]),
+                )
+                for keys, outputs in zip(self.keys[i], self.outputs[i], strict=True)
+            ]
             for i in range(count)
         ]
 
@@ -364,7 +401,7 @@ class _Problem:
         nothing = torch.zeros(count, device=log_p.device)
         if not len(log_p):
             return nothing, nothing
-        rows, index = row.unique(return_inverse=True)
+        rows, index = torch.unique(row, return_inverse=True)
         tokens = torch.bincount(index)
         mean = torch.zeros_like(tokens, dtype=log_p.dtype).index_add(0, index, log_p) / tokens
         owner = self.row_owner_at[rows]

@@ -165,7 +165,8 @@ def pooled(module: nn.Module, tokenizer: Any, texts: Sequence[Any]) -> Tensor:
                       max_length=limit)  # fmt: skip
     states: Tensor = module(**batch).last_hidden_state
     mask = batch["attention_mask"][..., None]
-    return (states * mask).sum(dim=1) / mask.sum(dim=1)
+    mean: Tensor = (states * mask).sum(dim=1) / mask.sum(dim=1)
+    return mean
 
 
 def weights_digest(module: nn.Module) -> str:

@@ -49,6 +49,12 @@ def _compute_nothing(method: str, requests: Any, **config: Any) -> list[Any]:
     raise ConfigError(f"{method!r} cannot be computed: this model belongs to no editor.")
 
 
+def _no_edits(subject: str) -> Sequence[Any]:
+    """Stand for `edits_about` while no call of an editor runs."""
+    del subject
+    return ()
+
+
 class Model:
     """A live transformer with everything an editing method needs to know about it.
 
@@ -71,6 +77,9 @@ class Model:
         memo: artifacts that were read already, so that they are read (and factored) once.
         compute: `compute(method, requests, **config)` returns another method's deltas as its
             `edit` would, with its presets; for methods that build on methods.
+        edits_about: `edits_about(subject)` returns the edits about a subject that are active, also
+            while they are taken off for a method that computes on the base, and those that the
+            running call has made.
         bring: returns the folder of a model that plugins bring by name (the zoo's), fetched where
             it is not here; any other name as it is.
         runtimes: what delta kinds keep between attachments, by kind; theirs alone.
@@ -113,6 +122,7 @@ class Model:
         self.trained_on: str | None = None
         self.memo: dict[Any, Any] = {}
         self.compute: Callable[..., list[Any]] = _compute_nothing
+        self.edits_about: Callable[[str], Sequence[Any]] = _no_edits
         self.bring: Callable[[str], str] = str
         self.stack: ActiveEdits = NoEdits()
 
@@ -207,6 +217,15 @@ class Model:
     def active(self, kind: str) -> list[tuple[str, Any]]:
         """Return (edit id, delta) of the active edits of one delta kind, in ledger order."""
         return self.stack.of_kind(kind)
+
+    @contextmanager
+    def knowing(self, edits_about: Callable[[str], Sequence[Any]]) -> Iterator[None]:
+        """Let methods ask for the edits about a subject during the block."""
+        self.edits_about = edits_about
+        try:
+            yield
+        finally:
+            self.edits_about = _no_edits
 
     @contextmanager
     def base_state(self) -> Iterator[None]:

@@ -60,6 +60,7 @@ STATIC = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/ui.js": ("ui.js", "text/javascript; charset=utf-8"),
     "/ui.css": ("ui.css", "text/css; charset=utf-8"),
+    "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
 LARGEST_BODY = 2**20
 

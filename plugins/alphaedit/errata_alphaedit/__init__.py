@@ -48,15 +48,19 @@ class AlphaEdit:
     ) -> Delta | Sequence[Delta]:
         """Return the change, computed from the base (frozen) or the model's present state."""
         from errata.kit.closed_form.deltas import deltas_of
+        from errata.kit.same_subject import sharing
         from errata_alphaedit.algorithm import alphaedit, earlier_requests, null_spaces
 
         P = null_spaces(model, config)
         earlier = earlier_requests(model, self.name) if config.history == "none" else {}
-        updates = alphaedit(model, requests, P, config, earlier)
         # The joint problem of all active edits: M = P, and L2 is what a miss costs.
-        return deltas_of(
-            model, requests, updates, config, metrics=P, slack=dict.fromkeys(P, config.l2)
-        )
+        s = dict.fromkeys(P, config.l2)
+
+        def compute(facts: Sequence[Request], shared: bool = False) -> Delta | Sequence[Delta]:
+            updates = alphaedit(model, facts, P, config, earlier, shared=shared)
+            return deltas_of(model, facts, updates, config, metrics=P, slack=s)
+
+        return sharing(model, requests, compute) if config.shares else compute(requests)
 
     @hookimpl
     def resolve(self, model: Model, delta: Delta, config: AlphaEditConfig) -> Delta | None:

@@ -64,6 +64,8 @@ def alphaedit(
     P: Mapping[int, Metric],
     config: AlphaEditConfig,
     earlier: Mapping[int, Sequence[Request]],
+    *,
+    shared: bool = False,
 ) -> list[LayerUpdate]:
     """Return what each layer is asked for, all from the model's present state.
 
@@ -74,12 +76,13 @@ def alphaedit(
         config: hyper-parameters.
         earlier: layer → the requests of earlier batches as published, whose keys are K_p. Joint
             edits need none: all active edits are one problem.
+        shared: the requests are facts of one subject: one problem, and one δ.
 
     Raises:
         EditFailed: a loss is not finite.
     """
     L2 = config.l2
-    prompts = prompts_of(model, requests, config)
+    prompts = prompts_of(model, requests, config, shared=shared)
     stages = stages_of(model, config)
 
     # K_p: what was written before is to stay as it is now, so its keys are read again.

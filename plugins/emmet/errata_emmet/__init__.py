@@ -44,15 +44,19 @@ class Emmet:
         """Return the change, computed from the base (frozen) or the model's present state."""
         from errata.kit.closed_form.deltas import deltas_of
         from errata.kit.closed_form.statistics import known_keys
+        from errata.kit.same_subject import sharing
         from errata_emmet.algorithm import emmet
 
         C = known_keys(model, config)
-        updates = emmet(model, requests, C, config)
         # The joint problem of all active edits: M = C⁻¹, and the ridge λε is what a miss costs.
         M = {layer: matrix.metric for layer, matrix in C.items()}
-        return deltas_of(
-            model, requests, updates, config, metrics=M, slack=dict.fromkeys(M, config.slack)
-        )
+        s = dict.fromkeys(M, config.slack)
+
+        def compute(facts: Sequence[Request], shared: bool = False) -> Delta | Sequence[Delta]:
+            updates = emmet(model, facts, C, config, shared=shared)
+            return deltas_of(model, facts, updates, config, metrics=M, slack=s)
+
+        return sharing(model, requests, compute) if config.shares else compute(requests)
 
     @hookimpl
     def resolve(self, model: Model, delta: Delta, config: EmmetConfig) -> Delta | None:

@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 
 
 def emmet(
-    model: Model, requests: Sequence[Request], C: Mapping[int, NormalMatrix], config: EmmetConfig
+    model: Model,
+    requests: Sequence[Request],
+    C: Mapping[int, NormalMatrix],
+    config: EmmetConfig,
+    *,
+    shared: bool = False,
 ) -> list[LayerUpdate]:
     """Return what each layer is asked for, all from the model's present state.
 
@@ -32,6 +37,7 @@ def emmet(
         requests: what to write.
         C: E[k kᵀ] of each edited layer.
         config: hyper-parameters.
+        shared: the requests are facts of one subject: one problem, and one δ.
 
     Raises:
         EditFailed: a loss is not finite.
@@ -39,7 +45,7 @@ def emmet(
     # The authors' code leaves the ridge out for a single request.
     single = config.history == "none" and len(requests) == 1
     λε = 0.0 if single else config.slack
-    prompts = prompts_of(model, requests, config)
+    prompts = prompts_of(model, requests, config, shared=shared)
     stages = stages_of(model, config)
 
     # z = h + δ, as MEMIT's.

@@ -150,7 +150,8 @@ class Demonstrations:
         """Return the cosine (records, 3) of every sentence with the request's own."""
         query = f"{FACT}{fact_of(request)}\n{PROMPT}{request.text}"
         (vector,) = sentence_encoder(self._model, self._encoder).encode([query])
-        return self.vectors @ vector
+        cosines: Tensor = self.vectors @ vector
+        return cosines
 
     def _room(self, beside: str) -> int:
         limit = self._model.anatomy.context
@@ -194,7 +195,7 @@ def without_lead_in(paraphrase: str, subject: str) -> str:
 
 
 def _records(training: Sequence[Request], most: int) -> list[DemoRecord]:
-    records = []
+    records: list[DemoRecord] = []
     for request in training:
         if len(records) == most:
             break

@@ -111,7 +111,7 @@ def _measured(
     half = len(usable) // 2
     chosen_on = _asked(model, usable[:half], name)
     # Between two neighbouring cosines every threshold decides alike: the middle is taken.
-    ordered = chosen_on.cosines.unique()
+    ordered = torch.unique(chosen_on.cosines)
     between = torch.cat([ordered[:1] - 1e-4, (ordered[1:] + ordered[:-1]) / 2]).tolist()
 
     def f1(threshold: float) -> float:

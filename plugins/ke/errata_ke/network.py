@@ -70,7 +70,7 @@ def edit(model: Model, requests: Sequence[Request], config: KeConfig) -> list[Lo
     network = trained(model, config)
     if config.loops == 1:
         deltas = []
-        for signals in signals_of(model, requests, network.modules):
+        for signals in signals_of(model, requests, network.paths):
             deltas += low_rank_deltas(model, network(signals), signals, extra=network.extra)
         return deltas
     return [_again(model, request, network, config.loops) for request in requests]
@@ -82,7 +82,7 @@ def _again(model: Model, request: Request, network: KnowledgeEditor, loops: int)
     parts: list[LowRankDelta] = []
     for _ in range(loops):
         with rows_edited(model, total, [0]):
-            (signals,) = signals_of(model, [request], network.modules)
+            (signals,) = signals_of(model, [request], network.paths)
         factors = network(signals)
         parts += low_rank_deltas(model, factors, signals, extra=network.extra)
         total = {path: _both(total.get(path), new) for path, new in factors.items()}
@@ -137,7 +137,8 @@ class Conditioner(nn.Module):
 
     def forward(self, h: Tensor) -> tuple[Tensor, ...]:
         """Return (B, n), (B, m), (B, n), (B, m) and (B, 1) for a condition (B, width)."""
-        return self.outer(self.inner(h).tanh()).split(self._sizes, -1)
+        parts: tuple[Tensor, ...] = self.outer(self.inner(h).tanh()).split(self._sizes, -1)
+        return parts
 
 
 class KnowledgeEditor(EditingNetwork):
@@ -154,7 +155,7 @@ class KnowledgeEditor(EditingNetwork):
 
     def __init__(self, model: Model, modules: Sequence[str], config: KeConfig) -> None:
         super().__init__()
-        self.modules = list(modules)
+        self.paths = list(modules)
         self._model, self._config = model, config
         embedding = model.pristine[model.anatomy.weight(model.anatomy.embedding_name)]
         with no_randomness(config.seed):
@@ -178,7 +179,7 @@ class KnowledgeEditor(EditingNetwork):
         """Return the gated gradient and the row besides it, for each request."""
         h = self.read(signals.requests)
         found = {}
-        for path, conditioner in zip(self.modules, self.conditioners, strict=True):
+        for path, conditioner in zip(self.paths, self.conditioners, strict=True):
             a_col, a_row, b_col, b_row, s = conditioner(h)
             x, delta = signals.inputs[path], signals.errors[path]
             scale = self._config.max_scale * s.sigmoid().unsqueeze(1)
@@ -199,14 +200,15 @@ class KnowledgeEditor(EditingNetwork):
         ids = [torch.tensor(row[:limit]) for row in self._model.tokenizer(texts)["input_ids"]]
         lengths = torch.tensor([len(row) for row in ids])
         rows = nn.utils.rnn.pad_sequence(ids, batch_first=True)
-        table = self.embedding
+        table: Tensor | None = self.embedding
         if table is None:
             name = self._model.anatomy.weight(self._model.anatomy.embedding_name)
             table = self._model.pristine[name].detach()
         words = nn.functional.embedding(rows.to(table.device), table).float()
         packed = pack_padded_sequence(words, lengths, batch_first=True, enforce_sorted=False)
         _, (last, _) = self.lstm(packed)
-        return self.reduced(torch.cat([last[0], last[1]], -1)).tanh()
+        h: Tensor = self.reduced(torch.cat([last[0], last[1]], -1)).tanh()
+        return h
 
     def objective(self, answered: Answered) -> Tensor:
         """Return L' + α (KL − m), whose gradient in α is turned round: it rises; or the sum."""

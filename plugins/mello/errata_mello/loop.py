@@ -109,7 +109,7 @@ class AnswerLoop:
         """
         roomy = [text for text in texts if self._room(text) >= self.max_new_tokens]
         batches = [roomy, *([text] for text in texts if text not in roomy)]
-        found = {}
+        found: dict[str, Generated] = {}
         for batch in filter(None, batches):
             written = ModelAnswers(self.model).texts(batch, settings)
             found.update(zip(batch, written, strict=True))

@@ -89,7 +89,7 @@ class RoutedAdapterDelta(Delta):
         assert isinstance(module, str)
         assert isinstance(labels, list)
         adapter = AdapterDelta.from_parts(others, rest)
-        return cls(module, tensors["keys"], labels, radius, adapter)  # type: ignore[arg-type]
+        return cls(module, tensors["keys"], labels, radius, adapter)
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -149,7 +149,9 @@ class BlockRouter(Router):
             points.setdefault(delta.module, []).extend(delta.points(number))
             factors = {}
             for path, piece in delta.adapter.pieces.items():
-                device = submodule(model.module, path).weight.device
+                weight = submodule(model.module, path).weight
+                assert isinstance(weight, torch.Tensor)
+                device = weight.device
                 where = "cpu" if device.type == "meta" else device
                 u, v = piece.factors()
                 factors[path] = (u.T.contiguous().to(where), v.contiguous().to(where))

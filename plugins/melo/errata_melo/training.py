@@ -83,7 +83,7 @@ def edit(model: Model, requests: Sequence[Request], config: MeloConfig) -> Route
         )
         trainer.halve_every = config.halve_every
         peft_config = LoraConfig(
-            task_type=TASKS[model.anatomy.kind],
+            task_type=TASKS.get(model.task),
             r=config.rank,
             lora_alpha=config.scale * config.rank,
             lora_dropout=0.0,

@@ -47,14 +47,19 @@ class Memit:
         """Return the change, computed from the base (frozen) or the model's present state."""
         from errata.kit.closed_form.deltas import deltas_of
         from errata.kit.closed_form.statistics import known_keys, second_moment_weights
+        from errata.kit.same_subject import sharing
         from errata_memit.algorithm import memit
 
         C = known_keys(model, config)
-        updates = memit(model, requests, C, config)
         # The joint problem of all active edits: M = C⁻¹, and λ is what a miss costs.
         M = {layer: matrix.metric for layer, matrix in C.items()}
         λ = second_moment_weights(model, config)
-        return deltas_of(model, requests, updates, config, metrics=M, slack=λ)
+
+        def compute(facts: Sequence[Request], shared: bool = False) -> Delta | Sequence[Delta]:
+            updates = memit(model, facts, C, config, shared=shared)
+            return deltas_of(model, facts, updates, config, metrics=M, slack=λ)
+
+        return sharing(model, requests, compute) if config.shares else compute(requests)
 
     @hookimpl
     def resolve(self, model: Model, delta: Delta, config: MemitConfig) -> Delta | None:

@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 
 
 def memit(
-    model: Model, requests: Sequence[Request], C: Mapping[int, NormalMatrix], config: MemitConfig
+    model: Model,
+    requests: Sequence[Request],
+    C: Mapping[int, NormalMatrix],
+    config: MemitConfig,
+    *,
+    shared: bool = False,
 ) -> list[LayerUpdate]:
     """Return what each layer is asked for, all from the model's present state.
 
@@ -32,12 +37,13 @@ def memit(
         requests: what to write.
         C: E[k kᵀ] of each edited layer.
         config: hyper-parameters.
+        shared: the requests are facts of one subject: one problem, and one δ.
 
     Raises:
         EditFailed: a loss is not finite.
     """
     λ = second_moment_weights(model, config)
-    prompts = prompts_of(model, requests, config)
+    prompts = prompts_of(model, requests, config, shared=shared)
     stages = stages_of(model, config)
 
     # z = h + δ, the vectors at the last layer that make the model say the new targets.

@@ -63,7 +63,7 @@ def edit(model: Model, requests: Sequence[Request], config: MendConfig) -> list[
     """Return what the trained network makes of each request's gradient."""
     network = trained(model, config)
     deltas = []
-    for signals in signals_of(model, requests, network.modules):
+    for signals in signals_of(model, requests, network.paths):
         deltas += low_rank_deltas(model, network(signals), signals)
     return deltas
 
@@ -138,7 +138,7 @@ class MendNetwork(EditingNetwork):
 
     def __init__(self, model: Model, modules: Sequence[str], config: MendConfig) -> None:
         super().__init__()
-        self.modules = list(modules)
+        self.paths = list(modules)
         self._config = config
         self._model = model
         groups: dict[tuple[int, int], list[str]] = {}
@@ -159,7 +159,7 @@ class MendNetwork(EditingNetwork):
         """Return ± η Σ δ̃ x̃ᵀ as factors for each request."""
         sign = -1.0 if self._config.descent else 1.0
         found = {}
-        for index, path in enumerate(self.modules):
+        for index, path in enumerate(self.paths):
             name, k = self._place[path]
             x, delta = self.shapes[name](signals.inputs[path], signals.errors[path], k)
             rate = sign * self.eta[index] * self.unit[index]
@@ -182,7 +182,8 @@ class MendNetwork(EditingNetwork):
     def begin(self, signals: Sequence[Signals], trial: Callable[[], float]) -> None:
         """Take the statistics of x and δ, and find where η starts, if that is asked for."""
         for name, shape in self.shapes.items():
-            paths = [path for path in self.modules if self._place[path][0] == name]
+            assert isinstance(shape, Shape)
+            paths = [path for path in self.paths if self._place[path][0] == name]
             count, total, square = 0, torch.zeros_like(shape.mean), torch.zeros_like(shape.mean)
             total, square = total.double(), square.double()
             for one in signals:
@@ -202,10 +203,10 @@ class MendNetwork(EditingNetwork):
         """Let a change be a share of ‖W x‖ in each matrix, the share that has the lowest loss."""
         anatomy = self._model.anatomy
         some = [one.to(torch.float32) for one in signals[:16]]
-        sizes = torch.zeros(len(self.modules))
+        sizes = torch.zeros(len(self.paths))
         for one in some:
             factors = self(one)
-            for index, path in enumerate(self.modules):
+            for index, path in enumerate(self.paths):
                 x = one.inputs[path][0]
                 weight = self._model.pristine[anatomy.weight(path)].float().to(x.device)
                 before = (x @ (weight if anatomy.transposed(path) else weight.T)).norm()
@@ -214,6 +215,6 @@ class MendNetwork(EditingNetwork):
                 sizes[index] += (before / after.clamp_min(EPS)) / len(some)
         losses = {}
         for share in LINE:
-            self.unit.copy_(share * sizes / len(self.modules))
+            self.unit.copy_(share * sizes / len(self.paths))
             losses[share] = trial()
-        self.unit.copy_(min(losses, key=losses.__getitem__) * sizes / len(self.modules))
+        self.unit.copy_(min(losses, key=losses.__getitem__) * sizes / len(self.paths))

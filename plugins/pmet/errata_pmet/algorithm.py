@@ -41,7 +41,12 @@ if TYPE_CHECKING:
 
 
 def pmet(
-    model: Model, requests: Sequence[Request], C: Mapping[int, NormalMatrix], config: PmetConfig
+    model: Model,
+    requests: Sequence[Request],
+    C: Mapping[int, NormalMatrix],
+    config: PmetConfig,
+    *,
+    shared: bool = False,
 ) -> list[LayerUpdate]:
     """Return what each layer is asked for, all from the model's present state.
 
@@ -50,12 +55,13 @@ def pmet(
         requests: what to write.
         C: E[k kᵀ] of each edited layer.
         config: hyper-parameters.
+        shared: the requests are facts of one subject: one problem, and one δ.
 
     Raises:
         EditFailed: a loss is not finite.
     """
     λ = second_moment_weights(model, config)
-    prompts = prompts_of(model, requests, config)
+    prompts = prompts_of(model, requests, config, shared=shared)
     stages = stages_of(model, config)
 
     # δ_attention and δ_MLP at the last layer, together; of the two only m = m0 + δ_MLP is written.

@@ -14,9 +14,10 @@ import torch
 from errata.edits.delta import Factor, LowRankDelta
 from errata.errors import ConfigError
 from errata.kit.contexts import prefix_contexts
+from errata.kit.same_subject import facts_beside
 from errata.kit.second_moments import second_moments
 from errata.kit.value_loss import ValueLoss
-from errata.kit.values import EditFailed, OptimisedValue, ValueSettings, optimise_values
+from errata.kit.values import EditFailed, OptimisedValue, ValueSettings, optimise_shared
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,7 +112,11 @@ def rome(
         kl_prompt=config.kl_prompt if config.kl_factor else None,
         fact_token=config.fact_token,
     )
-    values = optimise_values(model, requests, contexts, settings, RomeObjective(config))
+    # A later value at the subject would overwrite an earlier one: it says what that one said, too.
+    together = config.same_subject == "together"
+    facts = [[r, *(facts_beside(model, r) if together else ())] for r in requests]
+    found = optimise_shared(model, facts, contexts, settings, RomeObjective(config))
+    values = [value for value, *_ in found]
     return [
         rank_one(value, C, config, request) for value, request in zip(values, requests, strict=True)
     ]

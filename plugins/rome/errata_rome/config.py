@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from errata.contract.config import Contexts, MethodConfig, Template
+from errata.contract.config import SAME_SUBJECT, Contexts, MethodConfig, Template
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -47,6 +47,7 @@ class RomeConfig(MethodConfig):
         description="rome: averaged key, written at the bare prompt's; r-rome: averaged key and "
         "output throughout; p-rome: the bare prompt's throughout",
     )
+    same_subject: Literal["together", "alone"] = Field(default="together", description=SAME_SUBJECT)
     second_moment: bool = Field(
         default=True, description="Whiten the key with C = E[k kᵀ]; false is not the published ROME"
     )

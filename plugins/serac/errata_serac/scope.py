@@ -152,7 +152,7 @@ class CrossScope:
             [between.join(edit) for edit in edits], list(prompts), return_tensors="pt",
             padding=True, truncation=True, max_length=min(self._tokenizer.model_max_length, 512),
         )  # fmt: skip
-        first = self._module(**batch).last_hidden_state[:, 0]
+        first: Tensor = self._module(**batch).last_hidden_state[:, 0]
         return (first @ self.trained["head"].T).log_softmax(dim=1)[:, 0]
 
     def memory(self, edits: Sequence[Edit]) -> list[Edit]:

@@ -12,6 +12,9 @@ out is gone as if never made (OTE ≡ SE: 2605.26670; recursive least squares).
 The metric M (C⁻¹, a projector) is not needed for that: each edit also stores its whitened keys
 w = M k, and Kᵀ M K = Kᵀ [w_1 … w_N]. An edit is therefore complete in itself, in any ledger, file
 or process, and C stays where it was measured; the delta names it by its digest.
+
+Edits about one subject have nearly one key. What they ask for together is stored with the later one
+and stands in for what each asks for alone (`errata.edits.delta.shared_values`).
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import torch
 from errata.edits.delta.base import Delta, require
 from errata.edits.delta.key_value_joint import Joint
 from errata.edits.delta.key_values import PARTS, KeyValues
+from errata.edits.delta.shared_values import SharedValues, in_force
 from errata.errors import IntegrityError
 
 if TYPE_CHECKING:
@@ -34,30 +38,52 @@ if TYPE_CHECKING:
 
 
 class KeyValueDelta(Delta):
-    """Keys and residuals per parameter name; folds as one least-squares solve over all edits."""
+    """Keys and residuals per parameter name; folds as one least-squares solve over all edits.
+
+    Args:
+        pairs: what the edit asks for alone.
+        fact: names what it is about, the same for whoever asks for the same at the same place; ""
+            where it shares nothing.
+        shared: facts, this one among them → what these ask for together, at the same parameters.
+    """
 
     kind: ClassVar[str] = "key_value"
 
-    def __init__(self, pairs: Mapping[str, KeyValues]) -> None:
+    def __init__(
+        self,
+        pairs: Mapping[str, KeyValues],
+        fact: str = "",
+        shared: Mapping[frozenset[str], Mapping[str, KeyValues]] | None = None,
+    ) -> None:
         require(bool(pairs), "A key_value delta needs at least one parameter.")
         for name, pair in pairs.items():
             _check_shapes(name, pair)
+        for facts, together in (shared or {}).items():
+            _check_shared(fact, facts, pairs, together)
         self.pairs = dict(pairs)
+        self.fact = fact
+        self.shared = {f: SharedValues(dict(together)) for f, together in (shared or {}).items()}
         # Joint solutions this delta is part of, shared with the others in them: a cache.
         self.joints: dict[tuple[str, str], Joint] = {}
 
     def tensors(self) -> dict[str, Tensor]:
+        every = [("", self.pairs)]
+        every += [(_mark(index), one.pairs) for index, one in enumerate(self.shared.values())]
         return {
-            f"{name}:{part}": getattr(pair, part).contiguous()
-            for name, pair in self.pairs.items()
+            f"{mark}{name}:{part}": getattr(pair, part).contiguous()
+            for mark, pairs in every
+            for name, pair in pairs.items()
             for part in PARTS
         }
 
     def metadata(self) -> dict[str, Any]:
-        return {
+        found: dict[str, Any] = {
             "transposed": {name: pair.transposed for name, pair in self.pairs.items()},
             "metric": {name: dict(pair.metric) for name, pair in self.pairs.items()},
         }
+        if self.fact:
+            found |= {"fact": self.fact, "shared": [sorted(facts) for facts in self.shared]}
+        return found
 
     @classmethod
     def from_parts(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Self:
@@ -72,21 +98,31 @@ class KeyValueDelta(Delta):
                     for m in metric.values()),
             "A key_value delta must name the metric of each of its parameters by a digest.",
         )  # fmt: skip
-        wanted = {f"{name}:{part}" for name in transposed for part in PARTS}
+        fact, sets = metadata.get("fact", ""), metadata.get("shared", [])
+        require(
+            isinstance(fact, str) and isinstance(sets, list) and len(sets) <= _MOST_SETS
+            and all(isinstance(facts, list) and all(isinstance(f, str) for f in facts)
+                    for facts in sets),
+            "A key_value delta must name its facts by texts.",
+        )  # fmt: skip
+        marks = ["", *map(_mark, range(len(sets)))]
+        wanted = {f"{mark}{name}:{part}" for mark in marks for name in transposed for part in PARTS}
         require(
             wanted == set(tensors),
             f"A key_value delta must hold the tensors {sorted(wanted)}, not {sorted(tensors)}.",
         )
-        return cls(
+        own, *others = (
             {
                 name: KeyValues(
-                    **{part: tensors[f"{name}:{part}"] for part in PARTS},
+                    **{part: tensors[f"{mark}{name}:{part}"] for part in PARTS},
                     transposed=bool(flag),
                     metric=metric[name],
                 )
                 for name, flag in transposed.items()
             }
+            for mark in marks
         )
+        return cls(own, fact, dict(zip(map(frozenset, sets), others, strict=True)))
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -139,20 +175,22 @@ class KeyValueDelta(Delta):
         groups: dict[str, list[Self]] = {}
         for delta in deltas:
             groups.setdefault(delta.pairs[name].group, []).append(delta)
-        return [Joint.of(name, groups[group], device) for group in sorted(groups)]
+        return [Joint.of(name, in_force(groups[group]), device) for group in sorted(groups)]
 
     def cosines(self, others: Sequence[KeyValueDelta]) -> list[float]:
         """Return for each other delta the largest cosine, in their metric, of a key of both.
 
-        -1.0 for one that has no parameter and metric in common with this.
+        -1.0 for one that has no parameter and metric in common with this, or shares its values.
         """
         found = [-1.0] * len(others)
+        sharing = frozenset().union(*self.shared)
         for name, own in self.pairs.items():
             theirs = [
                 (index, other.pairs[name])
                 for index, other in enumerate(others)
                 if name in other.pairs and other.pairs[name].group == own.group
-            ]
+                and other.fact not in sharing
+            ]  # fmt: skip
             if not theirs:
                 continue
             keys = torch.cat([pair.k.float() for _, pair in theirs])
@@ -162,6 +200,38 @@ class KeyValueDelta(Delta):
             for (index, _), part in zip(theirs, parts, strict=True):
                 found[index] = max(found[index], float(part.max()))
         return found
+
+
+_MOST_SETS = 1024
+
+
+def _mark(index: int) -> str:
+    """Return what the names of a set's tensors begin with."""
+    return f"shared {index}:"
+
+
+def _check_shared(
+    fact: str,
+    facts: frozenset[str],
+    pairs: Mapping[str, KeyValues],
+    together: Mapping[str, KeyValues],
+) -> None:
+    require(
+        fact in facts and len(facts) > 1 and bool(fact),
+        "A key_value delta must be one of the facts that share a value with it.",
+    )
+    require(
+        set(together) == set(pairs)
+        and all(
+            together[name].k.shape[1:] == pair.k.shape[1:]
+            and together[name].r.shape[1:] == pair.r.shape[1:]
+            and (together[name].group, together[name].transposed) == (pair.group, pair.transposed)
+            for name, pair in pairs.items()
+        ),
+        "What facts ask for together must be of the parameters and metrics of each alone.",
+    )
+    for name, pair in together.items():
+        _check_shapes(name, pair)
 
 
 def _check_shapes(name: str, pair: KeyValues) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from errata.contract.config import Contexts, MethodConfig, Template
+from errata.contract.config import SAME_SUBJECT, Contexts, MethodConfig, Template
 from errata.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -46,6 +46,9 @@ class ClosedFormConfig(MethodConfig):
         description="Of joint edits. frozen: keys and residuals are those of the base, each "
         "request by itself, so that order does not matter; replay: those of the model as it "
         "stands, to be computed again (`Editor.rebase`) when an earlier edit is reverted",
+    )
+    same_subject: Literal["together", "alone"] = Field(
+        default="together", description=f"Of joint, frozen edits. {SAME_SUBJECT}"
     )
     steps: int = Field(default=20, ge=1, description="Evaluations of the loss (one less updates)")
     lr: float = Field(default=0.5, gt=0, description="Adam's learning rate for the value")
@@ -103,6 +106,11 @@ class ClosedFormConfig(MethodConfig):
     def on_base(self) -> bool:
         """Edits are computed from the base alone, whatever is active."""
         return self.history == "joint" and self.policy == "frozen"
+
+    @property
+    def shares(self) -> bool:
+        """Facts of one subject share their values."""
+        return self.on_base and self.same_subject == "together"
 
     def for_model(self, anatomy: Anatomy) -> Self:
         """Return the configuration with its layers written out: ascending, counted from 0.

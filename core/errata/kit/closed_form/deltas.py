@@ -119,17 +119,22 @@ def solved_again(
     if not isinstance(delta, KeyValueDelta):
         return None
     layers = {model.anatomy.weight(model.anatomy.mlp_out(layer)): layer for layer in metrics}
-    pairs = {}
-    for name, pair in delta.pairs.items():
-        metric = metrics[layers[name]]
-        whitened = metric.whiten(pair.k.T.double()).cpu().T
-        pairs[name] = replace(
-            pair,
-            w=whitened.to(getattr(torch, config.precision)).contiguous(),
-            s=torch.full_like(pair.s, slack[layers[name]]),
-            metric=metric.reference,
-        )
-    return KeyValueDelta(pairs)
+
+    def again(pairs: Mapping[str, KeyValues]) -> dict[str, KeyValues]:
+        found = {}
+        for name, pair in pairs.items():
+            metric = metrics[layers[name]]
+            whitened = metric.whiten(pair.k.T.double()).cpu().T
+            found[name] = replace(
+                pair,
+                w=whitened.to(getattr(torch, config.precision)).contiguous(),
+                s=torch.full_like(pair.s, slack[layers[name]]),
+                metric=metric.reference,
+            )
+        return found
+
+    shared = {facts: again(together.pairs) for facts, together in delta.shared.items()}
+    return KeyValueDelta(again(delta.pairs), delta.fact, shared)
 
 
 def _written(model: Model, name: str, metric: Metric, keys: Tensor) -> Tensor:

@@ -104,6 +104,7 @@ class Prompts:
         window: most tokens of a window.
         each: every request is a problem of its own and sees only its own change of the lower
             layers, as if it were the only one. Otherwise all are one problem.
+        shared: all are about one subject, and share their values.
     """
 
     def __init__(
@@ -114,9 +115,11 @@ class Prompts:
         fact_token: FactToken = "subject_last",
         *,
         each: bool = False,
+        shared: bool = False,
         window: int = 16,
     ) -> None:
-        self.model, self.contexts, self.each = model, tuple(contexts), each
+        self.model, self.contexts = model, tuple(contexts)
+        self.each, self.shared = each, shared
         self.windows = windows_of(model, requests, window)
         self.requests = tuple(found.request for found in self.windows)
         self._claim = torch.ones(len(self.requests), 1, dtype=torch.float64)
@@ -192,13 +195,13 @@ class Prompts:
             index = torch.arange(start, stop)
             owner = index.repeat_interleave(torch.tensor(counts)) if self.each else None
             with (
-                _written(model, updates, owner, len(tokens)),
+                written(model, updates, owner),
                 trace(model.module, names, inputs=True, stop=True) as seen,
             ):
                 model.module(**inputs_of(model, {**inputs, "use_cache": False}))
-            found = _column(seen[source].input, len(tokens), column).split(counts)
+            found = torch.split(_column(seen[source].input, len(tokens), column), counts)
             keys += [grouped(of_one[None]) for of_one in found]
-            said = _column(seen[output].output, len(tokens), column).split(counts)
+            said = torch.split(_column(seen[output].output, len(tokens), column), counts)
             outputs += [of_one[:1] for of_one in said]
         K = torch.cat(keys) * self._claim
         return self.columns(K), self.columns(torch.cat(outputs))
@@ -213,15 +216,20 @@ def through(norm: nn.Module, values: Columns) -> Columns:
 
 
 @contextmanager
-def _written(
-    model: Model, updates: Sequence[LayerUpdate], owner: Tensor | None, rows: int
+def written(
+    model: Model, updates: Sequence[LayerUpdate], owner: Tensor | None = None
 ) -> Iterator[None]:
-    """Let changes Δ act beside the weights; with `owner` (B,), each row's own problem only."""
+    """Let changes Δ act beside the weights for a block.
+
+    With `owner` (B,) each row sees the change of its own problem only; without, every row sees
+    that of the one problem there is.
+    """
 
     def hook_for(Δ: Product) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             del module
             given = args[0]
+            rows = 1 if owner is None else len(owner)
             x = given.reshape(rows, -1, given.shape[-1]).float()  # (B, T, D), also OPT's flat one
             left, right = Δ.left.tensor.to(x), Δ.right.rows.to(x)  # (G, d, N), (G, N, D)
             if owner is not None:

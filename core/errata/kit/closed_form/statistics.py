@@ -60,14 +60,21 @@ def stages_of(model: Model, config: ClosedFormConfig) -> list[Stage]:
     return boundary(layers) if config.placement == "boundary" else spread(layers)
 
 
-def prompts_of(model: Model, requests: Sequence[Request], config: ClosedFormConfig) -> Prompts:
+def prompts_of(
+    model: Model, requests: Sequence[Request], config: ClosedFormConfig, *, shared: bool = False
+) -> Prompts:
     """Return the requests in the contexts of the configuration, each a problem if edits are joint.
+
+    With `shared` they are facts of one subject: one problem, and one δ.
 
     Raises `ConfigError` when contexts must be generated and edits are active.
     """
     contexts = contexts_of(model, config)
-    each = config.history == "joint"
-    return Prompts(model, requests, contexts, config.fact_token, each=each, window=config.window)
+    each = config.history == "joint" and not shared
+    return Prompts(
+        model, requests, contexts, config.fact_token,
+        each=each, shared=shared, window=config.window,
+    )  # fmt: skip
 
 
 def prepare(model: Model, corpus: Sequence[str], config: ClosedFormConfig) -> None:

@@ -16,7 +16,7 @@ from errata.kit.closed_form.layer_updates import through
 from errata.kit.closed_form.matrices import Columns
 from errata.kit.closed_form.statistics import mean_norm
 from errata.kit.value_loss import ValueLoss
-from errata.kit.values import OptimisedValue, ValueSettings, optimise_values
+from errata.kit.values import OptimisedValue, ValueSettings, optimise_shared, optimise_values
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,10 +87,10 @@ def optimised(
     values: dict[int, OptimisedValue] = {}
     windows = prompts.windows
     whole = [i for i, window in enumerate(windows) if window.number is None]
-    found = optimise_values(
-        prompts.model, [windows[i].request for i in whole], prompts.contexts, settings, objective
-    )
-    values.update(zip(whole, found, strict=True))
+    asked = [windows[i].request for i in whole]
+    groups = [asked] if prompts.shared else [[request] for request in asked]
+    grouped = optimise_shared(prompts.model, groups, prompts.contexts, settings, objective)
+    values.update(zip(whole, (value for group in grouped for value in group), strict=True))
     # Texts side by side, each window with the values of those before it in their places.
     settings = replace(settings, fact_token="last", kl_prompt=None)
     for number in range(max((w.number for w in windows if w.number is not None), default=-1) + 1):

@@ -12,8 +12,9 @@ other subjects of the same relation, which are hurt first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -151,15 +152,11 @@ class Lesson:
     def ask(self, factors: Mapping[str, Factors], rows: Sequence[int]) -> Answered:
         """Run rows of the lesson, each with its request's factors."""
         wanted = torch.tensor(rows)
+        read: Callable[[], Tensor]
         if self._resumed is not None:
-            kept = self._resumed.keep(wanted)
-            read = kept.logits
+            read = self._resumed.keep(wanted).logits
         else:
-            part = _rows_of(self._prompts, wanted)
-
-            def read() -> Tensor:
-                return run(self._model, part)
-
+            read = partial(run, self._model, _rows_of(self._prompts, wanted))
         position_rows = self._prompts.rows.cpu()
         held = torch.isin(position_rows, wanted)
         row = torch.searchsorted(wanted, position_rows[held])  # (n,) of the chosen rows

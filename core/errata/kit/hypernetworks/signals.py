@@ -6,7 +6,7 @@ For y = W x and the loss L of one request, ∂L/∂W = Σ_t δ_t x_tᵀ over the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -125,7 +125,7 @@ def _batch(model: Model, requests: Sequence[Request], modules: Sequence[str]) ->
     )
     probes: dict[str, Tensor] = {}
 
-    def probe(path: str):  # type: ignore[no-untyped-def]
+    def probe(path: str) -> Callable[[Tensor], Tensor]:
         def change(output: Tensor) -> Tensor:
             probes[path] = torch.zeros_like(output, requires_grad=True)
             return output + probes[path]

@@ -156,7 +156,9 @@ async function unfold(edit, place, button) {
     return;
   }
   const found = await ask(`errata/edits/${edit.id}`);
-  const pairs = [["config", JSON.stringify(found.config)], ["stored as", `${found.kind}, ${found.bytes} bytes`],
+  const said = Object.entries(found.config).filter(([, value]) => value != null)
+    .map(([name, value]) => `${name} ${typeof value === "string" ? value : JSON.stringify(value)}`).join(", ");
+  const pairs = [["config", said], ["stored as", `${found.kind}, ${found.bytes} bytes`],
     ["computed in", `${found.seconds.toFixed(2)} s`], ["made on top of", found.parents.join(", ")], ["supersedes", found.supersedes.join(", ")],
     ["overlaps with", found.overlaps.join(", ")]].filter(([, value]) => value);
   const answers = el("div", {});
@@ -166,7 +168,7 @@ async function unfold(edit, place, button) {
   };
   place.replaceChildren(
     el("dl", {}, pairs.flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)])),
-    found.requests.length > 1 ? el("ul", {}, found.requests.map((r) => el("li", {}, `${r.prompt} → ${r.target}`))) : null,
+    el("ul", { hidden: found.requests.length < 2 }, found.requests.map((r) => el("li", {}, `${r.prompt} → ${r.target}`))),
     el("div", { class: "row" },
       el("button", { type: "button", onclick: () => go("compare", { prompt: found.prompt, a: edit.active ? `-${edit.id}` : "active", b: edit.active ? "active" : edit.id }) }, "Compare without and with"),
       el("button", { type: "button", onclick: () => go("trace", { prompt: found.prompt, subject: found.subject }) }, "Trace")),

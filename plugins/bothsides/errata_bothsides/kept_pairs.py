@@ -1,0 +1,166 @@
+"""What must stay as it was: the relation of pairs like the new one, and o* where it is the answer.
+
+No prompt of a request that is meant to test the edit is read here. Other objects are what the
+unedited model finds probable in the new one's place; other subjects are well-known names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from errata.edits.request import Request
+from errata.errors import RequestError
+from errata.kit.closed_form.statistics import USUAL_NAMES
+from errata.kit.contexts import in_contexts
+from errata.model.forward import logits_at
+from errata.model.joining import bare, join
+from errata.model.tokens import encode
+from errata_bothsides.config import OBJECT
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from errata.model import Model
+
+_TRIED = 12  # tokens looked at for every object that is wanted
+_OTHERS = 8  # subjects whose prompts are kept
+_SHORTEST = 3  # letters of a token that counts as a word
+
+
+@dataclass(frozen=True)
+class RelationPrompt:
+    """A prompt that names a pair and is answered by its relation.
+
+    Attributes:
+        template: text with {} for the subject and [object] for the object.
+        relation: the relation's name.
+        chat: as the request's.
+    """
+
+    template: str
+    relation: str
+    chat: bool | tuple[str, str]
+
+    @classmethod
+    def of(cls, request: Request) -> RelationPrompt:
+        """Return the prompt of a request that its new object stands in.
+
+        Raises `RequestError` where the request says nothing of its relation, or the new object
+        does not stand in its prompt exactly once.
+        """
+        view = request.relation_view
+        if view is None:
+            raise RequestError(
+                f"The request {request.text!r} has no relation_view, so that there is no other "
+                'side to edit: give relation_view={"names": ["capital"], "add": "The relation '
+                'between {} and NEW is", "remove": "The relation between {} and OLD is"}, or load '
+                "it with the dataset 'rake'."
+            )
+        before, after = view.add.split("{}")
+        if (before + after).count(request.target_new) != 1:
+            raise RequestError(
+                f"The relation's prompt {view.add!r} must name the new object "
+                f"{request.target_new!r} exactly once beside the subject."
+            )
+        filled = [part.replace(request.target_new, OBJECT) for part in (before, after)]
+        return cls("{}".join(filled), view.names[0], request.chat)
+
+    def worded(self, template: str) -> RelationPrompt:
+        """Return the same question in other words."""
+        before, after = ("", "") if isinstance(self.chat, bool) else self.chat
+        return replace(self, template=before + template + after)
+
+    def asking(self, subject: str, target: str) -> Request:
+        """Return the question for the relation of a pair, with the object in the subject's place.
+
+        What edits a request at its subject so edits this one at its object.
+        """
+        prompt = self.template.replace("{}", subject).replace(OBJECT, "{}")
+        return Request(prompt=prompt, subject=target, target_new=self.relation, chat=self.chat)
+
+
+def other_objects(model: Model, request: Request, count: int) -> list[str]:
+    """Return words that the model finds probable in the place of the new object, best first."""
+    batch = encode(model.tokenizer, [request.text], device=model.device)
+    row, end = batch.input_ids[:1], batch.input_ids.shape[1] - 1
+    logits = logits_at(model, batch.inputs(), row.new_zeros(1), row.new_full((1,), end))[0]
+    best = logits.topk(min(_TRIED * max(count, 1), len(logits))).indices.tolist()
+    taken = [request.target_new.casefold()]
+    found: list[str] = []
+    for token in best:
+        text = model.tokenizer.decode([token])
+        word = text.strip()
+        if not text[:1].isspace() or not word.isalpha() or len(word) < _SHORTEST:
+            continue
+        if any(other.startswith(word.casefold()) for other in taken):
+            continue
+        taken.append(word.casefold())
+        found.append(word)
+        if len(found) == count:
+            break
+    return found
+
+
+def kept_pairs(
+    model: Model, request: Request, prompt: RelationPrompt, objects: Sequence[str]
+) -> dict[str, list[Request]]:
+    """Return questions for the relation of other pairs, by what they share with the new one.
+
+    "subjects" have its object, "objects" its subject, "pairs" neither.
+    """
+    new = request.target_new
+    names = names_beside(request)
+    pairs = [
+        prompt.asking(name, objects[index % len(objects)])
+        for index, name in enumerate(names)
+        if objects
+    ]
+    return {
+        "subjects": [prompt.asking(name, new) for name in names],
+        "objects": [prompt.asking(request.subject, word) for word in (*objects, *names)],
+        "pairs": pairs,
+    }
+
+
+def names_beside(request: Request) -> list[str]:
+    """Return well-known names of all sorts, without the request's own."""
+    own = (request.subject, request.target_new)
+    return [name for name in USUAL_NAMES[::2] if name not in own]
+
+
+def answers(
+    model: Model, request: Request, objects: Sequence[str], contexts: Sequence[str]
+) -> list[Request]:
+    """Return the entity's prompts with an object behind them, to be kept there.
+
+    The new object in every context; other ones behind the bare prompt, and behind that of other
+    subjects.
+    """
+    asked = [
+        template.replace("{}", request.subject)
+        for template in in_contexts(model, request, contexts)
+    ]
+    texts = [(text, request.target) for text in asked]
+    for word, name in zip(objects, names_beside(request), strict=False):
+        texts.append((request.text, request.joined(word)))
+        texts.append((request.prompt.replace("{}", name), request.joined(word)))
+    return [_answered(text, target) for text, target in texts]
+
+
+def entity_prompts(model: Model, request: Request, contexts: Sequence[str]) -> list[Request]:
+    """Return the entity's prompt in every context, and that of other subjects: what they say stays.
+
+    The object of the edit is said by them, and by others theirs.
+    """
+    templates = in_contexts(model, request, contexts)
+    own = [request.model_copy(update={"prompt": t, "chat": False}) for t in templates]
+    names = names_beside(request)[:_OTHERS]
+    return [*own, *(request.model_copy(update={"subject": name}) for name in names)]
+
+
+def _answered(text: str, target: str) -> Request:
+    """Return a text with its answer, which stands where a request has its subject."""
+    word = bare(target)
+    whole = join(text, target)
+    return Request(prompt=whole[: len(whole) - len(word)] + "{}", subject=word, target_new=word)
