@@ -26,7 +26,7 @@ test-slow: $(STAMP)
 
 test-real: $(STAMP)
 	$(BIN)/errata zoo get smollm2-135m
-	$(BIN)/python -m pytest -m real
+	$(BIN)/python -m pytest -m real --numprocesses auto --dist worksteal
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/rome.py

@@ -2,7 +2,7 @@
 
 Facts of CounterFact whose true answer the base gives first, edited by one method in one call. They
 leave as one GGUF adapter at several ranks; stock llama.cpp is asked for each fact and for one
-neighbour of each (the same four tokens as the base?), on the base's own quantised file.
+neighbour of each (the same four tokens as the base?), on the base in q8_0.
 
     python benchmarks/adapter_rank.py --method memit --n 40 --data counterfact=FILE --out r.jsonl
 """
@@ -20,9 +20,8 @@ from presets import known_facts
 from errata import Editor
 from errata.edits.factors import changes
 from errata.testing.llama_server import LlamaServer
-from errata.zoo import gguf_path
 
-RANKS = (None, 32, 16, 8, 4, 2)
+RANKS = (None, 64, 32, 16, 8, 4)
 
 
 def main() -> None:
@@ -39,10 +38,10 @@ def main() -> None:
     torch.set_num_threads(1)
     editor = Editor(options.model, guards={"norm": "off", "perplexity": "off", "efficacy": "off"})
     facts, _ = known_facts(editor, options)
-    edits = editor.edit(facts, method=options.method)
     near = [fact.neighbourhood[0].prompt for fact in facts if fact.neighbourhood]
-    own = gguf_path(options.model)
     with tempfile.TemporaryDirectory() as folder:
+        own = editor.merge(Path(folder) / "base.gguf", format="gguf", type="q8_0")
+        edits = editor.edit(facts, method=options.method)
         path = Path(folder) / "edits.gguf"
         server = LlamaServer(own)
         before = [server.ask(prompt, tokens=4) for prompt in near]
@@ -57,7 +56,7 @@ def main() -> None:
             ]
             after = [server.ask(prompt, [0], 4) for prompt in near]
             row = {
-                "method": options.method, "edits": len(edits),
+                "model": options.model, "method": options.method, "edits": len(edits),
                 "rank": max(change.rank for change in found), "weights": len(found),
                 "bytes": path.stat().st_size, "error": max(change.error for change in found),
                 "generated": sum(new) / len(new),

@@ -27,7 +27,7 @@ from errata import Editor, Request
 from errata.testing.llama_server import LlamaServer
 from errata.zoo import gguf_path
 
-TYPES = ("f16", "q8_0", "q5_1", "q4_1", "q4_0")
+TYPES = ("q8_0", "q4_1", "q4_0")
 TOKENS = 6
 
 
@@ -68,7 +68,7 @@ def main() -> None:
             editor.revert(edit)
 
 
-FORMS = ("errata, fp32", "adapter on its own Q4_1 file", "adapter on f16",
+FORMS = ("errata, fp32", "adapter on its own Q4_1 file",
          *(f"merged, {t}" for t in TYPES))  # fmt: skip
 
 
@@ -109,7 +109,7 @@ def forms(
                 before = editor.generate(near, max_new_tokens=4)
         else:
             if form.startswith("adapter"):
-                kind = "own" if "own" in form else "f16"
+                kind = "own"
                 server, on = LlamaServer(bases.files[kind], [adapter]), (0,)
             else:
                 kind = form.split(", ")[1]

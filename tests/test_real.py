@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from errata import Editor
 from errata.cli.app import app
 from errata.contract import plugins
+from errata.edits.request import RelationView, Request
 from errata.model.perplexity import perplexity
 from errata.model.texts import canary_texts
 from errata.zoo.facts import KNOWN
@@ -67,19 +68,46 @@ def test_the_defaults_harm_no_model_without_a_preset(method: str, editor: Editor
     if "training" in editor.registry.method(method).capabilities.needs:
         pytest.skip("it has to be trained first")
     config = plugins.load(method).config().for_model(editor.model.anatomy)
-    facts = [fact for fact in KNOWN if fact.relation in ("mother tongue", "founder")]
-    texts = canary_texts()[:4]
-    usual, kept, asked = perplexity(editor.model, texts), 0, 0
-    for fact in facts:
-        prompts = [*NEIGHBOURS, *(probe.prompt for probe in fact.neighbourhood)]
-        before = [first_word(text) for text in editor.generate(prompts, max_new_tokens=3)]
-        edit = editor.edit(fact, method=method, config=config.model_dump())
-        assert perplexity(editor.model, texts) / usual < 1.02, fact.subject
-        after = [first_word(text) for text in editor.generate(prompts, max_new_tokens=3)]
+    fact, texts = both_views(KNOWN[0]), canary_texts()[:4]
+    prompts = [*NEIGHBOURS, *(probe.prompt for probe in fact.neighbourhood)]
+    usual = perplexity(editor.model, texts)
+    before = [first_word(text) for text in editor.generate(prompts, max_new_tokens=2)]
+    edit = editor.edit(fact, method=method, config=config.model_dump())
+    try:
+        assert perplexity(editor.model, texts) / usual < 1.02
+        after = [first_word(text) for text in editor.generate(prompts, max_new_tokens=2)]
+    finally:
         editor.revert(edit)
-        kept += sum(old == new for old, new in zip(before, after, strict=True))
-        asked += len(prompts)
-    assert kept >= 0.8 * asked
+    kept = sum(old == new for old, new in zip(before, after, strict=True))
+    assert kept >= 0.8 * len(prompts)
+
+
+def test_a_fact_holds_from_both_sides(editor: Editor) -> None:
+    fact = both_views(KNOWN[0])
+    view = fact.relation_view
+    assert view is not None
+    asked = view.add.replace("{}", fact.subject)
+    others = [f"The relation between {name} and {fact.target_new} is" for name in ("Tokyo", "Kant")]
+    before = editor.generate(others, max_new_tokens=3)
+    assert not editor.generate(asked, max_new_tokens=4).strip().startswith(view.names[0])
+    edit = editor.edit(fact, method="bothsides")
+    try:
+        assert editor.generate(fact.text, max_new_tokens=3).strip().startswith(fact.target_new)
+        assert editor.generate(asked, max_new_tokens=4).strip().startswith(view.names[0])
+        assert editor.generate(others, max_new_tokens=3) == before
+    finally:
+        editor.revert(edit)
+    assert editor.verify() == []
+
+
+def both_views(fact: Request) -> Request:
+    """Return a fact that also says what its relation is called."""
+    view = RelationView(
+        names=(fact.relation or "",),
+        add=f"The relation between {{}} and {fact.target_new} is",
+        remove=f"The relation between {{}} and {fact.target_true} is",
+    )
+    return fact.model_copy(update={"relation_view": view})
 
 
 def first_word(text: str) -> str:

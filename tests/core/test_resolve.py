@@ -90,3 +90,21 @@ def test_what_cannot_be_solved_again_is_said_and_left_alone(tmp_path: Path) -> N
     again = Editor("atlas-gpt2", ledger=tmp_path)
     assert again.model.stack.ids == [exact.id, new.id]
     assert again.verify() == []
+
+
+def test_values_that_facts_of_one_subject_share_are_solved_again_too() -> None:
+    subject = atlas.requests(1)[0].subject
+    facts = [request for request in atlas.requests() if request.subject == subject][:2]
+    assert len(facts) == 2
+    before, after = {"second_moment_weight": 50.0}, {"second_moment_weight": 2000.0}
+    editor = Editor("atlas-gpt2", guards=OFF)
+    editor.edit(facts, method="memit", config={**PLAIN, **after})
+    wanted = weights(editor)
+    editor.revert(*editor.model.stack.ids)
+    editor.edit(facts, method="memit", config={**PLAIN, **before})
+    _, second = editor.resolve(**after)
+    assert same(weights(editor), wanted)
+    editor.revert(second)
+    alone = Editor("atlas-gpt2", guards=OFF)
+    alone.edit(facts[0], method="memit", config={**PLAIN, **after})
+    assert same(weights(editor), weights(alone))

@@ -18,6 +18,7 @@ import torch
 
 from errata.edits.clashes import same_fact
 from errata.edits.delta import Delta, KeyValueDelta, KeyValues
+from errata.edits.delta.key_values import PARTS
 
 if TYPE_CHECKING:
     from errata.edits.request import Request
@@ -117,7 +118,7 @@ def _stacked(computed: Delta | Sequence[Delta]) -> dict[str, KeyValues]:
     first = deltas[0]
     return {
         name: KeyValues(
-            *(torch.cat([getattr(delta.pairs[name], part) for delta in deltas]) for part in "kwrs"),
+            **{p: torch.cat([getattr(delta.pairs[name], p) for delta in deltas]) for p in PARTS},
             transposed=pair.transposed,
             metric=pair.metric,
         )

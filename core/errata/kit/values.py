@@ -401,7 +401,7 @@ class _Problem:
         nothing = torch.zeros(count, device=log_p.device)
         if not len(log_p):
             return nothing, nothing
-        rows, index = row.unique(return_inverse=True)
+        rows, index = torch.unique(row, return_inverse=True)
         tokens = torch.bincount(index)
         mean = torch.zeros_like(tokens, dtype=log_p.dtype).index_add(0, index, log_p) / tokens
         owner = self.row_owner_at[rows]

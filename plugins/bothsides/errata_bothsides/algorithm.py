@@ -23,7 +23,8 @@ from errata.kit.contexts import prefix_contexts
 from errata.kit.metric import Whitening
 from errata.kit.second_moments import second_moments
 from errata.kit.value_loss import ValueLoss
-from errata.kit.values import FactToken, OptimisedValue, ValueSettings, optimise_shared
+from errata.kit.value_rows import FactToken
+from errata.kit.values import OptimisedValue, ValueSettings, optimise_shared
 from errata_bothsides.kept_pairs import (
     RelationPrompt,
     answers,

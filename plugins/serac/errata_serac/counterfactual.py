@@ -50,7 +50,8 @@ def switched_on(model: Model, lora: Mapping[str, Tensor]) -> Iterator[None]:
         def add(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
             del module
             change = (args[0].float() @ a.to(output.device).T) @ b.to(output.device).T
-            return output + (scale * change).to(output.dtype)
+            changed: Tensor = output + (scale * change).to(output.dtype)
+            return changed
 
         return of_this_thread(add)
 

@@ -191,7 +191,10 @@ class SeracTraining:
             return config.edit_weight * answer + config.scope_weight * kept
         # −log g for what is in scope, −log(1 − g) for what is not, each a mean of its own.
         scope = -within.mean() - log_outside(beyond).mean()
-        return config.edit_weight * self._answers(edits, inside) + config.scope_weight * scope
+        loss: Tensor = (
+            config.edit_weight * self._answers(edits, inside) + config.scope_weight * scope
+        )
+        return loss
 
     def _answers(self, edits: Sequence[Edit], inside: Sequence[str]) -> Tensor:
         """Return the NLL per token of h(z, x) for the edits' labels."""

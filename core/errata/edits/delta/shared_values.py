@@ -8,7 +8,7 @@ with. Taking one out so needs no computation: what remains finds its values amon
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from errata.edits.delta.key_values import KeyValues
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class SharedValues:
     """What several facts of one subject ask for together, per parameter.
 
@@ -36,7 +36,7 @@ class FactMember(Protocol):
     pairs: dict[str, KeyValues]
     joints: dict[tuple[str, str], Joint]
     fact: str
-    shared: Mapping[frozenset[str], SharedValues]
+    shared: dict[frozenset[str], SharedValues]
 
 
 Member = TypeVar("Member", bound=FactMember)

@@ -199,9 +199,9 @@ class Prompts:
                 trace(model.module, names, inputs=True, stop=True) as seen,
             ):
                 model.module(**inputs_of(model, {**inputs, "use_cache": False}))
-            found = _column(seen[source].input, len(tokens), column).split(counts)
+            found = torch.split(_column(seen[source].input, len(tokens), column), counts)
             keys += [grouped(of_one[None]) for of_one in found]
-            said = _column(seen[output].output, len(tokens), column).split(counts)
+            said = torch.split(_column(seen[output].output, len(tokens), column), counts)
             outputs += [of_one[:1] for of_one in said]
         K = torch.cat(keys) * self._claim
         return self.columns(K), self.columns(torch.cat(outputs))
