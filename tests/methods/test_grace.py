@@ -96,7 +96,9 @@ class Recorded:
             [self.json["edits"][index]["key_token_index"]],
             ahead=1,
         )
-        return Case(prompt, int((labels == -100).sum()), self.json["sequence"][index][1])
+        return Case(
+            prompt, prompt.labels, int((labels == -100).sum()), self.json["sequence"][index][1]
+        )
 
     def algorithm(self, index: int) -> grace.GraceRun:
         """The algorithm with the recorded start value in the place of a drawn one."""
