@@ -76,6 +76,6 @@ def test_an_interrupted_training_ends_the_same_and_its_claims_can_be_edited(
 
 def test_the_command_asks_for_facts(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["zoo", "train", "claims", "--out", str(tmp_path / "m")])
-    assert result.exit_code == 2
+    assert result.exit_code == 1
     assert "--data NAME=PATH" in result.stderr
     assert not (tmp_path / "m").exists()
