@@ -420,7 +420,7 @@ def test_what_lies_below_is_run_once(model: Model, tmp_path: Path) -> None:
 
 
 def test_layers_and_modules_are_chosen_through_the_anatomy(model: Model) -> None:
-    assert tune(model, CAPITAL, layers=None).parameters == ("transformer.h.2.mlp.c_proj.weight",)
+    assert tune(model, CAPITAL, layers=None).parameters == ("transformer.h.1.mlp.c_proj.weight",)
     several = tune(model, CAPITAL, layers=(0, -1), target_modules=("mlp_out", "attention_out"))
     assert len(several.parameters) == 4
     with pytest.raises(UnknownNameError, match=r"mlp\.c_proj"):
@@ -518,7 +518,7 @@ def test_the_published_numbers_are_the_presets() -> None:
 
 
 def test_the_configuration_writes_its_layers_out(model: Model) -> None:
-    for layers_given, layers in ((None, (2,)), ((0, -1), (0, 2))):
+    for layers_given, layers in ((None, (1,)), ((0, -1), (0, 2))):
         config = FtConfig(layers=layers_given).for_model(model.anatomy)
         assert config.layers == layers
         assert config.for_model(model.anatomy) == config

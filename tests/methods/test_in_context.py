@@ -17,7 +17,7 @@ from errata.model import Model
 from errata_in_context import Ice, Ike, Retrieval
 from errata_in_context.config import IceConfig, IkeConfig, RetrievalConfig
 from errata_in_context.demonstrations import RATIO, Demonstrations, dealt, without_lead_in
-from errata_in_context.gate import _Asked, calibrated
+from errata_in_context.gate import _GateQuestion, calibrated
 from tests.families import SENTENCES, build_model
 
 PLACES = ["Paris", "Rome", "Berlin", "Madrid", "Lisbon", "Oslo", "Vienna", "Athens"]
@@ -131,7 +131,7 @@ def test_each_method_says_when_its_fact_enters(model: Model) -> None:
 
 
 def test_precision_and_recall_count_the_right_fact_only() -> None:
-    asked = _Asked(
+    asked = _GateQuestion(
         torch.tensor([0.9, 0.8, 0.7, 0.6, 0.2]),
         torch.tensor([True, False, True, False, False]),  # the second found another's fact
         torch.tensor([True, True, True, False, False]),

@@ -185,9 +185,9 @@ def _base(recipe: ClaimsRecipe) -> tuple[Any, Any]:
         model = AutoModelForSequenceClassification.from_pretrained(
             folder, num_labels=len(LABELS), id2label=names, dtype=torch.float32,
             label2id={name: index for index, name in names.items()},
-            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, trust_remote_code=False,
         )  # fmt: skip
-    return model, AutoTokenizer.from_pretrained(folder)
+    return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 @contextmanager
