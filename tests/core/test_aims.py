@@ -174,7 +174,14 @@ def relation(editor: Editor) -> tuple[float, float]:
     return new, old
 
 
-@pytest.mark.parametrize("method", ["rome", "memit", "ft"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "ft",
+        pytest.param("rome", marks=pytest.mark.slow),
+        pytest.param("memit", marks=pytest.mark.slow),
+    ],
+)
 def test_both_operations_hold_as_one_request(editor: Editor, method: str) -> None:
     (both,) = rake.relation_requests(CASE)
     edit = editor.edit(both, method=method)

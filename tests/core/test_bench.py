@@ -439,6 +439,7 @@ def test_a_stream_measures_what_it_should_retain(tmp_path: Path) -> None:
         regime="sequential",
         methods=["nudge"],
         protocols=["counterfact"],
+        settings={"leave_out": ["GE", "RS", "attribute_nll"], "max_new_tokens": 2},
         state=["lifelong"],
         retain={"name": "jsonl", "path": str(file)},
         limit=2,

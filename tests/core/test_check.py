@@ -226,6 +226,7 @@ def run(*args: object) -> Any:
     return CliRunner().invoke(app, [str(arg) for arg in args])
 
 
+@pytest.mark.slow
 def test_the_command_checks_edits_records_and_writes_junit(tmp_path: Path) -> None:
     file = write(tmp_path / "facts.yaml", facts())
     ledger = ("--ledger", tmp_path / "ledger")
@@ -258,6 +259,7 @@ def test_the_command_checks_edits_records_and_writes_junit(tmp_path: Path) -> No
     assert again["compared_with"].startswith("what was recorded of atlas-gpt2")
 
 
+@pytest.mark.slow
 def test_an_adapter_and_a_merged_checkpoint_are_checked_like_the_stack(tmp_path: Path) -> None:
     file = write(tmp_path / "facts.yaml", facts())
     with Editor("atlas-gpt2", ledger=tmp_path / "ledger") as editor:

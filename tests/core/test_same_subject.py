@@ -163,7 +163,7 @@ def state(editor: Editor) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in state_of(editor.model).items()}
 
 
-@pytest.mark.parametrize("method", ["memit", "alphaedit"])
+@pytest.mark.parametrize("method", ["memit", pytest.param("alphaedit", marks=pytest.mark.slow)])
 def test_what_remains_is_what_would_have_been_made_alone(clean: Editor, method: str) -> None:
     one, two, _ = facts(3)
     base = state(clean)
@@ -182,6 +182,7 @@ def test_what_remains_is_what_would_have_been_made_alone(clean: Editor, method: 
     assert_same(state(clean), base)
 
 
+@pytest.mark.slow
 def test_order_and_calls_do_not_matter(clean: Editor) -> None:
     one, two, _ = facts(3)
     states = []
@@ -197,6 +198,7 @@ def test_order_and_calls_do_not_matter(clean: Editor) -> None:
             assert torch.allclose(tensor, other[name], rtol=1e-5, atol=1e-6), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["memit", "rome"])
 def test_both_facts_hold_together_where_the_later_would_win(clean: Editor, method: str) -> None:
     held = {}
@@ -211,6 +213,7 @@ def test_both_facts_hold_together_where_the_later_would_win(clean: Editor, metho
     assert held["together"] >= 2
 
 
+@pytest.mark.slow
 def test_the_same_fact_with_another_answer_is_not_joined(clean: Editor) -> None:
     one = facts(1)[0]
     clean.edit(one, method="memit")
@@ -219,6 +222,7 @@ def test_the_same_fact_with_another_answer_is_not_joined(clean: Editor) -> None:
     assert other.outcome.conflicts
 
 
+@pytest.mark.slow
 def test_an_export_carries_what_is_shared(clean: Editor, tmp_path: Path) -> None:
     edits = clean.edit(facts(2), method="memit")
     file = clean.export(tmp_path / "two.errata", *edits)

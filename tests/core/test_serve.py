@@ -246,6 +246,7 @@ def test_the_page_gets_what_it_shows(served: tuple[TestClient, Editor, list[Edit
 # -- under load ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("branch", [False, True], ids=["folded", "beside"])
 def test_under_load_no_answer_is_wrong_and_no_edit_is_lost(branch: bool) -> None:
     """Mixed selections from many clients while one edit is reverted and applied by HTTP."""
