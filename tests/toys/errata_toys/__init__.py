@@ -25,6 +25,7 @@ from errata.edits.delta import (
 )
 from errata.edits.delta.codebook_entry import CodebookSettings
 from errata.model.answers import Generated, TargetScore
+from errata.model.joining import bare
 from errata.model.model_answers import ModelAnswers
 from errata.model.running import class_index
 
@@ -275,7 +276,7 @@ class Oracle:
         found = self.own.scores(prompts, targets)
         return [
             TargetScore(score.token_ids, (0.0,) * len(score.token_ids), score.token_ids)
-            if target == self.answer
+            if bare(target) == self.answer  # the harness says the space before an answer, too
             else score
             for score, target in zip(found, targets, strict=True)
         ]
