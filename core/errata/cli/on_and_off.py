@@ -53,7 +53,7 @@ def add(app: typer.Typer) -> None:
         panel=PANEL,
         shared=MODEL,
         examples="errata resolve --set second_moment_weight=1500\n"
-        "errata resolve 3f2a 91bc --set l2=1",
+        "errata resolve --set relative_weight=1",
     )(resolve)
 
 
