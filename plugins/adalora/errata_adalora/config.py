@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from pydantic import Field, model_validator
 
-from errata.contract.config import MethodConfig
 from errata.errors import ConfigError
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-    from errata.model.anatomy import Anatomy
+from errata.kit.adapter_place import AdapterPlaceConfig
 
 
-class AdaloraConfig(MethodConfig):
+class AdaloraConfig(AdapterPlaceConfig):
     """Hyper-parameters of AdaLoRA as an editor; ranks and steps are KnowEdit's for Llama-2-7B.
 
     KnowEdit writes "rank 8", which its AdaLoRA ignores: it runs with PEFT's initial rank 12. Here
@@ -24,17 +17,6 @@ class AdaloraConfig(MethodConfig):
     defaults are what spares SmolLM2 (docs/results/presets.md).
     """
 
-    target_modules: tuple[str, ...] | None = Field(
-        default=None,
-        description="Linear modules of each block: roles (attention_in, attention_out, mlp_in, "
-        "mlp_out) or names (c_attn, q_proj); none: with layers, attention's query and value (or "
-        "its fused input); without, the MLP's output",
-    )
-    layers: tuple[int, ...] | None = Field(
-        default=None,
-        description="Blocks that are adapted (negative: from the end); none: of a decoder the one "
-        "a tenth of the way up, unless modules are named; else all",
-    )
     init_rank: int = Field(default=12, ge=2, description="Rank that training starts with")
     target_rank: int = Field(
         default=8, ge=1, description="Mean rank per module that the allocation leaves"
@@ -65,22 +47,6 @@ class AdaloraConfig(MethodConfig):
         gt=0,
         description="Early stop also needs each target's mean NLL (nats) below this; none: no need",
     )
-
-    def for_model(self, anatomy: Anatomy) -> Self:
-        """Return the configuration with its layers written out, counted from 0.
-
-        A decoder without any of both is adapted where facts are best written. Attention's
-        projections in all blocks, as published, overwrite what a small model says of neighbours
-        (docs/results/presets.md).
-        """
-        if self.layers is not None:
-            return self.model_copy(update={"layers": tuple(map(anatomy.layer, self.layers))})
-        if self.target_modules is not None or anatomy.kind != "decoder":
-            return self
-        sublayer = "mlp" if anatomy.layers_with("mlp") else "attention"
-        layer = anatomy.nearest(anatomy.early, sublayer)
-        where = {"layers": (layer,), "target_modules": (anatomy.editable(layer),)}
-        return self.model_copy(update=where)
 
     @model_validator(mode="after")
     def _ranks_can_be_cut(self) -> AdaloraConfig:
