@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 _NAMES = ("hidden_act", "hidden_activation", "activation_function", "activation", "dense_act_fn")
 """What configurations call the activation of their feed-forward networks."""
 
+_FIXED = {"bloom": "gelu_new", "mpt": "gelu"}
+"""Activations of the families whose code fixes them, by model type."""
+
 
 def site_of(model: Model, layer: int, *, gated: bool = False) -> Site:
     """Return where neurons of a block's feed-forward network are, with the block's own activation.
@@ -33,6 +36,7 @@ def site_of(model: Model, layer: int, *, gated: bool = False) -> Site:
     anatomy = model.anatomy
     config = model.config.get_text_config()
     found = [getattr(config, name) for name in _NAMES if isinstance(getattr(config, name, 0), str)]
+    found = found or [_FIXED[kind] for kind in (config.model_type,) if kind in _FIXED]
     if not found or found[0] not in ACTIVATIONS:
         raise CapabilityError(
             f"{model.name} ({anatomy.model_type}) activates its MLPs by "
