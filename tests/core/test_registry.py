@@ -318,3 +318,24 @@ def test_in_a_shared_namespace_each_folder_speaks_for_its_own(
     files = [file for file in plugins.registry_files() if file.package == "shared_names"]
     found = {file.path.parent.parent.name: file.methods for file in files}
     assert found == {"one": ("one-method",), "two": ("two-method",)}
+
+
+def test_metadata_is_read_once_and_again_when_a_package_comes_or_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+    from importlib import metadata
+
+    from errata.contract import plugins
+
+    reads, read = [], metadata.entry_points
+    monkeypatch.setattr(metadata, "entry_points", lambda **of: reads.append(of) or read(**of))
+    monkeypatch.syspath_prepend(str(tmp_path))  # a folder that is on the path, and still empty
+    assert "one" not in plugins.installed()
+    before = len(reads)
+    plugins.installed()
+    assert len(reads) == before
+    install(tmp_path, ["one"], "methods: {}")
+    assert "one" in plugins.installed()
+    shutil.rmtree(tmp_path / "errata_stranger-1.0.dist-info")
+    assert "one" not in plugins.installed()

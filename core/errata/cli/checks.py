@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from errata.contract.hooks import PLUGINS
 from errata.errors import ConfigError, UnknownNameError
+from errata.model.installed import entry_points
 from errata.model.model_source import check_model_source
 
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
@@ -24,7 +24,7 @@ def check_model(name: str) -> None:
 
 def _strangers() -> bool:
     """Say whether a plugin that is not errata's own may locate, which takes loading it."""
-    modules = (point.module.partition(".")[0] for point in entry_points(group=PLUGINS))
+    modules = (point.module.partition(".")[0] for point in entry_points(PLUGINS))
     return any(package != "errata" for package in modules)
 
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points
+from importlib.metadata import EntryPoint, PackageNotFoundError
 from importlib.metadata import version as distribution_version
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +16,7 @@ from typing import Any
 from errata.contract.config import MethodConfig
 from errata.contract.hooks import METHODS, PLUGINS
 from errata.errors import PluginError, UnknownNameError
+from errata.model.installed import entry_points
 
 DISABLE = "ERRATA_DISABLE"
 """Environment variable with method names, comma separated, that are treated as not installed."""
@@ -29,7 +30,7 @@ def installed() -> dict[str, EntryPoint]:
     """
     blocked = {name.strip() for name in os.environ.get(DISABLE, "").split(",")}
     found: dict[str, EntryPoint] = {}
-    for point in entry_points(group=METHODS):
+    for point in entry_points(METHODS):
         if point.name in blocked:
             continue
         other = found.setdefault(point.name, point)
@@ -65,7 +66,7 @@ def registry_files() -> list[RegistryFile]:
     Packages are found, not imported.
     """
     provided: dict[str, set[EntryPoint]] = {}
-    for point in entry_points(group=METHODS):
+    for point in entry_points(METHODS):
         provided.setdefault(_package(point), set()).add(point)
     files = []
     for package in dict.fromkeys(map(_package, installed().values())):
@@ -104,7 +105,7 @@ def rooms(group: str = PLUGINS) -> list[Any]:
     Raises:
         PluginError: one of them is broken; the message quotes the cause.
     """
-    points = sorted(set(entry_points(group=group)), key=lambda point: point.name)
+    points = sorted(set(entry_points(group)), key=lambda point: point.name)
     return [_instance(point, "plugin") for point in points]
 
 

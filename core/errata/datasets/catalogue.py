@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from typing import Any
 
 from errata.datasets import (
@@ -23,6 +23,7 @@ from errata.datasets import (
 )
 from errata.datasets.reader import DatasetReader, per_record
 from errata.errors import PluginError, UnknownNameError
+from errata.model.installed import entry_points
 
 GROUP = "errata.datasets"
 """Entry points in which other packages offer a `DatasetReader`, or a function of one record."""
@@ -197,7 +198,7 @@ class Readers(Mapping[str, DatasetReader]):
         """Return the entry points of other packages by name, importing none."""
         own = {reader.name for reader in BUILT_IN}
         found: dict[str, EntryPoint] = {}
-        for point in entry_points(group=GROUP):
+        for point in entry_points(GROUP):
             other = found.setdefault(point.name, point)
             if point.name in own:
                 raise PluginError(_claimed(point.name, "errata itself", _package(point)))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING
 
 from errata.errors import PluginError
+from errata.model.installed import entry_points
 
 if TYPE_CHECKING:
     from errata.edits.delta.base import Delta
@@ -23,7 +24,7 @@ class DeltaKinds(Mapping[str, "type[Delta]"]):
 
     def __init__(self) -> None:
         self._points: dict[str, list[EntryPoint]] = {}
-        for point in entry_points(group=GROUP):
+        for point in entry_points(GROUP):
             found = self._points.setdefault(point.name, [])
             if point not in found:
                 found.append(point)

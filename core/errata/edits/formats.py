@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
 from errata.errors import PluginError
 from errata.model.arguments import check_name
+from errata.model.installed import entry_points
 
 EXPORTS, MERGES = "errata.exports", "errata.merges"
 OWN = "errata"
@@ -24,7 +25,7 @@ OWN = "errata"
 def names(group: str) -> list[str]:
     """Return the names of all formats of a group, `OWN` among those that edits leave in."""
     own = {OWN} if group == EXPORTS else set()
-    return sorted(own | {point.name for point in entry_points(group=group)})
+    return sorted(own | {point.name for point in entry_points(group)})
 
 
 def writer(group: str, name: str, options: Mapping[str, Any]) -> Callable[..., Path]:
@@ -51,7 +52,7 @@ def _options(function: Callable[..., Path]) -> list[str]:
 
 
 def _load(group: str, name: str) -> Callable[..., Path]:
-    points: list[EntryPoint] = [p for p in entry_points(group=group) if p.name == name]
+    points: list[EntryPoint] = [p for p in entry_points(group) if p.name == name]
     values = sorted({point.value for point in points})
     if len(values) > 1:
         raise PluginError(

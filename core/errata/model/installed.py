@@ -1,0 +1,32 @@
+"""What installed packages offer: entry points, read again only when a package comes or goes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import lru_cache
+from importlib import metadata
+from importlib.metadata import EntryPoint
+
+
+def entry_points(group: str) -> list[EntryPoint]:
+    """Return the entry points of a group, as `importlib.metadata` finds them.
+
+    Opening a model asks for several groups, and each question would read the metadata of every
+    installed package. Packages that come and go change `sys.path` or a folder on it; metadata
+    that is written over in place is seen by the next process.
+    """
+    return list(_read(group, tuple(_stamp(entry or os.getcwd()) for entry in sys.path)))
+
+
+@lru_cache(maxsize=64)
+def _read(group: str, _: tuple[tuple[str, int], ...]) -> tuple[EntryPoint, ...]:
+    return tuple(metadata.entry_points(group=group))
+
+
+def _stamp(folder: str) -> tuple[str, int]:
+    """Return a folder (or archive) and when it was last changed; 0 where there is none."""
+    try:
+        return folder, os.stat(folder).st_mtime_ns
+    except OSError:
+        return folder, 0
