@@ -33,11 +33,18 @@ settings.load_profile("errata")
 TOYS = Path(__file__).parent / "toys"
 
 
-# Of the contract suite the default run does everything for WHOLE (what is LONG for ROME alone),
-# and ESSENTIAL for the others;
-# `-m slow` does the rest.
+# Of the contract suite the default run does everything for WHOLE but what is LONG, which it does
+# for ROME alone; ESSENTIAL for the others, less for those that are TRAINED first (their own tests
+# have small networks). `-m slow` does the rest.
 WHOLE = ("rome", "lora")
-LONG = ("test_twenty_edits_in_sequence_keep_the_earlier_ones", "test_it_works_in_bfloat16")
+LONG = (
+    "test_twenty_edits_in_sequence_keep_the_earlier_ones",
+    "test_it_works_in_bfloat16",
+    "test_edits_take_effect",
+    "test_it_mixes_with_every_other_installed_method",
+    "test_another_model_refuses_it",
+)
+TRAINED = ("ke", "mend", "serac")
 ESSENTIAL = (
     "test_an_edit_saved_and_loaded_is_the_same_edit",
     "test_reverting_gives_the_base_back_bit_for_bit",
@@ -52,7 +59,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.path.name != "test_contract.py":
             continue
         name, method = getattr(item, "originalname", ""), item.cls.method
-        if (name in LONG and method != "rome") or (method not in WHOLE and name not in ESSENTIAL):
+        long = (name in LONG and method != "rome") or (name in ESSENTIAL[:2] and method in TRAINED)
+        if long or (method not in WHOLE and name not in ESSENTIAL):
             item.add_marker(pytest.mark.slow)
 
 

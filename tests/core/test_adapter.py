@@ -218,15 +218,18 @@ def test_taking_adapters_off_leaves_the_module_as_it_was(family: str) -> None:
     assert torch.equal(logits(model.module), base)
 
 
-def test_adapters_removed_in_any_order_leave_what_a_fresh_model_has() -> None:
+ORDERS = [*itertools.permutations(range(4))]
+
+
+@pytest.mark.parametrize("orders", [ORDERS[5::8], pytest.param(ORDERS, marks=pytest.mark.slow)])
+def test_adapters_removed_in_any_order_leave_what_a_fresh_model_has(
+    orders: list[tuple[int, ...]],
+) -> None:
     model = model_of("gpt2")
     deltas = [adalora(model, 1), low_rank(model, 2), lora(model, 3), adalora(model, 4)]
-    expected = {
-        keep: logits(stacked(model_of("gpt2"), deltas, keep).module)
-        for n in range(5)
-        for keep in itertools.combinations(range(4), n)
-    }
-    for order in itertools.permutations(range(4)):
+    met = {tuple(sorted(order[n:])) for order in orders for n in range(5)}
+    expected = {keep: logits(stacked(model_of("gpt2"), deltas, keep).module) for keep in met}
+    for order in orders:
         stacked(model, deltas)
         left = [0, 1, 2, 3]
         for index in order:

@@ -24,6 +24,7 @@ from errata.model.running import run
 from errata.model.scoring import score_targets
 from errata.testing.contract import assert_same
 from errata.testing.models import state_of
+from tests.conftest import base_folder
 from tests.families import build_model
 from tests.helpers import ROOT
 
@@ -157,7 +158,8 @@ def test_whether_aims_are_met_is_read_from_scores() -> None:
 
 @pytest.fixture(scope="module")
 def editor(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with Editor("atlas-gpt2", guards=QUIET, artifacts=tmp_path_factory.mktemp("a")) as opened:
+    shared = base_folder(tmp_path_factory) / "errata-cache"
+    with Editor("atlas-gpt2", guards=QUIET, artifacts=shared) as opened:
         yield opened
 
 

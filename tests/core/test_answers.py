@@ -70,7 +70,9 @@ def every_way(model: Model) -> dict[str, Any]:
 # -- rewriting -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "t5", "bert"])
+@pytest.mark.parametrize(
+    "family", ["gpt2", "bert", *(pytest.param(f, marks=pytest.mark.slow) for f in ("llama", "t5"))]
+)
 def test_a_prompt_is_read_as_the_edits_rewrite_it(family: str, cache: Path, toys: None) -> None:
     model = build_model(family, cache)
     before, weights = every_way(model), state_of(model)

@@ -331,6 +331,7 @@ def test_a_sequence_is_measured_at_once_and_again_at_its_checkpoints(tmp_path: P
     assert edited[0]["measurements"] == alone["measurements"]
 
 
+@pytest.mark.slow
 def test_a_stream_of_batches_is_edited_call_by_call(tmp_path: Path) -> None:
     log = tmp_path / "log"
     methods = [
@@ -431,11 +432,14 @@ def test_across_domains_a_method_trains_on_one_dataset_and_edits_another(tmp_pat
     assert lines["learner|atlas|0|single|1|1"]["kind"] == "case"
 
 
-def test_a_stream_measures_what_it_should_retain(tmp_path: Path) -> None:
-    held_out = atlas.requests(9)[7:]
-    file = tmp_path / "held-out.jsonl"
-    file.write_text("\n".join(request.model_dump_json() for request in held_out))
-    wanted = dict(
+HELD_OUT = atlas.requests(9)[7:]
+
+
+def retaining(folder: Path) -> dict[str, Any]:
+    """The configuration of a stream that measures what it should retain."""
+    file = folder / "held-out.jsonl"
+    file.write_text("\n".join(request.model_dump_json() for request in HELD_OUT))
+    return dict(
         regime="sequential",
         methods=["nudge"],
         protocols=["counterfact"],
@@ -444,15 +448,23 @@ def test_a_stream_measures_what_it_should_retain(tmp_path: Path) -> None:
         retain={"name": "jsonl", "path": str(file)},
         limit=2,
     )
+
+
+def test_what_a_stream_should_retain_is_read(tmp_path: Path) -> None:
+    spec = RunSpec(bench.BenchConfig.parse(short(**retaining(tmp_path))))
+    assert [probe.prompt for probe in spec.settings(0, 0).retain] == [r.text for r in HELD_OUT]
+    assert [probe.answers for probe in spec.retained] == [(r.target_true,) for r in HELD_OUT]
+
+
+@pytest.mark.slow
+def test_a_stream_measures_what_it_should_retain(tmp_path: Path) -> None:
+    wanted = retaining(tmp_path)
     lines = run(tmp_path / "run", **wanted)
     states = [line for line in lines.values() if line["kind"] == "state"]
     assert states
     for line in states:
         measured = {one["metric"]: one for one in line["measurements"]}
         assert measured["TRR"]["n"] == 2
-    spec = RunSpec(bench.BenchConfig.parse(short(**wanted)))
-    assert [probe.prompt for probe in spec.settings(0, 0).retain] == [r.text for r in held_out]
-    assert [probe.answers for probe in spec.retained] == [(r.target_true,) for r in held_out]
     with pytest.raises(ConfigError, match="another run"):
         run(tmp_path / "run", **{**wanted, "retain": None})
 

@@ -46,13 +46,27 @@ def runs(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runne
 
 
 @pytest.fixture(scope="module")
-def whole(runs: Runner, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """An uninterrupted run of the stream, and how long it took."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
+def whole(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of the stream."""
+    return ran(STREAM, site, tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture(scope="module")
+def took(runs: Runner, tmp_path_factory: pytest.TempPathFactory) -> float:
+    """Seconds that the stream takes where runs are killed."""
     started = time.monotonic()
-    runs.start(STREAM, folder)
+    runs.start(STREAM, tmp_path_factory.mktemp("took") / "run")
     assert runs.wait() == 0
-    return folder, time.monotonic() - started
+    return time.monotonic() - started
+
+
+def ran(config: dict[str, Any], site: Path, folder: Path) -> Path:
+    """Carry out a run for all tests of this file; return its folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(site)
+        patch.setenv("ERRATA_CACHE", str(folder / "cache"))
+        bench.run(config, folder / "run")
+    return folder / "run"
 
 
 def lines_of(folder: Path) -> int:
@@ -65,9 +79,8 @@ def lines_of(folder: Path) -> int:
 
 @pytest.mark.slow
 def test_a_stream_killed_at_random_instants_ends_as_if_it_had_not_been(
-    runs: Runner, whole: tuple[Path, float], tmp_path: Path
+    runs: Runner, whole: Path, took: float, tmp_path: Path
 ) -> None:
-    reference, took = whole
     folder, choose = tmp_path / "run", random.Random(1)
     before: list[str] = []
     for _ in range(5):
@@ -85,7 +98,7 @@ def test_a_stream_killed_at_random_instants_ends_as_if_it_had_not_been(
             before = now
     runs.start(STREAM, folder)
     assert runs.wait() == 0
-    assert values(folder) == values(reference)
+    assert values(folder) == values(whole)
     with Ledger.open(folder / "ledgers" / "nudge-atlas-seed0", readonly=True) as ledger:
         subjects = [edit.requests[0].subject for edit in ledger.edits()]
     assert subjects == [SUBJECTS[0], SUBJECTS[3]]  # each computed and recorded once
@@ -121,18 +134,18 @@ def test_a_stream_of_batches_goes_on_wherever_it_was_killed(runs: Runner, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("kept", [0, 3, 8])
 def test_a_results_file_that_lost_its_end_is_completed(
-    whole: tuple[Path, float], tmp_path: Path, kept: int
+    whole: Path, tmp_path: Path, kept: int
 ) -> None:
     # As if the results were behind the ledger, which holds all edits of the stream already.
     import shutil
 
     folder = tmp_path / "run"
-    shutil.copytree(whole[0], folder)
-    lines = (whole[0] / "results.jsonl").read_bytes().splitlines(keepends=True)
+    shutil.copytree(whole, folder)
+    lines = (whole / "results.jsonl").read_bytes().splitlines(keepends=True)
     half = lines[kept][: len(lines[kept]) // 2] if kept else b""
     (folder / "results.jsonl").write_bytes(b"".join(lines[:kept]) + half)
     bench.run(STREAM, folder)
-    assert values(folder) == values(whole[0])
+    assert values(folder) == values(whole)
     assert (folder / "results.jsonl").read_bytes().startswith(b"".join(lines[:kept]))
     with Ledger.open(folder / "ledgers" / "nudge-atlas-seed0", readonly=True) as ledger:
         assert len(ledger.edits()) == 2
@@ -140,7 +153,7 @@ def test_a_results_file_that_lost_its_end_is_completed(
 
 @pytest.mark.slow
 def test_an_edit_that_was_recorded_but_not_noted_is_not_computed_again(
-    runs: Runner, whole: tuple[Path, float], tmp_path: Path
+    whole: Path, tmp_path: Path
 ) -> None:
     # Killed between the edit's transaction and the note about it: the narrowest of gaps.
 
@@ -155,7 +168,7 @@ def test_an_edit_that_was_recorded_but_not_noted_is_not_computed_again(
     with Ledger.open(ledger, readonly=True) as opened:
         (first,) = opened.ids()
     bench.run(STREAM, folder)
-    assert values(folder) == values(whole[0])
+    assert values(folder) == values(whole)
     with Ledger.open(ledger, readonly=True) as opened:
         assert opened.ids()[0] == first
         assert len(opened.ids()) == 2
@@ -202,11 +215,8 @@ def test_ctrl_c_leaves_whole_lines_and_the_lock_free(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def small(runs: Runner, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("small") / "run"
-    runs.start(short(limit=1), folder)
-    assert runs.wait() == 0
-    return folder
+def small(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ran(short(limit=1), site, tmp_path_factory.mktemp("small"))
 
 
 @pytest.mark.parametrize(
@@ -257,11 +267,11 @@ def test_another_version_of_a_library_is_told(
     (small / "run.json").write_text(json.dumps(info))
 
 
-def test_a_ledger_of_another_stream_is_refused(whole: tuple[Path, float], tmp_path: Path) -> None:
+def test_a_ledger_of_another_stream_is_refused(whole: Path, tmp_path: Path) -> None:
     import shutil
 
     folder = tmp_path / "run"
-    shutil.copytree(whole[0], folder)
+    shutil.copytree(whole, folder)
     (folder / "results.jsonl").write_text("")
     with Ledger.open(folder / "ledgers" / "nudge-atlas-seed0") as ledger:
         ledger.note("bench-case", {"position": 3, "cases": ["another"], "errors": {}, "ids": []})
@@ -274,17 +284,17 @@ def test_a_ledger_of_another_stream_is_refused(whole: tuple[Path, float], tmp_pa
 
 @pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_damages_nothing(
-    runs: Runner, whole: tuple[Path, float], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    runs: Runner, whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
-    size = (whole[0] / "results.jsonl").stat().st_size
+    size = (whole / "results.jsonl").stat().st_size
     runs.start(STREAM, folder, largest=max(size * 2 // 3, 1))
     assert runs.wait() == 1
-    assert 0 < lines_of(folder) < lines_of(whole[0])
+    assert 0 < lines_of(folder) < lines_of(whole)
     assert (folder / "results.jsonl").read_bytes().endswith(b"\n")
     runs.start(STREAM, folder)
     assert runs.wait() == 0
-    assert values(folder) == values(whole[0])
+    assert values(folder) == values(whole)
 
 
 def test_a_line_that_does_not_fit_is_taken_back(

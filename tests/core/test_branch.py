@@ -145,7 +145,7 @@ def test_a_branch_rounds_once(dtype: torch.dtype, cache: Path) -> None:
 
 def test_an_editor_edits_and_reverts_beside_the_weights(tmp_path: Path) -> None:
     fact = atlas.requests(1)[0]
-    with Editor("atlas-gpt2", ledger=tmp_path / "l", branch=True, artifacts=tmp_path) as editor:
+    with Editor("atlas-gpt2", ledger=tmp_path / "l", branch=True) as editor:
         before = editor.generate(fact.text)
         edit = editor.edit(fact, method="rome")
         after = editor.generate(fact.text)
@@ -158,9 +158,9 @@ def test_an_editor_edits_and_reverts_beside_the_weights(tmp_path: Path) -> None:
         editor.revert(edit)
         assert editor.generate(fact.text) == before
         editor.apply(edit)
-    with Editor("atlas-gpt2", ledger=tmp_path / "l", branch=True, artifacts=tmp_path) as editor:
+    with Editor("atlas-gpt2", ledger=tmp_path / "l", branch=True) as editor:
         assert editor.generate(fact.text) == after
-    with Editor(tmp_path / "merged", artifacts=tmp_path) as plain:
+    with Editor(tmp_path / "merged") as plain:
         assert fact.target_new in plain.generate(fact.text)
 
 

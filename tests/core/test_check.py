@@ -17,6 +17,7 @@ from errata import Editor, EditRefused
 from errata.check import FactFile, FactGuard, RecordedAnswers, check_facts
 from errata.cli.app import app
 from errata.datasets import atlas
+from errata.edits.edit import Edit
 from errata.errors import ConfigError, ErrataError, IntegrityError
 
 pytest_plugins = ["pytester"]
@@ -46,9 +47,16 @@ def editor() -> Iterator[Editor]:
         yield opened
 
 
+@pytest.fixture(scope="module")
+def computed(editor: Editor) -> Edit:
+    """The edit of the fact, which is not on the model."""
+    edit: Edit = editor.edit(FACT, method="rome", apply=False)
+    return edit
+
+
 @pytest.fixture
-def edited(editor: Editor) -> Iterator[Editor]:
-    edit = editor.edit(FACT, method="rome")
+def edited(editor: Editor, computed: Edit) -> Iterator[Editor]:
+    (edit,) = editor.apply(computed)
     yield editor
     editor.revert(edit)
 

@@ -232,22 +232,23 @@ def python(code: str, *args: str, **env: str) -> subprocess.CompletedProcess[str
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("line", ["--help", "edit --help", "methods", "--version", "log"])
-def test_torch_is_not_imported_for(line: str, workplace: Path) -> None:
+def test_torch_is_not_imported_for_what_asks_no_model(workplace: Path) -> None:
+    lines = ["--help", "edit --help", "methods", "--version", "log"]
     Ledger.open(workplace / "errata-ledger", kinds={}).close()
     result = python(
         """
         import sys
         from errata.cli import main
-        sys.argv = ["errata", *sys.argv[1:]]
-        try:
-            main()
-        except SystemExit as end:
-            assert not end.code, end.code
-        heavy = {"torch", "transformers", "peft", "numpy"} & set(sys.modules)
-        assert not heavy, heavy
+        for line in sys.argv[1:]:
+            sys.argv = ["errata", *line.split()]
+            try:
+                main()
+            except SystemExit as end:
+                assert not end.code, (line, end.code)
+            heavy = {"torch", "transformers", "peft", "numpy"} & set(sys.modules)
+            assert not heavy, (line, heavy)
         """,
-        *line.split(),
+        *lines,
     )
     assert result.returncode == 0, result.stderr
 
@@ -762,6 +763,7 @@ def test_quiet_says_only_what_was_asked_for(run: Run, checkpoint: Path) -> None:
     assert edit(run, checkpoint, "--quiet").stderr == ""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
 def test_ctrl_c_leaves_everything_consistent(
     run: Run, run_json: Run, checkpoint: Path, workplace: Path, site: Path
@@ -796,7 +798,9 @@ def test_ctrl_c_leaves_everything_consistent(
     assert (report["skipped"], len(report["edits"])) == (1, 2)
 
 
-@pytest.mark.parametrize("words", [["log"], ["log", "--json"]])
+@pytest.mark.parametrize(
+    "words", [["log"], pytest.param(["log", "--json"], marks=pytest.mark.slow)]
+)
 def test_a_reader_that_stops_reading_is_no_error(
     words: list[str], run: Run, checkpoint: Path
 ) -> None:

@@ -96,7 +96,16 @@ def logits_of(model: Model, prompts: Sequence[Sequence[int]], side: str) -> list
     return [row[m.bool()] for row, m in zip(logits, batch["attention_mask"], strict=True)]
 
 
-@pytest.fixture(params=sorted(MODULES))
+IN_SHORT = ("gpt2", "t5-decoder", "bert")
+"""A decoder, an encoder-decoder's second half, an encoder; the other families are slow."""
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(family, marks=[] if family in IN_SHORT else [pytest.mark.slow])
+        for family in sorted(MODULES)
+    ]
+)
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

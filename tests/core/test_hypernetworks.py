@@ -201,7 +201,17 @@ KE: dict[str, Any] = {
 MEND: dict[str, Any] = {**TINY, "steps": 2, "locality": "others"}
 
 
-@pytest.mark.parametrize("family", ["t5", "t5-classifier", "bert", "llama-classifier", "opt"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "opt",
+        "bert",
+        *(
+            pytest.param(f, marks=pytest.mark.slow)
+            for f in ("t5", "t5-classifier", "llama-classifier")
+        ),
+    ],
+)
 def test_every_sort_of_model_is_edited_and_comes_back(family: str, tmp_path: Path) -> None:
     module, tokenizer = build(family)
     names = ("France", "Spain", "Italy", "Rome", "Paris", "Madrid", "London", "Berlin")

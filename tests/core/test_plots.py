@@ -104,7 +104,7 @@ def test_lens_sweep_and_weight_changes(tiny: Model) -> None:
             draw(nothing)
 
 
-@pytest.mark.parametrize("ending", ["png", "svg"])
+@pytest.mark.parametrize("ending", ["svg", pytest.param("png", marks=pytest.mark.slow)])
 def test_pictures_are_written_alike_each_time(ending: str, tiny: Model, tmp_path: Path) -> None:
     found = trace(tiny, REQUEST, samples=1)
     one, two = (plots.save(plots.heat_map(found), tmp_path / f"{name}.{ending}") for name in "ab")

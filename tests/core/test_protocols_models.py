@@ -88,28 +88,37 @@ def edited(model: Model) -> Iterator[Model]:
         yield model
 
 
+@pytest.fixture(scope="module")
+def measured(model: Model) -> list[Measurement]:
+    """Everything that is measured of the edited model, which measuring leaves as it was."""
+    with model.stack.temporarily([an_edit(model)]):
+        before = {name: value.clone() for name, value in model.module.state_dict().items()}
+        found = measure(model, requests(), ALL)
+        for name, value in model.module.state_dict().items():
+            assert torch.equal(value, before[name]), name
+        assert model.stack.ids == ["1" * 12]
+    return found
+
+
 def measure(model: Model, cases: list[Request], names: list[str]) -> list[Measurement]:
     metrics = CoreMetrics(max_new_tokens=3, texts=("Paris is in France.",), retain=RETAIN)
     return metrics.evaluate(model, cases, names)
 
 
-def test_every_protocol_measures_every_kind_of_model(edited: Model) -> None:
-    before = {name: value.clone() for name, value in edited.module.state_dict().items()}
-    found = measure(edited, requests(), ALL)
-    for name, value in edited.module.state_dict().items():
-        assert torch.equal(value, before[name]), name
-    assert edited.stack.ids == ["1" * 12]
-    keys = [(one.name, one.metric) for one in found]
+def test_every_protocol_measures_every_kind_of_model(
+    model: Model, measured: list[Measurement]
+) -> None:
+    keys = [(one.name, one.metric) for one in measured]
     assert len(set(keys)) == len(keys)
     assert {name for name, _ in keys} == set(ALL)
-    for one in found:
+    for one in measured:
         assert one.n > 0
         assert len(one.case_ids) in (0, len(one.cases))
         json.dumps(one.as_json(), allow_nan=False)
         assert Measurement.from_json(one.as_json()).as_json() == one.as_json()
-        assert "greedy" not in one.protocol or edited.anatomy.kind != "encoder"
+        assert "greedy" not in one.protocol or model.anatomy.kind != "encoder"
     metrics = {metric for _, metric in keys}
-    if edited.anatomy.kind == "encoder":
+    if model.anatomy.kind == "encoder":
         generated = {"rewrite_exact", "GE", "RS", "fluency", "refusal", "ERR_f1"}
         assert not metrics & generated
         assert RELATIVE & metrics == {
@@ -121,10 +130,9 @@ def test_every_protocol_measures_every_kind_of_model(edited: Model) -> None:
     assert {"ES", "Score", "R-Score", "ERR", "edit_success", "multi_hop_teacher_forced"} <= metrics
 
 
-def test_answers_stand_behind_every_exact_number(edited: Model) -> None:
-    found = measure(edited, requests(), ALL)
-    exact = [one for one in found if one.metric.endswith("_exact")]
-    assert bool(exact) == (edited.anatomy.kind != "encoder")
+def test_answers_stand_behind_every_exact_number(model: Model, measured: list[Measurement]) -> None:
+    exact = [one for one in measured if one.metric.endswith("_exact")]
+    assert bool(exact) == (model.anatomy.kind != "encoder")
     for one in exact:
         if one.metric in ("all_edits_exact", "instance_wise_exact"):
             continue  # of whole cases; the answers stand at edit_wise_exact
@@ -139,11 +147,11 @@ def test_answers_stand_behind_every_exact_number(edited: Model) -> None:
         assert one.cases == pytest.approx(means)
 
 
-def test_every_number_is_documented(edited: Model) -> None:
+def test_every_number_is_documented(measured: list[Measurement]) -> None:
     text = (ROOT / "docs" / "protocols.md").read_text(encoding="utf-8")
     for protocol in PROTOCOLS:
         assert f"[`{protocol.name}`](#" in text
-    for one in measure(edited, requests(), ALL):
+    for one in measured:
         stem, _, kind = one.metric.partition(".")
         base = stem
         for way in ("_exact", "_contained", "_teacher_forced"):
@@ -161,6 +169,7 @@ def test_nothing_relative_is_said_of_the_base(model: Model) -> None:
     assert "ES" in metrics
 
 
+@pytest.mark.slow
 def test_pooled_single_cases_agree_with_one_evaluation(edited: Model) -> None:
     # On a real model with texts that are sampled: GE depends on its own case alone. RS and the
     # perplexities are fitted on, or joined from, what is measured together; cost is of the edits.

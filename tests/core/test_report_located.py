@@ -86,6 +86,7 @@ def test_traces_and_diffs_are_read_back_as_they_were(tiny: Model, files: dict[st
     assert WeightDiff.from_json(data).as_json() == data
 
 
+@pytest.mark.slow
 def test_a_page_holds_every_picture_and_loads_nothing(files: dict[str, Path]) -> None:
     report = errata.bench.report.read(located=list(files.values()))
     html = report.html()

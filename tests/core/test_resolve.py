@@ -92,6 +92,7 @@ def test_what_cannot_be_solved_again_is_said_and_left_alone(tmp_path: Path) -> N
     assert again.verify() == []
 
 
+@pytest.mark.slow
 def test_values_that_facts_of_one_subject_share_are_solved_again_too() -> None:
     subject = atlas.requests(1)[0].subject
     facts = [request for request in atlas.requests() if request.subject == subject][:2]

@@ -463,6 +463,7 @@ def test_a_cache_may_wander_from_thread_to_thread() -> None:
         assert torch.allclose(in_another_thread(step), wanted, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_four_threads_get_the_answers_that_one_gets() -> None:
     model = model_of("gpt2")
     texts = [

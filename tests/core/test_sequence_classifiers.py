@@ -120,7 +120,10 @@ TEACHING = {
 }
 
 
-@pytest.mark.parametrize("family", CLASSIFIERS)
+@pytest.mark.parametrize(
+    "family",
+    [f if f.startswith("bert") else pytest.param(f, marks=pytest.mark.slow) for f in CLASSIFIERS],
+)
 def test_what_is_trained_teaches_a_class_too(family: str, tmp_path: Path) -> None:
     module, tokenizer = build(family)
     with Editor(module, tokenizer, ledger=tmp_path / "ledger") as editor:

@@ -22,6 +22,8 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 
 from errata.serve import ServeSettings, create_app  # noqa: E402
 
+pytestmark = pytest.mark.slow  # a browser; what the page asks of the server: test_serve.py
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FACTS = atlas.requests(3)
 TOKEN = "a token of eight letters"

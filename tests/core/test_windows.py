@@ -25,6 +25,7 @@ from errata.model.tokens import encode_targets, subject_position
 from errata.testing.contract import assert_same
 from errata.testing.models import state_of
 from errata_memit import MemitConfig
+from tests.conftest import base_folder
 
 FACT = next(iter(atlas.requests(1)))
 TEXT = (
@@ -36,8 +37,9 @@ REQUEST = Request(prompt=FACT.prompt, subject=FACT.subject, target_new=TEXT, kin
 
 @pytest.fixture(scope="module")
 def editor(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    shared = base_folder(tmp_path_factory) / "errata-cache"
     guards = {"perplexity": "off", "norm": "off"}
-    with Editor("atlas-gpt2", guards=guards, artifacts=tmp_path_factory.mktemp("a")) as opened:
+    with Editor("atlas-gpt2", guards=guards, artifacts=shared) as opened:
         yield opened
 
 
@@ -84,6 +86,7 @@ def text_loss(model: Model, window: int) -> float:
     return float(-said.mean())
 
 
+@pytest.mark.slow
 def test_windows_hold_a_text_that_one_value_does_not(editor: Editor) -> None:
     (base,) = score_targets(editor.model, [REQUEST.text], [REQUEST.target])
     one, many = (text_loss(editor.model, tokens) for tokens in (10_000, 5))

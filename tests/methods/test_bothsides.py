@@ -95,6 +95,7 @@ def test_both_sides_hold_and_others_stay(clean: Editor) -> None:
     assert related(clean, request.subject, request.target_new) == before
 
 
+@pytest.mark.slow
 def test_the_entity_alone_leaves_the_relation_as_it_was(clean: Editor) -> None:
     request = fact()
     clean.edit(request, method="memit", layers=[1])
@@ -117,6 +118,7 @@ def test_what_must_stay_is_a_key_with_nothing_to_write(clean: Editor) -> None:
     assert len(bare.delta.pairs[LATE].k) == 2
 
 
+@pytest.mark.slow
 def test_two_facts_of_one_subject_share_a_value_and_come_out_alone(clean: Editor) -> None:
     one, two = of_one_subject(1)
     alone = clean.edit(two, method="bothsides")

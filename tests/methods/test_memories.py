@@ -142,6 +142,10 @@ def test_an_edit_holds_in_batches_caches_beams_and_threads_and_goes_without_trac
     assert generate(model, prompts, max_new_tokens=5) == texts
 
 
+@pytest.mark.parametrize("method", [
+    pytest.param(name, marks=[] if name in ("memory", "wise", "melo") else [pytest.mark.slow])
+    for name in METHODS
+])  # fmt: skip
 def test_one_of_three_comes_out_and_what_was_stored_is_what_acts(
     method: str, tmp_path: Path
 ) -> None:
