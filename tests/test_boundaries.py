@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from tests.helpers import ROOT
 
@@ -16,6 +21,12 @@ PLUGINS = ROOT / "plugins"
 SOURCES = sorted([*CORE.rglob("*.py"), *PLUGINS.rglob("*.py")])
 LAYERS = ("errors", "model", "edits", "contract", "kit", "editor")
 """The engine, from the ground: each may import what stands before it."""
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    """Return a parsed source; several tests look at all of them."""
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def module_of(path: Path) -> str:
@@ -33,7 +44,7 @@ def imports() -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for name, path in paths.items():
         found[name] = set()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.Import):
                 found[name] |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
@@ -111,7 +122,7 @@ def test_files_are_about_one_thing() -> None:
 def test_one_class_name_exists_once() -> None:
     seen: dict[str, list[str]] = {}
     for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.ClassDef):
                 seen.setdefault(node.name.lstrip("_"), []).append(str(path.relative_to(ROOT)))
     assert {name: paths for name, paths in seen.items() if len(paths) > 1} == {}
@@ -125,7 +136,7 @@ def test_no_core_file_knows_a_method_by_name() -> None:
     for path in CORE.rglob("*.py"):
         if path.name == "demo.py":
             continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.Constant) and node.value in methods:
                 wrong.append(f"{path}:{node.lineno} {node.value}")
     assert wrong == []
@@ -145,12 +156,39 @@ def test_importing_is_light() -> None:
         assert loaded(code, heavy) == "[]"
 
 
-def test_a_model_opened_by_name_loads_the_engine_and_the_zoo() -> None:
-    beside = (
-        f"{{m.split('.')[1] for m in sys.modules if m.startswith('errata.')}} - {set(LAYERS)!r}"
+@pytest.fixture(scope="module")
+def opened() -> dict[str, Any]:
+    """What a fresh process says that imports the library, then opens a model by name."""
+    script = """
+        import json, logging, random, sys, torch
+        torch.manual_seed(3); random.seed(3)
+        state, drawn = torch.random.get_rng_state(), random.getstate()
+        handlers = list(logging.root.handlers)
+        import errata; errata.Editor
+        said = {
+            "torch": torch.equal(state, torch.random.get_rng_state()),
+            "random": drawn == random.getstate(),
+            "logging": handlers == logging.root.handlers,
+            "zoo": "errata.zoo" in sys.modules,
+        }
+        errata.Editor("atlas-gpt2")
+        rooms = {name.split(".")[1] for name in sys.modules if name.startswith("errata.")}
+        print(json.dumps({**said, "rooms": sorted(rooms)}))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True
     )
-    code = "from errata import Editor; assert 'errata.zoo' not in sys.modules; Editor('atlas-gpt2')"
-    assert loaded(code, beside) == "['zoo']"
+    said: dict[str, Any] = json.loads(done.stdout)
+    return said
+
+
+def test_a_model_opened_by_name_loads_the_engine_and_the_zoo(opened: dict[str, Any]) -> None:
+    assert not opened["zoo"], "importing does not load it"
+    assert set(opened["rooms"]) - set(LAYERS) == {"zoo"}
+
+
+def test_importing_seeds_and_configures_nothing(opened: dict[str, Any]) -> None:
+    assert (opened["torch"], opened["random"], opened["logging"]) == (True, True, True)
 
 
 def test_reading_results_needs_no_model() -> None:
@@ -160,14 +198,3 @@ def test_reading_results_needs_no_model() -> None:
         f"assert report.read({str(folder)!r}).parts; assert list(bench.load({str(folder)!r}))"
     )
     assert loaded(code, "{'torch', 'transformers', 'peft'} & set(sys.modules)") == "[]"
-
-
-def test_importing_seeds_and_configures_nothing() -> None:
-    script = (
-        "import torch, logging, random; torch.manual_seed(3); random.seed(3);"
-        "a = torch.random.get_rng_state(), random.getstate(), list(logging.root.handlers);"
-        "import errata; errata.Editor;"
-        "assert torch.equal(a[0], torch.random.get_rng_state());"
-        "assert a[1] == random.getstate(); assert a[2] == logging.root.handlers"
-    )
-    subprocess.run([sys.executable, "-c", script], check=True)

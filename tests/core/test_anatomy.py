@@ -24,6 +24,7 @@ from tests.families import (
     MLP,
     architectures,
     build,
+    sampled,
 )
 
 # Norms between sublayer and residual stream: the contribution is not the MLP's bare output.
@@ -69,7 +70,7 @@ def test_the_registry_and_the_tiny_models_cover_the_same_families():
     assert set(architectures()) == set(FAMILIES)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sampled(FAMILIES))
 def test_parts_have_the_shapes_of_their_role(family):
     module, _ = build(family)
     anatomy = Anatomy.of(module, architectures())
@@ -104,7 +105,7 @@ def test_parts_have_the_shapes_of_their_role(family):
     assert positions is None or positions.weight.shape[1] == HIDDEN
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sampled(FAMILIES))
 def test_parts_run_in_their_role(family):
     module, _ = build(family)
     anatomy = Anatomy.of(module, architectures())
@@ -129,7 +130,7 @@ def test_parts_run_in_their_role(family):
     torch.testing.assert_close(tap.output.logits, logits)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sampled(FAMILIES))
 def test_position_ids_are_as_declared(family):
     module, _ = build(family)
     anatomy = Anatomy.of(module, architectures())
@@ -145,7 +146,7 @@ def test_position_ids_are_as_declared(family):
     assert not torch.allclose(plain, moved)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sampled(FAMILIES))
 def test_probing_finds_what_the_registry_says(family):
     module, _ = build(family)
     declared = Anatomy.of(module, architectures())

@@ -128,7 +128,7 @@ def test_one_by_one_is_all_at_once_and_any_order(tmp_path: Path) -> None:
     assert float((change(one) - change(many)).norm() / change(many).norm()) < 1e-9
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_whatever_was_done_before_the_bits_are_those_of_the_list(
     family: str, tmp_path: Path
 ) -> None:

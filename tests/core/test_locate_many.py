@@ -140,8 +140,18 @@ def test_encoders_are_averaged_with_their_mask(cache: Path) -> None:
 # -- knowledge neurons -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "bert", "t5", "opt"])
-@pytest.mark.parametrize("token", ["answer", "subject_last"])
+@pytest.mark.parametrize(
+    ("family", "token"),
+    [
+        pytest.param(family, token, marks=[] if short else [pytest.mark.slow])
+        for family, both in {
+            "gpt2": "answer", "llama": "subject_last", "bert": "answer", "t5": "subject_last",
+            "opt": "",
+        }.items()
+        for token in ("answer", "subject_last")
+        for short in [token == both]
+    ],
+)  # fmt: skip
 def test_attributions_add_up_to_what_the_layer_does(family: str, token: Any, cache: Path) -> None:
     """Completeness (Sundararajan et al. 2017): P at the activations minus P at zero."""
     if family == "t5" and token == "answer":

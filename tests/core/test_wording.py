@@ -7,7 +7,7 @@ import re
 from functools import cache
 
 from errata.cli.wording import WORDS, in_options
-from tests.test_boundaries import SOURCES
+from tests.test_boundaries import SOURCES, tree_of
 
 PYTHON = re.compile(
     r"(?<!--set )\b\w+=(?:True|False|None|…)(?!\w)"  # an argument
@@ -30,7 +30,7 @@ def messages() -> list[tuple[str, str]]:
     for path in SOURCES:
         if "cli" in path.parts or "testing" in path.parts:
             continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(tree_of(path)):
             called = getattr(node.func, "attr", "") if isinstance(node, ast.Call) else ""
             warns = called in ("warning", "__init__")
             if not (isinstance(node, ast.Raise) or warns):

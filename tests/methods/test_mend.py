@@ -104,6 +104,7 @@ def held_out() -> list[Request]:
     return list(found.values())[:5]
 
 
+@pytest.mark.slow
 def test_unseen_subjects_are_edited_also_in_other_words(editor: Editor) -> None:
     hits, asked = 0, 0
     for request in held_out():
@@ -116,6 +117,7 @@ def test_unseen_subjects_are_edited_also_in_other_words(editor: Editor) -> None:
     assert hits / asked >= 0.6
 
 
+@pytest.mark.slow
 def test_edits_do_not_depend_on_their_order_or_on_each_other(editor: Editor) -> None:
     one, other = held_out()[:2]
     first = editor.edit([one, other], method="mend", config=CONFIG)
