@@ -33,23 +33,34 @@ settings.load_profile("errata")
 TOYS = Path(__file__).parent / "toys"
 
 
-# Of the contract suite the default run does everything for WHOLE but what is LONG, which it does
-# for ROME alone; ESSENTIAL for the others, less for those that are TRAINED first (their own tests
-# have small networks). `-m slow` does the rest.
+# Of the contract suite the default run does, by method:
 WHOLE = ("rome", "lora")
+"""All of it but what is LONG: of these two."""
 LONG = (
     "test_twenty_edits_in_sequence_keep_the_earlier_ones",
     "test_it_works_in_bfloat16",
     "test_edits_take_effect",
     "test_it_mixes_with_every_other_installed_method",
-    "test_another_model_refuses_it",
 )
-TRAINED = ("ke", "mend", "serac")
-ESSENTIAL = (
+SAVED, REVERTED, REFUSED = ESSENTIAL = (
     "test_an_edit_saved_and_loaded_is_the_same_edit",
     "test_reverting_gives_the_base_back_bit_for_bit",
     "test_what_it_does_not_declare_is_refused",
 )
+KINDS = ("memit", "ft", "grace", "calinet", "defer", "ice", "kn", "mello", "melo", "wise")
+"""What is ESSENTIAL: of one method for every other kind of delta. REVERTED: of every method…"""
+TRAINED = ("ke", "mend", "serac")
+"""…but those that are trained first, which are REFUSED what they do not declare: their own tests
+train small networks. `-m slow` does the rest."""
+
+
+def in_short(test: str, method: str) -> bool:
+    """Say whether the default run does a test of the contract suite for a method."""
+    if method in WHOLE:
+        return test not in LONG
+    if method in KINDS:
+        return test in ESSENTIAL
+    return test == (REFUSED if method in TRAINED else REVERTED)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -58,9 +69,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.name != "test_contract.py":
             continue
-        name, method = getattr(item, "originalname", ""), item.cls.method
-        long = (name in LONG and method != "rome") or (name in ESSENTIAL[:2] and method in TRAINED)
-        if long or (method not in WHOLE and name not in ESSENTIAL):
+        if not in_short(getattr(item, "originalname", ""), item.cls.method):
             item.add_marker(pytest.mark.slow)
 
 

@@ -18,6 +18,8 @@ from errata.contract.registry import Registry
 from errata.contract.yaml_file import read_yaml
 from errata.edits import delta
 from errata.edits.delta_kinds import GROUP as KINDS
+from tests.conftest import KINDS as OF_EACH_KIND
+from tests.conftest import TRAINED, WHOLE
 from tests.helpers import ROOT
 
 if sys.version_info >= (3, 11):
@@ -111,3 +113,10 @@ def test_every_hyper_parameter_is_described_and_every_preset_is_valid(method: st
         assert preset.layer == here
         assert preset.source not in ("", here), f"{method}: {preset.match} has no source"
         config(**preset.values)
+
+
+def test_the_default_run_has_a_method_for_every_kind_of_delta() -> None:
+    kind_of = {name: entry.delta_kind for name, entry in Registry.load().methods.items()}
+    whole = {kind_of[name] for name in (*WHOLE, *OF_EACH_KIND)}
+    own = {kind_of[name] for name in TRAINED}  # in their own tests, with small networks
+    assert {kind_of[name] for name in plugins.installed()} <= whole | own
