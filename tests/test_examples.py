@@ -31,7 +31,11 @@ FASTER = {
     "--limit": "4", "--held-out": "1", "--probe": "1", "--steps": "2", "--device": "cpu",
 }  # fmt: skip
 """A test shows that an example works, not what it measures."""
-SLOW = ("bench", "demo", "zoo train", "locate --average", "locate --sweep", "locate --similar")
+SLOW = (
+    "bench", "demo", "zoo train", "locate", "diff", "evaluate", "prepare", "resolve", "rebase",
+    "apply", "import", "merge", "serve", "ui",
+)  # fmt: skip
+"""Commands whose examples take long; their own tests are in the default run."""
 
 
 def help_pages() -> list[str]:

@@ -260,7 +260,12 @@ def test_a_run_of_single_edits_grows_by_cases_and_methods(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "changes", [{"shuffle": True}, {"regime": "sequential"}, {"state": ["general"]}]
+    "changes",
+    [
+        {"shuffle": True},
+        pytest.param({"regime": "sequential"}, marks=pytest.mark.slow),
+        pytest.param({"state": ["general"]}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_whose_cases_depend_on_their_number_does_not_grow(
     changes: dict[str, Any], tmp_path: Path
