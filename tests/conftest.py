@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import sys
@@ -71,6 +72,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             continue
         if not in_short(getattr(item, "originalname", ""), item.cls.method):
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish() -> None:
+    """Take what was imported out of garbage collection: it stays, and walking it takes long."""
+    gc.collect()
+    gc.freeze()
 
 
 def base_folder(factory: pytest.TempPathFactory) -> Path:

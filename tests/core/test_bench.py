@@ -368,6 +368,7 @@ def test_of_a_batch_in_a_stream_what_cannot_be_carried_out_fails_alone(tmp_path:
         run(tmp_path / "lone", **{**fields, "methods": ["grace"]})
 
 
+@pytest.mark.slow
 def test_a_continual_stream_mixes_datasets_and_keeps_them_apart(tmp_path: Path) -> None:
     datasets = [
         {"name": "atlas", "label": "one", "limit": 3},

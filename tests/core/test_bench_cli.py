@@ -175,7 +175,14 @@ def test_the_examples_of_the_help_are_valid_command_lines() -> None:
         made.make_context("bench", words[2:]).close()
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=[] if path.stem.startswith("atlas") else [pytest.mark.slow])
+        for path in EXAMPLES
+    ],
+    ids=lambda path: path.stem,
+)
 def test_every_run_file_can_be_run_on_the_embedded_model(run: Run, path: Path) -> None:
     config = bench.read_config(path)
     there = [v.label for v in config.methods if v.method in plugins.installed()]

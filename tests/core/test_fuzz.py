@@ -98,7 +98,11 @@ CALLS: dict[str, Callable[[Editor, Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    "name",
+    # Most of these settings of guards are fine: each opens an editor.
+    [pytest.param(name, marks=[pytest.mark.slow] * (name == "guards")) for name in CALLS],
+)
 @FEW
 @example(None)
 @example([])

@@ -91,6 +91,7 @@ def test_other_locators_are_named_by_by(app: typer.Typer, tmp_path: Path) -> Non
     assert neurons["evidence"]["neurons"]
 
 
+@pytest.mark.slow
 def test_many_are_averaged_with_three_pictures(app: typer.Typer, requests: str) -> None:
     found = data(app, "locate", "--average", "--file", requests, *MODEL, "--severed",
                  "--window", "2", "--set", "samples=1", "--plot", "a.svg")  # fmt: skip
@@ -163,6 +164,7 @@ def test_diff_compares_states(app: typer.Typer, tmp_path: Path) -> None:
     run(app, "diff", "base", "zzzz", *MODEL, code=1)
 
 
+@pytest.mark.slow
 def test_diff_compares_methods_whose_edits_are_not_on_the_model(
     app: typer.Typer, tmp_path: Path
 ) -> None:

@@ -55,6 +55,7 @@ def keep(model: Model, method: str, *results: LayerResult, option: str = "layers
     return done
 
 
+@pytest.mark.slow
 def test_a_sweep_edits_at_every_layer_and_is_remembered(knowing: Editor) -> None:
     request = atlas.requests(1)
     options = {"at_most": 2, "steps": 2}

@@ -62,7 +62,7 @@ def easyedit_request(record: dict[str, Any]) -> Request:
     )
 
 
-@pytest.mark.parametrize("when", ["pre", "post"])
+@pytest.mark.parametrize("when", ["post", pytest.param("pre", marks=pytest.mark.slow)])
 def test_easyedit_agrees_with_easyedit(recorded: Model, when: str) -> None:
     checked = 0
     for fact in record_of("9_easyedit_metrics", "easyedit_metrics.json")["facts"]:

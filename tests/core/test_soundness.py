@@ -249,7 +249,7 @@ PEOPLE = [
 ]
 
 
-@pytest.mark.parametrize("branch", [False, True])
+@pytest.mark.parametrize("branch", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_four_threads_answer_as_one_does_with_edits_of_every_kind(branch: bool) -> None:
     with Editor(*build("gpt2"), guards=QUIET, branch=branch) as editor:
         for request, method in zip(PEOPLE, KINDS, strict=True):

@@ -74,7 +74,9 @@ def plain_peft(module: Any, folder: Path) -> Any:
 # -- what an edit does ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "t5", "bert"])
+@pytest.mark.parametrize(
+    "family", ["gpt2", "llama", "bert", pytest.param("t5", marks=pytest.mark.slow)]
+)
 def test_an_edit_takes_effect_and_plain_peft_computes_the_same(family: str, tmp_path: Path) -> None:
     model = build_model(family, tmp_path)
     assert hold(model, CAPITAL) == [False]
