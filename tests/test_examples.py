@@ -32,8 +32,8 @@ FASTER = {
 }  # fmt: skip
 """A test shows that an example works, not what it measures."""
 SLOW = (
-    "bench", "demo", "zoo train", "locate", "diff", "evaluate", "prepare", "resolve", "rebase",
-    "apply", "import", "merge", "serve", "ui",
+    "bench", "demo", "evaluate", "prepare", "zoo train", "locate --average", "locate --sweep",
+    "locate --similar",
 )  # fmt: skip
 """Commands whose examples take long; their own tests are in the default run."""
 
