@@ -293,8 +293,10 @@ def _leading(matrix: Tensor, error: float, limit: int) -> tuple[Tensor, Tensor] 
             tail = lost + energy.clamp_min(0).cumsum(0)
             kept = turn[:, min(int((tail <= allowed).sum()), rank - 1) :].flip(1).to(basis)
             return basis @ kept, along @ kept
-        # No direction that is left has more energy than the least of those that were found.
-        if lost - (limit - rank) * float(energy[0].clamp_min(0)) > allowed + _ROUNDING * total:
+        # No direction that is left has much more energy than the least of those that were found:
+        # more than `limit` are needed, unless all may be used.
+        out_of_reach = lost - (limit - rank) * float(energy[0].clamp_min(0))
+        if limit < matrix.shape[0] and out_of_reach > allowed + _ROUNDING * total:
             return None
         rank = min(2 * rank, limit)
     return None
