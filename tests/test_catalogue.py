@@ -117,6 +117,6 @@ def test_every_hyper_parameter_is_described_and_every_preset_is_valid(method: st
 
 def test_the_default_run_has_a_method_for_every_kind_of_delta() -> None:
     kind_of = {name: entry.delta_kind for name, entry in Registry.load().methods.items()}
-    whole = {kind_of[name] for name in (*WHOLE, *OF_EACH_KIND)}
+    whole = {kind_of[name] for name in (WHOLE, *OF_EACH_KIND)}
     own = {kind_of[name] for name in TRAINED}  # in their own tests, with small networks
     assert {kind_of[name] for name in plugins.installed()} <= whole | own
