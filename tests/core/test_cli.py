@@ -576,6 +576,13 @@ def test_evaluate(run: Run, run_json: Run, checkpoint: Path) -> None:
     )
 
 
+def test_evaluate_says_what_a_protocol_lacks(run: Run, checkpoint: Path) -> None:
+    edit(run, checkpoint)
+    page = " ".join(run("evaluate", "-p", "counterfact", "-p", "generation").stdout.split())
+    assert "counterfact: nothing to measure in these requests; none has target_true" in page
+    assert "generation: nothing" not in page
+
+
 # -- shipping --------------------------------------------------------------------------------------
 
 

@@ -231,4 +231,13 @@ def evaluate(
     for grid in render.measurements(found, before):
         session.show("", grid)
     for protocol in missing:
-        session.show(Text(f"{protocol}: the requests have no prompt for it", style="muted"))
+        session.show(Text(_why_missing(protocol), style="muted"))
+
+
+def _why_missing(protocol: str) -> str:
+    """Return why a protocol has no number: what the requests lack."""
+    from errata.evaluate import PROTOCOLS
+
+    needs = {known.name: known.needs for known in PROTOCOLS}.get(protocol)
+    lack = f"none has {needs}" if needs else "they have no prompt for it"
+    return f"{protocol}: nothing to measure in these requests; {lack}"
