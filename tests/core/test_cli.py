@@ -381,6 +381,7 @@ def test_a_refused_edit_exits_3_and_is_in_the_log(
     strict = ("--guard", "norm=refuse", "--guard", "norm_limit=1e-9")
     result = edit(run, checkpoint, *strict, code=3)
     assert result.stderr.startswith("Refused: ")
+    assert "Accept it with --guard norm=warn." in " ".join(result.stderr.split())
     listed = run_json("log", "--refused")
     assert listed["edits"] == []
     assert "norm" in listed["refused"][0]["reason"]

@@ -96,6 +96,34 @@ def test_each_request_takes_the_edits_that_it_asks_for(
     assert {m["id"] for m in client.get("/v1/models").json()["data"]} >= {name, f"{name}@base"}
 
 
+def test_what_is_on_is_said_right_while_another_request_has_its_own_edits_on(
+    served: tuple[TestClient, Editor, list[Edit]],
+) -> None:
+    client, editor, edits = served
+    ids = [edit.id for edit in edits]
+    on, go_on = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with editor.only(ids[0]):
+            on.set()
+            assert go_on.wait(60)
+
+    def asked() -> dict[str, Any]:
+        return complete(client, prompt=FACTS[0].text, max_tokens=1, errata={"without": [ids[1]]})
+
+    with ThreadPoolExecutor(2) as pool:
+        holding = pool.submit(other)
+        assert on.wait(60)
+        answer = pool.submit(asked)
+        assert client.get("/errata/state").json()["active"] == ids
+        assert all(row["active"] for row in client.get("/errata/edits").json()["edits"])
+        named = {m["id"].partition("@")[2] for m in client.get("/v1/models").json()["data"]}
+        assert named >= set(ids)
+        go_on.set()
+        assert answer.result()["errata"]["edits"] == [ids[0], ids[2]]
+        holding.result()
+
+
 def test_a_stream_adds_up_to_the_whole_answer(
     served: tuple[TestClient, Editor, list[Edit]],
 ) -> None:
