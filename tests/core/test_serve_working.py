@@ -33,7 +33,7 @@ class Steps:
         self.made = 0
         self.ended = threading.Event()
 
-    def __call__(self, editor: Editor, asked: Any) -> bytes:
+    def __call__(self, editor: Editor, asked: Any) -> tuple[bytes, str]:
         del asked
         try:
             with editor.model.access.changing():
@@ -42,7 +42,7 @@ class Steps:
                     time.sleep(0.05)
         finally:
             self.ended.set()
-        return b"picture"
+        return b"picture", ""
 
 
 @pytest.fixture

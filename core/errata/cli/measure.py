@@ -87,6 +87,8 @@ def generate(
     texts = [line for item in prompts for line in (_lines() if item == "-" else [item])]
     if not texts:
         raise RequestError("No prompt: standard input was empty.")
+    if not all(texts):
+        raise RequestError("A prompt is empty: it needs a word at least.")
     options = {
         "max_new_tokens": max_new_tokens, "do_sample": sample, "temperature": temperature,
         "seed": seed, "chat": chat,

@@ -174,11 +174,12 @@ def create_app(editor: Editor, settings: ServeSettings | None = None) -> FastAPI
 
     @app.post("/errata/trace", dependencies=may_read)
     async def trace(asked: looking.TraceAsked, request: Request) -> Response:
-        def work() -> bytes:
+        def work() -> tuple[bytes, str]:
             return looking.traced(editor, asked)
 
-        made = await jobs.run("A causal trace", work, _gone(request))
-        return Response(made, media_type="image/png")
+        made, note = await jobs.run("A causal trace", work, _gone(request))
+        headers = {"Errata-Note": note} if note else {}
+        return Response(made, media_type="image/png", headers=headers)
 
     # -- the page: it holds no data, so it needs no token ------------------------------------
 
@@ -202,7 +203,7 @@ def _require(request: Request, rules: ServeSettings) -> None:
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     good = hmac.compare_digest(token.strip().encode(), rules.token.encode())
     if scheme.lower() != "bearer":
-        raise HTTPException(401, "A token is needed: Authorization: Bearer TOKEN.")
+        raise HTTPException(401, "This needs the token (Authorization: Bearer TOKEN).")
     if not good:
         raise HTTPException(401, "That is not this server's token.")
 

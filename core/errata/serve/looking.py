@@ -214,8 +214,12 @@ def _only(editor: Editor, ids: Sequence[str]) -> Iterator[None]:
 # -- a trace ---------------------------------------------------------------------------------------
 
 
-def traced(editor: Editor, asked: TraceAsked) -> bytes:
-    """Return a causal trace as a PNG picture.
+FAINT = 0.25
+"""An estimate that sees less than this share of the effect says little."""
+
+
+def traced(editor: Editor, asked: TraceAsked) -> tuple[bytes, str]:
+    """Return a causal trace as a PNG picture, and what must be said of it.
 
     Raises `RequestError` for a prompt that cannot be traced, `MissingExtraError` without
     matplotlib.
@@ -227,4 +231,11 @@ def traced(editor: Editor, asked: TraceAsked) -> bytes:
     with editor.model.access.changing(), _only(editor, _stack(editor, asked.edits)):
         look = screen if asked.estimate else trace
         found = look(editor.model, asked.prompt, asked.subject, kind=asked.kind)
-    return rendered(plots.heat_map(found), "png")
+    seen, whole = float(found.scores.max()) - found.low, found.high - found.low
+    note = ""
+    if asked.estimate and seen < FAINT * whole:
+        note = (
+            f"The estimate sees {max(seen, 0):.2f} of an effect of {whole:.2f} at most, so it says "
+            "little. Trace without it."
+        )
+    return rendered(plots.heat_map(found), "png"), note

@@ -37,14 +37,12 @@ async function send(path, body, again = true) {
     headers: headers(post ? { "Content-Type": "application/json" } : {}),
     body: post ? JSON.stringify(body) : undefined,
   });
-  if (answer.status === 401 && again) {
-    await login();
-    return send(path, body, false);
-  }
   if (!answer.ok) {
     let message = `${answer.status} ${answer.statusText}`;
     try { message = (await answer.json()).error.message; } catch { /* no JSON: the status says it */ }
-    throw new Error(message);
+    if (answer.status !== 401 || !again) throw new Error(message);
+    await login(message);
+    return send(path, body, false);
   }
   return answer;
 }
@@ -107,8 +105,9 @@ function open(dialog) {
   return new Promise((done) => dialog.addEventListener("close", () => done(dialog.returnValue === "yes"), { once: true }));
 }
 
-async function login() {
+async function login(why) {
   const field = $("login").querySelector("input");
+  $("login-why").textContent = shown(why);
   field.value = "";
   if (await open($("login"))) token.set(field.value.trim());
 }
@@ -220,7 +219,7 @@ async function unfold(edit, place, button) {
       : (a.gives_target ? ["! new answer", "bad"] : a.changed ? ["! changed", "warn"] : ["as before", "prompt"]);
     answers.replaceChildren(
       el("h3", {}, "Before and after"),
-      el("div", { class: "scroll" }, el("table", {},
+      el("div", { class: "scroll" }, el("table", { class: "answers" },
         el("thead", {}, el("tr", {}, ["", "prompt", "without", "with", ""].map((x) => el("th", {}, x)))),
         el("tbody", {}, report.answers.map((a) => el("tr", {}, el("td", { class: "prompt" }, a.role), el("td", {}, a.prompt),
           el("td", {}, first(a.before)), el("td", {}, first(a.after)), el("td", { class: mark(a)[1] }, mark(a)[0])))))),
@@ -261,7 +260,8 @@ async function trace(form) {
   const url = URL.createObjectURL(await answer.blob());
   const image = el("img", { src: url, alt: `Causal trace of “${given.prompt}”: tokens down, layers across` });
   image.addEventListener("load", () => URL.revokeObjectURL(url));
-  $("traced").replaceChildren(image);
+  const note = answer.headers.get("Errata-Note");
+  $("traced").replaceChildren(image, note ? el("p", { class: "warn" }, note) : "");
 }
 
 // -- chat ----------------------------------------------------------------------------------------
