@@ -20,6 +20,7 @@ pytest.importorskip("fastapi", reason="needs errata[serve]")
 pytest.importorskip("uvicorn", reason="needs errata[serve]")
 
 from errata.serve import ServeSettings, create_app, looking
+from errata.serve.batching import Waiting
 
 FACT = atlas.requests(1)[0]
 TOKEN = "a token of eight letters"
@@ -117,3 +118,25 @@ def test_it_ends_when_the_server_does(served: tuple[int, Any, Editor], steps: St
     assert steps.made < 500
     while editor.model.progress is heard:  # who opened the editor listens again
         time.sleep(0.02)
+
+
+def test_a_streamed_text_ends_when_its_reader_goes_away(
+    served: tuple[int, Any, Editor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port, _, _ = served
+    taken: list[str] = []
+    take = Waiting.take
+
+    def slowly(self: Waiting, text: str) -> bool:
+        taken.append(text)
+        time.sleep(0.1)
+        take(self, text)
+        return self.cancelled.is_set()  # it never ends by itself
+
+    monkeypatch.setattr(Waiting, "take", slowly)
+    asked = {"prompt": FACT.text, "max_tokens": 100, "stream": True}
+    with closing(sent(port, "/v1/completions", asked)) as connection:
+        assert connection.getresponse().readline().startswith(b"data: ")
+    while answered(port, "/errata/working")["texts"]:
+        time.sleep(0.05)
+    assert len(taken) < 60
