@@ -115,11 +115,15 @@ def test_what_is_on_is_said_right_while_another_request_has_its_own_edits_on(
         holding = pool.submit(other)
         assert on.wait(60)
         answer = pool.submit(asked)
-        assert client.get("/errata/state").json()["active"] == ids
-        assert all(row["active"] for row in client.get("/errata/edits").json()["edits"])
-        named = {m["id"].partition("@")[2] for m in client.get("/v1/models").json()["data"]}
+        try:
+            state = client.get("/errata/state").json()
+            rows = client.get("/errata/edits").json()["edits"]
+            named = {m["id"].partition("@")[2] for m in client.get("/v1/models").json()["data"]}
+        finally:
+            go_on.set()
+        assert state["active"] == ids
+        assert all(row["active"] for row in rows)
         assert named >= set(ids)
-        go_on.set()
         assert answer.result()["errata"]["edits"] == [ids[0], ids[2]]
         holding.result()
 
