@@ -110,7 +110,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(DATA / "datasets" / "pararel", folder / "pararel")
     shutil.copytree(ROOT / "examples", folder / "examples")
     fact = {"prompt": requests[0].text, "answer": requests[0].target_new}
-    (folder / "facts.yaml").write_text(json.dumps({"must_say": [fact]}))  # JSON is YAML
+    facts = {"must_say": [fact], "must_not_change": [atlas.requests(5)[4].text]}
+    (folder / "facts.yaml").write_text(json.dumps(facts))  # JSON is YAML
     shutil.copy(ROOT / "examples" / "bench" / "atlas-single.yaml", folder / "run.yaml")
     return folder
 

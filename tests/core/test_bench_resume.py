@@ -213,7 +213,6 @@ def small(runs: Runner, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("changes", "named"),
     [
         ({"seeds": [1]}, r"config\.seeds"),
-        ({"limit": 2}, r"datasets\.atlas\.cases: 1 there, 2 here"),
         (
             {"settings": {**STREAM["settings"], "max_new_tokens": 3}},
             r"config\.settings\.max_new_tokens: 2 there, 3 here",
@@ -223,7 +222,7 @@ def small(runs: Runner, tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"methods": [{"method": "nudge", "config": {"scale": 0.3}}]},
             r"variants\.nudge\.config\.scale: 0\.4 there, 0\.3 here",
         ),
-        ({"methods": ["nudge", {"method": "nudge", "variant": "x"}]}, r"variants\.x: null there"),
+        ({"methods": [{"method": "nudge", "variant": "x"}]}, r"variants\.x: null there"),
         ({"datasets": [{"name": "atlas", "options": {"kind": "modify"}}]}, r"config\.datasets"),
         ({"dtype": "fp64"}, r"model\.dtype: \"float32\" there, \"float64\" here"),
     ],
@@ -235,6 +234,30 @@ def test_results_of_different_runs_are_never_mixed(
     with pytest.raises(ConfigError, match=named):
         bench.run(short(**{"limit": 1, **changes}), small)
     assert (small / "results.jsonl").read_bytes() == before
+
+
+def test_a_run_of_single_edits_grows_by_cases_and_methods(tmp_path: Path) -> None:
+    folder, more = tmp_path / "run", ["nudge", {"method": "nudge", "variant": "x"}]
+    bench.run(short(limit=1), folder)
+    begun = (folder / "results.jsonl").read_bytes()
+    bench.run(short(limit=2, methods=more), folder)
+    assert (folder / "results.jsonl").read_bytes().startswith(begun)
+    assert bench.load(folder).info["identity"]["config"]["limit"] == 2
+    bench.run(short(limit=2, methods=more), tmp_path / "at once")
+    assert values(folder) == values(tmp_path / "at once")
+    with pytest.raises(ConfigError, match=r"config\.limit: 2 there, 1 here"):
+        bench.run(short(limit=1, methods=more), folder)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"shuffle": True}, {"regime": "sequential"}, {"state": ["general"]}]
+)
+def test_a_run_whose_cases_depend_on_their_number_does_not_grow(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    bench.run(short(limit=1, **changes), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"config\.limit: 1 there, 2 here"):
+        bench.run(short(limit=2, **changes), tmp_path / "run")
 
 
 def test_the_name_of_a_run_and_the_place_of_its_data_may_change(

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from pydantic import Field
@@ -47,6 +47,25 @@ def test_later_layers_win_and_every_value_knows_its_source() -> None:
     assert sources == {"layer": "paper", "lr": "layer 1", "seed": "argument"}
     other, _ = registry.resolve("m", Config, {"model_type": "llama"})
     assert (other.layer, other.lr) == (0, 0.2)
+
+
+class Derived(Config):
+    derived: ClassVar[Mapping[str, str]] = {"lr": "share"}
+
+    lr: float | None = Field(default=None, description="the rate; none: from the share")
+    share: float = Field(default=1, description="the rate in units of the usual one")
+
+
+def test_a_value_that_another_follows_sets_aside_what_earlier_layers_say_of_it() -> None:
+    preset = {"match": {"model_type": "gpt2"}, "values": {"lr": 0.1}, "source": "paper"}
+    registry = merged({"methods": {"m": {**METHOD, "presets": [preset]}}})
+    plain, _ = registry.resolve("m", Derived, {"model_type": "gpt2"})
+    assert (plain.lr, plain.share) == (0.1, 1)
+    shared, table = registry.resolve("m", Derived, {"model_type": "gpt2"}, {"share": 3})
+    assert (shared.lr, shared.share) == (None, 3)
+    assert {value.name: value.source for value in table}["lr"] == "default"
+    both, _ = registry.resolve("m", Derived, {"model_type": "gpt2"}, {"share": 3, "lr": 0.2})
+    assert (both.lr, both.share) == (0.2, 3)
 
 
 def test_presets_can_be_for_a_variant_and_for_several_models() -> None:

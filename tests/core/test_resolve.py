@@ -27,6 +27,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     ("method", "before", "after"),
     [
         ("memit", {"second_moment_weight": 50.0}, {"second_moment_weight": 5000.0}),
+        ("memit", {"second_moment_weight": 50.0}, {"relative_weight": 3.0}),
         (
             "alphaedit",
             {"fraction": 0.5, "threshold": None, "l2": 1.0},
@@ -40,7 +41,9 @@ def test_it_is_as_if_they_had_been_made_so(
     facts = atlas.requests(3)
     editor = Editor("atlas-gpt2", guards=OFF)
     base = weights(editor)
-    editor.edit(facts, method=method, config={**PLAIN, **before, **after})
+    aside = {"second_moment_weight": None} if "relative_weight" in after else {}
+    whole = {**PLAIN, **before, **aside, **after}
+    editor.edit(facts, method=method, config=whole)
     wanted = weights(editor)
     editor.revert(*editor.model.stack.ids)
 
@@ -56,7 +59,7 @@ def test_it_is_as_if_they_had_been_made_so(
 
     editor.revert(new[1])  # each still comes off by itself
     again = Editor("atlas-gpt2", guards=OFF)
-    again.edit([facts[0], facts[2]], method=method, config={**PLAIN, **before, **after})
+    again.edit([facts[0], facts[2]], method=method, config=whole)
     assert same(weights(editor), weights(again))
     editor.revert(new[0], new[2])
     assert same(weights(editor), base)

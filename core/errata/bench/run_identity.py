@@ -100,8 +100,13 @@ def info_of(spec: RunSpec, description: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_same(folder: Path, there: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` naming every difference unless a directory holds this very run."""
-    if there.get("digest") != wanted["digest"]:
+    """Raise `ConfigError` naming every difference unless a directory holds this run, or part of it.
+
+    Part of it: fewer cases or fewer methods, where each case is edited on its own (`has_grown`).
+    """
+    if there.get("digest") != wanted["digest"] and not has_grown(
+        there.get("identity") or {}, wanted["identity"]
+    ):
         found = list(differences(there.get("identity") or {}, wanted["identity"]))
         shown = "; ".join(found[:8]) + (f"; and {len(found) - 8} more" if len(found) > 8 else "")
         raise ConfigError(
@@ -115,6 +120,39 @@ def check_same(folder: Path, there: Mapping[str, Any], wanted: Mapping[str, Any]
                 "This run was begun with %s %s and goes on with %s: its last digits may differ.",
                 name, before, version,
             )  # fmt: skip
+
+
+def has_grown(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
+    """Say whether a run differs from an earlier one only by more cases or more methods.
+
+    What is there stays as it is then: with single edits no case depends on another, and cases come
+    in the order of their file. Shuffled cases come in another order once there are more of them,
+    and a state's measurements are of all cases.
+    """
+    config = here["config"]
+    has_state = any(one["state"] for one in here["protocols"].values())
+    if config["regime"] != "single" or config["shuffle"] or has_state:
+        return False
+    if list(differences(_without_sizes(there), _without_sizes(here))):
+        return False
+    cases = [
+        (there["datasets"][name]["cases"], one["cases"]) for name, one in here["datasets"].items()
+    ]
+    kept = {name: here["variants"].get(name) for name in there["variants"]}
+    return kept == there["variants"] and all(before <= now for before, now in cases)
+
+
+def _without_sizes(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an identity without limits, numbers of cases, and methods."""
+    bare: dict[str, Any] = json.loads(json.dumps(identity))
+    config = bare.get("config", {})
+    for one in (config, *config.get("datasets", ())):
+        one.pop("limit", None)
+    config.pop("methods", None)
+    bare.pop("variants", None)
+    for one in bare.get("datasets", {}).values():
+        one.pop("cases", None)
+    return bare
 
 
 def differences(there: Any, here: Any, where: str = "") -> Iterator[str]:

@@ -96,6 +96,8 @@ def _run(
             write_info(folder, info)
         else:
             check_same(folder, there, info)
+            if there["digest"] != info["digest"]:  # it has more cases or methods now
+                write_info(folder, info)
         kinds = load(folder).kinds
         edits = left_over(spec, edit_units(spec), kinds)
         phases = [

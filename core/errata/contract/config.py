@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
@@ -50,6 +51,10 @@ class MethodConfig(BaseModel):
 
     resolves: ClassVar[frozenset[str]] = frozenset()
     """Names of the hyper-parameters that a recorded edit can be solved again with (`resolve`)."""
+
+    derived: ClassVar[Mapping[str, str]] = {}
+    """Hyper-parameters that follow another where they are none: a new value of the other one sets
+    aside what an earlier layer (a preset, a recorded edit) says of them."""
 
     seed: int = Field(default=0, ge=0, description="Seeds every random choice of the method")
 

@@ -147,13 +147,17 @@ class Registry:
             variant = given.get("variant", values.get("variant", usual))
             if preset.fits({**facts, "variant": variant}):
                 _known_fields(preset.values, config, name, preset.source)
+                set_aside(values, preset.values, config)
                 values.update(preset.values)
                 sources.update(dict.fromkeys(preset.values, preset.source))
                 layers.update(dict.fromkeys(preset.values, preset.layer))
         _known_fields(given, config, name, "the arguments")
+        set_aside(values, given, config)
         values.update(given)
         sources.update(dict.fromkeys(given, "argument"))
         layers.update(dict.fromkeys(given, "argument"))
+        for key in sources.keys() - values.keys():
+            del sources[key], layers[key]
         try:
             resolved = config(**values)
         except ValidationError as error:
@@ -176,6 +180,13 @@ class Registry:
             for key, info in config.model_fields.items()
         ]
         return resolved, table
+
+
+def set_aside(values: dict[str, Any], later: Mapping[str, Any], config: type[MethodConfig]) -> None:
+    """Take out of an earlier layer's values those that a later one lets follow another value."""
+    for name, other in config.derived.items():
+        if other in later and name not in later:
+            values.pop(name, None)
 
 
 def user_file() -> Path:

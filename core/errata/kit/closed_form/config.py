@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, field_validator
@@ -151,6 +152,7 @@ class WeightedConfig(ClosedFormConfig):
     """What methods that weigh ordinary text against new keys have besides: MEMIT and PMET."""
 
     resolves: ClassVar[frozenset[str]] = frozenset({"second_moment_weight", "relative_weight"})
+    derived: ClassVar[Mapping[str, str]] = {"second_moment_weight": "relative_weight"}
 
     second_moment_weight: float | None = Field(
         default=None,
