@@ -374,3 +374,15 @@ def test_the_commands_refuse_what_makes_no_sense(
     result = CliRunner().invoke(command_line, [*filled, "--ledger", str(tmp_path / "l")])
     assert result.exit_code == 1
     assert said in " ".join(result.stderr.split())
+
+
+def test_a_faint_estimate_is_said_to_be_one(
+    served: tuple[TestClient, Editor, list[Edit]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, _, _ = served
+    asked = {"prompt": FACTS[0].text, "subject": FACTS[0].subject, "estimate": True}
+    for share, said in ((1e9, True), (0.0, False)):
+        monkeypatch.setattr("errata.serve.looking.FAINT", share)
+        answer = client.post("/errata/trace", json=asked)
+        assert answer.headers["content-type"] == "image/png"
+        assert ("Trace without it" in answer.headers.get("Errata-Note", "")) == said
