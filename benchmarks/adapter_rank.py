@@ -45,9 +45,14 @@ def main() -> None:
         path = Path(folder) / "edits.gguf"
         server = LlamaServer(own)
         before = [server.ask(prompt, tokens=4) for prompt in near]
+        done: set[int] = set()
         for rank in RANKS:
-            editor.export(path, format="gguf", overwrite=True, base=own, rank=rank)
             found = changes(editor.model, editor.model.stack.entries, rank=rank)
+            kept = max(change.rank for change in found)
+            if kept in done:
+                continue  # there is no more rank to leave out
+            done.add(kept)
+            editor.export(path, format="gguf", overwrite=True, base=own, rank=rank)
             server = LlamaServer(own, [path])
             said = [server.ask(fact.text, [0], 6) for fact in facts]
             new = [
@@ -57,7 +62,7 @@ def main() -> None:
             after = [server.ask(prompt, [0], 4) for prompt in near]
             row = {
                 "model": options.model, "method": options.method, "edits": len(edits),
-                "rank": max(change.rank for change in found), "weights": len(found),
+                "rank": kept, "weights": len(found),
                 "bytes": path.stat().st_size, "error": max(change.error for change in found),
                 "generated": sum(new) / len(new),
                 "neighbours_same": sum(a == b for a, b in zip(after, before, strict=True))

@@ -382,6 +382,7 @@ def test_a_refused_edit_exits_3_and_is_in_the_log(
     strict = ("--guard", "norm=refuse", "--guard", "norm_limit=1e-9")
     result = edit(run, checkpoint, *strict, code=3)
     assert result.stderr.startswith("Refused: ")
+    assert "Accept it with --guard norm=warn." in " ".join(result.stderr.split())
     listed = run_json("log", "--refused")
     assert listed["edits"] == []
     assert "norm" in listed["refused"][0]["reason"]
@@ -575,6 +576,13 @@ def test_evaluate(run: Run, run_json: Run, checkpoint: Path) -> None:
     assert "Did you mean 'counterfact'?" in " ".join(
         run("evaluate", "--protocol", "counterfat", code=1).stderr.split()
     )
+
+
+def test_evaluate_says_what_a_protocol_lacks(run: Run, checkpoint: Path) -> None:
+    edit(run, checkpoint)
+    page = " ".join(run("evaluate", "-p", "counterfact", "-p", "generation").stdout.split())
+    assert "counterfact: nothing to measure in these requests; none has target_true" in page
+    assert "generation: nothing" not in page
 
 
 # -- shipping --------------------------------------------------------------------------------------

@@ -43,9 +43,17 @@ def nothing_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (("locate", "{} is", "-s", "Bo", "--set", "smaples=1", "-m", "atlas-gpt2"), "'samples'?"),
         (("locate", "--average", "--dataset", "atals", "-m", "atlas-gpt2"), "'atlas'?"),
         (("apply", "gone.errata", "-m", "atlas-gpt2"), "There is no file 'gone.errata'"),
+        (("apply", "half.errata", "-m", "atlas-gpt2"), "half.errata is not a sound"),
+        (("import", "half.errata", "-m", "atlas-gpt2"), "half.errata is not a sound"),
+        (("export", "-o", "e", "--format", "ggfu", "-m", "atlas-gpt2"), "'gguf'?"),
+        (("merge", "-o", "e", "--format", "ggfu", "-m", "atlas-gpt2"), "'gguf'?"),
+        (("generate", "", "-m", "atlas-gpt2"), "A prompt is empty"),
+        (("check", "facts.yaml", "--adapter", "gone/", "-m", "atlas-gpt2"), "no folder 'gone'"),
     ],
 )
 def test_it_is_refused_with_a_suggestion(words: tuple[str, ...], reason: str) -> None:
+    Path("half.errata").write_bytes((200).to_bytes(8, "little") + b'{"a": {"dty')
+    Path("facts.yaml").write_text("must_not_change: [The sky is]\n")
     result = CliRunner().invoke(app, list(words))
     assert result.exit_code == 1
     assert reason in " ".join(result.stderr.split())

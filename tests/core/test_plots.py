@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from errata import Request, plots
 from errata.edits.delta import Factor, LowRankDelta
 from errata.errors import ConfigError
 from errata.kit.layer_sweep import LayerResult, LayerSweep
-from errata.locate import AverageTrace, average, logit_lens, trace
+from errata.locate import AverageTrace, average, logit_lens, screen, trace
 from errata.locate.weights import WeightChange, WeightDiff, weight_diff
 from errata.model import Model
 from errata.testing import edit_with
@@ -51,6 +52,15 @@ def test_a_heat_map_shows_every_score_and_stars_what_was_corrupted(tiny: Model) 
     starred = [index for index, label in enumerate(labels) if label.endswith("*")]
     assert tuple(starred) == traces[0].corrupted
     assert "MLP outputs, 2 layers" in words(figure)
+
+
+def test_the_scale_of_an_estimate_ends_at_its_highest(tiny: Model) -> None:
+    exact, estimate = trace(tiny, REQUEST, samples=1), screen(tiny, REQUEST, samples=1)
+    faint = replace(
+        estimate, scores=estimate.low + (exact.high - estimate.low) * 0.01 * estimate.scores
+    )
+    assert plots.heat_map(exact).axes[0].images[0].get_clim()[1] >= exact.high
+    assert plots.heat_map(faint).axes[0].images[0].get_clim()[1] == float(faint.scores.max())
 
 
 def test_averages_are_drawn_as_maps_curves_and_severed(tiny: Model) -> None:

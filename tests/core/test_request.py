@@ -37,6 +37,13 @@ def test_a_bad_request_says_which_field_is_wrong(change: dict[str, object], says
     assert isinstance(caught.value, ValueError)
 
 
+def test_the_subject_fills_its_place_in_paraphrases_too() -> None:
+    more = {"paraphrases": ["{}'s capital is", "France is ruled from"], "generation": ["In {},"]}
+    request = Request.parse({**FIELDS, **more})
+    assert request.paraphrases == ("France's capital is", "France is ruled from")
+    assert request.generation == ("In France,",)
+
+
 def test_erasing_needs_no_target() -> None:
     request = Request.parse(kind="erase", prompt="{} was born in", subject="Ada")
     assert request.target_new == "unknown"

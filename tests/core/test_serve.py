@@ -96,6 +96,38 @@ def test_each_request_takes_the_edits_that_it_asks_for(
     assert {m["id"] for m in client.get("/v1/models").json()["data"]} >= {name, f"{name}@base"}
 
 
+def test_what_is_on_is_said_right_while_another_request_has_its_own_edits_on(
+    served: tuple[TestClient, Editor, list[Edit]],
+) -> None:
+    client, editor, edits = served
+    ids = [edit.id for edit in edits]
+    on, go_on = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with editor.only(ids[0]):
+            on.set()
+            assert go_on.wait(60)
+
+    def asked() -> dict[str, Any]:
+        return complete(client, prompt=FACTS[0].text, max_tokens=1, errata={"without": [ids[1]]})
+
+    with ThreadPoolExecutor(2) as pool:
+        holding = pool.submit(other)
+        assert on.wait(60)
+        answer = pool.submit(asked)
+        try:
+            state = client.get("/errata/state").json()
+            rows = client.get("/errata/edits").json()["edits"]
+            named = {m["id"].partition("@")[2] for m in client.get("/v1/models").json()["data"]}
+        finally:
+            go_on.set()
+        assert state["active"] == ids
+        assert all(row["active"] for row in rows)
+        assert named >= set(ids)
+        assert answer.result()["errata"]["edits"] == [ids[0], ids[2]]
+        holding.result()
+
+
 def test_a_stream_adds_up_to_the_whole_answer(
     served: tuple[TestClient, Editor, list[Edit]],
 ) -> None:
@@ -342,3 +374,15 @@ def test_the_commands_refuse_what_makes_no_sense(
     result = CliRunner().invoke(command_line, [*filled, "--ledger", str(tmp_path / "l")])
     assert result.exit_code == 1
     assert said in " ".join(result.stderr.split())
+
+
+def test_a_faint_estimate_is_said_to_be_one(
+    served: tuple[TestClient, Editor, list[Edit]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, _, _ = served
+    asked = {"prompt": FACTS[0].text, "subject": FACTS[0].subject, "estimate": True}
+    for share, said in ((1e9, True), (0.0, False)):
+        monkeypatch.setattr("errata.serve.looking.FAINT", share)
+        answer = client.post("/errata/trace", json=asked)
+        assert answer.headers["content-type"] == "image/png"
+        assert ("Trace without it" in answer.headers.get("Errata-Note", "")) == said

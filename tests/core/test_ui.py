@@ -131,7 +131,8 @@ def test_reverting_asks_first_and_works_from_the_keyboard(
     button.click()
     page.locator("#confirm input").fill("wrong token")
     page.locator("#confirm").get_by_role("button", name="Revert").click()
-    page.wait_for_selector("#login[open]")  # the server did not take it
+    page.wait_for_selector("#login[open]")
+    assert "not this server's token" in page.locator("#login").inner_text()
     assert editor.model.stack.ids == ids
     page.locator("#login input").fill(TOKEN)
     page.keyboard.press("Enter")
@@ -182,6 +183,11 @@ def test_it_fits_and_follows_the_scheme(
     page = context.new_page()
     page.goto(served[0])
     page.wait_for_selector("#list > li")
+    page.get_by_role("button", name="Details").first.click()
+    page.wait_for_selector("#list table")
+    cells = page.locator("#list tbody td:first-child, #list tbody td:last-child")
+    heights = cells.evaluate_all("all => all.map(one => one.getBoundingClientRect().height)")
+    assert max(heights) < (32 if width < 700 else 60), "a word is broken"
     for name in ("edits", "compare", "trace", "chat"):
         page.locator(f"nav a[href='#{name}']").click()
         page.wait_for_selector(f"#view-{name}:not([hidden])")

@@ -94,6 +94,15 @@ def check_guards(guards: Mapping[str, Any]) -> None:
         GuardPolicy.parse(guards)
 
 
+def check_exports(files: Sequence[Path]) -> None:
+    """Raise for a file that is damaged or no exported edit."""
+    from errata.edits.delta_kinds import DeltaKinds
+    from errata.edits.ledger.exchange import read_export
+
+    for file in files:
+        read_export(file, DeltaKinds())
+
+
 def check_protocols(names: Sequence[str]) -> None:
     """Raise `UnknownNameError` for a protocol that nobody measures."""
     from errata.contract import plugins

@@ -102,7 +102,7 @@ def edit(
     ] = None,
     paraphrase: Annotated[
         list[str] | None,
-        typer.Option("--paraphrase", help="A filled prompt that means the same (repeatable)."),
+        typer.Option("--paraphrase", help="A prompt that means the same (repeatable)."),
     ] = None,
     ask: Annotated[
         list[str] | None,

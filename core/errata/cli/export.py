@@ -10,8 +10,10 @@ import typer
 from rich.text import Text
 
 from errata.cli import render
+from errata.cli.checks import check_exports, check_model
 from errata.cli.edits import edit_json
 from errata.cli.session import MODEL, Session, command
+from errata.edits.formats import EXPORTS, MERGES, writer
 from errata.errors import LedgerError
 
 if TYPE_CHECKING:
@@ -104,6 +106,7 @@ def export(
                 )
             path = ledger.export(chosen, out, overwrite=overwrite)
     else:
+        writer(EXPORTS, format, options)
         session.read_ledger().close()
         session.check_ids(ids or ())
         with session.editor() as editor:
@@ -132,6 +135,8 @@ def import_(
     """
     if not file.is_file():
         raise LedgerError(f"There is no file {str(file)!r} to import.")
+    check_model(session.model_name())
+    check_exports([file])
     with session.editor(create=True) as editor:
         show_imported(session, editor, editor.import_(file), apply)
 
@@ -184,10 +189,11 @@ def merge(
     """
     from errata.model.loading import auto_class
 
+    options = given(base=base, type=type)
+    writer(MERGES, format, options)
     session.read_ledger().close()
     with session.editor() as editor:
         active = editor.model.stack.ids
-        options = given(base=base, type=type)
         path = editor.merge(out, overwrite=overwrite, format=format, **options)
         loader = auto_class(editor.model.config, editor.model.name).__name__
     if session.json:

@@ -87,6 +87,8 @@ def generate(
     texts = [line for item in prompts for line in (_lines() if item == "-" else [item])]
     if not texts:
         raise RequestError("No prompt: standard input was empty.")
+    if not all(texts):
+        raise RequestError("A prompt is empty: it needs a word at least.")
     options = {
         "max_new_tokens": max_new_tokens, "do_sample": sample, "temperature": temperature,
         "seed": seed, "chat": chat,
@@ -231,4 +233,13 @@ def evaluate(
     for grid in render.measurements(found, before):
         session.show("", grid)
     for protocol in missing:
-        session.show(Text(f"{protocol}: the requests have no prompt for it", style="muted"))
+        session.show(Text(_why_missing(protocol), style="muted"))
+
+
+def _why_missing(protocol: str) -> str:
+    """Return why a protocol has no number: what the requests lack."""
+    from errata.evaluate import PROTOCOLS
+
+    needs = {known.name: known.needs for known in PROTOCOLS}.get(protocol)
+    lack = f"none has {needs}" if needs else "they have no prompt for it"
+    return f"{protocol}: nothing to measure in these requests; {lack}"

@@ -10,6 +10,7 @@ import typer
 from rich.text import Text
 
 from errata.cli import render
+from errata.cli.checks import check_exports, check_model
 from errata.cli.edits import PANEL, pairs
 from errata.cli.session import MODEL, Session, command
 from errata.errors import ConfigError, LedgerError
@@ -103,6 +104,8 @@ def apply(
     if not files:
         _need_ledger(session)
         session.check_ids(named, active=False)
+    check_model(session.model_name())
+    check_exports([Path(item) for item in files])
     with session.editor(create=bool(files)) as editor:
         session.remember(editor)
         put: list[Edit] = []

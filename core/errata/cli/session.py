@@ -226,9 +226,10 @@ class Session:
         known = self.remembered()
         name = self.model or known.get("name")
         if not name:
+            made = f"{self.ledger} does not name its model. " if self.has_ledger() else ""
             raise ConfigError(
-                "Which model? Give --model (atlas-gpt2 ships with errata; or a checkpoint folder "
-                "or hub name), or set ERRATA_MODEL."
+                f"{made}Which model? Give --model (atlas-gpt2 ships with errata; or a checkpoint "
+                "folder or hub name), or set ERRATA_MODEL."
             )
         if self.dtype is None and name == known.get("name"):
             self.dtype = known.get("dtype")
@@ -333,12 +334,21 @@ class Session:
             label = "Refused: "
             message = (
                 f"{error.reason}. Nothing of it is on the model; the refusal is in the ledger "
-                "(errata log --refused). Accept it with --guard NAME=warn, or without --refuse."
+                f"(errata log --refused). Accept it {_accepting(error)}."
             )
         elif not isinstance(error, (ErrataError, OSError)):
             label = f"Unexpected {type(error).__name__}: "
             message += " (a bug in errata or in a plugin; --debug shows where)"
         self.err.print(Text.assemble((label, "bad"), message))
+
+
+def _accepting(error: EditRefused) -> str:
+    """Return how to keep an edit that was refused: by the guard that measured it."""
+    if "facts" in error.measured:
+        return "without --refuse"
+    guards = {"relative_norm": "norm", **{n: n for n in ("finite", "efficacy", "perplexity")}}
+    name = next((guards[key] for key in error.measured if key in guards), "NAME")
+    return f"with --guard {name}=warn"
 
 
 def describe(error: Exception) -> dict[str, Any]:

@@ -21,9 +21,11 @@ class Protocol:
         measure: is given an `errata.evaluate.Reader` on a model in one state and reads the
             questions off it. A metric without prompts is left out, never reported as 0, and so
             is everything relative to the base where `reader.base` is None.
+        needs: what a request must have for it; said where nothing could be measured.
     """
 
     name: str
     summary: str
     origin: str
     measure: Callable[[Any], list[Measurement]]
+    needs: str = ""

@@ -121,7 +121,9 @@ class Request(_Frozen):
         description="The benchmark's id of this case; requests that share it are edited together",
     )
     aliases: tuple[str, ...] = Field(default=(), description="Other right forms of target_new")
-    paraphrases: tuple[str, ...] = Field(default=(), description="Filled prompts, same meaning")
+    paraphrases: tuple[str, ...] = Field(
+        default=(), description="Prompts that mean the same; {} becomes the subject"
+    )
     neighbourhood: tuple[Probe, ...] = Field(
         default=(), description="Other subjects, same relation: must keep their answers"
     )
@@ -131,7 +133,9 @@ class Request(_Frozen):
     portability: tuple[Probe, ...] = Field(
         default=(), description="What should follow from the change (two-hop, alias, reversal)"
     )
-    generation: tuple[str, ...] = Field(default=(), description="Prompts for free generation")
+    generation: tuple[str, ...] = Field(
+        default=(), description="Prompts for free generation; {} becomes the subject"
+    )
     attribute: tuple[Probe, ...] = Field(
         default=(), description="Other subjects for which target_new is true already"
     )
@@ -178,6 +182,20 @@ class Request(_Frozen):
         if value and isinstance(value, (list, tuple)):
             return tuple({"prompt": item} if isinstance(item, str) else item for item in value)
         return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _the_subject_fills_its_place_everywhere(cls, data: Any) -> Any:
+        """Who writes {} in the prompt writes it in a paraphrase, too."""
+        subject = data.get("subject") if isinstance(data, Mapping) else None
+        if not isinstance(subject, str):
+            return data
+        filled = {
+            name: tuple(t.replace("{}", subject) if isinstance(t, str) else t for t in data[name])
+            for name in ("paraphrases", "generation")
+            if isinstance(data.get(name), (list, tuple))
+        }
+        return {**data, **filled}
 
     @model_validator(mode="before")
     @classmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -45,7 +45,6 @@ class Stack(Described):
         self._model = model
         self._entries: list[Edit] = []
         self._undo: list[Undo] = []
-        self._pending: list[Edit] | None = None
         self._bare = Structure(model.module)
         self._hung: Traits = {}  # what the active edits made otherwise than in the bare module
 
@@ -113,11 +112,11 @@ class Stack(Described):
 
     def add(self, edit: Edit) -> None:
         """Make one more edit active."""
-        self._change(lambda entries: [*entries, edit])
+        self.set([*self._entries, edit])
 
     def remove(self, edit_id: str) -> None:
         """Take one edit off, wherever it is in the order."""
-        self._change(lambda entries: [e for e in entries if e.id != edit_id])
+        self.set([e for e in self._entries if e.id != edit_id])
 
     @contextmanager
     def temporarily(self, entries: Sequence[Edit]) -> Iterator[None]:
@@ -132,20 +131,6 @@ class Stack(Described):
                 yield
             finally:
                 self.set(former)
-
-    @contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Collect the adds and removes of a block and carry them out at once, at its end."""
-        if self._pending is not None:  # already inside a deferred block
-            yield
-            return
-        self._pending = list(self._entries)
-        try:
-            yield
-            wanted = self._pending
-        finally:
-            self._pending = None
-        self.set(wanted)
 
     def restore(self) -> None:
         """Rewrite every tensor from base and fold, whatever was done to the live module."""
@@ -241,12 +226,6 @@ class Stack(Described):
         return [(type(kinds[kind][0][1]), kinds[kind]) for kind in sorted(kinds)]
 
     # -- how -------------------------------------------------------------------------------------
-
-    def _change(self, how: Callable[[list[Edit]], list[Edit]]) -> None:
-        if self._pending is not None:
-            self._pending = how(self._pending)
-        else:
-            self.set(how(self._entries))
 
     def _live(self) -> dict[str, Tensor]:
         return {**self._model.parameters, **self._model.buffers}

@@ -18,14 +18,17 @@ def heat_map(*traces: CausalTrace) -> Figure:
     """Draw traces of one prompt below one another, as in ROME's Figure 1.
 
     Dark is a high probability of the answer after restoring there; the scale runs from the
-    corrupted to the clean run's (what is below is as light) and is common to all.
+    corrupted to the clean run's (what is below is as light) and is common to all. That of
+    estimates ends at their highest: they may be far too small, and say where, not how much.
     """
     first = traces[0]
     tokens = len(first.tokens)
     height = len(traces) * (0.125 * tokens + 0.52) + 0.3
     made, axes = figure(height, rows=len(traces))
     low = first.low
-    high = max(first.high, *(float(t.scores.max()) for t in traces))
+    highest = max(float(t.scores.max()) for t in traces)
+    exact = not all(t.how for t in traces)
+    high = max(first.high, highest) if exact or highest <= low else highest
     for trace, ax in zip(traces, axes[:, 0], strict=True):
         _map(ax, trace, low, high)
     axes[-1, 0].set_xlabel("layer", fontsize=MEDIUM)

@@ -34,6 +34,7 @@ from errata.serve.batching import Batcher, BusyError, TextPart, Waiting
 from errata.serve.openai import (
     ChatAsked,
     CompletionAsked,
+    active_edits,
     body,
     choice,
     chosen_edits,
@@ -43,6 +44,7 @@ from errata.serve.openai import (
     public_name,
 )
 from errata.serve.settings import LOOPBACK, ServeSettings
+from errata.serve.working import GivenUpError, Jobs
 
 if TYPE_CHECKING:
     from errata.editor import Editor
@@ -77,12 +79,16 @@ def create_app(editor: Editor, settings: ServeSettings | None = None) -> FastAPI
     if not editor.model.generates:
         raise CapabilityError(f"{editor.model.name} generates no text: there is nothing to serve.")
     batcher = Batcher(editor, rules.max_batch, rules.max_waiting)
+    jobs = Jobs(editor.model.progress)
+    editor.model.progress = jobs
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         del app
         yield
+        jobs.give_up()
         await run_in_threadpool(batcher.close)
+        editor.model.progress = jobs.listened
 
     # No pages of documentation: FastAPI's load scripts from elsewhere.
     app = FastAPI(title="errata", docs_url=None, redoc_url=None, lifespan=lifespan)
@@ -132,27 +138,48 @@ def create_app(editor: Editor, settings: ServeSettings | None = None) -> FastAPI
     def edit(edit_id: str) -> dict[str, Any]:
         return looking.details(editor, edit_id)
 
+    @app.get("/errata/working", dependencies=may_read)
+    async def working() -> dict[str, Any]:
+        return {"jobs": jobs.going_on(), "texts": batcher.count}
+
     @app.post("/errata/edits/{edit_id}/answers", dependencies=may_read)
-    def answers(edit_id: str) -> dict[str, Any]:
-        return looking.side_effects(editor, edit_id)
+    async def answers(edit_id: str, request: Request) -> dict[str, Any]:
+        def work() -> dict[str, Any]:
+            return looking.side_effects(editor, edit_id)
+
+        return await jobs.run("Asking with and without an edit", work, _gone(request))
 
     @app.post("/errata/edits/{edit_id}/apply", dependencies=may_change)
-    def apply(edit_id: str) -> dict[str, Any]:
-        editor.apply(editor.ledger.resolve(edit_id))  # never a file of the server's
-        return {"active": list(editor.model.stack.ids)}
+    async def apply(edit_id: str) -> dict[str, Any]:
+        def work() -> None:
+            editor.apply(editor.ledger.resolve(edit_id))  # never a file of the server's
+
+        await jobs.run("Applying an edit", work)
+        return {"active": active_edits(editor)}
 
     @app.post("/errata/edits/{edit_id}/revert", dependencies=may_change)
-    def revert(edit_id: str) -> dict[str, Any]:
-        editor.revert(editor.ledger.resolve(edit_id))
-        return {"active": list(editor.model.stack.ids)}
+    async def revert(edit_id: str) -> dict[str, Any]:
+        def work() -> None:
+            editor.revert(editor.ledger.resolve(edit_id))
+
+        await jobs.run("Reverting an edit", work)
+        return {"active": active_edits(editor)}
 
     @app.post("/errata/compare", dependencies=may_read)
-    def compare(asked: looking.CompareAsked) -> dict[str, Any]:
-        return looking.compared(editor, asked)
+    async def compare(asked: looking.CompareAsked, request: Request) -> dict[str, Any]:
+        def work() -> dict[str, Any]:
+            return looking.compared(editor, asked)
+
+        return await jobs.run("Comparing two stacks", work, _gone(request))
 
     @app.post("/errata/trace", dependencies=may_read)
-    def trace(asked: looking.TraceAsked) -> Response:
-        return Response(looking.traced(editor, asked), media_type="image/png")
+    async def trace(asked: looking.TraceAsked, request: Request) -> Response:
+        def work() -> tuple[bytes, str]:
+            return looking.traced(editor, asked)
+
+        made, note = await jobs.run("A causal trace", work, _gone(request))
+        headers = {"Errata-Note": note} if note else {}
+        return Response(made, media_type="image/png", headers=headers)
 
     # -- the page: it holds no data, so it needs no token ------------------------------------
 
@@ -175,8 +202,16 @@ def create_app(editor: Editor, settings: ServeSettings | None = None) -> FastAPI
 def _require(request: Request, rules: ServeSettings) -> None:
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     good = hmac.compare_digest(token.strip().encode(), rules.token.encode())
-    if scheme.lower() != "bearer" or not good:
-        raise HTTPException(401, "A token is needed: Authorization: Bearer TOKEN.")
+    if scheme.lower() != "bearer":
+        raise HTTPException(401, "This needs the token (Authorization: Bearer TOKEN).")
+    if not good:
+        raise HTTPException(401, "That is not this server's token.")
+
+
+async def _gone(request: Request) -> None:
+    """Wait until who asked has gone away."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _guarded(rules: ServeSettings) -> Callable[..., Awaitable[Response]]:
@@ -235,7 +270,7 @@ def _add_errors(app: FastAPI) -> None:
 
 
 def _status(error: Exception) -> int:
-    if isinstance(error, BusyError):
+    if isinstance(error, (BusyError, GivenUpError)):
         return 503
     if isinstance(error, UnknownNameError):
         return 404

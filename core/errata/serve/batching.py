@@ -141,6 +141,7 @@ class Batcher:
         self._waiting: deque[Waiting] = deque()
         self._condition = threading.Condition()
         self._closed = False
+        self._running = 0
         self._thread = threading.Thread(target=self._run, name="errata-batches", daemon=True)
         self._thread.start()
 
@@ -154,6 +155,11 @@ class Batcher:
                 raise BusyError(f"{len(self._waiting)} texts are waiting already: try again later.")
             self._waiting.extend(texts)
             self._condition.notify()
+
+    @property
+    def count(self) -> int:
+        """How many texts run or wait."""
+        return len(self._waiting) + self._running
 
     def close(self) -> None:
         """Finish what is running, and start nothing more."""
@@ -175,8 +181,10 @@ class Batcher:
                 if self._closed:
                     return
                 batch = self._next()
+                self._running = len(batch)
             with _told_of_errors(batch):
                 self._carry_out(batch)
+            self._running = 0
 
     def _next(self) -> list[Waiting]:
         """Take the first text that waits and those that may run with it, in their order."""

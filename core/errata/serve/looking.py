@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from errata.edits.edit import Edit, LogEntry
 from errata.evaluate.report import edit_report
 from errata.model.generation import generated
 from errata.model.sampling import GenerationSettings
 from errata.model.scoring import score_targets
-from errata.serve.openai import EditChoice, public_name
+from errata.serve.openai import EditChoice, active_edits, public_name
 
 if TYPE_CHECKING:
     from errata.editor import Editor
@@ -22,12 +22,18 @@ PAGE = 100
 """Edits in one answer, at most."""
 
 
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("it holds no word")
+    return text
+
+
 class CompareAsked(BaseModel):
     """`POST /errata/compare`: one prompt, two selections of edits."""
 
     model_config = ConfigDict(extra="forbid")
 
-    prompt: str = Field(min_length=1, max_length=20_000)
+    prompt: Annotated[str, AfterValidator(_not_blank)] = Field(max_length=20_000)
     a: EditChoice = Field(default_factory=EditChoice)
     b: EditChoice = Field(default_factory=EditChoice)
     max_tokens: int = Field(default=24, ge=1, le=128)
@@ -38,8 +44,8 @@ class TraceAsked(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    prompt: str = Field(min_length=1, max_length=2_000)
-    subject: str = Field(min_length=1, max_length=500)
+    prompt: Annotated[str, AfterValidator(_not_blank)] = Field(max_length=2_000)
+    subject: Annotated[str, AfterValidator(_not_blank)] = Field(max_length=500)
     kind: Literal["hidden", "mlp", "attn"] = "hidden"
     estimate: bool = Field(
         default=False, description="One backward pass instead of all restorations"
@@ -56,7 +62,7 @@ def state(editor: Editor, *, allow_edits: bool, token_for_all: bool) -> dict[str
         "layers": model.anatomy.n_layers,
         "parameters": sum(p.numel() for p in model.parameters.values()),
         "chat": bool(getattr(model.tokenizer, "chat_template", None)),
-        "active": list(model.stack.ids),
+        "active": active_edits(editor),
         "edits": len(editor.ledger.ids()),
         "damaged": dict(editor.damaged),
         "allow_edits": allow_edits,
@@ -67,7 +73,7 @@ def state(editor: Editor, *, allow_edits: bool, token_for_all: bool) -> dict[str
 def listing(editor: Editor, query: str = "", offset: int = 0) -> dict[str, Any]:
     """Return the ledger's edits, the last ones first: those that hold every word of a query."""
     words = query.casefold().split()
-    active = set(editor.model.stack.ids)
+    active = set(active_edits(editor))
     found = [
         edit
         for edit in reversed(list(editor.ledger.edits()))
@@ -101,7 +107,7 @@ def _row(entry: LogEntry) -> dict[str, Any]:
 def details(editor: Editor, edit_id: str) -> dict[str, Any]:
     """Return all of one edit's record."""
     edit = editor.ledger.get(edit_id)
-    row = _row(LogEntry.of(edit, set(editor.model.stack.ids)))
+    row = _row(LogEntry.of(edit, set(active_edits(editor))))
     first = edit.requests[0].plain
     return {
         **row,
@@ -136,12 +142,12 @@ def compared(editor: Editor, asked: CompareAsked) -> dict[str, Any]:
     with model.access.changing():  # both are of one state of the ledger
         stacks = [_stack(editor, choice) for choice in (asked.a, asked.b)]
         texts = []
-        for ids in stacks:
+        for ids in model.progress.track(stacks, "continuing the prompt"):
             with _only(editor, ids):
                 settings = GenerationSettings(max_new_tokens=asked.max_tokens)
                 texts.append(generated(model, [asked.prompt], settings)[0].text)
         scored = []
-        for ids in stacks:
+        for ids in model.progress.track(stacks, "scoring what was said"):
             with _only(editor, ids):
                 scored.append(_scores(editor, asked.prompt, texts))
     rows = []
@@ -208,8 +214,12 @@ def _only(editor: Editor, ids: Sequence[str]) -> Iterator[None]:
 # -- a trace ---------------------------------------------------------------------------------------
 
 
-def traced(editor: Editor, asked: TraceAsked) -> bytes:
-    """Return a causal trace as a PNG picture.
+FAINT = 0.25
+"""An estimate that sees less than this share of the effect says little."""
+
+
+def traced(editor: Editor, asked: TraceAsked) -> tuple[bytes, str]:
+    """Return a causal trace as a PNG picture, and what must be said of it.
 
     Raises `RequestError` for a prompt that cannot be traced, `MissingExtraError` without
     matplotlib.
@@ -221,4 +231,11 @@ def traced(editor: Editor, asked: TraceAsked) -> bytes:
     with editor.model.access.changing(), _only(editor, _stack(editor, asked.edits)):
         look = screen if asked.estimate else trace
         found = look(editor.model, asked.prompt, asked.subject, kind=asked.kind)
-    return rendered(plots.heat_map(found), "png")
+    seen, whole = float(found.scores.max()) - found.low, found.high - found.low
+    note = ""
+    if asked.estimate and seen < FAINT * whole:
+        note = (
+            f"The estimate sees {max(seen, 0):.2f} of an effect of {whole:.2f} at most, so it says "
+            "little. Trace without it."
+        )
+    return rendered(plots.heat_map(found), "png"), note

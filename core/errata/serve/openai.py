@@ -123,6 +123,15 @@ def public_name(editor: Editor) -> str:
     return editor.model.name.rstrip("/").rsplit("/", 1)[-1]
 
 
+def active_edits(editor: Editor) -> list[str]:
+    """Return the ids of the edits that are on, in ledger order.
+
+    They are the ledger's: on the model there may be, for the length of a batch, those of a
+    request that takes others.
+    """
+    return [edit for edit in editor.ledger.active_ids() if edit not in editor.damaged]
+
+
 def models(editor: Editor) -> dict[str, Any]:
     """Return the list of models: as it stands, its base, and each active edit alone.
 
@@ -130,7 +139,7 @@ def models(editor: Editor) -> dict[str, Any]:
     `errata`.
     """
     name = public_name(editor)
-    names = [name, f"{name}@base", *(f"{name}@{edit}" for edit in editor.model.stack.ids)]
+    names = [name, f"{name}@base", *(f"{name}@{edit}" for edit in active_edits(editor))]
     data = [{"id": n, "object": "model", "created": 0, "owned_by": "errata"} for n in names]
     return {"object": "list", "data": data}
 
@@ -155,7 +164,7 @@ def chosen_edits(editor: Editor, asked: _Asked) -> tuple[str, ...] | None:
         only = [] if tail == "base" else tail.split("+")
     if choice.without is not None:
         gone = {editor.ledger.resolve(edit) for edit in choice.without}
-        return tuple(edit for edit in editor.model.stack.ids if edit not in gone)
+        return tuple(edit for edit in active_edits(editor) if edit not in gone)
     if only is None:
         return None
     wanted = {editor.ledger.resolve(edit) for edit in only}

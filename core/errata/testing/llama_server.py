@@ -25,7 +25,7 @@ class LlamaServer:
 
     def __init__(self, model: Path, adapters: Sequence[Path] = (), context: int = 256) -> None:
         if find_spec("xllamacpp") is None:
-            raise MissingExtraError("Asking llama.cpp", "xllamacpp", "dev")
+            raise MissingExtraError("Asking llama.cpp", "xllamacpp", "llama")
         import xllamacpp
 
         settings = xllamacpp.CommonParams()

@@ -273,4 +273,5 @@ PROTOCOL = Protocol(
     "against the true target",
     "Meng et al. 2022, Locating and Editing Factual Associations in GPT, section 3.4",
     measure,
+    needs="target_true, the answer that the new one is compared with (errata edit --target-true)",
 )

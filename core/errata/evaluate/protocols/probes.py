@@ -32,6 +32,7 @@ PORTABILITY = Protocol(
     "teacher-forced",
     "Yao et al. 2023, Editing Large Language Models, section 5.1; scored by generation here",
     portability,
+    needs="portability: questions whose answers follow from the change",
 )
 LOCALITY = Protocol(
     "locality",
@@ -39,4 +40,5 @@ LOCALITY = Protocol(
     "to the base's",
     "Yao et al. 2023, Editing Large Language Models, section 5.2; scored by generation here",
     locality,
+    needs="locality: questions whose answers must stay",
 )

@@ -25,29 +25,60 @@ function headers(more) {
   return token.get() ? { ...more, Authorization: `Bearer ${token.get()}` } : { ...more };
 }
 
+// What only looks is stopped by the button; what changes the model is always carried out.
+let stopper = new AbortController();
+const changes = (path) => /\/(apply|revert)$/.test(path);
+
 async function send(path, body, again = true) {
   const post = body !== undefined;
   const answer = await fetch(path, {
     method: post ? "POST" : "GET",
+    signal: post && !changes(path) ? stopper.signal : undefined,
     headers: headers(post ? { "Content-Type": "application/json" } : {}),
     body: post ? JSON.stringify(body) : undefined,
   });
-  if (answer.status === 401 && again) {
-    await login();
-    return send(path, body, false);
-  }
   if (!answer.ok) {
     let message = `${answer.status} ${answer.statusText}`;
     try { message = (await answer.json()).error.message; } catch { /* no JSON: the status says it */ }
-    throw new Error(message);
+    if (answer.status !== 401 || !again) throw new Error(message);
+    await login(message);
+    return send(path, body, false);
   }
   return answer;
 }
 const ask = async (path, body) => (await send(path, body)).json();
 
 function fail(error) {
-  $("error").textContent = shown(error.message || error);
+  $("error").textContent = error.name === "AbortError" ? "Stopped." : shown(error.message || error);
   $("error").hidden = false;
+}
+
+// While something takes long: what the server is at, everybody's work included.
+let waiting = 0, watched = null;
+function watch() {
+  watched ??= setInterval(async () => {
+    if (!waiting) {
+      clearInterval(watched);
+      watched = null;
+      $("working").hidden = true;
+      return;
+    }
+    try {
+      const now = await (await fetch("errata/working", { headers: headers() })).json();
+      $("working-what").textContent = shown(atWork(now));
+      $("working").hidden = !waiting || !(now.jobs.length || now.texts);
+    } catch { /* the work itself says what is wrong */ }
+  }, 1000);
+}
+
+function atWork({ jobs, texts }) {
+  const lines = jobs.map((job) => {
+    const left = job.done && job.total > job.done ? `, about ${Math.ceil(job.step_seconds / job.done * (job.total - job.done))} s left` : "";
+    const at = job.total > 1 ? `: ${job.step}, ${job.done} of ${job.total}` : job.step ? `: ${job.step}` : "";
+    return `${job.what}${at} (${Math.round(job.seconds)} s${left})`;
+  });
+  if (texts) lines.push(`${texts} text${texts === 1 ? "" : "s"} being written`);
+  return lines.join("; ");
 }
 
 // Runs a form or a button: it is disabled meanwhile, errors are shown, the focus comes back.
@@ -57,7 +88,10 @@ async function busy(button, work) {
   const focused = document.activeElement === button;
   button.disabled = true;
   button.textContent = `${label} …`;
+  watch();
+  waiting += 1;
   try { await work(); } catch (error) { fail(error); }
+  waiting -= 1;
   button.textContent = label;
   button.disabled = false;
   if (focused && button.isConnected && document.activeElement === document.body) button.focus();
@@ -71,8 +105,9 @@ function open(dialog) {
   return new Promise((done) => dialog.addEventListener("close", () => done(dialog.returnValue === "yes"), { once: true }));
 }
 
-async function login() {
+async function login(why) {
   const field = $("login").querySelector("input");
+  $("login-why").textContent = shown(why);
   field.value = "";
   if (await open($("login"))) token.set(field.value.trim());
 }
@@ -184,7 +219,7 @@ async function unfold(edit, place, button) {
       : (a.gives_target ? ["! new answer", "bad"] : a.changed ? ["! changed", "warn"] : ["as before", "prompt"]);
     answers.replaceChildren(
       el("h3", {}, "Before and after"),
-      el("div", { class: "scroll" }, el("table", {},
+      el("div", { class: "scroll" }, el("table", { class: "answers" },
         el("thead", {}, el("tr", {}, ["", "prompt", "without", "with", ""].map((x) => el("th", {}, x)))),
         el("tbody", {}, report.answers.map((a) => el("tr", {}, el("td", { class: "prompt" }, a.role), el("td", {}, a.prompt),
           el("td", {}, first(a.before)), el("td", {}, first(a.after)), el("td", { class: mark(a)[1] }, mark(a)[0])))))),
@@ -225,7 +260,8 @@ async function trace(form) {
   const url = URL.createObjectURL(await answer.blob());
   const image = el("img", { src: url, alt: `Causal trace of “${given.prompt}”: tokens down, layers across` });
   image.addEventListener("load", () => URL.revokeObjectURL(url));
-  $("traced").replaceChildren(image);
+  const note = answer.headers.get("Errata-Note");
+  $("traced").replaceChildren(image, note ? el("p", { class: "warn" }, note) : "");
 }
 
 // -- chat ----------------------------------------------------------------------------------------
@@ -306,6 +342,7 @@ $("chat").addEventListener("keydown", (event) => {
 let typed;
 $("search").addEventListener("submit", (event) => { event.preventDefault(); list().catch(fail); });
 $("query").addEventListener("input", () => { clearTimeout(typed); typed = setTimeout(() => list().catch(fail), 200); });
+$("stop").addEventListener("click", () => { stopper.abort(); stopper = new AbortController(); });
 $("confirm-no").addEventListener("click", () => $("confirm").close("no"));
 $("more").addEventListener("click", () => busy($("more"), () => list($("list").children.length)));
 addEventListener("hashchange", view);
