@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -177,7 +178,10 @@ def _case(editor: Any, request: Any, nbytes: int, seconds: float) -> dict[str, A
 def table(path: Path) -> str:
     """Return the means as a table in Markdown."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for line in _lines(path):
+    lines = _lines(path)
+    if lines and "question" in lines[0]:
+        return table_of_hops(lines)
+    for line in lines:
         groups.setdefault((line["way"], line["row"]), []).append(line)
     out = [
         "| | n | ES | PS | NS | says it | in other words | at neighbours | bytes | s an edit | "
@@ -194,6 +198,18 @@ def table(path: Path) -> str:
             f"{_mean(lines, 'latency'):.2f}",
         ]
         out.append(f"| {row} ({way}) | {' | '.join(cells)} |")
+    return "\n".join(out)
+
+
+def table_of_hops(lines: Sequence[dict[str, Any]]) -> str:
+    """Return how many questions of two hops were answered rightly, and how loops ended."""
+    out = ["| | n | right | s a text | ends |", "|---|---|---|---|---|"]
+    for row in dict.fromkeys(line["row"] for line in lines):
+        mine = [line for line in lines if line["row"] == row]
+        ends = Counter(line["ending"] for line in mine if line["ending"])
+        shown = ", ".join(f"{name} {count}" for name, count in ends.most_common()) or "–"
+        right = sum(line["right"] for line in mine)
+        out.append(f"| {row} | {len(mine)} | {right} | {_mean(mine, 'latency'):.2f} | {shown} |")
     return "\n".join(out)
 
 

@@ -29,7 +29,8 @@ from reference import (
 ROOT = Path(__file__).resolve().parent.parent.parent
 DOCS = ROOT / "docs"
 NAV: list[tuple[str, list[str]]] = [
-    ("Start", ["index.md", "install.md", "first-edit.md", "concepts.md"]),
+    ("Start", ["index.md", "install.md", "first-edit.md", "choosing.md",
+               "concepts.md"]),
     ("How to", ["checking.md", "thousands.md", "shipping.md", "serving.md", "server.md",
                 "models.md", "plugin.md", "datasets.md", "locate.md", "protocols.md", "bench.md",
                 "report.md", "notebooks.md"]),
