@@ -228,7 +228,6 @@ def test_killed_at_a_chosen_point_of_a_change(tmp_path: Path, writers: Writers, 
     assert all(kept) == any(kept) == (point == "after commit")
 
 
-@pytest.mark.slow
 def test_a_temporary_file_is_left_alone_while_its_writer_lives(
     tmp_path: Path, writers: Writers
 ) -> None:
