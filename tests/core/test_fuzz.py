@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from errata import Editor, ErrataError, Request, datasets
 from errata.contract.registry import Registry
 from errata.contract.yaml_file import parse_yaml
+from errata.errors import ConfigError
 from tests.families import build
 
 FACT = {"prompt": "The capital of {} is", "subject": "France", "target_new": "Rome"}
@@ -151,6 +153,18 @@ def test_a_registry_of_wrong_shapes(said: str, tmp_path: Path) -> None:
     (tmp_path / "registry.yaml").write_text(f"methods:\n  ft:\n    {said}\n")
     with pytest.raises(ErrataError, match="ft"):
         Registry.load(tmp_path)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_model_of_ten_million_layers_is_refused_before_it_is_built(
+    nested: bool, tmp_path: Path
+) -> None:
+    found: dict[str, Any] = {"model_type": "llama", "num_hidden_layers": 10**7}
+    if nested:
+        found = {"model_type": "gemma3", "text_config": {**found, "model_type": "gemma3_text"}}
+    (tmp_path / "config.json").write_text(json.dumps(found))
+    with pytest.raises(ConfigError, match="num_hidden_layers is 10000000"):
+        Editor(tmp_path)
 
 
 @pytest.mark.parametrize("read", ["export", "dataset"])

@@ -27,6 +27,14 @@ ADAPTER = "adapter_config.json"
 MAX_SETTINGS = 16 * 2**20
 """Bytes; the settings of tokenizers with thousands of added tokens take about one megabyte."""
 
+LAYERS = (
+    "num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_decoder_layers",
+    "encoder_layers", "decoder_layers",
+)  # fmt: skip
+"""What configurations call the number of blocks."""
+MAX_LAYERS = 10_000
+"""The deepest models have some hundreds."""
+
 
 def read_config(location: str, known: Collection[str] = (), trusted: bool = False) -> Any:
     """Return the configuration of a folder or hub name.
@@ -140,6 +148,25 @@ def _check_sizes(location: str) -> None:
             raise ConfigError(
                 f"{file} is larger than {MAX_SETTINGS} bytes: these are no settings of a model."
             )
+    config = Path(location) / SETTINGS[0]
+    try:
+        settings = json.loads(config.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return  # whoever reads it says what is wrong
+    _check_depth(settings, config)
+
+
+def _check_depth(settings: Any, file: Path) -> None:
+    """Refuse a number of layers that would be built one by one before any weight is read."""
+    parts = [settings]  # of a composed model several, as text_config
+    while parts:
+        part = parts.pop()
+        for name, value in part.items() if isinstance(part, Mapping) else ():
+            parts.append(value)
+            if name in LAYERS and isinstance(value, (int, float)) and value > MAX_LAYERS:
+                raise ConfigError(
+                    f"{file}: {name} is {value}; no model has over {MAX_LAYERS} layers."
+                )
 
 
 @contextmanager
