@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -148,11 +148,10 @@ REPRESENTATIVE = ("gpt2", "llama", "gemma2", "gpt_neox", "t5", "bert", "mixtral"
 that are probed: experts alone and beside a shared one, an image tower, recurrent layers."""
 
 
-def sampled(families: Iterable[str]) -> list[Any]:
-    """Return families as parameters of a test: some in the default run, the rest marked slow."""
+def sampled(values: Iterable[Any], short: Collection[Any] = REPRESENTATIVE) -> list[Any]:
+    """Return families (or others) as parameters of a test: `short` by default, the rest slow."""
     return [
-        family if family in REPRESENTATIVE else pytest.param(family, marks=pytest.mark.slow)
-        for family in families
+        value if value in short else pytest.param(value, marks=pytest.mark.slow) for value in values
     ]
 
 

@@ -26,7 +26,7 @@ from errata.model.perplexity import text_nlls
 from errata.model.sampling import GenerationSettings
 from errata.model.scoring import score_targets
 from errata.testing import edit_with, state_of
-from tests.families import SENTENCES, build_model
+from tests.families import SENTENCES, build_model, sampled
 
 LINE = "The capital of France is Rome."
 FRANCE, SPAIN, ITALY, TEXAS = (
@@ -70,9 +70,7 @@ def every_way(model: Model) -> dict[str, Any]:
 # -- rewriting -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "family", ["gpt2", "bert", *(pytest.param(f, marks=pytest.mark.slow) for f in ("llama", "t5"))]
-)
+@pytest.mark.parametrize("family", sampled(["gpt2", "llama", "t5", "bert"], ("gpt2", "bert")))
 def test_a_prompt_is_read_as_the_edits_rewrite_it(family: str, cache: Path, toys: None) -> None:
     model = build_model(family, cache)
     before, weights = every_way(model), state_of(model)

@@ -20,7 +20,7 @@ from errata.model import Model
 from errata.model.anatomy import Anatomy
 from errata.model.forward import trace
 from errata.testing import edit_with
-from tests.families import architectures, build
+from tests.families import architectures, build, sampled
 
 MODULES = {
     "gpt2": "transformer.h.1.mlp.c_fc",
@@ -100,12 +100,7 @@ IN_SHORT = ("gpt2", "t5-decoder", "bert")
 """A decoder, an encoder-decoder's second half, an encoder; the other families are slow."""
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(family, marks=[] if family in IN_SHORT else [pytest.mark.slow])
-        for family in sorted(MODULES)
-    ]
-)
+@pytest.fixture(params=sampled(sorted(MODULES), IN_SHORT))
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -22,7 +22,7 @@ from errata.kit.hypernetworks import (
 from errata.kit.training.training_batches import target_batches
 from errata.model import Model
 from errata.model.running import prepare, run
-from tests.families import build, build_model
+from tests.families import build, build_model, sampled
 
 QUIET = {"efficacy": "off", "perplexity": "off", "norm": "off"}
 TINY: dict[str, Any] = {
@@ -203,14 +203,7 @@ MEND: dict[str, Any] = {**TINY, "steps": 2, "locality": "others"}
 
 @pytest.mark.parametrize(
     "family",
-    [
-        "opt",
-        "bert",
-        *(
-            pytest.param(f, marks=pytest.mark.slow)
-            for f in ("t5", "t5-classifier", "llama-classifier")
-        ),
-    ],
+    sampled(["t5", "t5-classifier", "bert", "llama-classifier", "opt"], ("opt", "bert")),
 )
 def test_every_sort_of_model_is_edited_and_comes_back(family: str, tmp_path: Path) -> None:
     module, tokenizer = build(family)

@@ -23,7 +23,7 @@ from errata.errors import ConfigError, RequestError, UnknownNameError
 from errata.locate import CausalTrace, CoreLocator, Location, TraceSettings, embedding_std, trace
 from errata.model import Model
 from errata.model.anatomy import Anatomy
-from tests.families import DECODERS, LAYERS, architectures, build_model
+from tests.families import DECODERS, LAYERS, architectures, build_model, sampled
 from tests.helpers import GOLDEN
 
 PROMPT, SUBJECT = "The mother tongue of {} is", "Danielle Darrieux"
@@ -167,13 +167,7 @@ def plainly(model: Model, kind: str, window: int, noise: torch.Tensor) -> torch.
     return scores
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        f if f in ("llama", "gpt_neox") else pytest.param(f, marks=pytest.mark.slow)
-        for f in DECODERS
-    ],
-)
+@pytest.mark.parametrize("family", sampled(DECODERS, ("llama", "gpt_neox")))
 def test_stacked_restorations_equal_single_ones(family: str, cache: Path) -> None:
     model = build_model(family, cache, torch.float64)
     first, last = trace(model, SHORT, samples=1).subject_span

@@ -371,10 +371,8 @@ def ending_early(model: Model) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "family",
-    ["gpt2", "llama", *(pytest.param(f, marks=pytest.mark.slow)
-                        for f in ("gptj", "opt", "gemma2", "t5"))],
-)  # fmt: skip
+    "family", sampled(["gpt2", "gptj", "llama", "opt", "gemma2", "t5"], ("gpt2", "llama"))
+)
 def test_texts_that_have_ended_leave_the_batch(family: str, cache: Path) -> None:
     model = build_model(family, cache)
     prompts = ending_early(model)

@@ -241,13 +241,3 @@ def test_mistakes_are_named(model: Model) -> None:
         train(model, CAPITAL, steps=6, tinit=5, tfinal=1)
     with pytest.raises(ConfigError, match="empty"):
         train(model, CAPITAL, layers=())
-
-
-def test_without_a_place_the_adapter_sits_where_facts_are_best_written(model: Model) -> None:
-    anatomy = model.anatomy
-    bare = AdaloraConfig().for_model(anatomy)
-    assert (bare.layers, bare.target_modules) == ((anatomy.early,), ("mlp_out",))
-    assert bare.for_model(anatomy) == bare
-    named = AdaloraConfig(target_modules=("attention_in",)).for_model(anatomy)
-    assert named.layers is None  # all blocks, as published
-    assert AdaloraConfig(layers=(-1,)).for_model(anatomy).layers == (anatomy.n_layers - 1,)

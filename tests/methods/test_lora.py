@@ -163,13 +163,3 @@ def test_mistakes_are_named(model: Model) -> None:
         train(model, CAPITAL, target_modules=("attn.c_atn",))
     with pytest.raises(ConfigError, match="layer"):
         train(model, CAPITAL, layers=(9,))
-
-
-def test_without_a_place_the_adapter_sits_where_facts_are_best_written(model: Model) -> None:
-    anatomy = model.anatomy
-    bare = LoraConfig().for_model(anatomy)
-    assert (bare.layers, bare.target_modules) == ((anatomy.early,), ("mlp_out",))
-    assert bare.for_model(anatomy) == bare
-    named = LoraConfig(target_modules=("attention_in",)).for_model(anatomy)
-    assert named.layers is None  # all blocks, as published
-    assert LoraConfig(layers=(-1,)).for_model(anatomy).layers == (anatomy.n_layers - 1,)

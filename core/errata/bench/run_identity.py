@@ -6,6 +6,7 @@ of those), and the machine.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -133,7 +134,7 @@ def has_grown(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
     has_state = any(one["state"] for one in here["protocols"].values())
     if config["regime"] != "single" or config["shuffle"] or has_state:
         return False
-    if list(differences(_without_sizes(there), _without_sizes(here))):
+    if _without_sizes(there) != _without_sizes(here):
         return False
     cases = [
         (there["datasets"][name]["cases"], one["cases"]) for name, one in here["datasets"].items()
@@ -144,7 +145,7 @@ def has_grown(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
 
 def _without_sizes(identity: Mapping[str, Any]) -> dict[str, Any]:
     """Return an identity without limits, numbers of cases, and methods."""
-    bare: dict[str, Any] = json.loads(json.dumps(identity))
+    bare = copy.deepcopy(dict(identity))
     config = bare.get("config", {})
     for one in (config, *config.get("datasets", ())):
         one.pop("limit", None)

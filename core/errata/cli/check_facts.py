@@ -103,7 +103,6 @@ def check(
 
     if adapter is not None and not adapter.is_dir():
         raise ConfigError(f"There is no folder {str(adapter)!r}: --adapter names a PEFT adapter's.")
-    check_model(session.model_name())
     with session.editor() as editor, _state(editor, base, only or (), adapter):
         with session.status("Asking the model"):
             changed = True if adapter is not None else None

@@ -9,10 +9,9 @@ from typing import Any
 
 from errata.contract.hooks import PLUGINS
 from errata.errors import ConfigError, UnknownNameError
+from errata.model.checkpoint import LAYER_COUNTS
 from errata.model.installed import entry_points
 from errata.model.model_source import check_model_source
-
-_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
 def check_model(name: str) -> None:
@@ -69,7 +68,7 @@ def _facts(model: str) -> dict[str, Any]:
         return {"name": model}
     inner = config.get("text_config")
     text = inner if isinstance(inner, dict) else config
-    count = next((text[key] for key in _LAYER_COUNTS if isinstance(text.get(key), int)), None)
+    count = next((text[key] for key in LAYER_COUNTS if isinstance(text.get(key), int)), None)
     return {
         "name": model,
         "model_type": config.get("model_type", ""),
@@ -99,8 +98,9 @@ def check_exports(files: Sequence[Path]) -> None:
     from errata.edits.delta_kinds import DeltaKinds
     from errata.edits.ledger.exchange import read_export
 
+    kinds = DeltaKinds()
     for file in files:
-        read_export(file, DeltaKinds())
+        read_export(file, kinds)
 
 
 def check_protocols(names: Sequence[str]) -> None:

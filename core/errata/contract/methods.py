@@ -11,7 +11,7 @@ from errata.contract import plugins
 from errata.contract.capabilities import check_parts
 from errata.contract.manager import Manager, bring_model
 from errata.contract.meter import Meter
-from errata.contract.registry import set_aside
+from errata.contract.registry import following
 from errata.edits.outcome import PeakMemoryReading
 from errata.edits.request import parse_requests
 from errata.errors import CapabilityError, ConfigError
@@ -201,9 +201,7 @@ class Methods:
                     f"can be solved again with {', '.join(sorted(config.resolves))}. "
                     "Revert it, and edit with the other hyper-parameters."
                 )
-        recorded = dict(edit.config)
-        set_aside(recorded, overrides, config)
-        given = {**recorded, **dict.fromkeys(set(edit.config) - set(recorded)), **overrides}
+        given = {**edit.config, **dict.fromkeys(following(overrides, config)), **overrides}
         resolved, _ = self._registry.resolve(edit.method, config, self._facts(), given)
         return resolved
 

@@ -147,12 +147,14 @@ class Registry:
             variant = given.get("variant", values.get("variant", usual))
             if preset.fits({**facts, "variant": variant}):
                 _known_fields(preset.values, config, name, preset.source)
-                set_aside(values, preset.values, config)
+                for key in following(preset.values, config):
+                    values.pop(key, None)
                 values.update(preset.values)
                 sources.update(dict.fromkeys(preset.values, preset.source))
                 layers.update(dict.fromkeys(preset.values, preset.layer))
         _known_fields(given, config, name, "the arguments")
-        set_aside(values, given, config)
+        for key in following(given, config):
+            values.pop(key, None)
         values.update(given)
         sources.update(dict.fromkeys(given, "argument"))
         layers.update(dict.fromkeys(given, "argument"))
@@ -182,11 +184,9 @@ class Registry:
         return resolved, table
 
 
-def set_aside(values: dict[str, Any], later: Mapping[str, Any], config: type[MethodConfig]) -> None:
-    """Take out of an earlier layer's values those that a later one lets follow another value."""
-    for name, other in config.derived.items():
-        if other in later and name not in later:
-            values.pop(name, None)
+def following(later: Mapping[str, Any], config: type[MethodConfig]) -> list[str]:
+    """Return the hyper-parameters that are to follow another one, which a later layer gives."""
+    return [name for name, other in config.derived.items() if other in later and name not in later]
 
 
 def user_file() -> Path:

@@ -35,15 +35,15 @@ def site_of(model: Model, layer: int, *, gated: bool = False) -> Site:
     """
     anatomy = model.anatomy
     config = model.config.get_text_config()
-    found = [getattr(config, name) for name in _NAMES if isinstance(getattr(config, name, 0), str)]
-    found = found or [_FIXED[kind] for kind in (config.model_type,) if kind in _FIXED]
-    if not found or found[0] not in ACTIVATIONS:
+    named = [getattr(config, name) for name in _NAMES if isinstance(getattr(config, name, 0), str)]
+    activation = named[0] if named else _FIXED.get(config.model_type)
+    if activation is None or activation not in ACTIVATIONS:
         raise CapabilityError(
             f"{model.name} ({anatomy.model_type}) activates its MLPs by "
-            f"{found[0] if found else 'something that its configuration does not name'}; neurons "
+            f"{activation or 'something that its configuration does not name'}; neurons "
             f"can be added where it is {', '.join(ACTIVATIONS)}."
         )
-    return Site(anatomy.mlp_in(layer)[0], anatomy.mlp_out(layer), found[0], gated)
+    return Site(anatomy.mlp_in(layer)[0], anatomy.mlp_out(layer), activation, gated)
 
 
 def is_gated(model: Model, layer: int) -> bool:

@@ -27,8 +27,8 @@ ADAPTER = "adapter_config.json"
 MAX_SETTINGS = 16 * 2**20
 """Bytes; the settings of tokenizers with thousands of added tokens take about one megabyte."""
 
-LAYERS = (
-    "num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_decoder_layers",
+LAYER_COUNTS = (
+    "num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_decoder_layers",
     "encoder_layers", "decoder_layers",
 )  # fmt: skip
 """What configurations call the number of blocks."""
@@ -56,6 +56,7 @@ def read_config(location: str, known: Collection[str] = (), trusted: bool = Fals
             "was made for."
         )
     _check_sizes(location)
+    _check_depth(location)
     with _read(location, "model", known, trusted):
         config = transformers.AutoConfig.from_pretrained(location, trust_remote_code=trusted)
     named = config.architectures or []
@@ -148,22 +149,20 @@ def _check_sizes(location: str) -> None:
             raise ConfigError(
                 f"{file} is larger than {MAX_SETTINGS} bytes: these are no settings of a model."
             )
-    config = Path(location) / SETTINGS[0]
+
+
+def _check_depth(location: str) -> None:
+    """Refuse a number of layers that would be built one by one before any weight is read."""
+    file = Path(location) / SETTINGS[0]
     try:
-        settings = json.loads(config.read_bytes())
+        parts = [json.loads(file.read_bytes())]  # of a composed model several, as text_config
     except (OSError, ValueError, RecursionError):
         return  # whoever reads it says what is wrong
-    _check_depth(settings, config)
-
-
-def _check_depth(settings: Any, file: Path) -> None:
-    """Refuse a number of layers that would be built one by one before any weight is read."""
-    parts = [settings]  # of a composed model several, as text_config
     while parts:
         part = parts.pop()
         for name, value in part.items() if isinstance(part, Mapping) else ():
             parts.append(value)
-            if name in LAYERS and isinstance(value, (int, float)) and value > MAX_LAYERS:
+            if name in LAYER_COUNTS and isinstance(value, (int, float)) and value > MAX_LAYERS:
                 raise ConfigError(
                     f"{file}: {name} is {value}; no model has over {MAX_LAYERS} layers."
                 )
