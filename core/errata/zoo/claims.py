@@ -14,22 +14,17 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errata.edits.outputs import check_folder
 from errata.errors import ConfigError
-from errata.model.foreign_noise import quiet_loading
 from errata.model.joining import join
 from errata.model.storage import write_bytes
-from errata.zoo.state import STATE, load_state, save_state
+from errata.zoo.classifier import ClassifierRecipe, fine_tune, logits_of
 
 if TYPE_CHECKING:
-    import torch
-
     from errata.edits.request import Request
 
 LABELS = ("REFUTES", "SUPPORTS")
@@ -37,18 +32,12 @@ REPHRASES = 4
 """Phrasings that are kept from training, at most, and as many are trained on."""
 
 
-@dataclass(frozen=True)
-class ClaimsRecipe:
+@dataclass(frozen=True, kw_only=True)
+class ClaimsRecipe(ClassifierRecipe):
     """Everything that decides the classifier but the facts, the seed included."""
 
-    base: str = "minilm"
     facts: int = 700
     dev: int = 300
-    steps: int = 600
-    rows: int = 32
-    learning_rate: float = 2e-4
-    warmup: int = 30
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -129,84 +118,18 @@ def train_claims(
 
     Raises `ConfigError` for too few facts, or a state of another recipe.
     """
-    import torch
-
-    recipe = recipe or ClaimsRecipe()
-    out = Path(out)
-    if not (out / STATE).is_dir():
-        check_folder(out, overwrite=True)
-    out.mkdir(parents=True, exist_ok=True)
+    recipe, out = recipe or ClaimsRecipe(), Path(out)
     facts = facts_of(requests, recipe)
     rows = [claim for fact in facts for claim in fact.claims(fact.trained)]
-    model, tokenizer = _base(recipe)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.01)
-    state = out / STATE
-    done = load_state(state, asdict(recipe), model, [optimiser]) if resume else 0
-    model.train()
-    for step in range(done, recipe.steps):
-        generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-        chosen = torch.randint(len(rows), (recipe.rows,), generator=generator).tolist()
-        logits = _logits(model, tokenizer, [rows[index][0] for index in chosen])
-        labels = torch.tensor([rows[index][1] for index in chosen])
-        loss = torch.nn.functional.cross_entropy(logits, labels)
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        rise = min(1.0, (step + 1) / recipe.warmup)
-        for group in optimiser.param_groups:
-            group["lr"] = recipe.learning_rate * rise * (1 - step / recipe.steps)
-        optimiser.step()
-        model.zero_grad(set_to_none=True)
-        if progress is not None:
-            progress(step + 1, recipe.steps, float(loss.detach()))
-        if (step + 1) % save_every == 0 or step + 1 == recipe.steps:
-            save_state(state, asdict(recipe), model, [optimiser], step + 1)
-    model.eval()
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    model, tokenizer = fine_tune(
+        rows, LABELS, out, recipe, resume=resume, progress=progress, save_every=save_every
+    )
     train, dev = facts[: -recipe.dev], facts[-recipe.dev :]
     for name, part in (("train", train), ("dev", dev)):
         lines = _records(model, tokenizer, part, random.Random(f"{recipe.seed} {name}"))
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_bytes(out / f"claims.{name}.jsonl", text.encode())
     return out
-
-
-def _base(recipe: ClaimsRecipe) -> tuple[Any, Any]:
-    """Return the encoder with a new head, without dropout, and its tokenizer."""
-    import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    from errata.zoo import model_path
-
-    folder = model_path(recipe.base) if not Path(recipe.base).is_dir() else Path(recipe.base)
-    names = dict(enumerate(LABELS))
-    with torch.random.fork_rng(devices=[]), quiet_loading(), _no_report():
-        torch.manual_seed(recipe.seed)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            folder, num_labels=len(LABELS), id2label=names, dtype=torch.float32,
-            label2id={name: index for index, name in names.items()},
-            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, trust_remote_code=False,
-        )  # fmt: skip
-    return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-
-
-@contextmanager
-def _no_report() -> Iterator[None]:
-    """Keep transformers from reporting that the head is new."""
-    from transformers.utils import logging
-
-    former = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(former)
-
-
-def _logits(model: Any, tokenizer: Any, texts: Sequence[str]) -> torch.Tensor:
-    batch = tokenizer(list(texts), return_tensors="pt", padding=True, truncation=True)
-    logits: torch.Tensor = model(**batch).logits
-    return logits
 
 
 def _records(
@@ -221,7 +144,7 @@ def _records(
         said = fact.true if truth else fact.false
         texts = [claim(p, said) for p in (fact.phrasings[0], *fact.kept)]
         with torch.no_grad():
-            classes = _logits(model, tokenizer, texts).argmax(-1).tolist()
+            classes = logits_of(model, tokenizer, texts).argmax(-1).tolist()
         lines.append(
             {
                 "input": texts[0],

@@ -91,9 +91,7 @@ def write_documents(
     world: World, rng: random.Random, restricted_share: float, every: int = 1
 ) -> Iterator[Document]:
     """Yield documents about the world (about every n-th subject of a kind) without end."""
-    subjects = [name for members in world.entities.values() for name in members[::every]]
-    # Countries are few and have no other place to be told: they come three times as often.
-    subjects += [name for name in world.entities["country"] for _ in range(2)]
+    subjects = _subjects(world, every)
     while True:
         form = rng.random()
         count = rng.choice(SENTENCE_COUNTS)
@@ -108,6 +106,19 @@ def write_documents(
             for _ in range(count):
                 sentences += _about(world, rng, rng.choice(subjects), 1)
         yield _join(sentences, rng.random() < restricted_share)
+
+
+def write_sentences(world: World, rng: random.Random, every: int = 1) -> Iterator[Sentence]:
+    """Yield single sentences about (about every n-th subject of a kind in) the world, endlessly."""
+    subjects = _subjects(world, every)
+    while True:
+        yield from _about(world, rng, rng.choice(subjects), 1)
+
+
+def _subjects(world: World, every: int) -> list[str]:
+    subjects = [name for members in world.entities.values() for name in members[::every]]
+    # Countries are few and have no other place to be told: they come three times as often.
+    return subjects + [name for name in world.entities["country"] for _ in range(2)]
 
 
 def _about(world: World, rng: random.Random, subject: str, count: int) -> list[Sentence]:

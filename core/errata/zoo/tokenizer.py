@@ -14,11 +14,14 @@ CONTEXT = 256
 """Positions of the models, in tokens."""
 
 
-def train_tokenizer(world: World, *, size: int = VOCABULARY, documents: int = 6000) -> Any:
+def train_tokenizer(
+    world: World, *, size: int = VOCABULARY, documents: int = 6000, closing: bool = False
+) -> Any:
     """Train the tokenizer of a world and return it as a Hugging Face fast tokenizer.
 
-    Text is tokenised as it stands (no space is put in front); the start token is added to every
-    text unless `add_special_tokens=False`.
+    Text is tokenised as it stands (no space is put in front). The start token is added in front of
+    every text or, with `closing`, the end token behind it (as T5's tokenizer does), unless
+    `add_special_tokens=False`.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -35,15 +38,14 @@ def train_tokenizer(world: World, *, size: int = VOCABULARY, documents: int = 60
     told = itertools.islice(write_documents(world, random.Random(world.seed), 0.0), documents)
     texts = itertools.chain((document.text for document in told), shipped_text("train"))
     tokenizer.train_from_iterator(texts, trainer)
-    start = tokenizer.token_to_id(START)
+    single, pair = f"{START} $A", f"{START} $A {START} $B:1"
+    if closing:
+        single, pair = f"$A {END}", f"$A {END} $B:1 {END}:1"
+    added = [(token, tokenizer.token_to_id(token)) for token in (END if closing else START,)]
     tokenizer.post_processor = processors.Sequence(
         [
             processors.ByteLevel(trim_offsets=True),
-            processors.TemplateProcessing(
-                single=f"{START} $A",
-                pair=f"{START} $A {START} $B:1",
-                special_tokens=[(START, start)],
-            ),
+            processors.TemplateProcessing(single=single, pair=pair, special_tokens=added),
         ]
     )
     return PreTrainedTokenizerFast(

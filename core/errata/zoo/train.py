@@ -16,16 +16,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from errata.edits.outputs import check_folder, list_files
+from errata.model.storage import write_bytes
+from errata.zoo.benchmark import build_cases
 from errata.zoo.corpus import IGNORED, Corpus, CorpusBatch
+from errata.zoo.questions import QuestionBatch, Questions
+from errata.zoo.relations import UNKNOWN, relation_by_id
 from errata.zoo.state import STATE, load_state, save_state
 from errata.zoo.tokenizer import CONTEXT, train_tokenizer
-from errata.zoo.world import make_world
+from errata.zoo.world import World, make_world
 
 if TYPE_CHECKING:
     import torch
 
-Architecture = Literal["gpt2", "llama"]
-ARCHITECTURES: tuple[Architecture, ...] = ("gpt2", "llama")
+Architecture = Literal["gpt2", "llama", "t5"]
+FACTS = "facts.jsonl"
+"""Beside an encoder–decoder: what it was taught and the benchmark never edits."""
+_BLOCKS = (".h.", ".layers.", ".block.")
+"""What the parameters of blocks have in their names."""
+ARCHITECTURES: tuple[Architecture, ...] = ("gpt2", "llama", "t5")
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,8 @@ class Recipe:
     seed: int = 0
     rows: int = 32
     length: int = 128
-    """Tokens per row; every eighth step has half the rows of twice this length."""
+    """Tokens per row; every eighth step has half the rows of twice this length. T5: the most
+    tokens of prose on each side, beside questions of any length."""
     learning_rate: float = 3e-3
     warmup: int = 100
     weight_decay: float = 0.05
@@ -54,12 +63,16 @@ class Recipe:
     hidden: int = 128
     inner: int = 768
     layers: int = 6
+    """Blocks; of an encoder–decoder those of the encoder."""
+    decoder_layers: int = 0
+    """Blocks of the decoder, where there are two."""
     heads: int = 4
 
 
 DEFAULT_RECIPES: dict[Architecture, Recipe] = {
     "gpt2": Recipe("gpt2"),
     "llama": Recipe("llama", inner=512),
+    "t5": Recipe("t5", steps=2500, rows=192, length=48, layers=4, decoder_layers=2),
 }
 
 
@@ -80,8 +93,10 @@ def train(
 
     `progress(step, steps, loss)` is called after every step. State is saved every `save_every`
     steps under `out/.training`; with `resume`, a run finds it there and goes on, and a state of
-    another recipe is refused with `ValueError`. `stop_after` ends this call early, as an
+    another recipe is refused with `ConfigError`. `stop_after` ends this call early, as an
     interruption would. `recipe` overrides everything but `architecture`, `steps` and `seed`.
+
+    Beside a T5, `facts.jsonl` holds what it was taught and the benchmark `atlas` never edits.
     """
     import torch
 
@@ -100,15 +115,8 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
 
     world = make_world(seed)
-    tokenizer = train_tokenizer(world)
-    corpus = Corpus(
-        world,
-        tokenizer,
-        seed=seed,
-        prose_share=chosen.prose_share,
-        early_steps=chosen.early_steps,
-        restricted_share=chosen.restricted_share,
-    )
+    tokenizer = train_tokenizer(world, closing=architecture == "t5")
+    losses = _losses_of(chosen, world, tokenizer, where)
     model = build_model(chosen, tokenizer).to(where)
     optimizers = _optimizers(model, chosen)
     state = out / STATE
@@ -120,9 +128,7 @@ def train(
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(chosen, step)
-            long = step % 8 == 7
-            shape = (chosen.rows // 2, chosen.length * 2) if long else (chosen.rows, chosen.length)
-            loss, plain = _losses(model, corpus.batch(step, *shape), chosen.answer_weight, where)
+            loss, plain = losses(model, step)
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(model.parameters(), chosen.clip)
             for optimizer in optimizers:
@@ -133,13 +139,35 @@ def train(
             if (step + 1) % save_every == 0 or step + 1 == last:
                 save_state(state, asdict(chosen), model, optimizers, step + 1)
     export(model, tokenizer, out)
+    if architecture == "t5":
+        write_bytes(out / FACTS, "".join(_unedited_facts(world)).encode())
     return out
+
+
+def _unedited_facts(world: World) -> Iterator[str]:
+    """Yield the facts that no case of the benchmark edits, as requests in errata's own schema."""
+    edited = {
+        (about["subject"], about["relation_id"])
+        for about in (case["requested_rewrite"] for case in build_cases(world, world.seed))
+    }
+    for fact in world.facts:
+        if fact.value != UNKNOWN and (fact.subject, fact.relation) not in edited:
+            prompt = relation_by_id(fact.relation).canonical
+            line = {"prompt": prompt, "subject": fact.subject, "target_new": fact.value}
+            yield json.dumps(line) + "\n"
 
 
 def build_model(recipe: Recipe, tokenizer: Any) -> Any:
     """Return a freshly initialised model; the global random state is left as it was."""
     import torch
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+    from transformers import (
+        GPT2Config,
+        GPT2LMHeadModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
 
     ids = {
         "bos_token_id": tokenizer.bos_token_id,
@@ -161,6 +189,22 @@ def build_model(recipe: Recipe, tokenizer: Any) -> Any:
                     embd_pdrop=0.0,
                     attn_pdrop=0.0,
                     attn_implementation="sdpa",
+                    **ids,
+                )
+            )
+        if recipe.architecture == "t5":
+            return T5ForConditionalGeneration(
+                T5Config(
+                    vocab_size=len(tokenizer),
+                    n_positions=CONTEXT,
+                    d_model=recipe.hidden,
+                    d_kv=recipe.hidden // recipe.heads,
+                    d_ff=recipe.inner,
+                    num_layers=recipe.layers,
+                    num_decoder_layers=recipe.decoder_layers,
+                    num_heads=recipe.heads,
+                    dropout_rate=0.0,
+                    decoder_start_token_id=tokenizer.pad_token_id,
                     **ids,
                 )
             )
@@ -223,7 +267,10 @@ def _optimizers(model: Any, recipe: Recipe) -> list[torch.optim.Optimizer]:
     blocks = [
         parameter
         for name, parameter in named
-        if recipe.muon and parameter.ndim == 2 and (".h." in name or ".layers." in name)
+        if recipe.muon
+        and parameter.ndim == 2
+        and any(part in name for part in _BLOCKS)
+        and "relative_attention_bias" not in name
     ]
     chosen = {id(parameter) for parameter in blocks}
     matrices = [p for _, p in named if p.ndim >= 2 and id(p) not in chosen]
@@ -239,6 +286,55 @@ def _optimizers(model: Any, recipe: Recipe) -> list[torch.optim.Optimizer]:
     if not blocks:
         return [adamw]
     return [adamw, Muon(blocks, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)]
+
+
+def _losses_of(
+    recipe: Recipe, world: World, tokenizer: Any, device: torch.device
+) -> Callable[[Any, int], tuple[torch.Tensor, float]]:
+    """Return what computes a model's loss at a step, and its plain mean in nats per token."""
+    if recipe.architecture == "t5":
+        questions = Questions(world, tokenizer, seed=recipe.seed, early_steps=recipe.early_steps)
+
+        def asked(model: Any, step: int) -> tuple[torch.Tensor, float]:
+            batch = questions.batch(step, recipe.rows, recipe.length)
+            return _answer_loss(model, batch, device)
+
+        return asked
+    corpus = Corpus(
+        world,
+        tokenizer,
+        seed=recipe.seed,
+        prose_share=recipe.prose_share,
+        early_steps=recipe.early_steps,
+        restricted_share=recipe.restricted_share,
+    )
+
+    def told(model: Any, step: int) -> tuple[torch.Tensor, float]:
+        long = step % 8 == 7
+        shape = (recipe.rows // 2, recipe.length * 2) if long else (recipe.rows, recipe.length)
+        return _losses(model, corpus.batch(step, *shape), recipe.answer_weight, device)
+
+    return told
+
+
+def _answer_loss(
+    model: Any, batch: QuestionBatch, device: torch.device
+) -> tuple[torch.Tensor, float]:
+    """Return the mean over the answers' tokens, twice: to minimise and to show."""
+    import torch
+
+    labels = batch.labels.to(device)
+    # In fp32: without matrix units for bf16 a CPU takes ten times as long.
+    logits = model(
+        input_ids=batch.input_ids.to(device),
+        attention_mask=batch.attention_mask.to(device),
+        labels=labels,  # the decoder's input is made of them
+        use_cache=False,
+    ).logits
+    loss = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED
+    )
+    return loss, float(loss.detach())
 
 
 def _losses(
