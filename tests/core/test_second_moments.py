@@ -19,6 +19,7 @@ from errata.kit.second_moments import RIDGES, SecondMoment, second_moments
 from errata.model import Model
 from errata.model.anatomy import Anatomy
 from errata.model.artifacts import Artifacts
+from errata.model.forward import trace
 from errata.model.progress import Progress
 from errata.model.tokens import encode
 from errata.testing import edit_with
@@ -121,13 +122,20 @@ def test_it_is_the_mean_over_real_tokens(family, tmp_path):
         torch.testing.assert_close(moment.matrix, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_an_encoder_decoder_is_measured_on_continuations(tmp_path):
+def test_an_encoder_decoder_is_measured_where_it_reads(tmp_path):
     model = build_model("t5", tmp_path, corpus=TEXT)
     moment = second_moments(model, [-1], tokens="all")[2]
-    tokens = sum(encode(model.tokenizer, [text], keep_end=False).lengths[0] for text in TEXT)
-    # Half of each document, and the start token.
-    assert abs(moment.count - (tokens / 2 + len(TEXT))) <= len(TEXT) / 2
-    assert torch.linalg.eigvalsh(moment.matrix)[-1] > 0
+    total, count = torch.zeros(moment.matrix.shape, dtype=torch.float64), 0
+    for text in TEXT:
+        ids = encode(model.tokenizer, [text], keep_end=True).input_ids
+        with torch.no_grad(), trace(model.module, "encoder.block.2.layer.1.DenseReluDense.wo",
+                                    inputs=True) as seen:  # fmt: skip
+            model.module.encoder(input_ids=ids)
+        (spied,) = seen.values()
+        keys = spied.input[0].double()
+        total, count = total + keys.T @ keys, count + len(keys)
+    assert moment.count == count
+    torch.testing.assert_close(moment.matrix, total / count, rtol=1e-4, atol=1e-5)
 
 
 def test_half_precision_models_are_summed_in_double(tmp_path):

@@ -231,7 +231,7 @@ def _train(
     if architecture not in ARCHITECTURES:
         raise UnknownNameError("model to train", architecture, (*ARCHITECTURES, *_CLASSIFIERS))
     return run(
-        architecture,  # type: ignore[arg-type]  # one of them
+        architecture,
         out, steps=steps, seed=seed, device=device, resume=resume, progress=meter,
     )  # fmt: skip
 

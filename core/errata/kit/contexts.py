@@ -11,6 +11,7 @@ import torch
 
 from errata.errors import ConfigError
 from errata.model.forward import logits_at
+from errata.model.texts import canary_texts
 from errata.model.tokens import tokenise
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ def prefix_contexts(
     Texts are sampled from the unedited model with a generator of their own, so they are the same
     for every edit of one editor and in every process; they are kept under the model's fingerprint.
     (The authors' code samples them unseeded, once per process, and keeps them in a module-level
-    list that a second model inherits.)
+    list that a second model inherits.) An encoder-decoder answers and does not write on: its texts
+    are beginnings of sentences that ship with errata, as many tokens long.
 
     Args:
         model: the model. It must be unedited unless the texts were generated before.
@@ -70,14 +72,28 @@ def prefix_contexts(
         generator = torch.Generator().manual_seed(seed)
         texts = [_BARE]
         for tokens, count in lengths:
-            begun = [starts[index % len(starts)] for index in range(count)]
-            sampled = _sample(model, begun, tokens, top_k, generator)
-            texts += [f"{text}. {_BARE}" for text in sampled]
+            if model.task == "seq2seq":
+                found = _beginnings(model, tokens, count, generator)
+            else:
+                begun = [starts[index % len(starts)] for index in range(count)]
+                found = _sample(model, begun, tokens, top_k, generator)
+            texts += [f"{text}. {_BARE}" for text in found]
         return {"count": torch.tensor(len(texts))}, {"texts": texts}
 
     digest = hashlib.sha256(recipe.encode()).hexdigest()[:16]
     _, about = model.of_base("contexts", digest, compute=compute)
     return tuple(about["texts"])
+
+
+def _beginnings(model: Model, tokens: int, count: int, generator: torch.Generator) -> list[str]:
+    """Return the first tokens of so many shipped sentences, drawn with the generator."""
+    sentences = canary_texts(max(count, 64))
+    drawn = torch.randperm(len(sentences), generator=generator)[:count].tolist()
+    decode, found = model.tokenizer.decode, []
+    for row in tokenise(model.tokenizer, [sentences[index] for index in drawn]):
+        text = decode(row.ids[row.begin : row.begin + tokens], skip_special_tokens=True)
+        found.append(" ".join(text.replace("{", "").replace("}", "").split()))
+    return found
 
 
 @torch.no_grad()

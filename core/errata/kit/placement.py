@@ -41,7 +41,7 @@ class PlacedConfig(MethodConfig):
         if self.module is not None and self.module not in ROLES:
             return self
         # Where the authors put it, and where all of the prompt is.
-        anatomy = anatomy.encoder or anatomy
+        anatomy = anatomy.reader
         module = self.module
         if self.layer is None:
             if module is None:
@@ -71,7 +71,7 @@ def module_of(model: Model, config: PlacedConfig) -> str:
             )
         return module
     assert layer is not None
-    found = getattr(anatomy.encoder or anatomy, module)(layer)
+    found = getattr(anatomy.reader, module)(layer)
     names = (found,) if isinstance(found, str) else found
     if len(names) > 1:
         raise ConfigError(

@@ -16,14 +16,14 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from errata.errors import ConfigError, StorageError
 from errata.model.forward.trace import trace
 from errata.model.pristine import digest
-from errata.model.prompts import pad, padding_id
+from errata.model.prompts import pad
 from errata.model.texts import text_path
 from errata.model.tokens import tokenise
 
@@ -159,12 +159,12 @@ def second_moments(
         ConfigError: no text, active edits, a bad layer or number, or keys that are not finite.
         StorageError: the disk refuses the result (refusing partial sums is only logged).
     """
-    wanted = sorted({model.anatomy.layer(layer) for layer in layers})
+    wanted = sorted({model.anatomy.reader.layer(layer) for layer in layers})
     if not wanted:
         raise ConfigError("No layers were given: name at least one.")
     documents = documents_of(model, corpus)
     if tokens is None:
-        tokens = TOKENS_PER_DIMENSION * model.anatomy.key_size
+        tokens = TOKENS_PER_DIMENSION * model.anatomy.reader.key_size
     if tokens != "all" and (not isinstance(tokens, int) or tokens < 1):
         raise ConfigError(f"tokens={tokens!r} is not allowed: give a positive number or 'all'.")
     if batch_tokens < 1:
@@ -224,20 +224,13 @@ def _load(model: Model, layer: int, text: str, tokens: int | str) -> SecondMomen
     if stored is None:
         return None
     tensors, metadata = stored
-    size = model.anatomy.shape(model.module, model.anatomy.mlp_out(layer))[1]
+    size = model.anatomy.shape(model.module, model.anatomy.reader.mlp_out(layer))[1]
     matrix, count = tensors.get("C"), metadata.get("count")
     if matrix is None or matrix.shape != (size, size) or not isinstance(count, int):
         return None
     if matrix.dtype != torch.float64 or not bool(torch.isfinite(matrix).all()):
         return None
     return SecondMoment(matrix, count, layer, text)
-
-
-class _TextPiece(NamedTuple):
-    """What one row of a batch reads; `source` is the encoder's part, if there is an encoder."""
-
-    ids: list[int]
-    source: list[int]
 
 
 class _Pass:
@@ -255,7 +248,7 @@ class _Pass:
             )
         self.model = model
         self.layers = list(layers)
-        self.names = {layer: model.anatomy.mlp_out(layer) for layer in layers}
+        self.names = {layer: model.anatomy.reader.mlp_out(layer) for layer in layers}
         self.documents = documents
         self.text = text
         self.tokens = tokens
@@ -302,57 +295,43 @@ class _Pass:
         if window:
             yield window
 
-    def _pieces(self, window: Sequence[str]) -> Iterator[_TextPiece]:
+    def _pieces(self, window: Sequence[str]) -> Iterator[list[int]]:
         """Tokenise documents and split those that are too long."""
         anatomy = self.model.anatomy
-        decoder = anatomy.kind == "decoder"
         limit = min(anatomy.context or _CONTEXT, _LONGEST)
-        for row in tokenise(self.model.tokenizer, window, keep_end=not decoder):
+        closed = anatomy.kind != "decoder"
+        for row in tokenise(self.model.tokenizer, window, keep_end=closed):
             head, tail = row.ids[: row.begin], row.ids[row.stop :]
             body = row.ids[row.begin : row.stop]
             step = max(limit - len(head) - len(tail), 1)
             for start in range(0, len(body), step):
-                part = body[start : start + step]
-                if anatomy.kind == "encoder-decoder":
-                    half = (len(part) + 1) // 2
-                    begin = [padding_id(self.model.tokenizer)]
-                    yield _TextPiece([*begin, *part[half:]], [*head, *part[:half], *tail])
-                else:
-                    yield _TextPiece([*head, *part, *tail], [])
+                yield [*head, *body[start : start + step], *tail]
 
     def _measure(self, window: Sequence[str]) -> None:
         """Add the keys of a window's tokens, up to what is left of the wanted number."""
-        pieces: list[_TextPiece] = []
+        pieces: list[list[int]] = []
         left = self._left()
         for piece in self._pieces(window):
             if left <= 0:
                 break
-            if len(piece.ids) > left:
-                piece = piece._replace(ids=piece.ids[: int(left)])
-            left -= len(piece.ids)
+            piece = piece[: int(min(left, len(piece)))]
+            left -= len(piece)
             pieces.append(piece)
-        pieces.sort(key=lambda piece: (len(piece.ids), len(piece.source)))
-        batch: list[_TextPiece] = []
+        pieces.sort(key=len)
+        batch: list[list[int]] = []
         for piece in pieces:
-            width = max(len(piece.ids), len(piece.source))
-            if batch and width * (len(batch) + 1) > self.batch_tokens:
+            if batch and len(piece) * (len(batch) + 1) > self.batch_tokens:
                 self._add(batch)
                 batch = []
             batch.append(piece)
         if batch:
             self._add(batch)
 
-    def _add(self, pieces: Sequence[_TextPiece]) -> None:
+    def _add(self, pieces: Sequence[list[int]]) -> None:
         """Run one batch up to the highest layer and add k kᵀ of every real token."""
         model = self.model
-        batch = pad(model.tokenizer, [piece.ids for piece in pieces], device=model.device)
-        inputs = batch.inputs(positions=False)
-        if model.anatomy.kind == "encoder-decoder":
-            source = pad(model.tokenizer, [piece.source for piece in pieces], device=model.device)
-            inputs = {
-                **source.inputs(positions=False),
-                **{f"decoder_{name}": value for name, value in inputs.items()},
-            }
+        batch = pad(model.tokenizer, pieces, device=model.device)
+        inputs = batch.inputs(positions=False)  # of an encoder-decoder only the encoder runs
         flags = {} if model.anatomy.kind == "encoder" else {"use_cache": False}
         names = list(self.names.values())
         with (

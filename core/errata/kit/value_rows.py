@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal
 from errata.errors import RequestError
 from errata.kit.aims import aims_of
 from errata.kit.contexts import in_contexts
-from errata.model.tokens import encode, encode_targets, subject_position
+from errata.model.running import prepare
+from errata.model.tokens import subject_position
 
 if TYPE_CHECKING:
     from errata.edits.request import Request
@@ -31,8 +32,10 @@ class RequestRows:
     """The token rows of one request: its aims in all contexts, then (if wanted) the KL prompt."""
 
     tokens: list[list[int]] = field(default_factory=list)
+    said: list[list[int]] = field(default_factory=list)  # what an encoder-decoder's decoder reads
     lookups: list[int] = field(default_factory=list)
-    # Positions that the loss reads: (row, column, target id; -1 on the KL prompt).
+    # Positions that the loss reads: (row, column, target id; -1 on the KL prompt). The column is
+    # the decoder's where there are two sequences.
     reads: list[tuple[int, int, int]] = field(default_factory=list)
     unsaid: set[int] = field(default_factory=set)  # rows whose answer should not be said
     contexts: int = 0  # rows of the request's own prompt, which come first
@@ -65,6 +68,7 @@ def together(parts: Sequence[RequestRows]) -> RequestRows:
         start = len(whole.tokens)
         whole.starts.append(start)
         whole.tokens += part.tokens
+        whole.said += part.said
         whole.lookups += part.lookups
         whole.reads += [(start + row, column, target) for row, column, target in part.reads]
         whole.unsaid |= {start + row for row in part.unsaid}
@@ -80,35 +84,44 @@ def rows_of(
 ) -> RequestRows:
     """Tokenise the aims of one request in all contexts, and nothing that no loss depends on."""
     tokenizer, which = model.tokenizer, FACT_TOKENS[fact_token]
-    rows = RequestRows(contexts=len(contexts))
+    rows, two = RequestRows(contexts=len(contexts)), model.task == "seq2seq"
     for aim in aims_of(model, request):
         templates = in_contexts(model, request.model_copy(update={"prompt": aim.prompt}), contexts)
         prompts = [template.replace("{}", request.subject) for template in templates]
-        batch = encode_targets(tokenizer, prompts, [aim.answer] * len(prompts))
-        for index, template in enumerate(templates):
-            begin, end = batch.target_spans[index]
-            tokens = batch.input_ids[index][batch.attention_mask[index].bool()].tolist()[:end]
+        batch = prepare(model, prompts, [aim.answer] * len(prompts), device="cpu")
+        for index, (template, (columns, labels)) in enumerate(
+            zip(templates, batch.targets(), strict=True)
+        ):
             lookup = subject_position(tokenizer, template, request.subject, which)
-            if not lookup < begin < end:
+            # A decoder need not be given the last token, nor what the tokenizer closes a text with.
+            tokens = batch.tokens(index)[: None if two else columns[-1] + 1]
+            if not two and not lookup < columns[0] + 1:
                 raise RequestError(
                     f"The edited position ({fact_token!r}, token {lookup}) of "
                     f"{prompts[index]!r} does not come before the target {aim.answer.strip()!r} "
-                    f"(tokens {begin} to {end}): reword the prompt so that the target comes later."
+                    f"(from token {columns[0] + 1} on): reword the prompt so that the target "
+                    "comes later."
                 )
             row = len(rows.tokens)
-            # Token j is predicted at j - 1; the last one is never an input.
-            rows.tokens.append(tokens[:-1])
+            rows.tokens.append(tokens)
+            if two:
+                rows.said.append(
+                    batch.inputs["decoder_input_ids"][index, : columns[-1] + 1].tolist()
+                )
             rows.lookups.append(lookup)
-            rows.reads += [(row, column - 1, tokens[column]) for column in range(begin, end)]
+            rows.reads += [(row, *read) for read in zip(columns, labels, strict=True)]
             if aim.sense == "unsay":
                 rows.unsaid.add(row)
     if kl_prompt is not None:
-        filled = encode(tokenizer, [kl_prompt.replace("{}", request.subject)])
+        filled = prepare(model, [kl_prompt.replace("{}", request.subject)], device="cpu")
         lookup = subject_position(tokenizer, kl_prompt, request.subject, which)
         # Upstream compares the predictions at the edited token itself, not at the final " a":
-        # in a causal decoder nothing after it matters.
-        tokens = filled.input_ids[0][filled.attention_mask[0].bool()].tolist()
-        rows.tokens.append(tokens[: lookup + 1])
+        # in a causal decoder nothing after it matters. An encoder-decoder predicts one token, the
+        # first that it would write.
+        rows.tokens.append(filled.tokens(0)[: None if two else lookup + 1])
+        if two:
+            rows.said.append(filled.inputs["decoder_input_ids"][0].tolist())
         rows.lookups.append(lookup)
-        rows.reads.append((len(rows.tokens) - 1, lookup, -1))
+        column = filled.columns.tolist()[0] if two else lookup
+        rows.reads.append((len(rows.tokens) - 1, column, -1))
     return rows

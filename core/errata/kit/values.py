@@ -31,9 +31,9 @@ from errata.errors import CapabilityError, ErrataError
 from errata.kit.aims import FLOOR, unlikelihood
 from errata.kit.value_loss import Evaluation, ValueLoss, ValueObjective
 from errata.kit.value_rows import FACT_TOKENS, FactToken, RequestRows, chunks, rows_of, together
-from errata.model.forward import Resumed, adding, aligned, bypassed, frozen, patched
-from errata.model.prompts import padding_id
-from errata.model.tokens import subject_position
+from errata.model.forward import Resumed, adding, bypassed, frozen, laid_out, patched
+from errata.model.prompts import pad
+from errata.model.tokens import decoder_inputs, subject_position
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -158,13 +158,13 @@ def optimise_shared(
             none. Only with the bare prompt as context.
 
     Raises:
-        CapabilityError: the model is no causal decoder.
+        CapabilityError: the model neither is a causal decoder nor has one behind its encoder.
         RequestError: the edited position cannot be found, or does not come before the target.
         EditFailed: a loss is not finite.
     """
-    if model.anatomy.kind != "decoder":
+    if not model.generates:
         raise CapabilityError(
-            f"Values are optimised at the subject's last token of a causal decoder; "
+            "Values are optimised at the subject's last token, where a decoder goes on to answer; "
             f"{model.anatomy.model_type!r} is of kind {model.anatomy.kind!r}. "
             "Use a method that lists this architecture (`errata methods`)."
         )
@@ -217,7 +217,7 @@ class _Problem:
         held: Sequence[Sequence[tuple[int, Tensor]]] = (),
     ) -> None:
         self.model, self.settings, self.objective = model, settings, objective
-        anatomy, device = model.anatomy, model.device
+        anatomy, device = model.anatomy.reader, model.device
         self.layer = anatomy.layer(settings.layer)
         out = anatomy.mlp_out(self.layer)
         # The value's place first, then those that δ is added at beside it.
@@ -231,23 +231,26 @@ class _Problem:
             settings.at != "block" and anatomy.norm_behind_mlp(model.module, self.layer) is not None
         )
 
-        # Layout: every edited position in column `column`, so that all columns before it can be
-        # kept and all rows resume at the same one. Rows of one request lie together.
+        # Layout: in a decoder every edited position in one column, so that all columns before it
+        # can be kept and all rows resume at the same one. Rows of one request lie together.
         tokens = [row for part in parts for row in part.tokens]
         lookups = [lookup for part in parts for lookup in part.lookups]
         first = _offsets([len(part.tokens) for part in parts])
-        inputs, self.column = aligned(tokens, lookups, padding_id(model.tokenizer))
+        inputs, self.columns = laid_out(model, tokens, lookups)  # (B,) column of each row's δ
+        shift = self.columns - torch.tensor(lookups)
+        if said := [row for part in parts for row in part.said]:
+            inputs |= decoder_inputs(pad(model.tokenizer, said))
+            shift = torch.zeros_like(shift)  # what is read is in the decoder
         reads = [
             (index, first[index] + row, column, target)
             for index, part in enumerate(parts)
             for row, column, target in part.reads
         ]
         index, row, column, target = torch.tensor(reads).T
-        shift = self.column - torch.tensor(lookups)
 
         self.row_owner = torch.tensor([i for i, p in enumerate(parts) for _ in p.tokens])  # (B,)
         self.held = [
-            (f, self.column - part.lookups[0] + token, δ)
+            (f, int(self.columns[f]) - part.lookups[0] + token, δ)
             for f, part, of_one in zip(first, parts, held or [()] * len(parts), strict=True)
             for token, δ in of_one
         ]
@@ -258,7 +261,8 @@ class _Problem:
                 layer=self.layer + 1 if settings.at == "block" else self.layer,
                 rows=row,
                 columns=column + shift[row],
-                start=self.column,
+                start=int(self.columns.min()),
+                stack=anatomy,
                 known=self._known(),
                 watch=tuple(dict.fromkeys((out, *self.places))),
             )
@@ -289,7 +293,7 @@ class _Problem:
         """Name the modules of the edited block that stand before δ: all but norms and gates."""
         if self.settings.at == "block":
             return ()
-        anatomy, layer = self.model.anatomy, self.layer
+        anatomy, layer = self.model.anatomy.reader, self.layer
         if self.settings.at == "attention+mlp":
             # Where the MLP reads the block's input beside the attention (GPT-J) it is known, too;
             # that is not told apart here.
@@ -298,9 +302,8 @@ class _Problem:
 
     def _read_out(self, parts: Sequence[RequestRows], first: Sequence[int], out: str) -> None:
         """Take keys, outputs and ‖v0‖ from the recorded run."""
-        size = len(self.row_owner)
-        keys = _at(self.run.seen[out].input, size, self.column)
-        seen = [_at(self.run.seen[place].output, size, self.column) for place in self.places]
+        keys = _at(self.run.seen[out].input, self.columns)
+        seen = [_at(self.run.seen[place].output, self.columns) for place in self.places]
         outputs = torch.stack([output.to(seen[0].device) for output in seen], 1)  # (B, P, d)
         spans = [
             [slice(f + start, f + start + part.contexts) for start in part.starts]
@@ -362,7 +365,7 @@ class _Problem:
     def _evaluate(self, delta: Tensor, first_before: Tensor) -> Evaluation:
         """Run the model with δ (N, P, d) in place and read what losses are computed from."""
         added = delta[self.row_owner.to(delta.device)]  # (B, P, d)
-        at = self.column - self.run.start
+        at = self.columns - self.run.start
         changes = {place: adding(added[:, i], at) for i, place in enumerate(self.places)}
         # Where the columns before δ's run again, too, what is held there must be put in again.
         again = self._holding() if self.run.start == 0 else nullcontext()
@@ -459,17 +462,17 @@ class _Problem:
             return
         reads = active.to(self.owner.device)[self.owner]
         self.run = self.run.keep(held.nonzero().flatten())
-        self.row_owner = self.row_owner[held]
+        self.row_owner, self.columns = self.row_owner[held], self.columns[held]
         self.reference = self.reference[reads[self.target < 0]]
         self.owner, self.target = self.owner[reads], self.target[reads]
         self.row = self.row[reads]
 
     def _truncated(self) -> AbstractContextManager[None]:
-        """Make blocks above the loss layer hand on what they get."""
+        """Make blocks above the loss layer (of the decoder) hand on what they get."""
         anatomy, loss_layer = self.model.anatomy, self.settings.loss_layer
         if loss_layer is None:
-            loss_layer = anatomy.n_layers - 1
-        read = max(anatomy.layer(loss_layer), self.layer)
+            return nullcontext()
+        read = max(anatomy.layer(loss_layer), self.layer if anatomy is anatomy.reader else 0)
         names = [anatomy.block(index) for index in range(read + 1, anatomy.n_layers)]
         return bypassed(self.model.module, names)
 
@@ -479,7 +482,9 @@ def _offsets(lengths: Sequence[int]) -> list[int]:
     return [sum(lengths[:i]) for i in range(len(lengths))]
 
 
-def _at(tensor: Tensor | None, size: int, column: int) -> Tensor:
-    """Return column `column` of (B, T, x) (or of (B·T, x), as OPT's MLP has it), in fp32."""
+def _at(tensor: Tensor | None, columns: Tensor) -> Tensor:
+    """Return one column of each row of (B, T, x) (or (B·T, x), as OPT's MLP has it), in fp32."""
     assert tensor is not None
-    return tensor.reshape(size, -1, tensor.shape[-1])[:, column].detach().float()
+    size = len(columns)
+    shaped = tensor.reshape(size, -1, tensor.shape[-1])
+    return shaped[torch.arange(size), columns.to(tensor.device)].detach().float()

@@ -82,8 +82,9 @@ def sweep(
     _check(editor, requests, held_out)
     option = layer_option(method, plugins.load(method).config)
     config = {name: value for name, value in (config or {}).items() if name != option}
-    anatomy = editor.model.anatomy
     needs = editor.registry.method(method).capabilities.needs
+    # The closed forms write where the prompt is read: in the encoder, if there is one.
+    anatomy = editor.model.anatomy.reader if DENSE_MLP in needs else editor.model.anatomy
     every = anatomy.layers_with("mlp") if DENSE_MLP in needs else tuple(range(anatomy.n_layers))
     chosen = every if layers is None else sorted({anatomy.layer(i) for i in layers})
     places = _places(chosen, depths, option, method)

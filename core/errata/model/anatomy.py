@@ -157,6 +157,11 @@ class Anatomy:
             present[0] if present else None, _context(module, text_config, spec), encoder, probed,
         )  # fmt: skip
 
+    @property
+    def reader(self) -> Anatomy:
+        """The stack that reads a prompt: an encoder-decoder's encoder, else the only one."""
+        return self.encoder or self
+
     # -- names -----------------------------------------------------------------------------------
 
     @property

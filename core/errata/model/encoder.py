@@ -106,7 +106,7 @@ class OwnStates:
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        anatomy = model.anatomy.encoder or model.anatomy
+        anatomy = model.anatomy.reader
         self._path = anatomy.block(anatomy.n_layers // 2)
         key = ("sentence_centre", self._path)
         tensors, _ = model.of_base(*key, compute=self._centre)

@@ -260,7 +260,7 @@ def encode_seq2seq(
     decoder = pad(tokenizer, [[start, *row.ids[:-1]] for row in rows], device=device)
     spans = [range(len(row.ids)) if closing else range(row.begin, row.stop) for row in rows]
     return _prepared(
-        {**source.inputs(positions=False), **_decoder_inputs(decoder)},
+        {**source.inputs(positions=False), **decoder_inputs(decoder)},
         spans,
         [[row.ids[i] for i in span] for row, span in zip(rows, spans, strict=True)],
         [length - 1 for length in source.lengths],
@@ -304,7 +304,7 @@ def encode_next(
         ends = [column - 1 for column in columns]
     elif task == "seq2seq":
         start = list(decoder_start) or [padding_id(tokenizer)]
-        inputs |= _decoder_inputs(pad(tokenizer, [start] * len(texts), device=device))
+        inputs |= decoder_inputs(pad(tokenizer, [start] * len(texts), device=device))
         columns = [len(start) - 1] * len(texts)
     return _prepared(
         inputs, [[column] for column in columns], [[IGNORED]] * len(texts), ends, ahead=ahead
@@ -331,7 +331,8 @@ def _only_mask(prompt: str, ids: torch.Tensor, mask_id: int) -> int:
     return places[0]
 
 
-def _decoder_inputs(batch: Batch) -> dict[str, torch.Tensor]:
+def decoder_inputs(batch: Batch) -> dict[str, torch.Tensor]:
+    """Return a batch as what the decoder of an encoder-decoder reads."""
     return {"decoder_input_ids": batch.input_ids, "decoder_attention_mask": batch.attention_mask}
 
 

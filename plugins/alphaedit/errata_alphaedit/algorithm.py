@@ -52,8 +52,8 @@ def earlier_requests(model: Model, method: str) -> dict[int, list[Request]]:
     for edit in model.stack.entries:
         if edit.method != method or edit.config.get("history") != "none":
             continue
-        for layer in model.anatomy.layers_with("mlp"):
-            if model.anatomy.weight(model.anatomy.mlp_out(layer)) in edit.delta.parameters:
+        for layer in model.anatomy.reader.layers_with("mlp"):
+            if model.anatomy.weight(model.anatomy.reader.mlp_out(layer)) in edit.delta.parameters:
                 found.setdefault(layer, []).extend(edit.requests)
     return found
 
@@ -96,7 +96,7 @@ def alphaedit(
 
     updates: list[LayerUpdate] = []
     for layer, target, layers_left in stages:
-        K, h = prompts.read(layer, model.anatomy.block(target), updates)
+        K, h = prompts.read(layer, model.anatomy.reader.block(target), updates)
         R = prompts.before_norm(layer, (z[target] - h) / layers_left, updates)
         K_p, P_l = past[layer], P[layer]
         Δ = R @ K.T @ P_l @ inverse(K_p @ K_p.T @ P_l + K @ K.T @ P_l + L2 * I)
@@ -109,10 +109,10 @@ def keys_of(
 ) -> Columns:
     """Return the keys of requests at a layer as it stands, (1, D, N); N may be 0."""
     if not requests:
-        D = model.anatomy.shape(model.module, model.anatomy.mlp_out(layer))[1]
+        D = model.anatomy.shape(model.module, model.anatomy.reader.mlp_out(layer))[1]
         return Columns(torch.zeros(1, D, 0, dtype=torch.float64))
     prompts = Prompts(
         model, requests, contexts_of(model, config), config.fact_token, window=config.window
     )
-    K, _ = prompts.read(layer, model.anatomy.mlp_out(layer))
+    K, _ = prompts.read(layer, model.anatomy.reader.mlp_out(layer))
     return K

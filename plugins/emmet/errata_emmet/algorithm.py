@@ -56,7 +56,7 @@ def emmet(
 
     updates: list[LayerUpdate] = []
     for layer, target, layers_left in stages:
-        K, h = prompts.read(layer, model.anatomy.block(target), updates)
+        K, h = prompts.read(layer, model.anatomy.reader.block(target), updates)
         R = prompts.before_norm(layer, (z[target] - h) / layers_left, updates)
         C_inv = inverse(C[layer])
         Δ = R @ inverse(K.T @ C_inv @ K + λε * I) @ K.T @ C_inv

@@ -55,7 +55,7 @@ def memit(
     updates: list[LayerUpdate] = []
     for layer, target, layers_left in stages:
         # Keys and outputs as they are with the lower layers changed.
-        K, h = prompts.read(layer, model.anatomy.block(target), updates)
+        K, h = prompts.read(layer, model.anatomy.reader.block(target), updates)
         R = prompts.before_norm(layer, (z[target] - h) / layers_left, updates)
         Δ = R @ K.T @ inverse(λ[layer] * C[layer] + K @ K.T)
         updates.append(LayerUpdate(layer, K, R, Δ, h))

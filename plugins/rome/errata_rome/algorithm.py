@@ -53,7 +53,7 @@ class RankOne:
 
     def delta(self, model: Model, layer: int) -> LowRankDelta:
         """Return the change as it is stored: Λ uᵀ for the down projection of block `layer`."""
-        out = model.anatomy.mlp_out(layer)
+        out = model.anatomy.reader.mlp_out(layer)
         factor = Factor(
             u=self.Λ.float().cpu().unsqueeze(1),
             v=self.u.float().cpu().unsqueeze(1),

@@ -70,10 +70,11 @@ class RomeConfig(MethodConfig):
         Raises `ConfigError` for a layer that the model does not have.
         """
         changes: dict[str, object] = {}
+        stack = anatomy.reader
         if self.loss_layer is not None:
             changes["loss_layer"] = anatomy.layer(self.loss_layer)
         if self.layer is None:
-            changes["layer"] = anatomy.nearest(anatomy.early, "mlp")
+            changes["layer"] = stack.nearest(stack.early, "mlp")
         elif self.layer != "auto":
-            changes["layer"] = anatomy.layer(self.layer)
+            changes["layer"] = stack.layer(self.layer)
         return self.model_copy(update=changes)

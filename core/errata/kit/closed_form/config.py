@@ -122,17 +122,18 @@ class ClosedFormConfig(MethodConfig):
             ConfigError: a layer that the model does not have, or one that is named twice.
         """
         changes: dict[str, object] = {}
+        stack = anatomy.reader
         if self.loss_layer is not None:
             changes["loss_layer"] = anatomy.layer(self.loss_layer)
         if self.layers is None:
-            last = anatomy.nearest(anatomy.early + (self.default_depth - 1) // 2, "mlp")
-            below = [layer for layer in anatomy.layers_with("mlp") if layer <= last]
+            last = stack.nearest(stack.early + (self.default_depth - 1) // 2, "mlp")
+            below = [layer for layer in stack.layers_with("mlp") if layer <= last]
             changes["layers"] = tuple(below[-self.default_depth :])
         elif self.layers != "auto":
-            layers = sorted(anatomy.layer(layer) for layer in self.layers)
+            layers = sorted(stack.layer(layer) for layer in self.layers)
             if len(set(layers)) != len(layers):
                 raise ConfigError(
-                    f"layers {list(self.layers)} name one of the model's {anatomy.n_layers} blocks "
+                    f"layers {list(self.layers)} name one of the model's {stack.n_layers} blocks "
                     "twice: negative numbers count from the end."
                 )
             changes["layers"] = tuple(layers)

@@ -52,7 +52,7 @@ def low_rank(model: Model, updates: Sequence[LayerUpdate]) -> LowRankDelta:
     """Return one delta for all requests, the two factors of each layer's Δ."""
     factors = {}
     for update in updates:
-        path = model.anatomy.mlp_out(update.layer)
+        path = model.anatomy.reader.mlp_out(update.layer)
         u, v = update.Δ.factors
         factors[model.anatomy.weight(path)] = Factor(
             u=u.float().cpu(), v=v.float().cpu(), transposed=model.anatomy.transposed(path)
@@ -82,7 +82,7 @@ def key_values(
     pairs: list[dict[str, KeyValues]] = [{} for _ in range(count)]
     for update in updates:
         metric = metrics[update.layer]
-        path = model.anatomy.mlp_out(update.layer)
+        path = model.anatomy.reader.mlp_out(update.layer)
         name = model.anatomy.weight(path)
         keys = update.K.flat.float().cpu()  # what is stored is what is whitened
         whitened = metric.whiten(keys.double()).cpu().to(getattr(torch, config.precision))
@@ -118,7 +118,7 @@ def solved_again(
     """
     if not isinstance(delta, KeyValueDelta):
         return None
-    layers = {model.anatomy.weight(model.anatomy.mlp_out(layer)): layer for layer in metrics}
+    layers = {model.anatomy.weight(model.anatomy.reader.mlp_out(layer)): layer for layer in metrics}
 
     def again(pairs: Mapping[str, KeyValues]) -> dict[str, KeyValues]:
         found = {}

@@ -23,8 +23,7 @@ from errata.kit.closed_form.windows import windows_of
 from errata.kit.contexts import in_contexts
 from errata.kit.value_rows import FACT_TOKENS, FactToken
 from errata.kit.values import row_limit
-from errata.model.forward import aligned, inputs_of, trace
-from errata.model.prompts import padding_id
+from errata.model.forward import inputs_of, laid_out, trace
 from errata.model.tokens import encode, subject_position
 
 if TYPE_CHECKING:
@@ -92,12 +91,12 @@ def grouped(keys: Tensor) -> Tensor:
 
 
 class Prompts:
-    """Requests in their contexts, up to the token that is edited: nothing after it matters.
+    """Requests in their contexts; in a decoder up to the token that is edited.
 
     A long text counts as several requests, its windows, each at the last token before it.
 
     Args:
-        model: a causal decoder, in its present state.
+        model: a causal decoder or an encoder-decoder, in its present state.
         requests: what is to be written; N with the windows of texts.
         contexts: templates with one {} for the prompt; the first is "{}".
         fact_token: the token that is edited.
@@ -124,17 +123,22 @@ class Prompts:
         self.requests = tuple(found.request for found in self.windows)
         self._claim = torch.ones(len(self.requests), 1, dtype=torch.float64)
         tokenizer = model.tokenizer
-        self._rows: list[list[list[int]]] = []  # of each request, in each of its contexts
+        two = model.task == "seq2seq"  # an encoder's token sees those after it, too
+        # Of each request, in each of its contexts: tokens, and which of them is edited.
+        self._rows: list[list[tuple[list[int], int]]] = []
         for window_ in self.windows:
             request, whole = window_.request, window_.number is None
             which = FACT_TOKENS[fact_token if whole else "last"]
             templates = in_contexts(model, request, contexts if whole else contexts[:1])
-            batch = encode(tokenizer, [t.replace("{}", request.subject) for t in templates])
+            batch = encode(
+                tokenizer, [t.replace("{}", request.subject) for t in templates],
+                keep_end=True if two else None,
+            )  # fmt: skip
             rows = []
             for row, template in enumerate(templates):
-                end = subject_position(tokenizer, template, request.subject, which) + 1
+                at = subject_position(tokenizer, template, request.subject, which)
                 real = batch.input_ids[row][batch.attention_mask[row].bool()]
-                rows.append(real[:end].tolist())
+                rows.append((real[: None if two else at + 1].tolist(), at))
             self._rows.append(rows)
 
     def columns(self, rows: Tensor) -> Columns:
@@ -151,7 +155,7 @@ class Prompts:
 
     def norm_behind(self, layer: int) -> nn.Module | None:
         """Return the norm between a block's MLP and the residual stream, if there is one."""
-        return self.model.anatomy.norm_behind_mlp(self.model.module, layer)
+        return self.model.anatomy.reader.norm_behind_mlp(self.model.module, layer)
 
     def before_norm(self, layer: int, R: Columns, updates: Sequence[LayerUpdate]) -> Columns:
         """Return what the down projection must add for the residual stream to change by R.
@@ -163,7 +167,7 @@ class Prompts:
         norm = self.norm_behind(layer)
         if norm is None:
             return R
-        _, v = self.read(layer, self.model.anatomy.mlp_out(layer), updates)
+        _, v = self.read(layer, self.model.anatomy.reader.mlp_out(layer), updates)
         gain = through(norm, Columns(torch.ones_like(v.tensor))).tensor  # of an RMS norm
         wanted = (through(norm, v) + R).tensor
         direction = wanted * gain / (gain**2 + 1e-6 * gain.square().mean(1, keepdim=True))
@@ -182,16 +186,17 @@ class Prompts:
             updates: what lower layers have been asked for; it acts while reading.
         """
         model = self.model
-        source = model.anatomy.mlp_out(layer)
+        source = model.anatomy.reader.mlp_out(layer)
         names = tuple(dict.fromkeys((source, output)))
         keys, outputs = [], []
         most = max(1, row_limit(model) // len(self.contexts))
         for start in range(0, len(self.requests), most):
             stop = min(start + most, len(self.requests))
             counts = [len(rows) for rows in self._rows[start:stop]]
-            tokens = [row for rows in self._rows[start:stop] for row in rows]
-            last = [len(row) - 1 for row in tokens]
-            inputs, column = aligned(tokens, last, padding_id(model.tokenizer))
+            tokens, edited = zip(
+                *(row for rows in self._rows[start:stop] for row in rows), strict=True
+            )
+            inputs, columns = laid_out(model, tokens, edited)
             index = torch.arange(start, stop)
             owner = index.repeat_interleave(torch.tensor(counts)) if self.each else None
             with (
@@ -199,9 +204,9 @@ class Prompts:
                 trace(model.module, names, inputs=True, stop=True) as seen,
             ):
                 model.module(**inputs_of(model, {**inputs, "use_cache": False}))
-            found = torch.split(_column(seen[source].input, len(tokens), column), counts)
+            found = torch.split(_column(seen[source].input, columns), counts)
             keys += [grouped(of_one[None]) for of_one in found]
-            said = torch.split(_column(seen[output].output, len(tokens), column), counts)
+            said = torch.split(_column(seen[output].output, columns), counts)
             outputs += [of_one[:1] for of_one in said]
         K = torch.cat(keys) * self._claim
         return self.columns(K), self.columns(torch.cat(outputs))
@@ -242,12 +247,14 @@ def written(
 
     with ExitStack() as undo:
         for update in updates:
-            module = model.module.get_submodule(model.anatomy.mlp_out(update.layer))
+            module = model.module.get_submodule(model.anatomy.reader.mlp_out(update.layer))
             undo.callback(module.register_forward_hook(hook_for(update.Δ)).remove)
         yield
 
 
-def _column(tensor: Tensor | None, rows: int, column: int) -> Tensor:
-    """Return one column of (B, T, x) or (B·T, x) on the CPU, fp64."""
+def _column(tensor: Tensor | None, columns: Tensor) -> Tensor:
+    """Return one column of each row of (B, T, x) or (B·T, x) on the CPU, fp64."""
     assert tensor is not None
-    return tensor.reshape(rows, -1, tensor.shape[-1])[:, column].double().cpu()
+    rows = len(columns)
+    shaped = tensor.reshape(rows, -1, tensor.shape[-1])
+    return shaped[torch.arange(rows), columns.to(tensor.device)].double().cpu()

@@ -105,7 +105,7 @@ def moments_of(
     found = second_moments(model, layers, corpus=corpus or None, tokens=config.tokens)
     placed: dict[int, SecondMoment] = {}
     for layer, moment in found.items():
-        name = model.anatomy.weight(model.anatomy.mlp_out(layer))
+        name = model.anatomy.weight(model.anatomy.reader.mlp_out(layer))
         device = model.parameter(name).device
         if device.type != "cuda":
             placed[layer] = moment
@@ -144,7 +144,7 @@ def usual_key_weight(model: Model, layer: int, moment: SecondMoment) -> float:
 
     def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
         texts = [f"It is known that {name}" for name in USUAL_NAMES]
-        path = model.anatomy.mlp_out(layer)
+        path = model.anatomy.reader.mlp_out(layer)
         batch = pad(model.tokenizer, [row.ids for row in tokenise(model.tokenizer, texts)],
                     device=model.device)  # fmt: skip
         with torch.no_grad(), trace(model.module, path, inputs=True, stop=True) as seen:
@@ -182,7 +182,7 @@ def mean_norm(model: Model, layer: int) -> float:
 
 def _output_norms(model: Model, layer: int, documents: Sequence[str]) -> Tensor:
     """Return the norms of a block's MLP output at the first tokens of text, ascending."""
-    path = model.anatomy.mlp_out(layer)
+    path = model.anatomy.reader.mlp_out(layer)
     limit = min(model.anatomy.context or 128, 128)
     norms: list[Tensor] = []
     for row in tokenise(model.tokenizer, documents[:_NORM_TOKENS]):

@@ -118,11 +118,11 @@ def memit_values(prompts: Prompts, layer: int, config: ClosedFormConfig) -> tupl
     norm = prompts.norm_behind(layer)
     if norm is not None:  # what this layer's MLP can say behind its norm is all that δ can be
         m, δ = optimised(prompts, replace(settings, at="mlp"), objective)
-        _, h = prompts.read(layer, prompts.model.anatomy.block(layer))
+        _, h = prompts.read(layer, prompts.model.anatomy.reader.block(layer))
         return h, through(norm, m + δ) - through(norm, m)
     h, δ = optimised(prompts, settings, objective)
     if config.norm_anchor is not None:
-        _, m = prompts.read(layer, prompts.model.anatomy.mlp_out(layer))
+        _, m = prompts.read(layer, prompts.model.anatomy.reader.mlp_out(layer))
         δ = norm_anchored(m, δ, config.norm_anchor * mean_norm(prompts.model, layer))
     return h, δ
 

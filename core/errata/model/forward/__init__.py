@@ -1,6 +1,6 @@
 """Running a model: look inside, change what passes, and run only what a change can reach."""
 
-from errata.model.forward.resume import Resumed, aligned, inputs_of, logits_at
+from errata.model.forward.resume import Resumed, aligned, inputs_of, laid_out, logits_at
 from errata.model.forward.trace import Seen, adding, answered, bypassed, frozen, patched, trace
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "bypassed",
     "frozen",
     "inputs_of",
+    "laid_out",
     "logits_at",
     "patched",
     "trace",

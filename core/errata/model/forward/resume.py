@@ -40,10 +40,12 @@ from errata.model.forward.trace import (
     trace,
     with_first,
 )
+from errata.model.prompts import pad, padding_id
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from errata.model.anatomy import Anatomy
     from errata.model.model import Model
 
 logger = logging.getLogger("errata")
@@ -235,6 +237,26 @@ def aligned(
     return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}, column
 
 
+def laid_out(
+    model: Model, tokens: Sequence[Sequence[int]], lookups: Sequence[int]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return rows that the model reads as one batch, and the column (B,) of one token of each.
+
+    In a causal decoder that is one column for all rows (`aligned`), so that the columns before it
+    need not run again. An encoder, which may count positions from a row's first column, has its
+    rows padded on the right.
+
+    Args:
+        model: a causal decoder, or an encoder-decoder, whose encoder reads the rows.
+        tokens: token ids of each row.
+        lookups: index of one token per row.
+    """
+    if model.anatomy.kind == "decoder":
+        inputs, column = aligned(tokens, lookups, padding_id(model.tokenizer))
+        return inputs, torch.full((len(tokens),), column)
+    return pad(model.tokenizer, tokens).inputs(positions=False), torch.tensor(lookups)
+
+
 class Resumed:
     """A batch that was run once and can be run again from block `layer` and column `start` on.
 
@@ -248,6 +270,7 @@ class Resumed:
             attention_mask, position_ids (left out where the model takes none), and
             decoder_input_ids for encoder-decoders.
         layer: first block to be run again; `n_layers` means that only the head is.
+        stack: whose block that is; None: the decoder's, where there are two.
         rows: (n,) rows of the positions whose logits are wanted.
         columns: (n,) their columns, in the coordinates of `inputs`.
         start: first column to be run again. Everything that will differ, and every chosen
@@ -282,13 +305,14 @@ class Resumed:
         start: int = 0,
         known: tuple[str, ...] = (),
         watch: tuple[str, ...] = (),
+        stack: Anatomy | None = None,
     ) -> None:
-        self._model = model
+        self._model, self._stack = model, stack or model.anatomy
         self._rows, self._columns = rows, columns
         reuse = start > 0 and reuses_keys(model) and model.task != "classify"
         full = inputs_of(model, inputs)
         cache = DynamicCache() if reuse else None
-        below = (model.anatomy.block(layer - 1),) if layer > 0 else ()
+        below = (self._stack.block(layer - 1),) if layer > 0 else ()
         recorded = self._record(full, cache, (*below, *known), watch)
         plans: tuple[tuple[int, int, tuple[str, ...]], ...]
         column = start if reuse else 0
@@ -306,11 +330,11 @@ class Resumed:
 
     def logits(self) -> Tensor:
         """Return the logits (n, vocabulary) at the chosen positions, under the present hooks."""
-        module, anatomy = self._model.module, self._model.anatomy
+        module, stack = self._model.module, self._stack
         # What the last block below `layer` says counts; those before it need only be quiet.
         answers: dict[str, Callable[..., Any]] = dict(self._memory)
         for index in range(self.layer - 1):
-            answers[anatomy.block(index)] = self._memory[anatomy.block(self.layer - 1)].quietly
+            answers[stack.block(index)] = self._memory[stack.block(self.layer - 1)].quietly
         with (
             answered(module, answers),
             reading(self._model, self._rows, self._columns - self.start) as read,
@@ -324,7 +348,7 @@ class Resumed:
         """
         size = self.size
         small = object.__new__(Resumed)
-        small._model, small.known = self._model, self.known
+        small._model, small._stack, small.known = self._model, self._stack, self.known
         small.layer, small.start = self.layer, self.start
         held = torch.isin(self._rows, rows)
         small._rows = torch.searchsorted(rows, self._rows[held])
@@ -372,8 +396,9 @@ class Resumed:
             extra = {"use_cache": cache is not None, "past_key_values": cache}
             output = module(**inputs, **accepted(module, extra))
             self.reference = read(output)
-        # The encoder of an encoder-decoder stands below every block that is edited.
-        self._encoded = getattr(output, "encoder_last_hidden_state", None)
+        # The encoder of an encoder-decoder stands below every block of the decoder.
+        above = self._stack is self._model.anatomy
+        self._encoded = getattr(output, "encoder_last_hidden_state", None) if above else None
         return recorded
 
     def _prepare(
