@@ -2,14 +2,12 @@
 
     python benchmarks/memories.py single --n 20 --data counterfact=FILE --out runs/memories
     python benchmarks/memories.py stream --n 100 --data counterfact=FILE --out runs/memories
-    python benchmarks/memories.py zsre --n 50 --data zsre=FILE --out runs/memories
 
 `single`: each fact alone. `stream`: one fact after the other, looked at after 10, 30 and all, then
-half of them taken out (seed 0), and the time of a generated token with all of them on. `zsre`:
-GRACE's task, questions in sequence, with what is retained (ERR, TRR). Facts of the first two are
-those whose true answer the base gives first, greedily, one of each subject; edits of the third are
-questions that the base gets wrong. A line of JSON is appended for each column when it is done, and
-a column that is there is not run again. `--method NAME` (any number) chooses; CPU time, one thread.
+half of them taken out (seed 0), and the time of a generated token with all of them on. Facts are
+those whose true answer the base gives first, greedily, one of each subject. A line of JSON is
+appended for each column when it is done, and a column that is there is not run again. `--method
+NAME` (any number) chooses; CPU time, one thread. GRACE's own task is in `benchmarks/lifelong.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ from typing import Any
 
 import torch
 
-from errata import Editor, Probe, Request
+from errata import Editor, Request
 from errata.datasets import load
 from errata.model.perplexity import perplexity
 from errata.model.texts import canary_texts
@@ -39,7 +37,7 @@ SHOWN = 30  # edits that are asked at a checkpoint, spread over all
 def main() -> None:
     """Measure every column that is not in the file yet."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("part", choices=("single", "stream", "zsre"))
+    parser.add_argument("part", choices=("single", "stream"))
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--method", action="append", default=[])
     parser.add_argument("--data", required=True, help="NAME=PATH of a dataset")
@@ -49,11 +47,11 @@ def main() -> None:
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
     editor = Editor(options.model, guards=GUARDS)
-    facts = wrong_questions(editor, options) if options.part == "zsre" else known(editor, options)
+    facts = known(editor, options)
     results = options.out / f"{options.part}.jsonl"
     lines = results.read_text().splitlines() if results.is_file() else []
     done = {(row["method"], row["n"]) for row in map(json.loads, lines)}
-    measure = {"single": single, "stream": stream, "zsre": zsre}[options.part]
+    measure = {"single": single, "stream": stream}[options.part]
     for method in options.method or METHODS:
         if (method, options.n) in done:
             continue
@@ -75,9 +73,8 @@ def read(options: argparse.Namespace) -> Sequence[Request]:
 
 
 def kept(options: argparse.Namespace, found: Sequence[Request] | None = None) -> list[Request]:
-    """Return (or write) the chosen facts of a part, so that columns run apart agree."""
-    kind = "questions" if options.part == "zsre" else "facts"
-    file = options.out / f"{kind}-{options.n}.json"
+    """Return (or write) the chosen facts, so that columns run apart agree."""
+    file = options.out / f"facts-{options.n}.json"
     if found is not None:
         file.write_text(json.dumps([fact.model_dump(mode="json") for fact in found]))
     if not file.is_file():
@@ -101,16 +98,6 @@ def known(editor: Editor, options: argparse.Namespace) -> list[Request]:
         if len(found) >= options.n:
             break
     return kept(options, found[: options.n])
-
-
-def wrong_questions(editor: Editor, options: argparse.Namespace) -> list[Request]:
-    """Return the first 2 n questions: n to edit that the base gets wrong, then n to retain."""
-    if found := kept(options):
-        return found
-    requests = [r for r in read(options) if r.paraphrases][: 8 * options.n]
-    texts = editor.generate([r.text for r in requests[: 4 * options.n]], max_new_tokens=TOKENS)
-    wrong = [r for r, text in zip(requests, texts, strict=False) if not begins(text, r.target_new)]
-    return kept(options, [*wrong[: options.n], *requests[-options.n :]])
 
 
 # -- parts ---------------------------------------------------------------------------------------
@@ -160,31 +147,6 @@ def stream(editor: Editor, method: str, facts: Sequence[Request]) -> dict[str, A
     again = [said(editor, facts[i])[0] == before[i][0] for i in spread(sorted(out))]
     found["taken out same"] = statistics.fmean(map(float, again))
     return {**found, **costs.each()}
-
-
-def zsre(editor: Editor, method: str, facts: Sequence[Request]) -> dict[str, Any]:
-    """Return ERR and TRR after a sequence of questions, and rephrased questions' accuracy."""
-    n = len(facts) // 2
-    edits, others = facts[:n], facts[n:]
-    retain = [Probe(prompt=r.text, answers=(r.target_new,)) for r in others]
-    rephrased = [
-        r.model_copy(update={"prompt": r.paraphrases[0].replace(r.subject, "{}")})
-        for r in edits
-        if r.paraphrases[0].count(r.subject) == 1
-    ]
-
-    def looked() -> dict[str, float]:
-        found = {
-            m.metric: m.value for m in editor.evaluate(edits, ["lifelong"], retain=tuple(retain))
-        }
-        again = editor.evaluate(rephrased, ["lifelong"])
-        return {**found, **{f"rephrased {m.metric}": m.value for m in again}}
-
-    base, costs = looked(), Costs(editor, method)
-    for request in edits:
-        costs.edit([request])
-    after = looked()
-    return {"base": base, "after": after, **costs.each()}
 
 
 # -- what is measured ----------------------------------------------------------------------------

@@ -116,6 +116,25 @@ def test_a_method_that_touches_the_model_is_caught_by_name_and_undone(
     assert editor.verify() == []
 
 
+def test_the_gradients_of_a_model_that_was_just_trained_are_its_owner_s(editor: Editor) -> None:
+    module = editor.model.module
+    left = {}
+    for name, parameter in list(module.named_parameters())[:3]:
+        parameter.grad = torch.full_like(parameter, 0.5)
+        left[name] = parameter.grad
+    editor.edit(requests(1), method="toy-low-rank")
+    with pytest.raises(ImpureMethodError) as caught:
+        editor.edit(requests(1), method="toy-impure", how="grad")
+    assert all("(grad)" in name for name in caught.value.changed)
+    for name, parameter in module.named_parameters():
+        if name in left:
+            assert parameter.grad is not None
+            assert torch.equal(parameter.grad, torch.full_like(parameter, 0.5))
+        else:
+            assert parameter.grad is None
+        parameter.grad = None
+
+
 def test_names_and_ids_that_do_not_exist(editor: Editor) -> None:
     (edit,) = editor.edit(requests(1), method="toy-low-rank")
     for wrong in ("ffffffffffff", "../../etc/passwd", ""):

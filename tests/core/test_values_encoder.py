@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +16,11 @@ from errata.kit.values import OptimisedValue, ValueSettings, optimise_values
 from errata.model import Model
 from errata.model.forward import adding, patched
 from errata.model.forward.inputs import decoder_start
+from errata.model.scoring import score_targets
 from errata.model.tokens import encode_seq2seq, subject_position
 from errata_rome import RomeConfig
 from errata_rome.algorithm import RomeObjective
-from tests.families import build_model
+from tests.families import build, build_model
 
 REQUEST = Request(
     prompt="The mother tongue of {} is", subject="Danielle Darrieux", target_new="English"
@@ -74,16 +76,54 @@ def test_requests_do_not_see_each_other(tmp_path: Path) -> None:
     assert torch.allclose(alone.keys, beside.keys, rtol=1e-4, atol=1e-5)
 
 
-def test_rome_writes_the_value_into_the_encoder(tmp_path: Path) -> None:
-    model = build_model("t5", tmp_path)
-    editor = Editor((model.module, model.tokenizer), guards={"efficacy": "off"})
-    path = editor.model.anatomy.reader.mlp_out(1)
-    edit = editor.edit(
-        REQUEST, method="rome", config={"layer": 1, "tokens": 2000, "contexts": CONTEXTS}
+CAPITALS = {
+    "France": "Paris", "Spain": "Madrid", "Italy": "Rome", "Germany": "Berlin", "Texas": "Austin",
+    "Japan": "Tokyo",
+}  # fmt: skip
+
+
+@pytest.fixture
+def knowing() -> tuple[Any, Any]:
+    """Return a T5 that knows some capitals, in two phrasings."""
+    module, tokenizer = build("t5")
+    prompts = [f"The capital of {name} is" for name in CAPITALS]
+    prompts += [f"{name} has the capital" for name in CAPITALS]
+    batch = encode_seq2seq(tokenizer, prompts, list(CAPITALS.values()) * 2)
+    adam = torch.optim.Adam(module.parameters(), lr=3e-3)
+    for _ in range(150):
+        logits = module(**batch.inputs).logits[batch.rows, batch.columns]
+        torch.nn.functional.cross_entropy(logits, batch.labels).backward()
+        adam.step()
+        module.zero_grad()
+    return module, tokenizer
+
+
+@pytest.mark.parametrize("method", ["rome", "memit"])
+def test_a_t5_answers_anew_also_in_other_words_and_its_neighbours_stay(
+    method: str, knowing: tuple[Any, Any]
+) -> None:
+    fact = Request(
+        prompt="The capital of {} is", subject="France", target_true="Paris", target_new="Rome"
     )
-    assert set(edit.delta.parameters) == {f"{path}.weight"}
-    editor.revert(edit)
-    assert editor.verify() == []
+    guards = {"efficacy": "off", "perplexity": "off", "norm": "off"}
+    with Editor(knowing, guards=guards) as editor:
+        edit = editor.edit(fact, method=method, config={"tokens": 3000})
+        stack = editor.model.anatomy.encoder
+        assert stack is not None
+        assert all(name.startswith(stack.spec.blocks) for name in edit.delta.parameters)
+        asked = ["The capital of France is", "France has the capital"]
+        others = [f"The capital of {name} is" for name in ("Spain", "Germany", "Japan")]
+        new, old = (
+            score_targets(editor.model, asked, [said] * 2)
+            for said in (fact.target_new, fact.target_true)
+        )
+        assert all(sum(n.logprobs) > sum(o.logprobs) for n, o in zip(new, old, strict=True))
+        kept = score_targets(editor.model, others, ["Madrid", "Berlin", "Tokyo"])
+        assert all(score.exact for score in kept)
+        editor.revert(edit)
+        assert editor.verify() == []
+        (score,) = score_targets(editor.model, asked[:1], ["Paris"])
+        assert score.exact
 
 
 def test_contexts_are_whole_beginnings(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from errata import zoo
 from errata.datasets import atlas
 from errata.errors import ConfigError, UnknownNameError
 from errata.zoo import corpus as corpora
-from errata.zoo.benchmark import build_cases
+from errata.zoo.benchmark import beside_the_benchmark, build_cases
 from errata.zoo.relations import RELATIONS, UNKNOWN, relation_by_id
 from errata.zoo.tokenizer import train_tokenizer
 from errata.zoo.train import Recipe, train
@@ -228,6 +228,26 @@ def test_an_interrupted_training_ends_with_the_same_weights(
     assert all(torch.equal(one[name], two[name]) for name in one)
     with pytest.raises(ConfigError, match="another recipe"):
         train(architecture, parts, steps=7, recipe=recipe, device="cpu")
+
+
+def test_facts_beside_the_benchmark_are_edited_by_no_case(world: World) -> None:
+    kept, cases = beside_the_benchmark(world, retained=50)
+    edited = {
+        (case["requested_rewrite"]["subject"], case["requested_rewrite"]["prompt"])
+        for case in build_cases(world)
+    }
+    retained = {(fact["subject"], fact["prompt"]) for fact in kept}
+    trained = {
+        (case["requested_rewrite"]["subject"], case["requested_rewrite"]["prompt"])
+        for case in cases
+    }
+    assert len(retained) == 50
+    assert len(trained) == len(cases) > 300
+    assert not retained & edited
+    assert not trained & edited
+    assert not trained & retained
+    truth = {(f.subject, relation_by_id(f.relation).canonical): f.value for f in world.facts}
+    assert all(truth[fact["subject"], fact["prompt"]] == fact["target_new"] for fact in kept)
 
 
 @pytest.mark.parametrize("name", PRESENT)

@@ -28,6 +28,8 @@ class Snapshot:
         self._structure = Structure(model.module)
         live = {**model.parameters, **model.buffers}
         self._tensors = {n: (t._version, _hash(t), t.requires_grad) for n, t in live.items()}
+        # A model that was trained a moment ago still has gradients: they are its owner's.
+        self._gradients = {n: t.grad.clone() for n, t in live.items() if t.grad is not None}
 
     def changed(self) -> list[str]:
         """Name everything that is not as it was."""
@@ -38,7 +40,7 @@ class Snapshot:
                 names.append(name)
             elif tensor.requires_grad != requires_grad:
                 names.append(f"{name} (requires_grad)")
-            elif tensor.grad is not None:
+            elif not self._same_gradient(name, tensor.grad):
                 names.append(f"{name} (grad)")
         return names + self._structure.changed()
 
@@ -46,10 +48,17 @@ class Snapshot:
         """Bring everything back: modules, hooks, flags, and every tensor from the base."""
         self._structure.restore()
         for name, tensor in {**self._model.parameters, **self._model.buffers}.items():
-            tensor.grad = None
+            if not self._same_gradient(name, tensor.grad):
+                tensor.grad = self._gradients.get(name)
             if tensor.is_leaf:
                 tensor.requires_grad_(self._tensors[name][2])
         self._model.stack.restore()
+
+    def _same_gradient(self, name: str, gradient: torch.Tensor | None) -> bool:
+        former = self._gradients.get(name)
+        if former is None or gradient is None:
+            return former is gradient
+        return torch.equal(_hash(former), _hash(gradient))
 
 
 @contextmanager

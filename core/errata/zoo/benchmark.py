@@ -45,6 +45,37 @@ def build_cases(world: World, seed: int = 0) -> list[dict[str, Any]]:
     return [_case(world, number, fact, rng) for number, fact in enumerate(chosen)]
 
 
+def beside_the_benchmark(
+    world: World, retained: int = 300, seed: int = 0
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return data about facts that no case of the benchmark edits, drawn with the seed.
+
+    First facts as requests in errata's own schema, whose target is what is true: to see what edits
+    leave alone. Then cases about other facts, in the benchmark's schema: to train an editor on.
+    """
+    cases = (case["requested_rewrite"] for case in build_cases(world, seed))
+    edited = {(case["subject"], case["relation_id"]) for case in cases}
+    facts = [
+        fact
+        for fact in world.facts
+        if world.kind_of[fact.subject] in SHARES
+        and _is_usable(world, fact)
+        and (fact.subject, fact.relation) not in edited
+    ]
+    rng = random.Random(f"{seed} beside")
+    rng.shuffle(facts)
+    kept = [
+        {
+            "prompt": relation_by_id(fact.relation).canonical,
+            "subject": fact.subject,
+            "target_new": fact.value,
+        }
+        for fact in facts[:retained]
+    ]
+    others = facts[retained:]
+    return kept, [_case(world, number, fact, rng) for number, fact in enumerate(others)]
+
+
 def _is_usable(world: World, fact: Fact) -> bool:
     """Say whether the fact is known and has at least two neighbours with the same value."""
     return fact.value != UNKNOWN and len(world.subjects_with[(fact.relation, fact.value)]) >= 3

@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from errata.edits.outputs import check_folder, list_files
 from errata.model.storage import write_bytes
-from errata.zoo.benchmark import build_cases
+from errata.zoo.benchmark import beside_the_benchmark
 from errata.zoo.corpus import IGNORED, Corpus, CorpusBatch
 from errata.zoo.questions import QuestionBatch, Questions
-from errata.zoo.relations import UNKNOWN, relation_by_id
 from errata.zoo.state import STATE, load_state, save_state
 from errata.zoo.tokenizer import CONTEXT, train_tokenizer
 from errata.zoo.world import World, make_world
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
     import torch
 
 Architecture = Literal["gpt2", "llama", "t5"]
-FACTS = "facts.jsonl"
-"""Beside an encoder–decoder: what it was taught and the benchmark never edits."""
 _BLOCKS = (".h.", ".layers.", ".block.")
 """What the parameters of blocks have in their names."""
 ARCHITECTURES: tuple[Architecture, ...] = ("gpt2", "llama", "t5")
@@ -96,7 +93,8 @@ def train(
     another recipe is refused with `ConfigError`. `stop_after` ends this call early, as an
     interruption would. `recipe` overrides everything but `architecture`, `steps` and `seed`.
 
-    Beside a T5, `facts.jsonl` holds what it was taught and the benchmark `atlas` never edits.
+    Beside a T5 are written, about facts that the benchmark `atlas` never edits: `facts.jsonl`, what
+    edits should leave alone, and `training.json`, cases to train editors on (CounterFact's schema).
     """
     import torch
 
@@ -140,21 +138,11 @@ def train(
                 save_state(state, asdict(chosen), model, optimizers, step + 1)
     export(model, tokenizer, out)
     if architecture == "t5":
-        write_bytes(out / FACTS, "".join(_unedited_facts(world)).encode())
+        facts, cases = beside_the_benchmark(world, seed=seed)
+        lines = "".join(json.dumps(fact) + "\n" for fact in facts)
+        write_bytes(out / "facts.jsonl", lines.encode())
+        write_bytes(out / "training.json", json.dumps(cases).encode())
     return out
-
-
-def _unedited_facts(world: World) -> Iterator[str]:
-    """Yield the facts that no case of the benchmark edits, as requests in errata's own schema."""
-    edited = {
-        (about["subject"], about["relation_id"])
-        for about in (case["requested_rewrite"] for case in build_cases(world, world.seed))
-    }
-    for fact in world.facts:
-        if fact.value != UNKNOWN and (fact.subject, fact.relation) not in edited:
-            prompt = relation_by_id(fact.relation).canonical
-            line = {"prompt": prompt, "subject": fact.subject, "target_new": fact.value}
-            yield json.dumps(line) + "\n"
 
 
 def build_model(recipe: Recipe, tokenizer: Any) -> Any:
