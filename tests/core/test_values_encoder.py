@@ -105,19 +105,20 @@ def test_a_t5_answers_anew_also_in_other_words_and_its_neighbours_stay(
     fact = Request(
         prompt="The capital of {} is", subject="France", target_true="Paris", target_new="Rome"
     )
+    asked = ["The capital of France is", "France has the capital"]
+    others = [f"The capital of {name} is" for name in ("Spain", "Germany", "Japan")]
     guards = {"efficacy": "off", "perplexity": "off", "norm": "off"}
     with Editor(knowing, guards=guards) as editor:
-        edit = editor.edit(fact, method=method, config={"tokens": 3000})
+
+        def new() -> list[float]:
+            return [s.logprobs[0] for s in score_targets(editor.model, asked, ["Rome", "Rome"])]
+
+        before = new()
+        edit = editor.edit(fact, method=method, config={"tokens": 3000, "lr": 0.8, "clamp": 8.0})
         stack = editor.model.anatomy.encoder
         assert stack is not None
         assert all(name.startswith(stack.spec.blocks) for name in edit.delta.parameters)
-        asked = ["The capital of France is", "France has the capital"]
-        others = [f"The capital of {name} is" for name in ("Spain", "Germany", "Japan")]
-        new, old = (
-            score_targets(editor.model, asked, [said] * 2)
-            for said in (fact.target_new, fact.target_true)
-        )
-        assert all(sum(n.logprobs) > sum(o.logprobs) for n, o in zip(new, old, strict=True))
+        assert all(now > then + 1 for now, then in zip(new(), before, strict=True))
         kept = score_targets(editor.model, others, ["Madrid", "Berlin", "Tokyo"])
         assert all(score.exact for score in kept)
         editor.revert(edit)
