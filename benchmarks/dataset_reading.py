@@ -1,6 +1,6 @@
 """How fast datasets load, and how much memory that takes: the record behind docs/datasets.md.
 
-    python benchmarks/dataset_reading.py DATA                 # DATA: folder with counterfact/*.json*
+    python benchmarks/dataset_reading.py DATA            # DATA: folder with counterfact/*.json*
     python benchmarks/dataset_reading.py DATA --cases 44000 --json out.json
 
 Two CounterFact files: the thin JSON lines as they are, and a JSON array of `--cases` whole cases,
