@@ -344,6 +344,14 @@ def test_figures_are_png_and_svg_and_the_same_each_time(report: Report, tmp_path
     names = {path.stem for path in files}
     assert "atlas-sequential-curve-rewrite_exact" in names
     assert "atlas-single-bars-generation" in names
+    errors = (tmp_path / "a" / "atlas-single-errors.svg").read_text(encoding="utf-8")
+    assert ">right<" in errors
+    for part in report.parts:
+        if (part.section.dataset, part.section.regime) == ("atlas", "single"):
+            for one in part.errors:
+                assert f"{one.metric} (n = " in errors
+                for kind in one.counts:
+                    assert kind.replace("_", " ") in errors
     for path in files:
         if path.suffix == ".png":
             assert path.read_bytes().startswith(b"\x89PNG")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errata.bench.report import formatting
+from errata.bench.report.errors_and_costs import RIGHT, error_order, error_types
 from errata.bench.report.grouping import FINAL
 from errata.edits.outputs import PNG, SVG, write_file
 from errata.errors import MissingExtraError
@@ -18,11 +19,14 @@ if TYPE_CHECKING:
 
     from errata.bench.report.contents import ReportContents
     from errata.bench.report.curves import Curve
+    from errata.bench.report.errors_and_costs import ErrorCounts
     from errata.bench.report.tables import ColumnHead, MetricTable
 
 COLOURS = (
     "#0072b2", "#d55e00", "#007a5a", "#a8467f", "#8a6d00", "#3c8dbc", "#6b4fa0", "#4d4d4d",
 )  # fmt: skip
+ERROR_COLOURS = ("#007a5a", "#6b4fa0", "#8a6d00", "#3c8dbc", "#b8bcc2", "#4d4d4d")
+"""Of right answers, then of error types in their order."""
 MARKERS = "osD^vP*X"
 DASHES = ("-", "--", ":", "-.")
 WIDTH, HEIGHT = 4.2, 2.9
@@ -45,7 +49,7 @@ STYLE = {
 
 
 def draw(report: ReportContents, folder: Path) -> list[Path]:
-    """Draw every curve, and a bar chart per protocol; return the files.
+    """Draw every curve, and bars per protocol and of error types; return the files.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -91,7 +95,50 @@ def draw(report: ReportContents, folder: Path) -> list[Path]:
                     figure, axes = new(0.9 + 0.16 * len(rows) * len(_drawn(table)))
                     _bars(axes, table, rows)
                     save(figure, *about, "bars", table.protocol)
+            for moment in dict.fromkeys(one.moment for one in part.errors):
+                counts = [one for one in part.errors if one.moment == moment]
+                labels = list(dict.fromkeys(one.label for one in counts))
+                metrics = list(dict.fromkeys(one.metric for one in counts))
+                figure = Figure(figsize=(WIDTH, (0.7 + 0.16 * len(labels)) * len(metrics)))
+                FigureCanvasAgg(figure)
+                panels = figure.subplots(len(metrics), sharex=True, squeeze=False)[:, 0]
+                for axes, metric in zip(panels, metrics, strict=True):
+                    _errors(axes, [one for one in counts if one.metric == metric], labels)
+                _name_errors(panels[0], error_types(counts))
+                panels[0].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+                panels[-1].set_xlabel("share of answers")
+                figure.tight_layout()
+                save(figure, *about, "errors", "" if moment == FINAL else moment)
     return written
+
+
+def _errors(axes: Any, counts: Sequence[ErrorCounts], labels: Sequence[str]) -> None:
+    """Draw one stacked bar per column: how many answers are right, and what is wrong with others.
+
+    The figure of Zhang et al. 2024 ("A Comprehensive Study of Knowledge Editing").
+    """
+    known = error_order()
+    for one in counts:
+        at, left = labels.index(one.label), 0.0
+        for place, kind in enumerate(known):
+            share = one.counts.get(kind, 0) / one.total
+            colour = ERROR_COLOURS[place % len(ERROR_COLOURS)]
+            axes.barh(at, share, left=left, height=0.72, color=colour, linewidth=0)
+            left += share
+    axes.set_title(f"{counts[0].metric} (n = {counts[0].total})", fontsize=8, loc="left")
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.set_xlim(0, 1)
+    axes.grid(visible=False, axis="y")
+
+
+def _name_errors(axes: Any, kinds: Sequence[str]) -> None:
+    """Give the legend of one panel an entry for each kind of answer of any."""
+    known = error_order()
+    for kind in kinds:
+        label = "right" if kind == RIGHT else formatting.kind(kind)
+        colour = ERROR_COLOURS[known.index(kind) % len(ERROR_COLOURS)]
+        axes.barh(0, 0, color=colour, label=label)
 
 
 def _curve(axes: Any, curve: Curve) -> None:
