@@ -28,11 +28,15 @@ METHODS = {
     "erase": ("rome", "memit", "ft", "lora", "grace"),
     "insert": ("rome", "memit", "ft", "lora", "grace"),
     "sentiment": ("ft", "lora", "adalora"),
-    "text": ("memit", "memit/layer 15", "memit/layer 15, one value", "ft", "lora"),
-}
+    "text": (
+        "memit", "memit/layer 15", "memit/layer 15, one value", "emmet/layer alone", "alphaedit/layer alone",
+        "pmet/layer 15", "ft", "lora",
+    ),
+}  # fmt: skip
 HIGHER = {"layers": [15], "relative_weight": 0.01}
 VARIANTS: dict[str, dict[str, Any]] = {
     "": {}, "layer 15": HIGHER, "layer 15, one value": {**HIGHER, "window": 10_000},
+    "layer alone": {"layers": [15]},  # without λ: constraints, or the projector
 }  # fmt: skip
 LENGTH = 12
 
