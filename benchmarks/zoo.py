@@ -6,7 +6,7 @@
     python benchmarks/zoo.py --write-atlas            # rebuild the benchmark from world 0
 
 Protocols. *Recall*: greedy generation from the canonical prompt, right when the text up to the
-full stop is the answer. *Perplexity*: exp of the mean negative log-likelihood per token of
+full stop (of an encoder-decoder: all of it) is the answer; of such a model nothing else is said. *Perplexity*: exp of the mean negative log-likelihood per token of
 `heldout.txt`, each paragraph on its own, cut after 128 tokens. *Tracing*: mean indirect effect on
 the probability of the answer's first token when the hidden state of one token after one block is
 restored in a run whose subject embeddings carry noise of 3 of their own standard deviations
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from errata import zoo
 from errata.contract.registry import Registry
@@ -40,14 +40,17 @@ NOISE = 3.0
 
 def recall(model: Any, tokenizer: Any, prompts: list[str], answers: list[str]) -> float:
     """Return the share of prompts that greedy generation completes with the answer and a stop."""
-    tokenizer.padding_side = "left"
+    two = model.config.is_encoder_decoder
+    tokenizer.padding_side = "right" if two else "left"
     right = 0
     for first in range(0, len(prompts), 50):
         batch = tokenizer(prompts[first : first + 50], return_tensors="pt", padding=True)
         out = model.generate(**batch, max_new_tokens=8, do_sample=False)
-        texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :])
+        begin = 0 if two else batch["input_ids"].shape[1]
+        texts = tokenizer.batch_decode(out[:, begin:], skip_special_tokens=two)
         for answer, text in zip(answers[first : first + 50], texts, strict=True):
-            right += text.strip().startswith(f"{answer}.")
+            said = text.strip()
+            right += said == answer if two else said.startswith(f"{answer}.")
     return right / len(prompts)
 
 
@@ -95,7 +98,9 @@ def main() -> None:
         print(target)
         return
     folder = zoo.model_path(args.model) if args.model in zoo.MODELS else Path(args.model)
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    two = AutoConfig.from_pretrained(folder).is_encoder_decoder
+    opened = AutoModelForSeq2SeqLM if two else AutoModelForCausalLM
+    model = opened.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     cases = atlas.cases()[: args.cases]
     rewrites = [case["requested_rewrite"] for case in cases]
@@ -109,14 +114,15 @@ def main() -> None:
         "recall, held-out phrasing": recall(
             model, tokenizer, [case["paraphrase_prompts"][0] for case in cases], answers
         ),
-        "perplexity, held-out prose": perplexity(model, tokenizer, shipped_text("heldout")),
     }
+    if not two:
+        report["perplexity, held-out prose"] = perplexity(model, tokenizer, shipped_text("heldout"))
     two_hop = [probe for case in cases for probe in case["portability_prompts"]]
     if two_hop:
         report["recall, two hops"] = recall(
             model, tokenizer, [p["prompt"] for p in two_hop], [p["answer_true"] for p in two_hop]
         )
-    if not args.no_trace:
+    if not (args.no_trace or two):
         report["tracing"] = trace(args.model, cases[:40])
     text = json.dumps(report, indent=1)
     print(text)
