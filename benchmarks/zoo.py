@@ -6,12 +6,12 @@
     python benchmarks/zoo.py --write-atlas            # rebuild the benchmark from world 0
 
 Protocols. *Recall*: greedy generation from the canonical prompt, right when the text up to the
-full stop (of an encoder-decoder: all of it) is the answer; of such a model nothing else is said. *Perplexity*: exp of the mean negative log-likelihood per token of
-`heldout.txt`, each paragraph on its own, cut after 128 tokens. *Tracing*: mean indirect effect on
-the probability of the answer's first token when the hidden state of one token after one block is
-restored in a run whose subject embeddings carry noise of 3 of their own standard deviations
-(`errata.locate.average`). How well it can be edited:
-`examples/bench/atlas-single.yaml`.
+full stop (of an encoder-decoder: all of it) is the answer; of such a model nothing else is said.
+*Perplexity*: exp of the mean negative log-likelihood per token of `heldout.txt`, each paragraph on
+its own, cut after 128 tokens. *Tracing*: mean indirect effect on the probability of the answer's
+first token when the hidden state of one token after one block is restored in a run whose subject
+embeddings carry noise of 3 of their own standard deviations (`errata.locate.average`). How well it
+can be edited: `examples/bench/atlas-single.yaml`.
 """
 
 from __future__ import annotations
