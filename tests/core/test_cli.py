@@ -20,8 +20,9 @@ from transformers import GPT2LMHeadModel
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from errata import Editor
 from errata.cli.app import app
-from errata.cli.session import EXIT_CODES, remembered
+from errata.cli.session import EXIT_CODES
 from errata.edits.ledger import Ledger
 from tests.families import build
 from tests.helpers import ROOT
@@ -139,6 +140,7 @@ def run_json(run: Run) -> Run:
 
 # The method of these tests changes a weight and achieves nothing, which is exit code 5.
 IDLE = ("--guard", "efficacy=off")
+QUIET = {"efficacy": "off", "perplexity": "off", "norm": "off"}
 OFF = ("--guard", "perplexity=off", *IDLE)  # most tests are about other things
 
 
@@ -753,8 +755,27 @@ def test_the_ledger_remembers_model_and_dtype(
 ) -> None:
     edit(run, checkpoint, "--dtype", "bf16")
     with Ledger.open(workplace / "errata-ledger", kinds={}, readonly=True) as ledger:
-        assert remembered(ledger) == {"name": str(checkpoint), "dtype": "bf16"}
+        assert ledger.model == {"name": str(checkpoint), "dtype": "bf16"}
     assert run_json("verify")["sound"]  # in float32 the fingerprints would differ
+
+
+def test_a_ledger_that_python_made_names_its_model(
+    run_json: Run, checkpoint: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(checkpoint.parent)
+    folder = workplace / "errata-ledger"
+    with Editor(checkpoint.name, ledger=folder, dtype=torch.bfloat16, guards=QUIET) as editor:
+        editor.edit("The capital of {} is", subject="France", target_new="Rome", method="ft")
+    monkeypatch.chdir(workplace)
+    with Ledger.open(folder, kinds={}, readonly=True) as ledger:
+        assert ledger.model == {"name": str(checkpoint), "dtype": "bf16"}
+    assert run_json("verify")["sound"]
+    # A model in memory has no name that would open it again.
+    with Editor(checkpoint) as opened:
+        module, tokenizer = opened.model.module, opened.model.tokenizer
+    with Editor((module, tokenizer), ledger=workplace / "other", guards=QUIET) as editor:
+        editor.edit("The capital of {} is", subject="France", target_new="Rome", method="ft")
+        assert editor.ledger.model == {}
 
 
 def test_environment_variables_name_ledger_and_model(

@@ -19,6 +19,7 @@ from errata.kit.hypernetworks import (
     rows_edited,
     signals_of,
 )
+from errata.kit.hypernetworks.lessons import Lesson
 from errata.kit.training.training_batches import target_batches
 from errata.model import Model
 from errata.model.running import prepare, run
@@ -224,3 +225,24 @@ def test_every_sort_of_model_is_edited_and_comes_back(family: str, tmp_path: Pat
             editor.revert(one, other)
             now = editor.model.parameters
             assert all(torch.equal(now[name], tensor) for name, tensor in before.items())
+
+
+def test_a_step_of_two_views_asks_for_the_prompt_and_a_paraphrase(tmp_path: Path) -> None:
+    model = build_model("gpt2", tmp_path)
+    requests = [
+        Request(prompt="The capital of {} is", subject=name, target_new="Rome",
+                paraphrases=[f"{name} has the capital", f"In {name} they rule from"][:several])
+        for name, several in (("France", 2), ("Spain", 1), ("Italy", 0))
+    ]  # fmt: skip
+    lesson = Lesson(model, requests, [[], [], []], layer=0, remember=False)
+    seen = set()
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        # KnowledgeEditor asks for nothing but prompts otherwise.
+        both = lesson.draw(generator, prompt_share=1.0, n_locality=1, views=True)
+        assert both[0] == 0
+        assert both[1] in (1, 2)
+        assert both[2:] == [3, 4, 5]  # Spain's both, and Italy's only prompt
+        seen.add(both[1])
+        assert lesson.draw(generator, prompt_share=1.0, n_locality=1) == [0, 3, 5]
+    assert seen == {1, 2}

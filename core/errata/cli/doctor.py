@@ -17,7 +17,7 @@ from rich.text import Text
 
 from errata import __version__
 from errata.cli import render
-from errata.cli.session import LEDGER, Session, command, remembered
+from errata.cli.session import LEDGER, Session, command
 from errata.contract import plugins
 from errata.edits.ledger.files import refuse_lost_database
 from errata.errors import ErrataError
@@ -197,7 +197,7 @@ def _ledger(session: Session, problems: list[str]) -> dict[str, Any]:
         with session.read_ledger(kinds=True) as ledger:
             trouble = ledger.verify()
             found.update(
-                model=remembered(ledger).get("name"),
+                model=ledger.model.get("name"),
                 edits=len(ledger.ids()),
                 active=len(ledger.active_ids()),
                 sound=not trouble,

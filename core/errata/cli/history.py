@@ -10,7 +10,7 @@ from rich.text import Text
 
 from errata.cli import render
 from errata.cli.edits import edit_json
-from errata.cli.session import DAMAGED, LEDGER, MODEL, Session, command, remembered
+from errata.cli.session import DAMAGED, LEDGER, MODEL, Session, command
 from errata.errors import LedgerError
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def log(
         total, stale = len(ledger.ids()), set(ledger.stale_ids())
         refusals = ledger.refused() if refused else []
         refusal_count = ledger.refusals()
-        known = remembered(ledger)
+        known = ledger.model
     if session.json:
         session.emit(
             {

@@ -45,7 +45,6 @@ EXIT_CODES = {
 CLOSING = "Each command has examples: errata COMMAND --help. Documentation: docs/cli.md"
 
 DEFAULT_LEDGER = Path("errata-ledger")
-MODEL_NOTE = "model"  # the ledger's notes of this kind say which model it belongs to
 
 Shared = {
     "ledger": (
@@ -219,7 +218,7 @@ class Session:
         if not self.has_ledger():
             return {}
         with self.read_ledger() as ledger:
-            return remembered(ledger)
+            return ledger.model
 
     def model_name(self) -> str:
         """Return the model to load: the one asked for, else the ledger's."""
@@ -274,12 +273,8 @@ class Session:
 
     def remember(self, editor: Editor) -> None:
         """Write the model's name into the ledger, so that later commands need not say it."""
-        name = editor.model.name
-        if Path(name).is_dir():
-            name = str(Path(name).resolve())
-        note = {"name": name, "dtype": self.dtype}
-        if remembered(editor.ledger) != note:
-            editor.ledger.note(MODEL_NOTE, note)
+        if editor.model.opened_as is not None:
+            editor.ledger.belongs_to(*editor.model.opened_as)
 
     def status(self, text: str) -> AbstractContextManager[None]:
         """Show what is going on while a block without countable steps runs."""
@@ -362,12 +357,6 @@ def describe(error: Exception) -> dict[str, Any]:
     if done:
         data["done"] = [edit.id for edit in done]
     return data
-
-
-def remembered(ledger: Ledger) -> dict[str, Any]:
-    """Return the last note about the ledger's model."""
-    note = ledger.last(MODEL_NOTE)
-    return dict(note.detail) if note is not None else {}
 
 
 def calm_transformers() -> None:

@@ -81,6 +81,8 @@ class Transactions:
             stored = self._ledger.commit_many([(edit, edit.delta, active) for edit in new])
             for name, why in (replaced or {}).items():
                 self._ledger.note(why, {"by": [edit.id for edit in stored]}, name)
+            if self._model.opened_as is not None:
+                self._ledger.belongs_to(*self._model.opened_as)
         bound = [one.bind(edit.delta) for one, edit in zip(stored, new, strict=True)]
         if active:
             complete = {edit.id: edit for edit in bound}

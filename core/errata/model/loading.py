@@ -81,6 +81,7 @@ def load_model(
     torch_dtype = _dtype(dtype)
     source, tokenizer = _taken_apart(source, tokenizer)
     checkpoint: Path | None = None
+    opened_as: tuple[str, str | None] | None = None
     if isinstance(source, nn.Module):
         if tokenizer is None:
             raise ConfigError("A model in memory needs its tokenizer: Editor(model, tokenizer).")
@@ -101,6 +102,8 @@ def load_model(
             )  # fmt: skip
             _unmap(module)
         tokenizer = tokenizer if tokenizer is not None else location
+        whole = str(Path(name).resolve()) if os.path.exists(name) else name
+        opened_as = options.get("name", whole), _dtype_name(torch_dtype)
     if device is not None:
         module.to(_device(device))
     if isinstance(tokenizer, (str, Path)):
@@ -116,6 +119,7 @@ def load_model(
         anatomy,
         checkpoint=checkpoint,
         trust_remote_code=trust_remote_code,
+        opened_as=opened_as,
         **options,
     )
 
@@ -199,6 +203,12 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
         return dtype
     check_name("dtype", dtype, DTYPES)
     return DTYPES[dtype]
+
+
+def _dtype_name(dtype: torch.dtype | None) -> str | None:
+    """Return the short name of a dtype, as `dtype` takes it."""
+    names = {value: name for name, value in DTYPES.items()}  # the later, shorter ones win
+    return None if dtype is None else names.get(dtype, str(dtype).removeprefix("torch."))
 
 
 def _device(device: str | torch.device) -> torch.device:

@@ -70,6 +70,8 @@ class Model:
         progress: where long work reports to; `model.progress.track(iterable, "text")`.
         corpus: plain text paragraphs for statistics (None: the text that ships with errata).
         trust_remote_code: whoever opened it allowed code of strangers to run.
+        opened_as: what opens it again: the name (or whole path) that was given, and the dtype
+            (None: the checkpoint's). None for a module in memory.
         access: who may run it, and who changes it, at a time.
         call: what the running forward calls are about; every thread has its own.
         trained_on: digest of the training requests of the method whose hook is running; None for
@@ -100,6 +102,7 @@ class Model:
         corpus: Sequence[str] | None = None,
         branch: bool | None = None,
         trust_remote_code: bool = False,
+        opened_as: tuple[str, str | None] | None = None,
     ) -> None:
         module.eval()
         self.module = module
@@ -113,6 +116,7 @@ class Model:
         self.progress = Progress.of(progress)
         self.corpus = corpus
         self.trust_remote_code = trust_remote_code
+        self.opened_as = opened_as
         self.access = Access()
         self.call = Call()
         # Nothing can be folded into quantised weights.

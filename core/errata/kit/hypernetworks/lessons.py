@@ -132,12 +132,12 @@ class Lesson:
             generator: draws them.
             prompt_share: how often the phrasing is the request's own prompt.
             n_locality: rows that must stay, of each request.
-            views: the own prompt and a paraphrase.
+            views: the own prompt and a paraphrase, whatever `prompt_share` says.
         """
         chosen: list[int] = []
         for asked, beside in zip(self._phrasings, self._kept, strict=True):
-            place = 0
-            if len(asked) > 1 and float(torch.rand((), generator=generator)) >= prompt_share:
+            place, several = 0, len(asked) > 1
+            if several and (views or float(torch.rand((), generator=generator)) >= prompt_share):
                 place = 1 + int(torch.randint(len(asked) - 1, (), generator=generator))
             chosen += sorted({asked[0], asked[place]}) if views else [asked[place]]
             order = torch.randperm(len(beside), generator=generator)[:n_locality].tolist()
