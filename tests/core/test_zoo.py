@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from errata import zoo
-from errata.datasets import atlas
+from errata.datasets import atlas, load
 from errata.errors import ConfigError, UnknownNameError
 from errata.zoo import corpus as corpora
 from errata.zoo.benchmark import beside_the_benchmark, build_cases
@@ -228,6 +228,27 @@ def test_an_interrupted_training_ends_with_the_same_weights(
     assert all(torch.equal(one[name], two[name]) for name in one)
     with pytest.raises(ConfigError, match="another recipe"):
         train(architecture, parts, steps=7, recipe=recipe, device="cpu")
+
+
+@pytest.mark.slow
+def test_a_t5_opens_anywhere_with_what_belongs_to_it(tmp_path: Path) -> None:
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+    recipe = Recipe(
+        "t5", rows=2, length=8, hidden=16, inner=32, layers=2, decoder_layers=1, heads=2
+    )
+    folder = train("t5", tmp_path / "t5", steps=5, recipe=recipe, device="cpu")
+    module, tokenizer = (
+        kind.from_pretrained(folder) for kind in (AutoModelForSeq2SeqLM, AutoTokenizer)
+    )
+    batch = tokenizer(["The profession of Egon Vosk is"], return_tensors="pt")
+    assert batch.input_ids[0, -1] == tokenizer.eos_token_id
+    said = module.generate(**batch, max_new_tokens=3)
+    assert said[0, 0] == tokenizer.pad_token_id == module.config.decoder_start_token_id
+    facts = load("jsonl", folder / "facts.jsonl").requests()
+    cases = load("counterfact", folder / "training.json").requests()
+    assert len(facts) == 300
+    assert all(case.paraphrases and case.target_true for case in cases)
 
 
 def test_facts_beside_the_benchmark_are_edited_by_no_case(world: World) -> None:

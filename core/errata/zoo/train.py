@@ -231,6 +231,7 @@ def export(model: Any, tokenizer: Any, out: Path) -> None:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
     )
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
