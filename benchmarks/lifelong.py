@@ -57,11 +57,14 @@ class Task(NamedTuple):
 
 def rows(replayed: Sequence[Asked]) -> dict[str, tuple[str, dict[str, Any]]]:
     """Return the rows as (method, hyper-parameters), given what may be replayed."""
-    tuned = {"lr": 1e-3, "steps": 50}
+    tuned, kept = {"lr": 1e-3, "steps": 50}, tuple(replayed)
     return {
         "FT": ("ft", {"variant": "ft-m", **tuned}),
-        "FT + EWC": ("ft", {"variant": "ft-m", "ewc_weight": 0.2, **tuned}),
-        "FT + Retrain": ("ft", {"variant": "ft-m", "retain": tuple(replayed), **tuned}),
+        "FT + EWC": (
+            "ft",
+            {"variant": "ft-m", "ewc_weight": 3e5, "retain": kept, "retain_weight": 0.0, **tuned},
+        ),
+        "FT + Retrain": ("ft", {"variant": "ft-m", "retain": kept, **tuned}),
         "MEND": ("mend", {"variant": "small", "steps": 200, "locality": "others"}),
         "Defer": ("defer", {}),
         "Memory": ("memory", {}),

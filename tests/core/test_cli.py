@@ -24,6 +24,7 @@ from errata import Editor
 from errata.cli.app import app
 from errata.cli.session import EXIT_CODES
 from errata.edits.ledger import Ledger
+from errata.edits.ledger.model_note import model_of
 from tests.families import build
 from tests.helpers import ROOT
 
@@ -755,7 +756,7 @@ def test_the_ledger_remembers_model_and_dtype(
 ) -> None:
     edit(run, checkpoint, "--dtype", "bf16")
     with Ledger.open(workplace / "errata-ledger", kinds={}, readonly=True) as ledger:
-        assert ledger.model == {"name": str(checkpoint), "dtype": "bf16"}
+        assert model_of(ledger) == {"name": str(checkpoint), "dtype": "bf16"}
     assert run_json("verify")["sound"]  # in float32 the fingerprints would differ
 
 
@@ -768,14 +769,14 @@ def test_a_ledger_that_python_made_names_its_model(
         editor.edit("The capital of {} is", subject="France", target_new="Rome", method="ft")
     monkeypatch.chdir(workplace)
     with Ledger.open(folder, kinds={}, readonly=True) as ledger:
-        assert ledger.model == {"name": str(checkpoint), "dtype": "bf16"}
+        assert model_of(ledger) == {"name": str(checkpoint), "dtype": "bf16"}
     assert run_json("verify")["sound"]
     # A model in memory has no name that would open it again.
     with Editor(checkpoint) as opened:
         module, tokenizer = opened.model.module, opened.model.tokenizer
     with Editor((module, tokenizer), ledger=workplace / "other", guards=QUIET) as editor:
         editor.edit("The capital of {} is", subject="France", target_new="Rome", method="ft")
-        assert editor.ledger.model == {}
+        assert model_of(editor.ledger) == {}
 
 
 def test_environment_variables_name_ledger_and_model(

@@ -19,6 +19,7 @@ from errata.errors import CapabilityError, ConfigError, UnknownNameError
 from errata.kit.training import target_batches
 from errata.model import Model, scoring
 from errata.model.forward import frozen
+from errata.model.tokens import encode_targets
 from errata.testing import edit_with
 from errata_ft import Ft, FtConfig
 from errata_ft.algorithm import FineTuner, above
@@ -249,6 +250,22 @@ def test_the_fisher_diagonal_is_the_mean_squared_gradient(model: Model) -> None:
         (gradient,) = torch.autograd.grad(other(input_ids=ids, labels=ids).loss, weight)
         total += gradient**2
     torch.testing.assert_close(found, total / len(SENTENCES), rtol=1e-3, atol=1e-9)
+
+
+def test_pairs_to_keep_are_what_the_fisher_diagonal_is_of(model: Model) -> None:
+    pairs = (("The capital of France is", " Paris"), ("The sky is", " blue"))
+    config = FtConfig(**FAST, retain=pairs)
+    found = fisher_of(model, [OUT], config)[f"{OUT}.weight"]
+    other = copy.deepcopy(model.module).requires_grad_(False)
+    weight = other.get_submodule(OUT).weight.requires_grad_(True)
+    total = torch.zeros_like(weight)
+    for prompt, answer in pairs:
+        batch = encode_targets(model.tokenizer, [prompt], [answer])
+        logits = other(input_ids=batch.input_ids).logits[0, batch.columns]
+        loss = torch.nn.functional.cross_entropy(logits, batch.labels)
+        (gradient,) = torch.autograd.grad(loss, weight)
+        total += gradient**2
+    torch.testing.assert_close(found, total / len(pairs), rtol=1e-3, atol=1e-9)
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from errata.cli import render
 from errata.cli.session import LEDGER, Session, command
 from errata.contract import plugins
 from errata.edits.ledger.files import refuse_lost_database
+from errata.edits.ledger.model_note import model_of
 from errata.errors import ErrataError
 from errata.model.scratch import default_directory
 
@@ -197,7 +198,7 @@ def _ledger(session: Session, problems: list[str]) -> dict[str, Any]:
         with session.read_ledger(kinds=True) as ledger:
             trouble = ledger.verify()
             found.update(
-                model=ledger.model.get("name"),
+                model=model_of(ledger).get("name"),
                 edits=len(ledger.ids()),
                 active=len(ledger.active_ids()),
                 sound=not trouble,

@@ -11,6 +11,7 @@ from rich.text import Text
 from errata.cli import render
 from errata.cli.edits import edit_json
 from errata.cli.session import DAMAGED, LEDGER, MODEL, Session, command
+from errata.edits.ledger.model_note import model_of
 from errata.errors import LedgerError
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def log(
         total, stale = len(ledger.ids()), set(ledger.stale_ids())
         refusals = ledger.refused() if refused else []
         refusal_count = ledger.refusals()
-        known = ledger.model
+        known = model_of(ledger)
     if session.json:
         session.emit(
             {

@@ -23,6 +23,7 @@ from errata.cli.checks import check_model
 from errata.cli.progress import ConsoleProgress
 from errata.cli.render import console, json_text
 from errata.cli.wording import in_options
+from errata.edits.ledger.model_note import model_of, remember_model
 from errata.errors import ConfigError, EditRefused, ErrataError, LedgerError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -218,7 +219,7 @@ class Session:
         if not self.has_ledger():
             return {}
         with self.read_ledger() as ledger:
-            return ledger.model
+            return model_of(ledger)
 
     def model_name(self) -> str:
         """Return the model to load: the one asked for, else the ledger's."""
@@ -274,7 +275,7 @@ class Session:
     def remember(self, editor: Editor) -> None:
         """Write the model's name into the ledger, so that later commands need not say it."""
         if editor.model.opened_as is not None:
-            editor.ledger.belongs_to(*editor.model.opened_as)
+            remember_model(editor.ledger, *editor.model.opened_as)
 
     def status(self, text: str) -> AbstractContextManager[None]:
         """Show what is going on while a block without countable steps runs."""

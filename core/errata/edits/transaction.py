@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from errata.edits.fingerprint import check_fingerprint
+from errata.edits.ledger.model_note import remember_model
 
 if TYPE_CHECKING:
     from errata.edits.edit import Edit
@@ -82,7 +83,7 @@ class Transactions:
             for name, why in (replaced or {}).items():
                 self._ledger.note(why, {"by": [edit.id for edit in stored]}, name)
             if self._model.opened_as is not None:
-                self._ledger.belongs_to(*self._model.opened_as)
+                remember_model(self._ledger, *self._model.opened_as)
         bound = [one.bind(edit.delta) for one, edit in zip(stored, new, strict=True)]
         if active:
             complete = {edit.id: edit for edit in bound}

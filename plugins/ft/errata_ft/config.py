@@ -95,10 +95,13 @@ class FtConfig(MethodConfig):
         default=0.0, ge=0, description="λ of λ/2 Σ F D², F the base's Fisher diagonal; 0: none"
     )
     fisher_documents: int = Field(
-        default=256, ge=1, description="Documents of the corpus that F is the mean over"
+        default=256,
+        ge=1,
+        description="Documents of the corpus (or pairs of `retain`, if any) that F is a mean over",
     )
     retain: tuple[tuple[str, str], ...] = Field(
-        default=(), description="(prompt, answer) pairs to keep: replayed in every step"
+        default=(),
+        description="(prompt, answer) pairs to keep: replayed in every step; F is a mean over them",
     )
     retain_documents: int = Field(
         default=0, ge=0, description="Documents of the corpus to replay, drawn with the seed"

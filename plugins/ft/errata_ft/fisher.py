@@ -6,19 +6,27 @@ the diagonal of the Fisher information. Here θ* is the model as it stands, so �
     F_i = mean over documents of (∂ mean NLL of the document's tokens / ∂θ_i)²
 
 of the unedited model on the corpus (the empirical Fisher: the text's own tokens, not sampled ones).
+Where there are pairs to keep (`retain`), the mean is over their answers instead: what the model was
+made to do, as GRACE's baseline has it, and all that a classifier can be asked for.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from errata.errors import ConfigError
 from errata.kit.second_moments import documents_of, text_hash
-from errata.kit.training import Trainer, TrainerSettings, TrainingBatch, text_batches
+from errata.kit.training import (
+    Trainer,
+    TrainerSettings,
+    TrainingBatch,
+    target_batches,
+    text_batches,
+)
 from errata.model.forward import frozen
 from errata_ft.difference import Difference
 
@@ -27,6 +35,9 @@ if TYPE_CHECKING:
 
     from errata.model import Model
     from errata_ft.config import FtConfig
+
+
+Item = TypeVar("Item")
 
 
 def fisher_of(
@@ -41,7 +52,8 @@ def fisher_of(
     """
     documents = documents_of(model, corpus)
     names = list(Difference(model, modules, bias=config.bias).tensors)
-    recipe = f"{names}|{config.fisher_documents}|{config.seed}|{text_hash(documents)}"
+    of = f"{config.retain}" if config.retain else text_hash(documents)
+    recipe = f"{names}|{config.fisher_documents}|{config.seed}|{of}"
     digest = hashlib.sha256(recipe.encode()).hexdigest()[:32]
 
     def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -55,8 +67,8 @@ def fisher_of(
     return dict(tensors)
 
 
-def sample(documents: Sequence[str], count: int, seed: int) -> list[str]:
-    """Return some documents (all, where there are no more), drawn with a seed."""
+def sample(documents: Sequence[Item], count: int, seed: int) -> list[Item]:
+    """Return some documents or pairs (all, where there are no more), drawn with a seed."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(documents), generator=generator).tolist()
     return [documents[index] for index in order[:count]]
@@ -65,9 +77,13 @@ def sample(documents: Sequence[str], count: int, seed: int) -> list[str]:
 def _estimate(
     model: Model, modules: Sequence[str], config: FtConfig, documents: Sequence[str]
 ) -> dict[str, Tensor]:
-    chosen = sample(documents, config.fisher_documents, config.seed)
-    # One document per batch: it is the gradient of each that is squared.
-    each = text_batches(model, chosen, batch_size=1, seed=config.seed)
+    # One document (or pair) per batch: it is the gradient of each that is squared.
+    if config.retain:
+        pairs = sample(config.retain, config.fisher_documents, config.seed)
+        each = target_batches(model, pairs, batch_size=1)
+    else:
+        chosen = sample(documents, config.fisher_documents, config.seed)
+        each = text_batches(model, chosen, batch_size=1, seed=config.seed)
     if not each:
         raise ConfigError("No document of the corpus has two tokens: there is nothing to predict.")
     difference = Difference(model, modules, bias=config.bias)

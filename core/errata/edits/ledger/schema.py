@@ -57,8 +57,6 @@ STATE_KINDS = ("edit", "apply", "revert")
 """Events that change which edits there are or which are active."""
 KINDS = (*STATE_KINDS, "outcome", "refuse")
 """Events that the ledger writes itself; notes are of any other kind."""
-MODEL_NOTE = "model"
-"""The kind of notes that say what opens the ledger's model."""
 NOTE_KIND = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 DIGEST = re.compile(r"[0-9a-f]{64}")
 

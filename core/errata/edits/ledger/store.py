@@ -14,15 +14,7 @@ from errata.edits.ledger.check import problems
 from errata.edits.ledger.database import Database
 from errata.edits.ledger.files import PRIVATE_FOLDER, make_private, refuse_lost_database
 from errata.edits.ledger.recovery import lost_edits, lost_text
-from errata.edits.ledger.schema import (
-    KINDS,
-    MODEL_NOTE,
-    NOTE_KIND,
-    Event,
-    Row,
-    edit_of,
-    record_text,
-)
+from errata.edits.ledger.schema import KINDS, NOTE_KIND, Event, Row, edit_of, record_text
 from errata.errors import IntegrityError, LedgerError, StorageError, UnknownNameError
 from errata.model.artifacts import Artifacts
 from errata.model.scratch import sweep
@@ -191,18 +183,6 @@ class Ledger:
         with self._database.write(checked=False):
             full = None if edit_id is None else self.resolve(edit_id)
             return self._database.add_event(kind, full, detail)
-
-    @property
-    def model(self) -> dict[str, Any]:
-        """What opens the model that its edits were made on: name and dtype; empty if unknown."""
-        note = self.last(MODEL_NOTE)
-        return dict(note.detail) if note is not None else {}
-
-    def belongs_to(self, name: str, dtype: str | None) -> None:
-        """Remember what opens the model, where it is not what is remembered already."""
-        said = {"name": name, "dtype": dtype}
-        if self.model != said:
-            self.note(MODEL_NOTE, said)
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
