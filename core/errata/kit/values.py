@@ -12,9 +12,10 @@ the edit does to every other key. There v0 + δ is kept at the length of v0.
 Several facts of one subject can share a δ (`optimise_shared`): the key at the subject's last token
 hardly depends on the fact, so two values there would overwrite each other.
 
-Many requests run together. Rows are laid out so that all edited positions share one column, and
-every step runs only the blocks and columns that δ can reach (`errata.model.forward.Resumed`).
-Requests do not see each other, whatever the batch.
+Many requests run together. In a decoder rows are laid out so that all edited positions share one
+column, and every step runs only the blocks and columns that δ can reach
+(`errata.model.forward.Resumed`). In an encoder-decoder δ is in the encoder, which reads the subject,
+and the loss is the decoder's. Requests do not see each other, whatever the batch.
 """
 
 from __future__ import annotations
