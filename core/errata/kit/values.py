@@ -14,7 +14,7 @@ hardly depends on the fact, so two values there would overwrite each other.
 
 Many requests run together. In a decoder rows are laid out so that all edited positions share one
 column, and every step runs only the blocks and columns that δ can reach
-(`errata.model.forward.Resumed`). In an encoder-decoder δ is in the encoder, which reads the subject,
+(`errata.model.forward.Resumed`). In an encoder-decoder δ is in the encoder, which reads subjects,
 and the loss is the decoder's. Requests do not see each other, whatever the batch.
 """
 
