@@ -273,9 +273,10 @@ def test_klob() -> None:
         sample("klob", "klob_u.jsonl")
 
 
-def test_known_statements_have_the_object_as_target() -> None:
+def test_known_statements_have_the_object_as_what_is_true() -> None:
     (only,) = sample("known_1000", "known.json")
-    assert (only.kind, only.target_new, only.target_true) == ("insert", "Veldonia", None)
+    # A trace looks for it, and leaves out what a model does not know.
+    assert (only.kind, only.target_new, only.target_true) == ("insert", "Veldonia", "Veldonia")
     assert only.prompt == "{} is located in the north of"  # with the model's own words
 
 

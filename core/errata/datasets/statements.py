@@ -26,6 +26,7 @@ def known(record: Record) -> Request:
         prompt=template,
         subject=subject,
         target_new=record.text("attribute"),
+        target_true=record.text("attribute"),  # what is traced, where a model knows it
         relation=record.optional_text("relation_id"),
         kind="insert",
         case_id=record.optional_text("known_id") or str(record.index),
@@ -56,6 +57,7 @@ def klob(record: Record) -> Request:
         prompt=template,
         subject=subject,
         target_new=fact[2],
+        target_true=fact[2],
         relation=relation[1] if relation else fact[1],
         kind="insert",
         case_id=str(record.index),
