@@ -36,8 +36,6 @@ from errata import Editor, Request
 from errata.contract.measurement import wilson
 from errata.datasets import load
 from errata.errors import ErrataError
-from errata.model.next_token import class_scores
-from errata.model.running import class_index
 from errata.model.scoring import score_targets
 
 GUARDS = {"norm": "off", "perplexity": "off", "efficacy": "off"}
@@ -168,7 +166,7 @@ def measured(model: str, method: str, config: dict[str, Any], task: Task) -> dic
         seconds: list[float] = []
         failed = edits = size = 0
         for request in task.requests:
-            if right(editor, [(request.text, answer(editor, request))])[0]:
+            if right(editor, [(request.text, request.target)])[0]:
                 continue
             started = time.process_time()
             try:
@@ -180,9 +178,9 @@ def measured(model: str, method: str, config: dict[str, Any], task: Task) -> dic
             seconds.append(time.process_time() - started)
             edits += 1
             size += made.delta.nbytes
-        asked = [(request.text, answer(editor, request)) for request in task.requests]
+        asked = [(request.text, request.target) for request in task.requests]
         other = [
-            (request.paraphrases[0], answer(editor, request))
+            (request.paraphrases[0], request.target)
             for request in task.requests
             if request.paraphrases
         ]
@@ -195,21 +193,10 @@ def measured(model: str, method: str, config: dict[str, Any], task: Task) -> dic
         }  # fmt: skip
 
 
-def answer(editor: Editor, request: Request) -> str:
-    """Return what should be answered: a class's name has no space before it."""
-    return request.target_new if editor.model.task == "classify" else request.target
-
-
 def right(editor: Editor, asked: Sequence[Asked]) -> list[bool]:
     """Return which of these the model answers rightly, as it stands."""
-    model, prompts = editor.model, [prompt for prompt, _ in asked]
-    if model.task != "classify":
-        scores = score_targets(model, prompts, [said for _, said in asked])
-        return [score.exact for score in scores]
-    found: list[int] = []
-    for begin in range(0, len(prompts), 64):
-        found += class_scores(model, prompts[begin : begin + 64]).argmax(-1).tolist()
-    return [one == class_index(model, said) for one, (_, said) in zip(found, asked, strict=True)]
+    prompts, said = zip(*asked, strict=True)
+    return [score.exact for score in score_targets(editor.model, prompts, said)]
 
 
 def shares(values: Sequence[bool]) -> list[float]:

@@ -187,6 +187,13 @@ def build(
     return (module if module.dtype == dtype else module.to(dtype)).eval(), tokenizer
 
 
+def saved(family: str, folder: Path) -> str:
+    """Save a random model of a family with its tokenizer; return the folder as a model's name."""
+    for part in build(family):
+        part.save_pretrained(folder)
+    return str(folder)
+
+
 def build_model(
     family: str,
     directory: Path | str,

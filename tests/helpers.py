@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from errata.kit.metric import Whitening
 from errata.kit.second_moments import SecondMoment
@@ -25,6 +27,29 @@ def shared_path(*parts: str) -> Path:
     if not path.exists():
         pytest.skip(f"recorded data {'/'.join(parts)} not found: set ERRATA_SHARED to its folder")
     return path
+
+
+def interrupted(train: Callable[..., Path], folder: Path) -> Path:
+    """Train twice, once interrupted at step 3, and return the folder of the whole training.
+
+    Asserts that both end with the same weights.
+
+    Args:
+        train: takes the folder to write, and `progress` and `save_every` of a zoo training.
+        folder: where both are written.
+    """
+
+    def interrupt(step: int, steps: int, loss: float) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+
+    whole, halves = train(folder / "whole"), folder / "halves"
+    with pytest.raises(KeyboardInterrupt):
+        train(halves, progress=interrupt, save_every=2)
+    train(halves, save_every=2)
+    one, other = (load_file(path / "model.safetensors") for path in (whole, halves))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    return whole
 
 
 def identity_metric(size: int) -> Whitening:

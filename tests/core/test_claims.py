@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from errata import Editor, Request
@@ -14,7 +13,8 @@ from errata.cli.app import app
 from errata.datasets import load
 from errata.errors import ConfigError
 from errata.zoo.claims import ClaimsRecipe, facts_of, train_claims
-from tests.families import build
+from tests.families import saved
+from tests.helpers import interrupted
 
 NAMES = ("France", "Spain", "Italy", "Texas", "Germany", "London")
 REQUESTS = [
@@ -28,11 +28,9 @@ REQUESTS = [
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> ClaimsRecipe:
-    module, tokenizer = build("bert")
-    base = tmp_path / "base"
-    module.save_pretrained(base)
-    tokenizer.save_pretrained(base)
-    return ClaimsRecipe(base=str(base), facts=6, dev=2, steps=4, rows=4, warmup=1)
+    return ClaimsRecipe(
+        base=saved("bert", tmp_path / "base"), facts=6, dev=2, steps=4, rows=4, warmup=1
+    )
 
 
 def test_phrasings_to_measure_with_are_never_trained_on(recipe: ClaimsRecipe) -> None:
@@ -49,18 +47,7 @@ def test_phrasings_to_measure_with_are_never_trained_on(recipe: ClaimsRecipe) ->
 def test_an_interrupted_training_ends_the_same_and_its_claims_can_be_edited(
     recipe: ClaimsRecipe, tmp_path: Path
 ) -> None:
-    whole = train_claims(REQUESTS, tmp_path / "whole", recipe)
-
-    def interrupt(step: int, steps: int, loss: float) -> None:
-        if step == 3:
-            raise KeyboardInterrupt
-
-    halves = tmp_path / "halves"
-    with pytest.raises(KeyboardInterrupt):
-        train_claims(REQUESTS, halves, recipe, progress=interrupt, save_every=2)
-    train_claims(REQUESTS, halves, recipe, save_every=2)
-    one, other = (load_file(folder / "model.safetensors") for folder in (whole, halves))
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    whole = interrupted(partial(train_claims, REQUESTS, recipe=recipe), tmp_path)
 
     parts = [load("fever", whole / f"claims.{name}.jsonl").requests() for name in ("train", "dev")]
     assert [len(part) for part in parts] == [4, 2]

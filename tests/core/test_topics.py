@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from errata import Editor, Request
@@ -14,7 +13,8 @@ from errata.cli.app import app
 from errata.datasets import load
 from errata.errors import ConfigError
 from errata.zoo.topics import TopicsRecipe, texts_of, train_topics
-from tests.families import build
+from tests.families import saved
+from tests.helpers import interrupted
 
 TOPICS = ("capital", "language", "currency")
 NAMES = ("France", "Spain", "Italy", "Texas", "Germany", "London")
@@ -28,11 +28,15 @@ REQUESTS = [
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> TopicsRecipe:
-    module, tokenizer = build("bert")
-    base = tmp_path / "base"
-    module.save_pretrained(base)
-    tokenizer.save_pretrained(base)
-    return TopicsRecipe(base=str(base), topics=3, shifted=2, facts=6, steps=4, rows=4, warmup=1)
+    return TopicsRecipe(
+        base=saved("bert", tmp_path / "base"),
+        topics=3,
+        shifted=2,
+        facts=6,
+        steps=4,
+        rows=4,
+        warmup=1,
+    )
 
 
 def test_some_topics_are_filed_under_others_later(recipe: TopicsRecipe) -> None:
@@ -50,18 +54,7 @@ def test_some_topics_are_filed_under_others_later(recipe: TopicsRecipe) -> None:
 def test_an_interrupted_training_ends_the_same_and_its_labels_can_be_edited(
     recipe: TopicsRecipe, tmp_path: Path
 ) -> None:
-    whole = train_topics(REQUESTS, tmp_path / "whole", recipe)
-
-    def interrupt(step: int, steps: int, loss: float) -> None:
-        if step == 3:
-            raise KeyboardInterrupt
-
-    halves = tmp_path / "halves"
-    with pytest.raises(KeyboardInterrupt):
-        train_topics(REQUESTS, halves, recipe, progress=interrupt, save_every=2)
-    train_topics(REQUESTS, halves, recipe, save_every=2)
-    one, other = (load_file(folder / "model.safetensors") for folder in (whole, halves))
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    whole = interrupted(partial(train_topics, REQUESTS, recipe=recipe), tmp_path)
 
     learned, later = (
         load("scotus", whole / f"topics.{name}.csv").requests() for name in ("train", "later")

@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from errata.zoo.pretrained import PretrainedModel
 
 PANEL = "Catalogue and environment"
-_CLASSIFIERS = ("claims", "topics")
+_CLASSIFIERS = {
+    "claims": "a true and a new target and paraphrases (pararel, counterfact, zsre)",
+    "topics": "a true target and a relation (pararel, counterfact)",
+}
+"""Classifiers, and what the requests of the data that they are made of must have."""
 
 
 def add(app: typer.Typer) -> None:
@@ -247,13 +251,8 @@ def _train_classifier(
 
     if data is None:
         raise ConfigError(
-            f"{kind} are made of facts: give --data NAME=PATH, a dataset whose requests have a "
-            "true target and "
-            + (
-                "a new one and paraphrases (pararel, counterfact, zsre)."
-                if kind == "claims"
-                else "a relation (pararel, counterfact)."
-            )
+            f"{kind} are made of facts: give --data NAME=PATH, a dataset whose requests have "
+            f"{_CLASSIFIERS[kind]}."
         )
     chosen = {name: value for name, value in given.items() if value is not None}
     requests = read_dataset(data, None, option="--data").requests()

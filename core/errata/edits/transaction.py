@@ -37,6 +37,7 @@ class Transactions:
         self._stack = stack
         self._ledger = ledger
         self._observe = observe
+        self._named = False  # whether the ledger was told what opens the model
 
     @contextmanager
     def all_or_nothing(self, touched: Collection[str]) -> Iterator[None]:
@@ -82,8 +83,9 @@ class Transactions:
             stored = self._ledger.commit_many([(edit, edit.delta, active) for edit in new])
             for name, why in (replaced or {}).items():
                 self._ledger.note(why, {"by": [edit.id for edit in stored]}, name)
-            if self._model.opened_as is not None:
+            if not (self._named or self._model.opened_as is None):
                 remember_model(self._ledger, *self._model.opened_as)
+        self._named = True
         bound = [one.bind(edit.delta) for one, edit in zip(stored, new, strict=True)]
         if active:
             complete = {edit.id: edit for edit in bound}

@@ -89,11 +89,8 @@ def _beginnings(model: Model, tokens: int, count: int, generator: torch.Generato
     """Return the first tokens of so many shipped sentences, drawn with the generator."""
     sentences = canary_texts(max(count, 64))
     drawn = torch.randperm(len(sentences), generator=generator)[:count].tolist()
-    decode, found = model.tokenizer.decode, []
-    for row in tokenise(model.tokenizer, [sentences[index] for index in drawn]):
-        text = decode(row.ids[row.begin : row.begin + tokens], skip_special_tokens=True)
-        found.append(" ".join(text.replace("{", "").replace("}", "").split()))
-    return found
+    rows = tokenise(model.tokenizer, [sentences[index] for index in drawn])
+    return [_text(model, row.ids[row.begin : row.begin + tokens]) for row in rows]
 
 
 @torch.no_grad()
@@ -109,12 +106,14 @@ def _sample(
         raise ConfigError("The tokenizer has neither a bos nor an eos token: pass contexts=(…).")
     special = torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=torch.long)
     rows = [row if first is None else [first, *row] for row in rows]
-    texts = []
-    for ids in _grown(model, rows, tokens, top_k, special, generator):
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        # Braces would read as places for the prompt, line breaks would end a sentence of its own.
-        texts.append(" ".join(text.replace("{", "").replace("}", "").split()))
-    return texts
+    grown = _grown(model, rows, tokens, top_k, special, generator)
+    return [_text(model, ids) for ids in grown]
+
+
+def _text(model: Model, ids: Sequence[int]) -> str:
+    text = model.tokenizer.decode(ids, skip_special_tokens=True)
+    # Braces would read as places for the prompt, line breaks would end a sentence of its own.
+    return " ".join(text.replace("{", "").replace("}", "").split())
 
 
 def _grown(

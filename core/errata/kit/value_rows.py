@@ -95,7 +95,7 @@ def rows_of(
             lookup = subject_position(tokenizer, template, request.subject, which)
             # A decoder need not be given the last token, nor what the tokenizer closes a text with.
             tokens = batch.tokens(index)[: None if two else columns[-1] + 1]
-            if not two and not lookup < columns[0] + 1:
+            if not two and lookup > columns[0]:
                 raise RequestError(
                     f"The edited position ({fact_token!r}, token {lookup}) of "
                     f"{prompts[index]!r} does not come before the target {aim.answer.strip()!r} "

@@ -32,7 +32,7 @@ from errata.errors import CapabilityError, ErrataError
 from errata.kit.aims import FLOOR, unlikelihood
 from errata.kit.value_loss import Evaluation, ValueLoss, ValueObjective
 from errata.kit.value_rows import FACT_TOKENS, FactToken, RequestRows, chunks, rows_of, together
-from errata.model.forward import Resumed, adding, bypassed, frozen, laid_out, patched
+from errata.model.forward import Resumed, adding, at_columns, bypassed, frozen, laid_out, patched
 from errata.model.prompts import pad
 from errata.model.tokens import decoder_inputs, subject_position
 
@@ -238,10 +238,9 @@ class _Problem:
         lookups = [lookup for part in parts for lookup in part.lookups]
         first = _offsets([len(part.tokens) for part in parts])
         inputs, self.columns = laid_out(model, tokens, lookups)  # (B,) column of each row's δ
-        shift = self.columns - torch.tensor(lookups)
+        shift = self.columns - torch.tensor(lookups)  # none in an encoder: reads are the decoder's
         if said := [row for part in parts for row in part.said]:
             inputs |= decoder_inputs(pad(model.tokenizer, said))
-            shift = torch.zeros_like(shift)  # what is read is in the decoder
         reads = [
             (index, first[index] + row, column, target)
             for index, part in enumerate(parts)
@@ -303,8 +302,11 @@ class _Problem:
 
     def _read_out(self, parts: Sequence[RequestRows], first: Sequence[int], out: str) -> None:
         """Take keys, outputs and ‖v0‖ from the recorded run."""
-        keys = _at(self.run.seen[out].input, self.columns)
-        seen = [_at(self.run.seen[place].output, self.columns) for place in self.places]
+        keys = at_columns(self.run.seen[out].input, self.columns).detach().float()
+        seen = [
+            at_columns(self.run.seen[place].output, self.columns).detach().float()
+            for place in self.places
+        ]
         outputs = torch.stack([output.to(seen[0].device) for output in seen], 1)  # (B, P, d)
         spans = [
             [slice(f + start, f + start + part.contexts) for start in part.starts]
@@ -481,11 +483,3 @@ class _Problem:
 def _offsets(lengths: Sequence[int]) -> list[int]:
     """Return where each of several runs of rows begins."""
     return [sum(lengths[:i]) for i in range(len(lengths))]
-
-
-def _at(tensor: Tensor | None, columns: Tensor) -> Tensor:
-    """Return one column of each row of (B, T, x) (or (B·T, x), as OPT's MLP has it), in fp32."""
-    assert tensor is not None
-    size = len(columns)
-    shaped = tensor.reshape(size, -1, tensor.shape[-1])
-    return shaped[torch.arange(size), columns.to(tensor.device)].detach().float()

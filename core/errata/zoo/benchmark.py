@@ -7,6 +7,7 @@ that no training text uses. Targets keep no leading space, as in CounterFact.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from typing import Any
 
 from errata.zoo.relations import (
@@ -36,10 +37,8 @@ def build_cases(world: World, seed: int = 0) -> list[dict[str, Any]]:
     """
     rng = random.Random(seed)
     by_kind: dict[str, list[Fact]] = {kind: [] for kind in SHARES}
-    for fact in world.facts:
-        kind = world.kind_of[fact.subject]
-        if kind in SHARES and _is_usable(world, fact):
-            by_kind[kind].append(fact)
+    for fact in _usable(world):
+        by_kind[world.kind_of[fact.subject]].append(fact)
     chosen = [fact for kind, share in SHARES.items() for fact in rng.sample(by_kind[kind], share)]
     rng.shuffle(chosen)
     return [_case(world, number, fact, rng) for number, fact in enumerate(chosen)]
@@ -55,13 +54,7 @@ def beside_the_benchmark(
     """
     cases = (case["requested_rewrite"] for case in build_cases(world, seed))
     edited = {(case["subject"], case["relation_id"]) for case in cases}
-    facts = [
-        fact
-        for fact in world.facts
-        if world.kind_of[fact.subject] in SHARES
-        and _is_usable(world, fact)
-        and (fact.subject, fact.relation) not in edited
-    ]
+    facts = [fact for fact in _usable(world) if (fact.subject, fact.relation) not in edited]
     rng = random.Random(f"{seed} beside")
     rng.shuffle(facts)
     kept = [
@@ -76,9 +69,12 @@ def beside_the_benchmark(
     return kept, [_case(world, number, fact, rng) for number, fact in enumerate(others)]
 
 
-def _is_usable(world: World, fact: Fact) -> bool:
-    """Say whether the fact is known and has at least two neighbours with the same value."""
-    return fact.value != UNKNOWN and len(world.subjects_with[(fact.relation, fact.value)]) >= 3
+def _usable(world: World) -> Iterator[Fact]:
+    """Yield facts that are known and have at least two neighbours with the same value."""
+    for fact in world.facts:
+        alike = world.subjects_with[(fact.relation, fact.value)]
+        if world.kind_of[fact.subject] in SHARES and fact.value != UNKNOWN and len(alike) >= 3:
+            yield fact
 
 
 def _case(world: World, number: int, fact: Fact, rng: random.Random) -> dict[str, Any]:

@@ -55,8 +55,8 @@ class Questions:
         self.world = world
         self.seed = seed
         self.early_steps = early_steps
+        self._tokenizer, self._end = tokenizer, tokenizer.eos_token_id
         self._encode = tokenizer.backend_tokenizer.encode_batch
-        self._pad, self._end = tokenizer.pad_token_id, tokenizer.eos_token_id
         paragraphs = self._encode(list(shipped_text("train")), add_special_tokens=False)
         self._prose: list[list[int]] = [paragraph.ids for paragraph in paragraphs]
 
@@ -88,13 +88,11 @@ class Questions:
     def _batch(self, pairs: Sequence[tuple[list[int], list[int]]]) -> QuestionBatch:
         import torch
 
+        from errata.model.prompts import pad
+
         read, said = zip(*pairs, strict=True)
-        ids = torch.tensor(_filled(read, self._pad))
-        lengths = torch.tensor([len(row) for row in read])
-        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-        return QuestionBatch(ids, mask, torch.tensor(_filled(said, IGNORED)))
-
-
-def _filled(rows: Sequence[Sequence[int]], value: int) -> list[list[int]]:
-    width = max(map(len, rows))
-    return [[*row, *[value] * (width - len(row))] for row in rows]
+        batch = pad(self._tokenizer, read)
+        labels = torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(row) for row in said], batch_first=True, padding_value=IGNORED
+        )
+        return QuestionBatch(batch.input_ids, batch.attention_mask, labels)

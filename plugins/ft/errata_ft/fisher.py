@@ -52,7 +52,7 @@ def fisher_of(
     """
     documents = documents_of(model, corpus)
     names = list(Difference(model, modules, bias=config.bias).tensors)
-    of = f"{config.retain}" if config.retain else text_hash(documents)
+    of = config.retain or text_hash(documents)
     recipe = f"{names}|{config.fisher_documents}|{config.seed}|{of}"
     digest = hashlib.sha256(recipe.encode()).hexdigest()[:32]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errata.bench.report import formatting
-from errata.bench.report.errors_and_costs import RIGHT, error_order, error_types
+from errata.bench.report.errors_and_costs import error_order, error_types
 from errata.bench.report.grouping import FINAL
 from errata.edits.outputs import PNG, SVG, write_file
 from errata.errors import MissingExtraError
@@ -26,7 +26,7 @@ COLOURS = (
     "#0072b2", "#d55e00", "#007a5a", "#a8467f", "#8a6d00", "#3c8dbc", "#6b4fa0", "#4d4d4d",
 )  # fmt: skip
 ERROR_COLOURS = ("#007a5a", "#6b4fa0", "#8a6d00", "#3c8dbc", "#b8bcc2", "#4d4d4d")
-"""Of right answers, then of error types in their order."""
+"""One for each entry of `error_order`."""
 MARKERS = "osD^vP*X"
 DASHES = ("-", "--", ":", "-.")
 WIDTH, HEIGHT = 4.2, 2.9
@@ -77,31 +77,30 @@ def draw(report: ReportContents, folder: Path) -> list[Path]:
             figure.savefig(buffer, format=suffix, metadata=MADE_BY[suffix])
             written.append(write_file(path, buffer.getvalue(), SVG if suffix == "svg" else PNG))
 
-    def new(height: float = HEIGHT) -> tuple[Any, Any]:
+    def new(height: float = HEIGHT, panels: int = 1) -> tuple[Any, Any]:
         figure = Figure(figsize=(WIDTH, height))
         FigureCanvasAgg(figure)
-        return figure, figure.add_subplot()
+        return figure, figure.subplots(panels, sharex=True, squeeze=False)[:, 0]
 
     with matplotlib.rc_context(STYLE):
         for part in report.parts:
             about = (part.section.dataset, part.section.regime)
             for curve in part.curves:
-                figure, axes = new()
+                figure, (axes,) = new()
                 _curve(axes, curve)
                 save(figure, *about, "curve", curve.metric)
             for table in part.tables:
                 rows = _share_rows(table)
                 if rows:
-                    figure, axes = new(0.9 + 0.16 * len(rows) * len(_drawn(table)))
+                    figure, (axes,) = new(0.9 + 0.16 * len(rows) * len(_drawn(table)))
                     _bars(axes, table, rows)
                     save(figure, *about, "bars", table.protocol)
             for moment in dict.fromkeys(one.moment for one in part.errors):
                 counts = [one for one in part.errors if one.moment == moment]
                 labels = list(dict.fromkeys(one.label for one in counts))
                 metrics = list(dict.fromkeys(one.metric for one in counts))
-                figure = Figure(figsize=(WIDTH, (0.7 + 0.16 * len(labels)) * len(metrics)))
-                FigureCanvasAgg(figure)
-                panels = figure.subplots(len(metrics), sharex=True, squeeze=False)[:, 0]
+                height = (0.7 + 0.16 * len(labels)) * len(metrics)
+                figure, panels = new(height, len(metrics))
                 for axes, metric in zip(panels, metrics, strict=True):
                     _errors(axes, [one for one in counts if one.metric == metric], labels)
                 _name_errors(panels[0], error_types(counts))
@@ -117,12 +116,10 @@ def _errors(axes: Any, counts: Sequence[ErrorCounts], labels: Sequence[str]) -> 
 
     The figure of Zhang et al. 2024 ("A Comprehensive Study of Knowledge Editing").
     """
-    known = error_order()
     for one in counts:
         at, left = labels.index(one.label), 0.0
-        for place, kind in enumerate(known):
+        for kind, colour in zip(error_order(), ERROR_COLOURS, strict=True):
             share = one.counts.get(kind, 0) / one.total
-            colour = ERROR_COLOURS[place % len(ERROR_COLOURS)]
             axes.barh(at, share, left=left, height=0.72, color=colour, linewidth=0)
             left += share
     axes.set_title(f"{counts[0].metric} (n = {counts[0].total})", fontsize=8, loc="left")
@@ -134,11 +131,9 @@ def _errors(axes: Any, counts: Sequence[ErrorCounts], labels: Sequence[str]) -> 
 
 def _name_errors(axes: Any, kinds: Sequence[str]) -> None:
     """Give the legend of one panel an entry for each kind of answer of any."""
-    known = error_order()
+    colours = dict(zip(error_order(), ERROR_COLOURS, strict=True))
     for kind in kinds:
-        label = "right" if kind == RIGHT else formatting.kind(kind)
-        colour = ERROR_COLOURS[known.index(kind) % len(ERROR_COLOURS)]
-        axes.barh(0, 0, color=colour, label=label)
+        axes.barh(0, 0, color=colours[kind], label=formatting.kind(kind))
 
 
 def _curve(axes: Any, curve: Curve) -> None:

@@ -23,7 +23,7 @@ from errata.kit.closed_form.windows import windows_of
 from errata.kit.contexts import in_contexts
 from errata.kit.value_rows import FACT_TOKENS, FactToken
 from errata.kit.values import row_limit
-from errata.model.forward import inputs_of, laid_out, trace
+from errata.model.forward import at_columns, inputs_of, laid_out, trace
 from errata.model.tokens import encode, subject_position
 
 if TYPE_CHECKING:
@@ -204,9 +204,9 @@ class Prompts:
                 trace(model.module, names, inputs=True, stop=True) as seen,
             ):
                 model.module(**inputs_of(model, {**inputs, "use_cache": False}))
-            found = torch.split(_column(seen[source].input, columns), counts)
+            found = torch.split(at_columns(seen[source].input, columns).double().cpu(), counts)
             keys += [grouped(of_one[None]) for of_one in found]
-            said = torch.split(_column(seen[output].output, columns), counts)
+            said = torch.split(at_columns(seen[output].output, columns).double().cpu(), counts)
             outputs += [of_one[:1] for of_one in said]
         K = torch.cat(keys) * self._claim
         return self.columns(K), self.columns(torch.cat(outputs))
@@ -250,11 +250,3 @@ def written(
             module = model.module.get_submodule(model.anatomy.reader.mlp_out(update.layer))
             undo.callback(module.register_forward_hook(hook_for(update.Δ)).remove)
         yield
-
-
-def _column(tensor: Tensor | None, columns: Tensor) -> Tensor:
-    """Return one column of each row of (B, T, x) or (B·T, x) on the CPU, fp64."""
-    assert tensor is not None
-    rows = len(columns)
-    shaped = tensor.reshape(rows, -1, tensor.shape[-1])
-    return shaped[torch.arange(rows), columns.to(tensor.device)].double().cpu()

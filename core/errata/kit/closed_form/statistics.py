@@ -14,7 +14,7 @@ from errata.kit.closed_form.matrices import NormalMatrix
 from errata.kit.contexts import prefix_contexts
 from errata.kit.metric import Whitening
 from errata.kit.second_moments import documents_of, second_moments, text_hash
-from errata.model.forward import trace
+from errata.model.forward import at_columns, trace
 from errata.model.prompts import pad
 from errata.model.tokens import tokenise
 
@@ -149,12 +149,8 @@ def usual_key_weight(model: Model, layer: int, moment: SecondMoment) -> float:
                     device=model.device)  # fmt: skip
         with torch.no_grad(), trace(model.module, path, inputs=True, stop=True) as seen:
             model.module(**batch.inputs(positions=False))
-        keys = seen[path].input
-        assert keys is not None
-        rows, last = batch.attention_mask, batch.attention_mask.shape[1] - 1
-        at = (rows * torch.arange(last + 1, device=rows.device)).argmax(1)  # of real tokens
-        keys = keys.reshape(len(texts), last + 1, -1)[torch.arange(len(texts)), at]
-        K = keys.T.double().cpu()  # (D, N)
+        last = torch.tensor(batch.lengths) - 1
+        K = at_columns(seen[path].input, last).T.double().cpu()  # (D, N)
         weights = Whitening(moment).reduce(K).square().sum(0)
         return {"weights": weights.cpu()}, {"median": float(weights.median()), "layer": layer}
 

@@ -1,6 +1,13 @@
 """Running a model: look inside, change what passes, and run only what a change can reach."""
 
-from errata.model.forward.resume import Resumed, aligned, inputs_of, laid_out, logits_at
+from errata.model.forward.resume import (
+    Resumed,
+    aligned,
+    at_columns,
+    inputs_of,
+    laid_out,
+    logits_at,
+)
 from errata.model.forward.trace import Seen, adding, answered, bypassed, frozen, patched, trace
 
 __all__ = [
@@ -9,6 +16,7 @@ __all__ = [
     "adding",
     "aligned",
     "answered",
+    "at_columns",
     "bypassed",
     "frozen",
     "inputs_of",

@@ -257,6 +257,19 @@ def laid_out(
     return pad(model.tokenizer, tokens).inputs(positions=False), torch.tensor(lookups)
 
 
+def at_columns(tensor: Tensor | None, columns: Tensor) -> Tensor:
+    """Return one column of each row, (B, x), of (B, T, x) or of (B · T, x) as OPT's MLP has it.
+
+    Args:
+        tensor: what a module was given or returned (`Seen`).
+        columns: (B,).
+    """
+    assert tensor is not None
+    rows = len(columns)
+    shaped = tensor.reshape(rows, -1, tensor.shape[-1])
+    return shaped[torch.arange(rows), columns.to(tensor.device)]
+
+
 class Resumed:
     """A batch that was run once and can be run again from block `layer` and column `start` on.
 
