@@ -30,7 +30,7 @@ METHODS = {
     "sentiment": ("ft", "lora", "adalora"),
     "text": (
         "memit", "memit/layer 15", "memit/layer 15, one value", "emmet/layer alone",
-        "alphaedit/layer alone", "pmet/layer 15", "ft", "lora",
+        "alphaedit/layer alone", "ft", "lora",
     ),
 }  # fmt: skip
 HIGHER = {"layers": [15], "relative_weight": 0.01}
