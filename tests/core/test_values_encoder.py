@@ -29,9 +29,11 @@ CONTEXTS = ("{}", "Once upon a time. {}", "In short, one thing is known. {}")
 KL_PROMPT = "People say that {} is a"
 
 
-def optimised(model: Model, steps: int, requests: tuple[Request, ...] = ()) -> OptimisedValue:
+def optimised(
+    model: Model, steps: int, requests: tuple[Request, ...] = (), lr: float = 0.3
+) -> OptimisedValue:
     config = RomeConfig(kl_factor=0.7, weight_decay=0.3, early_stop=0.0)
-    settings = ValueSettings(layer=1, at="mlp", steps=steps, lr=0.3, kl_prompt=KL_PROMPT)
+    settings = ValueSettings(layer=1, at="mlp", steps=steps, lr=lr, kl_prompt=KL_PROMPT)
     chosen = [REQUEST, *requests]
     return optimise_values(model, chosen, CONTEXTS, settings, RomeObjective(config))[0]
 
@@ -61,9 +63,16 @@ def test_the_loss_is_that_of_plain_runs(tmp_path: Path) -> None:
     assert value.losses[-1][1] == pytest.approx(float(torch.stack(wanted).mean()), rel=1e-4)
     assert value.losses[-1][1] < value.losses[0][1]
 
-    now, before = (answers(model, KL_PROMPT, target, d)[0] for d in (value.delta, 0 * value.delta))
+
+def test_the_divergence_is_that_of_plain_runs(tmp_path: Path) -> None:
+    model = build_model("t5", tmp_path)
+    value = optimised(model, steps=4, lr=3.0)  # steps so large that it stands out of rounding
+    now, before = (
+        answers(model, KL_PROMPT, REQUEST.target, d)[0] for d in (value.delta, 0 * value.delta)
+    )
     divergence = float((now.exp() * (now - before)).sum())
-    assert value.losses[-1][2] == pytest.approx(0.7 * divergence, rel=1e-3, abs=1e-7)
+    assert value.losses[-1][2] == pytest.approx(0.7 * divergence, rel=1e-3)
+    assert divergence > 1e-3
 
 
 def test_requests_do_not_see_each_other(tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ from errata.locate.partial_forward import joining, narrowed
 from errata.locate.trace_result import KINDS
 from errata.model.forward import Seen, answered, patched
 from errata.model.forward import trace as capture
-from errata.model.forward.resume import KeptLayer, accepted, chosen, reuses_keys
+from errata.model.forward.inputs import accepted
+from errata.model.forward.resume import KeptLayer, chosen, reuses_keys
 from errata.model.forward.trace import first_tensor, submodule, with_first
 
 if TYPE_CHECKING:

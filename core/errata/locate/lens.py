@@ -22,7 +22,8 @@ from errata.locate.causal_trace import as_request
 from errata.locate.corrupted_runs import CorruptedRuns, traced_tokens
 from errata.locate.traced_prompt import answer_text, traced_prompt
 from errata.model.forward import answered
-from errata.model.forward.resume import accepted, chosen
+from errata.model.forward.inputs import accepted
+from errata.model.forward.resume import chosen
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,8 +16,7 @@ from errata.model.active_edits import ask
 from errata.model.answers import Generated
 from errata.model.arguments import texts_of
 from errata.model.chat import in_chat, turn_ends
-from errata.model.forward.inputs import decoder_prefix, takes_positions
-from errata.model.forward.resume import accepted
+from errata.model.forward.inputs import accepted, decoder_prefix, takes_positions
 from errata.model.running import check_length
 from errata.model.sampling import GenerationSettings, Sampling
 

@@ -26,8 +26,8 @@ import torch
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from errata.model.forward.inputs import takes_positions, vocabulary_size
-from errata.model.forward.resume import TOLERANCE, accepted, caches_keys, chosen, logits_at
+from errata.model.forward.inputs import accepted, takes_positions, vocabulary_size
+from errata.model.forward.resume import TOLERANCE, caches_keys, chosen, logits_at
 from errata.model.prompts import pad
 from errata.model.running import wide
 from errata.model.trie import Path, Place, RunRow, beginnings, level

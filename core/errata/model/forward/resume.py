@@ -19,9 +19,8 @@ recorded logits falls back to reusing less.
 
 from __future__ import annotations
 
-import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -30,7 +29,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutput
 
-from errata.model.forward.inputs import pads
+from errata.model.forward.inputs import accepted, inputs_of, pads
 from errata.model.forward.trace import (
     Seen,
     answered,
@@ -40,7 +39,6 @@ from errata.model.forward.trace import (
     trace,
     with_first,
 )
-from errata.model.prompts import pad, padding_id
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -154,29 +152,6 @@ def reading(model: Model, rows: Tensor, columns: Tensor) -> Iterator[Callable[[A
         yield lambda output: output.logits[0]
 
 
-def accepted(module: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those inputs that the module's forward has a parameter for.
-
-    BLOOM, for one, has none for `position_ids`: it counts the mask.
-    """
-    known = inspect.signature(type(module).forward).parameters
-    return {name: value for name, value in inputs.items() if name in known}
-
-
-def inputs_of(model: Model, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the inputs that this model takes, and positions only where they count from zero.
-
-    Tensors are moved to the model's device.
-    """
-    given = accepted(model.module, inputs)
-    if not model.anatomy.spec.position_ids:
-        given.pop("position_ids", None)
-    return {
-        name: value.to(model.device) if isinstance(value, torch.Tensor) else value
-        for name, value in given.items()
-    }
-
-
 def logits_at(model: Model, inputs: Mapping[str, Tensor], rows: Tensor, columns: Tensor) -> Tensor:
     """Return the logits (n, vocabulary) at positions (rows[i], columns[i]) of one plain run.
 
@@ -203,58 +178,6 @@ def _one_by_one(model: Model, inputs: Mapping[str, Any]) -> Tensor:
         for i, length in enumerate(lengths)
     ]
     return torch.cat([model.module(**row).logits for row in rows])
-
-
-def aligned(
-    tokens: Sequence[Sequence[int]], lookups: Sequence[int], pad: int
-) -> tuple[dict[str, Tensor], int]:
-    """Return rows as one batch in which token `lookups[i]` of row i is in one common column.
-
-    Rows are padded on both sides. Positions count real tokens only, so that a causal decoder
-    computes for each row what it computes for that row by itself.
-
-    Args:
-        tokens: token ids of each row.
-        lookups: index of one token per row.
-        pad: token id to pad with.
-
-    Returns:
-        input_ids, attention_mask and position_ids (rows, width), and the common column. Token j
-        of row i is in column `column - lookups[i] + j`.
-    """
-    column = max(lookups)
-    width = column + max(len(t) - p for t, p in zip(tokens, lookups, strict=True))
-    ids = torch.full((len(tokens), width), pad)
-    mask = torch.zeros_like(ids)
-    positions = torch.zeros_like(ids)
-    for row, (content, lookup) in enumerate(zip(tokens, lookups, strict=True)):
-        begin = column - lookup
-        end = begin + len(content)
-        ids[row, begin:end] = torch.tensor(content)
-        mask[row, begin:end] = 1
-        positions[row, begin:end] = torch.arange(len(content))
-        positions[row, end:] = len(content) - 1
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}, column
-
-
-def laid_out(
-    model: Model, tokens: Sequence[Sequence[int]], lookups: Sequence[int]
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Return rows that the model reads as one batch, and the column (B,) of one token of each.
-
-    In a causal decoder that is one column for all rows (`aligned`), so that the columns before it
-    need not run again. An encoder, which may count positions from a row's first column, has its
-    rows padded on the right.
-
-    Args:
-        model: a causal decoder, or an encoder-decoder, whose encoder reads the rows.
-        tokens: token ids of each row.
-        lookups: index of one token per row.
-    """
-    if model.anatomy.kind == "decoder":
-        inputs, column = aligned(tokens, lookups, padding_id(model.tokenizer))
-        return inputs, torch.full((len(tokens),), column)
-    return pad(model.tokenizer, tokens).inputs(positions=False), torch.tensor(lookups)
 
 
 def at_columns(tensor: Tensor | None, columns: Tensor) -> Tensor:
