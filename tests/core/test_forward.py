@@ -28,6 +28,7 @@ from errata.model.forward import (
     patched,
     trace,
 )
+from errata.model.prompts import pad
 from errata.testing import edit_with
 from tests.families import DECODERS, FAMILIES, architectures, build, build_model, sampled
 
@@ -147,6 +148,21 @@ def test_nothing_below_or_before_is_run(tmp_path: Path) -> None:
     assert seen[above].input.shape[1] == inputs["input_ids"].shape[1] - column
     assert seen[head].input.shape[:2] == (1, len(ROWS))
     assert logits.shape == (len(ROWS), model.config.vocab_size)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert", "opt", "mistral"])
+def test_columns_that_are_padding_in_every_row_are_left_out(family: str, tmp_path: Path) -> None:
+    model = build_model(family, tmp_path)
+    tokens = [list(range(5, 5 + n)) for n in LENGTHS]
+    inputs = pad(model.tokenizer, tokens).inputs(positions=model.anatomy.kind == "decoder")
+    columns = torch.tensor([8, 3, 11, 6, 5])
+    run = Resumed(model, inputs, layer=1, rows=ROWS, columns=columns)
+    short = run.keep(torch.tensor([2, 3])).trimmed()
+    above = model.anatomy.mlp_out(2)
+    with torch.no_grad(), trace(model.module, [above]) as seen:
+        logits = short.logits()
+    assert seen[above].output.numel() == 2 * 7 * model.anatomy.hidden_size
+    torch.testing.assert_close(logits, run.reference[[3, 4]], rtol=1e-4, atol=1e-5)
 
 
 def test_watched_modules_are_seen_whole(tmp_path: Path) -> None:

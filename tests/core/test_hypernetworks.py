@@ -239,10 +239,10 @@ def test_a_step_of_two_views_asks_for_the_prompt_and_a_paraphrase(tmp_path: Path
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
         # KnowledgeEditor asks for nothing but prompts otherwise.
-        both = lesson.draw(generator, prompt_share=1.0, n_locality=1, views=True)
+        both = lesson.draw(generator, prompt_share=1.0, n_locality=1, views=True).asked
         assert both[0] == 0
         assert both[1] in (1, 2)
         assert both[2:] == [3, 4, 5]  # Spain's both, and Italy's only prompt
         seen.add(both[1])
-        assert lesson.draw(generator, prompt_share=1.0, n_locality=1) == [0, 3, 5]
+        assert lesson.draw(generator, prompt_share=1.0, n_locality=1).asked == [0, 3, 5]
     assert seen == {1, 2}

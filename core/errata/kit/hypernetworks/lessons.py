@@ -13,9 +13,10 @@ other subjects of the same relation, which are hurt first.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -56,8 +57,88 @@ class Answered:
     kept: float
 
 
+class Sheet:
+    """Prompts with their answers as one batch, run up to the first edited block once and kept.
+
+    Args:
+        model: the model, with every edit off.
+        rows: (request, prompt, answer) of each row.
+        layer: the lowest edited block (of the decoder); 0: everything is run each time.
+    """
+
+    def __init__(self, model: Model, rows: Sequence[tuple[int, str, str]], layer: int) -> None:
+        self._model = model
+        self._owners = torch.tensor([owner for owner, _, _ in rows])
+        self._prompts = prepare(
+            model, [prompt for _, prompt, _ in rows], [answer for *_, answer in rows], closing=True
+        )
+        self._rows = self._prompts.rows.cpu()  # (n,)
+        self._resumed: Resumed | None = None
+        if layer > 0 and pads(model):
+            with model.prompts(self._prompts.ends):
+                self._resumed = Resumed(
+                    model,
+                    self._prompts.inputs,
+                    layer=layer,
+                    rows=self._prompts.rows,
+                    columns=self._prompts.columns,
+                )
+
+    @torch.no_grad()
+    def unedited(self) -> Tensor:
+        """Return the base's log-probabilities (n, vocabulary) at every answer."""
+        if self._resumed is None:
+            return run(self._model, self._prompts).float().log_softmax(-1).cpu()
+        return self._resumed.reference.float().log_softmax(-1).cpu()
+
+    def forget(self) -> None:
+        """Free the logits of the recorded run: of many lessons they are much."""
+        if self._resumed is not None:
+            self._resumed.reference = self._resumed.reference[:, :1].clone()
+
+    def held(self, rows: Tensor) -> Tensor:
+        """Return (n,) which answers' tokens are of these rows."""
+        return torch.isin(self._rows, rows)
+
+    def read(self, rows: Tensor, factors: Mapping[str, Factors] | None) -> tuple[Tensor, ...]:
+        """Run some rows (ascending), each with its request's change; None: without.
+
+        Returns:
+            The log-probabilities (m, vocabulary) at the rows' answers; the answers (m,); which of
+            the rows (m,) and which request (m,) each is of.
+        """
+        logits: Callable[[], Tensor]
+        if self._resumed is not None:
+            logits = self._resumed.keep(rows).trimmed().logits
+        else:
+            logits = partial(run, self._model, _rows_of(self._prompts, rows))
+        owners = self._owners[rows]
+        with ExitStack() as block:
+            block.enter_context(self._model.prompts([self._prompts.ends[i] for i in rows.tolist()]))
+            if factors is not None:
+                block.enter_context(rows_edited(self._model, factors, owners))
+            found = logits().float().log_softmax(-1).cpu()
+        held = self.held(rows)
+        row = torch.searchsorted(rows, self._rows[held])
+        return found, self._prompts.labels.cpu()[held], row, owners[row]
+
+
+class Drawn(NamedTuple):
+    """Rows of a lesson that are asked in a step, ascending.
+
+    Attributes:
+        asked: phrasings of the requests.
+        stays: prompts whose answers must stay.
+    """
+
+    asked: list[int]
+    stays: list[int]
+
+
 class Lesson:
-    """The questions about B requests, run up to the first edited block once and kept.
+    """The questions about B requests.
+
+    What is edited and what must stay are two batches, for they are of different length.
 
     Args:
         model: the model, with every edit off.
@@ -76,42 +157,26 @@ class Lesson:
         layer: int,
         remember: bool = True,
     ) -> None:
-        self._model, self._size = model, len(requests)
-        rows: list[tuple[int, bool, str, str]] = []  # owner, is locality, prompt, answer
-        self._phrasings: list[list[int]] = []
+        self._size = len(requests)
+        asked: list[tuple[int, str, str]] = []
+        stays: list[tuple[int, str, str]] = []
+        self._phrasings: list[list[int]] = []  # rows of each request
         self._kept: list[list[int]] = []
         for owner, (request, beside) in enumerate(zip(requests, locality, strict=True)):
-            asked = [request.text, *request.paraphrases[:_PHRASINGS]]
-            self._phrasings.append(list(range(len(rows), len(rows) + len(asked))))
-            rows += [(owner, False, text, request.target) for text in asked]
-            self._kept.append(list(range(len(rows), len(rows) + len(beside))))
-            rows += [(owner, True, text, answer) for text, answer in beside]
-        self._owners = torch.tensor([row[0] for row in rows])
-        self._is_locality = torch.tensor([row[1] for row in rows])
-        self._prompts = prepare(
-            model, [row[2] for row in rows], [row[3] for row in rows], closing=True
-        )
-        self._resumed: Resumed | None = None
-        if layer > 0 and pads(model):
-            with model.prompts(self._prompts.ends):
-                self._resumed = Resumed(
-                    model,
-                    self._prompts.inputs,
-                    layer=layer,
-                    rows=self._prompts.rows,
-                    columns=self._prompts.columns,
-                )
-        self._base: Tensor | None = None  # log-probabilities at the positions that must stay
-        self._stays = self._is_locality[self._prompts.rows.cpu()]  # (n,)
-        if remember:
-            with torch.no_grad():
-                logits = (
-                    run(model, self._prompts) if self._resumed is None else self._resumed.reference
-                )
-            base = logits[self._stays.to(logits.device)].float().log_softmax(-1).cpu()
+            texts = [request.text, *request.paraphrases[:_PHRASINGS]]
+            self._phrasings.append(list(range(len(asked), len(asked) + len(texts))))
+            asked += [(owner, text, request.target) for text in texts]
+            self._kept.append(list(range(len(stays), len(stays) + len(beside))))
+            stays += [(owner, text, answer) for text, answer in beside]
+        self._asked = Sheet(model, asked, layer)
+        self._stays = Sheet(model, stays, layer) if stays else None
+        self._base: Tensor | None = None  # log-probabilities at the answers that must stay
+        if remember and self._stays is not None:
+            base = self._stays.unedited()
             self._base = base.half() if base.shape[-1] > _WIDE else base
-        if self._resumed is not None:
-            self._resumed.reference = self._resumed.reference[:, :1].clone()  # all are much
+        for sheet in (self._asked, self._stays):
+            if sheet is not None:
+                sheet.forget()
 
     @property
     def nbytes(self) -> int:
@@ -125,7 +190,7 @@ class Lesson:
         prompt_share: float,
         n_locality: int,
         views: bool = False,
-    ) -> list[int]:
+    ) -> Drawn:
         """Return the rows of one step: a phrasing of each request and rows that must stay.
 
         Args:
@@ -134,63 +199,48 @@ class Lesson:
             n_locality: rows that must stay, of each request.
             views: the own prompt and a paraphrase, whatever `prompt_share` says.
         """
-        chosen: list[int] = []
+        chosen, staying = [], []
         for asked, beside in zip(self._phrasings, self._kept, strict=True):
             place, several = 0, len(asked) > 1
             if several and (views or float(torch.rand((), generator=generator)) >= prompt_share):
                 place = 1 + int(torch.randint(len(asked) - 1, (), generator=generator))
             chosen += sorted({asked[0], asked[place]}) if views else [asked[place]]
             order = torch.randperm(len(beside), generator=generator)[:n_locality].tolist()
-            chosen += [beside[index] for index in order]
-        return sorted(chosen)
+            staying += [beside[index] for index in order]
+        return Drawn(sorted(chosen), sorted(staying))
 
-    def phrasings(self) -> list[int]:
+    def phrasings(self) -> Drawn:
         """Return the rows of a validation: every request's first paraphrase, and what must stay."""
         asked = [rows[min(1, len(rows) - 1)] for rows in self._phrasings]
-        return sorted([*asked, *(row for rows in self._kept for row in rows)])
+        return Drawn(sorted(asked), sorted(row for rows in self._kept for row in rows))
 
-    def ask(self, factors: Mapping[str, Factors], rows: Sequence[int]) -> Answered:
+    def ask(self, factors: Mapping[str, Factors], drawn: Drawn) -> Answered:
         """Run rows of the lesson, each with its request's factors."""
-        wanted = torch.tensor(rows)
-        read: Callable[[], Tensor]
-        if self._resumed is not None:
-            read = self._resumed.keep(wanted).logits
-        else:
-            read = partial(run, self._model, _rows_of(self._prompts, wanted))
-        position_rows = self._prompts.rows.cpu()
-        held = torch.isin(position_rows, wanted)
-        row = torch.searchsorted(wanted, position_rows[held])  # (n,) of the chosen rows
-        labels = self._prompts.labels.cpu()[held]
-        stays = self._is_locality[wanted][row]
-        ends = [self._prompts.ends[index] for index in rows]
-        with self._model.prompts(ends):
-            with rows_edited(self._model, factors, self._owners[wanted]):
-                after = read().float().log_softmax(-1).cpu()
-            before = None
-            if self._base is not None:
-                before = self._base[held[self._stays]].float()
-            elif bool(stays.any()):
-                with torch.no_grad():
-                    before = read().float().log_softmax(-1).cpu()[stays]
+        after, labels, _, owner = self._asked.read(torch.tensor(drawn.asked), factors)
         nll = functional.nll_loss(after, labels, reduction="none")
-        right = after.argmax(-1) == labels
-        owner = self._owners[wanted][row]
-        edits = ~stays
         zero = after.new_zeros(self._size)
-        count = zero.index_add(0, owner[edits], torch.ones_like(nll[edits])).clamp_min(1)
-        edit = zero.index_add(0, owner[edits], nll[edits]) / count
-        wrong = zero.index_add(0, owner[edits], (~right[edits]).float())
-        divergence, same = after.new_zeros(()), 1.0
-        if before is not None and len(before):
-            kl = functional.kl_div(after[stays], before, log_target=True, reduction="none")
-            each = after.new_zeros(len(wanted)).index_add(0, row[stays], kl.sum(-1))
-            tokens = torch.bincount(row[stays], minlength=len(wanted)).clamp_min(1)
-            is_locality = self._is_locality[wanted]
-            divergence = (each / tokens)[is_locality].mean()
-            changed = (after[stays].argmax(-1) != before.argmax(-1)).float()
-            moved = after.new_zeros(len(wanted)).index_add(0, row[stays], changed)
-            same = float((moved[is_locality] == 0).float().mean())
-        return Answered(edit, wrong == 0, divergence, same)
+        count = zero.index_add(0, owner, torch.ones_like(nll)).clamp_min(1)
+        edit = zero.index_add(0, owner, nll) / count
+        wrong = zero.index_add(0, owner, (after.argmax(-1) != labels).float())
+        divergence, kept = self._moved(factors, drawn.stays)
+        return Answered(edit, wrong == 0, divergence, kept)
+
+    def _moved(self, factors: Mapping[str, Factors], stays: Sequence[int]) -> tuple[Tensor, float]:
+        """Return the divergence of rows that must stay, and the share of them that did."""
+        if self._stays is None or not stays:
+            return torch.zeros(()), 1.0
+        rows = torch.tensor(stays)
+        after, _, row, _ = self._stays.read(rows, factors)
+        if self._base is not None:
+            before = self._base[self._stays.held(rows)].float()
+        else:
+            with torch.no_grad():
+                before, *_ = self._stays.read(rows, None)
+        zero = after.new_zeros(len(rows))
+        kl = functional.kl_div(after, before, log_target=True, reduction="none").sum(-1)
+        each = zero.index_add(0, row, kl) / torch.bincount(row, minlength=len(rows))
+        moved = zero.index_add(0, row, (after.argmax(-1) != before.argmax(-1)).float())
+        return each.mean(), float((moved == 0).float().mean())
 
 
 def locality_of(

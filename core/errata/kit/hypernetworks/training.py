@@ -165,13 +165,13 @@ class NetworkTraining:
         order = torch.randperm(len(self._groups), generator=self._generator("epoch", epoch))
         group = int(order[place])
         lesson = self._lesson(f"group {group}", self._groups[group])
-        rows = lesson.draw(
+        drawn = lesson.draw(
             self._generator("step", step),
             prompt_share=config.prompt_share,
             n_locality=config.n_locality,
             views=config.views,
         )
-        loss = editing.objective(lesson.ask(editing(self._joined(self._groups[group])), rows))
+        loss = editing.objective(lesson.ask(editing(self._joined(self._groups[group])), drawn))
         parameters = [p for p in editing.parameters() if p.requires_grad]
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):

@@ -19,6 +19,7 @@ recorded logits falls back to reusing less.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -111,9 +112,9 @@ class _Recorded:
         del args, kwargs
         return self.value
 
-    def cut(self, start: int) -> _Recorded:
-        """Return the columns from `start` on."""
-        first = first_tensor(self.value)[:, start:]
+    def cut(self, start: int, end: int | None = None) -> _Recorded:
+        """Return the columns from `start` on, to `end`."""
+        first = first_tensor(self.value)[:, start:end]
         return replace(self, value=with_first(self.value, first))
 
     def pick(self, rows: Tensor) -> _Recorded:
@@ -293,6 +294,23 @@ class Resumed:
         small._memory = {name: value.pick(rows) for name, value in self._memory.items()}
         small.reference, small.seen = self.reference[held], {}
         return small
+
+    def trimmed(self) -> Resumed:
+        """Return the same batch without the last columns, where they are padding in every row.
+
+        Only where one sequence is read, from its first column.
+        """
+        mask = self._inputs["attention_mask"]
+        width = int(mask.any(0).nonzero().max()) + 1
+        if width == mask.shape[1] or self.start or self._model.anatomy.encoder is not None:
+            return self
+        short = copy.copy(self)
+        short._inputs = {
+            name: value[:, :width] if isinstance(value, torch.Tensor) else value
+            for name, value in self._inputs.items()
+        }
+        short._memory = {name: value.cut(0, width) for name, value in self._memory.items()}
+        return short
 
     @property
     def size(self) -> int:
