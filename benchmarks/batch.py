@@ -28,8 +28,7 @@ import torch
 from rome import CLOCKS, random_model, timed  # benchmarks/rome.py
 from torch import Tensor
 
-from errata import zoo
-from errata.contract.registry import Registry
+from errata import Editor
 from errata.datasets import atlas
 from errata.edits.request import Request
 from errata.kit.closed_form.config import ClosedFormConfig
@@ -37,7 +36,6 @@ from errata.kit.closed_form.target_values import MemitObjective, value_settings
 from errata.kit.contexts import prefix_contexts
 from errata.kit.values import optimise_values
 from errata.model import Model
-from errata.model.loading import load_model
 from errata.model.tokens import encode, encode_targets, subject_position
 
 
@@ -165,6 +163,7 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--model", default="atlas-gpt2", help="whatever `Editor` opens")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--plain", type=int, default=8, help="requests done the plain way")
     parser.add_argument("--random-requests", type=int, help="on the random model; default: as many")
@@ -185,11 +184,7 @@ def main() -> None:
     clock = CLOCKS[options.clock]
     how = {"repeats": options.repeats, "clock": clock}
 
-    registry = Registry.load()
-    small = load_model(
-        zoo.model_path("atlas-gpt2"), architectures=registry.architectures, device=options.device,
-        dtype=options.dtype, name="atlas-gpt2",
-    )  # fmt: skip
+    small = Editor(options.model, device=options.device, dtype=options.dtype).model
     contexts = prefix_contexts(
         small, ((10, 5),), starts=("The", "Therefore", "Because", "I", "You")
     )

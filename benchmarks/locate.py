@@ -8,6 +8,7 @@ is timed beside it, with its rank correlation to the exact trace.
     python benchmarks/locate.py                       # the embedded model and a random one
     python benchmarks/locate.py --rounds 3 --json out.json
     python benchmarks/locate.py --model random --kind hidden --cells 12
+    python benchmarks/locate.py --model smollm2-135m --prompts 1 --rounds 1 --cells 12
 
 With `--cells` the plain loop runs evenly spaced cells only, and its time is scaled up to all: each
 costs the same.
@@ -28,7 +29,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from errata import zoo
+from errata import Editor
 from errata.contract.registry import Registry
 from errata.datasets import atlas
 from errata.edits.request import Request
@@ -184,10 +185,10 @@ def main() -> None:
     """Run and print one JSON object."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=3, help="on the embedded model")
-    parser.add_argument("--prompts", type=int, default=4, help="of the embedded model; one else")
+    parser.add_argument("--rounds", type=int, default=3, help="on a model that is not random")
+    parser.add_argument("--prompts", type=int, default=4, help="of a model that is not random")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="cpu")
-    parser.add_argument("--model", choices=(*zoo.MODELS, "random"), action="append")
+    parser.add_argument("--model", action="append", help="'random', or whatever `Editor` opens")
     parser.add_argument("--kind", choices=KINDS, action="append", help="default: all three")
     parser.add_argument("--cells", type=int, help="of the plain loop, scaled up; default: all")
     parser.add_argument("--json", type=Path)
@@ -203,7 +204,7 @@ def main() -> None:
         if name == "random":
             model, rounds, prompts = random_model(12, 768), 1, requests[:1]
         else:
-            model = load_model(name, architectures=Registry.load().architectures)
+            model = Editor(name).model
             rounds, prompts = args.rounds, requests
         kinds = tuple(args.kind or KINDS)
         report[name] = compare(model, prompts, rounds, clock, kinds, args.cells)

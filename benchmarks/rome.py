@@ -6,7 +6,7 @@ process, take turns, and must arrive at the same ΔW. The second moment and the 
 once beforehand and shared: they are not part of the time.
 
     python benchmarks/rome.py                        # the embedded model and a random one
-    python benchmarks/rome.py --model DIR --json out.json
+    python benchmarks/rome.py --model smollm2-135m --skip-random --json out.json
     python benchmarks/rome.py --full                 # 21 contexts on both (slow)
 """
 
@@ -27,7 +27,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from errata import zoo
+from errata import Editor
 from errata.contract.registry import Registry
 from errata.datasets import atlas
 from errata.edits.request import Request
@@ -251,10 +251,11 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
-        "--model", default=next(iter(zoo.MODELS)), help="small model: zoo name or folder"
+        "--model", default="atlas-gpt2", help="the first model: whatever `Editor` opens"
     )
-    parser.add_argument("--layer", type=int, help="edited in the small model; default: the preset")
+    parser.add_argument("--layer", type=int, help="edited in the first model; default: the preset")
     parser.add_argument("--batch", type=int, default=32, help="requests in the batch")
+    parser.add_argument("--singles", type=int, default=6, help="of them edited one by one, too")
     parser.add_argument("--repeats", type=int, default=3, help="rounds per model")
     parser.add_argument("--vocabulary", type=int, default=50257, help="of the random model")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own)")
@@ -265,16 +266,14 @@ def main() -> None:
         help="cpu: with --threads 1 on a machine that others use, too",
     )
     parser.add_argument("--full", action="store_true", help="21 contexts on both")
-    parser.add_argument("--skip-random", action="store_true", help="small model only")
+    parser.add_argument("--skip-random", action="store_true", help="the first model only")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
 
     registry = Registry.load()
-    given = options.model
-    where = zoo.model_path(given) if given in zoo.MODELS else given
-    small = load_model(where, architectures=registry.architectures, name=given)
+    small = Editor(options.model).model
     facts = {
         "model_type": small.anatomy.model_type,
         "n_layers": small.anatomy.n_layers,
@@ -284,7 +283,7 @@ def main() -> None:
     chosen = {} if options.layer is None else {"layer": options.layer}
     preset, _ = registry.resolve("rome", RomeConfig, facts, chosen)
     run = {"batch": options.batch, "clock": CLOCKS[options.clock]}
-    results = [measure(small, preset, singles=6, repeats=options.repeats, **run)]
+    results = [measure(small, preset, singles=options.singles, repeats=options.repeats, **run)]
     if not options.skip_random:
         # An untrained model generates no text to speak of: it gets the small one's. Six contexts,
         # unless --full: with 21 one plain edit takes half a minute on two cores.
