@@ -247,8 +247,9 @@ class Editor(Described):
     def resolve(self, *edits: EditLike, **config: Any) -> list[Edit]:
         """Solve active edits again with other hyper-parameters, from the values that they store.
 
-        Joint edits (MEMIT's family) store keys and residuals; λ or the null space decide how they
-        are written, and λ can so follow a stream's length. By default all edits that can be. Raises
+        Joint edits (MEMIT's family) store keys and residuals; λ, the null space and C (`tokens` of
+        text) decide how they are written. So λ can follow a stream's length, and C be of more text
+        than at first. By default all edits that can be. Raises
         `CapabilityError` where a method cannot, `ConfigError` for values that decide residuals.
         """
         with self._changing("resolve"):

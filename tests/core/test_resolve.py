@@ -28,6 +28,8 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     [
         ("memit", {"second_moment_weight": 50.0}, {"second_moment_weight": 5000.0}),
         ("memit", {"second_moment_weight": 50.0}, {"relative_weight": 3.0}),
+        ("memit", {"relative_weight": 0.5}, {"tokens": 3000}),
+        ("emmet", {}, {"tokens": 3000}),
         (
             "alphaedit",
             {"fraction": 0.5, "threshold": None, "l2": 1.0},

@@ -54,7 +54,8 @@ def add(app: typer.Typer) -> None:
         panel=PANEL,
         shared=MODEL,
         examples="errata resolve --set second_moment_weight=1500\n"
-        "errata resolve --set relative_weight=1",
+        "errata resolve --set relative_weight=1\n"
+        "errata resolve --set tokens=50000",
     )(resolve)
 
 
@@ -149,11 +150,12 @@ def resolve(
         typer.Option("--set", metavar="NAME=VALUE", help="A hyper-parameter (repeatable)."),
     ] = None,
 ) -> None:
-    """Solve edits again with another λ or null space, without computing their values anew.
+    """Solve edits again with another λ, null space or C, without computing their values anew.
 
     Joint edits (memit, emmet, pmet, alphaedit) store what they want at which keys; λ decides how
     far ordinary text holds them back. A stream of thousands wants another λ than ten edits: this
-    changes it in seconds. All or nothing; the old records stay in the ledger.
+    changes it in seconds. `tokens` takes C from more text. All or nothing; the old records stay in
+    the ledger.
     """
     _need_ledger(session)
     session.check_ids(ids or (), active=True)

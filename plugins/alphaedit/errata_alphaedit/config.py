@@ -13,7 +13,7 @@ from errata.kit.closed_form.config import ClosedFormConfig
 class AlphaEditConfig(ClosedFormConfig):
     """Hyper-parameters of AlphaEdit; the defaults are the paper's for GPT-2 XL, layers excepted."""
 
-    resolves: ClassVar[frozenset[str]] = frozenset({"threshold", "fraction", "l2"})
+    resolves: ClassVar[frozenset[str]] = frozenset({"threshold", "fraction", "l2", "tokens"})
 
     threshold: float | None = Field(
         default=2e-2,

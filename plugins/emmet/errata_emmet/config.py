@@ -16,7 +16,7 @@ class EmmetConfig(ClosedFormConfig):
     """
 
     default_depth: ClassVar[int] = 1
-    resolves: ClassVar[frozenset[str]] = frozenset({"second_moment_weight", "ridge"})
+    resolves: ClassVar[frozenset[str]] = frozenset({"second_moment_weight", "ridge", "tokens"})
 
     second_moment_weight: float = Field(
         default=1000.0, gt=0, description="λ, the factor of C; without a ridge it changes nothing"

@@ -152,7 +152,9 @@ class ClosedFormConfig(MethodConfig):
 class WeightedConfig(ClosedFormConfig):
     """What methods that weigh ordinary text against new keys have besides: MEMIT and PMET."""
 
-    resolves: ClassVar[frozenset[str]] = frozenset({"second_moment_weight", "relative_weight"})
+    resolves: ClassVar[frozenset[str]] = frozenset(
+        {"second_moment_weight", "relative_weight", "tokens"}
+    )
     derived: ClassVar[Mapping[str, str]] = {"second_moment_weight": "relative_weight"}
 
     second_moment_weight: float | None = Field(
