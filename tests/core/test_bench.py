@@ -416,18 +416,15 @@ def test_distinct_subjects_keeps_the_first_case_of_each() -> None:
 
 
 def test_across_domains_a_method_trains_on_one_dataset_and_edits_another(tmp_path: Path) -> None:
-    train = atlas.requests(9)[6:]
-    file = tmp_path / "train.jsonl"
-    file.write_text("\n".join(request.model_dump_json() for request in train))
     seen = tmp_path / "seen"
     lines = run(
         tmp_path / "run",
         regime="cross-domain",
-        train={"name": "jsonl", "path": str(file), "limit": 2},
+        train={"name": "atlas", "start": 6, "limit": 2},
         methods=[{"method": "learner", "config": {"seen": str(seen)}}],
         limit=2,
     )
-    first, second = train[:2]
+    first, second = atlas.requests(8)[6:]
     assert seen.read_text() == f"2: {first.target_new}, {second.target_new}"
     assert {line["regime"] for line in lines.values()} == {"cross-domain"}
     assert lines["learner|atlas|0|single|1|1"]["kind"] == "case"

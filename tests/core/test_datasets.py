@@ -72,6 +72,13 @@ def test_limit_counts_whole_cases_and_reads_no_further(tmp_path: Path) -> None:
     ids = ["a", "a", "b", "b", "b", None, None, "c"]
     write(path, [request(i, case) for i, case in enumerate(ids)])
     assert [len(load("jsonl", path, limit=n)) for n in (1, 2, 3, 4, 5, 9)] == [2, 5, 6, 7, 8, 8]
+    every = load("jsonl", path).requests()
+    later = load("jsonl", path, start=2, limit=2)
+    assert later.requests() == every[5:7]
+    assert later.case_count == 2
+    assert load("jsonl", path, start=1).requests() == every[2:]
+    with pytest.raises(ConfigError, match="has no more cases"):
+        load("jsonl", path, start=5)
     with path.open("a") as handle:
         handle.write('{"prompt": "cut off')
     assert load("jsonl", path, limit=4).case_count == 4
@@ -238,6 +245,8 @@ def test_wrong_arguments_say_what_is_right(tmp_path: Path) -> None:
         load("knowedit", SAMPLES / "knowedit_wiki.json", subsets="ZsRE")
     with pytest.raises(ConfigError, match="at least 1"):
         load("atlas", limit=0)
+    with pytest.raises(ConfigError, match="start is -1"):
+        load("atlas", start=-1)
     with pytest.raises(ConfigError, match="It was published at: Meng"):
         load("counterfact")
     with pytest.raises(ConfigError, match="shipped with errata"):

@@ -75,7 +75,8 @@ class DatasetSpec(_ConfigModel):
     label: str = Field(default="", description="What it is called in the results")
     path: str | None = Field(default=None, description="File or folder, where it is not shipped")
     split: str | None = Field(default=None, description="Split, where it has several")
-    limit: int | None = Field(default=None, ge=1, description="Use the first so many cases")
+    start: int = Field(default=0, ge=0, description="Leave out the first so many cases")
+    limit: int | None = Field(default=None, ge=1, description="Use the first so many of the rest")
     view: Literal["entity", "relation"] = Field(
         default="entity",
         description="Edit the fact, or its relation (needs cases with a relation view, as rake's); "

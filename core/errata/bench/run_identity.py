@@ -52,11 +52,11 @@ def info_of(spec: RunSpec, description: Mapping[str, Any]) -> dict[str, Any]:
         for number in range(len(datasets))
     }
     given = {k: v for k, v in config.model_dump(mode="json").items() if k not in FREE}
-    for dataset in given["datasets"]:  # where the bytes lay does not matter, their digest does
-        dataset.pop("path")
-    for name in ("train", "retain"):
-        if given[name] is not None:
-            given[name].pop("path")
+    for dataset in (*given["datasets"], given["train"], given["retain"]):
+        if dataset is not None:
+            dataset.pop("path")  # where the bytes lay does not matter, their digest does
+            if not dataset["start"]:
+                dataset.pop("start")  # runs from before there was one
     given.pop("corpus")
     given.pop("model")
     identity = {

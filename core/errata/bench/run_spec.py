@@ -272,6 +272,7 @@ def open_dataset(spec: DatasetSpec, limit: int | None) -> Dataset:
         spec.name,
         spec.path,
         split=spec.split,
+        start=spec.start,
         limit=None if spec.distinct_subjects else limit,
         skip_bad=spec.skip_bad,
         **spec.options,

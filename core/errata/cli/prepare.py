@@ -24,7 +24,8 @@ def add(app: typer.Typer) -> None:
         shared=MODEL,
         examples=(
             "errata prepare memit --model atlas-gpt2\n"
-            "errata prepare rome --model smollm2-135m --set layer=5"
+            "errata prepare rome --model smollm2-135m --set layer=5\n"
+            "errata prepare mend --training counterfact=counterfact.json --start 400 --limit 700"
         ),
     )(prepare)
 
@@ -41,8 +42,12 @@ def prepare(
             "is trained is never asked to edit a fact that is among them.",
         ),
     ] = None,
+    start: Annotated[
+        int, typer.Option("--start", min=0, help="Leave out the first N cases of each dataset.")
+    ] = 0,
     limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="At most N cases of each dataset.")
+        int | None,
+        typer.Option("--limit", min=1, help="At most N cases of each dataset, after --start."),
     ] = None,
     values: Annotated[
         list[str] | None,
@@ -61,7 +66,7 @@ def prepare(
     requests = [
         request
         for given in training or ()
-        for request in read_dataset(given, limit, option="--training").requests()
+        for request in read_dataset(given, limit, start=start, option="--training").requests()
     ]
     with session.editor(durable=False, training=requests or None) as editor:
         started = time.monotonic()

@@ -88,7 +88,12 @@ def _request(data: object, where: str) -> tuple[Request, list[str]]:
 
 
 def read_dataset(
-    given: str, limit: int | None = None, *, option: str = "--dataset", skip_bad: bool = False
+    given: str,
+    limit: int | None = None,
+    *,
+    start: int = 0,
+    option: str = "--dataset",
+    skip_bad: bool = False,
 ) -> Dataset:
     """Load the dataset that NAME=PATH names, or a NAME that needs no file."""
     from errata.datasets import load
@@ -96,7 +101,7 @@ def read_dataset(
     name, _, path = given.partition("=")
     if not name:
         raise ConfigError(f"{option} {given!r}: give NAME=PATH, a dataset and its file.")
-    return load(name, path or None, limit=limit, skip_bad=skip_bad)
+    return load(name, path or None, start=start, limit=limit, skip_bad=skip_bad)
 
 
 def asked_as(requests: Sequence[Request], join: str | None, chat: bool) -> list[Request]:

@@ -70,6 +70,7 @@ def load(
     path: str | Path | None = None,
     *,
     split: str | None = None,
+    start: int = 0,
     limit: int | None = None,
     skip_bad: bool = False,
     **options: Any,
@@ -88,6 +89,7 @@ def load(
         name: a reader of `READERS`.
         path: a local file or folder, or a hub id: "owner/name", "owner/name/path/to/file.json".
         split: "train", "test" …, where the source has splits.
+        start: cases left out at the beginning: to train on what is not tested, of one file.
         limit: number of cases; what comes after them is not read.
         skip_bad: leave bad records out, count and log them. Never done for a damaged file.
         **options: of the reader (`READERS[name].options`).
@@ -102,15 +104,19 @@ def load(
             raise UnknownNameError(f"option of {name}", option, reader.options)
     if limit is not None and limit < 1:
         raise ConfigError(f"limit is {limit}; it must be at least 1, or None for all cases.")
+    if start < 0:
+        raise ConfigError(f"start is {start}; it must be 0 or more.")
     source = _source(reader, path, split)
     read = partial(reader.read, source, **options)
     found = _Contents()
-    for item in _limited(read(), limit):
+    for item in _part(read(), start, limit):
         if isinstance(item, DatasetError):
             if not skip_bad:
                 raise _with_advice(item)
             log.info("Left out: %s", item)
         found.add(item, source.name)
+    if start and not found.size and not found.problems:
+        raise ConfigError(f"start is {start}, and {source.name} has no more cases than that.")
     if not found.size:
         raise _empty(found, source)
     if found.problems:
@@ -127,7 +133,7 @@ def load(
         problems=tuple(found.problems),
         size=found.size,
         case_count=found.cases,
-        _stream=partial(_requests, read, limit),
+        _stream=partial(_requests, read, start, limit),
     )
 
 
@@ -176,24 +182,27 @@ class _Contents:
             self._seen.add(item.case_id)
 
 
-def _requests(read: Callable[[], Iterator[Item]], limit: int | None) -> Iterator[Request]:
+def _requests(
+    read: Callable[[], Iterator[Item]], start: int, limit: int | None
+) -> Iterator[Request]:
     # Bad records have been counted, logged or refused when the dataset was loaded.
-    return (item for item in _limited(read(), limit) if isinstance(item, Request))
+    return (item for item in _part(read(), start, limit) if isinstance(item, Request))
 
 
-def _limited(items: Iterator[Item], limit: int | None) -> Iterator[Item]:
-    """Yield what belongs to the first `limit` cases."""
+def _part(items: Iterator[Item], start: int, limit: int | None) -> Iterator[Item]:
+    """Yield what belongs to `limit` cases after the first `start`, and all probes on the way."""
+    end = None if limit is None else start + limit
     cases, last = 0, None
     for item in items:
         if isinstance(item, Request):
             if cases == 0 or item.case_id is None or item.case_id != last:
                 cases += 1
             last = item.case_id
-        if limit is not None and (
-            cases > limit or (cases == limit and not isinstance(item, Request))
-        ):
+        number = cases if isinstance(item, Request) else cases + 1  # of the case it belongs to
+        if end is not None and number > end:
             return
-        yield item
+        if number > start or isinstance(item, Probe):
+            yield item
 
 
 def _source(reader: DatasetReader, path: str | Path | None, split: str | None) -> Source:
