@@ -39,6 +39,10 @@ def nothing_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (("generate", "Hello", "--model", "./atlas"), "There is no folder './atlas'."),
         (("evaluate", "--file", "gone.jsonl", "--model", "atlas-gpt2"), "gone.jsonl"),
         (("prepare", "rome", "--set", "stpes=3", "--model", "atlas-gpt2"), "'steps'?"),
+        (
+            ("prepare", "mend", "--training", "atlas", "--start", "9999", "-m", "atlas-gpt2"),
+            "has no more cases",
+        ),
         (("locate", "{} is", "-s", "Bo", "--by", "trase", "-m", "atlas-gpt2"), "'trace'?"),
         (("locate", "{} is", "-s", "Bo", "--set", "smaples=1", "-m", "atlas-gpt2"), "'samples'?"),
         (("locate", "--average", "--dataset", "atals", "-m", "atlas-gpt2"), "'atlas'?"),
