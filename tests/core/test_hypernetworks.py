@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -246,3 +247,20 @@ def test_a_step_of_two_views_asks_for_the_prompt_and_a_paraphrase(tmp_path: Path
         seen.add(both[1])
         assert lesson.draw(generator, prompt_share=1.0, n_locality=1).asked == [0, 3, 5]
     assert seen == {1, 2}
+
+
+def test_a_model_that_cannot_be_resumed_is_found_by_every_lesson(tmp_path: Path) -> None:
+    model = build_model("gpt2", tmp_path)
+    fact = Request(prompt="The capital of {} is", subject="France", target_new="Rome")
+    asked = [[("The capital of Spain is", " Madrid")]]
+    assert Lesson(model, [fact], asked, layer=1).resumes
+    runs = itertools.count()
+
+    def drift(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        return output * (1 + next(runs))
+
+    module = model.module.get_submodule(model.anatomy.mlp_out(2))
+    handle = module.register_forward_hook(drift)
+    assert not Lesson(model, [fact], asked, layer=1).resumes
+    assert Lesson(model, [fact], asked, layer=1, check=False).resumes  # nobody has looked
+    handle.remove()

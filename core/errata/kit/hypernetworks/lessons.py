@@ -64,9 +64,12 @@ class Sheet:
         model: the model, with every edit off.
         rows: (request, prompt, answer) of each row.
         layer: the lowest edited block (of the decoder); 0: everything is run each time.
+        check: see whether a run from there on gives what a whole run gives.
     """
 
-    def __init__(self, model: Model, rows: Sequence[tuple[int, str, str]], layer: int) -> None:
+    def __init__(
+        self, model: Model, rows: Sequence[tuple[int, str, str]], layer: int, check: bool
+    ) -> None:
         self._model = model
         self._owners = torch.tensor([owner for owner, _, _ in rows])
         self._prompts = prepare(
@@ -82,7 +85,9 @@ class Sheet:
                     layer=layer,
                     rows=self._prompts.rows,
                     columns=self._prompts.columns,
+                    check=check,
                 )
+        self.resumes = self._resumed is None or self._resumed.layer == layer
 
     @torch.no_grad()
     def unedited(self) -> Tensor:
@@ -146,6 +151,10 @@ class Lesson:
         locality: prompts with answers that must stay, for each of them.
         layer: the lowest edited block (of the decoder); 0: everything is run each time.
         remember: keep what the base says of the rows that must stay, instead of running it again.
+        check: see whether a run from that block on gives what a whole run gives.
+
+    Attributes:
+        resumes: it does.
     """
 
     def __init__(
@@ -156,6 +165,7 @@ class Lesson:
         *,
         layer: int,
         remember: bool = True,
+        check: bool = True,
     ) -> None:
         self._size = len(requests)
         asked: list[tuple[int, str, str]] = []
@@ -168,15 +178,16 @@ class Lesson:
             asked += [(owner, text, request.target) for text in texts]
             self._kept.append(list(range(len(stays), len(stays) + len(beside))))
             stays += [(owner, text, answer) for text, answer in beside]
-        self._asked = Sheet(model, asked, layer)
-        self._stays = Sheet(model, stays, layer) if stays else None
+        self._asked = Sheet(model, asked, layer, check)
+        self._stays = Sheet(model, stays, layer, check) if stays else None
         self._base: Tensor | None = None  # log-probabilities at the answers that must stay
         if remember and self._stays is not None:
             base = self._stays.unedited()
             self._base = base.half() if base.shape[-1] > _WIDE else base
-        for sheet in (self._asked, self._stays):
-            if sheet is not None:
-                sheet.forget()
+        sheets = [sheet for sheet in (self._asked, self._stays) if sheet is not None]
+        for sheet in sheets:
+            sheet.forget()
+        self.resumes = all(sheet.resumes for sheet in sheets)
 
     @property
     def nbytes(self) -> int:

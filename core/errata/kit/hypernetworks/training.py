@@ -131,6 +131,7 @@ class NetworkTraining:
         self._lessons: dict[str, Lesson] = {}
         self._room = _REMEMBERED
         self._layer = _lowest_block(model, modules)
+        self._resumes = False  # a lesson has shown that a run from that block on is exact
         self._optimisers: list[torch.optim.Optimizer] = []
 
     def run(self) -> dict[str, Tensor]:
@@ -251,8 +252,10 @@ class NetworkTraining:
             )
             with torch.no_grad():
                 self._lessons[name] = lesson = Lesson(
-                    self._model, group, beside, layer=self._layer, remember=self._room > 0
-                )
+                    self._model, group, beside, layer=self._layer, remember=self._room > 0,
+                    check=not self._resumes,
+                )  # fmt: skip
+            self._resumes = lesson.resumes
             self._room -= lesson.nbytes
         return self._lessons[name]
 
