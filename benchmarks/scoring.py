@@ -11,7 +11,7 @@ with the new and the true target. Four ways take turns in one process and must a
 Generation: each prompt by itself with transformers' `generate`, against `errata.evaluate.generate`.
 
     python benchmarks/scoring.py                     # the embedded model and a random one
-    python benchmarks/scoring.py --model DIR --cases 20 --json out.json
+    python benchmarks/scoring.py --model smollm2-135m --cases 2 --prompts 8 --rounds 1
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 import torch
 import transformers
 
-from errata import zoo
+from errata import Editor
 from errata.contract.registry import Registry
 from errata.datasets import atlas
 from errata.evaluate import generate, score_targets
@@ -180,7 +180,7 @@ def measure(
 def random_model(seed: int) -> Model:
     """Return GPT-2 small with random weights, and the zoo's tokenizer."""
     registry = Registry.load()
-    like = load_model(next(iter(zoo.MODELS)), architectures=registry.architectures)
+    like = Editor("atlas-gpt2").model
     config = transformers.GPT2Config(bos_token_id=0, eos_token_id=0, pad_token_id=0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -191,7 +191,7 @@ def random_model(seed: int) -> Model:
 def main() -> None:
     """Run what the arguments ask for; print a table and, if asked, write JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--model", action="append", help="zoo name or directory; repeatable")
+    parser.add_argument("--model", action="append", help="whatever `Editor` opens; repeatable")
     parser.add_argument("--cases", type=int, help="cases; default: 50, and 4 for the random model")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--new-tokens", type=int, default=32)
@@ -204,17 +204,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    registry = Registry.load()
     report: list[dict[str, Any]] = []
     for name in options.model or ["atlas-gpt2", RANDOM]:
         if name == RANDOM:
             model = random_model(options.seed)
             model.module.to(options.device, getattr(torch, options.dtype))
         else:
-            model = load_model(
-                name, None, architectures=registry.architectures, device=options.device,
-                dtype=options.dtype,
-            )  # fmt: skip
+            model = Editor(name, device=options.device, dtype=options.dtype).model
         count = options.cases or (4 if name == RANDOM else 50)
         cases = atlas.cases()[:count]
         found = measure(
