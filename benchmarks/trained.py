@@ -1,7 +1,7 @@
 """Editors that are trained, measured: single edits of held-out cases, one line of JSON each.
 
-    python benchmarks/trained.py facts --model smollm2-135m --out mend.jsonl --method mend
-        --training counterfact=train.json --training zsre=more.json --dataset counterfact=c.json
+    python benchmarks/trained.py facts --model smollm2-135m --out mend.jsonl --method mend --n 40
+        --training counterfact=c.json --start 100 --dataset counterfact=c.json --dataset zsre=z.json
     python benchmarks/trained.py claims --model claims/ --out claims.jsonl --n 300
     python benchmarks/trained.py table claims.jsonl
 
@@ -82,11 +82,11 @@ def write(out: Path, line: dict[str, Any]) -> None:
         handle.write(json.dumps(line) + "\n")
 
 
-def read_all(given: list[str]) -> list[Request]:
+def read_all(given: list[str], start: int) -> list[Request]:
     found: list[Request] = []
     for one in given:
         name, _, path = one.partition("=")
-        found += load(name, path).requests()
+        found += load(name, path, start=start).requests()
     return found
 
 
@@ -128,7 +128,7 @@ def mean(score: Any) -> float:
 
 
 def facts(args: argparse.Namespace) -> None:
-    training = read_all(args.training)
+    training = read_all(args.training, args.start)
     config = json.loads(args.config)
     with Editor(
         args.model, training=training or None, artifacts=args.artifacts, guards=QUIET,
@@ -275,6 +275,7 @@ def main() -> None:
             command.add_argument("--row")
             command.add_argument("--config", default="{}")
             command.add_argument("--training", action="append", default=[])
+            command.add_argument("--start", type=int, default=0, help="not trained on, of each")
             command.add_argument("--dataset", action="append", required=True)
         else:
             command.add_argument("--rows")

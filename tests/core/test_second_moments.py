@@ -328,6 +328,17 @@ def test_too_few_tokens_take_a_ridge_and_a_warning(tmp_path, caplog):
     assert "24 tokens for D = 48 dimensions, 0 of which never fired" in caplog.text
 
 
+def test_as_many_tokens_as_dimensions_are_warned_of(tmp_path, caplog):
+    model = build_model("gpt2", tmp_path, corpus=TEXT)
+    for tokens, warnings in ((MLP + 2, 1), (2 * MLP, 0)):
+        caplog.clear()
+        moment = second_moments(model, [1], tokens=tokens)[1]
+        moment.solve(torch.ones(MLP))
+        moment.solve(torch.ones(MLP))
+        assert moment.ridge == 0.0
+        assert caplog.text.count("small singular values are noise") == warnings
+
+
 def test_a_neuron_that_never_fires_is_named(caplog):
     generator = torch.Generator().manual_seed(0)
     keys = torch.randn(100, 8, generator=generator, dtype=torch.float64)

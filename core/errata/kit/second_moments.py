@@ -37,6 +37,9 @@ logger = logging.getLogger("errata")
 TOKENS_PER_DIMENSION = 4
 """Tokens per dimension of the key that are measured when none are said."""
 
+FEWEST_TOKENS_PER_DIMENSION = 2
+"""With fewer, C is only just regular, and noise decides C⁻¹ k (docs/results/cost.md)."""
+
 RIDGES = (1e-10, 1e-8, 1e-6, 1e-4)
 """What is added to a singular C, relative to its mean diagonal: the first that is enough."""
 
@@ -121,6 +124,14 @@ class SecondMoment:
                         "dimensions, %d of which never fired. Using a ridge of %g of its mean "
                         "diagonal; measure more tokens to do without.",
                         self.layer, self.count, self.size, dead, relative,
+                    )  # fmt: skip
+                elif self.count < FEWEST_TOKENS_PER_DIMENSION * self.size:
+                    logger.warning(
+                        "The second moment of layer %d is of %d tokens for D = %d dimensions. Its "
+                        "small singular values are noise, and what is written through them fails: "
+                        "measure %d tokens at least.",
+                        self.layer, self.count, self.size,
+                        FEWEST_TOKENS_PER_DIMENSION * self.size,
                     )  # fmt: skip
                 return factor, ridge
         raise ConfigError(
