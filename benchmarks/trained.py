@@ -235,7 +235,8 @@ def table(args: argparse.Namespace) -> None:
     skipped = ("row", "case", "text", "right", "right before")
     for row, lines in rows.items():
         names = dict.fromkeys(n for line in lines for n in line if n not in skipped)
-        shown = [f"{name} {share(lines, name)}" for name in names]
+        asked = [name for name in names if share_of(lines, name).size]
+        shown = [f"{name} {share(lines, name)}" for name in asked]
         if "right" in names or "right" in lines[0]:
             now, then = (share_of(lines, name).mean() for name in ("right", "right before"))
             shown.append(f"deterioration {1 - now / then:.3f}")
