@@ -192,6 +192,12 @@ def test_every_run_file_can_be_run_on_the_embedded_model(run: Run, path: Path) -
         held = Path(config.retain.path or "")
         held.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / "tests" / "data" / "datasets" / "known.json", held)
+    if config.train is not None:  # nor has what is trained on
+        records = json.loads((ROOT / "tests/data/datasets/counterfact.json").read_text())
+        many = range(config.train.start + 2)
+        file = Path(config.train.path or "")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps([{**records[i % len(records)], "case_id": i} for i in many]))
     datasets = ["--dataset", "atlas"]
     if config.regime == "continual":  # it mixes several
         datasets += ["--dataset", f"counterfact={ROOT / 'tests/data/datasets/counterfact.json'}"]

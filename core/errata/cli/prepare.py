@@ -24,8 +24,7 @@ def add(app: typer.Typer) -> None:
         shared=MODEL,
         examples=(
             "errata prepare memit --model atlas-gpt2\n"
-            "errata prepare rome --model smollm2-135m --set layer=5\n"
-            "errata prepare mend --training counterfact=counterfact.json --start 400 --limit 700"
+            "errata prepare rome --model smollm2-135m --set layer=5"
         ),
     )(prepare)
 
