@@ -111,12 +111,7 @@ def single(editor: Editor, method: str, facts: Sequence[Request]) -> dict[str, A
     ratios = []
     for fact, base in zip(facts, before, strict=True):
         edits = costs.edit([fact])
-        row = judged(said(editor, fact), base, fact)
-        shown = fact.model_copy(update={"generation": (), "attribute": (), "references": ()})
-        for result in editor.evaluate([shown], ["counterfact"]):
-            if result.metric in ("ES", "PS", "NS"):
-                row[result.metric] = result.value
-        rows.append(row)
+        rows.append(measured(editor, fact, base))
         ratios.append(perplexity(editor.model, texts) / plain)
         editor.revert(*edits)
     return {**mean(rows), "perplexity": statistics.fmean(ratios), **costs.each()}
@@ -183,6 +178,16 @@ def said(editor: Editor, fact: Request) -> list[str]:
     """Return what the model makes of the fact, two paraphrases and three neighbours."""
     prompts = [fact.text, *fact.paraphrases[:2], *(p.prompt for p in fact.neighbourhood[:3])]
     return list(editor.generate(prompts, max_new_tokens=TOKENS))
+
+
+def measured(editor: Editor, fact: Request, before: Sequence[str]) -> dict[str, float]:
+    """Return what the texts are like now, and ES, PS and NS of the ROME paper."""
+    row = judged(said(editor, fact), before, fact)
+    asked = fact.model_copy(update={"generation": (), "attribute": (), "references": ()})
+    for result in editor.evaluate([asked], ["counterfact"]):
+        if result.metric in ("ES", "PS", "NS"):
+            row[result.metric] = result.value
+    return row
 
 
 def judged(now: Sequence[str], before: Sequence[str], fact: Request) -> dict[str, float]:

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from memories import GUARDS, judged, known, mean, said  # benchmarks/memories.py
+from memories import GUARDS, known, mean, measured, said  # benchmarks/memories.py
 
-from errata import Editor, Request
+from errata import Editor
 from errata.bench.run_spec import read_corpus
 from errata.model.perplexity import perplexity
 from errata.model.texts import canary_texts
@@ -40,19 +40,6 @@ def settings(given: list[str], width: int) -> Iterator[tuple[str, Path | None, i
         name, _, path = text.partition("=")
         for factor in OTHERS:
             yield name, Path(path), factor * width
-
-
-def measured(editor: Editor, facts: list[Request], base: list[list[str]]) -> dict[str, float]:
-    """Return what the facts, their paraphrases and neighbours are like now."""
-    rows = []
-    for fact, before in zip(facts, base, strict=True):
-        row = judged(said(editor, fact), before, fact)
-        asked = fact.model_copy(update={"generation": (), "attribute": (), "references": ()})
-        for result in editor.evaluate([asked], ["counterfact"]):
-            if result.metric in ("ES", "PS", "NS"):
-                row[result.metric] = result.value
-        rows.append(row)
-    return mean(rows)
 
 
 def main() -> None:
@@ -85,7 +72,7 @@ def main() -> None:
             row: dict[str, Any] = {
                 "text": name, "tokens": tokens, "n": len(facts),
                 "cpu_s": time.process_time() - start,
-                **measured(editor, facts, base),
+                **mean([measured(editor, *each) for each in zip(facts, base, strict=True)]),
                 "perplexity": perplexity(editor.model, texts) / usual,
             }  # fmt: skip
         with results.open("a") as file:

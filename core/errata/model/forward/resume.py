@@ -287,9 +287,7 @@ class Resumed:
         `reference` and `seen` stay with the original.
         """
         size = self.size
-        small = object.__new__(Resumed)
-        small._model, small._stack, small.known = self._model, self._stack, self.known
-        small.layer, small.start = self.layer, self.start
+        small = copy.copy(self)
         held = torch.isin(self._rows, rows)
         small._rows = torch.searchsorted(rows, self._rows[held])
         small._columns = self._columns[held]
