@@ -49,6 +49,34 @@ def test_counterfact_original() -> None:
     )
 
 
+def test_counterfact_takes_reference_texts_from_the_authors_snippets(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def samples(*texts: str) -> list[dict[str, str]]:
+        return [{"name": "Kit Sorrow", "text": text} for text in texts]
+
+    snippets = tmp_path / "attribute_snippets.json"
+    entries = [
+        {"relation_id": "P103", "target_id": "Q2", "samples": samples("Kit sang.", "Kit wrote.")},
+        {"relation_id": "P103", "target_id": "Q1", "samples": samples("of the true target")},
+        {"relation_id": "P27", "target_id": "Q2", "samples": samples("of another relation")},
+    ]
+    snippets.write_text(json.dumps(entries))
+    cases = load("counterfact", SAMPLES / "counterfact.json", snippets=str(snippets))
+    assert cases.requests()[0].references == ("Kit sang.", "Kit wrote.")
+    snippets.write_text(json.dumps(entries[1:]))
+    other = load("counterfact", SAMPLES / "counterfact.json", snippets=str(snippets))
+    assert other.digest != cases.digest  # another file, another run
+    assert other.requests()[0].references == ()
+    assert "cases without a text in" in caplog.text
+    with pytest.raises(DatasetError, match="flat schema"):
+        load("counterfact", SAMPLES / "counterfact_flat.json", snippets=str(snippets))
+    del entries[0]["samples"][0]["text"]
+    snippets.write_text(json.dumps(entries))
+    with pytest.raises(DatasetError, match=r"samples\[0\].*text"):
+        load("counterfact", SAMPLES / "counterfact.json", snippets=str(snippets))
+
+
 def test_counterfact_flat() -> None:
     first, second = sample("counterfact", "counterfact_flat.json")
     assert (first.prompt, first.subject) == ("The mother tongue of {} is", "Berta Quill")

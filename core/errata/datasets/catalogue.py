@@ -48,6 +48,8 @@ BUILT_IN = (
         licence="MIT",
         protocols=("counterfact", "generation"),
         read=counterfact.read,
+        options={"snippets": "the authors' attribute_snippets.json, for RS: the references"},
+        files=("snippets",),
     ),
     DatasetReader(
         name="zsre",

@@ -2,17 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 from errata.datasets.call_schema import per_call_record
 from errata.datasets.probes import listed, paired
+from errata.datasets.reader import Item
 from errata.datasets.record import Record, probes
+from errata.datasets.source import Source, open_source
 from errata.edits.request import Probe, Request
+from errata.errors import DatasetError
+
+Snippets = Mapping[tuple[str, str], Sequence[str]]
+"""(Relation's id, target's id) → texts about subjects that stand in this relation to the target."""
 
 
-def parse(record: Record) -> Request:
+def read(source: Source, snippets: str | None = None) -> Iterator[Item]:
+    """Yield the cases of a file.
+
+    Args:
+        source: the file.
+        snippets: the authors' attribute_snippets.json, or a file of its form: the references of
+            each case are the texts about subjects for which its new target is true.
+
+    Raises:
+        DatasetError: the snippets are not of that form; they go with the original schema.
+    """
+    texts = None if snippets is None else read_snippets(snippets)
+    alone = 0
+    for item in per_call_record(parse)(source, snippets=texts):
+        alone += texts is not None and isinstance(item, Request) and not item.references
+        yield item
+    if alone:
+        source.remark(f"cases without a text in {snippets}, and so without RS: {alone}")
+
+
+def read_snippets(path: str) -> Snippets:
+    """Return the texts of a file of snippets.
+
+    It is a list of {"relation_id", "target_id", "samples": [{"name", "text"}, …]}.
+    """
+    texts: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+    for record in open_source(Path(path)).records():
+        key = record.text("relation_id"), record.text("target_id")
+        texts[key] += [sample.text("text") for sample in record.parts("samples")]
+    return texts
+
+
+def parse(record: Record, snippets: Snippets | None = None) -> Request:
     """Return a case of either schema; which one, each record shows by itself."""
-    return original(record) if record.has("requested_rewrite") else flat(record)
+    if not record.has("requested_rewrite"):
+        if snippets is not None:
+            raise DatasetError(
+                "snippets belong to targets by their ids, which the flat schema does not have: "
+                "give the original file, or leave snippets out",
+                file=record.file,
+            )
+        return flat(record)
+    request = original(record)
+    if snippets is None:
+        return request
+    target = record.text("requested_rewrite.target_new.id")
+    found = snippets.get((request.relation or "", target), ())
+    return request.model_copy(update={"references": tuple(found)})
 
 
 def original(record: Record) -> Request:
@@ -77,6 +130,3 @@ def unanswered(beside: Iterable[Probe]) -> tuple[Probe, ...]:
 def case_id(record: Record) -> str:
     """Return the id that the file gives the case, else its place in the file."""
     return record.optional_text("case_id") or str(record.index)
-
-
-read = per_call_record(parse)
