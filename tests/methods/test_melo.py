@@ -12,10 +12,11 @@ from peft import PeftModel
 from errata.edits.export import export_peft
 from errata.errors import ConfigError
 from errata.model.running import prepare, run
+from errata.model.scoring import score_targets
 from errata.testing import edit_with
 from errata_melo.database import EditedPoint, VectorDatabase
 from tests.families import build_model
-from tests.methods.test_memories import DAVIS, FRANCE, IDS, KING, edit, in_sequence, nll
+from tests.methods.test_memories import DAVIS, FRANCE, IDS, KING, edit, in_sequence, nll, put
 
 
 def point(*key: float, label: int = 1, block: int = 0, radius: float = 1.0) -> EditedPoint:
@@ -70,6 +71,18 @@ def test_a_call_of_several_requests_is_one_block_with_a_key_for_each(tmp_path: P
     assert now[0] < base[0] - 0.3
     assert now[1] < base[1] - 0.3
     assert now[2] == base[2]
+
+
+def test_a_block_stops_once_its_answer_is_said_or_takes_all_steps_as_published(
+    tmp_path: Path,
+) -> None:
+    model = build_model("llama", tmp_path)
+    scores = {}
+    for stop in (True, False):
+        put(model, edit(model, "melo", FRANCE, early_stop=stop))
+        (scores[stop],) = score_targets(model, [FRANCE.text], [FRANCE.target])
+    assert all(scores[True].greedy)
+    assert scores[False].mean_nll < scores[True].mean_nll - 0.1  # it goes on
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -32,6 +32,11 @@ class MeloConfig(PlacedConfig):
     lr: float = Field(default=1e-2, gt=0, description="Adam's learning rate")
     steps: int = Field(default=50, ge=1, description="Adam steps on one block")
     halve_every: int = Field(default=30, ge=1, description="Steps after which lr is halved, again")
+    early_stop: bool = Field(
+        default=True,
+        description="Stop once every target token is the most probable one; false, as published: "
+        "after all steps. Then SmolLM2 says nothing but the answer, again and again",
+    )
 
     def for_model(self, anatomy: Anatomy) -> Self:
         """Return the configuration with its layers written out."""

@@ -76,7 +76,7 @@ def edit(model: Model, requests: Sequence[Request], config: MeloConfig) -> Route
         trainer = BlockTrainer(
             model,
             target_batches(model, pairs),
-            TrainerSettings(lr=config.lr, steps=config.steps, early_stop=False, seed=config.seed),
+            TrainerSettings.of(config),
             dropout=False,
             above=lowest(model, blocks),
             text="Training a LoRA block",
