@@ -116,6 +116,11 @@ def test_what_must_stay_is_a_key_with_nothing_to_write(clean: Editor) -> None:
     none = {"objects": 0, "subjects": 0, "pairs": 0, "keep_old": False, "keep_answer": False}
     bare = clean.edit(request, method="bothsides", apply=False, steps=3, wordings=(), **none)
     assert len(bare.delta.pairs[LATE].k) == 2
+    held = clean.edit(
+        request, method="bothsides", apply=False, steps=3, pairs=5, relation_clamp=0.1
+    )
+    assert bool((held.delta.pairs[EARLY].r == early.r).all())  # the entity's side has its own limit
+    assert held.delta.pairs[LATE].r.norm(dim=1).max() < late.r.norm(dim=1).max() / 2
 
 
 @pytest.mark.slow

@@ -129,7 +129,13 @@ def both_sides(
         model,
         [facts],
         contexts,
-        settings_of(early, config, steps=config.steps * len(facts), kl_prompt=config.kl_prompt),
+        settings_of(
+            early,
+            config,
+            steps=config.steps * len(facts),
+            clamp=config.clamp,
+            kl_prompt=config.kl_prompt,
+        ),
         SideObjective(config),
     )
     entity = side(early, values, [], C[early], config)
@@ -147,7 +153,9 @@ def both_sides(
             model,
             questions,
             contexts[:2],
-            settings_of(late, config, steps=config.steps),
+            settings_of(
+                late, config, steps=config.steps, clamp=config.relation_clamp or config.clamp
+            ),
             SideObjective(config),
         )
         kept = [
@@ -179,14 +187,14 @@ def side(
 
 
 def settings_of(
-    layer: int, config: BothSidesConfig, *, steps: int, kl_prompt: str | None = None
+    layer: int, config: BothSidesConfig, *, steps: int, clamp: float, kl_prompt: str | None = None
 ) -> ValueSettings:
     """Return where and how the value of one side is optimised."""
     return ValueSettings(
         layer=layer,
         steps=steps,
         lr=config.lr,
-        clamp=config.clamp,
+        clamp=clamp,
         kl_prompt=kl_prompt if config.kl_factor else None,
     )
 
