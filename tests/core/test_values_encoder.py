@@ -123,7 +123,7 @@ def test_a_t5_answers_anew_also_in_other_words_and_its_neighbours_stay(
             return [s.logprobs[0] for s in score_targets(editor.model, asked, ["Rome", "Rome"])]
 
         before = new()
-        edit = editor.edit(fact, method=method, config={"tokens": 3000, "lr": 0.8, "clamp": 8.0})
+        edit = editor.edit(fact, method=method, config={"tokens": 3000, "lr": 0.5, "clamp": 4.0})
         stack = editor.model.anatomy.encoder
         assert stack is not None
         assert all(name.startswith(stack.spec.blocks) for name in edit.delta.parameters)
