@@ -30,12 +30,15 @@ def read(source: Source, snippets: str | None = None) -> Iterator[Item]:
         DatasetError: the snippets are not of that form; they go with the original schema.
     """
     texts = None if snippets is None else read_snippets(snippets)
-    alone = 0
-    for item in per_call_record(parse)(source, snippets=texts):
-        alone += texts is not None and isinstance(item, Request) and not item.references
-        yield item
-    if alone:
-        source.remark(f"cases without a text in {snippets}, and so without RS: {alone}")
+    cases, told = 0, 0
+    try:
+        for item in per_call_record(parse)(source, snippets=texts):
+            if isinstance(item, Request):
+                cases, told = cases + 1, told + bool(item.references)
+            yield item
+    finally:  # also where only the first cases are wanted
+        if texts is not None and cases and not told:
+            source.remark(f"no case has a text in {snippets}: there will be no RS")
 
 
 def read_snippets(path: str) -> Snippets:
