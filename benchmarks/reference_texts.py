@@ -4,8 +4,8 @@ RS compares what an edited model writes about s with texts about subjects for wh
 authors took those from Wikipedia. Here the unedited model goes on after CounterFact's attribute
 prompts, which are about such subjects, as GE samples its texts: 100 tokens, the five best, seed 0.
 
-    python benchmarks/reference_texts.py --model smollm2-135m --data counterfact.json --n 50 \
-        --out snippets.json
+    python benchmarks/reference_texts.py --data data/counterfact.json --n 20 \
+        --out data/snippets.json
     errata bench examples/bench/counterfact-texts-smollm2.yaml
 
 The file has the authors' form (`load("counterfact", FILE, snippets="snippets.json")`) and is
@@ -21,9 +21,11 @@ from typing import Any
 
 import torch
 
-from errata import Editor, Request
-from errata.datasets import load
+from errata import Editor
+from errata.datasets.counterfact import original
+from errata.datasets.source import open_source
 from errata.evaluate.sampled import sampled_texts
+from errata.model.storage import write_bytes
 
 
 def main() -> None:
@@ -36,40 +38,27 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     model = Editor(options.model).model
-    ids = target_ids(options.data)
     entries: list[dict[str, Any]] = []
     if options.out.is_file():
         entries = json.loads(options.out.read_text())
     done = {(entry["relation_id"], entry["target_id"]) for entry in entries}
-    cases: dict[str, Request] = {}
-    for case in load("counterfact", options.data):
-        cases.setdefault(case.subject, case)
-        if len(cases) == options.n:
-            break
-    for case in cases.values():
-        target = (str(case.relation), ids[str(case.case_id)])
-        prompts = [probe.prompt for probe in case.attribute]
-        if target in done or not prompts:
+    subjects: set[str] = set()
+    for record in open_source(options.data).records():
+        case, target = original(record), record.text("requested_rewrite.target_new.id")
+        if case.subject in subjects:
             continue
-        done.add(target)
-        samples = [
-            {"name": prompt, "text": text}
-            for prompt, text in zip(prompts, sampled_texts(model, prompts, seed=0), strict=True)
-        ]
-        entries.append({"relation_id": target[0], "target_id": target[1], "samples": samples})
-        written = options.out.with_suffix(".part")
-        written.write_text(json.dumps(entries, indent=1, ensure_ascii=False))
-        written.replace(options.out)
+        if len(subjects) == options.n:
+            break
+        subjects.add(case.subject)
+        key, prompts = (str(case.relation), target), [probe.prompt for probe in case.attribute]
+        if key in done or not prompts:
+            continue
+        done.add(key)
+        texts = sampled_texts(model, prompts, seed=0)
+        samples = [{"name": p, "text": text} for p, text in zip(prompts, texts, strict=True)]
+        entries.append({"relation_id": key[0], "target_id": key[1], "samples": samples})
+        write_bytes(options.out, json.dumps(entries, indent=1, ensure_ascii=False).encode())
         print(case.relation, case.target_new, len(samples), "texts", flush=True)
-
-
-def target_ids(path: str) -> dict[str, str]:
-    """Return the Wikidata id of each case's new target, by the case's id."""
-    records = json.loads(Path(path).read_text())
-    return {
-        str(record["case_id"]): record["requested_rewrite"]["target_new"]["id"]
-        for record in records
-    }
 
 
 if __name__ == "__main__":

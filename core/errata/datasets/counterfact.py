@@ -12,7 +12,6 @@ from errata.datasets.reader import Item
 from errata.datasets.record import Record, probes
 from errata.datasets.source import Source, open_source
 from errata.edits.request import Probe, Request
-from errata.errors import DatasetError
 
 Snippets = Mapping[tuple[str, str], Sequence[str]]
 """(Relation's id, target's id) → texts about subjects that stand in this relation to the target."""
@@ -30,14 +29,14 @@ def read(source: Source, snippets: str | None = None) -> Iterator[Item]:
         DatasetError: the snippets are not of that form; they go with the original schema.
     """
     texts = None if snippets is None else read_snippets(snippets)
-    cases, told = 0, 0
+    cases, with_texts = 0, 0
     try:
         for item in per_call_record(parse)(source, snippets=texts):
             if isinstance(item, Request):
-                cases, told = cases + 1, told + bool(item.references)
+                cases, with_texts = cases + 1, with_texts + bool(item.references)
             yield item
     finally:  # also where only the first cases are wanted
-        if texts is not None and cases and not told:
+        if texts is not None and cases and not with_texts:
             source.remark(f"no case has a text in {snippets}: there will be no RS")
 
 
@@ -57,10 +56,10 @@ def parse(record: Record, snippets: Snippets | None = None) -> Request:
     """Return a case of either schema; which one, each record shows by itself."""
     if not record.has("requested_rewrite"):
         if snippets is not None:
-            raise DatasetError(
-                "snippets belong to targets by their ids, which the flat schema does not have: "
-                "give the original file, or leave snippets out",
-                file=record.file,
+            raise record.bad(
+                "requested_rewrite",
+                "missing: snippets belong to targets by their ids, which the flat schema does not "
+                "have. Give the original file, or leave snippets out",
             )
         return flat(record)
     request = original(record)

@@ -70,7 +70,9 @@ class BothSidesConfig(MethodConfig):
     weight_decay: float = Field(default=0.5, ge=0, description="Factor of ‖δ‖ / ‖v0‖²")
     clamp: float = Field(default=4.0, gt=0, description="Largest ‖δ‖, in units of ‖v0‖")
     relation_clamp: float | None = Field(
-        default=None, gt=0, description="The same at the relation's side; none: as `clamp`"
+        default=None,
+        gt=0,
+        description="Largest ‖δ′‖ at the relation's side, in units of ‖v0‖; none: as `clamp`",
     )
     kl_factor: float = Field(
         default=0.0625, ge=0, description="Factor of the KL term at the subject; 0: none"

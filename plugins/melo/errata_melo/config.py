@@ -34,8 +34,8 @@ class MeloConfig(PlacedConfig):
     halve_every: int = Field(default=30, ge=1, description="Steps after which lr is halved, again")
     early_stop: bool = Field(
         default=True,
-        description="Stop once every target token is the most probable one; false, as published: "
-        "after all steps. Then SmolLM2 says nothing but the answer, again and again",
+        description="Stop once every target token is the most probable one. Published: false, all "
+        "steps; SmolLM2 then repeats the answer for ever",
     )
 
     def for_model(self, anatomy: Anatomy) -> Self:
