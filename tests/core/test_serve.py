@@ -386,3 +386,39 @@ def test_a_faint_estimate_is_said_to_be_one(
         answer = client.post("/errata/trace", json=asked)
         assert answer.headers["content-type"] == "image/png"
         assert ("Trace without it" in answer.headers.get("Errata-Note", "")) == said
+
+
+def test_a_text_that_an_edit_rewrites_keeps_to_its_own_limit_and_is_streamed() -> None:
+    editor = Editor("atlas-gpt2", guards={"perplexity": "off", "efficacy": "off"})
+    editor.edit(FACTS[0], method="ice")
+    alone = editor.generate(FACTS[0].text, max_new_tokens=4)
+    with editor, TestClient(create_app(editor, ServeSettings(TOKEN)), base_url=BASE) as client:
+        asked = {"prompt": FACTS[0].text, "max_tokens": 4}
+        with ThreadPoolExecutor(4) as pool:
+            long = [pool.submit(complete, client, prompt=f.text, max_tokens=40) for f in FACTS[:3]]
+            short = pool.submit(complete, client, **asked).result()
+            assert any(one.result()["usage"]["completion_tokens"] > 4 for one in long)
+        assert short["choices"][0] | {"logprobs": None} == {
+            "index": 0, "text": alone, "finish_reason": "length", "logprobs": None,
+        }  # fmt: skip
+        assert short["usage"]["completion_tokens"] == 4
+        parts = streamed(client, "/v1/completions", **asked)
+        texts = [part["choices"][0]["text"] for part in parts if part["choices"]]
+        assert "".join(texts) == alone
+        assert sum(map(bool, texts)) > 1
+
+
+@pytest.mark.parametrize("limit", [2, 40])
+def test_a_text_that_comes_whole_is_cut_at_its_own_limit(limit: int, toys: None) -> None:
+    editor = Editor("atlas-gpt2", guards={"perplexity": "off", "efficacy": "off"})
+    fact = FACTS[0].model_copy(update={"target_new": "one two three four five six"})
+    editor.edit(fact, method="toy-oracle")
+    whole = editor.generate(fact.text)
+    with editor, TestClient(create_app(editor, ServeSettings(TOKEN)), base_url=BASE) as client:
+        answer = complete(client, prompt=fact.text, max_tokens=limit)
+    tokens = len(editor.model.tokenizer(whole, add_special_tokens=False)["input_ids"])
+    (choice,) = answer["choices"]
+    assert whole.startswith(choice["text"])
+    assert (choice["text"] == whole) is (limit > tokens)
+    assert choice["finish_reason"] == ("stop" if limit > tokens else "length")
+    assert answer["usage"]["completion_tokens"] == min(limit, tokens)

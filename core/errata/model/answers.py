@@ -8,14 +8,18 @@ prompts, and then ask, row by row, who answers (`errata.model.active_edits.ask`)
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from errata.model.sampling import GenerationSettings
+
+
+Watch = Callable[[int, int, str], bool]
+"""Told the prompt's place, its newest token and its text so far; True ends that text."""
 
 
 @dataclass(frozen=True)
@@ -94,3 +98,13 @@ class Answers(Protocol):
 
     def class_scores(self, prompts: Sequence[str]) -> Tensor:
         """Return the logits (B, classes) of a sequence classifier."""
+
+
+@runtime_checkable
+class WatchedAnswers(Answers, Protocol):
+    """Answers that are written token by token: each row can be read meanwhile, and ended."""
+
+    def watched_texts(
+        self, prompts: Sequence[str], settings: GenerationSettings, watch: Watch
+    ) -> Sequence[Generated]:
+        """Continue each prompt as `texts` does, with `watch` told of every token."""

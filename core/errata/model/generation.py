@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from errata.errors import CapabilityError, ConfigError
 from errata.model import prefix_sharing, tokens
 from errata.model.active_edits import ask
-from errata.model.answers import Generated
+from errata.model.answers import Answers, Generated, Watch, WatchedAnswers
 from errata.model.arguments import texts_of
 from errata.model.chat import in_chat, turn_ends
 from errata.model.forward.inputs import accepted, decoder_prefix, takes_positions
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from errata.model.model import Model
-
-Watch = Callable[[int, int, str], bool]
-"""Told the prompt's place, its newest token and its text so far; True ends that text."""
 
 
 def generate(
@@ -98,8 +95,8 @@ def generated(
         model: the model.
         prompts: texts.
         settings: how they are continued.
-        watch: told of each token, and may end a row. A row that something answers in the model's
-            place comes whole, and is not watched.
+        watch: told of each token, and may end a row. Not told of rows that are answered in the
+            model's place by something that does not write token by token (`WatchedAnswers`).
         edits: for each prompt the ids of the active edits that it takes, where these run beside
             the weights (`Model.rows`); None: all of them.
     """
@@ -110,12 +107,14 @@ def generated(
         taken = None if edits is None else [edits[row] for row in rows]
         return own_texts(model, texts, settings, watch=told, edits=taken)
 
-    return ask(
-        model,
-        prompts,
-        own,
-        lambda answers, texts, _: answers.texts(texts, settings),
-    )
+    def theirs(answers: Answers, texts: list[str], rows: list[int]) -> Sequence[Generated]:
+        if watch is None or not isinstance(answers, WatchedAnswers):
+            return answers.texts(texts, settings)
+        return answers.watched_texts(
+            texts, settings, lambda i, token, text: watch(rows[i], token, text)
+        )
+
+    return ask(model, prompts, own, theirs)
 
 
 def own_texts(
@@ -291,8 +290,10 @@ class _Run:
         if self._stop:
             text = self._text(row, cut=False)
             self._done[row] = any(mark in text for mark in self._stop)
-        if self.watch is not None and self.watch(row, token, self._text(row)):
-            self._done[row] = True
+        if self.watch is not None:
+            text = self._text(row)
+            settled = text if self._done[row] else text[: len(text) - unsettled(text, self._stop)]
+            self._done[row] |= self.watch(row, token, settled)
 
     def _first(self) -> dict[str, Any]:
         """Return the keyword arguments of the first forward."""
@@ -336,6 +337,17 @@ class _Run:
             found = [at for at in (text.find(mark) for mark in self._stop) if at >= 0]
             text = text[: min(found)] if found else text
         return text
+
+
+def unsettled(text: str, stop: Sequence[str]) -> int:
+    """Return how many characters at a text's end may still go: they may begin a stop string."""
+    sizes = (
+        size
+        for mark in stop
+        for size in range(min(len(mark) - 1, len(text)), 0, -1)
+        if text.endswith(mark[:size])
+    )
+    return max(sizes, default=0)
 
 
 def decode_after(model: Model, before: Sequence[int], ids: Sequence[int]) -> str:

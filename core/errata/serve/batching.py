@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from errata.errors import CapabilityError, ErrataError
-from errata.model.generation import generated
+from errata.model.generation import decode_after, generated, unsettled
 from errata.model.sampling import GenerationSettings, Sampling
 
 if TYPE_CHECKING:
     from errata.editor import Editor
+    from errata.model.answers import Generated
 
 logger = logging.getLogger("errata")
 Finish = Literal["stop", "length"]
@@ -90,11 +91,22 @@ class Waiting:
             self._send(len(cut) - self._held(cut))
         return self._finish is not None or self.cancelled.is_set()
 
-    def end(self, text: str, *, full: bool) -> None:
-        """Take the whole text; `full`: the model takes no more."""
+    @property
+    def watched(self) -> bool:
+        """Whether it heard of its tokens one by one."""
+        return self._count > 0
+
+    def end(self, text: str, *, full: bool, tokens: int | None = None) -> None:
+        """Take the whole text.
+
+        Args:
+            text: the text.
+            full: it was cut off: it is as long as allowed, or the model takes no more.
+            tokens: how many it has, where they were not counted one by one.
+        """
+        self._whole, stopped = self._cut(text)
+        self._count = self._count if tokens is None else tokens
         if self._finish is None:
-            cut, stopped = self._cut(text)
-            self._whole = cut
             self._finish = "length" if full and not stopped else "stop"
         self._send(len(self._whole), self._finish)
 
@@ -110,13 +122,8 @@ class Waiting:
 
     def _held(self, text: str) -> int:
         """Return how much of the end may still change: half a character, half a stop string."""
-        held = len(text) - len(text.rstrip("\ufffd"))
-        for mark in self.stop:
-            for size in range(min(len(mark) - 1, len(text)), held, -1):
-                if text.endswith(mark[:size]):
-                    held = size
-                    break
-        return held
+        half = len(text) - len(text.rstrip("\ufffd"))
+        return max(half, unsettled(text, self.stop))
 
     def _send(self, upto: int, finish: Finish | None = None) -> None:
         new = self._whole[self._sent : upto]
@@ -247,14 +254,29 @@ class Batcher:
             watch=lambda row, _, text: batch[row].take(text),
             edits=[one.edits for one in batch] if differ else None,
         )
-        context = model.anatomy.context
         for one, made in zip(batch, found, strict=True):
-            full = context is not None and len(made.ids) > 0 and self._fills(one, made.ids, context)
-            one.end(made.text, full=full)
+            if one.watched:
+                one.end(made.text, full=self._fills(one, made.ids))
+            else:
+                self._end_whole(one, made)
 
-    def _fills(self, one: Waiting, ids: Sequence[int], context: int) -> bool:
-        tokens = self._editor.model.tokenizer(one.prompt)["input_ids"]
-        return len(tokens) + len(ids) >= context
+    def _end_whole(self, one: Waiting, made: Generated) -> None:
+        """End a text that came whole, at its own limit: the batch had the longest one's."""
+        tokenizer = self._editor.model.tokenizer
+        ids = made.ids or tokenizer(made.text, add_special_tokens=False)["input_ids"]
+        text = made.text
+        if len(ids) > one.limit:
+            before = tokenizer(one.prompt)["input_ids"]
+            text = decode_after(self._editor.model, before, ids[: one.limit])
+        full = len(ids) >= one.limit or self._fills(one, made.ids)
+        one.end(text, full=full, tokens=min(len(ids), one.limit))
+
+    def _fills(self, one: Waiting, ids: Sequence[int]) -> bool:
+        """Return whether a text takes all of the model's context."""
+        context = self._editor.model.anatomy.context
+        if context is None or not ids:
+            return False
+        return len(self._editor.model.tokenizer(one.prompt)["input_ids"]) + len(ids) >= context
 
 
 @contextmanager

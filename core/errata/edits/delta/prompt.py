@@ -23,6 +23,7 @@ from errata.errors import ConfigError, FingerprintError
 from errata.model.chat import chat_frame
 from errata.model.display import shortened
 from errata.model.encoder import SentenceEncoder, sentence_encoder
+from errata.model.generation import own_texts
 from errata.model.model_answers import ModelAnswers
 from errata.model.tokens import tokenise
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from typing_extensions import Self
 
-    from errata.model.answers import Answers, Generated
+    from errata.model.answers import Answers, Generated, Watch
     from errata.model.model import Model
     from errata.model.sampling import GenerationSettings
 
@@ -212,10 +213,21 @@ class OneAnswer(ModelAnswers):
 
     def texts(self, prompts: Sequence[str], settings: GenerationSettings) -> Sequence[Generated]:
         """Continue each prompt up to the next one."""
-        if settings.natural_stop:
-            stop = (f"\n{FACT.strip()}", f"\n{PROMPT.strip()}")
-            settings = replace(settings, stop=(*settings.stop, *stop))
-        return super().texts(prompts, settings)
+        return super().texts(prompts, _ending(settings))
+
+    def watched_texts(
+        self, prompts: Sequence[str], settings: GenerationSettings, watch: Watch
+    ) -> Sequence[Generated]:
+        """Continue each prompt up to the next one, with `watch` told of every token."""
+        return own_texts(self.model, prompts, _ending(settings), watch=watch)
+
+
+def _ending(settings: GenerationSettings) -> GenerationSettings:
+    """Return the settings with the next fact and the next prompt as stop strings."""
+    if not settings.natural_stop:
+        return settings
+    stop = (f"\n{FACT.strip()}", f"\n{PROMPT.strip()}")
+    return replace(settings, stop=(*settings.stop, *stop))
 
 
 def facts_for(model: Model, facts: Sequence[PromptDelta], said: str) -> list[PromptDelta]:

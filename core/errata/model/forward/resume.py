@@ -286,7 +286,7 @@ class Resumed:
 
         `reference` and `seen` stay with the original.
         """
-        size = self.size
+        size, rows = self.size, rows.to(self._rows.device)
         small = copy.copy(self)
         held = torch.isin(self._rows, rows)
         small._rows = torch.searchsorted(rows, self._rows[held])
