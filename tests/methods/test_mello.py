@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -114,6 +115,54 @@ def test_an_answer_is_scored_as_the_final_answer_of_its_loop(
     read = f"{trace.text.removesuffix(f'{FINAL}Rome')}{FINAL.strip()}"
     (wanted,) = ModelAnswers(model).scores([read], ["Rome"])
     assert score.logprobs == pytest.approx(wanted.logprobs, abs=2e-5)
+
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_in_a_chat_the_user_asks_behind_the_examples_and_the_model_goes_on_in_its_own_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = build_model("gpt2", tmp_path)
+    chat.tokenizer.chat_template = TEMPLATE
+    turns = ("<user>", "</><assistant>")
+    read: list[str] = []
+    rounds = [ASKS, ENDS]
+
+    def texts(self: Any, prompts: Any, settings: Any) -> list[Generated]:
+        read.extend(prompts)
+        return [Generated(rounds.pop(0))]
+
+    edit(chat, examples=1)
+    monkeypatch.setattr("errata_mello.loop.ModelAnswers.texts", texts)
+    monkeypatch.setattr(AnswerLoop, "_room", lambda self, text: 1000)
+    monkeypatch.setattr(AnswerLoop, "head", lambda self: EXAMPLES[0])
+    prompt = "<user>Who rules the capital of France?</><assistant>"
+    (found,) = generated(chat, [prompt], SETTINGS)
+    assert found.text == " Rome"
+    trace = found.details["mello"]
+    assert trace["question"] == "Who rules the capital of France?"
+    assert trace["text"].startswith(f"{QUESTION}Who rules the capital of France?\n{ASKS}\n")
+    turn = f"<user>{EXAMPLES[0]}{QUESTION}Who rules the capital of France?</><assistant>"
+    assert read == [turn, f"{turn}{ASKS}\n{RETRIEVED}{trace['facts'][0]}.\n"]
+    # A score is that of the final answer, in the model's turn too.
+    asked: list[str] = []
+    scores = ModelAnswers.scores
+    monkeypatch.setattr(
+        ModelAnswers, "scores", lambda self, p, t: asked.extend(p) or scores(self, ["a"], t)
+    )
+    score_targets(chat, [prompt], ["Rome"])
+    assert asked == [f"{read[1]}{ENDS.removesuffix(f'{FINAL}Rome')}{FINAL.strip()}"]
+    # Facts are plain sentences, and where nothing was said nothing is looked up.
+    rendered = REQUESTS[0].model_copy(
+        update={"prompt": "<user>The capital of {} is</><assistant>", "chat": turns}
+    )
+    (delta,) = Mello().edit(chat, [rendered], MelloConfig(encoder=None))
+    assert delta.fact == "The capital of France is Rome"
+    assert chat.stack.respond(["<user> </><assistant>"]) == [None]
 
 
 def test_examples_are_as_many_as_leave_half_of_the_context(model: Model) -> None:

@@ -14,7 +14,9 @@ from errata.errors import ConfigError
 from errata.model.running import prepare, run
 from errata.model.scoring import score_targets
 from errata.testing import edit_with
+from errata_melo import MeloConfig
 from errata_melo.database import EditedPoint, VectorDatabase
+from errata_melo.training import BlockTrainer
 from tests.families import build_model
 from tests.methods.test_memories import DAVIS, FRANCE, IDS, KING, edit, in_sequence, nll, put
 
@@ -110,3 +112,39 @@ def test_blocks_in_front_of_the_database_are_refused(tmp_path: Path) -> None:
         edit(model, "melo", FRANCE, layer=1, blocks=(0, 2))
     with pytest.raises(ConfigError, match="must lie behind it"):
         edit(model, "melo", FRANCE, layer=2, blocks=None)
+
+
+def test_a_database_that_is_given_by_its_path_lies_in_that_path_s_block(tmp_path: Path) -> None:
+    model = build_model("llama", tmp_path)
+    path = model.anatomy.mlp_out
+    for blocks in ((1,), (0, 2)):
+        with pytest.raises(ConfigError, match=r"lies in block 1 .*must lie behind it"):
+            edit(model, "melo", FRANCE, module=path(1), blocks=blocks)
+    with pytest.raises(ConfigError, match="must lie behind it"):
+        edit(model, "melo", FRANCE, layer=0, module=path(2), blocks=(1, 2))
+    with pytest.raises(ConfigError, match="in none of the model's 3 blocks"):
+        edit(model, "melo", FRANCE, module="lm_head", blocks=(1, 2))
+    # Behind it, they are taken: those that are given, or the two next ones.
+    settings = MeloConfig(module=path(0)).for_model(model.anatomy)
+    assert (settings.layer, settings.blocks) == (0, (1, 2))
+    (delta,) = edit(model, "melo", FRANCE, module=path(1), blocks=(2,), steps=1)
+    assert delta.metadata()["module"] == path(1)
+
+
+def test_a_step_is_one_on_all_requests_however_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The published schedule: 50 steps on a whole block (of 100 requests), halved every 20."""
+    model = build_model("llama", tmp_path)
+    many = [KING.model_copy(update={"subject": f"the king of {n}"}) for n in range(70)]
+    rates: list[float] = []
+    updated = BlockTrainer.updated
+
+    def noting(self: BlockTrainer, step: int) -> None:
+        updated(self, step)
+        rates.append(self.optimiser.param_groups[0]["lr"])
+
+    monkeypatch.setattr(BlockTrainer, "updated", noting)
+    (delta,) = edit(model, "melo", *many, steps=5, halve_every=2, lr=0.8, early_stop=False)
+    assert rates == pytest.approx([0.8, 0.4, 0.4, 0.2, 0.2])
+    assert len(delta.tensors()["keys"]) == 70

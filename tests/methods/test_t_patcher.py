@@ -23,6 +23,18 @@ def test_top_k_of_the_exponentials_is_the_mean_of_the_worst() -> None:
     assert float(worst(r, 99)) == pytest.approx(sum(math.exp(v) for v in r.flatten()) / 4)
 
 
+def test_the_worst_are_those_of_the_authors_batch_of_eight_copies() -> None:
+    """There the example is eight equal rows: the five worst of the batch are one neuron's."""
+    generator = torch.Generator().manual_seed(3)
+    config = TPatcherConfig()
+    for r, published, ours in (
+        (torch.randn(5, generator=generator), 5, config.activation_top),
+        (torch.randn(400, 3, generator=generator), 1000, config.memory_top),
+    ):
+        theirs = r.expand(8, *r.shape).flatten().exp().topk(published).values.mean()
+        assert float(worst(r, ours)) == pytest.approx(float(theirs), rel=1e-5)
+
+
 def test_one_neuron_a_wrong_token_and_none_for_what_holds(tmp_path: Path) -> None:
     model = build_model("llama", tmp_path)
     long = KING.model_copy(update={"target_new": "Madrid, Spain, Rome, Italy, Paris and London"})
@@ -66,3 +78,22 @@ def test_later_edits_leave_the_states_of_earlier_ones_alone(tmp_path: Path) -> N
     assert first.states is not None
     p = first.states @ second.neurons.keys.T + second.neurons.biases
     assert float(p.max()) < 0
+
+
+def test_half_precision_gradients_do_not_vanish(tmp_path: Path) -> None:
+    """Where the answer hangs on a neuron by less than fp16 can say, it is learnt all the same."""
+    found = {}
+    for dtype in (torch.float32, torch.float16):
+        model = build_model("llama", tmp_path, dtype)
+        with torch.no_grad():
+            model.anatomy.final_norm(model.module).weight *= 1e-4  # type: ignore[operator]
+            model.anatomy.head(model.module).weight *= 1e-3  # type: ignore[operator]
+        # The task's loss alone, from small neurons on.
+        (delta,) = edit(
+            model, "t-patcher", FRANCE, steps=3, scale=0.1, activation_weight=0.0,
+            memory_weight=0.0, weight_decay=0.0, label_smoothing=0.0,
+        )  # fmt: skip
+        assert isinstance(delta, NeuronsDelta)
+        start = torch.randn(delta.neurons.values.shape, generator=torch.Generator().manual_seed(0))
+        found[dtype] = (delta.neurons.values - 0.1 * start).flatten()
+    assert float(torch.cosine_similarity(*found.values(), dim=0)) > 0.99

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,13 +12,48 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from transformers.activations import ACT2FN
 
+from errata.contract.registry import Registry
 from errata.model.forward import trace
 from errata.model.running import prepare, run
 from errata_wise import WiseConfig
 from errata_wise.delta import ShardDelta, packed, unpacked
 from errata_wise.memories import Settings, Shards, moved, ties
 from tests.families import build_model
+from tests.helpers import ROOT
 from tests.methods.test_memories import DAVIS, FRANCE, KING, edit, in_sequence, nll, put
+
+LLAMA = {"model_type": "llama", "n_layers": 32, "hidden_size": 4096, "vocab_size": 128256}
+LLAMA_3 = {"layer": 29, "lr": 0.9, "steps": 30, "alpha": 2.0, "beta": 20.0, "ratio": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        ({**LLAMA, "name": "Llama-2-7b", "vocab_size": 32000}, {"layer": 27, "lr": 1.0}),
+        ({**LLAMA, "name": "meta-llama/Meta-Llama-3-8B-Instruct"}, LLAMA_3),
+        ({**LLAMA, "name": "/models/llama3-8b"}, LLAMA_3),
+        (
+            {**LLAMA, "name": "meta-llama/Llama-3.1-8B-Instruct"},
+            {**LLAMA_3, "alpha": 5.0, "beta": 10.0, "ratio": 0.88},
+        ),
+        ({**LLAMA, "name": "someones-model"}, LLAMA_3),
+        ({**LLAMA, "name": "another-vocabulary", "vocab_size": 50000}, {"layer": None}),
+        (
+            {"model_type": "llama", "n_layers": 32, "hidden_size": 960, "name": "SmolLM2-360M"},
+            {"layer": None},
+        ),
+        (
+            {"model_type": "qwen2", "n_layers": 28, "hidden_size": 3584, "name": "Qwen2.5-7B"},
+            {"layer": 23, "lr": 1.0, "ratio": 0.88},
+        ),
+    ],
+    ids=lambda value: value.get("name", ""),
+)
+def test_generations_of_one_shape_get_their_own_published_values(
+    facts: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    config, _ = Registry.load(ROOT).resolve("wise", WiseConfig, facts)
+    assert {name: getattr(config, name) for name in expected} == expected
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 99))
@@ -66,6 +102,14 @@ def test_full_shards_are_merged_and_a_shard_is_what_is_left_in_it() -> None:
     again = Shards(shards.settings, (2, 3)).memories([writes[0], *writes[2:4]])
     assert torch.equal(replayed[0].difference, again[0].difference)
     assert torch.equal(replayed[0].difference, torch.full((2, 3), (0.125 + 0.25) / 2))
+
+
+def test_a_sum_is_not_kept_for_a_write_that_lies_where_another_lay() -> None:
+    shards = Shards(Settings("m", "silu", 0.88, 2, 4, 1.0, 1.0), (2, 3))
+    for n in range(20):
+        write = Written(0, n / 32)
+        assert torch.equal(shards.shard([write], 0), torch.full((2, 3), n / 32))
+        del write  # its address is free again
 
 
 def test_entries_outside_the_mask_stay_those_of_the_weight(tmp_path: Path) -> None:
@@ -141,3 +185,17 @@ def test_the_other_text_is_recorded_and_does_not_come_from_the_request(tmp_path:
     model = build_model("llama", tmp_path, corpus=["A cat sat on a mat.", "Rain fell in Spain."])
     (delta,) = edit(model, "wise", FRANCE, steps=1)
     assert delta.metadata()["locality"] in ("A cat sat on a mat.", "Rain fell in Spain.")
+
+
+def test_half_precision_gradients_do_not_vanish(tmp_path: Path) -> None:
+    """Where the answer hangs on a state by less than fp16 can say, it is learnt all the same."""
+    found = {}
+    for dtype in (torch.float32, torch.float16):
+        model = build_model("llama", tmp_path, dtype)
+        with torch.no_grad():
+            model.anatomy.final_norm(model.module).weight *= 1e-3  # type: ignore[operator]
+            model.anatomy.head(model.module).weight *= 1e-3  # type: ignore[operator]
+        # The NLL alone: no distance is asked for.
+        (delta,) = edit(model, "wise", FRANCE, steps=1, lr=100, alpha=1e6, beta=0.0, gamma=0.0)
+        found[dtype] = delta.tensors()["values"]
+    assert float(torch.cosine_similarity(*found.values(), dim=0)) > 0.9

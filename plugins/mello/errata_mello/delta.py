@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -14,7 +14,7 @@ from errata.model.answers import Generated
 from errata.model.encoder import sentence_encoder
 from errata.model.model_answers import ModelAnswers
 from errata_mello.examples import FINAL
-from errata_mello.loop import AnswerLoop, Trace
+from errata_mello.loop import AnswerLoop, Trace, user_turn
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -126,7 +126,7 @@ class AnswerLoopDelta(Delta):
     ) -> list[Answers | None]:
         """Have the loop answer every prompt, as the newest edit's settings say."""
         memory = FactMemory(model, [delta for _, delta in deltas])
-        return [memory if prompt.strip() else None for prompt in prompts]
+        return [memory if user_turn(model, prompt)[1].strip() else None for prompt in prompts]
 
 
 class FactMemory:
@@ -197,5 +197,6 @@ class FactMemory:
         for prompt, trace in zip(prompts, self.traces(prompts), strict=True):
             said = trace.text.rpartition(FINAL.strip())[0] or trace.text
             failed = trace.ending != "final" and self.settings.fallback
-            asked.append(prompt if failed else f"{head}{said.rstrip()}\n{FINAL.strip()}")
+            end = replace(trace, text=f"{said.rstrip()}\n{FINAL.strip()}")
+            asked.append(prompt if failed else self.loop.reading(end, head))
         return asked

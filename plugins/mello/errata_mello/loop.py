@@ -8,9 +8,10 @@
     Final answer: …                           the model writes
 
 It ends with a final answer ("final"), after text in another format ("format"), when as many facts
-were looked up as allowed ("rounds"), or when the context is full ("length"). Against the authors'
-code: what the model writes behind the last fact is read for a final answer, too, and "Question" is
-spelt as in the examples.
+were looked up as allowed ("rounds"), or when the context is full ("length"). In a chat the worked
+examples and the question are what the user says, and the model's turn is what follows. Against the
+authors' code: what the model writes behind the last fact is read for a final answer, too, and
+"Question" is spelt as in the examples.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from errata.errors import ConfigError
+from errata.model.chat import chat_frame
 from errata.model.model_answers import ModelAnswers
 from errata.model.sampling import GenerationSettings
 from errata.model.tokens import tokenise
@@ -38,11 +41,13 @@ class Trace:
     """How an answer came about.
 
     Attributes:
-        question: what was asked.
-        text: everything behind the worked examples, as it was read at the end.
+        question: what was asked; in a chat, what the user says.
+        text: everything behind the worked examples, as it was read at the end; in a chat without
+            what the template puts behind the question.
         facts: the facts that were looked up, in order.
         ending: why it ended; "" while it goes on.
         answer: the final answer; "" without one.
+        frame: what the chat template put before and behind the question; "" in plain text.
     """
 
     question: str
@@ -50,11 +55,14 @@ class Trace:
     facts: list[str] = field(default_factory=list)
     ending: Ending = ""
     answer: str = ""
+    frame: tuple[str, str] = ("", "")
 
     @property
     def details(self) -> dict[str, Any]:
-        """The trace as plain JSON."""
-        return {"mello": asdict(self)}
+        """The trace as plain JSON, without the chat's frame."""
+        trace = asdict(self)
+        del trace["frame"]
+        return {"mello": trace}
 
 
 @dataclass(frozen=True)
@@ -73,20 +81,20 @@ class AnswerLoop:
     examples: int
     max_new_tokens: int
 
-    def run(self, questions: Sequence[str]) -> list[Trace]:
-        """Return the trace of each question; they are written as one batch."""
+    def run(self, prompts: Sequence[str]) -> list[Trace]:
+        """Return the trace of each prompt; they are written as one batch."""
         head = self.head()
-        traces = [Trace(question, f"{QUESTION}{question}\n") for question in questions]
+        traces = [self._begun(prompt) for prompt in prompts]
         stop = (f"\n{RETRIEVED.strip()}", f"\n{QUESTION.strip()}")
         for round_ in range(self.rounds + 1):
             for trace in traces:
-                if not trace.ending and self._room(head + trace.text) < _LEFT:
+                if not trace.ending and self._room(self.reading(trace, head)) < _LEFT:
                     trace.ending = "length"
             going = [trace for trace in traces if not trace.ending]
             if not going:
                 break
             settings = GenerationSettings(max_new_tokens=self.max_new_tokens, stop=stop)
-            texts = [head + trace.text for trace in going]
+            texts = [self.reading(trace, head) for trace in going]
             for trace, chunk in zip(going, self._written(texts, settings), strict=True):
                 self._take(trace, chunk.text, last=round_ == self.rounds)
         return traces
@@ -101,6 +109,20 @@ class AnswerLoop:
                 break
             count -= 1
         return "".join(EXAMPLES[:count])
+
+    def reading(self, trace: Trace, head: str) -> str:
+        """Return what the model reads of a trace behind the worked examples of `head`."""
+        before, after = trace.frame
+        if not after:
+            return head + trace.text
+        asked = f"{QUESTION}{trace.question}"
+        written = trace.text.removeprefix(f"{asked}\n")
+        return f"{before}{head}{asked}{after}{written}"
+
+    def _begun(self, prompt: str) -> Trace:
+        before, said, after = user_turn(self.model, prompt)
+        question = said.strip() if after else said
+        return Trace(question, f"{QUESTION}{question}\n", frame=(before, after))
 
     def _written(self, texts: Sequence[str], settings: GenerationSettings) -> list[Generated]:
         """Continue texts, together those that the context leaves enough room for.
@@ -136,3 +158,20 @@ class AnswerLoop:
             fact = self.look_up(lines[-2].removeprefix(SUBQUESTION))
             trace.facts.append(fact)
             trace.text = f"{trace.text.rstrip()}\n{RETRIEVED}{fact}.\n"
+
+
+def user_turn(model: Model, prompt: str) -> tuple[str, str, str]:
+    """Return what stands before a user's words in a prompt, these, and what stands behind them.
+
+    A prompt that is not rendered by the model's chat template is words alone.
+    """
+    key = ("mello chat frame",)
+    if key not in model.memo:
+        try:
+            model.memo[key] = chat_frame(model.tokenizer)
+        except ConfigError:  # no template
+            model.memo[key] = "", ""
+    before, after = model.memo[key]
+    said = prompt.removeprefix(before).removesuffix(after)
+    framed = bool(after) and f"{before}{said}{after}" == prompt
+    return (before, said, after) if framed else ("", prompt, "")

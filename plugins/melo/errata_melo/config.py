@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from errata.kit.placement import PlacedConfig
+from errata.kit.placement import ROLES, PlacedConfig
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 class MeloConfig(PlacedConfig):
-    """Hyper-parameters of MELO; `layer` and `module` say where the vector database lies."""
+    """Hyper-parameters of MELO; `layer` and `module` say where the vector database lies.
+
+    Of a module that is given by its path, `layer` is the block in which it lies.
+    """
 
     blocks: tuple[int, ...] | None = Field(
         default=None,
@@ -30,7 +33,9 @@ class MeloConfig(PlacedConfig):
     )
     radius: float = Field(default=0.5, gt=0, description="ρ₀, the least radius of a cluster")
     lr: float = Field(default=1e-2, gt=0, description="Adam's learning rate")
-    steps: int = Field(default=50, ge=1, description="Adam steps on one block")
+    steps: int = Field(
+        default=50, ge=1, description="Adam steps on one block, all its requests in each"
+    )
     halve_every: int = Field(default=30, ge=1, description="Steps after which lr is halved, again")
     early_stop: bool = Field(
         default=True,
@@ -41,6 +46,8 @@ class MeloConfig(PlacedConfig):
     def for_model(self, anatomy: Anatomy) -> Self:
         """Return the configuration with its layers written out."""
         written = super().for_model(anatomy)
+        if written.module not in (None, *ROLES):
+            written = written.model_copy(update={"layer": _block_of(anatomy, written.module)})
         blocks = self.blocks
         if blocks is None and written.layer is not None:
             behind = [n for n in anatomy.layers_with("mlp") if n > written.layer]
@@ -48,3 +55,9 @@ class MeloConfig(PlacedConfig):
         elif blocks is not None:
             blocks = tuple(anatomy.layer(layer) for layer in blocks)
         return written.model_copy(update={"blocks": blocks})
+
+
+def _block_of(anatomy: Anatomy, path: str) -> int | None:
+    """Return the number of the block in which a module lies; None where it lies in none."""
+    blocks = (n for n in range(anatomy.n_layers) if path.startswith(f"{anatomy.block(n)}."))
+    return next(blocks, None)

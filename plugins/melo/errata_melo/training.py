@@ -55,18 +55,22 @@ class BlockTrainer(AdapterTrainer):
 def edit(model: Model, requests: Sequence[Request], config: MeloConfig) -> RoutedAdapterDelta:
     """Return one LoRA block for all requests, trained with no other block in force.
 
-    Raises `ConfigError` for blocks that lie before the database.
+    Raises `ConfigError` for a database outside of all blocks, and blocks that do not lie behind it.
     """
     with quiet_imports():
         from peft import LoraConfig
 
     module, written = module_of(model, config), config.for_model(model.anatomy)
-    blocks = written.blocks
-    if not blocks or (written.layer is not None and min(blocks) <= written.layer):
+    layer, blocks = written.layer, written.blocks
+    if layer is None:
         raise ConfigError(
-            f"The database of {config.module or 'melo'} lies in block {written.layer}, and the "
-            f"adapted blocks are {list(blocks or ())}: all of them must lie behind it. Give layer "
-            "and blocks."
+            f"module={module!r} lies in none of the model's {model.anatomy.n_layers} blocks, and "
+            "the adapted blocks must lie behind the database: give a module of a block."
+        )
+    if not blocks or min(blocks) <= layer:
+        raise ConfigError(
+            f"The database lies in block {layer} ({module}), and the adapted blocks are "
+            f"{list(blocks or ())}: all of them must lie behind it. Give layer and blocks."
         )
     modules = linear_modules(model, config.target_modules, blocks)
     pairs = [(request.text, request.target) for request in requests]
@@ -75,7 +79,8 @@ def edit(model: Model, requests: Sequence[Request], config: MeloConfig) -> Route
         keys, labels = points(model, module, pairs)
         trainer = BlockTrainer(
             model,
-            target_batches(model, pairs),
+            # One batch, as the authors train a block: each step is on all of its requests.
+            target_batches(model, pairs, batch_size=len(pairs)),
             TrainerSettings.of(config),
             dropout=False,
             above=lowest(model, blocks),

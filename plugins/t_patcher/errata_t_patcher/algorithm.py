@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("errata")
 
 _IMPROVED = 1e-3  # the least fall of the validation loss that counts
+_HALF_SCALE = 1024.0  # fp16 gradients underflow: scaled up on the way back, and down again
 
 
 def patch(model: Model, request: Request, config: TPatcherConfig) -> NeuronsDelta:
@@ -136,6 +137,7 @@ class PatchTraining:
         schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
             optimiser, factor=0.5, patience=1, threshold=0.05
         )
+        scale = _HALF_SCALE if self.trainer.model.dtype == torch.float16 else 1.0
         best, best_loss, idle, right = self._copy(), float("inf"), 0, False
         for step in range(1, config.steps + 1):
             task, l_a, l_m = self.losses(self._logits(), self.memory)
@@ -146,8 +148,9 @@ class PatchTraining:
                     f"({config.lr:g})."
                 )
             optimiser.zero_grad()
-            for leaf, gradient in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
-                leaf.grad = gradient
+            gradients = torch.autograd.grad(loss * scale, leaves)
+            for leaf, gradient in zip(leaves, gradients, strict=True):
+                leaf.grad = gradient / scale
             torch.nn.utils.clip_grad_norm_(leaves, config.clip)
             optimiser.step()
             if step < config.first_check or (step - config.first_check) % config.check_every:

@@ -36,7 +36,12 @@ class TPatcherConfig(MethodConfig):
         default=3.0, description="m_1: on the memory, this far below the activation at the mistake"
     )
     memory_margin: float = Field(default=-3.0, description="m_2: and below this")
-    activation_top: int = Field(default=5, ge=1, description="Worst neurons that are looked at")
+    activation_top: int = Field(
+        default=1,
+        ge=1,
+        description="Worst neurons that are looked at (published: 5 where each stands eight "
+        "times, one for each copy of the example in a batch: five times the worst)",
+    )
     memory_top: int = Field(
         default=125,
         ge=1,

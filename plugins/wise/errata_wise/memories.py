@@ -8,6 +8,7 @@ were trained on top of the one that is gone are stale.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -71,21 +72,21 @@ class Shards:
 
     def __init__(self, settings: Settings, shape: tuple[int, int]) -> None:
         self.settings, self._shape = settings, shape
-        self._sums: dict[int, tuple[list[int], Tensor]] = {}
-        self._merged: dict[tuple[int, ...], tuple[list[list[int]], Tensor]] = {}
+        # Weak: what is taken out need not stay in memory, and its address may become another's.
+        self._sums: dict[int, tuple[list[weakref.ref[Write]], Tensor]] = {}
         self._lock = threading.Lock()
 
     def shard(self, writes: Sequence[Write], index: int) -> Tensor:
         """Return (d, D), the sum of a shard's differences in order, each entry within the clip."""
         own = [w for w in writes if w.number // self.settings.save_every == index]
-        names = [id(write) for write in own]
         with self._lock:
             known, total = self._sums.get(index, ([], torch.zeros(self._shape)))
-            if known != names[: len(known)]:
+            same = [summed() is write for summed, write in zip(known, own, strict=False)]
+            if len(known) > len(own) or not all(same):
                 known, total = [], torch.zeros(self._shape)
             for write in own[len(known) :]:
                 write.add_to(total)
-            self._sums[index] = (names, total)
+            self._sums[index] = ([weakref.ref(write) for write in own], total)
             return total.clamp(-self.settings.clip, self.settings.clip)
 
     def memories(self, writes: Sequence[Write]) -> list[SideMemory]:

@@ -48,6 +48,7 @@ logger = logging.getLogger("errata")
 
 _STARTS = ("I", "You", "Because", "Yes", "Q: ")
 _WORDS = 24  # of the other text
+_HALF_SCALE = 1024.0  # fp16 gradients underflow: scaled up on the way back, and down again
 
 
 def contexts(model: Model, config: WiseConfig) -> tuple[str, ...]:
@@ -158,6 +159,7 @@ class Writing:
         config = self._config
         d = start.to(self._x.device, copy=True).requires_grad_()
         m = mask.to(d)
+        scale = _HALF_SCALE if self._model.dtype == torch.float16 else 1.0
         with patched(self._model.module, {self._module: self._through(d)}):
             self._trainer.record([self._batch])
         former = float("inf")
@@ -173,9 +175,9 @@ class Writing:
             if value <= config.stop_loss and abs(former - value) <= config.stop_change:
                 break
             former = value
-            (gradient,) = torch.autograd.grad(loss, d)
+            (gradient,) = torch.autograd.grad(loss * scale, d)
             with torch.no_grad():
-                d -= config.lr * m * (gradient + config.weight_decay * d)
+                d -= config.lr * m * (gradient / scale + config.weight_decay * d)
                 d.clamp_(-config.clip, config.clip)
         logger.info("a shard was written in %d steps, loss %.3g", step, value)
         return d.detach()
