@@ -120,3 +120,26 @@ def test_the_default_run_has_a_method_for_every_kind_of_delta() -> None:
     whole = {kind_of[name] for name in (WHOLE, *OF_EACH_KIND)}
     own = {kind_of[name] for name in TRAINED}  # in their own tests, with small networks
     assert {kind_of[name] for name in plugins.installed()} <= whole | own
+
+
+def test_a_preset_for_one_generation_of_llama_is_not_given_to_another() -> None:
+    """Llama 2 and 3 have the same blocks, SmolLM2-360M as many: vocabulary and width differ."""
+    shape = {"model_type": "llama", "n_layers": 32, "hidden_size": 4096, "name": "a model"}
+    registry = Registry.load(ROOT)
+
+    def sources(**facts: Any) -> set[tuple[str, str]]:
+        found = set()
+        for method in registry.methods:
+            config = plugins.load(method).config
+            _, values = registry.resolve(method, config, {**shape, **facts})
+            found |= {(method, value.source.lower()) for value in values}
+        return {(m, s) for m, s in found if "llama" in s}
+
+    second, third = sources(vocab_size=32000), sources(vocab_size=128256)
+    named = {"llama2", "llama-2", "llama 2"}, {"llama3", "llama-3"}
+    assert {method for method, _ in second} >= {"emmet", "grace", "lora", "rome", "wise"}
+    assert {method for method, _ in third} >= {"alphaedit", "memit", "rome", "wise"}
+    both = {"ft", "rome"}  # published for both generations
+    for found, other in ((second, named[1]), (third, named[0])):
+        assert not [(m, s) for m, s in found if m not in both and any(n in s for n in other)]
+    assert not sources(vocab_size=49152, hidden_size=960)

@@ -10,6 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from errata import Editor
 from errata.contract.purity import Snapshot
 from errata.contract.registry import Registry
 from errata.edits.delta import Delta, DenseDelta, LowRankDelta, SparseRowsDelta
@@ -26,7 +27,7 @@ from errata_ft.algorithm import FineTuner, above
 from errata_ft.config import VARIANTS
 from errata_ft.difference import Difference, forms
 from errata_ft.fisher import fisher_of
-from tests.families import SENTENCES, build_model
+from tests.families import SENTENCES, build, build_model
 from tests.helpers import ROOT
 
 IDS = tuple(f"{i:012x}" for i in range(1, 9))
@@ -342,6 +343,18 @@ def test_locft_teaches_the_end(model: Model) -> None:
     assert generate(model, [MUSIC.text], max_new_tokens=20)[0].strip() == MUSIC.target_new
 
 
+def test_locft_makes_one_edit_of_a_call_and_other_variants_one_of_each(tmp_path: Path) -> None:
+    requests = [CAPITAL, MUSIC, TONGUE]
+    values = {"steps": 1, "layers": [1]}
+    with Editor(*build("gpt2"), artifacts=tmp_path) as editor:
+        (edit,) = editor.edit(requests, method="ft", variant="locft", config=values)
+        assert list(edit.requests) == requests
+        editor.revert(edit)
+        two = editor.edit(requests, method="ft", variant="locft", config=values, batch_size=2)
+        assert [len(edit.requests) for edit in two] == [2, 1]
+        assert len(editor.edit(requests, method="ft", config=values, apply=False)) == 3
+
+
 # -- what is kept ----------------------------------------------------------------------------------
 
 
@@ -520,7 +533,8 @@ def test_the_published_numbers_are_the_presets() -> None:
     registry = Registry.load(ROOT)
     xl = {"model_type": "gpt2", "n_layers": 48, "hidden_size": 1600, "name": "gpt2-xl"}
     gptj = {"model_type": "gptj", "n_layers": 28, "hidden_size": 4096, "name": "gpt-j-6b"}
-    llama3 = {"model_type": "llama", "n_layers": 32, "hidden_size": 4096, "name": "Llama-3-8B"}
+    llama3 = {"model_type": "llama", "n_layers": 32, "hidden_size": 4096, "vocab_size": 128256,
+              "name": "Llama-3-8B"}  # fmt: skip
 
     def of(facts: dict[str, Any], variant: str) -> FtConfig:
         config, _ = registry.resolve("ft", FtConfig, facts, {"variant": variant})

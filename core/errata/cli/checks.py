@@ -74,6 +74,7 @@ def _facts(model: str) -> dict[str, Any]:
         "model_type": config.get("model_type", ""),
         "n_layers": count,
         "hidden_size": text.get("hidden_size", text.get("n_embd")),
+        "vocab_size": text.get("vocab_size"),
     }
 
 

@@ -396,5 +396,6 @@ def model_facts(source: str, registry: Registry, trusted: bool = False) -> dict[
         "model_type": anatomy.model_type,
         "n_layers": anatomy.n_layers,
         "hidden_size": anatomy.hidden_size,
+        "vocab_size": anatomy.vocab_size,
         "name": source,
     }

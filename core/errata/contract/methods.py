@@ -154,6 +154,7 @@ class Methods:
             "model_type": anatomy.model_type,
             "n_layers": anatomy.n_layers,
             "hidden_size": anatomy.hidden_size,
+            "vocab_size": anatomy.vocab_size,
             "name": self._model.name,
         }
 

@@ -132,7 +132,7 @@ class Registry:
         Args:
             name: method.
             config: its configuration class.
-            facts: of the model: model_type, n_layers, hidden_size, name.
+            facts: of the model: model_type, n_layers, hidden_size, vocab_size, name.
             overrides: keyword arguments; they win.
 
         Raises:

@@ -13,11 +13,11 @@ from errata.errors import UnknownNameError
 from errata.model.task import Task
 
 Architecture = Literal["decoder", "encoder-decoder", "encoder"]
-MATCH_KEYS = ("model_type", "n_layers", "hidden_size", "name", "variant")
+MATCH_KEYS = ("model_type", "n_layers", "hidden_size", "vocab_size", "name", "variant")
 _LANGUAGE_TASKS: dict[str, Task] = {
     "decoder": "causal", "encoder-decoder": "seq2seq", "encoder": "masked",
 }  # fmt: skip
-NUMBERS = ("n_layers", "hidden_size")
+NUMBERS = ("n_layers", "hidden_size", "vocab_size")
 
 
 class _Stanza(BaseModel):

@@ -54,6 +54,7 @@ class Anatomy:
         parts: what each block is made of; blocks may differ.
         n_layers: number of blocks.
         hidden_size: width d of the residual stream.
+        vocab_size: tokens that the model knows, as its configuration says.
         key_size: width D of the input of `mlp_out`: the largest where blocks differ, 0 without any.
         head_name: path of the head, or None when the module has none (a bare backbone).
         context: most tokens the model reads at once: as many as it has learned positions for or,
@@ -67,6 +68,7 @@ class Anatomy:
     parts: tuple[BlockSpec, ...]
     n_layers: int
     hidden_size: int
+    vocab_size: int
     key_size: int
     head_name: str | None
     context: int | None = None
@@ -140,10 +142,9 @@ class Anatomy:
         for path, field in inside:
             _check_projection(module.get_submodule(path), path, field, spec.layout, model_type)
         text_config = module.config.get_text_config()  # type: ignore[operator, union-attr]
-        hidden = getattr(text_config, "hidden_size", None)
-        if hidden is None:
-            table: Any = module.get_submodule(spec.embedding)
-            hidden = table.weight.shape[-1]
+        table: Any = module.get_submodule(spec.embedding)
+        hidden = getattr(text_config, "hidden_size", None) or table.weight.shape[-1]
+        vocabulary = getattr(text_config, "vocab_size", None) or table.weight.shape[0]
         keys = [
             projection_shape(module.get_submodule(path), spec.layout)[1]
             for path, field in inside
@@ -153,7 +154,7 @@ class Anatomy:
         present = [path for path in heads if _has(module, path)]
         return cls(
             _language(text_config, model_type), spec, parts, n_layers, int(hidden),
-            max(keys, default=0),
+            int(vocabulary), max(keys, default=0),
             present[0] if present else None, _context(module, text_config, spec), encoder, probed,
         )  # fmt: skip
 
