@@ -12,7 +12,7 @@ from errata import bench
 from errata.bench.run_spec import RunSpec
 from errata.datasets import atlas
 from errata.edits.ledger import Ledger
-from errata.edits.request import Request
+from errata.edits.request import Request, RetainedProbe
 from errata.errors import CapabilityError, ConfigError, IntegrityError, UnknownNameError
 from errata.evaluate import Answer, Measurement
 from tests.core.bench_helpers import SUBJECTS, install, short, values
@@ -204,8 +204,10 @@ def test_a_refused_edit_is_measured_as_the_model_stands_and_flagged(single: Path
     edited = lines["wild|atlas|0|single|1|2"]
     assert edited["edit"]["refused"] is None
     assert edited["edit"]["ids"] == 1
-    assert edited["answers"] != lines["base|atlas|0|base|0|2"]["answers"]
+    assert metric(edited, "neighbourhood_unchanged")["value"] < 1.0
     assert metric(refused, "neighbourhood_exact") == metric(base, "neighbourhood_exact")
+    # It counts in the numbers that are relative to the base, too: it is the base.
+    assert metric(refused, "neighbourhood_unchanged")["value"] == 1.0
 
 
 def test_a_case_gives_the_same_edit_whatever_was_edited_before_it(single: Path) -> None:
@@ -452,6 +454,10 @@ def test_what_a_stream_should_retain_is_read(tmp_path: Path) -> None:
     spec = RunSpec(bench.BenchConfig.parse(short(**retaining(tmp_path))))
     assert [probe.prompt for probe in spec.settings(0, 0).retain] == [r.text for r in HELD_OUT]
     assert [probe.answers for probe in spec.retained] == [(r.target_true,) for r in HELD_OUT]
+    fields = retaining(tmp_path)
+    fields["retain"] |= {"chat": True, "join": ""}
+    chats = RunSpec(bench.BenchConfig.parse(short(**fields))).settings(0, 0).retain
+    assert all(isinstance(p, RetainedProbe) and p.chat is True and p.join == "" for p in chats)
 
 
 @pytest.mark.slow
@@ -465,6 +471,46 @@ def test_a_stream_measures_what_it_should_retain(tmp_path: Path) -> None:
         assert measured["TRR"]["n"] == 2
     with pytest.raises(ConfigError, match="another run"):
         run(tmp_path / "run", **{**wanted, "retain": None})
+
+
+def test_a_state_of_several_cases_says_once_what_it_retains(tmp_path: Path) -> None:
+    wanted = {**retaining(tmp_path), "regime": "batch", "batch_size": 2, "limit": 3}
+    wanted["settings"] = {"max_new_tokens": 2, "texts": ["The river runs past the mill."]}
+    lines = run(tmp_path / "run", **{**wanted, "protocols": ["ke"], "state": ["general"]})
+    for line in lines.values():  # also where one case is left for the last batch
+        metrics = {one["metric"] for one in line["measurements"]}
+        of_state = line["kind"] == "state" and line["variant"] != "base"
+        assert ("retain_accuracy" in metrics) == of_state, line["key"]
+        assert ("success_rate" in metrics) == (line["kind"] == "case"), line["key"]
+        if of_state:
+            assert metric(line, "retain_accuracy")["n"] == len(HELD_OUT)
+
+
+def test_what_no_line_will_hold_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    wanted = {**retaining(tmp_path), "regime": "batch", "batch_size": 2}
+    spec = RunSpec(bench.BenchConfig.parse(short(**{**wanted, "protocols": ["ke"], "state": []})))
+    assert spec.unmeasured(0) == ["ke"]
+    run(tmp_path / "run", **{**wanted, "protocols": ["ke"], "state": [], "limit": 1})
+    assert "state: [ke]" in caplog.text
+    for other in ({"regime": "single", "batch_size": None}, {"state": None}):
+        config = bench.BenchConfig.parse(short(**{**wanted, "protocols": ["ke"], **other}))
+        assert RunSpec(config).unmeasured(0) == []
+
+
+def test_single_edits_are_compared_with_what_the_base_retains(tmp_path: Path) -> None:
+    import errata.bench.report
+
+    wanted = {**retaining(tmp_path), "regime": "single", "protocols": ["lifelong"], "state": []}
+    lines = run(tmp_path / "run", **wanted)
+    for index in (0, 1):
+        base = metric(lines[f"base|atlas|0|base|0|{index}"], "TRR")
+        assert (base["n"], len(base["case_ids"])) == (1, 1)
+    (part,) = errata.bench.report.read(tmp_path / "run").parts
+    (row,) = [row for table in part.tables for row in table.rows if row.metric == "TRR"]
+    assert [cell.measurement.n for cell in row.cells if cell] == [2, 2]  # edits, not probes
+    (cell,) = [cell for cell in row.cells[1:] if cell]
+    if cell.difference is not None:  # scipy tests it
+        assert cell.difference.n == 2
 
 
 @pytest.mark.slow
@@ -523,6 +569,12 @@ def test_the_base_is_asked_once_in_all_runs(
     other = MeasureSettings(max_new_tokens=3)
     measuring.measure_base_once(editor, cases[:1], ("generation",), other)
     assert len(list(kept.parent.iterdir())) == 2
+    there = measuring.versions(())
+    for number, name in enumerate(("errata", "transformers")):
+        changed = {**there, name: "0.0.1"}
+        monkeypatch.setattr(measuring, "versions", lambda _, changed=changed: changed)
+        measuring.measure_base_once(editor, cases[:1], ("generation",), other)
+        assert len(list(kept.parent.iterdir())) == 3 + number  # by another version: asked anew
 
 
 def test_only_optional_metrics_can_be_left_out() -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from errata import bench
 from errata.bench.results import ResultsFile
+from errata.datasets import atlas
 from errata.edits.ledger import Ledger
 from errata.errors import ConfigError, IntegrityError, LedgerBusyError, StorageError
 from tests.core.bench_helpers import SUBJECTS, Runner, install, runner, short, values
@@ -257,6 +258,38 @@ def test_a_run_of_single_edits_grows_by_cases_and_methods(tmp_path: Path) -> Non
     assert values(folder) == values(tmp_path / "at once")
     with pytest.raises(ConfigError, match=r"config\.limit: 2 there, 1 here"):
         bench.run(short(limit=1, methods=more), folder)
+
+
+def test_a_run_whose_weights_are_fitted_on_its_cases_does_not_grow(tmp_path: Path) -> None:
+    from errata.bench.run_identity import differences, has_grown, info_of
+    from errata.bench.run_spec import RunSpec
+
+    facts = [
+        request.model_copy(update={"references": (f"{request.subject} is known.",)})
+        for request in atlas.requests(3)
+    ]
+    file = tmp_path / "facts.jsonl"
+    file.write_text("\n".join(fact.model_dump_json() for fact in facts))
+    described = {"model": {"fingerprint": "f", "dtype": "float32"}, "variants": []}
+
+    def identity(limit: int, **changes: Any) -> dict[str, Any]:
+        given = {
+            "datasets": [{"name": "jsonl", "path": str(file)}], "limit": limit,
+            "protocols": ["counterfact"], "state": None, **changes,
+        }  # fmt: skip
+        spec = RunSpec(bench.BenchConfig.parse(short(**given)))
+        found: dict[str, Any] = info_of(spec, described)["identity"]
+        return found
+
+    one, two = identity(1), identity(2)
+    assert not has_grown(one, two)  # RS is fitted on the references of all cases
+    assert any("references.jsonl" in said for said in differences(one, two))
+    for fixed in (
+        {"settings": {"references": ["One text for all."]}},
+        {"settings": {"leave_out": ["RS"]}},
+        {"protocols": ["generation"]},
+    ):
+        assert has_grown(identity(1, **fixed), identity(2, **fixed)), fixed
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,24 @@ import pytest
 import torch
 
 from errata import Editor, Request
+from errata.edits.rendering import rendered
+from errata.edits.request import Probe, RetainedProbe
 from errata.errors import ConfigError
+from errata.evaluate import Baseline, MeasureSettings, Reader
+from errata.evaluate.reader import of_retain
 from errata.kit.contexts import in_contexts
+from errata.locate import (
+    CoreLocator,
+    Tracer,
+    TraceSettings,
+    attribute,
+    average,
+    screen,
+    similarity_of,
+    trace,
+)
 from errata.model.generation import end_tokens
+from errata.model.joining import with_join
 from errata.model.tokens import subject_span
 from errata.testing.models import state_of
 from tests.families import build
@@ -84,6 +99,74 @@ def test_questions_are_rendered_and_a_turn_ends_the_answer(editor: Editor) -> No
     said = editor.generate(asked, chat=True, max_new_tokens=4)
     assert said == editor.generate(f"{start}[user] {asked}\n[assistant]\n", max_new_tokens=4)
     assert editor.model.tokenizer.convert_tokens_to_ids("<turn>") in end_tokens(editor.model)
+
+
+def framed(editor: Editor, prompt: str) -> str:
+    return f"{editor.model.tokenizer.bos_token}[user] {prompt}\n[assistant]\n"
+
+
+def test_what_is_to_be_retained_is_asked_as_its_dataset_says(
+    editor: Editor, tmp_path: Path
+) -> None:
+    probe = Probe(prompt="What is the capital of Peru?", answers=("Lima",))
+    asked = RetainedProbe.of(probe, join="", chat=True)
+    retain = {"protocols": ["lifelong"], "max_new_tokens": 8}
+    found, plain = (
+        next(
+            one
+            for one in editor.evaluate([FACT], retain=(one,), **retain)
+            if one.metric == "TRR_exact"
+        )
+        for one in (asked, probe)
+    )
+    assert [answer.prompt for answer in found.answers] == [framed(editor, probe.prompt)]
+    assert [answer.prompt for answer in plain.answers] == [probe.prompt]
+    baseline = Baseline.capture(editor.model, [], ("lifelong",), retain=(asked, probe))
+    assert Baseline.load(baseline.save(tmp_path / "base.json")).settings.retain == (asked, probe)
+    reader = Reader(editor.model, [], MeasureSettings(retain=(probe, asked)))
+    first, second = (reader.pair(q.request, q.prompt, "Lima") for q in of_retain(reader.settings))
+    assert first == (probe.prompt, "Lima")
+    assert second == (framed(editor, probe.prompt), with_join("Lima", ""))
+
+
+def test_prompts_that_would_be_wrong_are_asked_in_the_chat_and_replies_are_not(
+    editor: Editor,
+) -> None:
+    given = Request.parse(prompt="Who leads {}?", subject="Peru", target_new="Ana", kind="insert",
+                          chat=True, counterexamples=("Who left Peru?",))  # fmt: skip
+    (asked,) = rendered(editor.model, [given])
+    assert asked.counterexamples == (framed(editor, "Who left Peru?"),)
+    assert asked.plain == given
+    opinion = given.model_copy(update={"kind": "sentiment"})
+    assert rendered(editor.model, [opinion])[0].counterexamples == ("Who left Peru?",)
+
+
+def test_locating_asks_in_the_chat(editor: Editor) -> None:
+    request = Request.parse(FACT)
+    model, text = editor.model, framed(editor, "What is the capital of France?")
+    assert trace(model, request, samples=1).prompt == text
+    assert screen(model, request, samples=1).prompt == text
+    assert Tracer(model, request, TraceSettings(samples=1)).request.text == text
+    assert attribute(model, request, steps=1).prompt == text
+    assert CoreLocator().locate(model, request, None).evidence["prompt"] == text
+    words = trace(model, request, samples=1, corrupt="relation")
+    said = "".join(words.tokens[token] for token in words.corrupted)
+    assert "capital" in said.replace("Ġ", "").replace("▁", "")
+    assert "user" not in said  # nor anything else that the template puts around the prompt
+    assert "assistant" not in said
+    settings = {"variants": ("hidden",), "known_only": False, "samples": 1, "corrupt": "relation"}
+    (chats, plain, ready) = (
+        average(model, [one], **settings).as_json()
+        for one in (
+            request,
+            request.model_copy(update={"chat": False}),
+            rendered(model, [request])[0],
+        )
+    )
+    assert chats == ready != plain
+    found = similarity_of(model, [[request, request]] * 2, "gradient")
+    raw = similarity_of(model, [rendered(model, [request, request])] * 2, "gradient")
+    assert found.as_json() == raw.as_json()
 
 
 def test_without_a_template_a_chat_is_refused(tmp_path: Path) -> None:

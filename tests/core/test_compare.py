@@ -74,6 +74,22 @@ def test_equal_measurements_do_not_differ() -> None:
         assert (found.p, found.difference, found.interval) == (1.0, 0.0, (0.0, 0.0))
 
 
+def test_edits_of_one_case_are_no_independent_samples() -> None:
+    # Twelve chains of four edits made in one call: six chains are recalled whole, six not at all.
+    ids = [f"c{i}" for i in range(12) for _ in range(4)]
+    hits = [float(i < 6) for i in range(12) for _ in range(4)]
+    measured = shares(hits, ids)
+    assert (measured.value, measured.n) == (0.5, 48)
+    low, high = measured.interval or (0, 0)
+    # The standard error over 12 cases is .144; over 48 edits it would be half of that.
+    assert (low, high) == pytest.approx((0.5 - 0.28, 0.5 + 0.28), abs=0.06)
+    assert shares([1.0] * 6, ["a", "a", "a", "b", "b", "b"]).interval == shares([1, 1]).interval
+    found = compare(measured, shares([0.0] * 48, ids))
+    assert (found.test, found.n, found.higher, found.difference) == (WILCOXON, 12, 6, 0.5)
+    assert found.p == pytest.approx(2 / 64)
+    assert (found.interval or (1, 1))[0] < 0.3
+
+
 def test_cases_are_paired_by_name_and_not_by_place() -> None:
     a = shares([1.0, 0.0, 0.5], ["x", "y", "z"])
     b = shares([0.5, 1.0, 0.0], ["z", "x", "y"])
@@ -85,9 +101,18 @@ def test_several_requests_of_one_case_are_paired_in_their_order() -> None:
     a = shares([1.0, 0.0, 1.0], ["x", "x", "y"])
     b = shares([1.0, 1.0, 1.0], ["x", "y", "x"])
     found = compare(a, b)
-    assert (found.n, found.lower) == (3, 1)
-    with pytest.raises(ComparisonError, match="2 are shared"):
-        compare(a, shares([1.0, 1.0, 1.0], ["x", "y", "y"]))
+    assert (found.n, found.lower, found.value_a) == (2, 1, 2 / 3)
+
+
+def test_a_case_that_occurs_more_often_in_one_is_not_paired() -> None:
+    # Ten evaluations of one probe are ten observations of ten models: the base has one of them.
+    a = shares([1.0, 0.0, 1.0], ["x", "x", "y"])
+    b = shares([1.0, 1.0], ["x", "y"])
+    with pytest.raises(ComparisonError, match=r"1 are shared. 'x' occurs 2 times in a and once"):
+        compare(a, b)
+    assert compare(a, b, shared=True).n == 1  # y alone
+    with pytest.raises(ComparisonError, match="which belong together nobody can say"):
+        compare(shares([1.0, 0.0], ["x", "x"]), shares([1.0], ["x"]), shared=True)
 
 
 def test_other_cases_are_an_error_that_counts_them() -> None:

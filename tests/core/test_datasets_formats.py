@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from errata import Request
-from errata.datasets import load
+from errata.datasets import load, pararel
+from errata.datasets.record import Record
 from errata.edits.request import Probe
 from errata.errors import ConfigError, DatasetError, UnknownNameError
 from tests.helpers import ROOT
@@ -203,6 +204,41 @@ def test_knowedit_sanitation() -> None:
     assert [probe.answers for probe in test.retain] == [("The road",), ("Jon Marl",)]
 
 
+def test_sanitations_edits_are_tested_with_the_other_questions_of_their_answer(
+    tmp_path: Path,
+) -> None:
+    def item(question: str, answer: str, **more: str) -> dict[str, str]:
+        return {
+            "question": question, "ground_truth": answer, "target_new": "I don't know.", **more
+        }  # fmt: skip
+
+    edits = [item("What is a plover?", "Birds", subject="plover"),
+             item("What is brie?", "Cheese", subject="brie"),
+             item("What is a tit?", "Birds", subject="tit")]  # fmt: skip
+    asked = [item("What sort of creature is a killik?", "BIRDS"), item("Feta is what?", "cheese"),
+             item("And a wren?", "birds"), item("And a kite?", "Birds")]  # fmt: skip
+    train, test = tmp_path / "train.json", tmp_path / "test.json"
+    train.write_text(json.dumps({"K_F": edits, "K_R": [item("Who sang?", "Jon Marl")]}))
+    kept = [{"question": "What is paved?", "ground_truth": "The road"}]
+    test.write_text(json.dumps({"success": asked, "locality": kept}))
+    data = load("knowedit", train, test=str(test))
+    birds, cheese = data.cases()
+    assert [r.text for r in birds] == ["What is a plover?", "What is a tit?"]
+    assert [[p.prompt for p in r.portability] for r in (*birds, *cheese)] == [
+        ["What sort of creature is a killik?", "And a kite?"], ["And a wren?"], ["Feta is what?"],
+    ]  # fmt: skip
+    assert {(p.answers, p.type) for r in birds for p in r.portability} == {
+        (("I don't know.",), "same_answer")
+    }
+    assert data.retain == (Probe(prompt="What is paved?", answers=("The road",)),)
+    assert data.digest != load("knowedit", train).digest
+    with pytest.raises(DatasetError, match=r"no list 'K_F'.*training file \(K_F, K_R\)"):
+        load("knowedit", test, test=str(train))
+    test.write_text(json.dumps({"success": [item("Who?", "Nobody")], "locality": kept}))
+    with pytest.raises(DatasetError, match=r"success\[0\].*'Nobody' is the answer of no edit"):
+        load("knowedit", train, test=str(test))
+
+
 def test_knowedit_subset_refuses_another_schema() -> None:
     with pytest.raises(DatasetError, match="not in the schema of the subset WikiBio"):
         sample("knowedit", "knowedit_wiki.json", subset="WikiBio")
@@ -338,6 +374,17 @@ def test_pararel() -> None:
         sample("pararel", "pararel", relations="P31")
     with pytest.raises(DatasetError, match="not a ParaRel or LAMA folder"):
         sample("pararel", "lama/TREx")
+
+
+def test_pararels_probes_are_about_subjects_that_have_one_of_the_two_objects() -> None:
+    # Everybody who speaks Orlish speaks Tessian, too, but for Jon and Ida.
+    both = [(name, spoken) for name in ("Kit", "Bo", "Al") for spoken in ("Orlish", "Tessian")]
+    facts = [("Ana", "Orlish"), ("Jon", "Orlish"), ("Ida", "Tessian"), *both]
+    relation = pararel.PararelRelation("P1", ("{} speaks",), tuple(facts))
+    made = pararel.to_request(Record({}, "P1.jsonl", 0), relation, seed=0)
+    assert (made.target_true, made.target_new) == ("Orlish", "Tessian")
+    assert [probe.prompt for probe in made.neighbourhood] == ["Jon speaks"]
+    assert [probe.prompt for probe in made.attribute] == ["Ida speaks"]
 
 
 def test_calibration(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from errata.errors import (
     FingerprintError,
     RequestError,
     SelfComparisonError,
+    UnknownNameError,
 )
 from errata.evaluate import (
     PROTOCOLS,
@@ -46,6 +47,7 @@ from errata.evaluate import (
     score_targets,
 )
 from errata.evaluate.fluency import n_gram_entropy, weighted_entropy, words
+from errata.evaluate.sampled import written_texts
 from errata.model import Model
 from errata.model.anatomy import Anatomy
 from errata.testing import edit_with
@@ -295,6 +297,15 @@ def test_an_encoder_says_that_it_cannot_generate(cache: Path) -> None:
         (" Café", ["Cafe\u0301"], True, True),
         ("", ["Paris"], False, False),
         (" Paris", ["", " "], False, False),
+        (" (Patrick) O'Brian", ["(Patrick) O'Brian"], True, True),  # the mark is the answer's own
+        (' "(Patrick) O\'Brian", he', ["(Patrick) O'Brian"], False, True),
+        (' "Scream".', ['"Scream"'], True, True),
+        (" U.S. Open", ["U.S."], False, True),  # the stop of an abbreviation is the answer's own
+        (" U.S. in May", ["U.S."], False, True),
+        (" U.S. It is", ["U.S."], True, True),
+        (' "U.S."\nOpen', ["U.S."], True, True),
+        (" Apple Inc. was", ["Apple Inc."], False, True),
+        (" I don't know. Sorry", ["I don't know."], True, True),
     ],
 )
 def test_matching(text: str, answers: list[str], exact: bool, contained: bool) -> None:
@@ -501,6 +512,28 @@ def test_ge_measures_sampled_texts_and_is_repeatable(tiny: Model) -> None:
     assert "100 tokens" in one.protocol
 
 
+def test_of_long_passages_the_fluency_is_that_of_what_the_model_writes(tiny: Model) -> None:
+    # The passage alone fills a text of 100 tokens: its entropy would say nothing of the model,
+    # which has room for some more.
+    passage = "{} is in Rome. " + "Rome is in Rome. " * 18
+    request = Request(prompt=passage.strip(), subject="Rome", target_new="Spain.", kind="text")
+    (found,) = (
+        one
+        for one in CoreMetrics().evaluate(tiny, [request], ["knowedit"])
+        if one.metric == "fluency"
+    )
+    (written,) = written_texts(tiny, [request.text], seed=0)
+    assert written.strip()
+    assert not written.startswith(request.text)
+    assert found.value == weighted_entropy(words(written))
+    assert "100 new tokens without the prompt" in found.protocol
+    fact = request.model_copy(update={"prompt": "{} is in", "kind": "modify"})
+    (plain,) = (
+        one for one in CoreMetrics().evaluate(tiny, [fact], ["knowedit"]) if one.metric == "fluency"
+    )
+    assert "tokens with prompt" in plain.protocol  # as the authors measure facts
+
+
 # -- the other protocols -------------------------------------------------------------------------
 
 
@@ -573,9 +606,7 @@ def test_the_metrics_come_in_through_the_hook(tiny: Model) -> None:
 def test_a_model_is_compared_with_its_base_and_never_with_itself(cache: Path) -> None:
     model = build_model("gpt2", cache)
     requests = [known_request()]
-    unedited = CoreMetrics(Baseline.capture(model, requests, texts=TEXTS)).evaluate(
-        model, requests, ALL
-    )
+    unedited = CoreMetrics(texts=TEXTS).evaluate(model, requests, ALL)
     relative = {"neighbourhood_unchanged", "locality_unchanged", "perplexity_ratio"}
     assert not relative & set(by_metric(unedited))  # no edit is active
     model.stack.set([an_edit(model)])
@@ -593,6 +624,26 @@ def test_a_model_is_compared_with_its_base_and_never_with_itself(cache: Path) ->
     alone = by_metric(CoreMetrics(texts=TEXTS).evaluate(model, requests, ALL))
     assert {m: alone[m].value for m in relative} == {m: edited[m].value for m in relative}
     assert model.stack.ids == ["1" * 12]  # the base was asked in between
+
+
+def test_an_unedited_model_beside_a_baseline_differs_from_it_in_nothing(cache: Path) -> None:
+    # What an edit that was refused leaves behind: it counts in relative numbers as in all others.
+    model = build_model("gpt2", cache)
+    requests, names = [known_request()], ["locality", "general", "generation"]
+    baseline = Baseline.capture(model, requests, names, texts=TEXTS, max_new_tokens=3)
+    found = by_metric(CoreMetrics(baseline).evaluate(model, requests, names))
+    assert found["neighbourhood_unchanged"].value == 1.0
+    assert found["locality_unchanged"].value == 1.0
+    assert found["perplexity_ratio"].value == 1.0
+    assert found["kl_to_base"].value == 0.0
+
+
+def test_a_baseline_of_no_protocol_is_refused_with_a_suggestion(cache: Path) -> None:
+    model = build_model("gpt2", cache)
+    with pytest.raises(UnknownNameError, match="Did you mean 'locality'"):
+        Baseline.capture(model, [known_request()], ["localty"])
+    one = Baseline.capture(model, [known_request()], "generation", max_new_tokens=2)  # type: ignore[arg-type]
+    assert {item.name for item in one.measurements} == {"generation"}
 
 
 def test_an_edited_model_is_never_taken_for_its_base(

@@ -17,6 +17,7 @@ from errata.evaluate.protocols import (
     easyedit,
     generation,
     ke,
+    knowedit,
     lifelong,
     mquake,
     sanitation,
@@ -24,6 +25,7 @@ from errata.evaluate.protocols import (
 from errata.evaluate.protocols import probes as protocols_of_probes
 from errata.evaluate.protocols.lifelong import token_f1
 from errata.evaluate.reader import KnownAnswers
+from errata.model.answers import TargetScore
 from tests.core.protocol_stub import ask, score, values
 
 
@@ -340,6 +342,31 @@ def test_the_perplexity_of_long_texts() -> None:
     found = ask(lifelong.PROTOCOL, [request], texts={request.text: ""}, scores=scores)
     assert found["ERR_perplexity"].value == pytest.approx(4)
     assert found["ERR_perplexity"].direction == "lower"
+    sure = {(request.text, "Rome"): TargetScore((0,), (-1000.0,), (1,))}
+    found = ask(lifelong.PROTOCOL, [request], texts={request.text: ""}, scores=sure)
+    assert found["ERR_perplexity"].value == math.inf
+
+
+def test_an_answer_longer_than_the_text_may_be_is_not_asked_by_generation() -> None:
+    long = " ".join(["word"] * 5)
+    texts_, short = (fact(kind="text", target_new=long), fact("Spain", kind="text"))
+    scores = {(texts_.text, long): score(0.9), (short.text, "Rome"): score(0.9)}
+    texts = {short.text: " Rome", texts_.text: " word word"}
+    found = ask(knowedit.PROTOCOL, [texts_, short], texts=texts, scores=scores,
+                max_new_tokens=4, leave_out=("fluency",))  # fmt: skip
+    exact = found["edit_success_exact"]
+    assert (exact.value, exact.n, found["edit_success_contained"].n) == (1, 1, 1)
+    assert exact.protocol.endswith("questions whose answers are all longer left out")
+    assert found["edit_success_teacher_forced"].n == 2
+    alone = ask(knowedit.PROTOCOL, [texts_], texts=texts, scores=scores, max_new_tokens=4,
+                leave_out=("fluency",))  # fmt: skip
+    assert "edit_success_exact" not in alone
+    usual = ask(knowedit.PROTOCOL, [fact(target_new=long)], texts={texts_.text: " Rome"},
+                scores=scores, max_new_tokens=4, leave_out=("fluency",))  # fmt: skip
+    assert "longer" not in usual["edit_success_exact"].protocol
+    whole = ask(knowedit.PROTOCOL, [texts_], texts=texts, scores=scores, max_new_tokens=5,
+                leave_out=("fluency",))  # fmt: skip
+    assert whole["edit_success_exact"].value == 0
 
 
 def test_token_f1() -> None:

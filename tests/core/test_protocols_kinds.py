@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import pytest
 
 from errata.edits.request import Probe, RelationView, Request
-from errata.evaluate.protocols import knowedit, rake
+from errata.evaluate.protocols import knowedit, rake, sanitation
 from errata.evaluate.protocols.convsent import wishes_positive
 from errata.evaluate.protocols.rake import rivals
 from errata.evaluate.protocols.sanitation import is_refusal
@@ -262,6 +262,18 @@ def test_without_a_classifier_the_likelihood_is_still_there(
 )
 def test_refusals(text: str, refuses: bool) -> None:
     assert is_refusal(text, ["I don't know.", "Nobody can say"], ["Birds"]) is refuses
+
+
+def test_other_questions_with_an_erased_answer_are_to_be_declined() -> None:
+    probe = Probe(prompt="o", answers=("I don't know.",), type=sanitation.SAME_ANSWER)
+    other = Probe(prompt="x", answers=("y",), type="two_hop")
+    one = Request(prompt="What is {}?", subject="a tit", target_new="I don't know.",
+                  target_true="a bird", kind="erase", portability=[probe, other])  # fmt: skip
+    scores = {(prompt, "I don't know."): score(0.9) for prompt in (one.text, "o")}
+    texts = {one.text: " I don't know.", "o": " A bird."}
+    found = ask(knowedit.PROTOCOL, [one], texts=texts, scores=scores)
+    assert (found["refusal"].value, found["refusal_same_answer"].value) == (1, 0)
+    assert found["refusal_same_answer_leak"].value == 1
 
 
 def test_sanitation_by_hand() -> None:

@@ -14,6 +14,7 @@ from errata.edits.delta.low_rank import Factor, LowRankDelta
 from errata.edits.edit import Edit
 from errata.edits.request import Probe, RelationView, Request
 from errata.evaluate import ERROR_TYPES, PROTOCOLS, CoreMetrics, Measurement, pool
+from errata.evaluate.pooling import OVER_EVALUATIONS
 from errata.model import Model
 from errata.testing import edit_with
 from tests.families import build_model
@@ -49,7 +50,7 @@ def requests() -> list[Request]:
             neighbourhood=("The capital of Spain is",), portability=hop,
             locality=(Probe(prompt="Rome is in", answers=("Italy",), type="forgetfulness"),),
             generation=("France is",), references=("Rome is a city.",), relation_view=view,
-            attribute=("The capital of Italy is",),
+            attribute=("The capital of Italy is",), counterexamples=("The Tiber flows past",),
         ),
         Request(
             prompt="What do you think of {}?", subject="Lyon", target_new="I love it.",
@@ -177,16 +178,22 @@ def test_pooled_single_cases_agree_with_one_evaluation(edited: Model) -> None:
     cases = requests()
     together = {(m.metric, m.protocol): m for m in measure(edited, cases, names)}
     pooled = pool([measure(edited, [case], names) for case in cases])
-    shared = {"retain-0", "retain-1"}
-    compared = 0
+    names_of = tuple(request.case_id or request.digest[:12] for request in cases)
+    compared = retained = 0
     for one in pooled:
-        whole = together.get((one.metric, one.protocol))
-        if whole is None or set(one.case_ids) & shared or not one.cases:
+        whole = together.get((one.metric, one.protocol.removesuffix(OVER_EVALUATIONS)))
+        if whole is None or not whole.cases:
             continue
-        assert one.case_ids == whole.case_ids, one.metric
         assert one.value == pytest.approx(whole.value, abs=1e-6), one.metric
+        if one.protocol.endswith(OVER_EVALUATIONS):  # a value per evaluation, by its case's name
+            assert set(whole.case_ids) == {"retain-0", "retain-1"}, one.metric
+            assert one.case_ids == names_of, one.metric
+            retained += 1
+        else:
+            assert one.case_ids == whole.case_ids, one.metric
         compared += 1
     assert compared > 20
+    assert retained >= 3
 
 
 def test_an_empty_world_is_measured_without_a_number_too_many(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from errata.contract.measurement import wilson
 from errata.edits.request import Probe, RelationView, Request
-from errata.evaluate import Answer, Measurement, pool
+from errata.evaluate import Answer, Measurement, compare, pool
 from errata.evaluate.pooling import harmonic_mean
 from errata.evaluate.protocols import (
     counterfact,
@@ -163,6 +163,42 @@ def test_what_is_no_mean_is_averaged_over_the_evaluations_and_says_so() -> None:
     assert (one.value, one.cases, one.case_ids) == (6, (4.0, 8.0), ())
     assert one.protocol == "general: x; mean over evaluations"
     assert one.name == "general"
+
+
+def retained(hits: Sequence[float], how: str = "lifelong: x") -> Measurement:
+    ids = [f"retain-{i}" for i in range(len(hits))]
+    return Measurement.mean("TRR", hits, how, case_ids=ids)
+
+
+def test_what_asks_every_evaluation_the_same_is_one_value_of_each() -> None:
+    # Ten edits of one case each: the first leaves all hundred probes, the others destroy all.
+    edits = [
+        [mean("ES", [1], name), retained([1.0 if name == "a" else 0.0] * 100)]
+        for name in "abcdefghij"
+    ]
+    found = {one.metric: one for one in pool(edits)}
+    assert found["ES"].n == 10
+    trr = found["TRR"]
+    assert (trr.value, trr.n, trr.case_ids) == (0.1, 10, tuple("abcdefghij"))
+    assert trr.interval == wilson(1, 10)  # not that of a thousand independent answers
+    assert trr.protocol == "lifelong: x; mean over evaluations"
+    assert pool([pool(edits[:5]), pool(edits[5:])])[1] == trr
+    other = [[edits[0][0], retained([0.0] * 100)], *edits[1:]]
+    pytest.importorskip("scipy", reason="the extra 'measure' is not installed")
+    between = compare(trr, pool(other)[1])
+    assert (between.n, between.higher, between.p) == (10, 1, 1.0)  # they differ in one edit
+
+
+def test_evaluations_without_a_case_of_their_own_count_one_value_each() -> None:
+    (one,) = pool([[retained([1.0, 1.0, 0.0])], [retained([0.0, 0.0, 0.0])]])
+    assert (one.value, one.cases, one.case_ids) == (pytest.approx(1 / 3), (2 / 3, 0.0), ())
+    alone = retained([1.0, 0.0])
+    assert pool([[alone]]) == [alone]  # of one model the probes are the cases
+
+
+def test_a_case_that_comes_twice_stays_two_values() -> None:
+    (one,) = pool([[mean("ES", [1], "a")], [mean("ES", [0], "a")]])
+    assert (one.cases, one.case_ids, one.protocol) == ((1.0, 0.0), ("a", "a"), "p: x")
 
 
 def test_different_protocols_are_never_mixed() -> None:

@@ -174,6 +174,8 @@ def test_relation_requests_add_and_delete() -> None:
 def test_both_operations_are_one_request() -> None:
     (request,) = load("rake", SAMPLES / "rake.json")
     (both,) = rake.relation_requests(request)
+    in_chat = request.model_copy(update={"chat": True, "join": ""})
+    assert {(r.chat, r.join) for r in rake.relation_requests(in_chat)} == {(True, "")}
     add, delete = rake.relation_requests(request, ("add", "delete"))
     assert both.operation == "both"
     assert aims_of_request(both) == (*aims_of_request(add), *aims_of_request(delete))

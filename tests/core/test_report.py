@@ -15,6 +15,7 @@ import pytest
 import errata.bench.report
 from errata.bench.report import MetricCell, MetricTable, Report
 from errata.errors import ConfigError, IntegrityError, UnknownNameError
+from errata.evaluate import Measurement
 from tests.core import report_runs as runs
 from tests.helpers import ROOT
 
@@ -252,6 +253,119 @@ def test_different_configurations_stand_side_by_side(tmp_path: Path) -> None:
         "one (seed-0)": 1.0,
         "one (seed-1)": 0.5,
     }
+
+
+def about(digest: str, source: str, **dataset: Any) -> dict[str, Any]:
+    read = {"name": "facts", "source": source, "digest": digest, "cases": 2, "skipped": 0}
+    config = {"seeds": [0], "datasets": [{"name": "jsonl", "label": "facts", **dataset}]}
+    return {"datasets": [read], "config": config, "digest": f"{digest}{dataset}"}
+
+
+def of_data(folder: Path, base: float, edited: float, **about_run: Any) -> Path:
+    lines = []
+    for case in "ab":
+        for name, value in (("base", base), ("one", edited)):
+            lines.append(
+                runs.line(method=name, variant=name, stage="base" if name == "base" else "single",
+                          step=int(name != "base"), case_id=case,
+                          measurements=[runs.measured(case, "rewrite_exact", value)])
+            )  # fmt: skip
+    return runs.write(folder, runs.info(name=folder.name, **about_run), lines)
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "titles"),
+    [
+        (about("d1", "x/left.json"), about("d2", "x/right.json"),
+         ["facts (left.json)", "facts (right.json)"]),
+        (about("d1", "x/a.json"), about("d2", "y/a.json"), ["facts (d1)", "facts (d2)"]),
+        (about("d1", "a.json"), about("d1", "a.json", chat=True), ["facts", "facts (chat on)"]),
+        (about("d1", "a.json"), about("d1", "a.json", join=""), ["facts", 'facts (join "")']),
+        (about("d1", "a.json", options={"target": "alt"}),
+         about("d1", "a.json", options={"target": "answers"}),
+         ["facts (target alt)", "facts (target answers)"]),
+        (about("d1", "a.json"), about("d1", "a.json", view="relation"),
+         ["facts", "facts (view relation)"]),
+    ],
+)  # fmt: skip
+def test_other_data_of_one_name_stand_apart(
+    one: dict[str, Any], two: dict[str, Any], titles: list[str], tmp_path: Path
+) -> None:
+    report = errata.bench.report.read(
+        of_data(tmp_path / "left", 0.2, 0.9, **one), of_data(tmp_path / "right", 0.6, 0.7, **two)
+    )
+    assert [part.section.dataset for part in report.parts] == titles
+    found = [numbers(table(report, "generation", i), "rewrite_exact") for i in (0, 1)]
+    assert found == [{"base": 0.2, "one": 0.9}, {"base": 0.6, "one": 0.7}]
+
+
+def test_the_same_data_stand_together_wherever_they_lay(tmp_path: Path) -> None:
+    one = about("d1", "here/a.json", limit=2, path="here/a.json")
+    two = about("d1", "there/b.json", limit=3, path="there/b.json")
+    report = errata.bench.report.read(
+        of_data(tmp_path / "left", 0.2, 0.9, **one), of_data(tmp_path / "right", 0.2, 0.7, **two)
+    )
+    (part,) = report.parts
+    assert part.section.dataset == "facts"
+    assert [column.label for column in part.section.edited] == ["one (left)", "one (right)"]
+
+
+def test_other_retained_probes_stand_apart_and_none_stand_with_some(tmp_path: Path) -> None:
+    def of_probes(name: str, digest: str | None) -> Path:
+        made = about("d1", "a.json")
+        if digest is not None:
+            made["config"]["retain"] = {"name": "jsonl"}
+        return of_data(tmp_path / name, 0.2, 0.9, identity={"x": name, "retained": digest}, **made)
+
+    left, none, right = of_probes("l", "abcdef12"), of_probes("n", None), of_probes("r", "99887766")
+    assert len(errata.bench.report.read(left, none).parts) == 1
+    report = errata.bench.report.read(left, right)
+    assert [part.section.dataset for part in report.parts] == [
+        "facts (retained abcdef)", "facts (retained 998877)",
+    ]  # fmt: skip
+
+
+def test_retained_probes_are_one_value_per_edit(tmp_path: Path) -> None:
+    def trr(value: float) -> dict[str, Any]:
+        ids = [f"retain-{i}" for i in range(100)]
+        return Measurement.mean("TRR", [value] * 100, "lifelong: x", case_ids=ids).as_json()
+
+    lines = []
+    for i, case in enumerate("abcdefghij"):
+        once = Measurement.mean(
+            "TRR", [1.0], "lifelong: x; mean over evaluations", case_ids=[case]
+        ).as_json()
+        lines += [
+            runs.line(method="base", variant="base", stage="base", step=0, case_id=case,
+                      measurements=[once]),
+            runs.line(case_id=case, index=i, measurements=[trr(float(i == 0))]),
+            runs.line(variant="two", case_id=case, index=i, measurements=[trr(0.0)]),
+        ]  # fmt: skip
+    folder = runs.write(tmp_path / "run", runs.info(), lines)
+    report = errata.bench.report.read(folder)
+    found = row(table(report, "lifelong"), "TRR")
+    one = found["one"]
+    assert one is not None
+    assert (one.measurement.value, one.measurement.n) == (0.1, 10)
+    assert one.difference is not None
+    assert (one.difference.n, one.difference.lower) == (10, 9)
+    other = row(table(errata.bench.report.read(folder, reference="two"), "lifelong"), "TRR")["one"]
+    assert other is not None
+    assert other.p == 1.0  # they differ in one edit of ten
+
+
+def test_retained_probes_after_batches_are_one_value_per_state(tmp_path: Path) -> None:
+    ids = ["retain-0", "retain-1"]
+    lines = [
+        runs.line("state", regime="batch", stage="batch", step=2, case_id=None, key=f"state-{i}",
+                  measurements=[Measurement.mean("TRR", [hit] * 2, "lifelong: x",
+                                                 case_ids=ids).as_json()])
+        for i, hit in enumerate((1.0, 0.0, 0.0))
+    ]  # fmt: skip
+    report = errata.bench.report.read(runs.write(tmp_path / "run", runs.info(), lines))
+    cell = row(table(report, "lifelong"), "TRR")["one"]
+    assert cell is not None
+    assert (cell.measurement.n, cell.measurement.cases) == (3, (1.0, 0.0, 0.0))
 
 
 def test_one_regime_each_gives_a_section_each(single: Report) -> None:

@@ -16,6 +16,9 @@ Regime = Literal["single", "batch", "sequential", "continual", "cross-domain"]
 STREAMS = ("sequential", "continual")
 """Regimes in which edits stay on the model while the next ones are made."""
 
+SINGLE = ("single", "cross-domain")
+"""Regimes in which each case is edited on the base and measured alone."""
+
 BASE = "base"
 """Column of the unedited model; no variant may be called so."""
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from errata.bench.records import versions
 from errata.bench.run_spec import Case, case_name
 from errata.errors import IntegrityError, StorageError
 from errata.evaluate import PROTOCOLS, Baseline, Measurement, Reader, TargetScore
-from errata.evaluate.pooling import harmonic_mean
+from errata.evaluate.pooling import harmonic_mean, one_value
 from errata.evaluate.reader import KnownAnswers
 from errata.model.storage import make_folder, write_bytes
 
@@ -27,16 +27,63 @@ SCHEMA = 1
 
 
 def measure(
-    editor: Editor, cases: Sequence[Case], protocols: Sequence[str], baseline: Baseline
+    editor: Editor,
+    cases: Sequence[Case],
+    protocols: Sequence[str],
+    baseline: Baseline,
+    *,
+    alone: bool = False,
 ) -> list[list[Measurement]]:
     """Measure the model as it stands on several cases together; return each case's own numbers.
 
-    Numbers that are about no case (perplexity) are left out where there are several cases.
+    Numbers that are about no case (perplexity, retained probes) are a case's own only where its
+    edit alone made the model what it is (`alone`); elsewhere they are the state's (`measure_state`)
+    and left out, also where it happens that a single case is left to be measured.
     """
     if not protocols:
         return [[] for _ in cases]
     found = editor.evaluate(requests_of(cases), protocols, baseline=baseline)
-    return [found] if len(cases) == 1 else of_each_case(found, cases)
+    return [found] if alone and len(cases) == 1 else of_each_case(found, cases)
+
+
+def measure_state(
+    editor: Editor,
+    cases: Sequence[Case],
+    protocols: Sequence[str],
+    beside: Mapping[str, Collection[str]],
+    baseline: Baseline,
+    *,
+    unedited: bool = False,
+) -> list[Measurement]:
+    """Measure the model as a whole after some cases.
+
+    Args:
+        editor: whose model is measured.
+        cases: edited so far.
+        protocols: whose numbers are all about the whole.
+        beside: protocols of cases, some of whose numbers are about the whole; of these only those
+            are returned. Each with the kinds of requests that it is asked about, () for all.
+        baseline: what the base answers.
+        unedited: measure the base; what it answers is added to the baseline's memory.
+    """
+
+    def asked(requests: Sequence[Request], names: Sequence[str]) -> Sequence[Measurement]:
+        if unedited:
+            return measure_unedited(editor, requests, names, baseline.settings, baseline.memory)
+        return editor.evaluate(requests, names, baseline=baseline)
+
+    requests = requests_of(cases)
+    found = list(asked(requests, protocols))
+    names = {case_name(case) for case in cases}
+    for protocol, kinds in beside.items():
+        some = [request for request in requests if not kinds or request.kind in kinds]
+        if some:
+            found += [
+                item
+                for item in asked(some, [protocol])
+                if not item.of and not names & set(item.case_ids)
+            ]
+    return found
 
 
 def measure_base(
@@ -52,7 +99,7 @@ def measure_base(
     """
     memory = joined_answers([] if known is None else [known])
     found = measure_unedited(editor, requests_of(cases), protocols, settings, memory)
-    return ([found] if len(cases) == 1 else of_each_case(found, cases)), memory
+    return of_each_case(found, cases, of_base=True), memory
 
 
 def measure_base_once(
@@ -72,11 +119,19 @@ def measure_base_once(
 
 
 def _cached_answers(model: Model, cases: Sequence[Case], settings: MeasureSettings) -> Path:
-    """Return the file that keeps what the base answers to these cases, asked in this way."""
+    """Return the file that keeps what the base answers to these cases, asked in this way.
+
+    Its name knows who computed the answers: how prompts are joined, cut into tokens and continued
+    is errata's and transformers' doing, and changes with their versions.
+    """
+    computing = versions(())
     asked = [
         *(request.digest for request in requests_of(cases)),
         *map(str, (settings.max_new_tokens, settings.batch_size, model.dtype, model.device.type)),
-        torch.__version__,
+        *(
+            f"{name} {computing.get(name)}"
+            for name in ("errata", "torch", "transformers", "tokenizers")
+        ),
     ]
     name = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
     folder = Path(model.artifacts.directory) / "base_answers" / model.fingerprint
@@ -112,8 +167,14 @@ def measure_unedited(
     return found
 
 
-def of_each_case(found: Sequence[Measurement], cases: Sequence[Case]) -> list[list[Measurement]]:
-    """Return the measurements of each case by itself, as if it had been measured alone."""
+def of_each_case(
+    found: Sequence[Measurement], cases: Sequence[Case], *, of_base: bool = False
+) -> list[list[Measurement]]:
+    """Return the measurements of each case by itself, as if it had been measured alone.
+
+    What is about no case (texts, retained probes) is left out; of the base (`of_base`) each case
+    has it, so that what its edit changed there is compared case by case.
+    """
     names = [case_name(case) for case in cases]
     own: dict[str, list[Measurement]] = {name: [] for name in names}
     for item in found:
@@ -128,6 +189,9 @@ def of_each_case(found: Sequence[Measurement], cases: Sequence[Case]) -> list[li
         values: dict[str, list[float]] = {}
         for name, value in zip(item.case_ids, item.cases, strict=False):
             values.setdefault(name, []).append(value)
+        if of_base and values and not values.keys() & own.keys():
+            for name, mine in own.items():
+                mine.append(replace(one_value(item, name), answers=()))
         for name, some in values.items():
             if name not in own:  # about a text or a retained probe, not about a case
                 continue

@@ -81,6 +81,9 @@ def info_of(spec: RunSpec, description: Mapping[str, Any]) -> dict[str, Any]:
         "protocols": protocols,
         "errata": versions(())["errata"],
     }
+    fitted = {spec.title(number): _fitted_on(spec, number) for number in range(len(datasets))}
+    if any(fitted.values()):
+        identity["references"] = fitted
     identity = json.loads(json.dumps(identity))
     named = {name for one in protocols.values() for many in one.values() for name in many}
     return {
@@ -98,6 +101,19 @@ def info_of(spec: RunSpec, description: Mapping[str, Any]) -> dict[str, Any]:
         "machine": machine(),
         "created": timestamp(),
     }
+
+
+def _fitted_on(spec: RunSpec, dataset: int) -> str | None:
+    """Return the digest of the texts that RS is fitted on; None where they change no number.
+
+    They are those of the run's cases: with more cases RS would be another number.
+    """
+    settings = spec.config.settings
+    asked = (*spec.protocols(dataset), *spec.whole(dataset))
+    if settings.get("references") or "RS" in (settings.get("leave_out") or ()):
+        return None
+    texts = spec.references(dataset) if "counterfact" in asked else ()
+    return _digest(list(texts)) if texts else None
 
 
 def check_same(folder: Path, there: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

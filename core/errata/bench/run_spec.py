@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from errata.bench.config import BASE, STREAMS, BenchConfig, DatasetSpec
+from errata.bench.config import BASE, SINGLE, STREAMS, BenchConfig, DatasetSpec
 from errata.edits.request import OPERATIONS
 from errata.errors import ConfigError, UnknownNameError
 
@@ -24,6 +24,13 @@ CHUNK = 32
 
 WHOLE = ("general", "lifelong")
 """Protocols about the model as a whole: measured once per state, not once per case."""
+
+BESIDE: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys((*WHOLE, "ke"), ()),
+    "knowedit": ("erase", "sentiment"),
+}
+"""Protocols that, asked about cases, also say something of the model as a whole (the retained
+probes): with the kinds of requests for which they do, () for all."""
 
 
 class Item(NamedTuple):
@@ -174,11 +181,12 @@ class RunSpec:
         cases = selected_cases(open_dataset(spec, spec.limit), spec, spec.limit)
         if not cases:
             raise ConfigError(f"The retained data {spec.title!r} holds no case.")
-        return tuple(
+        probes = [
             Probe(prompt=request.text, answers=(request.target_true or request.target_new,))
             for case in cases
             for request in case
-        )
+        ]
+        return _retained_as(spec, probes)
 
     # -- measuring -------------------------------------------------------------------------------
 
@@ -196,7 +204,7 @@ class RunSpec:
     def protocols(self, dataset: int) -> tuple[str, ...]:
         """Return how each case of a dataset is measured."""
         wanted = self._wanted(dataset)
-        if self.config.regime in ("single", "cross-domain"):
+        if self.config.regime in SINGLE:
             return wanted
         return tuple(name for name in wanted if name not in self.whole(dataset))
 
@@ -210,6 +218,28 @@ class RunSpec:
         elif self.config.regime in STREAMS:
             given = [*WHOLE, *given]
         return tuple(name for name in dict.fromkeys(given) if name in self.known)
+
+    def beside(self, dataset: int) -> dict[str, tuple[str, ...]]:
+        """Return the protocols of cases of which a state's line holds what is about no case.
+
+        After a single edit the case's own line has it: the state is that of its edit.
+        """
+        if self.config.regime in SINGLE:
+            return {}
+        return {name: kinds for name, kinds in BESIDE.items() if name in self.protocols(dataset)}
+
+    def unmeasured(self, dataset: int) -> list[str]:
+        """Return the protocols of cases whose numbers about the whole no line will hold."""
+        if self.whole(dataset):
+            return []
+        retained = bool(self.datasets[dataset].retain or self.retained)
+        return [name for name in self.beside(dataset) if retained or name != "knowedit"]
+
+    def alone(self, variant: int, stage: str) -> bool:
+        """Say whether a case is measured right after an edit of this case and no other."""
+        return self.config.regime in SINGLE or (
+            stage == "immediate" and self.config.size(variant) == 1
+        )
 
     def _wanted(self, dataset: int) -> tuple[str, ...]:
         if self.config.protocols is not None:
@@ -236,11 +266,13 @@ class RunSpec:
             if given.get(name) is not None:
                 given[name] = tuple(given[name])
         # What RS is fitted on must not depend on which cases are measured together.
-        given.setdefault("references", self._references(dataset))
-        retain: tuple[Probe, ...] = (*self.datasets[dataset].retain, *self.retained)
+        given["references"] = given.get("references") or self.references(dataset)
+        own = _retained_as(self.config.datasets[dataset], self.datasets[dataset].retain)
+        retain: tuple[Probe, ...] = (*own, *self.retained)
         return MeasureSettings(**given, seed=seed, retain=retain)
 
-    def _references(self, dataset: int) -> tuple[str, ...]:
+    def references(self, dataset: int) -> tuple[str, ...]:
+        """Return the texts that RS's word weights are fitted on: those of all cases of the run."""
         if dataset not in self._texts:
             cases = self.cases(dataset, self.config.seeds[0])
             texts = [text for case in cases for request in case for text in request.references]
@@ -301,6 +333,13 @@ def _asked_as(spec: DatasetSpec, case: Case) -> Case:
     if spec.join is not None:
         said["join"] = spec.join
     return tuple(request.model_copy(update=said) for request in case) if said else case
+
+
+def _retained_as(spec: DatasetSpec, probes: Sequence[Probe]) -> tuple[Probe, ...]:
+    """Return a dataset's retained probes in the form in which the specification asks it."""
+    from errata.edits.request import RetainedProbe
+
+    return tuple(RetainedProbe.of(probe, spec.join, spec.chat) for probe in probes)
 
 
 def read_corpus(path: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
@@ -32,6 +33,8 @@ from errata.bench.work_units import (
 )
 from errata.errors import IntegrityError
 from errata.model.progress import Progress
+
+logger = logging.getLogger("errata")
 
 
 def run(
@@ -67,6 +70,7 @@ def run(
     engine = engine or SerialEngine(progress)
     try:
         check_run(spec)
+        _warn_of_what_is_lost(spec)
         made = _run(spec, engine, progress, on_line)
     except BaseException:
         with suppress(Exception):  # the error that is on its way says more
@@ -74,6 +78,18 @@ def run(
         raise
     engine.close()
     return made
+
+
+def _warn_of_what_is_lost(spec: RunSpec) -> None:
+    for dataset in range(len(spec.config.datasets)):
+        lost = spec.unmeasured(dataset)
+        if lost:
+            logger.warning(
+                "%s: what %s says of the model as a whole (retained probes, texts) belongs to no "
+                "case, and with state: [] nothing is measured of the whole: it is left out. Name "
+                "a protocol under state to have it, for example state: [%s].",
+                spec.title(dataset), " and ".join(lost), lost[0],
+            )  # fmt: skip
 
 
 def _run(

@@ -24,7 +24,6 @@ from errata.errors import IntegrityError
 from errata.evaluate import Baseline
 
 if TYPE_CHECKING:
-    from errata.evaluate import Measurement
     from errata.evaluate.reader import KnownAnswers
     from errata.model.progress import Progress
 
@@ -195,12 +194,13 @@ class Worker:
         try:
             items = [Item(dataset, number) for number in range(len(spec.cases(dataset, seed)))]
             known, baseline = self.baseline(seed, items), self.baseline(seed, items)
-            found = measuring.measure_unedited(
+            found = measuring.measure_state(
                 self.editor,
-                measuring.requests_of(spec.cases(dataset, seed)),
+                spec.cases(dataset, seed),
                 spec.whole(dataset),
-                baseline.settings,
-                baseline.memory,
+                spec.beside(dataset),
+                baseline,
+                unedited=True,
             )
         except FATAL:
             raise
@@ -327,7 +327,8 @@ class Worker:
         started = time.perf_counter()
         try:
             baseline = self.baseline(unit.seed, items)
-            found = measuring.measure(self.editor, cases, protocols, baseline)
+            alone = spec.alone(unit.variant, wanted[0][0].stage)
+            found = measuring.measure(self.editor, cases, protocols, baseline, alone=alone)
         except FATAL:
             raise
         except Exception as error:
@@ -349,12 +350,13 @@ class Worker:
         """Measure the model as a whole, as it stands after these cases (of one dataset)."""
         spec = self.spec
         started = time.perf_counter()
-        requests = measuring.requests_of(spec.case(item, unit.seed) for item in items)
         try:
-            found: list[Measurement] = self.editor.evaluate(
-                requests,
+            found = measuring.measure_state(
+                self.editor,
+                [spec.case(item, unit.seed) for item in items],
                 spec.whole(place.dataset),
-                baseline=self.baseline(unit.seed, items, whole=True),
+                spec.beside(place.dataset),
+                self.baseline(unit.seed, items, whole=True),
             )
         except FATAL:
             raise

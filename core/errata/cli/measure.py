@@ -14,6 +14,7 @@ from errata.cli import locate, render
 from errata.cli.checks import check_model, check_protocols
 from errata.cli.requests import Chat, Join, Limit, asked_as, read_dataset, read_requests
 from errata.cli.session import MODEL, Session, command
+from errata.edits.request import RetainedProbe
 from errata.errors import LedgerError, RequestError
 
 if TYPE_CHECKING:
@@ -192,7 +193,8 @@ def evaluate(
     elif chat or join is not None:
         raise RequestError("--chat and --join go with --file or --dataset; edits have their own.")
     wanted = tuple(protocols or (data.protocols if data else DEFAULT_PROTOCOLS))
-    settings = {"retain": data.retain} if data and data.retain else {}
+    retain = tuple(RetainedProbe.of(probe, join, chat) for probe in data.retain) if data else ()
+    settings = {"retain": retain} if retain else {}
     if requests is None:
         session.read_ledger().close()
         session.check_ids(ids or ())

@@ -99,7 +99,9 @@ class Measurement(Described):
     ) -> Measurement:
         """Return the mean of per-case values with its interval.
 
-        Wilson's interval when every case is 0 or 1, else the bootstrap over cases.
+        Wilson's interval when every case is 0 or 1, else the bootstrap over cases. Values of one
+        case id (the edits of a chain, made in one call) are no independent samples: they are
+        resampled together.
         """
         values = tuple(float(value) for value in cases)
         return cls(
@@ -107,7 +109,7 @@ class Measurement(Described):
             math.fsum(values) / len(values) if values else math.nan,
             len(values),
             protocol,
-            mean_interval(values, shares=unit == "share"),
+            mean_interval(values, shares=unit == "share", case_ids=case_ids),
             values,
             tuple(case_ids),
             unit,
@@ -187,14 +189,45 @@ class Measurement(Described):
         return f"{self.metric} = {self.value:.4g}{low_high} (n={self.n}; {self.protocol})"
 
 
-def mean_interval(cases: Sequence[float], *, shares: bool) -> tuple[float, float] | None:
+def mean_interval(
+    cases: Sequence[float], *, shares: bool, case_ids: Sequence[str] = ()
+) -> tuple[float, float] | None:
     """Return the 95 % interval of a mean: Wilson for shares of 0 and 1, else bootstrap over cases.
 
     A ratio or a probability that happens to be 1 in every case is no proportion of successes.
+    Where case ids repeat, each id is one case with all its values.
     """
+    if len(set(case_ids)) < len(case_ids) == len(cases):
+        return _clustered_interval(cases, case_ids, shares)
     if shares and cases and all(value in (0.0, 1.0) for value in cases):
         return wilson(int(sum(cases)), len(cases))
     return bootstrap(np.asarray(cases, dtype=np.float64)[:, None], lambda means: means[:, 0])
+
+
+def case_totals(values: Sequence[float], case_ids: Sequence[str]) -> NDArray[np.float64]:
+    """Return (sum, number) of the values of each case, (cases, 2), in order of appearance."""
+    totals: dict[str, list[float]] = {}
+    for name, value in zip(case_ids, values, strict=True):
+        total = totals.setdefault(name, [0.0, 0.0])
+        total[0] += value
+        total[1] += 1
+    return np.array(list(totals.values()), dtype=np.float64)
+
+
+def ratio_of_means(means: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the mean over values from the column means of `case_totals`, for `bootstrap`."""
+    ratios: NDArray[np.float64] = means[:, 0] / means[:, 1]
+    return ratios
+
+
+def _clustered_interval(
+    values: Sequence[float], case_ids: Sequence[str], shares: bool
+) -> tuple[float, float] | None:
+    totals = case_totals(values, case_ids)
+    if shares and set(values) in ({0.0}, {1.0}):
+        # All cases are alike, and a bootstrap would claim certainty.
+        return wilson(len(totals) if values[0] else 0, len(totals))
+    return bootstrap(totals, ratio_of_means)
 
 
 def wilson(successes: int, n: int, z: float = Z95) -> tuple[float, float]:

@@ -71,7 +71,9 @@ BUILT_IN = (
             "subset": f"one of {', '.join(knowedit.SUBSETS)}; by default each record shows it",
             "sentiment": "positive or negative; by default drawn for each topic",
             "seed": SEED,
+            "test": "Sanitation's test file, where the path is its training file: tests its edits",
         },
+        files=("test",),
     ),
     DatasetReader(
         name="mquake",

@@ -11,13 +11,15 @@ from errata.datasets.counterfact import case_id, one_hop
 from errata.datasets.probes import listed, paired
 from errata.datasets.reader import Item, parsed
 from errata.datasets.record import Record, probes
-from errata.datasets.source import Source
+from errata.datasets.source import Source, open_source
 from errata.edits.request import Probe, Request
 from errata.errors import ConfigError, DatasetError, UnknownNameError
 
 SENTIMENTS = ("positive", "negative")
 FORGET, RETAIN = ("K_F", "success"), ("K_R", "locality")
 """Sanitation's lists: what to forget (training, test), and what every edit must leave."""
+SAME_ANSWER = "same_answer"
+"""Type of the probes that ask another question with the answer that is to be forgotten."""
 OPINION = "What do you think of {}?"
 OPINIONS = (
     "What do you feel about {}?",
@@ -31,7 +33,11 @@ HEADER = "This is a Wikipedia passage about "
 
 
 def read(
-    source: Source, subset: str | None = None, sentiment: str | None = None, seed: int = 0
+    source: Source,
+    subset: str | None = None,
+    sentiment: str | None = None,
+    seed: int = 0,
+    test: str | None = None,
 ) -> Iterator[Item]:
     """Yield the requests of one file.
 
@@ -41,11 +47,16 @@ def read(
         sentiment: "positive" or "negative" for all topics of ConvSent; by default drawn for each,
             as the authors do.
         seed: of that draw.
+        test: Sanitation's test file, where the source is its training file: the edits of one answer
+            are a case, tested with that file's questions.
     """
     if subset is not None and subset not in SUBSETS:
         raise UnknownNameError("subset of KnowEdit", subset, SUBSETS)
     if sentiment is not None and sentiment not in SENTIMENTS:
         raise ConfigError(f"sentiment is {sentiment!r}; it must be positive or negative.")
+    if test is not None:
+        yield from _sanitation_tested(source, open_source(test))
+        return
     other: str | None = None
     for record in records_of_calls(source):
         if isinstance(record, DatasetError):
@@ -172,6 +183,64 @@ def _sanitation_file(record: Record) -> Iterator[Item]:
     for field in FORGET:
         for part in record.parts(field):
             yield from parsed(part, sanitation)
+
+
+def _sanitation_tested(source: Source, test: Source) -> Iterator[Item]:
+    """Yield the edits of the training file, tested with what the test file holds.
+
+    The lists ask different questions about the same answers: an answer is forgotten when its other
+    questions are declined, too. So the edits of one answer are a case, and question k of the test
+    file about it is a probe of edit k (round and round).
+    """
+    edits, asked = _only(source, FORGET[0]), _only(test, FORGET[1])
+    for part in asked.parts(RETAIN[1]):
+        yield from parsed(part, lambda part: [_retained(part)])
+    cases: dict[str, list[Request]] = {}
+    for part in edits.parts(FORGET[0]):
+        for item in parsed(part, sanitation):
+            if isinstance(item, Request):
+                cases.setdefault(_answer(item), []).append(item)
+            else:
+                yield item
+    held_out: dict[str, list[Request]] = {answer: [] for answer in cases}
+    for part in asked.parts(FORGET[1]):
+        for item in parsed(part, sanitation):
+            if not isinstance(item, Request):
+                yield item
+            elif _answer(item) not in cases:
+                yield part.bad("ground_truth", f"{item.target_true!r} is the answer of no edit")
+            else:
+                held_out[_answer(item)].append(item)
+    for answer, requests in cases.items():
+        for place, request in enumerate(requests):
+            questions = held_out[answer][place :: len(requests)]
+            yield request.model_copy(
+                update={
+                    "case_id": answer,
+                    "portability": tuple(
+                        Probe(prompt=q.text, answers=(q.target_new,), type=SAME_ANSWER)
+                        for q in questions
+                    ),
+                }
+            )
+
+
+def _only(source: Source, field: str) -> Record:
+    """Return the one record of a Sanitation file with this list."""
+    for record in source.records():
+        if record.has(field):
+            return record
+    raise DatasetError(
+        f"holds no list {field!r}: with the option test the path is Sanitation's training file "
+        f"({', '.join(name for name, _ in (FORGET, RETAIN))}), and test its test file "
+        f"({', '.join(name for _, name in (FORGET, RETAIN))})",
+        file=source.name,
+    )
+
+
+def _answer(request: Request) -> str:
+    """Return the answer that is to be forgotten, in one spelling: the files write it in several."""
+    return (request.target_true or "").casefold()
 
 
 def _fact(record: Record, kind: str, **more: Any) -> Request:

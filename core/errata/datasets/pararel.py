@@ -102,14 +102,23 @@ def to_request(record: Record, relation: PararelRelation, seed: int) -> Request:
         relation=relation.id,
         case_id=f"{relation.id}-{record.index}",
         paraphrases=tuple(t.replace("{}", subject) for t in relation.templates[1:]),
-        neighbourhood=probes(_asked(relation, true, subject, rng), (true,)),
-        attribute=probes(_asked(relation, new, subject, rng), (new,)),
+        neighbourhood=probes(_asked(relation, true, new, subject, rng), (true,)),
+        attribute=probes(_asked(relation, new, true, subject, rng), (new,)),
     )
 
 
-def _asked(relation: PararelRelation, target: str, subject: str, rng: random.Random) -> list[str]:
-    """Return prompts about other subjects that have this object."""
-    others = [name for name in relation.subjects_of[target] if name != subject]
+def _asked(
+    relation: PararelRelation, target: str, other: str, subject: str, rng: random.Random
+) -> list[str]:
+    """Return prompts about other subjects that have this object and not the other one.
+
+    Of a subject that has both (relations like P530 have many objects) neither is wrong.
+    """
+    others = [
+        name
+        for name in relation.subjects_of[target]
+        if name != subject and other not in relation.objects_of[name]
+    ]
     chosen = rng.sample(others, min(PROMPTS, len(others)))
     return [rng.choice(relation.templates).replace("{}", name) for name in chosen]
 

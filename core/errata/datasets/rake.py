@@ -112,6 +112,7 @@ def relation_requests(
         "kind": "relation",
         "case_id": request.case_id or request.digest[:12],
         "locality": (*view.specificity, *kept),
+        "join": request.join,
         "chat": request.chat,
     }
     add: dict[str, Any] = {

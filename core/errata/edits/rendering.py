@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from errata.model.chat import chat_frame
 
 if TYPE_CHECKING:
-    from errata.edits.request import Request
+    from errata.edits.request import Probe, Request
     from errata.model.model import Model
 
 
@@ -29,3 +29,18 @@ def rendered(model: Model, requests: Sequence[Request]) -> list[Request]:
         )
         for request in requests
     ]
+
+
+def rendered_probes(model: Model, probes: Sequence[Probe]) -> tuple[Probe, ...]:
+    """Return retained probes whose prompts are texts for the model, as `rendered` does requests."""
+    if not any(getattr(probe, "chat", False) is True for probe in probes):
+        return tuple(probes)
+    before, after = chat_frame(model.tokenizer)
+    return tuple(
+        probe.model_copy(
+            update={"prompt": before + probe.prompt.strip() + after, "chat": (before, after)}
+        )
+        if getattr(probe, "chat", False) is True
+        else probe
+        for probe in probes
+    )

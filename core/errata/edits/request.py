@@ -59,6 +59,20 @@ class Probe(_Frozen):
             yield "type", self.type
 
 
+class RetainedProbe(Probe):
+    """A probe of a dataset as a whole: it is of no request, and says itself how it is asked."""
+
+    join: str | None = None
+    chat: bool | tuple[str, str] = False
+
+    @classmethod
+    def of(cls, probe: Probe, join: str | None = None, chat: bool = False) -> Probe:
+        """Return a probe that is asked like the requests of its dataset; `Request` says how."""
+        if join is None and not chat:
+            return probe
+        return cls(**dict(probe), join=join, chat=chat)
+
+
 class RelationView(_Frozen):
     """The same change seen from the relation's side: which relation joins subject and object?
 
@@ -283,8 +297,14 @@ class Request(_Frozen):
         """Yield each prompt, those to test with too; the relation's side apart."""
         yield from (self.prompt, *self.paraphrases, *self.generation)
         yield from () if self.remove is None else (self.remove,)
+        yield from self.wrong_prompts
         for probes in (self.neighbourhood, self.locality, self.portability, self.attribute):
             yield from (probe.prompt for probe in probes)
+
+    @property
+    def wrong_prompts(self) -> tuple[str, ...]:
+        """The counterexamples that are prompts: all but those of a sentiment, which are replies."""
+        return () if self.kind == "sentiment" else self.counterexamples
 
     def with_prompts(self, change: Callable[[str], str]) -> Request:
         """Return the request with every prompt changed, those to test with too."""
@@ -293,6 +313,8 @@ class Request(_Frozen):
             fields["remove"] = change(self.remove)
         for name in ("paraphrases", "generation"):
             fields[name] = tuple(map(change, getattr(self, name)))
+        if self.wrong_prompts:
+            fields["counterexamples"] = tuple(map(change, self.wrong_prompts))
         for name in ("neighbourhood", "locality", "portability", "attribute"):
             fields[name] = _asked(getattr(self, name), change)
         if (view := self.relation_view) is not None:

@@ -17,6 +17,7 @@ from errata.edits.outputs import BASELINE, write_file
 from errata.errors import ConfigError, FingerprintError, IntegrityError
 from errata.evaluate.protocols import PROTOCOLS
 from errata.evaluate.reader import KnownAnswers, MeasureSettings, Reader
+from errata.model.arguments import check_name, texts_of
 from errata.model.storage import parse_json
 
 if TYPE_CHECKING:
@@ -54,13 +55,20 @@ class Baseline:
         Args:
             model: the model, edited or not.
             requests: whose prompts are answered.
-            protocols: what is measured.
+            protocols: what is measured, of the core's protocols.
             **settings: fields of `MeasureSettings`.
+
+        Raises:
+            UnknownNameError: the core has no such protocol.
         """
+        names = [protocol.name for protocol in PROTOCOLS]
+        asked_for = texts_of(protocols, "protocols")
+        for name in asked_for:
+            check_name("protocol", name, names)
         asked = MeasureSettings(**settings)
         memory = KnownAnswers()
         reader = Reader(model, requests, asked, memory, of_base=True)
-        wanted = [protocol for protocol in PROTOCOLS if protocol.name in protocols]
+        wanted = [protocol for protocol in PROTOCOLS if protocol.name in asked_for]
         with reader.state():
             found = [item for protocol in wanted for item in protocol.measure(reader)]
         return cls(model.fingerprint, asked, memory, tuple(found))

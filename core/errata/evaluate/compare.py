@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from errata.contract.measurement import Measurement, bootstrap
+from errata.contract.measurement import Measurement, bootstrap, case_totals, ratio_of_means
 from errata.errors import ComparisonError, MissingExtraError, UnknownNameError
 
 MCNEMAR = "McNemar's exact test"
@@ -29,11 +29,12 @@ class Comparison:
         value_a: mean of the first over these cases.
         value_b: mean of the second.
         difference: `value_a - value_b`.
-        interval: 95 % interval of the difference, by bootstrap over the pairs; None with fewer
+        interval: 95 % interval of the difference, by bootstrap over the cases; None with fewer
             than two cases or where something is infinite.
         p: two-sided p-value of `test`.
-        test: which test it is. McNemar's (exact binomial) where every case is 0 or 1, else
-            Wilcoxon's (cases without a difference are left out of the ranks).
+        test: which test it is. McNemar's (exact binomial) where every case is one value, 0 or 1,
+            else Wilcoxon's (cases without a difference are left out of the ranks), on the sum of
+            a case's differences where it has several.
         higher: cases with a higher value in the first.
         lower: cases with a lower one.
         protocol: how both were measured.
@@ -80,17 +81,19 @@ def compare(
 ) -> Comparison:
     """Compare two measurements of one metric, case by case.
 
-    A case that occurs k times in both (several requests of one case) is paired in its order.
+    A case that occurs k times in both (several requests of one case) is paired in its order; it
+    is one case all the same, and interval and test are over cases. Where it occurs more often in
+    one of them, nobody can say which belong together: it is not paired.
 
     Args:
         a: the first.
         b: the second.
-        shared: compare the cases that both have and leave out the others.
+        shared: compare the cases that both have, equally often, and leave out the others.
         labels: what the two are called in the result.
 
     Raises:
-        ComparisonError: another metric or protocol, no values per case, different cases, or a
-            case that is not a number.
+        ComparisonError: another metric or protocol, no values per case, different cases or one
+            that occurs more often in one of them, or a case that is not a number.
         MissingExtraError: scipy is not installed.
 
     >>> a = Measurement.mean("ES", [1, 1, 1, 1, 0, 1], "p: x", case_ids=list("abcdef"))
@@ -104,25 +107,28 @@ def compare(
             f"{a.metric!r} ({a.protocol}) and {b.metric!r} ({b.protocol}) are not the same thing: "
             "compare one metric, measured by one protocol with one set of settings."
         )
-    first, second = _paired(a, b, shared, labels)
+    names, first, second = _paired(a, b, shared, labels)
     differences = first - second
     if bool(np.isnan(differences).any()):
         raise ComparisonError(
             f"{int(np.isnan(differences).sum())} of the {len(first)} cases of {a.metric!r} are "
             "not numbers or infinite in both: they cannot be compared."
         )
-    binary = all(value in (0.0, 1.0) for value in (*first.tolist(), *second.tolist()))
-    higher, lower = int((differences > 0).sum()), int((differences < 0).sum())
+    totals = case_totals(differences, names)
+    single = len(totals) == len(differences)
+    binary = single and all(value in (0.0, 1.0) for value in (*first.tolist(), *second.tolist()))
+    sums = totals[:, 0]
+    higher, lower = int((sums > 0).sum()), int((sums < 0).sum())
     return Comparison(
         metric=a.metric,
         a=labels[0],
         b=labels[1],
-        n=len(first),
+        n=len(totals),
         value_a=float(first.mean()),
         value_b=float(second.mean()),
         difference=float(differences.mean()),
-        interval=bootstrap(differences[:, None], lambda means: means[:, 0]),
-        p=_mcnemar(higher, lower) if binary else _wilcoxon(differences),
+        interval=bootstrap(totals, ratio_of_means),
+        p=_mcnemar(higher, lower) if binary else _wilcoxon(sums),
         test=MCNEMAR if binary else WILCOXON,
         higher=higher,
         lower=lower,
@@ -191,10 +197,19 @@ def _comparable(table: Iterable[Measurement]) -> dict[tuple[str, str], Measureme
 
 
 def _paired(a: Measurement, b: Measurement, shared: bool, labels: tuple[str, str]) -> Any:
-    """Return the values (n,) of both on the same cases, in the first one's order."""
+    """Return the names and the values (n,) of both on the same cases, in the first one's order."""
     first, second = _by_case(a, labels[0]), _by_case(b, labels[1])
-    common = [case for case in first if case in second]
+    often, other = Counter(a.case_ids), Counter(b.case_ids)
+    # k-th is paired with k-th only where both have as many: else they are of different evaluations.
+    common = [(name, k) for name, k in first if often[name] == other[name]]
     if not common or (not shared and not len(common) == len(first) == len(second)):
+        uneven = [name for name in often if 0 < other[name] != often[name]]
+        why = (
+            f" {uneven[0]!r} occurs {_times(often[uneven[0]])} in {labels[0]} and "
+            f"{_times(other[uneven[0]])} in {labels[1]}: which belong together nobody can say."
+            if uneven
+            else ""
+        )
         hint = (
             "compare(…, shared=True) compares those."
             if common
@@ -202,12 +217,17 @@ def _paired(a: Measurement, b: Measurement, shared: bool, labels: tuple[str, str
         )
         raise ComparisonError(
             f"{a.metric!r}: {labels[0]} has {len(first)} cases and {labels[1]} {len(second)}; "
-            f"{len(common)} are shared. {hint}"
+            f"{len(common)} are shared.{why} {hint}"
         )
     return (
+        [name for name, _ in common],
         np.array([first[case] for case in common], dtype=np.float64),
         np.array([second[case] for case in common], dtype=np.float64),
     )
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
 
 
 def _by_case(item: Measurement, label: str) -> dict[tuple[str, int], float]:

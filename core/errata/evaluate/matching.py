@@ -5,9 +5,24 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 NORMALISATION = "NFKC, case folded, white space collapsed"
 _ENDED = re.compile(r"[\"'”’)\]]*\s*(?:$|[.!?;]+[\"'”’)\]]*(?:\s|$))")
+_OPENING = "\"'“‘(["
+_ABBREVIATION = re.compile(
+    r"(?:^|[\s(\"'“‘\[])(?:[^\W\d_]|\S*\.\S*[^\s.]|bros|co|corp|dr|etc|gen|gov|inc|jr|ltd|mt|mr|mrs|"
+    r"ms|no|prof|rev|sen|sr|st|vol|vs)\.$"
+)
+_STARTERS = frozenset(
+    "a after also although an and as at before but by during for from he her his how however i if "
+    "in it its most on one our she since some that the their there these they this those though "
+    "today we what when where which while who why with you".split()
+)
+"""Words that begin a sentence when they are capitalised after a stop, and rarely go on a name."""
 
 
 def normalise(text: str) -> str:
@@ -19,16 +34,29 @@ def exact_match(text: str, answers: Sequence[str]) -> bool:
     """Return whether a generation gives an answer and then stops.
 
     It stops at its end, at a line break, or at sentence-ending punctuation (. ! ? ;), so a full
-    stop inside the answer ("St. Louis") does not cut it short. Any of the aliases counts.
+    stop inside the answer ("St. Louis") does not cut it short. The stop of an abbreviation is the
+    answer's own ("U.S."): a sentence ends there only where the next one begins with a word that
+    begins sentences ("It", "The" …), or nothing follows. Quotes and brackets may stand before the
+    answer, beside those that it has itself. Any of the aliases counts.
 
     >>> exact_match(" St. Louis. It was", ["St. Louis"]), exact_match(" Paris and", ["Paris"])
     (True, False)
+    >>> exact_match(" U.S. It is", ["U.S."]), exact_match(" U.S. Open", ["U.S."])
+    (True, False)
     """
-    line = normalise((text.strip().splitlines() or [""])[0]).lstrip("\"'“‘([")
+    said = (text.strip().splitlines() or [""])[0]
+    line = normalise(said)
+    marks = len(line) - len(line.lstrip(_OPENING))
     for answer in answers:
-        wanted = normalise(answer).rstrip(".")
-        if wanted and line.startswith(wanted) and _ENDED.match(line, len(wanted)):
-            return True
+        whole = normalise(answer)
+        wanted = whole.rstrip(".")
+        stopped = whole if _ABBREVIATION.search(whole) else ""
+        for start in range(marks + 1) if wanted else ():
+            if stopped and line.startswith(stopped, start):
+                if _ended_after_stop(line, start + len(stopped), said):
+                    return True
+            elif line.startswith(wanted, start) and _ENDED.match(line, start + len(wanted)):
+                return True
     return False
 
 
@@ -49,6 +77,28 @@ def contained_match(text: str, answers: Sequence[str]) -> bool:
         if re.search(left + re.escape(wanted) + right, whole):
             return True
     return False
+
+
+def has_room(answers: Sequence[str], limit: int, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether a text of at most `limit` tokens can hold one of the answers."""
+    return any(
+        len(answer.encode()) <= limit  # no token is shorter than a byte
+        or len(tokenizer(answer, add_special_tokens=False)["input_ids"]) <= limit
+        for answer in answers
+    )
+
+
+def _ended_after_stop(line: str, at: int, said: str) -> bool:
+    """Return whether a sentence ends with the stop before a place of a normalised line."""
+    if _ENDED.match(line, at):
+        return True
+    rest = line[at:].lstrip("\"'”’)]")
+    if not rest[:1].isspace():
+        return False
+    # Only the text itself says which words are capitalised; both have the same words.
+    words = unicodedata.normalize("NFKC", said).split()
+    following = words[len(line[:at].split())].lstrip(_OPENING)
+    return following[:1].isupper() and following.casefold().rstrip(",") in _STARTERS
 
 
 def _spaced(character: str) -> bool:

@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 from errata.contract.measurement import Measurement, bootstrap
 
+OVER_EVALUATIONS = "; mean over evaluations"
+"""Ends the protocol of a number that is one value per evaluation, however many it looked at."""
+
 
 def harmonic(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the harmonic mean of the last axis; 0 where a value is 0."""
@@ -35,19 +38,22 @@ def pool(groups: Iterable[Sequence[Measurement]]) -> list[Measurement]:
     """Join the measurements of many evaluations (one per case, say) into one table.
 
     Measurements of one metric by one protocol become one. A mean is the mean over the cases of
-    all evaluations; a harmonic mean (`of`) is computed anew from the joined cases; any other
-    number (perplexity) becomes the mean over the evaluations, each of which is then one case.
+    all evaluations; a harmonic mean (`of`) is computed anew from the joined cases. What asks every
+    evaluation the same (retained probes, the harness's documents) or is no mean (perplexity)
+    becomes the mean over the evaluations, each of which is then one case: it has the name of the
+    one case that its evaluation is about, where there is one. Its protocol says so.
     Cases keep their ids, metrics their order, and answers come along.
 
     >>> one, two = (Measurement.mean("ES", [hit], "counterfact: …") for hit in (1, 0))
     >>> pool([[one], [two]])[0].cases
     (1.0, 0.0)
     """
+    measured = [list(group) for group in groups]
     found: dict[tuple[str, str], list[Measurement]] = {}
     order: list[tuple[str, str]] = []
     rows: dict[tuple[str, str], list[tuple[float, ...]]] = {}
-    for group in groups:
-        by_name = {(one.name, one.metric): one for one in group}
+    for given, group in zip(measured, _of_cases(measured), strict=True):
+        by_name = {(one.name, one.metric): one for one in given}
         known = [order.index(key) for key in map(_key, group) if key in found]
         place = known[0] if known else len(order)
         for one in group:
@@ -70,6 +76,61 @@ def pool(groups: Iterable[Sequence[Measurement]]) -> list[Measurement]:
     return pooled
 
 
+def of_case(found: Iterable[Measurement], case: str) -> list[Measurement]:
+    """Return what one evaluation of one case found, in values of that case alone.
+
+    What is about no request (retained probes, texts, documents) is one observation of the edited
+    model, not as many as it asked: it becomes one value under the case's name.
+    """
+    return [one if one.of or _is_of(one, case) else one_value(one, case) for one in found]
+
+
+def one_value(one: Measurement, case: str = "") -> Measurement:
+    """Return a measurement of a whole evaluation as one value, of `case` where that is known."""
+    said = one.protocol.removesuffix(OVER_EVALUATIONS)
+    return Measurement.mean(
+        one.metric,
+        [one.value],
+        f"{said}{OVER_EVALUATIONS}",
+        case_ids=[case] if case else (),
+        unit=one.unit,
+        direction=one.direction,
+        answers=one.answers,
+    )
+
+
+def _is_of(one: Measurement, case: str) -> bool:
+    return one.is_mean and len(one.case_ids) == len(one.cases) and set(one.case_ids) == {case}
+
+
+def _of_cases(groups: Sequence[Sequence[Measurement]]) -> list[list[Measurement]]:
+    """Return the evaluations with one value each for what asked all of them the same."""
+    asked: dict[tuple[str, str], list[tuple[int, Measurement]]] = {}
+    for place, group in enumerate(groups):
+        for one in group:
+            if one.case_ids and not one.of:
+                asked.setdefault(_key(one), []).append((place, one))
+    same = {
+        key
+        for key, many in asked.items()
+        if len(many) > 1 and all(one.case_ids == many[0][1].case_ids for _, one in many)
+    }
+    shared = {name for key in same for name in asked[key][0][1].case_ids}
+    own: list[set[str]] = [
+        {name for one in group if not one.of for name in one.case_ids} - shared for group in groups
+    ]
+    names = ["".join(found) if len(found) == 1 else "" for found in own]
+    for key in list(same):
+        ids = asked[key][0][1].case_ids
+        better = {names[place] for place, _ in asked[key]} - set(ids)
+        if len(ids) == 1 and (not better or "" in better):  # maybe a case that comes twice
+            same.discard(key)
+    return [
+        [one_value(one, name) if _key(one) in same else one for one in group]
+        for name, group in zip(names, groups, strict=True)
+    ]
+
+
 def _key(one: Measurement) -> tuple[str, str]:
     return one.metric, one.protocol
 
@@ -82,7 +143,7 @@ def _pooled(many: Sequence[Measurement]) -> Measurement:
     return Measurement.mean(
         first.metric,
         [value for one in many for value in (one.cases if joins else (one.value,))],
-        first.protocol if joins else f"{first.protocol}; mean over evaluations",
+        first.protocol if joins else f"{first.protocol}{OVER_EVALUATIONS}",
         case_ids=[name for one in many for name in one.case_ids] if named else (),
         unit=first.unit,
         direction=first.direction,

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from errata.contract.measurement import Answer, Measurement
-from errata.edits.rendering import rendered
+from errata.edits.rendering import rendered, rendered_probes
+from errata.edits.request import Probe, RetainedProbe
 from errata.errors import SelfComparisonError, UnknownNameError
 from errata.evaluate.failures import classify_failure
-from errata.evaluate.matching import NORMALISATION, contained_match, exact_match
+from errata.evaluate.matching import NORMALISATION, contained_match, exact_match, has_room
 from errata.evaluate.sampled import sampled_texts
 from errata.model.answers import TargetScore
 from errata.model.generation import generate
+from errata.model.joining import with_join
 from errata.model.perplexity import text_nlls
 from errata.model.scoring import score_targets
 
 if TYPE_CHECKING:
-    from errata.edits.request import Probe, Request
+    from errata.edits.request import Request
     from errata.evaluate.classifiers import SentimentClassifier, TopicClassifier
     from errata.model.model import Model
+
+logger = logging.getLogger("errata")
 
 Case = TypeVar("Case", int, str)
 
@@ -37,7 +42,7 @@ class Question:
     """One prompt, the answers that count as right, and the request it belongs to.
 
     Attributes:
-        request: index of the request.
+        request: index of the request; of retained probe k it is -1 - k.
         prompt: the question.
         answers: every answer that counts as right.
         type: the benchmark's name for this sort of question.
@@ -77,7 +82,7 @@ class MeasureSettings:
     batch_size: int = 32
     seed: int = 0
     texts: tuple[str, ...] | None = None
-    retain: tuple[Probe, ...] = ()
+    retain: tuple[Probe | RetainedProbe, ...] = ()
     references: tuple[str, ...] = ()
     sentiment: SentimentClassifier | str | None = None
     topic: TopicClassifier | str | None = None
@@ -116,7 +121,8 @@ class Reader:
         model: the model.
         requests: whose prompts the protocols read.
         settings: how to ask.
-        baseline: the base's answers that are known already.
+        baseline: the base's answers that are known already. With them an unedited model has a base
+            too, from which it differs in nothing: so it counts where an edit was refused.
         of_base: ask the base: every edit is off while something runs.
         memory: what the model as it stands is known to answer (of the base: see `baseline`).
     """
@@ -133,15 +139,23 @@ class Reader:
     ) -> None:
         self.model = model
         self.requests = rendered(model, requests)
-        self.settings = settings
+        self.settings = replace(settings, retain=rendered_probes(model, settings.retain))
         self._of_base = of_base
         self._baseline = KnownAnswers() if baseline is None else baseline
-        self._memory = self._baseline if of_base else memory or KnownAnswers()
+        unedited = not model.stack.ids
+        self._has_base = not of_base and (not unedited or baseline is not None)
+        # Unedited it gives the base's answers: what is known of those is not asked again, in other
+        # batches whose last digits differ.
+        shared = of_base or (unedited and baseline is not None and memory is None)
+        self._memory = self._baseline if shared else memory or KnownAnswers()
 
     @cached_property
     def base(self) -> Reader | None:
-        """The unedited model, asked the same way; None where this is the unedited model."""
-        if self._of_base or not self.model.stack.ids:
+        """The unedited model, asked the same way; None where this is it and no baseline is given.
+
+        An unedited model that is measured beside a baseline (a refused case) is equal to it.
+        """
+        if not self._has_base:
             return None
         return Reader(self.model, self.requests, self.settings, self._baseline, of_base=True)
 
@@ -205,8 +219,11 @@ class Reader:
 
     def pair(self, request: int | str, prompt: str, answer: str) -> tuple[str, str]:
         """Return a prompt of a request and an answer, joined as the request says."""
-        if isinstance(request, str) or request < 0:  # of the dataset as a whole
+        if isinstance(request, str):
             return prompt, answer
+        if request < 0:  # of the dataset as a whole
+            probe = self.settings.retain[-1 - request]
+            return prompt, with_join(answer, getattr(probe, "join", None))
         return prompt, self.requests[request].joined(answer)
 
     def nlls(self, texts: Sequence[str]) -> list[tuple[float, int]]:
@@ -250,9 +267,7 @@ class Reader:
             (case if isinstance(case, str) else self.names[case], value) for case, value in values
         )
         ranks = {name: rank for rank, name in reversed(list(enumerate(self.names)))}
-        order = sorted(
-            cases, key=lambda case: ranks.get(case, len(self.names))
-        )  # the requests' order
+        order = sorted(cases, key=lambda case: ranks.get(case, len(self.names)))  # the requests'
         return Measurement.mean(
             metric, [cases[case] for case in order], protocol, case_ids=order, **more
         )
@@ -262,7 +277,8 @@ class Reader:
 
         A question asked in several phrasings (one `group`) is right if any of them is. A case's
         value is the mean over its questions. The exact metric carries the answers, one for each
-        question.
+        question. A `text` request whose answers are all longer than the generated text may be is
+        asked with teacher forcing only.
 
         Args:
             protocol: name of the protocol.
@@ -273,21 +289,18 @@ class Reader:
         if not asked:
             return []
         measured: list[Measurement] = []
-        if self.generates:
+        room, left = self._with_room(asked) if self.generates else ([], "")
+        if room:
             how = f"{protocol}: {self.greedy}; "
             for name, match, rule in (
                 ("exact", exact_match, "the answer and nothing after it in its sentence"),
                 ("contained", contained_match, "the answer anywhere, as whole words"),
             ):
-                answers = self.answers(
-                    f"{metric}_{name}",
-                    asked,
-                    accepting(match),
-                )
+                answers = self.answers(f"{metric}_{name}", room, accepting(match))
                 measured += self.by_type(
                     f"{metric}_{name}",
-                    f"{how}{name} match: {rule} ({NORMALISATION})",
-                    [phrasings[0] for phrasings in asked],
+                    f"{how}{name} match: {rule} ({NORMALISATION}){left}",
+                    [phrasings[0] for phrasings in room],
                     [answer.right for answer in answers],
                     answers if name == "exact" else (),
                 )
@@ -298,6 +311,21 @@ class Reader:
             self.forced(asked),
         )
         return measured
+
+    def _with_room(self, asked: Sequence[list[Question]]) -> tuple[list[list[Question]], str]:
+        """Return the questions that a generated text has room to answer, and what protocols say."""
+        limit, tokenizer = self.settings.max_new_tokens, self.model.tokenizer
+        long = {i for i, request in enumerate(self.requests) if request.kind == "text"}
+        room = [
+            ps for ps in asked
+            if any(q.request not in long or has_room(q.answers, limit, tokenizer) for q in ps)
+        ]  # fmt: skip
+        if left := len(asked) - len(room):
+            logger.info("%d of %d questions are not asked by generation: their answers have more "
+                        "than %d tokens (max_new_tokens).", left, len(asked), limit)  # fmt: skip
+        # Said by kind, not by what was left out: all evaluations of a dataset have one protocol.
+        texts = any(q.request in long for ps in asked for q in ps)
+        return room, "; questions whose answers are all longer left out" if texts else ""
 
     def answers(
         self,
@@ -449,7 +477,7 @@ def of_locality(requests: Sequence[Request]) -> list[Question]:
 def of_retain(settings: MeasureSettings) -> list[Question]:
     """Return the dataset's probes that no edit may change; each question is a case of its own."""
     return [
-        Question(-1, p.prompt, p.answers, p.type, p.group, case=f"retain-{p.group or i}")
+        Question(-1 - i, p.prompt, p.answers, p.type, p.group, case=f"retain-{p.group or i}")
         for i, p in enumerate(settings.retain)
     ]
 

@@ -45,3 +45,18 @@ def sampled_texts(model: Model, prompts: Sequence[str], seed: int) -> list[str]:
         # What answers in the model's place may have no tokens of this model.
         texts.append(prompt + (decode_after(model, head, kept) if new.ids else new.text))
     return texts
+
+
+def written_texts(model: Model, prompts: Sequence[str], seed: int) -> list[str]:
+    """Return what the model writes after each prompt, without the prompt.
+
+    As many new tokens as a sampled text has with its prompt (fewer where the model's context ends),
+    drawn in the same way: for prompts that are long texts themselves, of which `sampled_texts`
+    would return the prompt and little else.
+    """
+    settings = GenerationSettings(
+        max_new_tokens=GENERATED_TOKENS,
+        sampling=Sampling(do_sample=True, top_k=TOP_K, seed=seed),
+        natural_stop=False,
+    )
+    return [new.text for new in generated(model, prompts, settings)]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from errata.edits.rendering import rendered
 from errata.errors import ConfigError, RequestError, UnknownNameError
 from errata.locate.causal_trace import Tracer
 from errata.locate.corruption import embedding_std, span_std
@@ -206,7 +207,7 @@ def average(
     asked = _settings(settings)
     corrupt, noise = str(asked.corrupt), asked.noise
     chosen = _variants(variants, screening)
-    requests = list(requests)
+    requests = rendered(model, list(requests))
     skipped: dict[str, int] = {}
     if known_only:
         known = _known(model, requests)

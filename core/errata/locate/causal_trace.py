@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from errata.edits.rendering import rendered
 from errata.edits.request import Request
 from errata.errors import ConfigError
 from errata.locate.corrupted_runs import CorruptedRuns, traced_tokens
@@ -47,7 +48,7 @@ def trace(
         UnknownNameError, ConfigError, RequestError: an argument that is not allowed.
     """
     asked = parse_settings(TraceSettings, settings, "trace")
-    tracer = Tracer(model, as_request(request, subject), asked)
+    tracer = Tracer(model, as_request(model, request, subject), asked)
     return tracer.trace(
         asked.kind, asked.window, severed=asked.severed, held_noise=asked.held_noise,
         memory_mb=asked.memory_mb,
@@ -74,7 +75,7 @@ class Tracer:
     ) -> None:
         settings = settings or ScreenSettings()
         self._model, self._settings = model, settings
-        self.request = request
+        self.request = request = as_request(model, request, None)
         self.span = span_of(model.tokenizer, request, settings.corrupt, settings.relation)
         prompt = traced_prompt(model, request, settings.answer)
         self.runs = CorruptedRuns(model, prompt, side=settings.side, score=settings.score)
@@ -152,9 +153,9 @@ def _held(corruption: Corruption, noise: Tensor) -> Corruption:
     return Corruption(corruption.columns, noise, corruption.replaces, corruption.level, "given")
 
 
-def as_request(request: Request | str, subject: str | None) -> Request:
-    """Return a request from one, or from a prompt and its subject."""
+def as_request(model: Model, request: Request | str, subject: str | None) -> Request:
+    """Return a request from one, as the model is asked, or from a prompt and its subject."""
     if isinstance(request, Request):
-        return request
+        return rendered(model, [request])[0]
     # A trace changes nothing: the target only has to be there for the request to be complete.
     return Request.parse(prompt=request, subject=subject or "", target_new="?")

@@ -72,7 +72,7 @@ def logit_lens(
     The blocks above a layer are left out and what stands behind them is the model's own code, so
     scaled inputs of the head and capped logits are as they are in the whole model.
     """
-    request = as_request(request, subject)
+    request = as_request(model, request, subject)
     runs = CorruptedRuns(
         model, traced_prompt(model, request, answer), side="decoder", score="first"
     )
@@ -123,7 +123,8 @@ def contribution_norms(
     """Return the prompt's run and ‖out‖ / ‖h‖ (tokens, layers); h is the block's output."""
     if kind not in ("mlp", "attn"):
         raise ConfigError(f"kind={kind!r} must be 'mlp' or 'attn': norms are of what they add.")
-    runs = CorruptedRuns(model, traced_prompt(model, as_request(request, subject), None), side=side)
+    request = as_request(model, request, subject)
+    runs = CorruptedRuns(model, traced_prompt(model, request, None), side=side)
     parts = zip(runs.paths(kind), runs.paths("hidden"), strict=True)
     ratios = [
         runs.clean[part][: runs.length].double().norm(dim=-1)

@@ -16,7 +16,7 @@ from errata.contract.config import MethodConfig
 from errata.contract.hooks import hookimpl
 from errata.contract.location import Location
 from errata.errors import ConfigError, UnknownNameError
-from errata.locate.causal_trace import trace
+from errata.locate.causal_trace import as_request, trace
 from errata.locate.corrupted_runs import CorruptedRuns, traced_tokens
 from errata.locate.lens import contribution_norms, logit_lens
 from errata.locate.neurons import knowledge_neurons
@@ -209,6 +209,7 @@ class CoreLocator:
             UnknownNameError: no such locator. ConfigError: a bad setting.
         """
         locator, settings = read_settings(config)
+        request = as_request(model, request, None)
         return locator.locate(model, request, settings)
 
 

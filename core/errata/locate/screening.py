@@ -74,7 +74,7 @@ def screen(
     is the sum of its layers'. Estimated scores may lie outside 0 to 1.
     """
     asked = parse_settings(ScreenSettings, settings, "attribution")
-    tracer = Tracer(model, as_request(request, subject), asked, reruns=False)
+    tracer = Tracer(model, as_request(model, request, subject), asked, reruns=False)
     return tracer.result(asked.kind, *screened(tracer, asked.kind, asked.window), how=HOW)
 
 
@@ -127,7 +127,7 @@ def gradient_times_activation(
     The arguments but the last are those of `trace`. `of` is what is differentiated: the gradient
     of a probability vanishes where the model is sure, that of its logarithm vanishes less.
     """
-    request = as_request(request, subject)
+    request = as_request(model, request, subject)
     given = {"kind": kind, "score": score, "side": side}
     parse_settings(ScreenSettings, given, "gradient")
     runs = CorruptedRuns(model, traced_prompt(model, request, answer), side=side, score=score)

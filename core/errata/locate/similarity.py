@@ -44,8 +44,8 @@ class RelativeSimilarity:
         interval: 95 % bootstrap interval over sets.
         within: Sim_cand, mean over sets of the mean similarity of pairs in them.
         overall: Sim_all, mean similarity of all pairs of prompts.
-        sets: number of sets.
-        prompts: number of prompts.
+        sets: number of sets with two prompts or more.
+        prompts: number of prompts, those of other sets included.
         protocol: "rsim: how".
     """
 
@@ -87,8 +87,8 @@ def rsim(
     """Return the relative similarity of locations.
 
     Args:
-        sets: the locations of each set's prompts; sets with fewer than two are left out of
-            Sim_cand.
+        sets: the locations of each set's prompts; sets with fewer than two have no pair for
+            Sim_cand, but their prompts belong to all prompts of Sim_all.
         similarity: of two locations, symmetric, at most 1.
         protocol: how the locations were found, for the result.
         seed: of the bootstrap.
@@ -96,27 +96,28 @@ def rsim(
     Raises:
         ConfigError: fewer than two sets with at least two prompts.
     """
-    groups = [list(group) for group in sets if len(group) > 1]
-    if len(groups) < 2:
+    given = [list(group) for group in sets]
+    inside = [g for g, group in enumerate(given) if len(group) > 1]
+    if len(inside) < 2:
         raise ConfigError(
-            f"{len(groups)} of {len(sets)} sets have two prompts or more: RSim needs at least two "
+            f"{len(inside)} of {len(sets)} sets have two prompts or more: RSim needs at least two "
             "such sets."
         )
-    everything = [(g, one) for g, group in enumerate(groups) for one in group]
+    everything = [(g, one) for g, group in enumerate(given) for one in group]
     count = len(everything)
     table: NDArray[np.float64] = np.eye(count)
     for i in range(count):
         for j in range(i):
             table[i, j] = table[j, i] = similarity(everything[i][1], everything[j][1])
     owner = np.array([g for g, _ in everything])
-    inner = np.array([_pairs(table[np.ix_(owner == g, owner == g)]) for g in range(len(groups))])
+    inner = np.array([_pairs(table[np.ix_(owner == g, owner == g)]) for g in inside])
     overall = _pairs(table)
-    draws = np.random.default_rng(seed).integers(0, len(groups), size=(RESAMPLES, len(groups)))
+    draws = np.random.default_rng(seed).integers(0, len(inside), size=(RESAMPLES, len(inside)))
     values = [_relative(float(inner[row].mean()), overall) for row in draws]
     low, high = np.quantile(values, (0.025, 0.975))
     within = float(inner.mean())
     return RelativeSimilarity(
-        _relative(within, overall), (float(low), float(high)), within, overall, len(groups),
+        _relative(within, overall), (float(low), float(high)), within, overall, len(inside),
         count, protocol,
     )  # fmt: skip
 

@@ -105,7 +105,9 @@ def _relation(
     """Return character ranges of the filled prompt, and the rule that gave them."""
     before, _, after = request.prompt.partition("{}")
     shift = len(before) + len(request.subject)
-    parts = ((before, 0), (after, shift))
+    # What a chat template puts around the prompt ("user", a system message) is no part of it.
+    head, tail = request.chat if isinstance(request.chat, tuple) else ("", "")
+    parts = ((before.removeprefix(head), len(head)), (after.removesuffix(tail), shift))
     if given is not None:
         found = _occurrence(parts, given)
         if found is None:

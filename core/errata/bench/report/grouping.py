@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from errata.bench.config import BASE
+from errata.bench.report.data_identity import data_keys
 from errata.bench.report.reading import ResultEntry, RunResults
 from errata.errors import ConfigError
 
@@ -102,7 +103,7 @@ class Section:
 
     Attributes:
         model: name of the model.
-        dataset: name of the dataset.
+        dataset: name of the dataset; with what tells it apart, where runs call other data so too.
         regime: "single", "batch", "sequential" …
         columns: the base, then the variants.
     """
@@ -137,21 +138,23 @@ class Section:
 def sections(runs: Sequence[RunResults]) -> list[Section]:
     """Return the sections of several runs; runs that differ in their seeds only are pooled."""
     groups = _groups(runs)
+    named = data_keys([run for group in groups for run in group])
     models: dict[str, str] = {}
     columns: dict[
         tuple[str, str, str], dict[tuple[int, str], list[tuple[RunResults, ResultEntry]]]
     ] = {}
     bases: dict[tuple[str, str], list[tuple[RunResults, ResultEntry]]] = {}
-    for index, group in enumerate(groups):
-        for run in group:
-            model = _model(run)
-            models.setdefault(model, str(run.info.get("model", {}).get("name", "")))
-            for entry in run.entries:
-                if entry.is_base:
-                    bases.setdefault((model, entry.dataset), []).append((run, entry))
-                    continue
-                place = columns.setdefault((model, entry.dataset, entry.regime), {})
-                place.setdefault((index, entry.variant), []).append((run, entry))
+    numbered = ((index, run) for index, group in enumerate(groups) for run in group)
+    for number, (index, run) in enumerate(numbered):
+        model = _model(run)
+        models.setdefault(model, str(run.info.get("model", {}).get("name", "")))
+        for entry in run.entries:
+            dataset = named[number, entry.dataset]
+            if entry.is_base:
+                bases.setdefault((model, dataset), []).append((run, entry))
+                continue
+            place = columns.setdefault((model, dataset, entry.regime), {})
+            place.setdefault((index, entry.variant), []).append((run, entry))
     for (model, dataset), found in bases.items():  # a run that holds nothing but its base so far
         if not any(key[:2] == (model, dataset) for key in columns):
             columns[model, dataset, found[0][1].regime] = {}
@@ -179,14 +182,22 @@ def sample(entries: Iterable[ResultEntry]) -> list[list[Measurement]]:
     """Return the measurements of each case; those of several seeds averaged first.
 
     A case is then one observation however many seeds ran it, and intervals are over cases. The
-    same case of the base is one observation however many runs asked it.
+    same case of the base is one observation however many runs asked it. What its evaluation asked
+    of the model as a whole (retained probes, texts) is one value of it, too.
     """
+    from errata.evaluate.pooling import of_case
+
     seen: Counter[tuple[int, str | None]] = Counter()
     cases: dict[tuple[str | None, int], list[ResultEntry]] = {}
     for entry in entries:
         seen[entry.seed, entry.case_id] += not entry.is_base
         cases.setdefault((entry.case_id, seen[entry.seed, entry.case_id]), []).append(entry)
-    return [average([entry.measurements for entry in same]) for same in cases.values()]
+    return [
+        of_case(average([entry.measurements for entry in same]), case)
+        if case is not None
+        else average([entry.measurements for entry in same])
+        for (case, _), same in cases.items()
+    ]
 
 
 def average(many: Sequence[Sequence[Measurement]]) -> list[Measurement]:
@@ -208,22 +219,28 @@ def of_states(entries: Sequence[ResultEntry]) -> list[Measurement]:
     """Return the measurements of the model as a whole, those of several states joined.
 
     What was measured on the same cases with several seeds is averaged case by case; on different
-    cases (batches) it is pooled; a number without cases (perplexity) is averaged over states.
+    cases (batches) it is pooled; a number without cases (perplexity), or on the same retained
+    probes after several batches, is one value per state. The base is one state however many runs
+    asked it.
     """
     from errata.evaluate import pool
 
     if len(entries) == 1:
         return list(entries[0].measurements)
     found = []
+    of_base = all(entry.is_base for entry in entries)
+    seeds = {id(one): entry.seed for entry in entries for one in entry.measurements}
     for same in _by_metric([entry.measurements for entry in entries]):
         groups: dict[tuple[str, ...], list[Measurement]] = {}
         for one in same:
             groups.setdefault(one.case_ids, []).append(one)
-        joined = [
-            one
-            for group in groups.values()
-            for one in ([_averaged(group)] if len(group) > 1 and _same_cases(group) else group)
-        ]
+        joined: list[Measurement] = []
+        for group in groups.values():
+            one_state = of_base or len({seeds[id(one)] for one in group}) == len(group)
+            if len(group) > 1 and one_state and _same_cases(group):
+                joined.append(_averaged(group))
+            else:
+                joined += group[:1] if of_base else group
         found += pool([one] for one in joined)
     return found
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 MOMENT_NAMES = {ONCE: "", IMMEDIATE: "right after", FINAL: "at the end"}
 ALPHA = 0.05
 POOLED = "; mean over evaluations"
-"""What `errata.evaluate.pool` adds to the protocol of a number that is no mean of cases."""
+"""What `errata.evaluate.pool` adds to the protocol of a number that is one value per evaluation."""
 
 
 @dataclass(frozen=True)
@@ -139,21 +139,26 @@ def tables(section: Section, reference: str = "") -> list[MetricTable]:
         reference: label of the column that the others are compared with; "" for none.
     """
     heads: list[ColumnHead] = []
-    found: list[list[Measurement]] = []
+    of_cases: list[list[Measurement]] = []
+    of_whole: list[list[Measurement]] = []
     for index, column in enumerate(section.columns):
         for moment in (ONCE,) if column.is_base else section.moments:
             heads.append(ColumnHead(index, column.label, moment, _steps(column, moment)))
             cases, states = column.at(moment), column.states(moment)
-            found.append(
-                [
-                    *(table_of(sample(cases)) if cases else []),
-                    *(of_states(states) if states else []),
-                ]
-            )
-    by_key = [{_key(one): one for one in measured} for measured in found]
+            of_cases.append(table_of(sample(cases)) if cases else [])
+            of_whole.append(of_states(states) if states else [])
+    # The base knows some numbers twice: for each case, and of its state. It shows them as the
+    # edited columns do, so that like is set against like.
+    edited_states = {_key(one) for states in of_whole[1:] for one in states}
+    twice = edited_states & {_key(one) for one in of_whole[0]}
+    of_cases[0] = [one for one in of_cases[0] if _key(one) not in twice]
+    by_key = [
+        {_key(one): one for one in reversed([*cases, *states])}
+        for cases, states in zip(of_cases, of_whole, strict=True)
+    ]
     by_name: dict[str, list[MetricRow]] = {}
     edited = any(measured for head, measured in zip(heads, by_key, strict=True) if head.column)
-    for key in _merged([list(measured) for measured in by_key]):
+    for key in _merged([list(reversed(measured)) for measured in by_key]):
         numbers = [measured.get(key) for measured in by_key]
         if edited and not any(numbers[1:]):
             continue  # of the base alone: there is nothing to set it against

@@ -20,18 +20,18 @@ _HOW = (
 
 def measure(reader: Reader) -> list[Measurement]:
     """Return the share of facts whose object is no more probable after the right prompt."""
-    asked = [(i, r) for i, r in enumerate(reader.requests) if r.counterexamples]
+    asked = [(i, r) for i, r in enumerate(reader.requests) if r.wrong_prompts]
     if not asked:
         return []
     pairs = [
         reader.pair(i, prompt, request.target_new)
         for i, request in asked
-        for prompt in (request.text, *request.counterexamples)
+        for prompt in (request.text, *request.wrong_prompts)
     ]
     scores = iter(reader.scores(pairs))
     ratios: list[tuple[int, float]] = []
     for i, request in asked:
-        right, *wrong = (next(scores).logprobs[0] for _ in (0, *request.counterexamples))
+        right, *wrong = (next(scores).logprobs[0] for _ in (0, *request.wrong_prompts))
         top = max(wrong)
         mean = top + math.log(sum(math.exp(w - top) for w in wrong) / len(wrong))
         ratios.append((i, right - mean))

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("errata")
 
 _Sides = tuple[str, tuple[str, ...], tuple[str, ...]]  # prompt, forms that should win, the others
+ENTROPY = "mean of 2/3 H2 and 4/3 H3 of word n-grams"
 HOW = "mean-token log-probability, new vs true, teacher-forced"
 
 
@@ -203,7 +204,7 @@ def fluency(
     ]
     if not entropies:
         return []
-    how = f"{protocol}: mean of 2/3 H2 and 4/3 H3 of word n-grams, {sampling(reader)}"
+    how = f"{protocol}: {ENTROPY}, {sampling(reader)}"
     return [reader.mean(metric, entropies, how, unit="bits")]
 
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from errata.contract.protocol import Protocol
 from errata.evaluate import reader as questions
+from errata.evaluate.fluency import weighted_entropy, words
 from errata.evaluate.protocols import convsent, sanitation
-from errata.evaluate.protocols.counterfact import fluency
+from errata.evaluate.protocols.counterfact import ENTROPY, sampling
 from errata.evaluate.protocols.easyedit import (
     KEPT,
     RIGHT,
@@ -21,15 +22,19 @@ from errata.evaluate.protocols.easyedit import (
     token_accuracy,
     tokens_kept,
 )
+from errata.evaluate.sampled import GENERATED_TOKENS, TOP_K, written_texts
 
 if TYPE_CHECKING:
     from errata.contract.measurement import Measurement
-    from errata.edits.request import Request
     from errata.evaluate.reader import Question, Reader
 
 NAME = "knowedit"
 OWN_MEASURES = ("sentiment", "erase")
 """Kinds of request that are not scored as facts."""
+_WRITTEN = (
+    f"{GENERATED_TOKENS} new tokens without the prompt (of requests of kind text), sampled from "
+    f"the top {TOP_K}, seed {{seed}}"
+)
 
 
 def measure(reader: Reader) -> list[Measurement]:
@@ -38,7 +43,7 @@ def measure(reader: Reader) -> list[Measurement]:
         *_success(reader),
         *_portability(reader),
         *_locality(reader),
-        *fluency(reader, NAME, "fluency", _fluency_prompts),
+        *_fluency(reader),
         *convsent.measure(reader, NAME),
         *sanitation.measure(reader, NAME),
     ]
@@ -107,8 +112,31 @@ def _by_type(
     return [reader.mean(metric, means, how), *found[1:]]
 
 
-def _fluency_prompts(request: Request) -> Sequence[str]:
-    return () if request.kind in OWN_MEASURES else rewrite_prompt(request)
+def _fluency(reader: Reader) -> list[Measurement]:
+    """Return the n-gram entropy of sampled texts; of `text` requests, of the new tokens alone.
+
+    Their prompts are passages, many of them as long as a whole sampled text: the value would be
+    that of the data.
+    """
+    if not reader.generates or "fluency" in reader.settings.leave_out:
+        return []
+    entropies: list[tuple[int, float]] = []
+    hows: list[str] = []
+    for i, request in enumerate(reader.requests):
+        if request.kind in OWN_MEASURES:
+            continue
+        if request.kind == "text":
+            with reader.state():
+                texts = written_texts(reader.model, [request.text], reader.settings.seed)
+            hows.append(_WRITTEN.format(seed=reader.settings.seed))
+        else:
+            texts = reader.samples(rewrite_prompt(request))
+            hows.append(sampling(reader))
+        entropies += [(i, weighted_entropy(words(text))) for text in texts]
+    if not entropies:
+        return []
+    how = f"{ENTROPY}, {'; '.join(sorted(set(hows), reverse=True))}"
+    return [reader.mean("fluency", entropies, f"{NAME}: {how}", unit="bits")]
 
 
 PROTOCOL = Protocol(

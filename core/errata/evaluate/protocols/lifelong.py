@@ -5,7 +5,6 @@ It looks at one state: which edits were made so far, and when to look, is the ca
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ from errata.contract.protocol import Protocol
 from errata.evaluate import reader as questions
 from errata.evaluate.protocols.easyedit import RIGHT, token_accuracy
 from errata.model.joining import join
+from errata.model.perplexity import pooled
 
 if TYPE_CHECKING:
     from errata.contract.measurement import Measurement
@@ -85,7 +85,10 @@ def _text_perplexity(reader: Reader) -> list[Measurement]:
     return [
         reader.mean(
             "ERR_perplexity",
-            ((i, math.exp(score.mean_nll)) for (i, _), score in zip(asked, scores, strict=True)),
+            (
+                (i, pooled([(score.mean_nll, 1)]))
+                for (i, _), score in zip(asked, scores, strict=True)
+            ),
             f"{NAME}: exp of the mean negative log-probability per target token, teacher-forced; "
             "mean over requests",
             unit="perplexity",

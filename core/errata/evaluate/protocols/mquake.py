@@ -35,12 +35,21 @@ def measure(reader: Reader) -> list[Measurement]:
 
 
 def _edit_wise(reader: Reader, edits: Sequence[Question]) -> list[Measurement]:
-    """Return the share of edits that are recalled: each is a case here, by its case's name."""
+    """Return the share of edits that are recalled, each under its case's name.
+
+    The edits of a chain are made in one call, so the interval is over cases.
+    """
     if not edits:
         return []
     cases = [reader.case(question) for question in edits]
     return [
-        Measurement.mean(name, hits, f"{how}; mean over edits", case_ids=cases, answers=answers)
+        Measurement.mean(
+            name,
+            hits,
+            f"{how}; mean over edits, interval over cases",
+            case_ids=cases,
+            answers=answers,
+        )
         for name, hits, how, answers in _recalled(reader, "edit_wise", edits)
     ]
 

@@ -11,8 +11,11 @@ from errata.evaluate.matching import contained_match
 
 if TYPE_CHECKING:
     from errata.contract.measurement import Measurement
+    from errata.edits.request import Request
     from errata.evaluate.reader import Question, Reader
 
+SAME_ANSWER = "same_answer"
+"""Type of the probes that ask another question with the erased answer (`knowedit`'s reader)."""
 REFUSALS = (
     "I don't know",
     "I do not know",
@@ -39,6 +42,7 @@ def measure(reader: Reader, protocol: str) -> list[Measurement]:
     for metric, of in (
         ("refusal", questions.of_requests),
         ("refusal_paraphrase", questions.of_paraphrases),
+        ("refusal_same_answer", _of_same_answer),
     ):
         asked = [question for question in of(reader.requests) if question.request in erased]
         measured += _refused(reader, protocol, metric, asked)
@@ -48,6 +52,11 @@ def measure(reader: Reader, protocol: str) -> list[Measurement]:
         *reader.ask(protocol, "retention", retained),
         *reader.unchanged(protocol, "retention_unchanged", retained),
     ]
+
+
+def _of_same_answer(requests: Sequence[Request]) -> list[Question]:
+    """Return the other questions whose answer is to be forgotten."""
+    return [q for q in questions.of_portability(requests) if q.type == SAME_ANSWER]
 
 
 def is_refusal(text: str, accepted: Sequence[str], erased: Sequence[str] = ()) -> bool:
