@@ -15,6 +15,7 @@ from errata.errors import CapabilityError, ConfigError, RequestError
 from errata.kit.hypernetworks import (
     Factors,
     NetworkTraining,
+    Signals,
     edited_modules,
     low_rank_deltas,
     rows_edited,
@@ -24,7 +25,11 @@ from errata.kit.hypernetworks.lessons import Lesson
 from errata.kit.training.training_batches import target_batches
 from errata.model import Model
 from errata.model.running import prepare, run
+from errata_ke import Ke
+from errata_mend import Mend
+from errata_mend.network import MendNetwork
 from tests.families import build, build_model, sampled
+from tests.second_device import Away, put_there, second_device
 
 QUIET = {"efficacy": "off", "perplexity": "off", "norm": "off"}
 TINY: dict[str, Any] = {
@@ -180,6 +185,16 @@ def test_a_training_that_was_killed_goes_on_to_the_same_network(
     assert taken == [4, 5]
     assert longer[:2] == curve
 
+    taken[:] = [3]  # (which is not interrupted again); the state of another network is left alone
+    monkeypatch.setattr(MendNetwork, "__init__", with_a_parameter_more)
+    train(killed, steps=8)
+    assert taken == [3, *range(8)]
+
+
+def with_a_parameter_more(self: MendNetwork, *args: Any, init: Any = MendNetwork.__init__) -> None:
+    init(self, *args)
+    self.more = torch.nn.Parameter(torch.zeros(1))
+
 
 def test_what_was_trained_on_is_not_edited_and_without_training_nothing_is(tmp_path: Path) -> None:
     training, edited = cases()
@@ -226,6 +241,124 @@ def test_every_sort_of_model_is_edited_and_comes_back(family: str, tmp_path: Pat
             editor.revert(one, other)
             now = editor.model.parameters
             assert all(torch.equal(now[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize(
+    ("method", "parts"), [("mend", ("",)), ("mend", ("transformer.h.2.mlp",)), ("ke", ("",))]
+)
+def test_networks_are_trained_and_edit_where_the_model_is(
+    method: str, parts: tuple[str, ...], tmp_path: Path
+) -> None:
+    training, edited = cases()
+    config = {"mend": {**MEND, "layers": [1, 2]}, "ke": {**KE, "layers": [2], "loops": 2}}[method]
+
+    def deltas(folder: Path, *away: str) -> list[dict[str, torch.Tensor]]:
+        model = build_model("gpt2", folder)
+        model.trained_on = "0" * 16
+        put_there(model, *away)
+        plugin = {"mend": Mend, "ke": Ke}[method]()
+        settings = plugin.config(**config).for_model(model.anatomy)
+        plugin.prepare(model, training, settings)
+        return [delta.tensors() for delta in plugin.edit(model, edited, settings)]
+
+    here = deltas(tmp_path / "here")
+    with second_device():
+        there = deltas(tmp_path / "there", *parts)
+    for one, other in zip(here, there, strict=True):
+        assert one.keys() == other.keys()
+        for name, tensor in other.items():
+            assert isinstance(tensor, Away) is (parts == ("",))  # where the network is
+            found = tensor.held if isinstance(tensor, Away) else tensor
+            torch.testing.assert_close(found, one[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["mend", "ke"])
+def test_an_erasure_without_a_refusal_is_refused_not_taught(method: str, tmp_path: Path) -> None:
+    training, (fact, _) = cases()
+    config = {"mend": MEND, "ke": KE}[method]
+    erase = {**fact.model_dump(exclude={"target_new"}), "kind": "erase", "target_true": "Rome"}
+    with opened(tmp_path, training) as editor:
+        with pytest.raises(CapabilityError, match="Give a refusal as target_new"):
+            editor.edit(erase, method=method, config=config)
+        edit = editor.edit({**erase, "target_new": "I do"}, method=method, config=config)
+        assert edit.requests[0].target_new == "I do"
+    taught = [
+        Request.parse({**r.model_dump(), "kind": "erase", "target_new": ""}) for r in training
+    ]
+    with opened(tmp_path, taught) as editor:
+        with pytest.raises(CapabilityError, match="nothing is to be said instead"):
+            editor.prepare(method, config)
+
+
+def test_few_subjects_are_split_and_too_few_are_named(tmp_path: Path) -> None:
+    def about(*names: str, n: int = 10) -> list[Request]:
+        prompts = [f"Of {{}} we know number {place}," for place in range(n)]
+        return [
+            Request(prompt=prompt, subject=name, target_new="Rome", neighbourhood=beside)
+            for prompt in prompts
+            for name in names
+        ]  # fmt: skip
+
+    beside: list[Any] = []
+    with opened(tmp_path / "three", about("France", "Spain", "Italy")) as editor:
+        editor.prepare("mend", {**MEND, "validation": 6})  # the sixth that are held out are of all
+    for names, match in (
+        (("France",), "10 about 1 were given"),
+        (("France", "Spain"), r"one subject are left \(\d+\).*three subjects at least"),
+    ):
+        with opened(tmp_path / match[:5], about(*names)) as editor:
+            with pytest.raises(ConfigError, match=match):
+                editor.prepare("mend", {**MEND, "validation": 6})
+    beside = [{"prompt": "The capital of Italy is", "answers": ["Rome"]}]
+    with opened(tmp_path / "beside", about("France", "Spain")) as editor:
+        editor.prepare("mend", {**MEND, "locality": "neighbours"})
+
+
+def test_what_is_trained_on_in_a_chat_is_rendered(tmp_path: Path) -> None:
+    module, tokenizer = build("llama")
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %} [assistant]{% endif %}"
+    )
+    training = [request.model_copy(update={"chat": True}) for request in cases()[0]]
+    seen: list[str] = []
+
+    class Watched(MendNetwork):
+        def forward(self, signals: Signals) -> dict[str, Factors]:
+            seen.extend(request.text for request in signals.requests)
+            return super().forward(signals)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("errata_mend.network.MendNetwork", Watched)
+        with Editor(module, tokenizer, artifacts=tmp_path, training=training) as editor:
+            editor.prepare("mend", MEND)
+    assert seen
+    assert all(t.startswith("[user] The capital") and t.endswith(" [assistant]") for t in seen)
+
+
+def test_validation_asks_what_the_steps_ask(tmp_path: Path) -> None:
+    model = build_model("gpt2", tmp_path)
+    asked = [cases()[0][0], REQUESTS[0]]  # with a paraphrase, and without
+    lesson = Lesson(model, asked, [[], []], layer=0, remember=False)
+    assert lesson.phrasings().asked == [1, 2]
+    assert lesson.phrasings(own=True).asked == [0, 2]
+    phrasings = Lesson.phrasings
+    for method, config, prompts_alone in (
+        ("mend", MEND, False),
+        ("ke", KE, True),  # as published: the flipped example itself must succeed
+        ("ke", {**KE, "prompt_share": 0.5}, False),
+    ):
+        seen: set[bool] = set()
+
+        def noting(self: Lesson, *, own: bool = False, seen: set[bool] = seen) -> Any:
+            seen.add(own)
+            return phrasings(self, own=own)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Lesson, "phrasings", noting)
+            with opened(tmp_path, cases()[0]) as editor:
+                editor.prepare(method, config)
+        assert seen == {prompts_alone}
 
 
 def test_a_step_of_two_views_asks_for_the_prompt_and_a_paraphrase(tmp_path: Path) -> None:

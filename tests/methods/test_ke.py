@@ -12,8 +12,8 @@ from errata import Editor, Request
 from errata.kit.hypernetworks import Signals, signals_of
 from errata.kit.hypernetworks.lessons import Answered
 from errata.model import Model
-from errata_ke import KeConfig
-from errata_ke.network import KnowledgeEditor, root_mean_square
+from errata_ke import Ke, KeConfig
+from errata_ke.network import KnowledgeEditor, cross_attention, root_mean_square
 from tests.families import build, build_model
 
 QUIET = {"efficacy": "off", "perplexity": "off", "norm": "off"}
@@ -122,3 +122,33 @@ def test_a_classifier_is_edited_and_comes_back(loops: int, tmp_path: Path) -> No
 def test_how_often_an_edit_is_made_again_trains_nothing_anew() -> None:
     assert KeConfig(loops=1).recipe() == KeConfig(loops=5).recipe()
     assert KeConfig(margin=0.1).recipe() != KeConfig(margin=0.2).recipe()
+
+
+def test_the_variants_are_trained_as_their_authors_did(tmp_path: Path) -> None:
+    published, efk = KeConfig(), KeConfig(variant="efk")
+    assert (published.patience, published.prompt_share, published.steps) == (None, 1.0, 50_000)
+    # The port asks for a rephrase, and clips.
+    assert (efk.prompt_share, efk.clip, efk.patience) == (0.0, 100.0, 2000)
+    model = build_model("bert-classifier", tmp_path)
+    network, _ = editing(model, warmup=1000, decay=200_000)
+    rates = [network.rate(step) for step in (0, 999, 1000, 100_500, 199_999, 200_000, 201_000)]
+    assert rates == pytest.approx([1e-3, 1.0, 1.0, 0.5, 1 / 199_000, 0.0, 0.0])
+    with pytest.raises(
+        ValueError, match=r"decay=10, the step .* must lie behind the warm-up of 50"
+    ):
+        KeConfig(variant="small", decay=10)
+
+
+def test_all_matrices_are_those_of_cross_attention_too(tmp_path: Path) -> None:
+    model = build_model("t5", tmp_path)
+    config = KeConfig(**SMALL).for_model(model.anatomy)
+    model.trained_on = "0" * 16
+    requests = [r.model_copy(update={"kind": "modify", "target_new": "Rome"}) for r in REQUESTS]
+    Ke().prepare(model, requests[2:], config)
+    (delta,) = Ke().edit(model, requests[:1], config)
+    matrices = {
+        name for name, p in model.parameters.items() if ".block." in name and p.ndim == 2
+    } - {name for name in model.parameters if "relative_attention_bias" in name}
+    assert {name for name in matrices if "EncDecAttention" in name}
+    assert set(delta.parameters) == matrices
+    assert cross_attention(build_model("gpt2", tmp_path), None) == []

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from errata.edits.rendering import rendered
 from errata.edits.request import Probe, Request
 from errata.errors import ConfigError, IntegrityError
 from errata.model import Model
@@ -19,8 +20,9 @@ from errata.testing import edit_with
 from errata_serac import Serac, SeracConfig, training
 from errata_serac.counterfactual import new_lora, read_with, switched_on
 from errata_serac.delta import CounterfactualDelta, Mixed, Networks, Switched, mixed_log_probs
-from errata_serac.scope import CrossScope, log_outside, scope_of
+from errata_serac.scope import CrossScope, OwnScope, log_outside, scope_of
 from tests.families import build, build_model
+from tests.second_device import put_there, second_device
 
 WORDS = ["Paris", "Rome", "Berlin", "Madrid", "Lisbon", "Oslo", "Vienna", "Athens"]
 TRAINING = [
@@ -63,8 +65,7 @@ def test_a_prompt_in_scope_is_answered_with_its_edit_and_no_other(model: Model) 
     before = score_targets(model, [far], ["Rome"])
     (delta,) = edited(model, [EDIT])
     networks = Networks.of(model, delta.artifact)
-    _, log_g = networks.nearest([delta], EDIT.text)
-    (_, out) = networks.nearest([delta], far)
+    (log_g,), (out,) = networks.log_g([delta], EDIT.text), networks.log_g([delta], far)
     edge = math.exp((log_g + out) / 2)  # between both, wherever seconds of training left them
     assert log_g > out
     delta.threshold = edge
@@ -74,7 +75,9 @@ def test_a_prompt_in_scope_is_answered_with_its_edit_and_no_other(model: Model) 
     assert score_targets(model, [far], ["Rome"]) == before
     with switched_on(model, networks.lora):
         model.stack.set([])
-        (wanted,) = score_targets(model, [read_with((EDIT.text, "Rome"), EDIT.text)], ["Rome"])
+        (wanted,) = score_targets(
+            model, [read_with(model, (EDIT.text, "Rome"), EDIT.text)], ["Rome"]
+        )
     model.stack.set([edit_with(1, "1" * 12, delta)])
     (found,) = score_targets(model, [EDIT.text], ["Rome"])
     assert found.logprobs == pytest.approx(wanted.logprobs, abs=2e-5)
@@ -103,7 +106,7 @@ def test_a_mixture_is_one_token_by_token(model: Model) -> None:
         table, ids = mixed_log_probs(model, networks.lora, EDIT.text, "Rome", edit, log_g)
     f = run(model, prepare(model, [EDIT.text], ["Rome"])).softmax(-1)
     with switched_on(model, networks.lora):
-        h = run(model, prepare(model, [read_with(edit, EDIT.text)], ["Rome"])).softmax(-1)
+        h = run(model, prepare(model, [read_with(model, edit, EDIT.text)], ["Rome"])).softmax(-1)
     g = math.exp(log_g)
     torch.testing.assert_close(table.exp(), (1 - g) * f + g * h, rtol=1e-4, atol=1e-7)
     (score,) = score_targets(model, [EDIT.text], ["Rome"])
@@ -148,7 +151,7 @@ def test_a_training_that_was_killed_goes_on_to_the_same_bits(
 
 def test_the_loss_of_the_scope_is_balanced(model: Model) -> None:
     config = SeracConfig(**SMALL, edit_weight=0.0)
-    begun = training.SeracTraining.begin(model, config, training.lessons_of(TRAINING, None), [])
+    begun = training.SeracTraining.begin(model, config, training.lessons_of(TRAINING), [])
     rows = begun.batch(begun.lessons, "0")
     assert rows == begun.batch(begun.lessons, "0") != begun.batch(begun.lessons, "1")
     within = begun.scope.pairs([r.edit for r in rows], [r.inside for r in rows])
@@ -191,4 +194,91 @@ def test_what_is_no_row_and_what_lacks_its_networks_is_refused(model: Model) -> 
     with pytest.raises(IntegrityError, match="not among the artifacts"):
         Networks.of(model, ("serac", "nowhere"))
     with pytest.raises(ConfigError, match="too few"):
-        training.lessons_of(TRAINING[:2], None)
+        training.lessons_of(TRAINING[:2])
+
+
+def test_the_largest_g_claims_a_prompt_whichever_training_it_is_of(model: Model) -> None:
+    other = Request(prompt="The mother tongue of {} is", subject="Ana", target_new="French")
+    deltas = edited(model, [other])
+    model.stack.set([])
+    deltas += edited(model, [EDIT], seed=1)
+    assert deltas[0].artifact != deltas[1].artifact
+    for delta in deltas:
+        delta.threshold = 1e-30  # each claims every prompt
+    for order in (deltas, deltas[::-1]):
+        model.stack.set([edit_with(n, f"{n}" * 12, delta) for n, delta in enumerate(order, 1)])
+        one, two = model.stack.respond([EDIT.text, other.text])
+        assert isinstance(one, Switched)
+        assert isinstance(two, Switched)
+        assert one.chosen[EDIT.text][0] == (EDIT.text, "Rome")
+        assert two.chosen[other.text][0] == (other.text, "French")
+    deltas[1].threshold = 1 - 1e-12  # nothing is in its scope: the next best answers
+    (one,) = model.stack.respond([EDIT.text])
+    assert isinstance(one, Switched)
+    assert one.chosen[EDIT.text][0] == (other.text, "French")
+
+
+def test_in_a_chat_the_user_says_the_edit_too_and_the_template_is_out_of_scope(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = build_model("gpt2", tmp_path)
+    chat.trained_on = "0" * 16
+    chat.tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+
+    def said(text: str) -> str:
+        return f"<user>{text}</><assistant>"
+
+    asked: list[str] = []
+    read: list[str] = []
+    taught = [request.model_copy(update={"chat": True}) for request in TRAINING]
+    with monkeypatch.context() as patch:
+        pairs, prepares = OwnScope.pairs, training.prepare
+        patch.setattr(OwnScope, "pairs", lambda *a: asked.extend([*a[2]]) or pairs(*a))
+        patch.setattr(
+            training, "prepare", lambda m, texts, *a: read.extend(texts) or prepares(m, texts, *a)
+        )
+        Serac().prepare(chat, taught, SeracConfig(**SMALL))
+    assert asked
+    assert not any("<" in text for text in asked)
+    assert read
+    assert all(t.startswith("<user>The mayor of") and t.count("<user>") == 1 for t in read)
+
+    (request,) = rendered(chat, [EDIT.model_copy(update={"chat": True})])
+    assert request.text == said(EDIT.text)
+    (delta,) = Serac().edit(chat, [request], SeracConfig(**SMALL))
+    assert delta.prompt == EDIT.text
+    delta.threshold = 1e-30
+    chat.stack.set([edit_with(1, "1" * 12, delta)])
+    (answers,) = chat.stack.respond([request.text])
+    assert isinstance(answers, Switched)
+    assert answers.read([request.text]) == [said(f"{EDIT.text} Rome {EDIT.text}")]
+    for text in (EDIT.text, "Once upon a time"):  # how far a prompt is does not hang on the frame
+        (plain, framed) = chat.stack.respond([text, said(text)])
+        assert isinstance(plain, Switched)
+        assert isinstance(framed, Switched)
+        assert framed.chosen[said(text)] == plain.chosen[text]
+    assert chat.stack.respond([said(" ")]) == [None]
+
+
+def test_a_mixture_is_trained_for_a_model_on_another_device(tmp_path: Path) -> None:
+    def trained(folder: Path, *away: str) -> dict[str, torch.Tensor]:
+        made = build_model("gpt2", folder)
+        put_there(made, *away)
+        config = SeracConfig(**{**SMALL, "steps": 2, "batch_size": 2, "variant": "mixture"})
+        return training.train(made, TRAINING, config, ("run", "1"))[0]
+
+    here = trained(tmp_path / "here")
+    with second_device():
+        there = trained(tmp_path / "there", "")
+    for name, tensor in here.items():
+        torch.testing.assert_close(there[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_training_requests_that_all_ask_the_same_are_refused(model: Model) -> None:
+    same = [TRAINING[0].model_copy(update={"target_new": word}) for word in WORDS]
+    for given in (same, [TRAINING[1], *same]):  # the first is kept aside to validate on
+        with pytest.raises(ConfigError, match=r"all ask 'The mayor of Paris is from'"):
+            training.train(model, given, SeracConfig(**SMALL), ("run", "1"))

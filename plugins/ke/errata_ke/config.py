@@ -21,6 +21,7 @@ Variant = Literal["published", "efk", "small", "efk-small"]
 _EFK: Mapping[str, Any] = {
     "constraint": "none", "hidden": 512, "condition": 768, "optimiser": "adam", "lr": 1e-5,
     "warmup": 0, "decay": None, "batch_size": 10, "n_locality": 1, "steps": 100_000,
+    "prompt_share": 0.0, "clip": 100.0, "patience": 2000,
 }  # fmt: skip
 
 _SMALL: Mapping[str, Any] = {
@@ -34,7 +35,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "published": {},
         "efk": _EFK,
         "small": {**_SMALL, "locality": "others", "n_locality": 7, "batch_size": 16},
-        "efk-small": {**_EFK, **_SMALL, "prompt_share": 0.3, "c_edit": 0.5},
+        "efk-small": {**_EFK, **_SMALL, "prompt_share": 0.3, "c_edit": 0.5, "clip": None},
     }
 )
 """What each variant sets. The defaults are the values published for BERT on FEVER."""
@@ -66,6 +67,11 @@ class KeConfig(NetworkConfig):
         ge=0,
         le=1,
         description="Share of steps that ask for the edit's own prompt instead of a paraphrase",
+    )
+    patience: int | None = Field(
+        default=None,
+        ge=1,
+        description="Stop when validation has not improved for so many steps; none: never",
     )
     steps: int = Field(default=50_000, ge=1, description="Steps of the training, at most")
     hidden: int = Field(default=128, ge=1, description="Width of the LSTM, per direction")
@@ -103,7 +109,10 @@ class KeConfig(NetworkConfig):
     lr: float = Field(default=3e-4, gt=0, description="Learning rate of the network")
     warmup: int = Field(default=1000, ge=0, description="Steps until the learning rate is whole")
     decay: int | None = Field(
-        default=200_000, ge=1, description="Steps in which it then falls to zero; none: it does not"
+        default=200_000,
+        ge=1,
+        description="Step at which it has fallen to zero, counted from the first one, warm-up "
+        "included; none: it does not fall",
     )
     loops: int = Field(
         default=1,
@@ -115,7 +124,8 @@ class KeConfig(NetworkConfig):
     def for_model(self, anatomy: Anatomy) -> Self:
         """Return the configuration with layers and modules written out.
 
-        All matrices of all blocks as published; the MLPs of the last blocks in the port.
+        All matrices of all blocks as published (a decoder's cross-attention belongs to all four
+        roles together); the MLPs of the last blocks in the port.
         """
         port = self.variant.startswith("efk")
         layers, targets = self.layers, self.target_modules
@@ -125,6 +135,15 @@ class KeConfig(NetworkConfig):
             targets = ("mlp_in", "mlp_out") if port else ROLES
         written = self.model_copy(update={"layers": layers, "target_modules": targets})
         return super(KeConfig, written).for_model(anatomy)
+
+    @model_validator(mode="after")
+    def _falls_after_it_has_risen(self) -> Self:
+        if self.decay is not None and self.decay <= self.warmup:
+            raise ValueError(
+                f"decay={self.decay}, the step at which the learning rate is zero, must lie behind "
+                f"the warm-up of {self.warmup} steps; give a larger one, or none"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -27,7 +27,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from errata.edits.delta import Factor, LowRankDelta
-from errata.edits.delta.adapter_layers import no_randomness
+from errata.edits.delta.adapter_layers import base_layer, is_linear, no_randomness
 from errata.kit.hypernetworks import (
     EditingNetwork,
     Factors,
@@ -38,6 +38,7 @@ from errata.kit.hypernetworks import (
     signals_of,
     trained_network,
 )
+from errata.kit.training import ROLES, linear_modules
 from errata.kit.training.training_batches import settled, target_batches
 from errata.model.running import run
 
@@ -57,6 +58,8 @@ SUCCESS = 0.9
 def trained(model: Model, config: KeConfig, training: Sequence[Request] = ()) -> KnowledgeEditor:
     """Return the trained network."""
     modules = edited_modules(model, config.target_modules, config.layers)
+    if set(ROLES) <= set(config.target_modules or ()):
+        modules += cross_attention(model, config.layers)
     network = trained_network(
         model, "ke", lambda: KnowledgeEditor(model, modules, config), modules, config, training
     )
@@ -74,6 +77,29 @@ def edit(model: Model, requests: Sequence[Request], config: KeConfig) -> list[Lo
             deltas += low_rank_deltas(model, network(signals), signals, extra=network.extra)
         return deltas
     return [_again(model, request, network, config.loops) for request in requests]
+
+
+def cross_attention(model: Model, layers: Sequence[int] | None) -> list[str]:
+    """Return the paths of the projections by which a decoder reads its encoder; none without one.
+
+    They have no role of their own: they are what the blocks have besides.
+
+    Args:
+        model: the model.
+        layers: blocks of the decoder; None: all.
+    """
+    anatomy = model.anatomy
+    if anatomy.encoder is None:
+        return []
+    chosen = range(anatomy.n_layers) if layers is None else layers
+    known = set(linear_modules(model, ROLES, chosen))
+    blocks = tuple(f"{anatomy.block(layer)}." for layer in chosen)
+    paths = [
+        name.removesuffix(".weight")
+        for name in model.parameters
+        if name.startswith(blocks) and name.endswith(".weight")
+    ]
+    return [p for p in paths if is_linear(base_layer(model.module, p)) and p not in known]
 
 
 def _again(model: Model, request: Request, network: KnowledgeEditor, loops: int) -> LowRankDelta:
@@ -205,6 +231,7 @@ class KnowledgeEditor(EditingNetwork):
             name = self._model.anatomy.weight(self._model.anatomy.embedding_name)
             table = self._model.pristine[name].detach()
         words = nn.functional.embedding(rows.to(table.device), table).float()
+        words = words.to(self.reduced.weight.device)
         packed = pack_padded_sequence(words, lengths, batch_first=True, enforce_sorted=False)
         _, (last, _) = self.lstm(packed)
         h: Tensor = self.reduced(torch.cat([last[0], last[1]], -1)).tanh()
@@ -237,7 +264,7 @@ class KnowledgeEditor(EditingNetwork):
             return (step + 1) / config.warmup
         if config.decay is None:
             return 1.0
-        return max(0.0, 1.0 - (step - config.warmup) / config.decay)
+        return max(0.0, (config.decay - step) / (config.decay - config.warmup))
 
     @torch.no_grad()
     def stepped(self) -> None:
@@ -247,8 +274,7 @@ class KnowledgeEditor(EditingNetwork):
     def validated(self, found: Validation) -> None:
         """Tighten the margin after a validation that succeeds."""
         if found["success"] > SUCCESS:
-            smallest = torch.tensor(self._config.margin_end)
-            self.margin.copy_(torch.maximum(self.margin * self._config.margin_decay, smallest))
+            self.margin.mul_(self._config.margin_decay).clamp_(min=self._config.margin_end)
 
     def badness(self, found: Validation) -> float:
         """Return 1 − the mean of what succeeds and what is kept, or the loss of the port."""

@@ -203,7 +203,7 @@ class MendNetwork(EditingNetwork):
         """Let a change be a share of ‖W x‖ in each matrix, the share that has the lowest loss."""
         anatomy = self._model.anatomy
         some = [one.to(torch.float32) for one in signals[:16]]
-        sizes = torch.zeros(len(self.paths))
+        sizes = torch.zeros_like(self.unit)
         for one in some:
             factors = self(one)
             for index, path in enumerate(self.paths):

@@ -52,14 +52,14 @@ class Serac:
     def edit(
         self, model: Model, requests: Sequence[Request], config: SeracConfig
     ) -> list[CounterfactualDelta]:
-        """Return one row per request."""
+        """Return one row per request; of a chat it holds what the user says."""
         from errata_serac.delta import CounterfactualDelta
 
         key = model.base_key("serac", _recipe(config), trained=True)
         parameter = model.anatomy.weight(model.anatomy.embedding_name)
         return [
             CounterfactualDelta(
-                request.text, request.target_new, key, parameter,
+                request.plain.text, request.target_new, key, parameter,
                 threshold=config.threshold, mixture=config.variant == "mixture",
             )
             for request in requests

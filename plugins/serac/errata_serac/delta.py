@@ -18,7 +18,7 @@ from errata.model.running import check_length, prepare, run, wide
 from errata.model.scoring import read
 from errata.model.tokens import tokenise
 from errata_serac.config import SeracConfig
-from errata_serac.counterfactual import read_with, switched_on
+from errata_serac.counterfactual import read_with, switched_on, user_turn
 from errata_serac.scope import Scope, loaded, log_outside
 
 if TYPE_CHECKING:
@@ -64,8 +64,8 @@ class Networks:
         return found
 
     @torch.no_grad()
-    def nearest(self, edits: Sequence[CounterfactualDelta], prompt: str) -> tuple[int, float]:
-        """Return which edit's scope a prompt is in most, and log g."""
+    def log_g(self, edits: Sequence[CounterfactualDelta], said: str) -> list[float]:
+        """Return log g of each edit with a prompt (of a chat, with what the user says)."""
         rows = tuple((edit.prompt, edit.label) for edit in edits)
         # The model's own states move with other edits.
         active = self.model.stack.ids if self.config.encoder is None else ()
@@ -75,16 +75,15 @@ class Networks:
             memory = self.remembered[key] = self.scope.memory(rows)
             for old in list(self.remembered)[:-4]:
                 self.remembered.pop(old, None)
-        log_g = self.scope.over(memory, prompt)
-        place = int(log_g.argmax())
-        return place, float(log_g[place])
+        found: list[float] = self.scope.over(memory, said).tolist()
+        return found
 
 
 class CounterfactualDelta(Delta):
     """One row of SERAC's memory.
 
     Args:
-        prompt, label: the edit.
+        prompt, label: the edit, as plain text.
         artifact: key of the trained networks.
         parameter: name of the model's embedding: its fingerprint says which model is meant.
         threshold: least g of a prompt in scope.
@@ -158,27 +157,40 @@ class CounterfactualDelta(Delta):
     def respond(
         cls, model: Model, deltas: Sequence[tuple[str, Self]], prompts: Sequence[str]
     ) -> list[Answers | None]:
-        """Have the counterfactual model answer prompts in scope of an edit: i* = argmax g > ½."""
+        """Have the counterfactual model answer prompts in scope of an edit: i* = argmax g > ½.
+
+        Where edits of several trainings are active, the largest g of all claims the prompt.
+        """
         groups: dict[tuple[str, ...], list[Self]] = {}
         for _, delta in deltas:
             groups.setdefault(delta.artifact, []).append(delta)
-        found: list[Answers | None] = [None] * len(prompts)
-        for key, edits in groups.items():
-            networks = Networks.of(model, key)
-            switched, mixed = Switched(model, networks), Mixed(model, networks)
-            for row, prompt in enumerate(prompts):
-                if found[row] is not None or not prompt.strip():
-                    continue
-                place, log_g = networks.nearest(edits, prompt)
-                edit = edits[place]
-                about = (edit.prompt, edit.label), log_g
-                if edit.mixture:
-                    mixed.chosen[prompt] = about
-                    found[row] = mixed
-                elif log_g > math.log(edit.threshold):
-                    switched.chosen[prompt] = about
-                    found[row] = switched
+        networks = {key: Networks.of(model, key) for key in groups}
+        answering: dict[tuple[tuple[str, ...], bool], Switched] = {}
+        found: list[Answers | None] = []
+        for prompt in prompts:
+            said = user_turn(model, prompt)[1]
+            claims = [
+                (log_g, edit)
+                for key, edits in groups.items()
+                if said.strip()
+                for edit, log_g in zip(edits, networks[key].log_g(edits, said), strict=True)
+                if edit._claims(log_g)
+            ]
+            if not claims:
+                found.append(None)
+                continue
+            log_g, edit = max(claims, key=lambda claim: claim[0])
+            place = edit.artifact, edit.mixture
+            if place not in answering:
+                sort = Mixed if edit.mixture else Switched
+                answering[place] = sort(model, networks[edit.artifact])
+            answering[place].chosen[prompt] = (edit.prompt, edit.label), log_g
+            found.append(answering[place])
         return found
+
+    def _claims(self, log_g: float) -> bool:
+        """Say whether a prompt is in scope; every one is answered by a mixture."""
+        return self.mixture or log_g > math.log(self.threshold)
 
 
 class Switched:
@@ -191,7 +203,7 @@ class Switched:
 
     def read(self, prompts: Sequence[str]) -> list[str]:
         """Return the prompts with their edits."""
-        return [read_with(self.chosen[prompt][0], prompt) for prompt in prompts]
+        return [read_with(self.model, self.chosen[prompt][0], prompt) for prompt in prompts]
 
     def scores(self, prompts: Sequence[str], targets: Sequence[str]) -> Sequence[TargetScore]:
         """Return the teacher-forced score of each target after its prompt."""
@@ -297,7 +309,7 @@ def mixed_log_probs(
     Raises `IntegrityError` where the target is other tokens behind the edit than alone.
     """
     f = prepare(model, [prompt], [target])
-    h = prepare(model, [read_with(edit, prompt)], [target])
+    h = prepare(model, [read_with(model, edit, prompt)], [target])
     if f.labels.tolist() != h.labels.tolist():
         raise IntegrityError(f"{target!r} is tokenised in two ways: nothing can be mixed.")
     base = run(model, f).log_softmax(dim=-1)

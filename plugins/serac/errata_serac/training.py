@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from errata.edits.rendering import rendered
 from errata.errors import ConfigError
 from errata.model.forward import frozen
 from errata.model.running import prepare, run
-from errata_serac.counterfactual import new_lora, read_with, switched_on
+from errata_serac.counterfactual import new_lora, read_with, switched_on, user_turn
 from errata_serac.delta import mixed_log_probs
 from errata_serac.scope import log_outside, scope_of
 
@@ -71,23 +72,28 @@ def train(
         config: the hyper-parameters.
         unfinished: key under which a run that was killed is kept.
 
-    Raises `ConfigError` where no request has anything outside its scope.
+    Raises `ConfigError` for too few requests, and where all ask the same: then nothing is outside
+    an edit's scope.
     """
-    lessons = lessons_of(training, config.records)
+    lessons = lessons_of(rendered(model, training[: config.records]))
     held_out = lessons[: min(_VALIDATED_ON, max(1, len(lessons) // 10))]
-    begun = SeracTraining.begin(model, config, lessons[len(held_out) :], held_out)
-    return begun.to_end(unfinished)
+    learnt = lessons[len(held_out) :]
+    if len({lesson.edit[0] for lesson in learnt}) < 2:
+        raise ConfigError(
+            f"{len(lessons)} training requests, without the first {len(held_out)} to validate on, "
+            f"all ask {learnt[0].edit[0]!r}: nothing would be outside an edit's scope. Give "
+            "requests about two subjects at least."
+        )
+    return SeracTraining.begin(model, config, learnt, held_out).to_end(unfinished)
 
 
-def lessons_of(training: Sequence[Request], most: int | None) -> list[ScopeLesson]:
+def lessons_of(training: Sequence[Request]) -> list[ScopeLesson]:
     """Return what can be learnt of training requests."""
     lessons = []
     for request in training:
         hard = [probe.prompt for probe in (*request.neighbourhood, *request.locality)]
-        edit = (request.text, request.target_new)
+        edit = (request.plain.text, request.target_new)
         lessons.append(ScopeLesson(edit, [request.text, *request.paraphrases], hard))
-        if len(lessons) == most:
-            break
     if len(lessons) < 4:
         raise ConfigError(f"{len(lessons)} training requests are too few: give 4 or more.")
     return lessons
@@ -183,33 +189,38 @@ class SeracTraining:
     def loss(self, rows: Sequence[Example]) -> Tensor:
         """Return L of a batch."""
         edits, inside = [row.edit for row in rows], [row.inside for row in rows]
-        within = self.scope.pairs(edits, inside)
-        beyond = self.scope.pairs(edits, [row.outside for row in rows])
+        within = self.scope.pairs(edits, self._said(inside))
+        beyond = self.scope.pairs(edits, self._said([row.outside for row in rows]))
         config = self.config
         if config.variant == "mixture":
             answer, kept = self._mixture(rows, within, beyond)
             return config.edit_weight * answer + config.scope_weight * kept
         # −log g for what is in scope, −log(1 − g) for what is not, each a mean of its own.
         scope = -within.mean() - log_outside(beyond).mean()
-        loss: Tensor = (
-            config.edit_weight * self._answers(edits, inside) + config.scope_weight * scope
-        )
+        answers = self._answers(edits, inside).to(scope.device)
+        loss: Tensor = config.edit_weight * answers + config.scope_weight * scope
         return loss
+
+    def _said(self, prompts: Sequence[str]) -> list[str]:
+        """Return what the scope classifier reads: in a chat, what the user says."""
+        return [user_turn(self.model, prompt)[1] for prompt in prompts]
 
     def _answers(self, edits: Sequence[Edit], inside: Sequence[str]) -> Tensor:
         """Return the NLL per token of h(z, x) for the edits' labels."""
-        texts = [read_with(edit, prompt) for edit, prompt in zip(edits, inside, strict=True)]
+        texts = [read_with(self.model, *pair) for pair in zip(edits, inside, strict=True)]
         batch = prepare(self.model, texts, [label for _, label in edits])
         with switched_on(self.model, self.lora):
-            return torch.nn.functional.cross_entropy(run(self.model, batch), batch.labels)
+            logits = run(self.model, batch)
+        return torch.nn.functional.cross_entropy(logits, batch.labels.to(logits.device))
 
     def _mixture(
         self, rows: Sequence[Example], within: Tensor, beyond: Tensor
     ) -> tuple[Tensor, Tensor]:
         answers, kept = [], []
         for row, inside, outside in zip(rows, within, beyond, strict=True):
-            mix = self._mix(row.inside, row.edit, inside)
-            answers.append(torch.nn.functional.nll_loss(mix[0], torch.tensor(mix[1])))
+            mix, ids = self._mix(row.inside, row.edit, inside)
+            labels = torch.tensor(ids, device=mix.device)
+            answers.append(torch.nn.functional.nll_loss(mix, labels))
             table, _ = self._mix(row.outside, row.edit, outside)
             with torch.no_grad():
                 base = run(self.model, prepare(self.model, [row.outside], [row.edit[1]]))

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 class Factors:
     """The change of one matrix for each of B requests, ΔW = Σ_r u_r v_rᵀ.
 
+    On the network's device, which need not be the matrix's.
+
     Attributes:
         u: (B, R, d_out).
         v: (B, R, d_in).
@@ -52,8 +54,8 @@ def rows_edited(
             del module
             x, y = args[0], first_tensor(output)
             rows = x.reshape(len(owner), -1, x.shape[-1])  # OPT's MLP sees all rows in one
-            share = torch.einsum("btd,brd->btr", rows.to(v.dtype), v)
-            added = torch.einsum("btr,bro->bto", share, u)
+            share = torch.einsum("btd,brd->btr", rows.to(v.dtype), v.to(x.device))
+            added = torch.einsum("btr,bro->bto", share, u.to(x.device))
             return with_first(output, y + added.reshape(y.shape).to(y.dtype))
 
         return hook

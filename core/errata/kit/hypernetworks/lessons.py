@@ -108,7 +108,7 @@ class Sheet:
     def read(self, rows: Tensor, factors: Mapping[str, Factors] | None) -> tuple[Tensor, ...]:
         """Run some rows (ascending), each with its request's change; None: without.
 
-        Returns:
+        Returns, all on the model's device:
             The log-probabilities (m, vocabulary) at the rows' answers; the answers (m,); which of
             the rows (m,) and which request (m,) each is of.
         """
@@ -122,10 +122,12 @@ class Sheet:
             block.enter_context(self._model.prompts([self._prompts.ends[i] for i in rows.tolist()]))
             if factors is not None:
                 block.enter_context(rows_edited(self._model, factors, owners))
-            found = logits().float().log_softmax(-1).cpu()
+            found = logits().float().log_softmax(-1)
         held = self.held(rows)
         row = torch.searchsorted(rows, self._rows[held])
-        return found, self._prompts.labels.cpu()[held], row, owners[row]
+        labels, device = self._prompts.labels, self._model.device
+        read = (found, labels[held.to(labels.device)], row, owners[row])
+        return tuple(part.to(device) for part in read)
 
 
 class Drawn(NamedTuple):
@@ -167,7 +169,7 @@ class Lesson:
         remember: bool = True,
         check: bool = True,
     ) -> None:
-        self._size = len(requests)
+        self._size, self._device = len(requests), model.device
         asked: list[tuple[int, str, str]] = []
         stays: list[tuple[int, str, str]] = []
         self._phrasings: list[list[int]] = []  # rows of each request
@@ -220,9 +222,13 @@ class Lesson:
             staying += [beside[index] for index in order]
         return Drawn(sorted(chosen), sorted(staying))
 
-    def phrasings(self) -> Drawn:
-        """Return the rows of a validation: every request's first paraphrase, and what must stay."""
-        asked = [rows[min(1, len(rows) - 1)] for rows in self._phrasings]
+    def phrasings(self, *, own: bool = False) -> Drawn:
+        """Return the rows of a validation: one phrasing of every request, and what must stay.
+
+        Args:
+            own: the phrasing is the request's own prompt; else its first paraphrase, if it has one.
+        """
+        asked = [rows[0 if own else min(1, len(rows) - 1)] for rows in self._phrasings]
         return Drawn(sorted(asked), sorted(row for rows in self._kept for row in rows))
 
     def ask(self, factors: Mapping[str, Factors], drawn: Drawn) -> Answered:
@@ -239,11 +245,11 @@ class Lesson:
     def _moved(self, factors: Mapping[str, Factors], stays: Sequence[int]) -> tuple[Tensor, float]:
         """Return the divergence of rows that must stay, and the share of them that did."""
         if self._stays is None or not stays:
-            return torch.zeros(()), 1.0
+            return torch.zeros((), device=self._device), 1.0
         rows = torch.tensor(stays)
         after, _, row, _ = self._stays.read(rows, factors)
         if self._base is not None:
-            before = self._base[self._stays.held(rows)].float()
+            before = self._base[self._stays.held(rows)].to(after.device).float()
         else:
             with torch.no_grad():
                 before, *_ = self._stays.read(rows, None)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from errata.edits.aims import aims_of_request
+from errata.errors import CapabilityError
 from errata.kit.training.training_batches import TrainingBatch, batch_loss
 from errata.kit.values import EditFailed
 from errata.model.forward import frozen, patched, trace
@@ -32,6 +34,8 @@ _BATCH = 16
 @dataclass(frozen=True, eq=False)
 class Signals:
     """The gradients of B requests, rows padded with zeros.
+
+    All on one device: edited modules may be spread over several, the network is on one.
 
     Attributes:
         requests: the B requests.
@@ -91,6 +95,8 @@ def signals_of(
 ) -> list[Signals]:
     """Return each request's gradient at the model as it stands, fp32, without padding.
 
+    They are on the model's device (`Model.device`), wherever the modules are.
+
     Args:
         model: the model, with every edit off.
         requests: the requests; the gradient is of `target` after `text` (a class, in a classifier;
@@ -98,8 +104,12 @@ def signals_of(
         modules: paths of the linear modules.
         batch_size: requests per pass; it changes nothing but time and memory.
 
-    Raises `EditFailed` where a request's gradient is zero or not finite in every module.
+    Raises:
+        CapabilityError: a request asks only for an answer to be taken away.
+        EditFailed: a request's gradient is zero or not finite in every module.
     """
+    for request in requests:
+        _check_says_something(request)
     found: list[Signals] = []
     # Of one length each, so that nothing is computed on padding.
     order = sorted(range(len(requests)), key=lambda index: len(requests[index].text))
@@ -141,14 +151,28 @@ def _batch(model: Model, requests: Sequence[Request], modules: Sequence[str]) ->
     ):
         loss, _ = batch_loss(batch, run(model, prompts))
         gradients = torch.autograd.grad(loss * scale, [probes[path] for path in modules])
+    device = model.device
     inputs, errors, kept = {}, {}, {}
     for path, gradient in zip(modules, gradients, strict=True):
         x = seen[path].input
         assert x is not None
-        inputs[path] = x.reshape(len(requests), -1, x.shape[-1]).float()
-        errors[path] = gradient.reshape(len(requests), -1, gradient.shape[-1]).float() / scale
+        inputs[path], gradients_there = (
+            part.to(device).float().reshape(len(requests), -1, part.shape[-1])
+            for part in (x, gradient)
+        )
+        errors[path] = gradients_there / scale
         kept[path] = inputs[path].any(-1) & errors[path].any(-1)
     return Signals(tuple(requests), inputs, errors, kept)
+
+
+def _check_says_something(request: Request) -> None:
+    if not any(aim.sense == "say" for aim in aims_of_request(request)):
+        raise CapabilityError(
+            f"{request.text!r} is to be erased, and nothing is to be said instead. A trained "
+            "network turns the gradient of a target into a change; it never learnt to take an "
+            'answer away. Give a refusal as target_new, such as "I don\'t know.", or a method '
+            "that needs no training."
+        )
 
 
 def _check(signals: Signals) -> None:

@@ -56,6 +56,8 @@ def trained_network(
         config: the hyper-parameters.
         training: requests to train on; without them it must have been trained before.
 
+    The network is on the model's device, and wants its signals there (`signals_of`).
+
     Raises `ConfigError` where it was not.
     """
     recipe = config.recipe()
@@ -83,6 +85,6 @@ def trained_network(
 
     tensors, _ = model.of_base(name, recipe, compute=compute, sound=sound, trained=True)
     network.load_state_dict(dict(tensors))
-    network.requires_grad_(False)
+    network.to(model.device).requires_grad_(False)
     model.memo[(name, *key)] = network
     return network

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from errata.edits.rendering import rendered
 from errata.errors import ConfigError
 from errata.kit.hypernetworks.factors import Factors
-from errata.kit.hypernetworks.lessons import Answered, Lesson, locality_of
+from errata.kit.hypernetworks.lessons import Answered, Lesson, Locality, locality_of
 from errata.kit.hypernetworks.signals import Signals, signals_of
 from errata.model.forward import frozen
 
@@ -109,13 +110,15 @@ class NetworkTraining:
         config: NetworkConfig,
         state: tuple[str, ...],
     ) -> None:
-        self._model, self._name, self._editing = model, name, editing
+        self._model, self._name, self._editing = model, name, editing.to(model.device)
         self._modules, self._config, self._state = modules, config, state
         self.curve: list[dict[str, float]] = []
         self.best = 0
         self._best: dict[str, Tensor] = {}
         self._lowest: float | None = None
-        training, held_out = _split(list(requests), config.validation, config.seed)
+        asked = rendered(model, list(requests))
+        training, held_out = _split(asked, config.validation, config.seed)
+        _check_locality(training, config.locality)
         self._pool = training
         self._signals = {
             request.digest: signals.to(_KEPT)
@@ -193,7 +196,7 @@ class NetworkTraining:
         totals: dict[str, float] = {}
         for index, group in enumerate(self._held_out):
             lesson = self._lesson(f"held out {index}", group)
-            found = lesson.ask(self._editing(self._joined(group)), lesson.phrasings())
+            found = self._asked(lesson, group)
             values = {
                 "loss": float(self._editing.objective(found)),
                 "edit": float(found.edit.mean()),
@@ -228,9 +231,16 @@ class NetworkTraining:
         with torch.no_grad():
             for index, group in enumerate(self._groups[:2]):
                 lesson = self._lesson(f"group {index}", group)
-                found = lesson.ask(self._editing(self._joined(group)), lesson.phrasings())
-                losses.append(float(self._editing.objective(found)))
+                losses.append(float(self._editing.objective(self._asked(lesson, group))))
         return sum(losses) / len(losses)
+
+    def _asked(self, lesson: Lesson, group: Sequence[Request]) -> Answered:
+        """Return what comes of a lesson with the network as it stands.
+
+        Asked is what the steps ask for: the requests' own prompts where they ask for nothing else.
+        """
+        own = self._config.prompt_share == 1
+        return lesson.ask(self._editing(self._joined(group)), lesson.phrasings(own=own))
 
     def _exhausted(self, step: int) -> bool:
         patience = self._config.patience
@@ -284,7 +294,10 @@ class NetworkTraining:
         if stored is None or int(stored[1]["step"]) > self._config.steps:
             return None
         tensors, about = stored
-        self._editing.load_state_dict(dict(_part(tensors, "now")))
+        now = dict(_part(tensors, "now"))
+        if _shapes(now) != _shapes(self._editing.state_dict()):
+            return None  # of an errata whose network was another one
+        self._editing.load_state_dict(now)
         self._optimisers = self._editing.optimisers()
         for number, optimiser in enumerate(self._optimisers):
             state: dict[int, dict[str, Any]] = {}
@@ -305,23 +318,43 @@ def _part(tensors: Mapping[str, Tensor], name: str) -> Iterator[tuple[str, Tenso
             yield key.removeprefix(f"{name}."), value
 
 
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in state.items()}
+
+
 def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in state.items()}
 
 
 def _split(requests: list[Request], n: int, seed: int) -> tuple[list[Request], list[Request]]:
     """Return (training, held out): about other subjects, in a random order."""
-    if len({request.subject for request in requests}) < 2:
+    n_subjects = len({request.subject for request in requests})
+    if n_subjects < 2:
         raise ConfigError(
             f"Training needs requests about two subjects at least, one of them to validate on; "
-            f"{len(requests)} were given."
+            f"{len(requests)} about {n_subjects} were given."
         )
     order = torch.randperm(len(requests), generator=torch.Generator().manual_seed(seed)).tolist()
     mixed = [requests[index] for index in order]
-    size = max(1, min(n, len(mixed) // 5))
-    subjects = {request.subject for request in mixed[:size]}
-    training = [request for request in mixed[size:] if request.subject not in subjects]
-    return training, mixed[:size]
+    held_out = mixed[: max(1, min(n, len(mixed) // 5))]
+    subjects = list(dict.fromkeys(request.subject for request in held_out))
+    if len(subjects) > n_subjects - 2:  # many requests about few: most of these are learnt from
+        subjects = subjects[: max(1, n_subjects // 5)]
+    aside = set(subjects)
+    training = [request for request in mixed if request.subject not in aside]
+    return training, [request for request in held_out if request.subject in aside]
+
+
+def _check_locality(training: Sequence[Request], locality: Locality) -> None:
+    """Raise `ConfigError` where nothing is known that an edit must leave alone."""
+    several = len({request.subject for request in training}) > 1
+    beside = locality == "neighbours" and any(r.neighbourhood or r.locality for r in training)
+    if not several and not beside:
+        raise ConfigError(
+            f"Training requests about one subject are left ({len(training)}) when those to "
+            "validate on are taken away, and nothing says what an edit must leave alone: give "
+            "requests about three subjects at least, or with neighbours and locality='neighbours'."
+        )
 
 
 def _lowest_block(model: Model, modules: Sequence[str]) -> int:
