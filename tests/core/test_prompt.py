@@ -100,6 +100,9 @@ def test_in_a_chat_the_fact_is_part_of_what_the_user_says(model: Model, tmp_path
     put(chat, fact(chat, FRANCE, "Rome"))
     (text,) = chat.stack.rewrite([f"<user>{FRANCE}</><assistant>"])
     assert text == f"<user>New Fact: {FRANCE} Rome\nPrompt: {FRANCE}</><assistant>"
+    talk = "<system>Be brief.</><user>Hello</><assistant>Yes?</>"
+    (text,) = chat.stack.rewrite([f"{talk}<user>{FRANCE}</><assistant>"])
+    assert text == f"{talk}<user>New Fact: {FRANCE} Rome\nPrompt: {FRANCE}</><assistant>"
 
 
 def test_an_answer_ends_where_the_next_fact_would_begin(

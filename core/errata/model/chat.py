@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from errata.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from errata.model.model import Model
 
 _SAID, _ANSWERED = "errata-user-turn", "errata-assistant-turn"
 
@@ -39,6 +42,43 @@ def in_chat(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[str]
     """Return prompts as a user's turns, rendered up to where the answer begins."""
     before, after = chat_frame(tokenizer)
     return [before + prompt.strip() + after for prompt in prompts]
+
+
+def user_turn(model: Model, prompt: str) -> tuple[str, str, str]:
+    """Return what stands before a user's words in a prompt, these, and what stands behind them.
+
+    Of a chat of several turns, or with a system message, they are those of the last turn. A prompt
+    that is not rendered by the model's chat template is words alone.
+    """
+    key = ("user's turn",)
+    if key not in model.memo:
+        model.memo[key] = _user_marks(model.tokenizer)
+    opening, after = model.memo[key]
+    if not after or not prompt.endswith(after):
+        return "", prompt, ""
+    end = len(prompt) - len(after)
+    at = prompt.rfind(opening, 0, end)
+    if at < 0 or not opening:
+        return "", prompt, ""
+    at += len(opening)
+    return prompt[:at], prompt[at:end], after
+
+
+def _user_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """Return what opens a user's turn wherever it stands, and what closes the last; else ""."""
+    try:
+        before, after = chat_frame(tokenizer)
+    except ConfigError:  # no template
+        return "", ""
+    turns = [("user", "first"), ("assistant", _ANSWERED), ("user", _SAID)]
+    try:
+        text = rendered_turns(tokenizer, turns, asks=True)
+    except ConfigError:  # of one turn only
+        return before, after
+    between = text.partition(_ANSWERED)[2].partition(_SAID)[0]
+    pairs = zip(reversed(before), reversed(between), strict=False)
+    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return before[len(before) - common :] if common else before, after
 
 
 def turn_ends(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -11,10 +11,11 @@ import torch
 from errata.edits.delta.base import Delta, require
 from errata.errors import FingerprintError
 from errata.model.answers import Generated
+from errata.model.chat import user_turn
 from errata.model.encoder import sentence_encoder
 from errata.model.model_answers import ModelAnswers
 from errata_mello.examples import FINAL
-from errata_mello.loop import AnswerLoop, Trace, user_turn
+from errata_mello.loop import AnswerLoop, Trace
 
 if TYPE_CHECKING:
     from torch import Tensor

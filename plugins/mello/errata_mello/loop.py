@@ -20,8 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from errata.errors import ConfigError
-from errata.model.chat import chat_frame
+from errata.model.chat import user_turn
 from errata.model.model_answers import ModelAnswers
 from errata.model.sampling import GenerationSettings
 from errata.model.tokens import tokenise
@@ -158,20 +157,3 @@ class AnswerLoop:
             fact = self.look_up(lines[-2].removeprefix(SUBQUESTION))
             trace.facts.append(fact)
             trace.text = f"{trace.text.rstrip()}\n{RETRIEVED}{fact}.\n"
-
-
-def user_turn(model: Model, prompt: str) -> tuple[str, str, str]:
-    """Return what stands before a user's words in a prompt, these, and what stands behind them.
-
-    A prompt that is not rendered by the model's chat template is words alone.
-    """
-    key = ("mello chat frame",)
-    if key not in model.memo:
-        try:
-            model.memo[key] = chat_frame(model.tokenizer)
-        except ConfigError:  # no template
-            model.memo[key] = "", ""
-    before, after = model.memo[key]
-    said = prompt.removeprefix(before).removesuffix(after)
-    framed = bool(after) and f"{before}{said}{after}" == prompt
-    return (before, said, after) if framed else ("", prompt, "")

@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from errata.errors import ConfigError
 from errata.kit.training import linear_modules
-from errata.model.chat import chat_frame
+from errata.model.chat import user_turn
 from errata.model.forward.trace import of_this_thread, submodule
 
 if TYPE_CHECKING:
@@ -73,21 +72,3 @@ def read_with(model: Model, edit: Edit, prompt: str) -> str:
     """Return what the counterfactual model reads: the prompt behind the edit."""
     before, said, after = user_turn(model, prompt)
     return f"{before}{edit[0]} {edit[1]} {said}{after}"
-
-
-def user_turn(model: Model, prompt: str) -> tuple[str, str, str]:
-    """Return what stands before a user's words in a prompt, these, and what stands behind them.
-
-    A prompt that is not rendered by the model's chat template is words alone.
-    """
-    key = ("serac chat frame",)
-    if key not in model.memo:
-        try:
-            model.memo[key] = chat_frame(model.tokenizer)
-        except ConfigError:  # no template
-            model.memo[key] = "", ""
-    before, after = model.memo[key]
-    framed = bool(after) and prompt.startswith(before) and prompt.endswith(after)
-    if not framed or len(prompt) < len(before) + len(after):
-        return "", prompt, ""
-    return before, prompt[len(before) : len(prompt) - len(after)], after

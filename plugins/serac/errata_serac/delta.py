@@ -12,13 +12,14 @@ import torch
 from errata.edits.delta.base import Delta, require
 from errata.errors import IntegrityError
 from errata.model.answers import Generated, TargetScore
+from errata.model.chat import user_turn
 from errata.model.generation import decode_after, end_tokens
 from errata.model.model_answers import ModelAnswers
 from errata.model.running import check_length, prepare, run, wide
 from errata.model.scoring import read
 from errata.model.tokens import tokenise
 from errata_serac.config import SeracConfig
-from errata_serac.counterfactual import read_with, switched_on, user_turn
+from errata_serac.counterfactual import read_with, switched_on
 from errata_serac.scope import Scope, loaded, log_outside
 
 if TYPE_CHECKING:

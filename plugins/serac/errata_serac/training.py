@@ -23,9 +23,10 @@ import torch
 
 from errata.edits.rendering import rendered
 from errata.errors import ConfigError
+from errata.model.chat import user_turn
 from errata.model.forward import frozen
 from errata.model.running import prepare, run
-from errata_serac.counterfactual import new_lora, read_with, switched_on, user_turn
+from errata_serac.counterfactual import new_lora, read_with, switched_on
 from errata_serac.delta import mixed_log_probs
 from errata_serac.scope import log_outside, scope_of
 

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from errata.edits.delta.base import Delta, require
-from errata.errors import ConfigError, FingerprintError
-from errata.model.chat import chat_frame
+from errata.errors import FingerprintError
+from errata.model.chat import user_turn
 from errata.model.display import shortened
 from errata.model.encoder import SentenceEncoder, sentence_encoder
 from errata.model.generation import own_texts
@@ -185,11 +185,10 @@ class PromptDelta(Delta):
         cls, model: Model, deltas: Sequence[tuple[str, Self]], prompts: Sequence[str]
     ) -> list[str]:
         """Return each prompt behind the facts that it is about; the others as they are."""
-        frame = _frame(model)
         facts = [delta for _, delta in deltas]
         rewritten = []
         for prompt in prompts:
-            before, said, after = _inside(prompt, frame)
+            before, said, after = user_turn(model, prompt)
             chosen = facts_for(model, facts, said) if said.strip() else []
             text = _fitting(model, chosen, before, said, after) if chosen else prompt
             rewritten.append(text)
@@ -298,27 +297,6 @@ def _known_encoder(model: Model, name: str | None, digest: str) -> SentenceEncod
             "vectors mean nothing to the one that is here. Get that encoder, or edit again."
         )
     return encoder
-
-
-def _frame(model: Model) -> tuple[str, str] | None:
-    """Return what the chat template puts around a user's words; None without a template."""
-    key = ("chat frame",)
-    if key not in model.memo:
-        try:
-            model.memo[key] = chat_frame(model.tokenizer)
-        except ConfigError:
-            model.memo[key] = None
-    found: tuple[str, str] | None = model.memo[key]
-    return found
-
-
-def _inside(prompt: str, frame: tuple[str, str] | None) -> tuple[str, str, str]:
-    """Return what stands before a user's words, these, and what stands behind them."""
-    before, after = frame or ("", "")
-    framed = bool(after) and prompt.startswith(before) and prompt.endswith(after)
-    if not framed or len(prompt) < len(before) + len(after):
-        return "", prompt, ""
-    return before, prompt[len(before) : len(prompt) - len(after)], after
 
 
 def _are_texts(value: Any) -> bool:
