@@ -220,9 +220,8 @@ class Editor(Described):
             check_prompts(self.model, requests)
             self._methods.prepare(method, settings)
             self._methods.check_overlap(method, settings, requests)
-            size = batch_size or entry.capabilities.default_batch or len(requests)
-            batches = [requests[i : i + size] for i in range(0, len(requests), size)]
-            call = EditCall(method, settings, batches)
+            default = entry.capabilities.default_batch
+            call = EditCall(method, settings, settings.batches(requests, batch_size, default))
             parts = [call] if commit == "call" and on_refused == "raise" else call.each()
             done = self._editing.make_each(
                 parts, apply=apply, supersede=supersede, skip_refused=on_refused == "skip"

@@ -247,6 +247,9 @@ def test_relative_similarity_by_hand() -> None:
     half = rsim([[{1, 2}, {1}], [{3, 4}, {3}]], overlap)
     assert half.value == pytest.approx((0.5 - 1 / 6) / (1 - 1 / 6))
     assert half.interval[0] <= half.value <= half.interval[1]
+    # A set of one has no pair of its own; its prompt is one of all. (1 + 1 + 8 · 0) / 10.
+    more = rsim([[{1}, {1}], [{2}, {2}], [{3}]], overlap)
+    assert (more.within, more.overall, more.sets, more.prompts) == (1.0, pytest.approx(0.2), 2, 5)
     with pytest.raises(ConfigError, match="at least two"):
         rsim([[{1}, {1}], [{2}]], overlap)
 

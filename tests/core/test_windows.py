@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import ByteLevelBPETokenizer
+from transformers import PreTrainedTokenizerFast
 
 from errata import Editor, Request
 from errata.datasets import atlas
@@ -17,6 +19,7 @@ from errata.errors import RequestError
 from errata.kit.closed_form.layer_updates import Prompts
 from errata.kit.closed_form.target_values import MemitObjective, optimised, value_settings
 from errata.kit.closed_form.windows import cut, windows_of
+from errata.kit.contexts import in_contexts
 from errata.model import Model
 from errata.model.forward import adding, patched
 from errata.model.joining import join, with_join
@@ -65,6 +68,63 @@ def test_each_window_follows_all_before_it(editor: Editor) -> None:
         assert after.text == join(one.text, one.target)
     assert join(texts[-1].text, texts[-1].target) == join(REQUEST.text, REQUEST.target)
     assert with_join("x", texts[0].join) == "x"  # the rule joins the first as ever
+
+
+def test_windows_of_a_chat_have_one_reply_to_write_on(editor: Editor) -> None:
+    frame = ("User: ", "\nAssistant: ")
+    prompt = frame[0] + REQUEST.prompt + frame[1]
+    plain, chat = (
+        REQUEST.model_copy(update={"prompt": prompt, "chat": how}) for how in (False, frame)
+    )
+    windows = windows_of(editor.model, [chat], 6)
+    assert len(windows) > 2
+    for window in windows:
+        said = window.request.prompt.removeprefix(frame[0])
+        assert in_contexts(editor.model, window.request, ["{}", "Yes. {}"]) == [
+            window.request.prompt, f"{frame[0]}Yes. {said}",
+        ]  # fmt: skip
+    keys = [
+        Prompts(editor.model, [request], ("{}",), window=6).read(1, editor.model.anatomy.block(1))
+        for request in (chat, plain)
+    ]
+    assert torch.equal(keys[0][0].tensor, keys[1][0].tensor)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "巴黎是法国的首都。她在那里学习音乐，也写过很多书。",
+        "กรุงเทพเป็นเมืองหลวงของประเทศไทย",
+        "AI技术2024年在巴黎 中文",
+    ],
+)
+def test_a_script_without_spaces_is_cut_between_its_characters(editor: Editor, text: str) -> None:
+    model = editor.model
+    request = REQUEST.model_copy(update={"target_new": text})
+    windows = windows_of(model, [request], 12)
+    assert len(windows) > 2
+    assert join(windows[-1].request.text, windows[-1].request.target) == join(REQUEST.text, text)
+    assert "".join(parts := cut(model.tokenizer, text, 12)) == text
+    assert not any(part[0] in "。，" for part in parts)
+    edit = editor.edit(request, method="memit", steps=1, window=12)
+    (pair,) = edit.delta.pairs.values()
+    assert len(pair.k) == len(windows)
+    editor.revert(edit)
+
+
+def test_a_token_of_several_characters_is_not_cut() -> None:
+    text = "巴黎是法国的首都她在巴黎学习音乐"
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(
+        ["巴黎", "首都", "音乐", "里巴"] * 20, vocab_size=300, min_frequency=2
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer)
+    parts = cut(tokenizer, text, 1)
+    assert "".join(parts) == text
+    assert {"巴黎", "首都", "音乐", "学"} <= set(parts)
+    # What stands before the text may share a token with it.
+    assert cut(tokenizer, "巴都", 1, before="里")[0] == "巴"
+    assert cut(tokenizer, "乐都", 1, before="音")[0] == "乐"
 
 
 def text_loss(model: Model, window: int) -> float:

@@ -121,6 +121,23 @@ def test_a_fraction_wins_over_the_threshold_and_one_is_needed(tmp_path: Path) ->
         AlphaEditConfig(threshold=None)
 
 
+def test_a_threshold_that_is_given_sets_aside_a_fraction_that_is_not() -> None:
+    with Editor("atlas-gpt2", guards={"norm": "off", "perplexity": "off"}) as editor:
+        preset, _ = editor.configure("alphaedit")
+        assert preset.fraction == 0.8
+        given, _ = editor.configure("alphaedit", {"threshold": 1e-3})
+        assert (given.threshold, given.fraction) == (1e-3, None)
+        both, _ = editor.configure("alphaedit", {"threshold": 1e-3, "fraction": 0.5})
+        assert both.fraction == 0.5
+        fast = {"contexts": ("{}",), "steps": 2, "tokens": 2000}
+        edit = editor.edit(REQUESTS[0], method="alphaedit", config=fast)
+        (again,) = editor.resolve(threshold=1e-3)
+        assert (again.config["threshold"], again.config["fraction"]) == (1e-3, None)
+        (one,), (two,) = (e.delta.metadata()["metric"].values() for e in (edit, again))
+        assert one["digest"] != two["digest"]
+        assert two["threshold"] == 1e-3
+
+
 # -- batches as published, one after the other ---------------------------------------------------
 
 

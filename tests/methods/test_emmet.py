@@ -8,14 +8,17 @@ import pytest
 import torch
 
 from errata.edits.delta import KeyValueDelta
+from errata.edits.request import Request
 from errata.kit.closed_form.deltas import low_rank
 from errata.kit.closed_form.layer_updates import Prompts
 from errata.kit.closed_form.statistics import known_keys
 from errata.testing import edit_with
+from errata_alphaedit import AlphaEdit, AlphaEditConfig
 from errata_emmet import Emmet, EmmetConfig
 from errata_emmet.algorithm import emmet
 from errata_memit import MemitConfig
 from errata_memit.algorithm import memit
+from errata_pmet import Pmet, PmetConfig
 from tests.families import SENTENCES, build_model
 from tests.methods.golden import golden_model, recorded, relative
 from tests.methods.golden import known_keys as golden_keys
@@ -65,6 +68,32 @@ def test_without_a_ridge_every_constraint_is_met(tmp_path: Path) -> None:
         with model.stack.temporarily(entries):
             assert relative(outputs(), wanted) < 1e-4
         assert len(deltas) == (3 if history == "joint" else 1)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_nothing_is_written_where_nothing_has_to_change(family: str, tmp_path: Path) -> None:
+    """Without a ridge a rounding error would be written a million times over."""
+    model = build_model(family, tmp_path, corpus=SENTENCES)
+    gone = Request(
+        prompt="{} plays the", subject="Miles Davis", kind="erase",
+        target_true="piano in Paris, the mother tongue of France",
+    )  # fmt: skip
+    config = EmmetConfig(**{**BARE, "layers": (0, 1)}, ridge=0.0, history="none")
+    C = known_keys(model, config)
+    for update, alone in zip(
+        emmet(model, [*REQUESTS, gone], C, config), emmet(model, REQUESTS, C, config), strict=True
+    ):
+        assert not update.R.flat[:, 3].any()
+        assert update.R.flat[:, :3].any(0).all()
+        (u, v), (left, right) = update.Δ.factors, alone.Δ.factors
+        assert float((u @ v.T).norm()) < 10 * float((left @ right.T).norm())
+    for made in (
+        Emmet().edit(model, [gone], EmmetConfig(**BARE, ridge=0.0)),
+        AlphaEdit().edit(model, [gone], AlphaEditConfig(**BARE, fraction=0.5, l2=0.0)),
+        Pmet().edit(model, [gone], PmetConfig(**BARE, second_moment_weight=1e-9)),
+    ):
+        (pair,) = made[0].pairs.values()
+        assert not pair.r.any()
 
 
 def test_a_single_request_gets_no_ridge_in_a_batch(tmp_path: Path) -> None:

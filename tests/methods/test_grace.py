@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
+from errata import Editor
 from errata.contract.purity import Snapshot
+from errata.datasets import atlas
 from errata.edits.delta.codebook import CodebookDelta
 from errata.edits.delta.codebook_router import Codebooks
 from errata.edits.request import Request
@@ -326,6 +328,29 @@ def test_the_last_answer_to_a_prompt_counts_and_the_first_comes_back(tmp_path: P
     assert score_targets(model, [SHORT.text], ["of"])[0].exact
     model.stack.remove("1")
     assert score_targets(model, [SHORT.text], ["in"])[0].exact
+
+
+def test_near_erasures_are_one_answer_only_where_they_forget_the_same(tmp_path: Path) -> None:
+    fields = {"kind": "erase", "target_new": "unknown"}
+    known = {r.target_true: r for r in atlas.requests(20) if r.kind == "modify"}
+    first, second = (r.model_copy(update=fields) for r in list(known.values())[:2])
+
+    def operations(*requests: Request) -> list[str]:
+        how = {"method": "grace", "eps": 1e3, "steps": 2, "apply": False}
+        edits = [editor.edit(request, **how) for request in requests]
+        for edit, request in zip(edits, requests, strict=True):
+            assert edit.delta.label_text == f"no longer {request.target_true}"
+            editor.apply(edit)
+        log = Codebooks.of(editor.model).book(edits[0].delta.book).log
+        editor.revert(*edits)
+        return [step.operation for step in log]
+
+    guards = {"efficacy": "off", "perplexity": "off"}
+    with Editor("atlas-gpt2", guards=guards, artifacts=tmp_path) as editor:
+        assert operations(first, second) == ["add", "split"]
+        # The same answer for another subject; whether that says it plays no part.
+        again = second.model_copy(update={"target_true": first.target_true})
+        assert torch.equal(*(case_of(editor.model, r).labels for r in (first, again)))
 
 
 def test_what_the_model_says_already_gives_a_void_entry(tmp_path: Path) -> None:

@@ -123,6 +123,15 @@ def test_layers_can_be_limited_and_a_fact_without_neurons_is_refused(
         weight.data.copy_(kept)
 
 
+def test_the_subjects_token_of_an_encoder_decoder_is_refused(cache: Path) -> None:
+    model = build_model("t5", cache)
+    with pytest.raises(ConfigError, match="not for an encoder-decoder"):
+        edit(model, token="subject_last")
+    with pytest.raises(ConfigError, match="not for an encoder-decoder"):
+        PLUGIN.locate(model, REQUEST, KnConfig(steps=2, token="subject_last"))
+    assert edit(build_model("gpt2", cache), token="subject_last").parameters
+
+
 def test_bad_hyper_parameters_are_named() -> None:
     with pytest.raises(ValueError, match="at_least 6 is above at_most 5"):
         KnConfig(at_least=6)

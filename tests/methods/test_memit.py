@@ -40,6 +40,8 @@ from errata.model.loading import load_model
 from errata.model.scoring import score_targets
 from errata.model.tokens import encode, subject_position
 from errata.testing import edit_with
+from errata_alphaedit import AlphaEdit, AlphaEditConfig
+from errata_emmet import Emmet, EmmetConfig
 from errata_memit import Memit, MemitConfig
 from errata_memit.algorithm import memit
 from tests.families import DECODERS, SENTENCES, architectures, build_model, sampled
@@ -212,6 +214,24 @@ def test_without_a_weight_it_is_in_units_of_what_usual_keys_weigh(tmp_path: Path
         assert once[layer] == pytest.approx(usual / 2, rel=1e-4)
 
 
+def test_a_usual_keys_weight_is_read_at_the_names_of_an_encoder(tmp_path: Path) -> None:
+    model = tiny("t5", tmp_path)
+    config = MemitConfig(**{**FAST, "second_moment_weight": None, "relative_weight": 1.0})
+    texts = [f"It is known that {name}" for name in USUAL_NAMES]
+    weights, C = second_moment_weights(model, config), known_keys(model, config)
+    for layer in (0, 1):
+        path, keys = model.anatomy.reader.mlp_out(layer), []
+        for text in texts:
+            batch = encode(model.tokenizer, [text], keep_end=True)
+            assert int(batch.input_ids[0, -1]) == model.tokenizer.eos_token_id
+            with torch.no_grad(), trace(model.module, path, inputs=True, stop=True) as seen:
+                model.module(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+            keys.append(seen[path].input[0, -2].double())  # before "</s>"
+        K = torch.stack(keys, 1)
+        usual = float((K * C[layer].metric.whiten(K)).sum(0).median())
+        assert weights[layer] == pytest.approx(usual, rel=1e-4)
+
+
 def _key(model: Model, layer: int, text: str) -> torch.Tensor:
     batch = encode(model.tokenizer, [text])
     path = model.anatomy.mlp_out(layer)
@@ -364,6 +384,19 @@ def test_a_value_can_be_brought_to_the_usual_norm(tmp_path: Path) -> None:
         sizes, torch.full((3,), norm, dtype=torch.float64), rtol=1e-4, atol=0
     )
     assert relative(scaled[0].R.flat, plain[0].R.flat) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("plugin", "config"),
+    [(Memit, MemitConfig), (Emmet, EmmetConfig), (AlphaEdit, AlphaEditConfig)],
+)
+def test_an_anchor_behind_a_norm_is_refused(plugin: Any, config: Any, tmp_path: Path) -> None:
+    model = tiny("gemma2", tmp_path)
+    fast = {**FAST, "layers": (1,), "norm_anchor": 1.0}
+    if "second_moment_weight" not in config.model_fields:
+        fast = {k: v for k, v in fast.items() if k != "second_moment_weight"} | {"fraction": 0.5}
+    with pytest.raises(ConfigError, match=r"norm_anchor=1 has nothing to scale at layer 1"):
+        plugin().edit(model, REQUESTS[:1], config(**fast))
 
 
 def test_the_anchor_is_not_measured_on_an_edited_model(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
+from errata import Editor
 from errata.contract.purity import Snapshot
 from errata.edits.delta import LowRankDelta
 from errata.edits.request import Request
@@ -29,10 +30,11 @@ from errata.model.artifacts import Artifacts
 from errata.model.forward import trace
 from errata.model.scoring import own_scores
 from errata.model.tokens import encode, subject_position
-from errata.testing import edit_with
+from errata.testing import edit_with, state_of
+from errata.testing.contract import assert_same
 from errata_rome import Rome, RomeConfig
 from errata_rome.algorithm import RankOne, RomeObjective, contexts_of, rome, statistic_of
-from tests.families import DECODERS, SENTENCES, architectures, build_model, sampled
+from tests.families import DECODERS, SENTENCES, architectures, build, build_model, sampled
 from tests.helpers import GOLDEN
 
 CONTEXTS = ("{}", "Once upon a time. {}", "The city of Paris. {}")
@@ -274,6 +276,24 @@ def test_edits_of_the_plugin_and_their_statistics(tmp_path: Path) -> None:
     (edit,) = rome(model, REQUESTS[:1], contexts_of(model, config), C, config)
     along = C.matrix @ edit.u
     assert float(torch.dot(along, edit.k_star) / along.norm() / edit.k_star.norm()) > 1 - 1e-6
+
+
+def test_facts_of_one_subject_in_one_batch_are_made_one_after_the_other(tmp_path: Path) -> None:
+    one = REQUESTS[0]
+    born = Request(prompt="{} was born in", subject=one.subject, target_new="Rome")
+    same = one.model_copy(update={"case_id": "7"})
+    states = []
+    with Editor(*build("gpt2"), artifacts=tmp_path) as editor:
+        for size in (1, 3):
+            asked = [one, born, same]
+            edits = editor.edit(asked, method="rome", config=FAST, batch_size=size)
+            states.append({n: tensor.clone() for n, tensor in state_of(editor.model).items()})
+            editor.revert(*edits)
+        assert_same(states[1], states[0])
+        # Those of different subjects are fitted together: they do not know each other.
+        edits = editor.edit([*REQUESTS, born], method="rome", config=FAST, batch_size=4)
+        first = {edit.id for edit in edits[:3]}
+        assert [len(first.intersection(edit.parents)) for edit in edits] == [0, 0, 0, 3]
 
 
 def test_no_statistic_without_whitening(tmp_path: Path) -> None:

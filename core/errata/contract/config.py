@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
 from typing_extensions import Self
 
 if TYPE_CHECKING:
+    from errata.edits.request import Request
     from errata.model.anatomy import Anatomy
 
 
@@ -66,6 +67,19 @@ class MethodConfig(BaseModel):
         """
         del anatomy
         return self
+
+    def batches(
+        self, requests: Sequence[Request], asked: int | None, declared: int | None
+    ) -> list[Sequence[Request]]:
+        """Return the requests of one call in order, as the method gets them together.
+
+        Args:
+            requests: of the call.
+            asked: how many at once, as the caller says; None: as the method wants it.
+            declared: the registry's `default_batch`; None: all.
+        """
+        size = asked or declared or len(requests)
+        return [requests[i : i + size] for i in range(0, len(requests), size)]
 
     @property
     def on_base(self) -> bool:

@@ -118,6 +118,7 @@ class KnowledgeNeurons:
 
     def location(self, model: Model, request: Request) -> Location:
         """Return the layer with the largest sum of scores, all layers' sums as evidence."""
+        request = as_request(model, request, None)
         anatomy = model.anatomy
         sums = [0.0] * anatomy.n_layers
         for neuron in self.neurons:
@@ -165,15 +166,26 @@ def attribute(
         answer: whose probability; default: the most probable first token.
         steps: m, the points of the path; 20 in the paper. One is gradient times activation.
         token: whose activations: those at the position that predicts the answer (the masks of an
-            encoder), as in the paper, or those at the subject's last token.
+            encoder), as in the paper, or those at the subject's last token, which an
+            encoder-decoder has in another stack than its answer.
         layers: blocks to look at; default: all. Scores elsewhere are zero.
+
+    Raises:
+        ConfigError: no steps, `token="subject_last"` on an encoder-decoder, or gradients that are
+            not finite.
     """
     if steps < 1:
         raise ConfigError(f"steps={steps!r} must be at least 1.")
     if token not in TOKENS:
         raise UnknownNameError("token", token, TOKENS)
-    request = as_request(request, subject)
+    request = as_request(model, request, subject)
     kind = model.anatomy.kind
+    if token == "subject_last" and kind == "encoder-decoder":
+        raise ConfigError(
+            f"token='subject_last' is not for an encoder-decoder ({model.anatomy.model_type}): its "
+            "subject is read by the encoder, and neurons are those of the decoder's blocks. Leave "
+            "token at 'answer'."
+        )
     side: Literal["encoder", "decoder"] = "encoder" if token == "subject_last" else "decoder"
     runs = CorruptedRuns(model, traced_prompt(model, request, answer), side=side)
     anatomy = runs.anatomy

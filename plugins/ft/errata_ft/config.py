@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +13,7 @@ from errata.contract.config import MethodConfig
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from errata.edits.request import Request
     from errata.model.anatomy import Anatomy
 
 Variant = Literal["ft", "ft-l", "ft-m", "ft-ewc", "ft-retrain", "locft"]
@@ -44,8 +45,8 @@ class FtConfig(MethodConfig):
     variant: Variant = Field(
         default="ft-m",
         description="ft: plain; ft-m: loss masked to the target; ft-l: in an L∞ box; ft-ewc: with "
-        "elastic weight consolidation; ft-retrain: replays other text; locft: a batch with end "
-        "tokens, breadth-first",
+        "elastic weight consolidation; ft-retrain: replays other text; locft: all requests of "
+        "a call as one edit, with end tokens, breadth-first",
     )
     layers: tuple[int, ...] | None = Field(
         default=None,
@@ -133,6 +134,12 @@ class FtConfig(MethodConfig):
         # Of several layers all have the part that the first one has, or are refused.
         targets = self.target_modules or tuple(anatomy.editable(layer) for layer in layers[:1])
         return self.model_copy(update={"layers": layers, "target_modules": targets})
+
+    def batches(
+        self, requests: Sequence[Request], asked: int | None, declared: int | None
+    ) -> list[Sequence[Request]]:
+        """Return the requests as they are trained together: of LocFT all of a call, as one edit."""
+        return super().batches(requests, asked, None if self.variant == "locft" else declared)
 
     @model_validator(mode="before")
     @classmethod

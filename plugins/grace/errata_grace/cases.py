@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch.nn import functional
 
 from errata.edits.aims import aims_of_request
 from errata.kit.aims import aims_of
 from errata.kit.training import TrainingBatch, aim_batch
 from errata.kit.training.training_batches import batch_loss, settled
+from errata.model.joining import bare
 from errata.model.running import prepare
 
 if TYPE_CHECKING:
@@ -28,9 +31,10 @@ class Case:
     Attributes:
         prompt: a row for each answer, all with the same prompt; its labels are their tokens, or
             one class.
-        labels: (n,) token ids that the entry is filed under; for a classifier one class.
+        labels: (n,) token ids that the entry is filed under; for a classifier one class. A token
+            t of what should no longer be said stands there as −1 − t: it is no answer.
         ignored: number of positions of the training sequence without a label.
-        text: the target for people.
+        text: the target, or what is to be forgotten, for people.
         batch: the rows with their senses, where something should no longer be said.
         says: something should be said.
         kept: prompts of other active edits that must go on being answered as they are.
@@ -82,16 +86,26 @@ def case_of(model: Model, request: Request) -> Case:
     aims = [aim for aim in every if aim.prompt == request.prompt]
     others = [aim.prompt.replace("{}", request.subject) for aim in every if aim not in aims]
     batch = aim_batch(model, [(request.text, aim.answer) for aim in aims], aims)
-    says = any(aim.sense == "say" for aim in aims)
+    said = [aim.sense == "say" for aim in aims]
     return Case(
         batch.prompts,
-        prompt.labels,
+        _filed_under(batch.prompts, said),
         ignored,
-        request.target_new,
+        request.target_new if any(said) else f"no longer {bare(aims[0].answer)}",
         batch,
-        says,
+        any(said),
         tuple(_asked(model, text) for text in others),
     )
+
+
+def _filed_under(prompts: PreparedPrompts, said: Sequence[bool]) -> Tensor:
+    """Return the label of an entry that takes answers away, (n,).
+
+    The stand-in for no answer in particular is the same for every such request: two of them near
+    each other would pass for one answer, and the second would take the place of the first.
+    """
+    rows = zip(prompts.targets(), said, strict=True)
+    return torch.tensor([t if say else -1 - t for (_, ids), say in rows for t in ids])
 
 
 def _asked(model: Model, text: str) -> Case:

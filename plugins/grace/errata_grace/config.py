@@ -10,7 +10,14 @@ from errata.kit.placement import PlacedConfig
 
 
 class GraceConfig(PlacedConfig):
-    """Hyper-parameters of GRACE; the defaults are the published ones where those are general."""
+    """Hyper-parameters of GRACE; the defaults are the published ones where those are general.
+
+    One differs: `replacement`. By the paper's equation the output of the token whose state is
+    compared is replaced, the last of the prompt: replace_last. The published code's default,
+    replace_prompt, replaces those of all tokens before it and leaves that one as it was: in the
+    last block this reaches nothing that is said, and a value is trained over the whole prompt. The
+    presets for the published models keep it.
+    """
 
     steps: int = Field(default=100, ge=0, description="Adam steps on the value (n_iter)")
     lr: float = Field(default=1.0, gt=0, description="Learning rate of Adam")
@@ -26,8 +33,9 @@ class GraceConfig(PlacedConfig):
     )
     replacement: Literal["replace_last", "replace_prompt", "replace_all"] = Field(
         default="replace_last",
-        description="Outputs that a hit replaces: at the last prompt token, at all tokens before "
-        "it (the published default), or everywhere",
+        description="Outputs that a hit replaces: at the last prompt token (the paper's "
+        "equation), at all tokens before it and not at it (the published code's default), or "
+        "everywhere",
     )
     init: Literal["cold", "warm"] = Field(
         default="cold",

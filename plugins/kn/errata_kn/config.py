@@ -30,7 +30,7 @@ class KnConfig(MethodConfig):
     token: Literal["answer", "subject_last"] = Field(
         default="answer",
         description="Whose activations are attributed: the token that predicts the answer (the "
-        "paper), or the subject's last",
+        "paper), or the subject's last, which an encoder-decoder reads in its encoder: not there",
     )
     layers: tuple[int, ...] | None = Field(
         default=None, description="Blocks that are looked at; none: all"

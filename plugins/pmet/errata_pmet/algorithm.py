@@ -76,7 +76,7 @@ def pmet(
     updates: list[LayerUpdate] = []
     for layer, target, layers_left in stages:
         K, now = prompts.read(layer, model.anatomy.reader.mlp_out(target), updates)
-        R = (m[target] - now) / sqrt(layers_left)
+        R = prompts.asked((m[target] - now) / sqrt(layers_left))
         Δ = R @ K.T @ inverse(λ[layer] * C[layer] + K @ K.T)
         updates.append(LayerUpdate(layer, K, R, Δ, now))
     return updates

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -11,6 +12,7 @@ from errata.contract.config import SAME_SUBJECT, Contexts, MethodConfig, Templat
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from errata.edits.request import Request
     from errata.model.anatomy import Anatomy
 
 
@@ -63,6 +65,25 @@ class RomeConfig(MethodConfig):
     min_division: float = Field(
         default=1e-4, ge=0, description="Refuse an edit with |⟨k, u⟩| below this times ‖k‖"
     )
+
+    def batches(
+        self, requests: Sequence[Request], asked: int | None, declared: int | None
+    ) -> list[Sequence[Request]]:
+        """Return the requests as they are fitted together: of a subject one at a time.
+
+        What is fitted together starts from the same state, and of two facts with one key both
+        changes would add up. So the second is made on top of the first.
+        """
+        found: list[Sequence[Request]] = []
+        for batch in super().batches(requests, asked, declared):
+            begin, subjects = 0, set[str]()
+            for at, request in enumerate(batch):
+                if request.subject in subjects:
+                    found.append(batch[begin:at])
+                    begin, subjects = at, set()
+                subjects.add(request.subject)
+            found.append(batch[begin:])
+        return found
 
     def for_model(self, anatomy: Anatomy) -> Self:
         """Return the configuration with its layers counted from 0; "auto" stays as it is.

@@ -122,6 +122,7 @@ class Prompts:
         self.windows = windows_of(model, requests, window)
         self.requests = tuple(found.request for found in self.windows)
         self._claim = torch.ones(len(self.requests), 1, dtype=torch.float64)
+        self._asks = torch.ones(len(self.requests), 1, dtype=torch.float64)
         tokenizer = model.tokenizer
         two = model.task == "seq2seq"  # an encoder's token sees those after it, too
         # Of each request, in each of its contexts: tokens, and which of them is edited.
@@ -152,6 +153,15 @@ class Prompts:
         up to the subject): a residual of zero there would take half of what is added away.
         """
         self._claim[idle] = _FAINT
+        self._asks[idle] = 0.0
+
+    def asked(self, R: Columns) -> Columns:
+        """Return residuals, exactly 0 for requests with nothing to write.
+
+        Rounding, and what lower layers brought there, would be asked of a key of next to no
+        length: without a ridge a million times as much is written for it.
+        """
+        return Columns(R.tensor * self.columns(self._asks).tensor)
 
     def norm_behind(self, layer: int) -> nn.Module | None:
         """Return the norm between a block's MLP and the residual stream, if there is one."""
@@ -162,17 +172,17 @@ class Prompts:
 
         That is R itself, but where a norm stands between them (Gemma 2 and 3, OLMo 2). Then the
         value v is to become the v′ of the same length with norm(v′) = norm(v) + R, as far as the
-        norm can say that, and the answer is v′ − v.
+        norm can say that, and the answer is v′ − v. Of a request with nothing to write it is 0.
         """
         norm = self.norm_behind(layer)
         if norm is None:
-            return R
+            return self.asked(R)
         _, v = self.read(layer, self.model.anatomy.reader.mlp_out(layer), updates)
         gain = through(norm, Columns(torch.ones_like(v.tensor))).tensor  # of an RMS norm
         wanted = (through(norm, v) + R).tensor
         direction = wanted * gain / (gain**2 + 1e-6 * gain.square().mean(1, keepdim=True))
         length = v.tensor.norm(dim=1, keepdim=True) / direction.norm(dim=1, keepdim=True)
-        return Columns(direction * length) - v
+        return self.asked(Columns(direction * length) - v)
 
     @torch.no_grad()
     def read(

@@ -145,16 +145,16 @@ def usual_key_weight(model: Model, layer: int, moment: SecondMoment) -> float:
     def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
         texts = [f"It is known that {name}" for name in USUAL_NAMES]
         path = model.anatomy.reader.mlp_out(layer)
-        batch = pad(model.tokenizer, [row.ids for row in tokenise(model.tokenizer, texts)],
-                    device=model.device)  # fmt: skip
+        rows = tokenise(model.tokenizer, texts)
+        batch = pad(model.tokenizer, [row.ids for row in rows], device=model.device)
         with torch.no_grad(), trace(model.module, path, inputs=True, stop=True) as seen:
             model.module(**batch.inputs(positions=False))
-        last = torch.tensor(batch.lengths) - 1
+        last = torch.tensor([row.stop for row in rows]) - 1  # a T5's rows are closed by "</s>"
         K = at_columns(seen[path].input, last).T.double().cpu()  # (D, N)
         weights = Whitening(moment).reduce(K).square().sum(0)
         return {"weights": weights.cpu()}, {"median": float(weights.median()), "layer": layer}
 
-    _, about = model.of_base("usual_key_weight", f"layer-{layer}", moment.digest, compute=compute)
+    _, about = model.of_base("usual_name_weight", f"layer-{layer}", moment.digest, compute=compute)
     return float(about["median"])
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from errata.edits.aims import aims_of_request
+from errata.errors import ConfigError
 from errata.kit.closed_form.layer_updates import through
 from errata.kit.closed_form.matrices import Columns
 from errata.kit.closed_form.statistics import mean_norm
@@ -112,10 +113,18 @@ def memit_values(prompts: Prompts, layer: int, config: ClosedFormConfig) -> tupl
     """Return h and δ of each request at a block's output: the target value is z = h + δ.
 
     Raises:
+        ConfigError: a norm anchor, where only the direction of what the MLP says counts.
         EditFailed: a loss is not finite.
     """
     settings, objective = value_settings(layer, config), MemitObjective(config)
     norm = prompts.norm_behind(layer)
+    if norm is not None and config.norm_anchor is not None:
+        model = prompts.model
+        raise ConfigError(
+            f"norm_anchor={config.norm_anchor:g} has nothing to scale at layer {layer} of "
+            f"{model.name} ({model.anatomy.model_type}): a norm stands behind its MLP, so only the "
+            "direction of a value counts, and its length is kept. Leave norm_anchor out."
+        )
     if norm is not None:  # what this layer's MLP can say behind its norm is all that δ can be
         m, δ = optimised(prompts, replace(settings, at="mlp"), objective)
         _, h = prompts.read(layer, prompts.model.anatomy.reader.block(layer))

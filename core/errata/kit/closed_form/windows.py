@@ -6,18 +6,22 @@ said by a value at the last token before it, and has that token's key:
     δ_k = argmin −(1/|Y_k|) Σ_j log P(y_j | p, Y_<k, y_<j)        with δ_1 … δ_(k-1) in their places
 
 so an edit is n pairs of key and residual, solved together with all others. Contexts in front of the
-prompt and the KL term, which are about a subject, are left out.
+prompt and the KL term, which are about a subject, are left out. So are the keys of all other
+positions of the text, which AnyEdit's MEMIT form asks to stay as they are (K_p K_pᵀ beside λC): as
+pairs without a residual they would be stored with every edit, one for each token.
 """
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from errata.errors import RequestError
-from errata.model.joining import join, with_join
+from errata.model.joining import NO_SPACE, join, unspaced, with_join
+from errata.model.tokens import tokenise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,23 +62,37 @@ def windows_of(model: Model, requests: Sequence[Request], tokens: int) -> list[T
             continue
         if "{}" in request.target_new:
             raise RequestError(f"The text for {request.text!r} holds {{}}: write something else.")
-        prompt, between = request.prompt, request.join
-        for number, words in enumerate(cut(model.tokenizer, request.target_new, tokens)):
+        text = request.target_new.removeprefix(NO_SPACE)
+        before = join(request.text, request.target).removesuffix(text)
+        prompt, chat = request.prompt, request.chat
+        between = request.join if text == request.target_new else ""
+        for number, words in enumerate(cut(model.tokenizer, text, tokens, before)):
             if number:
                 between = words[: len(words) - len(words.lstrip())]
-            part = {"prompt": prompt, "target_new": words.lstrip(), "join": between}
+                # What stands behind the user's turn stands in the prompt, with the text so far.
+                chat = chat if isinstance(chat, bool) else (chat[0], "")
+            part = {"prompt": prompt, "target_new": words.lstrip(), "join": between, "chat": chat}
             found.append(TextWindow(request.model_copy(update=part), owner, number))
             prompt = join(prompt, with_join(words.lstrip(), between))
     return found
 
 
-def cut(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int) -> list[str]:
+def cut(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int, before: str = "") -> list[str]:
     """Return a text in parts of whole words, each with the white space before it.
+
+    Where a script puts no spaces between words, a part may end between any two characters that
+    share no token.
+
+    Args:
+        tokenizer: it counts.
+        text: what is cut.
+        tokens: most tokens of a part; a longer word is one by itself.
+        before: what stands in front of the text: tokens there may reach into it.
 
     >>> "".join(cut(tokenizer, text, 16)) == text  # doctest: +SKIP
     True
     """
-    begins = [0] + [i for i in range(1, len(text)) if text[i].isspace() > text[i - 1].isspace()]
+    begins = _begins(tokenizer, text, before)
     words = [text[a:b] for a, b in zip(begins, [*begins[1:], len(text)], strict=True)]
     parts: list[str] = []
     room = 0
@@ -86,6 +104,27 @@ def cut(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int) -> list[str]
         parts[-1] += word
         room -= size
     return parts
+
+
+def _begins(tokenizer: PreTrainedTokenizerBase, text: str, before: str) -> list[int]:
+    """Return where the words of a text begin, ascending from 0."""
+    found, between = {0}, set()
+    for i in range(1, len(text)):
+        space, after_space = text[i].isspace(), text[i - 1].isspace()
+        if space and not after_space:
+            found.add(i)
+        elif (
+            not (space or after_space)
+            and (unspaced(text[i]) or unspaced(text[i - 1]))
+            and unicodedata.category(text[i])[0] not in "MP"  # a vowel sign or a full stop
+        ):
+            between.add(i)
+    if between:
+        # A token across a cut would be both the end of one prompt and said by the next window.
+        (row,) = tokenise(tokenizer, [before + text])
+        inside = {i - len(before) for start, end in row.offsets for i in range(start + 1, end)}
+        found |= between - inside
+    return sorted(found)
 
 
 def pooled(values: torch.Tensor, owners: Sequence[int]) -> list[torch.Tensor]:
