@@ -142,7 +142,7 @@ def test_facts_that_share_a_value_have_one_delta_and_keys_of_their_own(editor: E
     assert first.losses[-1][0] < first.losses[0][0]
     (plain,) = optimise_values(editor.model, [one], contexts, settings, Plain())
     assert torch.allclose(alone[0].delta, plain.delta, atol=1e-4)
-    assert torch.equal(first.keys, plain.keys)
+    assert torch.allclose(first.keys, plain.keys, atol=1e-5)  # rounding depends on the batch
     assert not torch.allclose(first.delta, plain.delta, atol=1e-2)
 
 
