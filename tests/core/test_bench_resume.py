@@ -292,7 +292,7 @@ def test_a_run_whose_weights_are_fitted_on_its_cases_does_not_grow(tmp_path: Pat
         assert has_grown(identity(1, **fixed), identity(2, **fixed)), fixed
 
 
-@pytest.mark.parametrize(
+ON_THEIR_NUMBER = pytest.mark.parametrize(
     "changes",
     [
         {"shuffle": True},
@@ -300,6 +300,20 @@ def test_a_run_whose_weights_are_fitted_on_its_cases_does_not_grow(tmp_path: Pat
         pytest.param({"state": ["general"]}, marks=pytest.mark.slow),
     ],
 )
+
+
+@ON_THEIR_NUMBER
+def test_a_run_of_any_regime_grows_by_methods(changes: dict[str, Any], tmp_path: Path) -> None:
+    folder, more = tmp_path / "run", ["nudge", {"method": "nudge", "variant": "x"}]
+    bench.run(short(limit=2, **changes), folder)
+    begun = (folder / "results.jsonl").read_bytes()
+    bench.run(short(limit=2, methods=more, **changes), folder)
+    assert (folder / "results.jsonl").read_bytes().startswith(begun)
+    bench.run(short(limit=2, methods=more, **changes), tmp_path / "at once")
+    assert values(folder) == values(tmp_path / "at once")
+
+
+@ON_THEIR_NUMBER
 def test_a_run_whose_cases_depend_on_their_number_does_not_grow(
     changes: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -119,7 +119,7 @@ def _fitted_on(spec: RunSpec, dataset: int) -> str | None:
 def check_same(folder: Path, there: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raise `ConfigError` naming every difference unless a directory holds this run, or part of it.
 
-    Part of it: fewer cases or fewer methods, where each case is edited on its own (`has_grown`).
+    Part of it: fewer methods, or fewer cases where each is edited on its own (`has_grown`).
     """
     if there.get("digest") != wanted["digest"] and not has_grown(
         there.get("identity") or {}, wanted["identity"]
@@ -142,31 +142,40 @@ def check_same(folder: Path, there: Mapping[str, Any], wanted: Mapping[str, Any]
 def has_grown(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
     """Say whether a run differs from an earlier one only by more cases or more methods.
 
-    What is there stays as it is then: with single edits no case depends on another, and cases come
-    in the order of their file. Shuffled cases come in another order once there are more of them,
-    and a state's measurements are of all cases.
+    What is there stays as it is then. No method depends on another. With single edits no case
+    does, and cases come in the order of their file; but shuffled cases come in another order once
+    there are more of them, and a stream, or a state's measurements, are of all cases.
     """
+    kept = {name: here["variants"].get(name) for name in there["variants"]}
+    if kept != there["variants"]:
+        return False
+    if _without_methods(there) == _without_methods(here):
+        return True
     config = here["config"]
     has_state = any(one["state"] for one in here["protocols"].values())
     if config["regime"] != "single" or config["shuffle"] or has_state:
         return False
     if _without_sizes(there) != _without_sizes(here):
         return False
-    cases = [
-        (there["datasets"][name]["cases"], one["cases"]) for name, one in here["datasets"].items()
-    ]
-    kept = {name: here["variants"].get(name) for name in there["variants"]}
-    return kept == there["variants"] and all(before <= now for before, now in cases)
+    return all(
+        there["datasets"][name]["cases"] <= one["cases"] for name, one in here["datasets"].items()
+    )
+
+
+def _without_methods(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an identity without its methods."""
+    bare = copy.deepcopy(dict(identity))
+    bare.get("config", {}).pop("methods", None)
+    bare.pop("variants", None)
+    return bare
 
 
 def _without_sizes(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an identity without limits, numbers of cases, and methods."""
-    bare = copy.deepcopy(dict(identity))
+    """Return an identity without methods, limits and numbers of cases."""
+    bare = _without_methods(identity)
     config = bare.get("config", {})
     for one in (config, *config.get("datasets", ())):
         one.pop("limit", None)
-    config.pop("methods", None)
-    bare.pop("variants", None)
     for one in bare.get("datasets", {}).values():
         one.pop("cases", None)
     return bare
