@@ -15,6 +15,7 @@ from errata.contract.methods import Methods
 from errata.contract.preparation import Preparation
 from errata.contract.registry import Registry
 from errata.edits import formats
+from errata.edits.autograd import recording
 from errata.edits.delta_kinds import DeltaKinds
 from errata.edits.edit import Edit, LogEntry, requests_of
 from errata.edits.fingerprint import check_fingerprint
@@ -26,11 +27,11 @@ from errata.edits.transaction import Transactions
 from errata.errors import ConfigError, ErrataError, LedgerError
 from errata.kit.auto_layers import resolve_auto_layers
 from errata.model.access import claim, release
-from errata.model.arguments import check_name, is_file, path_of, texts_of
+from errata.model.arguments import check_name, folder_of, is_file, path_of, texts_of
 from errata.model.artifacts import Artifacts
 from errata.model.display import Described, ResultTable, plural
-from errata.model.generation import generate
-from errata.model.loading import load_model
+from errata.model.generation import generate_with
+from errata.model.loading import check_placement, load_model
 from errata.model.progress import Progress
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class Editor(Described):
             can do whatever you can do: say True only for code that you have read.
     """
 
+    @recording()
     def __init__(
         self,
         model: str | Path | nn.Module | tuple[nn.Module, PreTrainedTokenizerBase],
@@ -110,10 +112,10 @@ class Editor(Described):
         self.registry = Registry.load() if registry is None else registry
         if not isinstance(self.registry, Registry):
             raise ConfigError(f"registry: {registry!r} is none: give Registry.load() or nothing.")
-        ledger = None if ledger is None else path_of(ledger, "ledger")
+        ledger = None if ledger is None else folder_of(ledger, "ledger")
+        check_placement(dtype, device)  # before anything is fetched
         guarding = Guards(GuardPolicy.parse(guards))
         preparation = Preparation(training)
-        self._suspended = 0
         name = str(model) if isinstance(model, (str, Path)) else ""
         known = known_models() if name else {}
         bring = known.get(name)
@@ -164,6 +166,7 @@ class Editor(Described):
 
     def close(self) -> None:
         """Close the ledger and let another editor have the model, which stays as it is."""
+        self._stack.closed = True
         self.ledger.close()
         release(self)
 
@@ -206,6 +209,7 @@ class Editor(Described):
             UnknownNameError: no such method. RequestError: a request that cannot be carried out.
             ConfigError: a bad hyper-parameter. CapabilityError: not for this method.
             EditRefused: a guard said no. LedgerError, StorageError: nothing was recorded.
+            IntegrityError: other code changed the model, which an edit would overwrite.
         """
         single, asked, overrides = parse_arguments(request, config or {}, fields)
         requests = rendered(self.model, asked)
@@ -317,14 +321,14 @@ class Editor(Described):
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Take every edit off for a block of code."""
-        with self._with_entries([]):
+        with self._stack.temporarily([]):
             yield
 
     @contextmanager
     def only(self, *edits: EditLike) -> Iterator[None]:
         """Have exactly these edits on the model for a block of code."""
         wanted = [self._get(edit) for edit in edits]
-        with self._with_entries(wanted):
+        with self._stack.temporarily(wanted):
             yield
 
     def verify(self) -> list[str]:
@@ -332,13 +336,15 @@ class Editor(Described):
 
         An empty list means that the model is exactly what the log says.
         """
-        with self.model.access.changing():
+        with self._stack.changing():
             problems = self._stack.problems()
-            problems += [f"edit {n} is not on the model: {w}" for n, w in self.damaged.items()]
+            for name, why in self.damaged.items():
+                problems.append(f"edit {name} is not on the model (reverting it retires it): {why}")
             there = [name for name in self.ledger.active_ids() if name not in self.damaged]
-            if not self._suspended and self._stack.ids != there:
+            if not self._stack.suspended and self._stack.ids != there:
                 problems.append("the active edits differ from the ledger's")
-            return problems + self.ledger.verify()
+            found, said = self.ledger.verify(), self.damaged.values()
+            return problems + [problem for problem in found if not any(w in problem for w in said)]
 
     def refresh(self) -> None:
         """Take over what another process wrote to the same ledger."""
@@ -349,33 +355,37 @@ class Editor(Described):
     # -- looking and measuring -------------------------------------------------------------------
 
     def generate(self, prompt: str | Sequence[str], **options: Any) -> Any:
-        """Continue one prompt (gives text) or several (a list); options: `model.generation`."""
-        prompts = texts_of(prompt, "prompt")
-        texts = generate(self.model, prompts, **options)
+        """Continue one prompt (gives text) or several (a list); greedy unless told otherwise.
+
+        Options, as in `errata.model.generation.generate`: `max_new_tokens`, `stop`, `do_sample`,
+        `temperature`, `top_k`, `top_p`, `seed`, `batch_size` and `chat`.
+        """
+        texts = generate_with(self.model, texts_of(prompt, "prompt"), options)
         return texts[0] if isinstance(prompt, str) else texts
 
     def evaluate(
         self,
         requests: Request | Edit | Iterable[Request | Edit] | None = None,
-        protocols: Sequence[str] = ("counterfact", "generation"),
+        protocols: str | Sequence[str] = ("counterfact", "generation"),
         **settings: Any,
     ) -> ResultTable[Measurement]:
         """Measure the model as it stands; by default on the requests of the active edits.
 
         Args:
             requests: requests or edits.
-            protocols: how to measure.
+            protocols: how to measure, one name or several.
             **settings: `baseline`, the base's answers if known (`errata.evaluate.Baseline`),
                 or fields of `errata.evaluate.MeasureSettings`.
         """
         manager = self._methods.measuring()
         known = manager.protocols()
-        for name in texts_of(protocols, "protocols"):
+        names = texts_of(protocols, "protocols")
+        for name in names:
             check_name("protocol", name, known)
-        with self.model.access.changing():  # the base is measured with every edit off
+        with self._stack.changing():  # the base is measured with every edit off
             given = requests_of(self._stack.entries if requests is None else requests)
             wanted = rendered(self.model, given)
-            found = manager.evaluate(self.model, wanted, tuple(protocols), settings)
+            found = manager.evaluate(self.model, wanted, tuple(names), settings)
             return ResultTable(found)
 
     def locate(
@@ -387,7 +397,7 @@ class Editor(Described):
         """
         (wanted,) = rendered(self.model, [Request.parse(request)])
         settings = self.configure(method, config)[0] if method else (config or None)
-        with self.model.access.changing():  # traces change what passes through the model
+        with self._stack.changing():  # traces change what passes through the model
             found = self._methods.locating(method).locate(self.model, wanted, settings)
         if found is None:
             raise ErrataError("No locator knows this request; try another `by` or method.")
@@ -414,7 +424,7 @@ class Editor(Described):
         """
         write = formats.writer(formats.EXPORTS, format, options)
         target = path_of(path, "path")
-        with self.model.access.changing():
+        with self._stack.changing():
             chosen = [self._get(edit) for edit in edits or self._stack.ids]
             if not chosen:
                 raise LedgerError("There is nothing to export: no edit is active; name one.")
@@ -446,7 +456,7 @@ class Editor(Described):
         Options of "gguf": `base`, the base's GGUF file, and `type` ("f16", "q4_1" …).
         """
         write = formats.writer(formats.MERGES, format, options)
-        with self.model.access.changing():
+        with self._stack.changing():
             return write(self.model, path_of(path, "path"), overwrite, **options)
 
     # -- inside ----------------------------------------------------------------------------------
@@ -457,8 +467,7 @@ class Editor(Described):
 
     def _get(self, edit: EditLike) -> Edit:
         """Return an edit of this ledger with its delta."""
-        found = self._record(edit)
-        return self.ledger.bound(found)
+        return self.ledger.bound(self._record(edit))
 
     def _active(self, edits: Sequence[EditLike]) -> list[Edit]:
         """Return these edits in ledger order; raise `LedgerError` unless they are active."""
@@ -473,27 +482,13 @@ class Editor(Described):
         return list(wanted)
 
     @contextmanager
-    def _with_entries(self, entries: Sequence[Edit]) -> Iterator[None]:
-        with self._stack.temporarily(entries):
-            self._suspended += 1
-            try:
-                yield
-            finally:
-                self._suspended -= 1
-
-    @contextmanager
     def _changing(self, what: str) -> Iterator[None]:
-        with self.model.access.changing():
-            if self._suspended:
-                raise LedgerError(
-                    f"Cannot {what} inside disabled() or only(): leave the block first, so that "
-                    "what is recorded is what is on the model."
-                )
+        with self._stack.changing():
+            self._stack.check_free(what)
             yield
 
     def _require(self, condition: bool, edits: Sequence[Edit], what: str) -> None:
         if not condition:
-            names = ", ".join(edit.id for edit in edits)
-            raise LedgerError(
-                f"{names}: {what}. Active now: {', '.join(self._stack.ids) or 'none'}."
-            )
+            with self.ledger.transaction():  # raises where another process changed the ledger
+                names, on = ", ".join(edit.id for edit in edits), ", ".join(self._stack.ids)
+                raise LedgerError(f"{names}: {what}. Active now: {on or 'none'}.")

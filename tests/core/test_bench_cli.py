@@ -165,6 +165,31 @@ def test_ctrl_c_says_how_to_go_on(run: Run, file: Path, site: Path, tmp_path: Pa
     assert len(list(bench.load(tmp_path / "out"))) == 1
 
 
+def test_ctrl_c_before_anything_is_there_does_not_promise_finished_cases(
+    run: Run, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "run", interrupted)
+    said = " ".join(run(file, "--out", "out", code=130).stderr.split())
+    assert "No case was finished and nothing is in out" in said
+    assert "Every finished case" not in said
+
+
+def test_a_damaged_line_comes_with_what_to_do(run: Run, file: Path) -> None:
+    run(file, "--limit", 1, "--out", "out")
+    results = Path("out/results.jsonl")
+    whole = results.read_text()
+    results.write_text("{damaged\n" + whole)
+    said = " ".join(run(file, "--limit", 1, "--out", "out", code=1).stderr.split())
+    assert "results.jsonl:1 is damaged" in said
+    assert "Delete that line" in said
+    results.write_text("".join(results.read_text().splitlines(keepends=True)[1:]))
+    run(file, "--limit", 1, "--out", "out")
+    assert results.read_text() == whole
+
+
 def test_the_examples_of_the_help_are_valid_command_lines() -> None:
     app = typer.Typer()
     command.add(app)

@@ -107,6 +107,7 @@ def test_a_cut_file_never_gives_a_wrong_record(
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
         (gzip.compress(b'[{"a": 1}]' * 40, mtime=0)[:-14], "gzip stream is broken"),
         (b"[" * 100_000, "nested too deeply"),
+        (b'{"a": 1}\n{"b": {"c": 1,\n"c": 2}}', "line 2: the key 'c' stands twice in one object"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, content: bytes, says: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import errata.model.loading
@@ -52,6 +53,18 @@ def nothing_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (("export", "-o", "e", "--format", "ggfu", "-m", "atlas-gpt2"), "'gguf'?"),
         (("merge", "-o", "e", "--format", "ggfu", "-m", "atlas-gpt2"), "'gguf'?"),
         (("generate", "", "-m", "atlas-gpt2"), "A prompt is empty"),
+        ((*ROME, "--kind", "sentiment", "--example", "x"), "rome carries out requests of kind"),
+        ((*ROME, "--dtype", "float99"), "Unknown dtype 'float99'"),
+        ((*ROME, "--device", "tpu"), "'tpu' is no device"),
+        ((*ROME, "--device", "meta"), "it holds no data"),
+        ((*ROME, "--ledger", "half.errata"), "half.errata is a file; a ledger is a folder"),
+        ((*ROME, "--ledger", "half.errata/l"), "Cannot open the ledger 'half.errata/l'"),
+        (("generate", "a", "-m", "atlas-gpt2", "--temperature", "9"), "give --sample, too"),
+        (("generate", "a", "-m", "atlas-gpt2", "--seed", "0"), "give --sample, too"),
+        (("generate", "a", "-m", "atlas-gpt2", "--base", "--compare"), "give it alone"),
+        (("generate", "a", "-m", "atlas-gpt2", "--base", "--only", "3f"), "give it alone"),
+        (("generate", "a", "--sample", "--temperature", "0", "-m", "atlas-gpt2"), "more than 0"),
+        (("evaluate", "--cases", "-m", "atlas-gpt2"), "--cases goes with --json"),
         (("check", "facts.yaml", "--adapter", "gone/", "-m", "atlas-gpt2"), "no folder 'gone'"),
     ],
 )
@@ -61,6 +74,28 @@ def test_it_is_refused_with_a_suggestion(words: tuple[str, ...], reason: str) ->
     result = CliRunner().invoke(app, list(words))
     assert result.exit_code == 1
     assert reason in " ".join(result.stderr.split())
+    assert not Path("errata-ledger").exists()
+
+
+def test_an_edit_that_cannot_leave_as_asked_is_named(tmp_path: Path) -> None:
+    from errata.edits.delta import CodebookDelta
+    from errata.edits.delta_kinds import DeltaKinds
+    from errata.edits.ledger import Ledger
+    from tests.core.ledger_helpers import small_edit
+
+    entry = CodebookDelta("h.0", torch.rand(3), None, torch.tensor([4]))
+    with Ledger.open(tmp_path / "errata-ledger", kinds=DeltaKinds()) as ledger:
+        name = ledger.commit(small_edit(kind="codebook"), entry).id
+    for words in (
+        ("export", "-o", "e", "--format", "peft"),
+        ("export", name, "-o", "e.gguf", "--format", "gguf"),
+        ("merge", "-o", "m"),
+    ):
+        result = CliRunner().invoke(app, [*words, "-m", "atlas-gpt2"])
+        assert result.exit_code == 1
+        assert f"Edit {name} (codebook) acts while the model runs" in result.stderr
+    result = CliRunner().invoke(app, ["export", "ffff", "-o", "e", "--format", "peft"])
+    assert "Unknown edit 'ffff'" in result.stderr
 
 
 def test_unknown_protocols_and_ids_are_refused(tmp_path: Path) -> None:

@@ -68,7 +68,11 @@ def editor() -> Editor:
         ({"method": "toy-broken"}, PluginError, "Missing"),
         ({"method": "toy-wrong"}, PluginError, "dict"),
         ({"method": "toy-nan"}, EditRefused, "NaN"),
-        ({"method": "toy-raises"}, ZeroDivisionError, "half way"),
+        (
+            {"method": "toy-raises"},
+            PluginError,
+            r"'toy-raises'.*`edit` hook: ZeroDivisionError: half way",
+        ),
     ],
 )
 def test_a_mistake_is_one_clear_error_and_changes_nothing(

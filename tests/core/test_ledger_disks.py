@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import sqlite3
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any
 
 import pytest
 
+from errata.edits.edit import Edit
 from errata.edits.ledger import Ledger
+from errata.edits.ledger.schema import translated
 from errata.errors import StorageError
 from errata.model import storage
 from tests.core.ledger_helpers import (
@@ -122,6 +125,55 @@ def test_a_disk_that_is_really_read_only(small_disk: Path, folder: Path) -> None
         assert reader.verify() == []
         with pytest.raises(StorageError):
             ledger.export(IDS, small_disk / "x.errata")
+
+
+def long_edit() -> Edit:
+    """Return an edit whose record takes more pages than a full disk has."""
+    return small_edit().model_copy(update={"config": {"text": "y" * 50_000}})
+
+
+def test_a_disk_that_fills_up_before_the_commit_keeps_no_file(folder: Path) -> None:
+    with unchanged(folder) as ledger:
+        (pages,) = ledger._database.rows("PRAGMA page_count")[0]
+        ledger._database.rows(f"PRAGMA max_page_count = {pages}")
+        with pytest.raises(StorageError, match="full"):
+            ledger.commit(long_edit(), small_delta(76))
+        assert not ledger._database.ready().in_transaction
+        assert ledger.lost() == []
+        entries = [(small_edit(), small_delta(77), True), (long_edit(), small_delta(78), True)]
+        with pytest.raises(StorageError, match="full"):
+            ledger.commit_many(entries)
+        assert ledger.lost() == []
+
+
+@pytest.mark.parametrize("by_itself", [True, False])
+@pytest.mark.parametrize(("why", "certain"), [
+    ("database or disk is full", True),
+    ("disk I/O error", False),  # a failed sync: pages of the change may be read at the next start
+])  # fmt: skip
+def test_a_commit_that_fails_keeps_the_file_only_where_it_may_be_recorded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, why: str, certain: bool, by_itself: bool
+) -> None:
+    with open_(folder) as ledger:
+        before = content_of(ledger)
+        database = ledger._database
+        original = database.rows
+
+        def fail(query: str, *values: Any) -> Any:
+            if query == "COMMIT":
+                if by_itself:  # as SQLite does on some errors
+                    original("ROLLBACK")
+                with translated("here"):
+                    raise sqlite3.OperationalError(why)
+            return original(query, *values)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(database, "rows", fail)
+            with pytest.raises(StorageError, match=why):
+                ledger.commit(small_edit(), small_delta(79))
+        assert content_of(ledger) == before
+        assert len(ledger.lost()) == (0 if certain else 1)
+        ledger.commit(small_edit(), small_delta(79))
 
 
 def test_an_interrupt_in_the_middle_of_a_change(

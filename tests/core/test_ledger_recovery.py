@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import sqlite3
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from errata import Editor
 from errata.cli.app import app
 from errata.edits.ledger import Ledger, content
 from errata.edits.ledger.schema import DATABASE
@@ -26,6 +30,8 @@ from tests.core.ledger_helpers import (
     small_edit,
     three_edits,
 )
+
+QUIET = {"efficacy": "off", "perplexity": "off", "norm": "off"}
 
 
 def a_lost_tail(tmp_path: Path) -> tuple[Path, Ledger]:
@@ -127,6 +133,107 @@ def test_the_command_line_recovers(tmp_path: Path) -> None:
     assert IDS[2] in back.output
     after = run.invoke(app, ["log", "--ledger", str(folder), "--json"])
     assert [edit["active"] for edit in json.loads(after.stdout)["edits"]] == [False] * 3
+
+
+def random_bytes(file: Path) -> None:
+    file.write_bytes(bytes(range(256)) * 40)
+
+
+def cut_off(file: Path) -> None:
+    os.truncate(file, 5000)
+
+
+def stump(file: Path) -> None:
+    os.truncate(file, 300)
+
+
+def other_tables(file: Path) -> None:
+    with closing(sqlite3.connect(file)) as connection:
+        connection.execute("DROP TABLE requests")
+
+
+def emptied(file: Path) -> None:
+    os.truncate(file, 0)
+
+
+@pytest.mark.parametrize("damage", [random_bytes, cut_off, stump, other_tables, emptied])
+def test_a_damaged_database_is_set_aside_and_the_edits_come_back(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    folder = three_edits(tmp_path / "ledger")
+    with open_(folder) as ledger:
+        expected = ledger.edits()
+    damage(folder / DATABASE)
+    damaged = (folder / DATABASE).read_bytes()
+    run = CliRunner()
+    refused = run.invoke(app, ["log", "--ledger", str(folder)])
+    assert refused.exit_code == 1
+    assert "errata log --recover" in " ".join(refused.output.split())
+    back = run.invoke(app, ["log", "--ledger", str(folder), "--recover"])
+    assert back.exit_code == 0, back.output
+    assert "3 edits taken back" in " ".join(back.output.split())
+    kept = [path.read_bytes() for path in folder.glob(f"{DATABASE}.damaged-1")]
+    assert kept == ([damaged] if damaged else [])
+    with open_(folder) as ledger:
+        assert ledger.edits() == expected
+        assert ledger.verify() == []
+
+
+def test_recovering_renames_no_sound_database_and_no_other_programs(tmp_path: Path) -> None:
+    folder = three_edits(tmp_path / "ledger")
+    with open_(folder, recover=True) as ledger:
+        assert ledger.recover() == ([], {})
+        assert len(ledger.edits()) == 3
+    strangers = tmp_path / "strangers"
+    strangers.mkdir()
+    with closing(sqlite3.connect(strangers / DATABASE)) as connection:
+        connection.execute("PRAGMA application_id = 7")
+        connection.execute("CREATE TABLE theirs (x)")
+        connection.commit()
+    before = (strangers / DATABASE).read_bytes()
+    with pytest.raises(IntegrityError, match="not a ledger"):
+        open_(strangers, recover=True)
+    assert (strangers / DATABASE).read_bytes()[100:] == before[100:]
+    assert not list(tmp_path.glob("*/*.damaged*"))
+
+
+def test_edits_whose_files_are_gone_or_cut_off_are_not_shown_as_on(tmp_path: Path) -> None:
+    folder = three_edits(tmp_path / "ledger")
+    with open_(folder) as ledger:
+        blobs = [edit.blob for edit in ledger.edits()]
+    paths = [folder / "blobs" / blob[:2] / f"{blob}.safetensors" for blob in blobs]
+    run = CliRunner()
+    assert "without a sound file" not in run.invoke(app, ["log", "--ledger", str(folder)]).output
+    paths[0].unlink()
+    os.truncate(paths[2], paths[2].stat().st_size - 1)
+    log = run.invoke(app, ["log", "--ledger", str(folder)]).output
+    for word in ("missing", "damaged", "off", "2 edits without a sound file"):
+        assert word in " ".join(log.split())
+    data = json.loads(run.invoke(app, ["log", "--ledger", str(folder), "--json"]).stdout)
+    assert [edit["file"] for edit in data["edits"]] == ["missing", "sound", "damaged"]
+    shown = run.invoke(app, ["show", IDS[0], "--ledger", str(folder)]).output
+    assert "its file is missing: it cannot be on the model" in shown
+    data = run.invoke(app, ["show", IDS[2], "--ledger", str(folder), "--json"]).stdout
+    assert json.loads(data)["file"] == "damaged"
+
+
+def test_verify_names_a_damaged_edit_once(tmp_path: Path) -> None:
+    folder = tmp_path / "ledger"
+    request = {"prompt": "{} lives in", "subject": "Ada", "target_new": "Rome"}
+    with Editor("atlas-gpt2", ledger=folder, guards=QUIET) as editor:
+        edit = editor.edit(request, method="ft", steps=1)
+        other = editor.edit({**request, "subject": "Grace"}, method="ft", steps=1)
+    (folder / "blobs" / edit.blob[:2] / f"{edit.blob}.safetensors").unlink()
+    damaged = folder / "blobs" / other.blob[:2] / f"{other.blob}.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    found = CliRunner().invoke(app, ["verify", "--ledger", str(folder)])
+    assert found.exit_code == 4
+    assert found.output.count("Problem:") == 2
+    assert "Warning" not in found.output
+    text = " ".join(found.output.split())
+    assert "2 problems." in text
+    for name in (edit.id, other.id):
+        assert f"edit {name} is not on the model (reverting it retires it):" in text
 
 
 def test_a_number_that_no_ledger_gives_is_damage(tmp_path: Path) -> None:

@@ -64,6 +64,22 @@ def test_work_is_reported_in_the_log_at_info(
     assert any(line.startswith("Counting") for line in caplog.messages)
 
 
+def test_what_has_only_just_begun_is_not_said_in_the_place_of_what_goes_on(
+    at_once: None,
+) -> None:
+    said: list[str] = []
+    heard = threading.Event()
+
+    def say(text: str) -> None:
+        said.append(text)
+        heard.set()
+
+    progress = Progress(say)
+    with progress.busy("Loading all"), progress.busy("Loading a part"):
+        assert heard.wait(30)
+    assert said[0].startswith("Loading all")
+
+
 def test_nobody_listens_nothing_runs() -> None:
     before = threading.active_count()
     for _ in Progress().track([1], "Counting"):

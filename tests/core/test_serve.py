@@ -7,6 +7,7 @@ import random
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from errata import Editor
 from errata.cli.app import app as command_line
 from errata.datasets import atlas
 from errata.edits.edit import Edit
+from errata.edits.ledger import Ledger
 from errata.errors import ConfigError
 from errata.serve.settings import ServeSettings
 
@@ -183,6 +185,41 @@ def test_half_a_stop_string_is_held_back() -> None:
         ("completions", {}, 400, "prompt"),
         ("completions", {"prompt": "a", "max_tokens": 0}, 400, "max_tokens"),
         ("completions", {"prompt": "a b " * 3000}, 400, "tokens"),
+        ("completions", {"prompt": "a", "max_tokens": 100_000}, 400, "at most 24"),
+        ("completions", {"prompt": "a", "top_k": 5}, 400, "top_k is not supported"),
+        ("completions", {"prompt": "a", "repetition_penalty": 1.2}, 400, "repetition_penalty is"),
+        ("completions", {"prompt": "a", "ignore_eos": True}, 400, "ignore_eos is not supported"),
+        ("completions", {"prompt": "a", "guided_json": {}}, 400, "Unknown field 'guided_json'"),
+        ("completions", {"prompt": "a", "max_token": 9}, 400, "Did you mean 'max_tokens'?"),
+        ("completions", {"prompt": "a", "temprature": 1}, 400, "Did you mean 'temperature'?"),
+        ("completions", {"prompt": "\ud83d"}, 400, "half a character"),
+        ("completions", {"prompt": "a", "stop": ["a", "\ud83d"]}, 400, "half a character"),
+        ("completions", {"prompt": "a", "model": "\ud83d"}, 400, "half a character"),
+        ("completions", {"prompt": "a", "\ud83d": 1}, 400, "half a character"),
+        ("completions", {"prompt": "a", "errata": {"only": ["\ud83d"]}}, 400, "half a character"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "\ud83d"}]}, 400, "half a"),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "\ud83d"}]}]},
+            400,
+            "half a",
+        ),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": "a", "name": "Bo"}]},
+            400,
+            "name of a message is not supported",
+        ),
+        (
+            "chat/completions",
+            {
+                "messages": [{"role": "user", "content": "a"}],
+                "max_tokens": 3,
+                "max_completion_tokens": 4,
+            },
+            400,
+            "they differ",
+        ),
         ("completions", {"prompt": "a", "model": "gpt-4"}, 404, "Unknown model"),
         ("completions", {"prompt": "a", "errata": {"only": ["beef"]}}, 404, "beef"),
         ("completions", {"prompt": "a", "errata": {"only": [], "without": []}}, 400, "only or"),
@@ -195,9 +232,68 @@ def test_what_cannot_be_done_is_said_as_openai_says_it(
     path: str, fields: dict[str, Any], status: int, said: str,
     served: tuple[TestClient, Editor, list[Edit]],
 ) -> None:  # fmt: skip
-    answer = served[0].post(f"/v1/{path}", json=fields)
+    sent = {"content": json.dumps(fields), "headers": {"Content-Type": "application/json"}}
+    answer = served[0].post(f"/v1/{path}", **sent)
     assert answer.status_code == status, answer.text
     assert said in answer.json()["error"]["message"]
+
+
+def test_what_clients_send_and_changes_no_answer_is_taken(
+    served: tuple[TestClient, Editor, list[Edit]],
+) -> None:
+    client, _, _ = served
+    asked = {"prompt": FACTS[0].text, "max_tokens": 4}
+    plain = complete(client, **asked)["choices"]
+    idle = {
+        "user": "me", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "n": 1,
+        "logit_bias": {}, "top_k": -1, "repetition_penalty": 1.0, "tool_choice": "auto",
+        "stream_options": None,
+    }  # fmt: skip
+    assert complete(client, **asked, **idle)["choices"] == plain
+    parts = streamed(client, "/v1/completions", **asked, stream_options={"include_usage": True})
+    assert parts[-1]["choices"] == []
+    assert parts[-1]["usage"] == complete(client, **asked)["usage"]
+    assert "".join(part["choices"][0]["text"] for part in parts[:-1]) == plain[0]["text"]
+    for path in ("offset=-1", "ofset=1"):
+        assert client.get(f"/errata/edits?{path}").status_code == 400
+    for path, more in (("compare", {}), ("trace", {"subject": "a"})):
+        broken = {"content": json.dumps({"prompt": "a\ud83d", **more})}
+        said = client.post(
+            f"/errata/{path}", **broken, headers={"Content-Type": "application/json"}
+        )
+        assert said.status_code == 400
+        assert "half a character" in said.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("branch", [False, True], ids=["folded", "beside"])
+def test_what_another_process_changes_in_the_ledger_is_taken_over(
+    branch: bool, tmp_path: Path
+) -> None:
+    with Editor("atlas-gpt2", ledger=tmp_path / "l", guards={"perplexity": "off"}) as maker:
+        edits = [maker.edit(fact, method="rome").id for fact in FACTS[:2]]
+    settings = ServeSettings(TOKEN, allow_edits=True)
+    editor = Editor("atlas-gpt2", ledger=tmp_path / "l", branch=branch)
+    other = Ledger.open(tmp_path / "l")  # as `errata revert` in another shell
+    with other, editor, TestClient(create_app(editor, settings), base_url=BASE) as client:
+        asked = {"prompt": FACTS[0].text, "max_tokens": 4}
+        assert complete(client, **asked)["errata"]["edits"] == edits
+        other.deactivate(edits[:1])
+        assert client.get(f"/errata/edits/{edits[0]}").json()["active"] is False
+        after = complete(client, **asked)
+        assert after["errata"]["edits"] == edits[1:]
+        assert FACTS[0].target_new not in after["choices"][0]["text"]
+        other.activate(edits[:1])
+        other.deactivate(edits[1:])
+        again = client.post(f"/errata/edits/{edits[1]}/revert", headers=BEARER)
+        assert again.status_code == 409
+        assert f"Active now: {edits[0]}." in again.json()["error"]["message"]
+        reverted = client.post(f"/errata/edits/{edits[0]}/revert", headers=BEARER)
+        assert reverted.json() == {"active": []}
+        other.refresh()
+        other.activate(edits[:1])
+        found = client.post("/errata/compare", json={**asked, "b": {"only": []}}).json()
+        assert found["a"]["edits"] == edits[:1]
+        assert editor.verify() == []
 
 
 # -- who may ---------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from errata.edits.delta import (
 )
 from errata.edits.edit import Edit
 from errata.edits.ledger import content, write_export
-from errata.errors import ConfigError, ErrataError, IntegrityError, LedgerError
+from errata.errors import ConfigError, ErrataError, IntegrityError, LedgerError, PluginError
 from errata.evaluate import score_targets
 from errata.model.artifacts import Artifacts
 from errata.model.structure import Structure
@@ -498,7 +498,7 @@ def test_a_file_is_applied_whole_or_not_at_all(
             first = editor.import_(file)[0]
             editor.apply(first)
             before = state_of(editor.model)
-        wrong: type[Exception] = {"overflow": IntegrityError, "observer": ZeroDivisionError}.get(
+        wrong: type[Exception] = {"overflow": IntegrityError, "observer": PluginError}.get(
             when, LedgerError
         )
         said = [(entry.edit.id, entry.active) for entry in editor.log()]

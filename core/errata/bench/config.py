@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from errata.contract.yaml_file import read_yaml
 from errata.errors import ConfigError, UnknownNameError
+from errata.model.value_problems import NumbersAreNumbers, problem_of
 
 Regime = Literal["single", "batch", "sequential", "continual", "cross-domain"]
 STREAMS = ("sequential", "continual")
@@ -27,7 +28,7 @@ GUARDS = {"norm": "off", "perplexity": "off", "efficacy": "off"}
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+=()-]{0,63}")
 
 
-class _ConfigModel(BaseModel):
+class _ConfigModel(NumbersAreNumbers):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
@@ -194,17 +195,19 @@ class BenchConfig(_ConfigModel):
         return self.methods[variant].batch_size or self.batch_size or 1
 
     @classmethod
-    def parse(cls, given: BenchConfig | Mapping[str, Any]) -> BenchConfig:
+    def parse(cls, given: BenchConfig | Mapping[str, Any], source: str = "") -> BenchConfig:
         """Return a configuration from one, or from a mapping of its fields.
 
-        Raises `ConfigError` naming each field that is unknown (with a suggestion) or wrong.
+        `source` is the file that they are from. Raises `ConfigError` naming each field that is
+        unknown (with a suggestion) or wrong.
         """
         if isinstance(given, BenchConfig):
             return given
         try:
             return cls(**given)
         except ValidationError as error:
-            raise ConfigError(f"Bad run configuration: {_explain(error)}") from None
+            where = f" in {source}" if source else ""
+            raise ConfigError(f"Bad run configuration{where}: {_explain(error)}") from None
         except TypeError:
             raise ConfigError(
                 f"A run configuration is a mapping of names to values, not {given!r}."
@@ -216,7 +219,7 @@ def read_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
 
     Raises `ConfigError` for a file that is no plain YAML mapping or has a wrong field.
     """
-    return BenchConfig.parse({**read_fields(path), **(overrides or {})})
+    return BenchConfig.parse({**read_fields(path), **(overrides or {})}, str(path))
 
 
 def read_fields(path: str | Path) -> dict[str, Any]:
@@ -261,7 +264,6 @@ def _explain(error: ValidationError) -> str:
             unknown = UnknownNameError("key", where[-1], model.model_fields)
             parts.append(f"{'.'.join(where[:-1])}: {unknown}" if len(where) > 1 else str(unknown))
             continue
-        message = item["msg"].removeprefix("Value error, ")
-        given = "" if item["type"] in ("missing", "value_error") else f" (given: {item['input']!r})"
-        parts.append(f"{'.'.join(where)}: {message}{given}" if where else message)
+        said = problem_of(item)
+        parts.append(f"{'.'.join(where)}: {said}" if where else said)
     return "; ".join(parts)

@@ -199,7 +199,9 @@ def check_run(spec: RunSpec) -> dict[str, Capabilities]:
     entries: dict[str, Capabilities] = {}
     for number, variant in enumerate(config.methods):
         loaded = plugins.load(variant.method)
-        registry.resolve(variant.method, loaded.config, {}, spec.overrides(number, config.seeds[0]))
+        given = spec.overrides(number, config.seeds[0])
+        origins = dict.fromkeys(given, f"the run {config.name!r}, config of {variant.label}")
+        registry.resolve(variant.method, loaded.config, {}, given, origins)
         can = entries[variant.label] = registry.method(variant.method).capabilities
         _check_regime(config, variant.label, variant.method, config.size(number), can)
     for number in range(len(config.datasets)):

@@ -17,6 +17,10 @@ from errata.model.storage import make_folder, write_bytes
 
 SCHEMA = 1
 INFO, RESULTS, LOCK = "run.json", "results.jsonl", "run.lock"
+REMEDY = (
+    "Delete that line, and `errata bench` carries out again what it was about; `errata report "
+    "--skip-bad` leaves it out."
+)
 KINDS = ("case", "state", "failure")
 NEEDED = ("key", "method", "variant", "seed", "regime", "stage", "step", "dataset", "finished")
 
@@ -49,9 +53,14 @@ class RunDirectory:
             for number, raw in enumerate(handle, start=1):
                 if not raw.endswith(b"\n"):
                     return
-                line = checked_line(raw, f"{path}:{number}")
+                try:
+                    line = checked_line(raw, f"{path}:{number}")
+                except IntegrityError as error:
+                    raise IntegrityError(f"{error} {REMEDY}") from None
                 if line["key"] in seen:
-                    raise IntegrityError(f"{path}:{number}: the key {line['key']!r} is there twice")
+                    raise IntegrityError(
+                        f"{path}:{number}: the key {line['key']!r} is there twice. {REMEDY}"
+                    )
                 seen.add(line["key"])
                 yield line
 
@@ -93,7 +102,9 @@ def read_info(folder: Path) -> Mapping[str, Any] | None:
     except OSError as error:
         raise StorageError(f"Cannot read {path}: {error.strerror or error}.") from error
     except ValueError as error:
-        raise IntegrityError(f"{path} is damaged: {error}.") from None
+        raise IntegrityError(
+            f"{path} is damaged: {error}. Restore it, or give another folder."
+        ) from None
     if not isinstance(info, dict) or info.get("schema") != SCHEMA:
         found = info.get("schema") if isinstance(info, dict) else None
         raise IntegrityError(f"{path} has schema {found!r}; this errata reads {SCHEMA}.")

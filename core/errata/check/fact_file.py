@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from errata.contract.yaml_file import read_yaml
 from errata.errors import ConfigError
+from errata.model.value_problems import NumbersAreNumbers, problem_of
 
 Section = Literal["must_say", "must_not_change", "must_not_say"]
 Role = Literal["fact", "paraphrase", "neighbour", "unchanged", "forbidden"]
@@ -40,7 +41,7 @@ Answers = Annotated[tuple[Words, ...], BeforeValidator(_listed)]
 """One answer, or a list: the answer and other right forms of it."""
 
 
-class _Plain(BaseModel):
+class _Plain(NumbersAreNumbers):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
@@ -134,6 +135,7 @@ class MustSay(_Entry):
         how = self.how(settings)
         facts = self.answers or {self.subject or "": self.answer or ()}
         for subject, answers in facts.items():
+            self._check_never(answers, how["criterion"])
             for role, text in (
                 ("fact", self.prompt),
                 *(("paraphrase", p) for p in self.paraphrases),
@@ -144,6 +146,17 @@ class MustSay(_Entry):
             prompt = _filled(self.prompt, name) if "{}" in self.prompt else name
             section: Section = "must_not_change" if own is None else "must_say"
             yield FactTest(section, "neighbour", prompt, own or (), **_of_base(how, own is None))
+
+    def _check_never(self, answers: tuple[str, ...], criterion: Criterion) -> None:
+        """Raise `ValueError` where no text can give an answer without what must not stand in it."""
+        from errata.evaluate.matching import contained_match  # loads numpy with the rest
+
+        never = [next((t for t in self.never if contained_match(a, [t])), None) for a in answers]
+        if answers and None not in never and criterion != "probability":
+            raise ValueError(
+                f"{self.prompt!r}: the answer {answers[0]!r} holds {never[0]!r}, which `never` "
+                "forbids: no model can do both. Take it out of one of them."
+            )
 
 
 class MustNotChange(_Entry):
@@ -324,9 +337,7 @@ def _explain(error: ValidationError | TypeError) -> str:
     lines = []
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"])
-        said = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            said = "there is no such key"
+        said = problem_of(item)
         lines.append(f"{where}: {said}" if where else said)
     more = f" (and {len(lines) - 5} more)" if len(lines) > 5 else ""
     return "; ".join(lines[:5]) + more

@@ -10,11 +10,11 @@ import sys
 
 def main() -> None:
     """Run the command line; the exit code says how it went (see `errata --help`)."""
-    for stream in (sys.stdout, sys.stderr):
-        # A terminal that cannot show "→" or "λ" gets "?" instead of a crash.
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
     try:
+        for stream in (sys.stdout, sys.stderr):
+            # A terminal that cannot show "→" or "λ" gets "?" instead of a crash.
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")
         from errata.cli.app import app
 
         app(prog_name="errata")

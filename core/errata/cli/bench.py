@@ -128,6 +128,7 @@ def bench(
     interruption, however it came: it goes on where it was.
     """
     from errata.bench import plan, run
+    from errata.bench.results import INFO
 
     given: dict[str, Any] = {
         "name": name, "model": model, "device": session.device, "dtype": session.dtype,
@@ -158,7 +159,11 @@ def bench(
             trust_remote_code=session.trust_remote_code,
         )  # fmt: skip
     except KeyboardInterrupt:
-        session.say(f"Every finished case is in {folder}: the same command goes on from there.")
+        session.say(
+            f"Every finished case is in {folder}: the same command goes on from there."
+            if (folder / INFO).is_file()
+            else f"No case was finished and nothing is in {folder}: the same command begins anew."
+        )
         raise
     _show_run(session, done)
 
@@ -178,7 +183,8 @@ def _config(
     from errata.bench.config import STREAMS, read_fields
 
     fields = {} if file is None else read_fields(file)
-    there = BenchConfig.parse(fields) if file is not None and _complete(fields) else None
+    source = "" if file is None else str(file)
+    there = BenchConfig.parse(fields, source) if file is not None and _complete(fields) else None
     fields.update({key: value for key, value in given.items() if value is not None})
     if given["limit"] is not None and there is not None:  # a dataset's own limit gives way
         fields["datasets"] = [s.model_copy(update={"limit": None}) for s in there.datasets]
@@ -197,7 +203,7 @@ def _config(
                if key not in fields]  # fmt: skip
     if missing:
         raise ConfigError(f"Give {', '.join(missing)}, or a run file that names it.")
-    config = BenchConfig.parse(fields)
+    config = BenchConfig.parse(fields, source)
     return BenchConfig.parse({**fields, "methods": _set(config, values)}) if values else config
 
 
@@ -316,9 +322,9 @@ def _show_run(session: Session, run: RunDirectory) -> None:
     for line in list(run.failures())[:3]:
         session.show(Text(f"  {line['key']}: {render.quoted(line['error'], 200)}", style="muted"))
     session.show(
-        Text(f"{run.directory}: every case. Tables and figures: errata report {run.directory}",
-             style="muted")
-    )  # fmt: skip
+        Text(f"{run.directory}: every case", style="muted"),
+        Text(f"Tables and figures: errata report {run.directory}", style="muted"),
+    )
     edited = [count for label, count in counted.items() if label != "base"]
     if edited and not any(count["cases"] for count in edited):
         raise typer.Exit(FAILED)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from errata.contract.hooks import PLUGINS
 from errata.errors import ConfigError, UnknownNameError
 from errata.model.checkpoint import LAYER_COUNTS
 from errata.model.installed import entry_points
 from errata.model.model_source import check_model_source
+
+if TYPE_CHECKING:
+    from errata.edits.request import Request
 
 
 def check_model(name: str) -> None:
@@ -27,10 +30,13 @@ def _strangers() -> bool:
     return any(package != "errata" for package in modules)
 
 
-def check_settings(method: str, overrides: Mapping[str, Any], model: str) -> None:
+def check_settings(
+    method: str, overrides: Mapping[str, Any], model: str, origins: Mapping[str, str] | None = None
+) -> None:
     """Raise `ConfigError` for hyper-parameters that a method does not have or does not take.
 
     Layers are compared with what the model's configuration file says, where there is one.
+    `origins` says which of them are from a file, by name.
     """
     from errata.contract import plugins
     from errata.contract.registry import Registry
@@ -38,9 +44,19 @@ def check_settings(method: str, overrides: Mapping[str, Any], model: str) -> Non
     registry = Registry.load()
     if method in registry.methods:
         facts = _facts(model)
-        registry.resolve(method, plugins.load(method).config, facts, overrides)
+        registry.resolve(method, plugins.load(method).config, facts, overrides, origins)
         if facts.get("n_layers") is not None:
             _check_layers(overrides, facts["n_layers"], str(facts["model_type"]))
+
+
+def check_kinds(method: str, requests: Sequence[Request]) -> None:
+    """Raise `CapabilityError` for requests of a kind that a method does not carry out."""
+    from errata.contract.capabilities import check_requests
+    from errata.contract.registry import Registry
+
+    entry = Registry.load().methods.get(method)
+    if entry is not None:
+        check_requests(method, entry.capabilities, requests)
 
 
 def _check_layers(overrides: Mapping[str, Any], count: int, model_type: str) -> None:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from errata.cli import render
 from errata.cli.check_facts import check_view, fact_guard
-from errata.cli.checks import check_guards, check_model, check_settings
+from errata.cli.checks import check_guards, check_kinds, check_model, check_settings
 from errata.cli.easyedit import configured
 from errata.cli.edit_view import edit_view, idle_view
 from errata.cli.requests import Chat, Join, Limit, asked_as, read_dataset, read_requests
@@ -195,13 +195,17 @@ def edit(
     }  # fmt: skip
     requests = asked_as(_requests(given, file, dataset, limit), join, chat)
     overrides = pairs(values or (), "--set")
+    origins: dict[str, str] = {}
     if config is not None:
+        by_hand = set(overrides)
         method, overrides = configured(session, config, method, overrides)
+        origins = {name: str(config) for name in overrides if name not in by_hand}
     guards = pairs(guard or (), "--guard")
     facts = fact_guard(check, refuse=refuse, applied=not no_apply, skipping=skip_refused)
     check_method(method)
+    check_kinds(method, requests)
     check_model(session.model_name())
-    check_settings(method, overrides, session.model_name())
+    check_settings(method, overrides, session.model_name(), origins)
     check_guards(guards)
     if facts is not None and refuse:
         guards["checks"] = [facts]

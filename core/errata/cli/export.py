@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +18,7 @@ from errata.errors import LedgerError
 
 if TYPE_CHECKING:
     from errata.editor import Editor
+    from errata.edits.delta import Delta
     from errata.edits.edit import Edit
 
 PANEL = "Ship"
@@ -96,6 +97,8 @@ def export(
     errata applies the file to the same base anywhere. The adapter holds edits that change weights
     of linear modules, from any method; plain PeftModel or llama.cpp loads it. Others are refused.
     """
+    from errata.edits.factors import check_factors
+
     options = given(rank=rank, error=error, base=base)
     if format == "errata" and not options:  # needs no model
         with session.read_ledger(kinds=True) as ledger:
@@ -107,8 +110,8 @@ def export(
             path = ledger.export(chosen, out, overwrite=overwrite)
     else:
         writer(EXPORTS, format, options)
-        session.read_ledger().close()
         session.check_ids(ids or ())
+        _check_kinds(session, ids or (), check_factors if format in ("peft", "gguf") else None)
         with session.editor() as editor:
             chosen = [editor.ledger.resolve(name) for name in ids or editor.model.stack.ids]
             path = editor.export(out, *chosen, format=format, overwrite=overwrite, **options)
@@ -187,11 +190,12 @@ def merge(
     The tokenizer is included, and in a folder a model card; transformers or llama.cpp loads it
     without errata. Edits that act while the model runs (a codebook) cannot be merged.
     """
+    from errata.edits.export import check_mergeable
     from errata.model.loading import auto_class
 
     options = given(base=base, type=type)
     writer(MERGES, format, options)
-    session.read_ledger().close()
+    _check_kinds(session, None, check_mergeable)
     with session.editor() as editor:
         active = editor.model.stack.ids
         path = editor.merge(out, overwrite=overwrite, format=format, **options)
@@ -208,6 +212,28 @@ def merge(
             style="muted",
         ),
     )
+
+
+def _check_kinds(
+    session: Session,
+    ids: Sequence[str] | None,
+    check: Callable[[str, type[Delta]], None] | None,
+) -> None:
+    """Raise, before a model is loaded, for an edit that cannot leave as it was asked.
+
+    Args:
+        session: whose ledger.
+        ids: edits to be written, by default the active ones, one at least; None: the active ones,
+            if any.
+        check: raises for an edit's id and the class of its kind; None: nothing is known of those.
+    """
+    with session.read_ledger(kinds=True) as ledger:
+        chosen = [ledger.resolve(name) for name in ids or ()] or ledger.active_ids()
+        if not chosen and ids is not None:
+            raise LedgerError("There is nothing to export: no edit is active and none was named.")
+        for edit in map(ledger.get, chosen):
+            if check is not None and edit.delta_kind in ledger.kinds:
+                check(edit.id, ledger.kinds[edit.delta_kind])
 
 
 def given(**options: Any) -> dict[str, Any]:

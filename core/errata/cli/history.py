@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from errata.edits.ledger import Event
 
 PANEL = "Look back"
+SOUND = "sound"
 WORDS = {
     "edit": "computed",
     "apply": "put on the model",
@@ -69,11 +70,13 @@ def log(
     """List the edits of the ledger, and which are on the model.
 
     In their order, with what each conflicts with (the same fact, another target) or overlaps
-    (nearly the same key). Loads no model.
+    (nearly the same key). An edit whose file is missing or cut off is shown so, not as on. Loads
+    no model.
 
     With --recover, edits whose file is there and whose record was lost (with the database, or
     its write-ahead file) are recorded again, after those that are there and off the model: a
-    file does not tell whether its edit was reverted since. errata apply ID puts one on.
+    file does not tell whether its edit was reverted since. errata apply ID puts one on. A damaged
+    database is renamed, and a new one begun.
     """
     if recover:
         _recover(session)
@@ -83,13 +86,19 @@ def log(
         refusals = ledger.refused() if refused else []
         refusal_count = ledger.refusals()
         known = model_of(ledger)
+    files = _files(session, shown)
     if session.json:
         session.emit(
             {
                 "ledger": str(session.ledger),
                 "model": known.get("name"),
                 "edits": [
-                    {**edit_json(edit, edit.id in on), "stale": edit.id in stale} for edit in shown
+                    {
+                        **edit_json(edit, edit.id in on),
+                        "stale": edit.id in stale,
+                        "file": files[edit.id],
+                    }
+                    for edit in shown
                 ],
                 "refused": [_refusal_json(event) for event in refusals] if refused else None,
             }
@@ -99,7 +108,10 @@ def log(
     head = f"{known.get('name', 'model not recorded')} · {state}"
     session.show(render.heading(str(session.ledger), head), "")
     if shown:
-        session.show(_log_table(shown, on, stale, render.wide(session.out)))
+        states = {
+            edit.id: _state(edit.id in on, edit.id in stale, files[edit.id]) for edit in shown
+        }
+        session.show(_log_table(shown, on, states, render.wide(session.out)))
     else:
         session.show("No edits." if not total else "No edit is active.")
     if refused:
@@ -109,6 +121,22 @@ def log(
     if stale:
         note = "computed on top of edits that are off; errata rebase computes them again"
         session.show(Text(f"\n{len(stale)} stale: {note}", style="warn"))
+    if lost := [edit for edit in shown if files[edit.id] != SOUND]:
+        note = "cannot be on the model until its file is put back; errata revert ID retires it"
+        session.show(
+            Text(
+                f"\n{render.count(len(lost), 'edit')} without a sound file: each {note}",
+                style="bad",
+            )
+        )
+
+
+def _files(session: Session, edits: Sequence[Edit]) -> dict[str, str]:
+    """Return edit id → how its file looks: "sound", "missing" or "damaged"."""
+    from errata.edits.ledger.files import DeltaFiles
+
+    files = DeltaFiles(session.ledger)
+    return {edit.id: files.look(edit.blob, edit.nbytes) for edit in edits}
 
 
 def _recover(session: Session) -> None:
@@ -127,7 +155,7 @@ def _recover(session: Session) -> None:
     session.say(f"{render.count(len(records), 'edit')} taken back from files{more}", "head")
 
 
-def _log_table(edits: list[Edit], on: set[str], stale: set[str], wide: bool) -> Any:
+def _log_table(edits: list[Edit], on: set[str], states: Mapping[str, Text], wide: bool) -> Any:
     """Return the log; in a narrow window the details go below each request."""
     notes = {edit.id: list(_notes(edit)) for edit in edits}
     clashing = any(notes.values())
@@ -153,7 +181,7 @@ def _log_table(edits: list[Edit], on: set[str], stale: set[str], wide: bool) -> 
                 request.append(f"\n{note}", style="warn")
         grid.add_row(
             str(edit.sequence),
-            _state(edit.id in on, edit.id in stale),
+            states[edit.id],
             Text(edit.id, style="accent" if is_on else "muted"),
             edit.method,
             *([kind] if wide else []),
@@ -165,7 +193,9 @@ def _log_table(edits: list[Edit], on: set[str], stale: set[str], wide: bool) -> 
     return grid
 
 
-def _state(is_on: bool, stale: bool) -> Text:
+def _state(is_on: bool, stale: bool, file: str) -> Text:
+    if file != SOUND:
+        return Text(file, style="bad")
     if not is_on:
         return Text("off", style="muted")
     return Text("stale", style="warn") if stale else Text("on", style="good")
@@ -218,11 +248,14 @@ def show(
         is_on = ledger.is_active(edit.id)
         stale = edit.is_stale(set(ledger.active_ids()))
         events = [event for event in ledger.events() if event.edit_id == edit.id]
+    file = _files(session, [edit])[edit.id]
     if session.json:
         history = [{"time": e.time, "kind": e.kind} for e in events]
-        session.emit({**edit_json(edit, is_on), "stale": stale, "history": history})
+        session.emit({**edit_json(edit, is_on), "stale": stale, "file": file, "history": history})
         return
     state = "on the model" if is_on else "off the model"
+    if file != SOUND:
+        state = f"its file is {file}: it cannot be on the model"
     state += ", stale: computed on top of edits that are off" if stale else ""
     session.show(
         render.heading(edit.id, f"{state} · number {edit.sequence}"),
@@ -282,6 +315,7 @@ def verify(
     Every record, event and delta is read and its hash compared; every tensor of the edited model
     is compared with base + active edits, bit for bit, and with all edits off with the base.
     """
+    session.verifying = True
     session.read_ledger().close()
     if ledger_only:
         with session.read_ledger(kinds=True) as ledger:

@@ -15,7 +15,7 @@ from errata.cli.checks import check_model, check_protocols
 from errata.cli.requests import Chat, Join, Limit, asked_as, read_dataset, read_requests
 from errata.cli.session import MODEL, Session, command
 from errata.edits.request import RetainedProbe
-from errata.errors import LedgerError, RequestError
+from errata.errors import ConfigError, LedgerError, RequestError
 
 if TYPE_CHECKING:
     from errata.evaluate import Measurement
@@ -77,9 +77,11 @@ def generate(
         bool, typer.Option("--sample", help="Draw tokens instead of taking the most probable.")
     ] = False,
     temperature: Annotated[
-        float, typer.Option("--temperature", help="Temperature of --sample.")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of --sample.")] = 0,
+        float | None, typer.Option("--temperature", help="Temperature of --sample; by default 1.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Seed of --sample; by default 0.")
+    ] = None,
 ) -> None:
     """Continue prompts with the edited model.
 
@@ -90,6 +92,16 @@ def generate(
         raise RequestError("No prompt: standard input was empty.")
     if not all(texts):
         raise RequestError("A prompt is empty: it needs a word at least.")
+    if not sample and (temperature is not None or seed is not None):
+        raise ConfigError("--temperature and --seed say how to draw tokens: give --sample, too.")
+    if base and (compare or only):
+        raise ConfigError(
+            "--base turns every edit off: give it alone, or --compare to see the base and the "
+            "edited model side by side."
+        )
+    temperature, seed = 1.0 if temperature is None else temperature, seed or 0
+    if not temperature > 0:
+        raise ConfigError(f"--temperature {temperature:g} is not allowed: give more than 0.")
     options = {
         "max_new_tokens": max_new_tokens, "do_sample": sample, "temperature": temperature,
         "seed": seed, "chat": chat,
@@ -186,6 +198,8 @@ def evaluate(
         raise RequestError("Give ids, --file or --dataset: one of them says what is measured.")
     if limit is not None and not (file or dataset):
         raise RequestError("--limit goes with --file or --dataset.")
+    if cases and not session.json:
+        raise RequestError("--cases goes with --json.")
     data = read_dataset(dataset, limit) if dataset else None
     requests = data.requests() if data else read_requests(file)[:limit] if file else None
     if requests is not None:

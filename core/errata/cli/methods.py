@@ -232,7 +232,8 @@ def _hook_name(node: ast.stmt) -> str:
 def _from_easyedit(session: Session, file: Path, registry: Registry) -> None:
     """Show a file's method and values by their names here, and what is not taken over."""
     found = from_easyedit(file, registry)
-    registry.resolve(found.method, plugins.load(found.method).config, {}, found.config)
+    config, origins = plugins.load(found.method).config, dict.fromkeys(found.config, str(file))
+    registry.resolve(found.method, config, {}, found.config, origins)
     if session.json:
         session.emit(
             {

@@ -85,6 +85,16 @@ class HouseConsole(Console):
                 segment = segment._replace(text=visible(segment.text))
             yield segment
 
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print; text with a word longer than a line, as a path may be, is left to the terminal.
+
+        It breaks lines, too, but what is copied from it is whole.
+        """
+        texts = [str(one) for one in objects if isinstance(one, (str, Text))]
+        if any(len(word) > self.width for text in texts for word in text.split()):
+            options = {"soft_wrap": True, **options}
+        super().print(*objects, **options)
+
     def on_broken_pipe(self) -> None:
         """Send the rest nowhere; the command's own exit code stands."""
         self.quiet = True

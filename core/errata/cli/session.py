@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,9 +24,18 @@ from errata.cli.progress import ConsoleProgress
 from errata.cli.render import console, json_text
 from errata.cli.wording import in_options
 from errata.edits.ledger.model_note import model_of, remember_model
-from errata.errors import ConfigError, EditRefused, ErrataError, LedgerError, UnknownNameError
+from errata.errors import (
+    ConfigError,
+    EditRefused,
+    ErrataError,
+    LedgerError,
+    PluginError,
+    UnknownNameError,
+)
 
 if TYPE_CHECKING:
+    from typing import TextIO
+
     from rich.console import Console
 
     from errata.editor import Editor
@@ -137,7 +146,9 @@ class Session:
     json: bool = False
     quiet: bool = False
     debug: bool = False
+    verifying: bool = False  # the command names every problem, so no warning need say it before
     _notes: dict[str, Any] = field(default_factory=dict)
+    _stdout: TextIO | None = None
 
     # -- output ----------------------------------------------------------------------------------
 
@@ -158,7 +169,7 @@ class Session:
 
     def emit(self, data: Any) -> None:
         """Print the JSON of a result."""
-        typer.echo(json_text(_finite(data), indent=2))
+        typer.echo(json_text(_finite(data), indent=2), file=self._stdout)
 
     def show(self, *things: Any) -> None:
         """Print text and tables for people, unless JSON was asked for."""
@@ -285,14 +296,19 @@ class Session:
 
     @contextmanager
     def reporting(self) -> Iterator[None]:
-        """Turn errors into one message and an exit code; show the library's warnings."""
+        """Turn errors into one message and an exit code; show the library's warnings.
+
+        With --json what anyone else prints (a plugin, say) goes to standard error.
+        """
+        self._stdout = sys.stdout
         handler = _Warnings(self)
         logger = logging.getLogger("errata")
         level = logger.level
         logger.addHandler(handler)
         logger.setLevel(logging.DEBUG if self.debug else logging.WARNING)
         try:
-            with warnings.catch_warnings():
+            elsewhere = redirect_stdout(sys.stderr) if self.json else nullcontext()
+            with warnings.catch_warnings(), elsewhere:
                 if not self.debug and not sys.warnoptions:
                     warnings.simplefilter("ignore")
                 yield
@@ -314,6 +330,9 @@ class Session:
             raise
         except Exception as error:  # a bug, here or in a plugin
             self._fail(error)
+            raise typer.Exit(FAILED) from None
+        except SystemExit as error:  # no command exits so: code that is not errata's does
+            self._fail(PluginError(f"A plugin or library called sys.exit({error.code!r})."))
             raise typer.Exit(FAILED) from None
         finally:
             logger.removeHandler(handler)
@@ -462,6 +481,8 @@ class _Warnings(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Print one message."""
         if self._session.quiet and record.levelno < logging.ERROR:
+            return
+        if self._session.verifying and getattr(record, "verified", False):
             return
         style = "warn" if record.levelno >= logging.WARNING else "muted"
         label = f"{record.levelname.capitalize()}: "

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 from errata.contract import plugins
 from errata.edits.aims import Aim, aims_of_request
-from errata.errors import CapabilityError
+from errata.errors import CapabilityError, RequestError
 from errata.model.running import prepare
 from errata.model.tokens import subject_span
 
 if TYPE_CHECKING:
     from errata.contract.registry import Registry
-    from errata.contract.stanzas import MethodEntry
+    from errata.contract.stanzas import Capabilities, MethodEntry
     from errata.edits.request import Request
     from errata.model.model import Model
 
@@ -21,25 +21,8 @@ DENSE_MLP = "dense_mlp"
 """What a method needs that writes into an MLP's down projection."""
 
 
-def check_capabilities(
-    method: str,
-    entry: MethodEntry,
-    requests: Sequence[Request],
-    model: Model,
-    batch_size: int | None,
-) -> None:
-    """Raise `CapabilityError` naming what the method does not declare."""
-    can = entry.capabilities
-    if model.anatomy.kind not in can.architectures:
-        raise CapabilityError(
-            f"{method} edits {', '.join(can.architectures)} models; {model.name} is an "
-            f"{model.anatomy.kind} ({model.anatomy.model_type})."
-        )
-    if model.task not in can.tasks:
-        raise CapabilityError(
-            f"{method} edits models for {', '.join(can.tasks)}; {model.name} is one for "
-            f"{model.task} ({type(model.module).__name__})."
-        )
+def check_requests(method: str, can: Capabilities, requests: Sequence[Request]) -> None:
+    """Raise `CapabilityError` for a request that the method does not carry out on any model."""
     for request in requests:
         if request.kind not in can.kinds:
             raise CapabilityError(
@@ -53,6 +36,28 @@ def check_capabilities(
                 f"{request.text!r} asks for {operation!r}. Give each operation as a request of its "
                 "own."
             )
+
+
+def check_capabilities(
+    method: str,
+    entry: MethodEntry,
+    requests: Sequence[Request],
+    model: Model,
+    batch_size: int | None,
+) -> None:
+    """Raise `CapabilityError` naming what the method does not declare."""
+    can = entry.capabilities
+    check_requests(method, can, requests)
+    if model.anatomy.kind not in can.architectures:
+        raise CapabilityError(
+            f"{method} edits {', '.join(can.architectures)} models; {model.name} is an "
+            f"{model.anatomy.kind} ({model.anatomy.model_type})."
+        )
+    if model.task not in can.tasks:
+        raise CapabilityError(
+            f"{method} edits models for {', '.join(can.tasks)}; {model.name} is one for "
+            f"{model.task} ({type(model.module).__name__})."
+        )
     if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
         raise CapabilityError(f"batch_size={batch_size!r} is not allowed: give 1 or more.")
     if batch_size is not None and batch_size > 1 and not can.batch:
@@ -96,7 +101,13 @@ def check_prompts(model: Model, requests: Sequence[Request]) -> None:
 
     The tokenizer must place both. An answer must fit behind its prompt, or be one of the classes.
     """
+    special = set(model.tokenizer.all_special_tokens)
     for request in requests:
+        if request.subject.strip() in special:
+            raise RequestError(
+                f"The subject {request.subject!r} is a special token of {model.name}'s tokenizer, "
+                "not a name: give the name that the fact is about."
+            )
         asked = [Aim(request.prompt, request.target), *aims_of_request(request)]
         for prompt in dict.fromkeys(aim.prompt for aim in asked):
             subject_span(model.tokenizer, prompt, request.subject)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
+from pydantic import AfterValidator, ConfigDict, Field, ValidationInfo
 from typing_extensions import Self
+
+from errata.model.value_problems import NumbersAreNumbers
 
 if TYPE_CHECKING:
     from errata.edits.request import Request
@@ -42,7 +44,7 @@ SAME_SUBJECT = (
 """What a hyper-parameter `same_subject` says of methods that write at the subject."""
 
 
-class MethodConfig(BaseModel):
+class MethodConfig(NumbersAreNumbers):
     """Hyper-parameters of a method: frozen, every field described, unknown names refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -160,8 +161,11 @@ class Editing:
         replaced: Mapping[str, str],
         apply: bool,
     ) -> list[Edit]:
+        said: frozenset[str] = frozenset()
         if apply:
-            self._guards.prepare(self._model)
+            # What is taken off for the new edits said it, where something did.
+            asked = () if old else [r for call in calls for part in call.batches for r in part]
+            said = self._guards.prepare(self._model, asked)
         touched = [edit.id for edit in old]
         supersedes = () if calls[0].rebases else tuple(touched)
         with self._transactions.all_or_nothing(touched):
@@ -176,7 +180,8 @@ class Editing:
                 # What was not needed on the model in between is folded here, all at once.
                 missing = [edit for edit in new if edit.id not in self._stack.ids]
                 self._transactions.put_on(missing)
-                outcomes = self._guards.check_state(self._model, new)
+                outcomes = self._guards.check_state(self._model, new, said)
+                self._check_finite(outcomes)
                 new = [
                     edit.bind(edit.delta, outcome=outcome)
                     for edit, outcome in zip(new, outcomes, strict=True)
@@ -233,9 +238,29 @@ class Editing:
                     ).bind(delta)
                     touched.append(edit.id)
                     checked = self._guards.check_delta(self._model, edit)
+                    self._check_finite([checked])
                     new.append(edit.bind(delta, outcome=checked))
                     if apply:
                         clashes.add(new[-1])
+
+    def _check_finite(self, outcomes: Sequence[Outcome]) -> None:
+        """Raise `EditRefused` for a change, or a model with it, that gives no finite numbers.
+
+        The guard `finite` decides, not those of norm and perplexity, which say how large a number
+        may be: a model that gives NaN is broken. Where the base gives none either, it is let be.
+        """
+        if self._guards.policy.finite != "refuse":
+            return
+        for outcome in outcomes:
+            norm, text = outcome.relative_norm, outcome.perplexity
+            if norm is not None and norm.value == math.inf:
+                reason = f"the change of {norm.parameter} is infinitely large"
+                raise EditRefused(reason, {"finite": False, "relative_norm": norm.model_dump()})
+            if text is None or math.isfinite(text.value):
+                continue
+            if math.isfinite(self._guards.base_perplexity(self._model)):
+                reason = f"with it, the perplexity on the canary text is {text.value}"
+                raise EditRefused(reason, {"finite": False, "perplexity": text.model_dump()})
 
     def _artifacts(self, method: str, delta: Delta) -> dict[str, str]:
         """Return name → SHA-256 of what a delta needs besides its own data."""

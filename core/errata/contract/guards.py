@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from errata.edits.aims import aims_of_request, takes_effect
 from errata.edits.outcome import Efficacy, Outcome, RelativeNorm, TextPerplexity
@@ -19,10 +19,12 @@ from errata.model.answers import TargetScore
 from errata.model.perplexity import perplexity
 from errata.model.scoring import score_targets
 from errata.model.texts import canary_texts
+from errata.model.value_problems import NumbersAreNumbers, problem_of
 
 if TYPE_CHECKING:
     from errata.edits.aims import Aim
     from errata.edits.edit import Edit
+    from errata.edits.request import Request
     from errata.model.model import Model
 
 logger = logging.getLogger("errata")
@@ -35,7 +37,7 @@ HOW = {
 """How it is judged whether an answer is said, is gone, or has the better of another."""
 
 
-class GuardPolicy(BaseModel):
+class GuardPolicy(NumbersAreNumbers):
     """The checks before an edit is kept, and what happens when one fails.
 
     Each mode is "refuse" (the edit is taken off, the refusal recorded), "warn" or "off".
@@ -81,7 +83,7 @@ class GuardPolicy(BaseModel):
         try:
             return cls(**(given or {}))
         except ValidationError as error:
-            problems = "; ".join(f"{e['loc'][0]}: {e['msg']}" for e in error.errors())
+            problems = "; ".join(f"{e['loc'][0]}: {problem_of(e)}" for e in error.errors())
             raise ConfigError(f"Bad guards: {problems}") from None
 
 
@@ -91,10 +93,17 @@ class Guards:
     def __init__(self, policy: GuardPolicy) -> None:
         self.policy = policy
 
-    def prepare(self, model: Model) -> None:
-        """Measure what belongs to the base, before anything is put on the model."""
+    def prepare(self, model: Model, requests: Sequence[Request] = ()) -> frozenset[str]:
+        """Measure what belongs to the base, before anything is put on the model.
+
+        Returns the digests of those of the requests that hold on the model as it stands.
+        """
         if self._reads_text(model):
             self.base_perplexity(model)
+        if self.policy.efficacy == "off" or not requests:
+            return frozenset()
+        effects = _effects(model, requests)
+        return frozenset(r.digest for r, e in zip(requests, effects, strict=True) if e.reached)
 
     def check_delta(self, model: Model, edit: Edit) -> Outcome:
         """Check what was computed, before it is on the model; return the edit's outcome with it.
@@ -120,8 +129,15 @@ class Guards:
                 outcome = self._failed(self.policy.norm, reason, measured, outcome)
         return outcome
 
-    def check_state(self, model: Model, edits: Sequence[Edit]) -> list[Outcome]:
+    def check_state(
+        self, model: Model, edits: Sequence[Edit], said: frozenset[str] = frozenset()
+    ) -> list[Outcome]:
         """Check the model with all edits of the call on it; return each edit's whole outcome.
+
+        Args:
+            model: with the edits on it.
+            edits: of the call.
+            said: digests of the requests that held before, as `prepare` returns them.
 
         Raises:
             EditRefused: requests do not take effect, text became improbable, or a further check
@@ -129,7 +145,7 @@ class Guards:
         """
         found = [edit.outcome for edit in edits]
         if self.policy.efficacy != "off":
-            found = self._check_efficacy(model, edits, found)
+            found = self._check_efficacy(model, edits, found, said)
         if self._reads_text(model):
             found = self._check_perplexity(model, found)
         for check in self.policy.checks:
@@ -141,23 +157,21 @@ class Guards:
     # -- the checks ------------------------------------------------------------------------------
 
     def _check_efficacy(
-        self, model: Model, edits: Sequence[Edit], outcomes: Sequence[Outcome]
+        self,
+        model: Model,
+        edits: Sequence[Edit],
+        outcomes: Sequence[Outcome],
+        said: frozenset[str],
     ) -> list[Outcome]:
         requests = [request for edit in edits for request in edit.requests]
-        asked = [[aim for aim in aims_of_request(request) if aim.answer] for request in requests]
-        prompts = [
-            aim.prompt.replace("{}", request.subject)
-            for request, aims in zip(requests, asked, strict=True)
-            for aim in aims
-        ]
-        left = iter(score_targets(model, prompts, [aim.answer for aims in asked for aim in aims]))
-        effects = iter(_Effect.of(aims, [next(left) for _ in aims]) for aims in asked)
+        effects = iter(_effects(model, requests))
         own = [[next(effects) for _ in edit.requests] for edit in edits]
         found = [
             outcome.model_copy(update={"efficacy": _efficacy(part)})
             for outcome, part in zip(outcomes, own, strict=True)
         ]
         every = [effect for part in own for effect in part]
+        found = _note_idle(edits, own, found, said)
         missed = [r.text for r, e in zip(requests, every, strict=True) if e.reached is False]
         if not missed:
             return found
@@ -236,6 +250,11 @@ class _Effect(NamedTuple):
     probability: float
     senses: frozenset[str]
 
+    @property
+    def rivals(self) -> bool:
+        """Whether answers were compared, of which the wished one may have been ahead before."""
+        return "rival" in self.senses
+
     @classmethod
     def of(cls, aims: Sequence[Aim], scores: Sequence[TargetScore]) -> _Effect:
         """Judge a request by the scores of its aims' answers."""
@@ -243,6 +262,50 @@ class _Effect(NamedTuple):
         senses = frozenset(aim.sense for aim in aims)
         rival = frozenset({"rival"})
         return cls(takes_effect(aims, scores), probability, senses & rival or senses)
+
+
+def _effects(model: Model, requests: Sequence[Request]) -> list[_Effect]:
+    """Return whether each request holds on the model as it stands."""
+    asked = [[aim for aim in aims_of_request(request) if aim.answer] for request in requests]
+    prompts = [
+        aim.prompt.replace("{}", request.subject)
+        for request, aims in zip(requests, asked, strict=True)
+        for aim in aims
+    ]
+    left = iter(score_targets(model, prompts, [aim.answer for aims in asked for aim in aims]))
+    return [_Effect.of(aims, [next(left) for _ in aims]) for aims in asked]
+
+
+def _note_idle(
+    edits: Sequence[Edit],
+    effects: Sequence[Sequence[_Effect]],
+    outcomes: Sequence[Outcome],
+    said: frozenset[str],
+) -> list[Outcome]:
+    """Remark on requests that held before the edit: that they hold now is not its doing."""
+    idle = [
+        [
+            (request, effect)
+            for request, effect in zip(edit.requests, own, strict=True)
+            if effect.reached and not effect.rivals and request.digest in said
+        ]
+        for edit, own in zip(edits, effects, strict=True)
+    ]
+    every = [one for part in idle for one in part]
+    if not every:
+        return list(outcomes)
+    request, effect = every[0]
+    what = "the model says this already" if "say" in effect.senses else "there is nothing to erase"
+    count = sum(len(edit.requests) for edit in edits)
+    reason = (
+        f"{what}: {len(every)} of {count} requests held before the edit "
+        f"(first: {request.text!r} → {request.wish!r})"
+    )
+    logger.warning("Guard: %s.", reason)
+    return [
+        _warned(outcome, reason) if part else outcome
+        for outcome, part in zip(outcomes, idle, strict=True)
+    ]
 
 
 def _efficacy(effects: Sequence[_Effect]) -> Efficacy | None:

@@ -20,6 +20,7 @@ from errata.model.architecture import (
     Variant,
     parse_architectures,
 )
+from errata.model.value_problems import problem_of
 
 Stanza = dict[str, Any]
 
@@ -121,9 +122,7 @@ def merge_architectures(layers: Sequence[Layer]) -> dict[str, Stanza]:
 
 def problems_of(error: ValidationError) -> str:
     """Return what pydantic found wrong, in one line: "key: problem; …"."""
-    return "; ".join(
-        f"{_path(e['loc'])}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()
-    )
+    return "; ".join(f"{_path(e['loc'])}: {problem_of(e)}" for e in error.errors())
 
 
 def _path(loc: Iterable[int | str]) -> str:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pluggy
-
 from errata.contract import plugins
-from errata.contract.hooks import MODELS, PROJECT, Specification
+from errata.contract.hooks import MODELS
+from errata.contract.plugins import called, is_own, registered
 from errata.contract.purity import pure
 from errata.edits.delta import Delta
-from errata.errors import CapabilityError, IntegrityError, PluginError
+from errata.edits.own_copy import own_copy
+from errata.errors import CapabilityError, ErrataError, IntegrityError, PluginError
 
 if TYPE_CHECKING:
     from errata.contract.location import Location
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from errata.edits.request import Request
     from errata.model.model import Model
     from errata.model.progress import Progress
+
+logger = logging.getLogger("errata")
 
 
 def known_models() -> dict[str, Callable[[Progress | None], Path]]:
@@ -45,18 +50,44 @@ class Manager:
 
     def __init__(self, method: str, plugins: Sequence[object]) -> None:
         self.method = method
-        self._pm = pluggy.PluginManager(PROJECT)
-        self._pm.add_hookspecs(Specification)
-        for plugin in plugins:
-            try:
-                self._pm.register(plugin)
-            except (pluggy.PluginValidationError, ValueError) as error:
-                raise PluginError(f"The plugin {plugin!r} breaks the contract: {error}") from error
-        self._pm.check_pending()
+        self._pm = registered(plugins)
+
+    @contextmanager
+    def _calling(self, hook: str) -> Iterator[None]:
+        """Say whose hook failed where one raises what is no error of errata's, or ends the process.
+
+        Raises:
+            PluginError: from what was raised.
+        """
+        try:
+            yield
+        except ErrataError:
+            raise
+        except (Exception, SystemExit) as error:
+            plugin = self._failing(hook, error)
+            if plugin is not None and is_own(plugin):
+                raise
+            what = type(error).__name__
+            if isinstance(error, SystemExit):
+                what = f"sys.exit({error.code!r}), which no hook may call"
+            elif str(error):
+                what = f"{what}: {error}"
+            name = f"Method {self.method!r}" if self.method else "A plugin"
+            raise PluginError(
+                f"{name if plugin is None else called(plugin)} failed in its `{hook}` hook: "
+                f"{what} (the traceback shows where)."
+            ) from error
+
+    def _failing(self, hook: str, error: BaseException) -> object | None:
+        """Return the plugin whose hook an error passed through; the innermost, where several."""
+        implementations = getattr(self._pm.hook, hook).get_hookimpls()
+        codes = {getattr(i.function, "__code__", None): i.plugin for i in implementations}
+        passed = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+        return next((codes[code] for code in reversed(passed) if code in codes), None)
 
     def locate(self, model: Model, request: Request, config: Any) -> Location | None:
         """Ask for a location; the first plugin with an answer wins."""
-        with pure(model, self.method or "a locator", "locate"):
+        with pure(model, self.method or "a locator", "locate"), self._calling("locate"):
             found: Location | None = self._pm.hook.locate(
                 model=model, request=request, config=config
             )
@@ -67,7 +98,7 @@ class Manager:
     ) -> None:
         """Let the method compute what belongs to the base."""
         if self._pm.hook.prepare.get_hookimpls():
-            with pure(model, self.method, "prepare"):
+            with pure(model, self.method, "prepare"), self._calling("prepare"):
                 self._pm.hook.prepare(model=model, corpus=corpus, training=training, config=config)
 
     def edit(self, model: Model, requests: Sequence[Request], config: Any) -> list[Delta]:
@@ -77,7 +108,7 @@ class Manager:
             ImpureMethodError: the method changed the model.
             PluginError: it returned no deltas, too many, or one that does not fit the model.
         """
-        with pure(model, self.method, "edit"):
+        with pure(model, self.method, "edit"), self._calling("edit"):
             result = self._pm.hook.edit(model=model, requests=list(requests), config=config)
         deltas = [result] if isinstance(result, Delta) else _listed(result)
         if not deltas or not all(isinstance(delta, Delta) for delta in deltas):
@@ -90,9 +121,7 @@ class Manager:
                 f"Method {self.method!r} returned {len(deltas)} deltas for {len(requests)} "
                 "requests; it must return one for all or one for each."
             )
-        for delta in deltas:
-            self._check(delta, model)
-        return deltas
+        return [self._checked(delta, model) for delta in deltas]
 
     def resolve(self, model: Model, delta: Delta, config: Any) -> Delta:
         """Compute a recorded edit's delta under another configuration, from what it stores.
@@ -102,7 +131,7 @@ class Manager:
             CapabilityError: the method cannot solve this delta again.
             PluginError: it returned something else than a delta that fits the model.
         """
-        with pure(model, self.method, "resolve"):
+        with pure(model, self.method, "resolve"), self._calling("resolve"):
             found = self._pm.hook.resolve(model=model, delta=delta, config=config)
         if found is None:
             raise CapabilityError(
@@ -114,12 +143,13 @@ class Manager:
                 f"Method {self.method!r} returned {type(found).__name__} from `resolve`; it must "
                 "return a Delta (errata.edits.delta)."
             )
-        self._check(found, model)
-        return found
+        return self._checked(found, model)
 
-    def _check(self, delta: Delta, model: Model) -> None:
+    def _checked(self, delta: Delta, model: Model) -> Delta:
+        """Return a delta that fits the model, with tensors of its own."""
         try:
             delta.check(model)
+            return own_copy(delta, model)
         except IntegrityError as error:
             raise PluginError(
                 f"Method {self.method!r} returned a delta that does not fit the model: {error}"
@@ -133,15 +163,33 @@ class Manager:
         settings: Mapping[str, Any],
     ) -> list[Measurement]:
         """Collect the measurements of all plugins."""
-        results = self._pm.hook.evaluate(
-            model=model, requests=requests, protocols=protocols, settings=settings
+        with self._calling("evaluate"):
+            results = self._pm.hook.evaluate(
+                model=model, requests=requests, protocols=protocols, settings=settings
+            )
+        found = [item for result in reversed(results) for item in result]
+        if not found and protocols and "baseline" not in settings:
+            # A run that has a baseline measures case by case, and says itself what is missing.
+            logger.warning("Nothing was measured. %s", self._lacking(protocols))
+        return found
+
+    def _lacking(self, protocols: Sequence[str]) -> str:
+        """Return what the requests would need for protocols that measured nothing."""
+        known = self.protocols()
+        needs = {name: known[name].needs if name in known else "" for name in protocols}
+        return " ".join(
+            f"{name}: no request has {lack}."
+            if lack
+            else f"{name}: no request has a prompt for it."
+            for name, lack in needs.items()
         )
-        return [item for result in reversed(results) for item in result]
 
     def protocols(self) -> dict[str, Protocol]:
         """Return every protocol by name; raise `PluginError` when two plugins claim one."""
         found: dict[str, Protocol] = {}
-        for result in reversed(self._pm.hook.protocols()):
+        with self._calling("protocols"):
+            results = self._pm.hook.protocols()
+        for result in reversed(results):
             for protocol in result:
                 if found.setdefault(protocol.name, protocol) is not protocol:
                     raise PluginError(f"Two plugins claim the protocol {protocol.name!r}.")
@@ -150,7 +198,9 @@ class Manager:
     def models(self) -> dict[str, Callable[[Progress | None], Path]]:
         """Return every model that a plugin brings, by name; raise `PluginError` for two."""
         found: dict[str, Callable[[Progress | None], Path]] = {}
-        for result in reversed(self._pm.hook.models()):
+        with self._calling("models"):
+            results = self._pm.hook.models()
+        for result in reversed(results):
             for name, bring in result.items():
                 if found.setdefault(name, bring) is not bring:
                     raise PluginError(f"Two plugins bring a model named {name!r}.")
@@ -158,11 +208,13 @@ class Manager:
 
     def apply(self, model: Model, edits: Sequence[Edit]) -> None:
         """Tell the plugins that edits are put on the model, as one change."""
-        self._pm.hook.apply(model=model, edits=edits)
+        with self._calling("apply"):
+            self._pm.hook.apply(model=model, edits=edits)
 
     def revert(self, model: Model, edits: Sequence[Edit]) -> None:
         """Tell the plugins that edits are taken off the model, as one change."""
-        self._pm.hook.revert(model=model, edits=edits)
+        with self._calling("revert"):
+            self._pm.hook.revert(model=model, edits=edits)
 
 
 def _listed(result: Any) -> list[Any]:

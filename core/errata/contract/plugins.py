@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, PackageNotFoundError
@@ -13,8 +15,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import pluggy
+
 from errata.contract.config import MethodConfig
-from errata.contract.hooks import METHODS, PLUGINS
+from errata.contract.hooks import METHODS, PLUGINS, PROJECT, Specification
 from errata.errors import PluginError, UnknownNameError
 from errata.model.installed import entry_points
 
@@ -109,6 +113,39 @@ def rooms(group: str = PLUGINS) -> list[Any]:
     return [_instance(point, "plugin") for point in points]
 
 
+def registered(plugins: Sequence[object]) -> pluggy.PluginManager:
+    """Return a manager of the hooks of some plugins, registered in order.
+
+    Raises:
+        PluginError: a hook that errata does not call, or arguments that it does not pass; names
+            the plugin, the hook and what it may take.
+    """
+    manager = pluggy.PluginManager(PROJECT)
+    manager.add_hookspecs(Specification)
+    for plugin in plugins:
+        try:
+            manager.register(plugin)
+            manager.check_pending()
+        except (pluggy.PluginValidationError, ValueError) as error:
+            problem = _hook_problem(" ".join(str(error).split()))
+            raise PluginError(f"{called(plugin)} breaks the contract: {problem}") from error
+    return manager
+
+
+def called(plugin: object) -> str:
+    """Return how messages call a plugin: a method by its name, any other by its class."""
+    if isinstance(name := getattr(plugin, "name", None), str) and hasattr(plugin, "config"):
+        return f"Method {name!r}"
+    kind = plugin if isinstance(plugin, type) else type(plugin)
+    return f"The plugin {kind.__module__}.{kind.__qualname__}"
+
+
+def is_own(plugin: object) -> bool:
+    """Say whether a plugin is one of the core's own, which observe the contract by themselves."""
+    kind = plugin if isinstance(plugin, type) else type(plugin)
+    return kind.__module__.partition(".")[0] == "errata"
+
+
 def version(name: str) -> str:
     """Return "distribution version" of an installed method."""
     point = installed()[name]
@@ -131,7 +168,7 @@ def _instance(point: EntryPoint, what: str) -> Any:
     try:
         plugin = point.load()
         return plugin() if isinstance(plugin, type) else plugin
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a module that exits would end errata
         raise PluginError(
             f"The {what} {point.name!r} ({point.value} from {_distribution(point)}) could not be "
             f"loaded: {type(error).__name__}: {error}"
@@ -165,3 +202,23 @@ def _check(name: str, plugin: Any, point: EntryPoint) -> None:
         raise PluginError(f"{where} must have `config`, a subclass of errata.MethodConfig.")
     if not callable(getattr(plugin, "edit", None)):
         raise PluginError(f"{where} has no `edit` hook.")
+    if not registered([plugin]).hook.edit.get_hookimpls():
+        raise PluginError(
+            f"{where} has no hook: no @hookimpl stands above its `edit`. Write `from errata import "
+            "hookimpl`, and put it there; so also above every other hook."
+        )
+
+
+def _hook_problem(said: str) -> str:
+    """Return what pluggy says of a plugin that it does not take, in words about the hook."""
+    if unknown := re.match(r"unknown hook '(\w+)'", said):
+        hooks = [name for name in vars(Specification) if not name.startswith("_")]
+        return str(UnknownNameError("hook", unknown[1], hooks))
+    place = re.match(r"Plugin .*? for hook '(\w+)' hookimpl definition: ", said)
+    if place is None:
+        return said
+    _, *allowed = inspect.signature(getattr(Specification, place[1])).parameters
+    return (
+        f"its `{place[1]}` hook is {said[place.end() :]}. It may take {', '.join(allowed)}, under "
+        "these names; any of them may be left out."
+    )

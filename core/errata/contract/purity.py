@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from errata.edits.last_written import hashed
+from errata.edits.stack import Stack
 from errata.errors import ImpureMethodError
 from errata.model.structure import Structure
 
@@ -27,16 +29,25 @@ class Snapshot:
         self._model = model
         self._structure = Structure(model.module)
         live = {**model.parameters, **model.buffers}
-        self._tensors = {n: (t._version, _hash(t), t.requires_grad) for n, t in live.items()}
+        self._tensors = {n: (t._version, hashed(t), t.requires_grad) for n, t in live.items()}
         # A model that was trained a moment ago still has gradients: they are its owner's.
         self._gradients = {n: t.grad.clone() for n, t in live.items() if t.grad is not None}
+
+    def check(self) -> None:
+        """Raise `IntegrityError` where other code changed the model since errata wrote to it.
+
+        What a hook finds on such a model is about no base, and putting back what it does to the
+        model would take the owner's change away.
+        """
+        if isinstance(self._model.stack, Stack):
+            self._model.stack.written.check(bits={n: t[1] for n, t in self._tensors.items()})
 
     def changed(self) -> list[str]:
         """Name everything that is not as it was."""
         names = []
         for name, tensor in {**self._model.parameters, **self._model.buffers}.items():
             version, bits, requires_grad = self._tensors[name]
-            if tensor._version != version or not torch.equal(_hash(tensor), bits):
+            if tensor._version != version or not torch.equal(hashed(tensor), bits):
                 names.append(name)
             elif tensor.requires_grad != requires_grad:
                 names.append(f"{name} (requires_grad)")
@@ -58,7 +69,7 @@ class Snapshot:
         former = self._gradients.get(name)
         if former is None or gradient is None:
             return former is gradient
-        return torch.equal(_hash(former), _hash(gradient))
+        return torch.equal(hashed(former), hashed(gradient))
 
 
 @contextmanager
@@ -72,8 +83,10 @@ def pure(model: Model, method: str, hook: str) -> Iterator[None]:
 
     Raises:
         ImpureMethodError: something is not as it was; it has been put back.
+        IntegrityError: other code had changed the model's parameters before.
     """
     before, randomness = Snapshot(model), _RandomState()
+    before.check()
     try:
         yield
     except BaseException:
@@ -133,10 +146,3 @@ def _equal(one: Any, other: Any) -> bool:
     if hasattr(one, "tobytes"):
         return bool(one.tobytes() == other.tobytes())
     return bool(one == other)
-
-
-def _hash(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a 64-bit hash of a tensor's bits: one pass over memory."""
-    if tensor.is_complex() or tensor.dtype == torch.bool:
-        tensor = tensor.contiguous().view(torch.uint8)
-    return torch.hash_tensor(tensor.detach()).cpu()

@@ -22,6 +22,8 @@ from errata.contract.layers import Incomplete, Layer, merge_architectures, merge
 from errata.contract.stanzas import MethodEntry, Preset
 from errata.contract.yaml_file import read_yaml
 from errata.errors import ConfigError, UnknownNameError
+from errata.model.display import shortened
+from errata.model.value_problems import problems_by_place
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ class Registry:
         config: type[MethodConfig],
         facts: Mapping[str, Any],
         overrides: Mapping[str, Any] | None = None,
+        origins: Mapping[str, str] | None = None,
     ) -> tuple[MethodConfig, list[Value]]:
         """Return the configuration of a method for one model, and where each value came from.
 
@@ -134,6 +137,8 @@ class Registry:
             config: its configuration class.
             facts: of the model: model_type, n_layers, hidden_size, vocab_size, name.
             overrides: keyword arguments; they win.
+            origins: what messages call the place that an override is from, by its name: a file;
+                by default the arguments.
 
         Raises:
             ConfigError: an unknown hyper-parameter (with a suggestion) or a value out of range.
@@ -146,13 +151,13 @@ class Registry:
         for preset in self.presets(name):
             variant = given.get("variant", values.get("variant", usual))
             if preset.fits({**facts, "variant": variant}):
-                _known_fields(preset.values, config, name, preset.source)
+                _known_fields(preset.values, config, name, {}, preset.source)
                 for key in following(preset.values, config):
                     values.pop(key, None)
                 values.update(preset.values)
                 sources.update(dict.fromkeys(preset.values, preset.source))
                 layers.update(dict.fromkeys(preset.values, preset.layer))
-        _known_fields(given, config, name, "the arguments")
+        _known_fields(given, config, name, origins or {}, "the arguments")
         for key in following(given, config):
             values.pop(key, None)
         values.update(given)
@@ -163,10 +168,11 @@ class Registry:
         try:
             resolved = config(**values)
         except ValidationError as error:
+            told = {**sources, **(origins or {})}
             problems = "; ".join(
-                f"{'.'.join(map(str, e['loc'])) or name} = {e.get('input')!r} "
-                f"({sources.get(str(e['loc'][0]) if e['loc'] else '', 'default')}): {e['msg']}"
-                for e in error.errors()
+                f"{'.'.join(place) or name} = {shortened(repr(value))} "
+                f"({told.get(place[0] if place else '', 'default')}): {said}"
+                for place, value, said in problems_by_place(error)
             )
             raise ConfigError(f"Bad hyper-parameters for {name}: {problems}") from None
         for key in resolved.model_fields_set - set(sources):  # the class itself fills them in
@@ -196,13 +202,17 @@ def user_file() -> Path:
 
 
 def _known_fields(
-    values: Mapping[str, Any], config: type[MethodConfig], method: str, source: str
+    values: Mapping[str, Any],
+    config: type[MethodConfig],
+    method: str,
+    origins: Mapping[str, str],
+    usual: str,
 ) -> None:
     for key in values:
         if key not in config.model_fields:
             close = difflib.get_close_matches(key, config.model_fields, n=1, cutoff=0.5)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ConfigError(
-                f"{method} has no hyper-parameter {key!r} (given in {source}).{hint} "
-                f"It has: {', '.join(config.model_fields)}."
+                f"{method} has no hyper-parameter {key!r} (given in "
+                f"{origins.get(key, usual)}).{hint} It has: {', '.join(config.model_fields)}."
             )

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import yaml
 
 from errata.errors import ConfigError
+from errata.model.value_problems import kind_of
 
 MAX_BYTES = 256 * 2**10
 MAX_DEPTH = 32
@@ -41,7 +42,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if data is None:
         return {}
     if not isinstance(data, dict):
-        raise ConfigError(f"{path} must hold a mapping; it holds a {type(data).__name__}.")
+        raise ConfigError(f"{path} must hold a mapping; it holds {kind_of(data)}.")
     return data
 
 

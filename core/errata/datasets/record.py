@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from errata.edits.request import Probe, Request
 from errata.edits.subjects import subject_place
 from errata.errors import DatasetError
+from errata.model.value_problems import problem_of
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,7 @@ class Record:
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(str(key) for key in first["loc"])
-            message = first["msg"].removeprefix("Value error, ")
-            raise self.bad(field, f"not a valid request: {message}") from None
+            raise self.bad(field, f"not a valid request: {problem_of(first)}") from None
 
     def _flat(self, value: Any, field: str) -> Iterator[str]:
         if value is None:

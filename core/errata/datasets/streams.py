@@ -45,7 +45,8 @@ def read_numbered(path: Path, name: str = "") -> Iterator[tuple[int, Any]]:
         name: how errors call it; by default its path.
 
     Raises:
-        DatasetError: the file is empty, cut off, not JSON or not text; says where.
+        DatasetError: the file is empty, cut off, not JSON or not text, or a key stands twice in one
+            object; says where.
     """
     name = name or str(path)
     with _open(path, name) as handle:
@@ -104,6 +105,18 @@ def _array(window: _DecodedText) -> Iterator[tuple[int, Any]]:
         window.fail(f"the array has ended, but more follows: {window.ahead(40)!r}")
 
 
+class _KeyTwice(Exception):
+    """A key that stands twice in one object: one of its two values would be lost."""
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _KeyTwice(next(name for name in names if names.count(name) > 1))
+    return found
+
+
 class _DecodedText:
     """The part of a text file that is being decoded."""
 
@@ -112,7 +125,7 @@ class _DecodedText:
         self._name = name
         self._utf8 = codecs.getincrementaldecoder("utf-8-sig")()
         self._undecodable = ""
-        self._decoder = json.JSONDecoder()
+        self._decoder = json.JSONDecoder(object_pairs_hook=_each_key_once)
         self._text = ""
         self._at = 0
         self._ended = False
@@ -157,6 +170,8 @@ class _DecodedText:
                     self._broken(error)
             except RecursionError:
                 self.fail("nested too deeply")
+            except _KeyTwice as error:
+                self.fail(f"the key {str(error)[:60]!r} stands twice in one object: give it once")
             else:
                 # A number at the window's end may have more digits.
                 if self._ended or _DIGITS.fullmatch(self._text, end) is None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from errata.edits.delta import Delta
     from errata.edits.edit import Edit
     from errata.model.model import Model
 
@@ -122,6 +123,15 @@ def merge_checkpoint(model: Model, path: Path, overwrite: bool = False) -> Path:
         return write_folder(path, overwrite, fill)
 
 
+def check_mergeable(edit_id: str, kind: type[Delta]) -> None:
+    """Raise `CapabilityError` for an edit of a kind that only acts while the model runs."""
+    if not kind.folds and not issubclass(kind, AdapterDelta):
+        raise CapabilityError(
+            f"Edit {edit_id} ({kind.kind}) acts while the model runs and cannot "
+            "be folded into weights: revert it first, or ship it with export()."
+        )
+
+
 @contextmanager
 def merged_state(model: Model) -> Iterator[dict[str, Tensor]]:
     """Give the state dict of base + all active edits for a block, in the model's dtype.
@@ -130,11 +140,7 @@ def merged_state(model: Model) -> Iterator[dict[str, Tensor]]:
     """
     entries = model.stack.entries
     for entry in entries:
-        if not entry.delta.folds and not isinstance(entry.delta, AdapterDelta):
-            raise CapabilityError(
-                f"Edit {entry.id} ({entry.delta.kind}) acts while the model runs and cannot "
-                "be folded into weights: revert it first, or ship it with export()."
-            )
+        check_mergeable(entry.id, type(entry.delta))
     adapters = [e.delta for e in entries if isinstance(e.delta, AdapterDelta)]
     with model.stack.temporarily([e for e in entries if e.delta.folds]):
         state = {name: tensor.detach() for name, tensor in model.module.state_dict().items()}

@@ -72,6 +72,8 @@ def changes(
         raise ConfigError(f"rank is {rank!r}; it must be 1 or more.")
     if error is not None and not 0 <= error < 1:
         raise ConfigError(f"error is {error!r}; it must be at least 0 and below 1.")
+    for entry in entries:
+        check_factors(entry.id, type(entry.delta))
     found = []
     for name in sorted({n for entry in entries for n in entry.delta.parameters}):
         if only not in (None, name):
@@ -85,6 +87,18 @@ def changes(
             u, v, left_out = compressed(u, v, rank=rank, error=error or 0.0)
         found.append(Change(module, u, v, transposed, left_out))
     return found
+
+
+def check_factors(edit_id: str, kind: type[Delta]) -> None:
+    """Raise `CapabilityError` for an edit of a kind that only acts while the model runs."""
+    from errata.edits.delta import Delta
+
+    own = any("joint_factors" in vars(cls) for cls in kind.__mro__ if cls is not Delta)
+    if not kind.folds and not own:
+        raise CapabilityError(
+            f"Edit {edit_id} ({kind.kind}) acts while the model runs: it adds nothing to a weight "
+            "that could be written as factors. Revert it first, or ship it with export()."
+        )
 
 
 def left_out(found: Sequence[Change]) -> str:

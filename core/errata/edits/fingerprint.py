@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from errata.errors import FingerprintError, IntegrityError
+from errata.model.pristine import digest as digest_of
 from errata.model.storage import sha256
 
 if TYPE_CHECKING:
@@ -13,13 +16,23 @@ if TYPE_CHECKING:
     from errata.model.model import Model
 
 
-def check_fingerprint(model: Model, edit: Edit, carried: Mapping[str, bytes] | None = None) -> None:
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+"""What a model may have been opened in."""
+
+
+def check_fingerprint(
+    model: Model,
+    edit: Edit,
+    carried: Mapping[str, bytes] | None = None,
+    remembered: Mapping[str, Any] | None = None,
+) -> None:
     """Hold an edit with its delta against a model.
 
     Args:
         model: the model.
         edit: the edit.
         carried: artifacts by name that come with it and are kept once it is accepted.
+        remembered: `name` and `dtype` with which its ledger's model was opened, if known.
 
     Raises:
         IntegrityError: the fingerprint leaves out a tensor that the edit touches, the delta does
@@ -43,6 +56,11 @@ def check_fingerprint(model: Model, edit: Edit, carried: Mapping[str, bytes] | N
     here = model.fingerprint_of(names)
     for name, wanted in edit.fingerprint.items():
         if here[name] != wanted:
+            if name != "config" and (dtype := _other_dtype(model, name, wanted, remembered or {})):
+                raise FingerprintError(
+                    f"Edit {edit.id} was made for {model.name} in another dtype than "
+                    f"{str(model.dtype).removeprefix('torch.')}, and an edit fits one: {dtype}."
+                )
             what = "configuration" if name == "config" else f"base tensor {name}"
             raise FingerprintError(
                 f"Edit {edit.id} was made for another model: its {what} has the fingerprint "
@@ -64,3 +82,21 @@ def check_fingerprint(model: Model, edit: Edit, carried: Mapping[str, bytes] | N
                 f"{model.artifacts.directory} has none such: import the edit from its exported "
                 "file, or give the cache folder that it was made with."
             )
+
+
+def _other_dtype(model: Model, name: str, wanted: str, remembered: Mapping[str, Any]) -> str | None:
+    """Say in what dtype the model is to be opened for an edit; None where that is not known.
+
+    A base in more bits gives the one in fewer; the other way round the ledger's note tells.
+    """
+    base = model.pristine[name]
+    for dtype in DTYPES:
+        if base.is_floating_point() and dtype != base.dtype and digest_of(base.to(dtype)) == wanted:
+            short = str(dtype).removeprefix("torch.")
+            return f"open it with the dtype {short!r}"
+    if model.opened_as is None or remembered.get("name") != model.opened_as[0]:
+        return None
+    former, now = remembered.get("dtype"), model.opened_as[1]
+    if former == now:
+        return None
+    return f"open it with the dtype {former!r}" if former else "open it without a dtype, in its own"

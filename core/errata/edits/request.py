@@ -15,6 +15,7 @@ from errata.errors import RequestError, UnknownNameError
 from errata.model.arguments import is_list, is_whole, mapping_of
 from errata.model.display import Described, shortened
 from errata.model.joining import with_join
+from errata.model.value_problems import problem_of
 
 logger = logging.getLogger("errata")
 
@@ -385,8 +386,8 @@ def warn_of_white_space(notes: Sequence[str]) -> None:
     if notes:
         more = f" and {len(notes) - 1} more" if len(notes) > 1 else ""
         logger.warning(
-            "White space where prompt and answer meet was taken off: %s%s. What stands there is "
-            "errata's to find; `join` says it where that is wrong.", notes[0], more,
+            "White space was taken off: at the ends of %s%s. What stands between a prompt and its "
+            "answer is errata's to find; `join` says it where that is wrong.", notes[0], more,
         )  # fmt: skip
 
 
@@ -454,10 +455,15 @@ def _tidy(request: Request) -> tuple[Request, list[str]]:
     made = request.with_prompts(_without_end).model_copy(update=changed)
     if made == request:  # what they end with is a line break
         return request, []
-    notes = [f"{name} {answers[name]!r}" for name in changed]
+    notes = [f"{name} {_ends(answers[name])!r}" for name in changed]
     if made.prompt != request.prompt:
-        notes.append(f"prompt {request.prompt!r}")
-    return made, notes or [f"a prompt to test {request.text!r} with"]
+        notes.append(f"prompt {_ends(request.prompt)!r}")
+    return made, notes or [f"a prompt to test {_ends(request.text)!r} with"]
+
+
+def _ends(text: str) -> str:
+    """Return a text, of a long one how it begins and ends."""
+    return text if len(text) <= 60 else f"{text[:40]}…{text[-19:]}"
 
 
 def _without_end(prompt: str) -> str:
@@ -481,6 +487,6 @@ def _explain(error: ValidationError, data: Mapping[str, Any]) -> str:
     lines = []
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"]) or "request"
-        lines.append(f"{where}: {item['msg'].removeprefix('Value error, ')}")
+        lines.append(f"{where}: {problem_of(item)}")
     shown = {k: v for k, v in data.items() if k in ("prompt", "subject", "target_new", "kind")}
     return f"Bad request {shown!r}: " + "; ".join(lines)

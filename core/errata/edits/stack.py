@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from errata.edits import side_branch
+from errata.edits.autograd import recording
 from errata.edits.delta.attaching import attach_kind
-from errata.errors import CapabilityError, IntegrityError, UnknownNameError
+from errata.edits.last_written import LastWritten
+from errata.errors import CapabilityError, IntegrityError, LedgerError, UnknownNameError
 from errata.model.display import Described, plural
 from errata.model.pristine import same_bits
 from errata.model.running import wide
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from errata.model.model import Model
 
 logger = logging.getLogger("errata")
+COMPUTING = ("edit", "prepare", "rebase", "resolve")
+"""What of an editor's doings runs methods."""
 
 
 class Stack(Described):
@@ -39,10 +43,18 @@ class Stack(Described):
 
     Where the model takes its edits as a side branch (`model.branch`) the weights stay the base's
     and weight edits are hung beside them, computed from the same set of edits.
+
+    Attributes:
+        written: what it last wrote, to notice what other code wrote since.
+        suspended: how many blocks of `temporarily` there are around what runs now.
+        closed: the model may be another editor's: what is on it stays.
     """
 
     def __init__(self, model: Model) -> None:
         self._model = model
+        self.written = LastWritten(model)
+        self.suspended = 0
+        self.closed = False
         self._entries: list[Edit] = []
         self._undo: list[Undo] = []
         self._bare = Structure(model.module)
@@ -93,17 +105,29 @@ class Stack(Described):
 
     # -- changing --------------------------------------------------------------------------------
 
-    def set(self, entries: Sequence[Edit]) -> None:
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Nobody else runs or changes the model in the block, and gradients are as by default."""
+        with self._model.access.changing(), recording():
+            yield
+
+    @recording()
+    def set(self, entries: Sequence[Edit], *, force: bool = False) -> None:
         """Make exactly these edits active.
 
         If anything fails half way (out of memory, Ctrl-C, a broken delta) the former edits are
-        put back before the error goes on.
+        put back before the error goes on. Raises `IntegrityError`, before anything moves, where
+        other code changed what would be overwritten; `force` overwrites it: to take back what
+        failed.
         """
         wanted = sorted(entries, key=lambda edit: edit.sequence)
         if [e.id for e in wanted] == self.ids:
             self._entries = wanted  # their records may have been completed
             return
+        self._check_open("change what is on the model")
         former = self._entries
+        if not force:
+            self.written.check(self._rewritten(former, wanted))
         try:
             self._move(former, wanted)
         except BaseException:
@@ -127,20 +151,48 @@ class Stack(Described):
         with self._model.access.changing():
             former = list(self._entries)
             self.set(entries)
+            self.suspended += 1
             try:
                 yield
-            finally:
+            except BaseException:
+                self.set(former, force=True)
+                raise
+            else:
                 self.set(former)
+            finally:
+                self.suspended -= 1
 
+    @recording()
     def restore(self) -> None:
         """Rewrite every tensor from base and fold, whatever was done to the live module."""
         self._detach()
         with torch.no_grad():
             for name, live in self._live().items():
                 live.copy_(self.expected(name))
+        self.written.note(self._model.parameters)
         self._attach(self._entries)
 
     # -- checking --------------------------------------------------------------------------------
+
+    def check_free(self, what: str) -> None:
+        """Raise unless edits can be made and taken off now.
+
+        `LedgerError` for a closed editor's stack or inside `temporarily`, `IntegrityError` where
+        other code changed the model. `what` is to be done: what computes needs every weight to be
+        as it should, for what it finds of the base is kept; what folds needs those it writes, and
+        `set` looks at them.
+        """
+        self._check_open(what)
+        if self.suspended:
+            raise LedgerError(
+                f"Cannot {what} inside disabled() or only(): leave the block first, so that "
+                "what is recorded is what is on the model."
+            )
+        self.written.check(read=what in COMPUTING)
+
+    def _check_open(self, what: str) -> None:
+        if self.closed:
+            raise LedgerError(f"Cannot {what}: this editor is closed. Open the model in a new one.")
 
     def expected(self, name: str) -> Tensor:
         """Return what tensor `name` must be: the base with the active weight edits folded in."""
@@ -230,26 +282,35 @@ class Stack(Described):
     def _live(self) -> dict[str, Tensor]:
         return {**self._model.parameters, **self._model.buffers}
 
+    def _rewritten(
+        self, before: Sequence[Edit], after: Sequence[Edit], force: bool = False
+    ) -> list[str]:
+        """Return the names of the parameters that another set of active edits has to write.
+
+        Any change of the stack's make-up for a parameter means folding it again, whole.
+        """
+        changed = {e.id for e in before} ^ {e.id for e in after}
+        names = {
+            name
+            for e in (*before, *after)
+            if e.delta.folds and not self._model.branch and (force or e.id in changed)
+            for name in e.delta.parameters
+        }
+        return sorted(names)
+
     def _move(self, before: Sequence[Edit], after: Sequence[Edit], force: bool = False) -> None:
         """Bring the model from one set of active edits to another."""
         beside = self._model.branch
         hung_before = [e.id for e in before if beside or "attach" in e.delta.effects]
         hung_after = [e.id for e in after if beside or "attach" in e.delta.effects]
         rehang = force or hung_before != hung_after
-        # Any change of the stack's make-up for a parameter means folding it again, whole.
-        changed = {e.id for e in before} ^ {e.id for e in after}
-        touched = {
-            name
-            for e in (*before, *after)
-            if e.delta.folds and not beside and (force or e.id in changed)
-            for name in e.delta.parameters
-        }
-        folded = {name: self._fold(name, after) for name in sorted(touched)}
+        folded = {name: self._fold(name, after) for name in self._rewritten(before, after, force)}
         if rehang:
             self._detach()
         with torch.no_grad():
             for name, tensor in folded.items():
                 self._model.parameters[name].copy_(tensor)
+        self.written.note(folded)
         self._entries = list(after)
         if rehang:
             self._attach(after)

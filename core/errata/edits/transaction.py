@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from errata.edits.fingerprint import check_fingerprint
-from errata.edits.ledger.model_note import remember_model
+from errata.edits.ledger.model_note import model_of, remember_model
+from errata.edits.ledger.schema import VERIFIED
 
 if TYPE_CHECKING:
     from errata.edits.edit import Edit
@@ -54,7 +55,7 @@ class Transactions:
             recorded = set(self._ledger.active_ids())
             entries = {e.id: e for e in (*self._stack.entries, *former)}
             kept = {e.id for e in former if e.id not in touched} | (recorded & set(touched))
-            self._stack.set([entries[i] for i in entries if i in kept])
+            self._stack.set([entries[i] for i in entries if i in kept], force=True)
             raise
 
     def put_on(self, edits: Sequence[Edit]) -> None:
@@ -97,8 +98,7 @@ class Transactions:
 
         What comes off needs no delta: an edit whose file is lost can be taken off, too.
         """
-        for edit in on:
-            check_fingerprint(self._model, edit)
+        self._check(on)
         with self.all_or_nothing([edit.id for edit in (*off, *on)]):
             gone = {edit.id for edit in off}
             kept = [edit for edit in self._stack.entries if edit.id not in gone]
@@ -121,8 +121,14 @@ class Transactions:
         kept = [edit for edit in self._stack.entries if edit.id in recorded]
         new, damaged = self._ledger.read_active(known={edit.id for edit in kept})
         for edit_id, why in damaged.items():
-            logger.warning("Edit %s is not on the model: %s Revert it to retire it.", edit_id, why)
-        for edit in new:
-            check_fingerprint(self._model, edit)
+            text = "Edit %s is not on the model (reverting it retires it): %s"
+            logger.warning(text, edit_id, why, extra=VERIFIED)
+        self._check(new)
         self._stack.set([*kept, *new])
         return damaged
+
+    def _check(self, edits: Sequence[Edit]) -> None:
+        """Raise as `check_fingerprint` does unless recorded edits were made for this model."""
+        remembered = model_of(self._ledger) if edits else {}
+        for edit in edits:
+            check_fingerprint(self._model, edit, remembered=remembered)

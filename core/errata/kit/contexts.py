@@ -11,6 +11,8 @@ import torch
 
 from errata.errors import ConfigError
 from errata.model.forward import logits_at
+from errata.model.running import check_sound
+from errata.model.sampling import check_drawable
 from errata.model.texts import canary_texts
 from errata.model.tokens import tokenise
 
@@ -133,10 +135,13 @@ def _grown(
         last = torch.tensor([len(row) - 1 for row in grown])
         inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
         logits = logits_at(model, inputs, torch.arange(len(grown)), last).float().cpu()
+        check_sound(model, logits)
         logits[:, special] = -torch.inf
         logits[:, len(model.tokenizer) :] = -torch.inf  # rows that only pad the embedding
         best, index = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
-        drawn = torch.multinomial(best.softmax(-1), 1, generator=generator)
+        probabilities = best.softmax(-1)
+        check_drawable(probabilities)
+        drawn = torch.multinomial(probabilities, 1, generator=generator)
         for row, token in zip(grown, index.gather(1, drawn).squeeze(1).tolist(), strict=True):
             row.append(token)
     return grown

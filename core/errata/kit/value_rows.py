@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Literal
 from errata.errors import RequestError
 from errata.kit.aims import aims_of
 from errata.kit.contexts import in_contexts
+from errata.model.display import shortened
 from errata.model.running import prepare
 from errata.model.tokens import subject_position
 
 if TYPE_CHECKING:
     from errata.edits.request import Request
     from errata.model.model import Model
+    from errata.model.prompts import PreparedPrompts
 
 FactToken = Literal["subject_last", "subject_first", "subject_first_after_last", "last"]
 
@@ -75,6 +77,22 @@ def together(parts: Sequence[RequestRows]) -> RequestRows:
     return whole
 
 
+def _prepared_in_contexts(model: Model, prompts: Sequence[str], answer: str) -> PreparedPrompts:
+    """Tokenise a prompt, which comes first, and the same behind each context, with an answer.
+
+    Raises `RequestError`; where only the contexts are at fault it says that errata put them there.
+    """
+    try:
+        return prepare(model, prompts, [answer] * len(prompts), device="cpu")
+    except RequestError as error:
+        prepare(model, prompts[:1], [answer], device="cpu")
+        raise RequestError(
+            f"The prompt {shortened(prompts[0])!r} can be read alone, but not behind the texts "
+            f"(`contexts`) that the method puts before it. {error} Or set contexts to ['{{}}'], "
+            "the prompt alone."
+        ) from error
+
+
 def rows_of(
     model: Model,
     request: Request,
@@ -88,7 +106,7 @@ def rows_of(
     for aim in aims_of(model, request):
         templates = in_contexts(model, request.model_copy(update={"prompt": aim.prompt}), contexts)
         prompts = [template.replace("{}", request.subject) for template in templates]
-        batch = prepare(model, prompts, [aim.answer] * len(prompts), device="cpu")
+        batch = _prepared_in_contexts(model, prompts, aim.answer)
         for index, (template, (columns, labels)) in enumerate(
             zip(templates, batch.targets(), strict=True)
         ):

@@ -24,7 +24,7 @@ import torch
 from errata.contract import plugins
 from errata.contract.capabilities import DENSE_MLP
 from errata.contract.measurement import RESAMPLES, mean_interval
-from errata.errors import CapabilityError, ConfigError, ErrataError, RequestError
+from errata.errors import CapabilityError, ConfigError, ErrataError, PluginError, RequestError
 from errata.kit.layer_sweep import HeldOutResult, LayerResult, LayerSweep, key_of, option_value
 from errata.locate.average import average
 from errata.locate.rank_statistics import spearman
@@ -230,7 +230,7 @@ def _computed(
             edits = editor.edit(
                 requests, method=method, config=config, batch_size=len(requests), apply=False
             )
-        except ConfigError:
+        except (ConfigError, PluginError):
             raise
         except ErrataError as error:  # one request spoils the batch
             logger.debug("%s", error)
@@ -241,7 +241,7 @@ def _computed(
     for request in requests:
         try:
             found.append(editor.edit(request, method=method, config=config, apply=False))
-        except ConfigError:
+        except (ConfigError, PluginError):
             raise
         except ErrataError as error:  # a vanishing division factor, for one
             logger.debug("%s", error)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from errata.errors import ConfigError
+from errata.model.value_problems import problem_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -142,7 +143,8 @@ def parse_architectures(raw: Mapping[str, Mapping[str, Any]]) -> dict[str, Archi
             specs[model_type] = ArchitectureSpec(**stanza)
         except ValidationError as error:
             problems = "; ".join(
-                f"{'.'.join(map(str, e['loc'])) or 'stanza'}: {e['msg']}" for e in error.errors()
+                f"{'.'.join(map(str, e['loc'])) or 'stanza'}: {problem_of(e)}"
+                for e in error.errors()
             )
             raise ConfigError(
                 f"registry: architectures.{model_type} is not right: {problems}. "

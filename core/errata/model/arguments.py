@@ -7,7 +7,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from errata.errors import ConfigError, RequestError, UnknownNameError
+from errata.errors import (
+    ConfigError,
+    IntegrityError,
+    RequestError,
+    StorageError,
+    UnknownNameError,
+)
 
 
 def check_name(what: str, name: object, known: Iterable[str], hint: str = "") -> None:
@@ -17,11 +23,42 @@ def check_name(what: str, name: object, known: Iterable[str], hint: str = "") ->
         raise UnknownNameError(what, name if isinstance(name, str) else repr(name), names, hint)
 
 
+def check_options(what: str, options: Iterable[str], known: Iterable[str]) -> None:
+    """Raise `ConfigError` for an option that there is not; it names the closest one."""
+    names = list(known)
+    for option in options:
+        if option not in names:
+            raise ConfigError(str(UnknownNameError(f"option of {what}", option, names)))
+
+
 def path_of(value: object, what: str) -> Path:
     """Return a path; raise `ConfigError` for what is none."""
     if not isinstance(value, (str, os.PathLike)) or not str(value).strip():
         raise ConfigError(f"{what}: {value!r} is no path: give text or a pathlib.Path.")
     return Path(value)
+
+
+def folder_of(value: object, what: str) -> Path:
+    """Return the path of a folder that is there or can be made, and make nothing.
+
+    Raises `ConfigError` for what is no path, `IntegrityError` for a file, `StorageError` where no
+    folder can be made.
+    """
+    folder = path_of(value, what)
+    try:
+        missing = [part for part in (folder, *folder.parents) if not part.exists()]
+        if missing:
+            missing[-1].mkdir()  # only trying tells: /proc, a read-only disk, a full one
+            missing[-1].rmdir()
+        is_file = not missing and not folder.is_dir()
+    except FileExistsError:
+        is_file = False  # another process made it just now
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(f"Cannot open the {what} {str(folder)!r}: {reason}.") from error
+    if is_file:
+        raise IntegrityError(f"{folder} is a file; a {what} is a folder. Give another path.")
+    return folder
 
 
 def is_file(text: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,10 +14,10 @@ from errata.errors import CapabilityError, ConfigError
 from errata.model import prefix_sharing, tokens
 from errata.model.active_edits import ask
 from errata.model.answers import Answers, Generated, Watch, WatchedAnswers
-from errata.model.arguments import texts_of
+from errata.model.arguments import check_options, texts_of
 from errata.model.chat import in_chat, turn_ends
 from errata.model.forward.inputs import accepted, decoder_prefix, takes_positions
-from errata.model.running import check_length
+from errata.model.running import check_length, check_sound
 from errata.model.sampling import GenerationSettings, Sampling
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def generate(
     texts of the rows that it claims.
 
     Raises:
-        ConfigError: a chat with a model that has no chat template.
+        ConfigError: a value that is not allowed, or a chat with a model that has no chat template.
         CapabilityError: an encoder or a sequence classifier, which cannot continue a text.
         RequestError: a prompt that is longer than the model takes.
 
@@ -79,6 +79,15 @@ def generate(
     )
     texts = in_chat(model.tokenizer, list(prompts)) if chat else prompts
     return [found.text for found in generated(model, texts, settings)]
+
+
+def generate_with(model: Model, prompts: Sequence[str], options: Mapping[str, Any]) -> list[str]:
+    """Return the new text after each prompt; `options`: the keywords of `generate`.
+
+    Raises `ConfigError` for an option that there is not, and what `generate` raises.
+    """
+    check_options("generate", options, generate.__kwdefaults__ or {})
+    return generate(model, prompts, **options)
 
 
 def generated(
@@ -241,8 +250,10 @@ class _Run:
         with ExitStack() as told:
             self._tell(told)
             state = self._first()
-            for _ in range(limit):
+            for step in range(limit):
                 output = model.module(**accepted(model.module, {**state, "logits_to_keep": 1}))
+                if not step or sampling.do_sample:
+                    check_sound(model, output.logits[:, -1])
                 chosen = sampling.choose(output.logits[:, -1], generator).tolist()
                 for row, token in zip(self._rows, chosen, strict=True):
                     self._take(row, token)

@@ -22,8 +22,8 @@ from errata.model.foreign_noise import quiet_loading
 from errata.model.model import Model
 from errata.model.model_source import check_model_source
 from errata.model.progress import Progress
-from errata.model.task import Task, require_task, task_of
-from errata.model.tokens import WITHOUT_ROW
+from errata.model.task import Task, check_module, require_task, task_of
+from errata.model.tokens import EMBEDDED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,13 +78,14 @@ def load_model(
             load, or only with code of its own.
         UnknownNameError: a name that is no directory and not on the hub.
     """
-    torch_dtype = _dtype(dtype)
+    torch_dtype, place = check_placement(dtype, device)
     source, tokenizer = _taken_apart(source, tokenizer)
     checkpoint: Path | None = None
     opened_as: tuple[str, str | None] | None = None
     if isinstance(source, nn.Module):
         if tokenizer is None:
             raise ConfigError("A model in memory needs its tokenizer: Editor(model, tokenizer).")
+        check_module(source)
         module = source if torch_dtype is None else source.to(torch_dtype)
         name = str(getattr(module.config, "_name_or_path", "") or type(module).__name__)
     else:
@@ -104,8 +105,9 @@ def load_model(
         tokenizer = tokenizer if tokenizer is not None else location
         whole = str(Path(name).resolve()) if os.path.exists(name) else name
         opened_as = options.get("name", whole), _dtype_name(torch_dtype)
-    if device is not None:
-        module.to(_device(device))
+    _check_data(module, name)
+    if place is not None:
+        module.to(place)
     if isinstance(tokenizer, (str, Path)):
         tokenizer = read_tokenizer(str(tokenizer), trust_remote_code)
     if not hasattr(tokenizer, "pad_token_id"):
@@ -124,6 +126,13 @@ def load_model(
     )
 
 
+def check_placement(
+    dtype: str | torch.dtype | None, device: str | torch.device | None
+) -> tuple[torch.dtype | None, torch.device | None]:
+    """Return dtype and device as torch has them; raise for what there is not, or not here."""
+    return _dtype(dtype), None if device is None else _device(device)
+
+
 def _taken_apart(
     source: Any, tokenizer: PreTrainedTokenizerBase | str | Path | None
 ) -> tuple[str | Path | nn.Module, PreTrainedTokenizerBase | str | Path | None]:
@@ -136,6 +145,18 @@ def _taken_apart(
             "with its tokenizer, Editor(model, tokenizer), or both as a pair."
         )
     return source, tokenizer
+
+
+def _check_data(module: nn.Module, name: str) -> None:
+    """Raise `ConfigError` for a model some of whose tensors have a shape and no data."""
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    if empty := [own for own, tensor in tensors if tensor.is_meta]:
+        more = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
+        raise ConfigError(
+            f"{name} has tensors without data (on the 'meta' device): {empty[0]}{more}. Load its "
+            "weights whole, without offloading to host or disk: a smaller dtype, or a device_map "
+            "with more devices."
+        )
 
 
 def _unmap(module: nn.Module) -> None:
@@ -174,21 +195,19 @@ def _name_of(model_class: Any) -> str:
 def _prepared(tokenizer: PreTrainedTokenizerBase, rows: int, name: str) -> PreTrainedTokenizerBase:
     """Return the tokenizer ready for a model; what is set is set on a copy, the caller's stays.
 
-    It gets a padding token where it has none that the model knows, and the list of its tokens
-    that the embedding has no row for.
+    It gets a padding token where it has none that the model knows, and the number of the
+    embedding's rows: tokens that have none may be there already, or be added later.
     """
     padding = tokenizer.pad_token_id
-    if padding is not None and padding < rows and len(tokenizer) <= rows:
-        return tokenizer
     prepared = copy.copy(tokenizer)
     if padding is None or padding >= rows:
         prepared = copy.deepcopy(tokenizer)
         usual = (tokenizer.eos_token, tokenizer.unk_token, tokenizer.bos_token)
         known = (t for t in usual if t and tokenizer.convert_tokens_to_ids(t) < rows)
         prepared.pad_token = next(known, None)
+    setattr(prepared, EMBEDDED, rows)
     if len(tokenizer) > rows:
         unknown = {i: token for token, i in tokenizer.get_vocab().items() if i >= rows}
-        setattr(prepared, WITHOUT_ROW, unknown)
         shown = ", ".join(repr(unknown[i]) for i in sorted(unknown)[:5])
         logger.warning(
             "The tokenizer knows tokens that %s has no embedding for (%d; its table has %d rows): "
@@ -218,4 +237,11 @@ def _device(device: str | torch.device) -> torch.device:
         raise ConfigError(f"{device!r} is no device: use 'cpu', 'cuda' or 'cuda:N'.") from error
     if wanted.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {device!r} was asked for, but no GPU is visible here.")
+    try:
+        if wanted.type == "meta":
+            raise RuntimeError("it holds no data")
+        torch.empty(1, device=wanted)
+    except Exception as error:  # each kind of device has errors of its own
+        reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
+        raise ConfigError(f"device {device!r} cannot be used here: {reason}.") from error
     return wanted

@@ -17,6 +17,8 @@ FIRST = 3.0
 """Seconds before the first line: short work stays silent."""
 EVERY = 10.0
 """Seconds between further lines."""
+YOUNG = 1.0
+"""Seconds before work is said in the place of the work that it is a part of."""
 
 
 @dataclass(eq=False)
@@ -127,11 +129,14 @@ class Progress:
         wait = FIRST
         while not ended.wait(wait):
             wait = EVERY
+            now = time.monotonic()
             with self._lock:
-                work = self._works[-1] if self._works else None
+                # What has only just begun says nothing yet: what it is a part of does.
+                begun = [w for w in self._works if now - w.started >= YOUNG] or self._works[:1]
+                work = begun[-1] if begun else None
             if work is not None:
                 work.shown = True
-                self.note(work.line(time.monotonic()))
+                self.note(work.line(now))
 
 
 def _time(seconds: float) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from errata.errors import RequestError
+from errata.errors import IntegrityError, RequestError
 from errata.model import tokens
 from errata.model.forward import logits_at
 from errata.model.forward.inputs import decoder_prefix, decoder_start, takes_positions
@@ -93,6 +93,26 @@ def wide(tensor: Tensor) -> Tensor:
     (`torch.promote_types`, `isfinite`, `cat` and comparisons lack the one-byte floats.)
     """
     return tensor.float() if tensor.element_size() < 4 else tensor
+
+
+def check_sound(model: Model, logits: Tensor) -> None:
+    """Raise `IntegrityError` for logits that are NaN since a tensor of the base is not finite.
+
+    The tensors are looked at only then: most models are sound, and that takes a pass over all.
+    """
+    if not bool(logits.isnan().any()):
+        return
+    bad = [name for name in model.parameters if not _finite(model.pristine[name])]
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise IntegrityError(
+            f"{model.name} computes NaN: its unedited {bad[0]!r}{more} has NaN or infinite "
+            "entries. Load a sound checkpoint, or another dtype if the weights overflowed."
+        )
+
+
+def _finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(wide(tensor)).all())
 
 
 def check_length(model: Model, length: int) -> None:

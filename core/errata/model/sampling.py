@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from errata.errors import ConfigError
+from errata.errors import ConfigError, IntegrityError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,11 +32,13 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+        if not (self.temperature > 0 and 0 < self.top_p <= 1 and self.top_k >= 0):  # not NaN
             raise ConfigError(
                 f"temperature {self.temperature!r}, top_p {self.top_p!r}, top_k {self.top_k!r}: "
                 "allowed are temperature > 0, 0 < top_p <= 1 and top_k >= 0."
             )
+        if not -(2**63) <= self.seed < 2**64:
+            raise ConfigError(f"seed {self.seed!r}: allowed are whole numbers of 64 bits.")
 
     def choose(self, logits: Tensor, generator: torch.Generator) -> Tensor:
         """Return the next token (B,) for logits (B, V)."""
@@ -49,9 +51,19 @@ class Sampling:
         probabilities = scaled.softmax(dim=-1)
         before = probabilities.cumsum(dim=-1) - probabilities
         probabilities[before >= self.top_p] = 0
-        # Drawn on the CPU: one seed gives one text on every device.
-        drawn = torch.multinomial(probabilities.cpu(), 1, generator=generator).to(ids.device)
+        probabilities = probabilities.cpu()  # drawn there: one seed gives one text everywhere
+        check_drawable(probabilities)
+        drawn = torch.multinomial(probabilities, 1, generator=generator).to(ids.device)
         return ids.gather(1, drawn)[:, 0]
+
+
+def check_drawable(probabilities: Tensor) -> None:
+    """Raise `IntegrityError` for probabilities that are NaN, as those of logits that overflowed."""
+    if bool(probabilities.isnan().any()):
+        raise IntegrityError(
+            "The model's logits are NaN or infinite: no token can be drawn. Load it in bf16 or "
+            "fp32 if it overflows, or take off the edits that did this."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,3 +84,12 @@ class GenerationSettings:
     sampling: Sampling = field(default_factory=Sampling)
     batch_size: int = 32
     natural_stop: bool = True
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.batch_size < 1:
+            raise ConfigError(
+                f"max_new_tokens {self.max_new_tokens!r}, batch_size {self.batch_size!r}: both "
+                "must be 1 at least."
+            )
+        if "" in self.stop:
+            raise ConfigError("stop holds an empty string, which ends every text: leave it out.")

@@ -104,7 +104,12 @@ def _check_header(data: bytes, source: str) -> dict[str, Any]:
     if len(data) < 8:
         raise IntegrityError(f"{source} is too short for a safetensors file ({len(data)} bytes).")
     (length,) = struct.unpack("<Q", data[:8])
-    if length > MAX_HEADER or length > len(data) - 8:
+    if length > MAX_HEADER:
+        raise IntegrityError(
+            f"{source} is no file of edits, nor other data of errata: it begins with "
+            f"{data[:8]!r}, not as a safetensors file does."
+        )
+    if length > len(data) - 8:
         raise IntegrityError(
             f"{source} is not a sound safetensors file: its header claims {length} bytes."
         )

@@ -43,6 +43,27 @@ def task_of_module(module: nn.Module) -> Task | None:
     return task_of(names, getattr(module, "config", None))
 
 
+def check_module(module: nn.Module) -> None:
+    """Raise `ConfigError` for what is no bare model of transformers, and say how to unwrap it."""
+    kind, inner = type(module).__name__, getattr(module, "module", None)
+    bare = ""
+    if "_orig_mod" in module._modules:
+        bare = "model._orig_mod (it can be compiled again after editing)"
+    elif hasattr(module, "peft_config") and hasattr(module, "merge_and_unload"):
+        bare = "model.merge_and_unload() keeps what the adapter does, model.unload() leaves it out"
+    elif hasattr(module, "peft_config") and hasattr(module, "get_base_model"):
+        bare = "model.get_base_model()"
+    elif not hasattr(module, "config") and hasattr(inner, "config"):  # DataParallel and the like
+        bare = "model.module"
+    if bare:
+        raise ConfigError(f"{kind} is a wrapper around a model. Give the model itself: {bare}.")
+    if not hasattr(module, "config"):
+        raise ConfigError(
+            f"{kind} is no model of transformers: it has no configuration. Give what "
+            "AutoModelForCausalLM.from_pretrained returns, or its like for another task."
+        )
+
+
 def require_task(task: Task | None, where: str, names: Sequence[str]) -> Task:
     """Return the task; raise `ConfigError` where it is not known."""
     if task is None:

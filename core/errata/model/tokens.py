@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 POSITIONS = ("last", "first", "first_after_last", "last_of_prompt")
 _SPACE_MARKS = "▁Ġ"
-WITHOUT_ROW = "without_row"
-"""Attribute of a prepared tokenizer: id → token of those that the model has no embedding for."""
+EMBEDDED = "embedded"
+"""Attribute of a prepared tokenizer: how many tokens, from id 0, the model has embeddings for."""
 
 
 class TokenisedText(NamedTuple):
@@ -374,12 +374,13 @@ def tokenise(
         keep_end = _prompts_have_an_end(tokenizer)
     encoded = tokenizer(list(texts), padding=False, truncation=False, verbose=False)
     rows = []
-    unknown = getattr(tokenizer, WITHOUT_ROW, {})
+    known = getattr(tokenizer, EMBEDDED, None)
     for text, encoding in zip(texts, encoded.encodings or (), strict=True):
-        if strange := [i for i in encoding.ids if i in unknown] if unknown else []:
+        if strange := [i for i in encoding.ids if known is not None and i >= known]:
+            token = tokenizer.convert_ids_to_tokens(strange[0])
             raise TokenError(
-                f"The text {text!r} has the token {unknown[strange[0]]!r} (id {strange[0]}), which "
-                "the tokenizer knows and the model has no embedding for. Reword it, or give the "
+                f"The text {text!r} has the token {token!r} (id {strange[0]}), which the "
+                "tokenizer knows and the model has no embedding for. Reword it, or give the "
                 "model a row first: module.resize_token_embeddings(len(tokenizer))."
             )
         # What a post-processor adds belongs to no sequence; an "</s>" typed in the text does.

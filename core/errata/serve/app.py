@@ -15,11 +15,12 @@ from errata.errors import (
     ErrataError,
     LedgerError,
     MissingExtraError,
+    RequestError,
     UnknownNameError,
 )
 
 try:
-    from fastapi import Depends, FastAPI, Request, Response
+    from fastapi import Depends, FastAPI, Query, Request, Response
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse, StreamingResponse
     from starlette.concurrency import run_in_threadpool
@@ -31,6 +32,7 @@ from errata.model.running import check_length
 from errata.model.tokens import tokenise
 from errata.serve import looking
 from errata.serve.batching import Batcher, BusyError, TextPart, Waiting
+from errata.serve.following import Follower
 from errata.serve.openai import (
     ChatAsked,
     CompletionAsked,
@@ -78,7 +80,8 @@ def create_app(editor: Editor, settings: ServeSettings | None = None) -> FastAPI
     rules = settings or ServeSettings()
     if not editor.model.generates:
         raise CapabilityError(f"{editor.model.name} generates no text: there is nothing to serve.")
-    batcher = Batcher(editor, rules.max_batch, rules.max_waiting)
+    follower = Follower(editor)
+    batcher = Batcher(editor, rules.max_batch, rules.max_waiting, follower)
     jobs = Jobs(editor.model.progress)
     editor.model.progress = jobs
 
@@ -127,12 +130,16 @@ def create_app(editor: Editor, settings: ServeSettings | None = None) -> FastAPI
     @app.get("/errata/state", dependencies=may_read)
     def state() -> dict[str, Any]:
         return looking.state(
-            editor, allow_edits=rules.allow_edits, token_for_all=rules.token_for_all
-        )
+            editor, allow_edits=rules.allow_edits, token_for_all=rules.token_for_all,
+            max_new_tokens=rules.max_new_tokens,
+        )  # fmt: skip
 
     @app.get("/errata/edits", dependencies=may_read)
-    def edits(q: str = "", offset: int = 0) -> dict[str, Any]:
-        return looking.listing(editor, q, max(offset, 0))
+    def edits(request: Request, q: str = "", offset: int = Query(0, ge=0)) -> dict[str, Any]:
+        for name in request.query_params:
+            if name not in ("q", "offset"):
+                raise RequestError(str(UnknownNameError("parameter", name, ("q", "offset"))))
+        return looking.listing(editor, q, offset)
 
     @app.get("/errata/edits/{edit_id}", dependencies=may_read)
     def edit(edit_id: str) -> dict[str, Any]:
@@ -145,6 +152,7 @@ def create_app(editor: Editor, settings: ServeSettings | None = None) -> FastAPI
     @app.post("/errata/edits/{edit_id}/answers", dependencies=may_read)
     async def answers(edit_id: str, request: Request) -> dict[str, Any]:
         def work() -> dict[str, Any]:
+            follower.catch_up()
             return looking.side_effects(editor, edit_id)
 
         return await jobs.run("Asking with and without an edit", work, _gone(request))
@@ -152,6 +160,7 @@ def create_app(editor: Editor, settings: ServeSettings | None = None) -> FastAPI
     @app.post("/errata/edits/{edit_id}/apply", dependencies=may_change)
     async def apply(edit_id: str) -> dict[str, Any]:
         def work() -> None:
+            follower.catch_up()
             editor.apply(editor.ledger.resolve(edit_id))  # never a file of the server's
 
         await jobs.run("Applying an edit", work)
@@ -160,6 +169,7 @@ def create_app(editor: Editor, settings: ServeSettings | None = None) -> FastAPI
     @app.post("/errata/edits/{edit_id}/revert", dependencies=may_change)
     async def revert(edit_id: str) -> dict[str, Any]:
         def work() -> None:
+            follower.catch_up()
             editor.revert(editor.ledger.resolve(edit_id))
 
         await jobs.run("Reverting an edit", work)
@@ -168,6 +178,7 @@ def create_app(editor: Editor, settings: ServeSettings | None = None) -> FastAPI
     @app.post("/errata/compare", dependencies=may_read)
     async def compare(asked: looking.CompareAsked, request: Request) -> dict[str, Any]:
         def work() -> dict[str, Any]:
+            follower.catch_up()
             return looking.compared(editor, asked)
 
         return await jobs.run("Comparing two stacks", work, _gone(request))
@@ -175,6 +186,7 @@ def create_app(editor: Editor, settings: ServeSettings | None = None) -> FastAPI
     @app.post("/errata/trace", dependencies=may_read)
     async def trace(asked: looking.TraceAsked, request: Request) -> Response:
         def work() -> tuple[bytes, str]:
+            follower.catch_up()
             return looking.traced(editor, asked)
 
         made, note = await jobs.run("A causal trace", work, _gone(request))
@@ -303,6 +315,11 @@ async def _answer(
     lengths = [len(row.ids) for row in tokenise(editor.model.tokenizer, prompts)]
     for length in lengths:
         check_length(editor.model, length)
+    if limit is not None and limit > rules.max_new_tokens:
+        raise RequestError(
+            f"An answer of up to {limit} tokens was asked for; this server gives at most "
+            f"{rules.max_new_tokens} (errata serve --max-new-tokens)."
+        )
     loop = asyncio.get_running_loop()
     pieces: asyncio.Queue[tuple[int, TextPart]] = asyncio.Queue()
 
@@ -327,7 +344,8 @@ async def _answer(
     batcher.submit(texts)
     name, ident = asked.model or public_name(editor), new_ident(chat)
     if asked.stream:
-        stream = _stream(texts, pieces, name, ident, chat)
+        counted = asked.stream_options is not None and asked.stream_options.include_usage
+        stream = _stream(texts, pieces, name, ident, chat, sum(lengths) if counted else None)
         return StreamingResponse(stream, media_type="text/event-stream")
     whole = ["" for _ in texts]
     ends: dict[int, TextPart] = {}
@@ -343,11 +361,7 @@ async def _answer(
         for one in texts:
             one.cancelled.set()
     choices = [choice(i, text, ends[i].finish, chat=chat) for i, text in enumerate(whole)]
-    new = sum(end.tokens for end in ends.values())
-    usage = {
-        "prompt_tokens": sum(lengths), "completion_tokens": new,
-        "total_tokens": sum(lengths) + new,
-    }  # fmt: skip
+    usage = _usage(sum(lengths), sum(end.tokens for end in ends.values()))
     kind = "chat.completion" if chat else "text_completion"
     edits = list(ends[0].edits)
     return JSONResponse(body(kind, name, ident, choices, usage=usage, errata={"edits": edits}))
@@ -359,10 +373,14 @@ async def _stream(
     name: str,
     ident: str,
     chat: bool,
+    counted: int | None,
 ) -> AsyncIterator[str]:
-    """Yield server-sent events: one for each piece, then [DONE]."""
+    """Yield server-sent events: one for each piece, then [DONE].
+
+    `counted`: tokens of the prompts, where an event at the end counts them and the new ones.
+    """
     kind = "chat.completion.chunk" if chat else "text_completion"
-    left = len(texts)
+    left, new = len(texts), 0
     try:
         while left:
             index, piece = await pieces.get()
@@ -370,13 +388,20 @@ async def _stream(
                 yield _event(_error(piece.error))
                 return
             left -= piece.finish is not None
+            new += piece.tokens if piece.finish is not None else 0
             made = choice(index, piece.text, piece.finish, chat=chat, part=True)
             edits = {"edits": list(piece.edits)}
             yield _event(body(kind, name, ident, [made], errata=edits))
+        if counted is not None:
+            yield _event(body(kind, name, ident, [], usage=_usage(counted, new)))
         yield "data: [DONE]\n\n"
     finally:  # the reader went away, or all is said
         for one in texts:
             one.cancelled.set()
+
+
+def _usage(before: int, new: int) -> dict[str, int]:
+    return {"prompt_tokens": before, "completion_tokens": new, "total_tokens": before + new}
 
 
 def _event(data: Any) -> str:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 from errata.errors import CapabilityError, ErrataError
 from errata.model.generation import decode_after, generated, unsettled
 from errata.model.sampling import GenerationSettings, Sampling
+from errata.serve.following import Follower
 
 if TYPE_CHECKING:
     from errata.editor import Editor
@@ -139,10 +140,18 @@ class Batcher:
         editor: whose model.
         max_batch: texts that run together, at most.
         max_waiting: texts that wait, at most.
+        follower: has the model be what the ledger says before each batch; None: one of its own.
     """
 
-    def __init__(self, editor: Editor, max_batch: int = 16, max_waiting: int = 256) -> None:
+    def __init__(
+        self,
+        editor: Editor,
+        max_batch: int = 16,
+        max_waiting: int = 256,
+        follower: Follower | None = None,
+    ) -> None:
         self._editor = editor
+        self._follower = follower or Follower(editor)
         self._max_batch = max_batch
         self._max_waiting = max_waiting
         self._waiting: deque[Waiting] = deque()
@@ -207,6 +216,7 @@ class Batcher:
 
     def _carry_out(self, batch: Sequence[Waiting]) -> None:
         batch = [one for one in batch if not one.cancelled.is_set()]
+        self._follower.catch_up()
         with self._editor.model.access.running():
             here = self._as_it_stands(batch)  # and so it stays while they run
             with _told_of_errors(here):

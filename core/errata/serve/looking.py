@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, Field
 
 from errata.edits.edit import Edit, LogEntry
 from errata.evaluate.report import edit_report
 from errata.model.generation import generated
 from errata.model.sampling import GenerationSettings
 from errata.model.scoring import score_targets
-from errata.serve.openai import EditChoice, active_edits, public_name
+from errata.serve.openai import EditChoice, RequestBody, active_edits, public_name
 
 if TYPE_CHECKING:
     from errata.editor import Editor
@@ -28,10 +28,8 @@ def _not_blank(text: str) -> str:
     return text
 
 
-class CompareAsked(BaseModel):
+class CompareAsked(RequestBody):
     """`POST /errata/compare`: one prompt, two selections of edits."""
-
-    model_config = ConfigDict(extra="forbid")
 
     prompt: Annotated[str, AfterValidator(_not_blank)] = Field(max_length=20_000)
     a: EditChoice = Field(default_factory=EditChoice)
@@ -39,10 +37,8 @@ class CompareAsked(BaseModel):
     max_tokens: int = Field(default=24, ge=1, le=128)
 
 
-class TraceAsked(BaseModel):
+class TraceAsked(RequestBody):
     """`POST /errata/trace`: a causal trace of a prompt about a subject."""
-
-    model_config = ConfigDict(extra="forbid")
 
     prompt: Annotated[str, AfterValidator(_not_blank)] = Field(max_length=2_000)
     subject: Annotated[str, AfterValidator(_not_blank)] = Field(max_length=500)
@@ -53,8 +49,8 @@ class TraceAsked(BaseModel):
     edits: EditChoice = Field(default_factory=EditChoice)
 
 
-def state(editor: Editor, *, allow_edits: bool, token_for_all: bool) -> dict[str, Any]:
-    """Return what is served."""
+def state(editor: Editor, **rules: Any) -> dict[str, Any]:
+    """Return what is served, and the `rules` of the server beside it."""
     model = editor.model
     return {
         "model": public_name(editor),
@@ -65,8 +61,7 @@ def state(editor: Editor, *, allow_edits: bool, token_for_all: bool) -> dict[str
         "active": active_edits(editor),
         "edits": len(editor.ledger.ids()),
         "damaged": dict(editor.damaged),
-        "allow_edits": allow_edits,
-        "token_for_all": token_for_all,
+        **rules,
     }
 
 

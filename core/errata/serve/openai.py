@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from errata.errors import RequestError, UnknownNameError
+from errata.model.arguments import is_whole
 from errata.model.chat import rendered_turns
 from errata.model.sampling import Sampling
 
@@ -20,15 +21,52 @@ if TYPE_CHECKING:
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "n": (1,), "best_of": (1,), "logprobs": (False, 0), "top_logprobs": (0,), "echo": (False,),
     "suffix": ("",), "logit_bias": ({},), "frequency_penalty": (0,), "presence_penalty": (0,),
-    "tools": ([],), "functions": ([],), "response_format": ({"type": "text"},),
+    "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
+    "function_call": ("none", "auto"), "response_format": ({"type": "text"},),
+    "modalities": (["text"],), "top_k": (0, -1), "min_p": (0,), "repetition_penalty": (1,),
+    "length_penalty": (1,), "min_tokens": (0,), "ignore_eos": (False,),
+    "use_beam_search": (False,), "skip_special_tokens": (True,),
 }  # fmt: skip
 """Fields that would change an answer and that errata does not carry out → what they may be."""
 
+HARMLESS = frozenset(
+    {
+        "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
+        "prompt_cache_retention", "prediction", "parallel_tool_calls",
+    }
+)  # fmt: skip
+"""Fields that clients send for OpenAI's accounts, and that change no answer: taken, not used."""
 
-class EditChoice(BaseModel):
-    """Which edits one request takes; without it those that are on the model."""
+
+class RequestBody(BaseModel):
+    """A body that a client sends: fields that are known, and texts that can be written."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_texts(cls, value: Any) -> Any:
+        # JSON may write half a character ("\ud83d"), which no tokenizer and no answer can hold.
+        for text in _texts(value):
+            if not is_whole(text):
+                raise ValueError(f"{text[:80]!r} holds half a character (a lone surrogate)")
+        return value
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every text in JSON data, names included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for item in value:
+            yield from _texts(item)
+        if isinstance(value, dict):
+            for item in value.values():
+                yield from _texts(item)
+
+
+class EditChoice(RequestBody):
+    """Which edits one request takes; without it those that are on the model."""
 
     only: list[str] | None = Field(default=None, description="Exactly these; [] for the base")
     without: list[str] | None = Field(default=None, description="The active ones but these")
@@ -44,7 +82,14 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-class _Asked(BaseModel):
+class StreamOptions(RequestBody):
+    """What a stream has besides its text."""
+
+    include_usage: bool = Field(default=False, description="The last part counts the tokens")
+    include_obfuscation: bool = Field(default=False, description="Never done")
+
+
+class _Asked(RequestBody):
     """What both kinds of request have."""
 
     model_config = ConfigDict(extra="allow")
@@ -58,13 +103,17 @@ class _Asked(BaseModel):
         default_factory=list, max_length=16
     )
     stream: bool = False
+    stream_options: StreamOptions | None = None
     errata: EditChoice = Field(default_factory=EditChoice)
 
     @model_validator(mode="after")
     def _nothing_is_ignored_in_silence(self) -> _Asked:
-        for name, allowed in UNSUPPORTED.items():
-            value = (self.model_extra or {}).get(name)
-            if value is not None and value not in allowed:
+        for name, value in (self.model_extra or {}).items():
+            if name in HARMLESS:
+                continue
+            if name not in UNSUPPORTED:
+                raise ValueError(str(UnknownNameError("field", name, type(self).model_fields)))
+            if value is not None and value not in UNSUPPORTED[name]:
                 raise ValueError(f"{name} is not supported: leave it out")
         return self
 
@@ -87,6 +136,8 @@ class CompletionAsked(_Asked):
 class ChatTurn(BaseModel):
     """One message."""
 
+    model_config = ConfigDict(extra="allow")
+
     role: str
     content: str | list[dict[str, Any]]
 
@@ -95,9 +146,18 @@ class ChatTurn(BaseModel):
         """Its text; raise `RequestError` for pictures and the like."""
         if isinstance(self.content, str):
             return self.content
-        if any(part.get("type") != "text" for part in self.content):
+        parts = [part.get("text") for part in self.content if part.get("type") == "text"]
+        if len(parts) < len(self.content) or not all(isinstance(text, str) for text in parts):
             raise RequestError("A message may hold text only.")
-        return "".join(str(part.get("text", "")) for part in self.content)
+        return "".join(map(str, parts))
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored_in_silence(self) -> ChatTurn:
+        # An answer that is sent back has all of OpenAI's fields, most of them empty.
+        for name, value in (self.model_extra or {}).items():
+            if value:
+                raise ValueError(f"{name} of a message is not supported: leave it out")
+        return self
 
 
 class ChatAsked(_Asked):
@@ -105,6 +165,13 @@ class ChatAsked(_Asked):
 
     messages: list[ChatTurn] = Field(min_length=1, max_length=1024)
     max_completion_tokens: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> ChatAsked:
+        both = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(both) > 1:
+            raise ValueError("give max_tokens or max_completion_tokens: they differ")
+        return self
 
     def prompt(self, editor: Editor) -> str:
         """Return the messages as the model's chat template writes them.

@@ -189,6 +189,16 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     return None
 
 
+def frobenius(tensor: Tensor) -> float:
+    """Return the Frobenius norm, finite where the entries are: their squares may overflow fp32."""
+    entries = wide(tensor)
+    norm = float(entries.norm())
+    if cmath.isfinite(norm) or not entries.numel():
+        return norm
+    largest = entries.abs().max()  # not in fp64, which Apple's devices do not have
+    return float(largest) * float((entries / largest).norm())
+
+
 def require(condition: bool, message: str) -> None:
     """Raise `IntegrityError` with `message` unless `condition` holds."""
     if not condition:

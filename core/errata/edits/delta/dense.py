@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from errata.edits.delta.base import Delta, require
+from errata.edits.delta.base import Delta, frobenius, require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,8 +51,7 @@ class DenseDelta(Delta):
 
     def norms(self, model: Model) -> dict[str, float]:
         return {
-            name: float(tensor.float().norm())
-            / max(float(model.pristine[name].float().norm()), 1e-30)
+            name: frobenius(tensor) / max(frobenius(model.pristine[name]), 1e-30)
             for name, tensor in self.differences.items()
         }
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from errata.edits.delta.base import Delta, require
+from errata.edits.delta.base import Delta, frobenius, require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -124,8 +124,7 @@ class SparseRowsDelta(Delta):
 
     def norms(self, model: Model) -> dict[str, float]:
         return {
-            name: float(part.values.float().norm())
-            / max(float(model.pristine[name].float().norm()), 1e-30)
+            name: frobenius(part.values) / max(frobenius(model.pristine[name]), 1e-30)
             for name, part in self.rows.items()
         }
 

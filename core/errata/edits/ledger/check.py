@@ -147,5 +147,6 @@ def _blobs(
             if delta.nbytes != edit.nbytes:
                 found.append(f"{source} has {delta.nbytes} bytes; its record says {edit.nbytes}.")
         except ErrataError as error:
-            found.append(f"{source}: {error}")
+            text = str(error)
+            found.append(text if text.startswith(source) else f"{source}: {text}")
     return found

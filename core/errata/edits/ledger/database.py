@@ -21,7 +21,7 @@ from errata.edits.ledger.schema import (
     plain,
     translated,
 )
-from errata.errors import IntegrityError, LedgerChangedError, LedgerError
+from errata.errors import ErrataError, IntegrityError, LedgerChangedError, LedgerError
 from errata.model.storage import canonical
 
 EVENT_COLUMNS = "number, time, kind, edit_id, detail, digest"
@@ -134,16 +134,17 @@ class Database:
                 yield
                 self.files.flush()
             except BaseException:
-                if connection.in_transaction:
-                    self.files.discard()  # before the lock goes: another may write the same file
-                    self._roll_back(connection)
+                self._give_up(connection)
                 raise
             else:
                 # From here on the record may be on disk even when an error is reported or Ctrl-C
-                # arrives, so its files stay whatever happens, and the database says what is so.
-                self.files.settle()
+                # arrives, so its files stay unless it cannot be, and the database says what is so.
                 try:
                     self.rows("COMMIT")
+                except ErrataError as error:
+                    if _never_written(error):
+                        self._give_up(connection)
+                    raise
                 finally:
                     self._roll_back(connection)
                     if seen and self._link(self._last) == self._tip:
@@ -176,6 +177,25 @@ class Database:
             self._last, self._tip = before
             raise
         self.rows("RELEASE inner_change")
+
+    def _give_up(self, connection: sqlite3.Connection) -> None:
+        """Take back a change that is not recorded, and the files that it wrote.
+
+        A file left would be offered as an edit whose record was lost.
+        """
+        if not connection.in_transaction and self.files.written:
+            # SQLite has rolled back by itself (a full disk), and the lock is gone with that.
+            with suppress(sqlite3.Error, ErrataError):
+                connection.execute("BEGIN IMMEDIATE")
+                self.files.discard(kept=self.recorded())
+        elif connection.in_transaction:
+            self.files.discard()  # before the lock goes: another may write the same file
+        self._roll_back(connection)
+
+    def recorded(self) -> set[str]:
+        """Return the SHA-256 of the files that records name."""
+        query = 'SELECT substr(record, instr(record, \'"blob":"\') + 8, 64) FROM edits'
+        return {str(row[0]) for row in self.rows(query)}
 
     @staticmethod
     def _roll_back(connection: sqlite3.Connection) -> None:
@@ -222,3 +242,13 @@ class Database:
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
                 connection.execute(f"PRAGMA busy_timeout = {int(self._timeout * 1000)}")
+
+
+def _never_written(error: ErrataError) -> bool:
+    """Say whether an error of COMMIT means that nothing of the change is on disk.
+
+    Space runs out before the last page, the one that makes a change count, is whole. Any other
+    error may come after it: a failed sync leaves pages that are read when SQLite opens next.
+    """
+    text = str(error.__cause__).lower()
+    return "full" in text or "no transaction" in text

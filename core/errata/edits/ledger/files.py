@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
-from errata.edits.ledger.schema import DATABASE, DIGEST
+from errata.edits.ledger.schema import DATABASE, DIGEST, RECOVER
 from errata.errors import IntegrityError, StorageError
 from errata.model.scratch import unfinished
 from errata.model.storage import make_folder, read_bytes, replace_whole, sha256, sync_folder
@@ -72,7 +74,24 @@ class DeltaFiles:
         except StorageError:
             if path.is_file():
                 raise
-            raise IntegrityError(f"{source} is missing: {path} is not there. Restore it.") from None
+            raise IntegrityError(f"{source} is missing: put {path} back.") from None
+
+    def look(self, digest: str, nbytes: int) -> str:
+        """Return "sound", "missing" or "damaged" by a file's presence and length, unread.
+
+        `nbytes` is what its tensors take.
+        """
+        if self._folder is None:
+            return "sound" if digest in self._memory else "missing"
+        try:
+            with self._path(self._folder, digest).open("rb") as file:
+                header = int.from_bytes(file.read(8), "little")
+                whole = os.fstat(file.fileno()).st_size == 8 + header + nbytes
+        except FileNotFoundError:
+            return "missing"
+        except OSError:
+            return "damaged"
+        return "sound" if whole else "damaged"
 
     def settle(self) -> None:
         """Keep what the transaction in progress wrote."""
@@ -84,13 +103,16 @@ class DeltaFiles:
         """How many new files the transaction in progress has."""
         return len(self._fresh)
 
-    def discard(self, since: int = 0) -> None:
+    def discard(self, since: int = 0, kept: Collection[str] = ()) -> None:
         """Take away what a failed transaction wrote, or its part since so many were `written`.
 
-        A file left over would do no harm, but be named as one without a record.
+        Files `kept` stay: another process has recorded them since. One left over would do no harm,
+        but be named as one without a record.
         """
         gone, self._fresh = self._fresh[since:], self._fresh[:since]
         for digest in gone:
+            if digest in kept:
+                continue
             if self._folder is None:
                 self._memory.pop(digest, None)
             else:
@@ -115,8 +137,6 @@ class DeltaFiles:
         return folder / f"blobs/{digest[:2]}/{digest}.safetensors"
 
 
-RECOVER = "`errata log --recover`, or `Ledger.open(folder, recover=True)` and its `recover`"
-"""What brings back edits whose files are there and whose records are not."""
 SMALLEST = 512
 """Bytes of the smallest page, and so of the smallest file, that SQLite writes."""
 

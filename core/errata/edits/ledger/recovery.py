@@ -2,19 +2,87 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from errata.edits.ledger import content
-from errata.edits.ledger.files import RECOVER, DeltaFiles
-from errata.edits.ledger.schema import parse_record
-from errata.errors import ErrataError, IntegrityError
+from errata.edits.ledger.files import SMALLEST, DeltaFiles
+from errata.edits.ledger.schema import (
+    APPLICATION,
+    DATABASE,
+    RECOVER,
+    VERIFIED,
+    connect,
+    parse_record,
+    translated,
+)
+from errata.errors import ErrataError, IntegrityError, StorageError
 
 if TYPE_CHECKING:
     from errata.edits.delta import Delta
     from errata.edits.edit import Edit
 
+logger = logging.getLogger("errata")
 SHOWN = 3
+MAGIC, APPLICATION_AT = b"SQLite format 3\0", slice(68, 72)
+"""How a database begins, and where its header says whose it is."""
+
+
+def set_damaged_aside(folder: Path, timeout: float) -> None:
+    """Rename a ledger's database that SQLite cannot read whole, so that a new one is begun.
+
+    Nothing is deleted. What names the files of deltas is lost with it; they name their edits.
+
+    Raises `IntegrityError` for another program's database and `StorageError` when the disk
+    refuses.
+    """
+    file = folder / DATABASE
+    if not file.is_file():
+        return
+    try:
+        why = _damage(folder, timeout)
+    except IntegrityError as error:
+        with file.open("rb") as opened:
+            header = opened.read(100)
+        if header.startswith(MAGIC) and header[APPLICATION_AT] not in (
+            APPLICATION.to_bytes(4, "big"),
+            bytes(4),
+        ):
+            raise
+        why = str(error)
+    if not why:
+        return
+    logger.debug("%s: %s", file, why)
+    aside = _free(file)
+    try:
+        for end in ("-wal", "-shm", ""):  # the database last: it is what the next look finds
+            part = file.with_name(file.name + end)
+            if part.exists():
+                part.rename(aside.with_name(aside.name + end))
+    except OSError as error:
+        raise StorageError(f"Cannot rename {file}: {error.strerror or error}.") from error
+    logger.warning("%s is damaged: it is %s now, and a new one is begun.", file, aside.name)
+
+
+def _damage(folder: Path, timeout: float) -> str:
+    """Return the first thing that is wrong with a ledger's database; "" for nothing."""
+    if 0 < (folder / DATABASE).stat().st_size < SMALLEST:
+        return "it was cut off"  # SQLite would take it for a new one, and write over it
+    with closing(connect(folder, timeout, readonly=False)) as connection:
+        with translated(str(folder), timeout):
+            (found,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
+    return "" if found == "ok" else str(found)
+
+
+def _free(file: Path) -> Path:
+    """Return a name beside a file that nothing has."""
+    number = 1
+    while (aside := file.with_name(f"{file.name}.damaged-{number}")).exists():
+        number += 1
+    return aside
 
 
 def lost_text(lost: Sequence[str], where: str) -> str:
@@ -26,6 +94,11 @@ def lost_text(lost: Sequence[str], where: str) -> str:
         ": part of its database was lost, or a process was killed while it recorded an edit. Take "
         f"the edits back in with {RECOVER}."
     )
+
+
+def warn_of_lost(lost: Sequence[str], where: str) -> None:
+    """Log what `lost_text` says."""
+    logger.warning("%s", lost_text(lost, where), extra=VERIFIED)
 
 
 def lost_edits(

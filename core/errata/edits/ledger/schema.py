@@ -27,6 +27,8 @@ from errata.model.storage import canonical, parse_json, sha256, sync_folder
 DATABASE = "ledger.sqlite"
 APPLICATION = 0x65727261  # "erra": SQLite's application_id, which tells our files from others
 VERSION = 1
+RECOVER = "`errata log --recover`, or `Ledger.open(folder, recover=True)` and its `recover`"
+"""What brings back edits whose files are there and whose records are not."""
 
 # Rows are only ever added. What changes are `active` (a cache of the last apply or revert) and
 # the outcome inside `record`; both changes are events too, and `verify` compares.
@@ -61,6 +63,8 @@ NOTE_KIND = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 DIGEST = re.compile(r"[0-9a-f]{64}")
 
 Row = tuple[Any, ...]
+VERIFIED = {"verified": True}
+"""Marks a warning about what `verify` says as well (`extra` of a log record)."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,8 @@ def _translate(error: sqlite3.Error, where: str, timeout: float) -> ErrataError:
             "space and permissions."
         )
     return IntegrityError(
-        f"The ledger {where} is damaged or is no ledger: {error}. Restore {DATABASE} from a copy."
+        f"The ledger {where} is damaged or is no ledger: {error}. Restore {DATABASE} from a copy, "
+        f"or take the edits back in from their files ({RECOVER})."
     )
 
 
@@ -235,7 +240,8 @@ def _check(connection: sqlite3.Connection, where: str, create: bool) -> None:
     if version != VERSION or sorted(str(row[0]) for row in found) != sorted(TABLES):
         raise IntegrityError(
             f"{where}/{DATABASE} does not have the tables of a ledger: it is damaged or was "
-            "changed by another program. Restore it from a copy."
+            "changed by another program. Restore it from a copy, or take the edits back in from "
+            f"their files ({RECOVER})."
         )
 
 

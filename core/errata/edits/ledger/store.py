@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,7 @@ from errata.edits.ledger import content, exchange
 from errata.edits.ledger.check import problems
 from errata.edits.ledger.database import Database
 from errata.edits.ledger.files import PRIVATE_FOLDER, make_private, refuse_lost_database
-from errata.edits.ledger.recovery import lost_edits, lost_text
+from errata.edits.ledger.recovery import lost_edits, lost_text, set_damaged_aside, warn_of_lost
 from errata.edits.ledger.schema import KINDS, NOTE_KIND, Event, Row, edit_of, record_text
 from errata.errors import IntegrityError, LedgerError, StorageError, UnknownNameError
 from errata.model.artifacts import Artifacts
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 
     Kinds = Mapping[str, type[Delta]]
 
-logger = logging.getLogger("errata")
 BATCH = 500  # SQLite limits how many variables a statement has
 EDIT_COLUMNS = "sequence, id, active, record, digest"
 HEX = frozenset("0123456789abcdef")
@@ -79,7 +77,8 @@ class Ledger:
             kinds: delta kinds by name; without them only records and events can be read.
             timeout: seconds to wait for another process that writes.
             readonly: never write; the ledger must exist.
-            recover: begin a new database where it is lost; `recover` then fills it.
+            recover: begin a new database where it is lost or damaged (that one is renamed);
+                `recover` then fills it.
 
         Raises `IntegrityError` for what is no ledger or a damaged one, `StorageError` when the
         disk refuses, `LedgerError` for one of a newer errata.
@@ -96,14 +95,16 @@ class Ledger:
             raise IntegrityError(f"{folder} is a file; a ledger is a folder. Give another path.")
         if not readonly:
             make_folder(folder, PRIVATE_FOLDER)
-        if not readonly and not recover:
+        if recover:
+            set_damaged_aside(folder, timeout)
+        else:
             refuse_lost_database(folder)
         opened = cls(Database(folder, timeout, readonly), folder, known)
         if not readonly:
             make_private(folder)
             sweep()
         if not recover and (lost := opened.lost()):
-            logger.warning("%s", lost_text(lost, opened.where))
+            warn_of_lost(lost, opened.where)
         return opened
 
     @property
@@ -338,8 +339,7 @@ class Ledger:
         its process is killed before the edit was reported as done.
         """
         there = self._database.files.digests()  # first: what is recorded meanwhile is not lost
-        query = 'SELECT substr(record, instr(record, \'"blob":"\') + 8, 64) FROM edits'
-        return sorted(there - {str(row[0]) for row in self._database.rows(query)})
+        return sorted(there - self._database.recorded())
 
     def recover(self) -> tuple[list[Edit], dict[str, str]]:
         """Take edits whose files no record names back into the ledger, in their order, inactive.

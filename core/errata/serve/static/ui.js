@@ -132,6 +132,9 @@ async function refresh() {
   $("state").textContent = shown(`${state.model}: ${count} active edit${count === 1 ? "" : "s"}, ${state.edits} in the ledger${state.allow_edits ? "" : "; read-only"}`);
   document.title = shown(`errata: ${state.model}`);
   $("chat").elements.plain.checked ||= !state.chat;
+  const tokens = $("chat").elements.max_tokens;
+  tokens.max = state.max_new_tokens;
+  if (Number(tokens.value) > state.max_new_tokens) tokens.value = state.max_new_tokens;
 }
 
 async function list(offset = 0) {

@@ -1,0 +1,195 @@
+"""Plugins that break the contract, crash, exit or print: each is named, and nothing is silent."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from errata import Editor, hookimpl
+from errata.cli.app import app
+from errata.contract.manager import Manager
+from errata.errors import PluginError
+from tests.families import build
+
+PLUGIN = '''
+import sys
+
+from errata import MethodConfig, hookimpl
+
+
+class Config(MethodConfig):
+    pass
+
+
+class Signature:
+    name = "odd-signature"
+    config = Config
+
+    @hookimpl
+    def edit(self, model, request, config):
+        """Takes `request`, which nobody passes."""
+
+
+class Unmarked:
+    name = "odd-unmarked"
+    config = Config
+
+    def edit(self, model, requests, config):
+        """Has no @hookimpl."""
+
+
+class Misspelt:
+    name = "odd-misspelt"
+    config = Config
+
+    @hookimpl
+    def edit(self, model, requests, config):
+        """Is right."""
+
+    @hookimpl
+    def prepair(self, model):
+        """Is no hook."""
+
+
+class Exits:
+    name = "odd-exits"
+    config = Config
+
+    @hookimpl
+    def edit(self, model, requests, config):
+        print("a plugin's own words")
+        sys.exit(7)
+
+
+class Talks:
+    @hookimpl
+    def protocols(self):
+        print("a plugin's own words")
+        return ()
+'''
+METHODS = ("signature", "unmarked", "misspelt", "exits")
+STANZA = """
+  odd-{name}:
+    title: One that is not right
+    family: intrinsic
+    delta_kind: low_rank
+    status: experimental
+    capabilities: {{kinds: [modify], sequential: true, architectures: [decoder]}}
+"""
+
+
+@pytest.fixture
+def odd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Install a package with the methods above, and make an empty folder the current one."""
+    site, here = tmp_path / "site", tmp_path / "here"
+    package, info = site / "errata_odd", site / "errata_odd-1.dist-info"
+    for folder in (package, info, here):
+        folder.mkdir(parents=True)
+    (package / "__init__.py").write_text(PLUGIN)
+    (package / "registry.yaml").write_text(
+        "methods:" + "".join(STANZA.format(name=name) for name in METHODS)
+    )
+    points = "".join(f"odd-{name} = errata_odd:{name.title()}\n" for name in METHODS)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: errata-odd\nVersion: 1\n")
+    (info / "entry_points.txt").write_text(
+        f"[errata.methods]\n{points}[errata.plugins]\nodd = errata_odd:Talks\n"
+    )
+    monkeypatch.syspath_prepend(site)
+    monkeypatch.chdir(here)
+    for name in ("ERRATA_LEDGER", "ERRATA_MODEL", "ERRATA_DEBUG", "ERRATA_DISABLE"):
+        monkeypatch.delenv(name, raising=False)
+    return here
+
+
+def run(*words: str) -> Any:
+    return CliRunner().invoke(app, list(words))
+
+
+FACT = ("edit", "The capital of {} is", "-s", "Mirevia", "-t", "Velmont", "-m", "atlas-gpt2")
+SAID = {
+    "signature": ("Method 'odd-signature'", "its `edit` hook", "{'request'}",
+                  "It may take model, requests, config"),
+    "unmarked": ("'odd-unmarked'", "no @hookimpl"),
+    "misspelt": ("Method 'odd-misspelt'", "Unknown hook 'prepair'", "Did you mean 'prepare'?"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_a_broken_hook_is_named_with_its_rule(name: str, odd: Path) -> None:
+    result = run(*FACT, "--method", f"odd-{name}")
+    said = " ".join(result.stderr.split())
+    assert result.exit_code == 1
+    assert all(part in said for part in SAID[name]), said
+    assert "object at 0x" not in said
+
+
+def test_doctor_checks_hooks(odd: Path) -> None:
+    found = json.loads(run("doctor", "--json").stdout)
+    broken = {row["name"] for row in found["methods"] if not row["loads"]}
+    assert broken == {f"odd-{name}" for name in SAID}
+    assert len([text for text in found["problems"] if "odd-" in text]) == 3
+
+
+def test_a_hook_that_exits_ends_no_command_without_a_word(odd: Path) -> None:
+    result = run(*FACT, "--method", "odd-exits")
+    said = " ".join(result.stderr.split())
+    assert result.exit_code == 1
+    assert "Method 'odd-exits' failed in its `edit` hook: sys.exit(7)" in said
+    assert not json.loads(run("log", "--json").stdout)["edits"]
+
+
+def test_what_a_plugin_prints_is_not_in_the_json(odd: Path) -> None:
+    facts = odd / "facts.jsonl"
+    fact = {"prompt": "{} is", "subject": "Mirevia", "target_new": "a", "target_true": "b"}
+    facts.write_text(json.dumps(fact))
+    result = run(
+        "evaluate", "--file", str(facts), "-m", "atlas-gpt2", "-p", "counterfact", "--json"
+    )
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["measurements"]
+    assert "a plugin's own words" in result.stderr
+
+
+class Nosy:
+    """An observer that fails in the hook it is told to."""
+
+    def __init__(self, error: type[BaseException]) -> None:
+        self.error = error
+
+    @hookimpl(wrapper=True)
+    def edit(self) -> Any:
+        yield
+        raise self.error("seen")
+
+    @hookimpl
+    def protocols(self) -> Any:
+        raise self.error("seen")
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, SystemExit])
+def test_the_plugin_that_fails_is_named_not_the_method(
+    error: type[BaseException], toys: None
+) -> None:
+    module, tokenizer = build("gpt2")
+    guards = {"efficacy": "off", "perplexity": "off", "norm": "off"}
+    with Editor(module, tokenizer, guards=guards, observers=[Nosy(error)]) as editor:
+        with pytest.raises(PluginError, match=r"Nosy failed in its `edit` hook") as caught:
+            editor.edit("{} is", subject="Ada", target_new="in", method="toy-low-rank")
+        assert isinstance(caught.value.__cause__, error)
+        with pytest.raises(PluginError, match=r"Nosy failed in its `protocols` hook"):
+            editor.evaluate([])
+        assert not editor.log()
+
+
+def test_an_error_of_erratas_own_stays_what_it_is() -> None:
+    class Refuses:
+        @hookimpl
+        def protocols(self) -> Any:
+            raise PluginError("as it is")
+
+    with pytest.raises(PluginError, match=r"^as it is$"):
+        Manager("", [Refuses()]).protocols()
