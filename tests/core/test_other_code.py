@@ -297,3 +297,14 @@ def test_a_closed_editor_refuses_before_it_computes(
                 change()
         assert computed == []
         assert_same(state_of(other.model), before)
+
+
+def test_nothing_is_kept_of_a_base_that_other_code_changed(editor: Editor) -> None:
+    def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return {"mean": torch.zeros(1)}, {}
+
+    step(editor.model.module)
+    with pytest.raises(IntegrityError, match="Other code changed the model"):
+        editor.model.of_base("a test's statistic", compute=compute)
+    editor.model.stack.restore()
+    assert editor.model.of_base("a test's statistic", compute=compute)[1] == {}

@@ -45,7 +45,10 @@ class GuardPolicy(NumbersAreNumbers):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    finite: Mode = Field(default="refuse", description="The delta has no NaN and no infinity")
+    finite: Mode = Field(
+        default="refuse",
+        description="No NaN or infinity in the delta, or in what the model gives with it",
+    )
     norm: Mode = Field(default="warn", description="‖Δ‖ / ‖W‖ of each parameter")
     norm_limit: float = Field(default=2.0, gt=0, description="Largest ‖Δ‖ / ‖W‖ (Frobenius)")
     perplexity: Mode = Field(default="warn", description="Perplexity on the canary text")

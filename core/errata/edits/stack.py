@@ -190,6 +190,10 @@ class Stack(Described):
             )
         self.written.check(read=what in COMPUTING)
 
+    def check_unchanged(self) -> None:
+        """Raise `IntegrityError` where other code changed the model."""
+        self.written.check()
+
     def _check_open(self, what: str) -> None:
         if self.closed:
             raise LedgerError(f"Cannot {what}: this editor is closed. Open the model in a new one.")

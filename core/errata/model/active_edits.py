@@ -49,6 +49,9 @@ class ActiveEdits(Protocol):
     def restore(self) -> None:
         """Rewrite every tensor from base and fold."""
 
+    def check_unchanged(self) -> None:
+        """Raise `IntegrityError` where other code changed the model."""
+
     def check_rows(self, named: Collection[str]) -> None:
         """Raise unless rows of one batch may take different ones among these edits."""
 
@@ -95,6 +98,9 @@ class NoEdits:
 
     def restore(self) -> None:
         """Do nothing."""
+
+    def check_unchanged(self) -> None:
+        """Do nothing: nobody knows what the model was."""
 
     def check_rows(self, named: Collection[str]) -> None:
         """Refuse every id."""

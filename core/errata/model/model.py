@@ -299,6 +299,7 @@ class Model:
 
         Raises:
             ConfigError: it is not there yet, and edits are active: it belongs to the base.
+            IntegrityError: it is not there yet, and other code changed the model.
         """
         whole = self.base_key(*key, trained=trained)
         if whole not in self.memo:
@@ -310,6 +311,7 @@ class Model:
                         f"computed yet, but edits are active ({', '.join(self.stack.ids[:3])}): "
                         "call `prepare` first, which takes them off meanwhile."
                     )
+                self.stack.check_unchanged()  # it would be kept, and read in later processes
                 tensors, metadata = compute()
                 self.artifacts.save(whole, tensors, metadata)
                 stored = dict(tensors), dict(metadata)
