@@ -16,6 +16,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from errata.edits.last_written import LastWritten
+
 if TYPE_CHECKING:
     from errata.model import Model
 
@@ -108,6 +110,7 @@ def put_there(model: Model, *paths: str) -> None:
             part.register_forward_hook(lambda part, args, output: _moved("cpu", output))
     model.parameters.update(model.module.named_parameters())
     model.buffers.update(model.module.named_buffers())
+    model.stack.written = LastWritten(model)  # it was opened there
 
 
 def _bring(part: Any, args: Any, kwargs: Any) -> Any:

@@ -19,7 +19,8 @@ PYTHON_ONLY = (
     "list(errata.datasets.load(", "Editor(…, branch=True)", "disabled() or only()",
     "ledger.delta(id)", "Baseline.capture(", "model.base_state()", "get_output_embeddings()",
     "corpus=[document, …]", "Editor(model, tokenizer)",
-    "module.resize_token_embeddings(len(tokenizer))",
+    "module.resize_token_embeddings(len(tokenizer))", "torch.inference_mode()",
+    "editor.model.stack.restore()",
 )  # fmt: skip
 
 

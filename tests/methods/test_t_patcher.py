@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from errata.edits.delta import NeuronsDelta
+from errata.edits.stack import Stack
 from errata_t_patcher import TPatcherConfig
 from errata_t_patcher.algorithm import memories, worst
 from tests.families import build_model
@@ -88,6 +89,7 @@ def test_half_precision_gradients_do_not_vanish(tmp_path: Path) -> None:
         with torch.no_grad():
             model.anatomy.final_norm(model.module).weight *= 1e-4  # type: ignore[operator]
             model.anatomy.head(model.module).weight *= 1e-3  # type: ignore[operator]
+        Stack.on(model)  # opened as it is now
         # The task's loss alone, from small neurons on.
         (delta,) = edit(
             model, "t-patcher", FRANCE, steps=3, scale=0.1, activation_weight=0.0,

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from transformers.activations import ACT2FN
 
 from errata.contract.registry import Registry
+from errata.edits.stack import Stack
 from errata.model.forward import trace
 from errata.model.running import prepare, run
 from errata_wise import WiseConfig
@@ -195,6 +196,7 @@ def test_half_precision_gradients_do_not_vanish(tmp_path: Path) -> None:
         with torch.no_grad():
             model.anatomy.final_norm(model.module).weight *= 1e-3  # type: ignore[operator]
             model.anatomy.head(model.module).weight *= 1e-3  # type: ignore[operator]
+        Stack.on(model)  # opened as it is now
         # The NLL alone: no distance is asked for.
         (delta,) = edit(model, "wise", FRANCE, steps=1, lr=100, alpha=1e6, beta=0.0, gamma=0.0)
         found[dtype] = delta.tensors()["values"]

@@ -104,6 +104,8 @@ class LastWritten:
     def _changed(self, name: str, bits: Mapping[str, Tensor] | None, read: bool) -> str:
         """Say in what a parameter is not as errata left it; "" where it is."""
         live = self._model.parameters[name]
+        if name not in self._kinds:
+            return "a new one"
         dtype, shape = self._kinds[name]
         if live.dtype != dtype:
             return f"{live.dtype}, it was {dtype}"
