@@ -14,7 +14,7 @@ from errata.edits.delta.prompt import OneAnswer, PromptSettings, demonstration
 from errata.errors import FingerprintError, IntegrityError
 from errata.model import Model
 from errata.model.encoder import sentence_encoder
-from errata.model.generation import generate
+from errata.model.generation import generate, generated
 from errata.model.model_answers import ModelAnswers
 from errata.model.sampling import GenerationSettings
 from errata.model.scoring import score_targets
@@ -157,3 +157,19 @@ def test_a_text_s_vector_does_not_depend_on_what_else_is_asked(model: Model) -> 
     together = encoder.encode(PROMPTS)
     assert torch.equal(torch.cat([encoder.encode([prompt]) for prompt in PROMPTS]), together)
     assert together.norm(dim=1).tolist() == pytest.approx([1.0] * 3, abs=1e-5)
+
+
+def test_who_watches_a_text_sees_nothing_of_a_stop_string(model: Model) -> None:
+    whole = generate(model, [FRANCE], max_new_tokens=12)[0]
+    mark = whole[len(whole) // 2 :][:8]  # of several tokens
+    seen: list[str] = []
+
+    def watch(row: int, token: int, text: str) -> bool:
+        seen.append(text)
+        return False
+
+    settings = GenerationSettings(max_new_tokens=12, stop=(mark,))
+    (found,) = generated(model, [FRANCE], settings, watch=watch)
+    assert found.text == whole.partition(mark)[0]
+    assert len(seen) > 2
+    assert all(found.text.startswith(text) for text in seen)

@@ -19,6 +19,7 @@ from errata.contract import plugins
 from errata.contract.purity import Snapshot
 from errata.edits.delta import Delta
 from errata.edits.request import Request
+from errata.edits.stack import Stack
 from errata.errors import IntegrityError
 from errata.model import Model
 from errata.model.generation import generate
@@ -53,6 +54,15 @@ METHODS: dict[str, dict[str, Any]] = {
 
 REACHES_ALL = ("memory", "calinet", "defer", "t-patcher", "wise")
 """Methods that do not tell rows apart, or not in a random model (of 32 dimensions)."""
+
+
+def faint(directory: Path, dtype: torch.dtype, norm: float) -> Model:
+    """Return a model whose answers hang on its last states by so little that fp16 loses it."""
+    model = build_model("llama", directory, dtype)
+    with torch.no_grad():
+        model.anatomy.final_norm(model.module).weight *= norm  # type: ignore[operator]
+        model.anatomy.head(model.module).weight *= 1e-3  # type: ignore[operator]
+    return Stack.on(model)  # opened as it is now
 
 
 def edit(model: Model, method: str, *requests: Request, **config: Any) -> list[Delta]:

@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from errata.edits.delta import NeuronsDelta
-from errata.edits.stack import Stack
 from errata_t_patcher import TPatcherConfig
 from errata_t_patcher.algorithm import memories, worst
 from tests.families import build_model
-from tests.methods.test_memories import FRANCE, KING, METHODS, edit, in_sequence, nll, put
+from tests.methods.test_memories import FRANCE, KING, METHODS, edit, faint, in_sequence, nll, put
 
 SMALL = METHODS["t-patcher"]
 
@@ -85,11 +84,7 @@ def test_half_precision_gradients_do_not_vanish(tmp_path: Path) -> None:
     """Where the answer hangs on a neuron by less than fp16 can say, it is learnt all the same."""
     found = {}
     for dtype in (torch.float32, torch.float16):
-        model = build_model("llama", tmp_path, dtype)
-        with torch.no_grad():
-            model.anatomy.final_norm(model.module).weight *= 1e-4  # type: ignore[operator]
-            model.anatomy.head(model.module).weight *= 1e-3  # type: ignore[operator]
-        Stack.on(model)  # opened as it is now
+        model = faint(tmp_path, dtype, 1e-4)
         # The task's loss alone, from small neurons on.
         (delta,) = edit(
             model, "t-patcher", FRANCE, steps=3, scale=0.1, activation_weight=0.0,

@@ -13,7 +13,6 @@ from pydantic import ValidationError
 from transformers.activations import ACT2FN
 
 from errata.contract.registry import Registry
-from errata.edits.stack import Stack
 from errata.model.forward import trace
 from errata.model.running import prepare, run
 from errata_wise import WiseConfig
@@ -21,7 +20,7 @@ from errata_wise.delta import ShardDelta, packed, unpacked
 from errata_wise.memories import Settings, Shards, moved, ties
 from tests.families import build_model
 from tests.helpers import ROOT
-from tests.methods.test_memories import DAVIS, FRANCE, KING, edit, in_sequence, nll, put
+from tests.methods.test_memories import DAVIS, FRANCE, KING, edit, faint, in_sequence, nll, put
 
 LLAMA = {"model_type": "llama", "n_layers": 32, "hidden_size": 4096, "vocab_size": 128256}
 LLAMA_3 = {"layer": 29, "lr": 0.9, "steps": 30, "alpha": 2.0, "beta": 20.0, "ratio": 0.5}
@@ -192,11 +191,7 @@ def test_half_precision_gradients_do_not_vanish(tmp_path: Path) -> None:
     """Where the answer hangs on a state by less than fp16 can say, it is learnt all the same."""
     found = {}
     for dtype in (torch.float32, torch.float16):
-        model = build_model("llama", tmp_path, dtype)
-        with torch.no_grad():
-            model.anatomy.final_norm(model.module).weight *= 1e-3  # type: ignore[operator]
-            model.anatomy.head(model.module).weight *= 1e-3  # type: ignore[operator]
-        Stack.on(model)  # opened as it is now
+        model = faint(tmp_path, dtype, 1e-3)
         # The NLL alone: no distance is asked for.
         (delta,) = edit(model, "wise", FRANCE, steps=1, lr=100, alpha=1e6, beta=0.0, gamma=0.0)
         found[dtype] = delta.tensors()["values"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -181,7 +180,7 @@ class Editing:
                 missing = [edit for edit in new if edit.id not in self._stack.ids]
                 self._transactions.put_on(missing)
                 outcomes = self._guards.check_state(self._model, new, said)
-                self._check_finite(outcomes)
+                self._guards.check_finite(self._model, outcomes)
                 new = [
                     edit.bind(edit.delta, outcome=outcome)
                     for edit, outcome in zip(new, outcomes, strict=True)
@@ -238,29 +237,10 @@ class Editing:
                     ).bind(delta)
                     touched.append(edit.id)
                     checked = self._guards.check_delta(self._model, edit)
-                    self._check_finite([checked])
+                    self._guards.check_finite(self._model, [checked])
                     new.append(edit.bind(delta, outcome=checked))
                     if apply:
                         clashes.add(new[-1])
-
-    def _check_finite(self, outcomes: Sequence[Outcome]) -> None:
-        """Raise `EditRefused` for a change, or a model with it, that gives no finite numbers.
-
-        The guard `finite` decides, not those of norm and perplexity, which say how large a number
-        may be: a model that gives NaN is broken. Where the base gives none either, it is let be.
-        """
-        if self._guards.policy.finite != "refuse":
-            return
-        for outcome in outcomes:
-            norm, text = outcome.relative_norm, outcome.perplexity
-            if norm is not None and norm.value == math.inf:
-                reason = f"the change of {norm.parameter} is infinitely large"
-                raise EditRefused(reason, {"finite": False, "relative_norm": norm.model_dump()})
-            if text is None or math.isfinite(text.value):
-                continue
-            if math.isfinite(self._guards.base_perplexity(self._model)):
-                reason = f"with it, the perplexity on the canary text is {text.value}"
-                raise EditRefused(reason, {"finite": False, "perplexity": text.model_dump()})
 
     def _artifacts(self, method: str, delta: Delta) -> dict[str, str]:
         """Return name → SHA-256 of what a delta needs besides its own data."""

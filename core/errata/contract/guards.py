@@ -132,6 +132,25 @@ class Guards:
                 outcome = self._failed(self.policy.norm, reason, measured, outcome)
         return outcome
 
+    def check_finite(self, model: Model, outcomes: Sequence[Outcome]) -> None:
+        """Raise `EditRefused` for a change, or a model with it, that gives no finite numbers.
+
+        The guard `finite` decides, not those of norm and perplexity, which say how large a number
+        may be: a model that gives NaN is broken. Where the base gives none either, it is let be.
+        """
+        if self.policy.finite != "refuse":
+            return
+        for outcome in outcomes:
+            norm, text = outcome.relative_norm, outcome.perplexity
+            if norm is not None and norm.value == math.inf:
+                reason = f"the change of {norm.parameter} is infinitely large"
+                raise EditRefused(reason, {"finite": False, "relative_norm": norm.model_dump()})
+            if text is None or math.isfinite(text.value):
+                continue
+            if math.isfinite(self.base_perplexity(model)):
+                reason = f"with it, the perplexity on the canary text is {text.value}"
+                raise EditRefused(reason, {"finite": False, "perplexity": text.model_dump()})
+
     def check_state(
         self, model: Model, edits: Sequence[Edit], said: frozenset[str] = frozenset()
     ) -> list[Outcome]:

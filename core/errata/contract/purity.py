@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from errata.edits.last_written import hashed
-from errata.edits.stack import Stack
 from errata.errors import ImpureMethodError
 from errata.model.structure import Structure
 
@@ -39,8 +38,7 @@ class Snapshot:
         What a hook finds on such a model is about no base, and putting back what it does to the
         model would take the owner's change away.
         """
-        if isinstance(self._model.stack, Stack):
-            self._model.stack.written.check(bits={n: t[1] for n, t in self._tensors.items()})
+        self._model.stack.check_unchanged({n: t[1] for n, t in self._tensors.items()})
 
     def changed(self) -> list[str]:
         """Name everything that is not as it was."""

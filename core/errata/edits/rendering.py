@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from errata.model.chat import chat_frame
+from errata.model.chat import chat_frame, in_turn
 
 if TYPE_CHECKING:
     from errata.edits.request import Probe, Request
@@ -20,12 +20,12 @@ def rendered(model: Model, requests: Sequence[Request]) -> list[Request]:
     """
     if not any(request.chat is True for request in requests):
         return list(requests)
-    before, after = chat_frame(model.tokenizer)
+    frame = chat_frame(model.tokenizer)
     return [
         request
         if request.chat is not True
-        else request.with_prompts(lambda text: before + text.strip() + after).model_copy(
-            update={"chat": (before, after)}
+        else request.with_prompts(lambda text: in_turn(frame, text)).model_copy(
+            update={"chat": frame}
         )
         for request in requests
     ]
@@ -35,11 +35,9 @@ def rendered_probes(model: Model, probes: Sequence[Probe]) -> tuple[Probe, ...]:
     """Return retained probes whose prompts are texts for the model, as `rendered` does requests."""
     if not any(getattr(probe, "chat", False) is True for probe in probes):
         return tuple(probes)
-    before, after = chat_frame(model.tokenizer)
+    frame = chat_frame(model.tokenizer)
     return tuple(
-        probe.model_copy(
-            update={"prompt": before + probe.prompt.strip() + after, "chat": (before, after)}
-        )
+        probe.model_copy(update={"prompt": in_turn(frame, probe.prompt), "chat": frame})
         if getattr(probe, "chat", False) is True
         else probe
         for probe in probes

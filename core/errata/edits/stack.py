@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -190,9 +190,12 @@ class Stack(Described):
             )
         self.written.check(read=what in COMPUTING)
 
-    def check_unchanged(self) -> None:
-        """Raise `IntegrityError` where other code changed the model."""
-        self.written.check()
+    def check_unchanged(self, bits: Mapping[str, Tensor] | None = None) -> None:
+        """Raise `IntegrityError` where other code changed the model.
+
+        `bits`: `last_written.hashed` of its parameters, for who has read them already.
+        """
+        self.written.check(bits=bits)
 
     def _check_open(self, what: str) -> None:
         if self.closed:

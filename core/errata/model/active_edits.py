@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -49,8 +49,11 @@ class ActiveEdits(Protocol):
     def restore(self) -> None:
         """Rewrite every tensor from base and fold."""
 
-    def check_unchanged(self) -> None:
-        """Raise `IntegrityError` where other code changed the model."""
+    def check_unchanged(self, bits: Mapping[str, Tensor] | None = None) -> None:
+        """Raise `IntegrityError` where other code changed the model.
+
+        `bits`: hashes of its parameters as they are now, for who has read them already.
+        """
 
     def check_rows(self, named: Collection[str]) -> None:
         """Raise unless rows of one batch may take different ones among these edits."""
@@ -99,8 +102,9 @@ class NoEdits:
     def restore(self) -> None:
         """Do nothing."""
 
-    def check_unchanged(self) -> None:
+    def check_unchanged(self, bits: Mapping[str, Tensor] | None = None) -> None:
         """Do nothing: nobody knows what the model was."""
+        del bits
 
     def check_rows(self, named: Collection[str]) -> None:
         """Refuse every id."""

@@ -40,8 +40,14 @@ def chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
 
 def in_chat(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[str]:
     """Return prompts as a user's turns, rendered up to where the answer begins."""
-    before, after = chat_frame(tokenizer)
-    return [before + prompt.strip() + after for prompt in prompts]
+    frame = chat_frame(tokenizer)
+    return [in_turn(frame, prompt) for prompt in prompts]
+
+
+def in_turn(frame: tuple[str, str], prompt: str) -> str:
+    """Return a prompt as a user's words between what the template puts around them."""
+    before, after = frame
+    return before + prompt.strip() + after
 
 
 def user_turn(model: Model, prompt: str) -> tuple[str, str, str]:

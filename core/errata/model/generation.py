@@ -267,7 +267,9 @@ class _Run:
                 state = self._next(state, output, column)
                 if narrows:
                     state = self._narrowed(state, told)
-        return [Generated(self._text(row), tuple(new)) for row, new in enumerate(self._new)]
+        return [
+            Generated(self._cut(self._whole(row)), tuple(new)) for row, new in enumerate(self._new)
+        ]
 
     def _tell(self, told: ExitStack) -> None:
         """Say where the prompts of the running batch end: it is padded on the left."""
@@ -298,12 +300,13 @@ class _Run:
             self._done[row] = True
             return
         self._new[row].append(token)
-        if self._stop:
-            text = self._text(row, cut=False)
-            self._done[row] = any(mark in text for mark in self._stop)
+        if not self._stop and self.watch is None:
+            return
+        text = self._whole(row)
+        cut = self._cut(text)
+        self._done[row] = cut != text
         if self.watch is not None:
-            text = self._text(row)
-            settled = text if self._done[row] else text[: len(text) - unsettled(text, self._stop)]
+            settled = cut if cut != text else text[: len(text) - unsettled(text, self._stop)]
             self._done[row] |= self.watch(row, token, settled)
 
     def _first(self) -> dict[str, Any]:
@@ -337,17 +340,18 @@ class _Run:
                 state["position_ids"] = new if past is not None else torch.cat([positions, new], 1)
         return state
 
-    def _text(self, row: int, cut: bool = True) -> str:
+    def _whole(self, row: int) -> str:
         """Decode a row's new tokens as they read after its prompt."""
         prompt: list[int] = []
         if not self._two:
             ids, mask = self._batch.input_ids[row], self._batch.attention_mask[row].bool()
             prompt = ids[mask].tolist()
-        text = decode_after(self._model, prompt, self._new[row])
-        if cut:
-            found = [at for at in (text.find(mark) for mark in self._stop) if at >= 0]
-            text = text[: min(found)] if found else text
-        return text
+        return decode_after(self._model, prompt, self._new[row])
+
+    def _cut(self, text: str) -> str:
+        """Return a text up to the first stop string in it."""
+        found = [at for at in (text.find(mark) for mark in self._stop) if at >= 0]
+        return text[: min(found)] if found else text
 
 
 def unsettled(text: str, stop: Sequence[str]) -> int:
