@@ -17,9 +17,11 @@ Generated: greedily, 8 tokens, contains the new answer: for the prompt, for the 
 for the first neighbour (there it is a fault). Each line is written when it is known, and not done
 twice.
 
-`--hops`: facts of KnowEdit's wiki_counterfact, all active at once; the first question of two hops
-that follows from each, generated greedily with 16 tokens, counts as right where a right answer is
-in it. Of MeLLo's loop it says how it ended.
+`--hops`: facts of KnowEdit's wiki_counterfact, active in groups (`--groups`, 0: all at once), as
+MQuAKE measures it; the first question of two hops that follows from each, generated greedily with
+16 tokens, counts as right where a right answer is in it, and the fact as said where the new answer
+is in the text after its own prompt. Rows are those above, or any method. Of MeLLo's loop it says
+how it ended.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,7 @@ ROWS: dict[str, tuple[str, dict[str, Any], int]] = {
     "ike, gate": ("ike", {"gate": True}, 3),
     "ike, easyedit": ("ike", {"variant": "easyedit"}, 3),
 }
+HOPS: dict[str, dict[str, Any]] = {"mello": {"max_new_tokens": 96}}
 PARAPHRASES, NEIGHBOURS, TOKENS = 2, 3, 8
 
 
@@ -56,6 +60,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", default=list(ROWS))
     parser.add_argument("--ways", nargs="*", default=["single", "together"])
     parser.add_argument("--hops", type=Path)
+    parser.add_argument("--groups", nargs="*", type=int, default=[0])
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     if args.table:
@@ -93,41 +98,55 @@ def measure(args: Any) -> None:
 
 
 def follow(args: Any) -> None:
-    """Write one line per row and question of two hops."""
+    """Write one line per row, size of group and question of two hops."""
     from errata import Editor
     from errata.datasets import load
-    from errata.model.generation import generated
-    from errata.model.sampling import GenerationSettings
 
     requests = list(load("knowedit", args.hops))
     asked = [(r, p) for r in requests for p in r.portability if p.type.lower() == "reasoning"]
     first = {request.digest: (request, probe) for request, probe in reversed(asked)}
     chosen = list(first.values())[::-1][: args.n]
     training = list(load("counterfact", args.data))[300:700] if args.data else None
-    done = {(line["row"], line["question"]) for line in _lines(args.out)}
-    settings = GenerationSettings(max_new_tokens=16)
+    done = {(line["row"], line["group"], line["question"]) for line in _lines(args.out)}
     with Editor(args.model, training=training, guards={"perplexity": "off"}) as editor:
-        for row in args.rows:
-            method, config, _ = ROWS.get(row, (row, {"max_new_tokens": 96}, 1))
-            if all((row, probe.prompt) in done for _, probe in chosen):
-                continue
-            facts = [request for request, _ in chosen]
-            edits = editor.edit(facts, method=method, config=config) if method else []
-            for _, probe in chosen:
-                if (row, probe.prompt) in done:
+        for row, size in product(args.rows, args.groups):
+            if row == "base" and size != args.groups[0]:
+                continue  # nothing is edited: the groups do not matter
+            method, config, _ = ROWS.get(row, (row, HOPS.get(row, {}), 1))
+            for at in range(0, len(chosen), size or len(chosen)):
+                group = chosen[at : at + (size or len(chosen))]
+                left = [pair for pair in group if (row, size, pair[1].prompt) not in done]
+                if not left:
                     continue
-                begin = time.process_time()
-                (found,) = generated(editor.model, [probe.prompt], settings)
-                right = any(a.lower() in found.text.lower() for a in probe.answers)
-                line = {
-                    "row": row, "question": probe.prompt, "text": found.text, "right": right,
-                    "ending": found.details.get("mello", {}).get("ending", ""),
-                    "trace": found.details, "latency": time.process_time() - begin,
-                }  # fmt: skip
-                with args.out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
-            if edits:
-                editor.revert(*edits)
+                facts = [request for request, _ in group]
+                edits = editor.edit(facts, method=method, config=config) if method else []
+                for request, probe in left:
+                    line = {"row": row, "group": size, **_hop(editor, request, probe)}
+                    with args.out.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(line) + "\n")
+                if edits:
+                    editor.revert(*edits)
+
+
+def _hop(editor: Any, request: Any, probe: Any) -> dict[str, Any]:
+    """Return what is said to a question of two hops and to the fact's own prompt."""
+    from errata.model.generation import generated
+    from errata.model.sampling import GenerationSettings
+
+    begin = time.process_time()
+    settings = GenerationSettings(max_new_tokens=16)
+    found, own = (generated(editor.model, [p], settings)[0] for p in (probe.prompt, request.text))
+    return {
+        "question": probe.prompt, "text": found.text, "said": _within(own.text, request.target_new),
+        "right": any(_within(found.text, answer) for answer in probe.answers),
+        "repeated": _within(found.text, request.target_new),
+        "ending": found.details.get("mello", {}).get("ending", ""),
+        "trace": found.details, "latency": (time.process_time() - begin) / 2,
+    }  # fmt: skip
+
+
+def _within(text: str, answer: str) -> bool:
+    return answer.lower() in text.lower()
 
 
 def _measured(
@@ -202,14 +221,19 @@ def table(path: Path) -> str:
 
 
 def table_of_hops(lines: Sequence[dict[str, Any]]) -> str:
-    """Return how many questions of two hops were answered rightly, and how loops ended."""
-    out = ["| | n | right | s a text | ends |", "|---|---|---|---|---|"]
-    for row in dict.fromkeys(line["row"] for line in lines):
-        mine = [line for line in lines if line["row"] == row]
+    """Return the shares of questions that were answered rightly, and how loops ended."""
+    out = [
+        "| | active at once | n | fact said | two hops right | the new answer repeated | "
+        "s a text | ends |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row, size in dict.fromkeys((line["row"], line["group"]) for line in lines):
+        mine = [line for line in lines if (line["row"], line["group"]) == (row, size)]
         ends = Counter(line["ending"] for line in mine if line["ending"])
         shown = ", ".join(f"{name} {count}" for name, count in ends.most_common()) or "–"
-        right = sum(line["right"] for line in mine)
-        out.append(f"| {row} | {len(mine)} | {right} | {_mean(mine, 'latency'):.2f} | {shown} |")
+        shares = " | ".join(f"{_mean(mine, name):.2f}" for name in ("said", "right", "repeated"))
+        cells = (row, size or "all", len(mine), shares, f"{_mean(mine, 'latency'):.2f}", shown)
+        out.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(out)
 
 
