@@ -34,10 +34,16 @@ settings.load_profile("errata")
 TOYS = Path(__file__).parent / "toys"
 
 
-# Of the contract suite the default run does for one method everything but what is LONG, and what is
-# ESSENTIAL for one method of every other kind of delta. `-m slow` does the rest; the default run
-# has the own tests of every method, in tests/methods.
-WHOLE = "rome"
+# Of the contract suite the default run does for one method of errata and one of a stranger's
+# everything but what is LONG, what is ESSENTIAL for one method of every other kind of delta, and
+# for others of a stranger's what they are there for (PARTS). `-m slow` does the rest; the default
+# run has the own tests of every method, in tests/methods.
+SUITES = ("test_contract.py", "test_strangers_contract.py")
+WHOLE, WHOLE_STRANGER = "rome", "toy-scale"
+PARTS = {
+    "toy-once": ("test_what_it_does_not_declare_is_refused",),
+    "toy-solved": ("test_an_edit_solved_again_is_as_if_it_had_been_made_so",),
+}
 LONG = (
     "test_twenty_edits_in_sequence_keep_the_earlier_ones",
     "test_it_works_in_bfloat16",
@@ -46,6 +52,7 @@ LONG = (
 )
 ESSENTIAL = (
     "test_an_edit_saved_and_loaded_is_the_same_edit",
+    "test_an_edit_is_stored_as_the_registry_declares",
     "test_reverting_gives_the_base_back_bit_for_bit",
     "test_what_it_does_not_declare_is_refused",
 )
@@ -54,18 +61,26 @@ TRAINED = ("serac",)
 """A kind whose method is trained first, for long: its own tests train a small network."""
 
 
+PRETRAINED = "test_defaults_spare_a_model_without_presets"
+"""Asks a pretrained model, where one is at hand."""
+
+
 def in_short(test: str, method: str) -> bool:
     """Say whether the default run does a test of the contract suite for a method."""
-    return test not in LONG if method == WHOLE else method in KINDS and test in ESSENTIAL
+    if method in (WHOLE, WHOLE_STRANGER):
+        return test not in LONG
+    return test in (ESSENTIAL if method in KINDS else PARTS.get(method, ()))
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is slow of the contract suite."""
+    """Mark what is slow of the contract suite, and what asks a pretrained model."""
     for item in items:
-        if item.path.name != "test_contract.py":
+        if item.path.name not in SUITES or item.cls is None:
             continue
-        if not in_short(getattr(item, "originalname", ""), item.cls.method):
+        if getattr(item, "originalname", "") == PRETRAINED:
+            item.add_marker(pytest.mark.real)
+        elif not in_short(getattr(item, "originalname", ""), item.cls.method):
             item.add_marker(pytest.mark.slow)
 
 

@@ -152,7 +152,7 @@ def loaded(code: str, names: str) -> str:
 
 def test_importing_is_light() -> None:
     heavy = "{'torch', 'transformers', 'peft', 'numpy'} & set(sys.modules)"
-    for code in ("import errata", "import errata.cli"):
+    for code in ("import errata", "import errata.cli", "import errata.edits.delta"):
         assert loaded(code, heavy) == "[]"
 
 
@@ -172,6 +172,8 @@ def opened() -> dict[str, Any]:
             "zoo": "errata.zoo" in sys.modules,
         }
         errata.Editor("atlas-gpt2")
+        from errata.edits.delta_kinds import DeltaKinds
+        said["kinds"] = [k for k in DeltaKinds() if f"errata.edits.delta.{k}" in sys.modules]
         rooms = {name.split(".")[1] for name in sys.modules if name.startswith("errata.")}
         print(json.dumps({**said, "rooms": sorted(rooms)}))
     """
@@ -185,6 +187,10 @@ def opened() -> dict[str, Any]:
 def test_a_model_opened_by_name_loads_the_engine_and_the_zoo(opened: dict[str, Any]) -> None:
     assert not opened["zoo"], "importing does not load it"
     assert set(opened["rooms"]) - set(LAYERS) == {"zoo"}
+
+
+def test_a_kind_of_delta_is_loaded_when_an_edit_needs_it(opened: dict[str, Any]) -> None:
+    assert opened["kinds"] == []
 
 
 def test_importing_seeds_and_configures_nothing(opened: dict[str, Any]) -> None:

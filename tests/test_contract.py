@@ -27,9 +27,31 @@ _TINY = {
            "validate_every": 2, "validation": 8},
 }  # fmt: skip
 
+# Those whose edits can be solved again are solved with another value.
+_SOLVED = {
+    "memit": {"second_moment_weight": 500.0},
+    "alphaedit": {"l2": 30.0},
+}
+# Those whose defaults do harm neighbours or language, or take too long to be asked.
+_HARMS = {
+    "defer": "GRACE's baseline: its answers spread to other prompts, as its paper shows",
+    "memory": "GRACE's baseline: its answers spread to other prompts, as its paper shows",
+    "mello": "it answers every prompt by its loop, whose format a small model does not keep",
+    "t-patcher": "its published memory, 40,000 states of text, takes a quarter of an hour",
+}
+_OTHER_KINDS = {"ft": ("low_rank", "sparse_rows")}
+
 for _point in sorted(entry_points(group=METHODS), key=lambda point: point.name):
     _name = "Test" + _point.name.replace("-", " ").title().replace(" ", "")
     globals()[_name] = type(
-        _name, (_Contract,), {"method": _point.name, "config": _TINY.get(_point.name, {})}
+        _name,
+        (_Contract,),
+        {
+            "method": _point.name,
+            "config": _TINY.get(_point.name, {}),
+            "solved": _SOLVED.get(_point.name, {}),
+            "harms": _HARMS.get(_point.name, ""),
+            "other_kinds": _OTHER_KINDS.get(_point.name, ()),
+        },
     )
 del MethodContract  # the class itself names no method: pytest must not collect it

@@ -11,10 +11,7 @@ from typer.testing import CliRunner
 
 from errata import Editor
 from errata.cli.app import app
-from errata.contract import plugins
 from errata.edits.request import RelationView, Request
-from errata.model.perplexity import perplexity
-from errata.model.texts import canary_texts
 from errata.zoo.facts import KNOWN
 from errata.zoo.pretrained import PRETRAINED
 from tests.helpers import ROOT
@@ -63,39 +60,6 @@ def test_an_edit_with_defaults_takes_effect_and_spares_the_rest(
     assert editor.generate(prompts, max_new_tokens=3) == before
 
 
-HARMFUL = {
-    "defer": "GRACE's baseline: its answers spread to other prompts, as its paper shows",
-    "memory": "GRACE's baseline: its answers spread to other prompts, as its paper shows",
-    "mello": "it answers every prompt by its loop, whose format a small model does not keep",
-    "t-patcher": "its published memory, 40,000 states of text, takes a quarter of an hour",
-}
-"""Methods whose published form harms or takes long, or that this model cannot carry out."""
-
-
-@pytest.mark.parametrize("method", sorted(plugins.installed()))
-def test_the_defaults_harm_no_model_without_a_preset(method: str, editor: Editor) -> None:
-    if "training" in editor.registry.method(method).capabilities.needs:
-        pytest.skip("it has to be trained first")
-    if method in HARMFUL:
-        pytest.skip(HARMFUL[method])
-    config = plugins.load(method).config().for_model(editor.model.anatomy)
-    encoder = PRETRAINED.get(getattr(config, "encoder", None) or "")
-    if encoder is not None and not encoder.is_present:
-        pytest.skip(f"no sentence encoder: errata zoo get {encoder.name}")
-    fact, texts = both_views(KNOWN[0]), canary_texts()[:4]
-    prompts = [*NEIGHBOURS, *(probe.prompt for probe in fact.neighbourhood)]
-    usual = perplexity(editor.model, texts)
-    before = [first_word(text) for text in editor.generate(prompts, max_new_tokens=2)]
-    edit = editor.edit(fact, method=method, config=config.model_dump())
-    try:
-        assert perplexity(editor.model, texts) / usual < 1.02
-        after = [first_word(text) for text in editor.generate(prompts, max_new_tokens=2)]
-    finally:
-        editor.revert(edit)
-    kept = sum(old == new for old, new in zip(before, after, strict=True))
-    assert kept >= 0.8 * len(prompts)
-
-
 def test_a_fact_holds_from_both_sides(editor: Editor) -> None:
     fact = both_views(KNOWN[0])
     view = fact.relation_view
@@ -122,10 +86,6 @@ def both_views(fact: Request) -> Request:
         remove=f"The relation between {{}} and {fact.target_true} is",
     )
     return fact.model_copy(update={"relation_view": view})
-
-
-def first_word(text: str) -> str:
-    return text.split()[0].strip(".,;") if text.split() else ""
 
 
 def test_the_readme_runs(capsys: pytest.CaptureFixture[str], editor: Editor) -> None:

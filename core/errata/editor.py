@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from errata.contract.capabilities import check_capabilities, check_prompts
+from errata.contract.capabilities import check_prompts
 from errata.contract.editing import EditCall, Editing
 from errata.contract.guards import GuardPolicy, Guards
 from errata.contract.manager import known_models
@@ -218,14 +218,13 @@ class Editor(Described):
         if supersede and not apply:
             raise ConfigError("supersede=True changes the model, apply=False does not: give one.")
         with self._changing("edit"):
-            entry = self._methods.entry(method)
+            self._methods.entry(method)
             settings, _ = self.configure(method, overrides)
-            check_capabilities(method, entry, requests, self.model, batch_size)
+            batches = self._methods.batches(method, settings, requests, batch_size)
             check_prompts(self.model, requests)
             self._methods.prepare(method, settings)
             self._methods.check_overlap(method, settings, requests)
-            default = entry.capabilities.default_batch
-            call = EditCall(method, settings, settings.batches(requests, batch_size, default))
+            call = EditCall(method, settings, batches)
             parts = [call] if commit == "call" and on_refused == "raise" else call.each()
             done = self._editing.make_each(
                 parts, apply=apply, supersede=supersede, skip_refused=on_refused == "skip"
@@ -358,7 +357,8 @@ class Editor(Described):
         """Continue one prompt (gives text) or several (a list); greedy unless told otherwise.
 
         Options, as in `errata.model.generation.generate`: `max_new_tokens`, `stop`, `do_sample`,
-        `temperature`, `top_k`, `top_p`, `seed`, `batch_size` and `chat`.
+        `temperature`, `top_k`, `top_p`, `seed`, `batch_size` and `chat`. With `details=True` each
+        is an `errata.model.answers.Generated`: text, tokens, and the trace of what answered.
         """
         texts = generate_with(self.model, texts_of(prompt, "prompt"), options)
         return texts[0] if isinstance(prompt, str) else texts

@@ -181,7 +181,7 @@ def test_an_encoder_decoder_has_both_stacks(gated):
 def test_a_variant_follows_the_configuration():
     module, _ = build("opt", do_layer_norm_before=False)
     anatomy = Anatomy.of(module, architectures())
-    assert anatomy.final_norm_name is None
+    assert anatomy.spec.final_norm is None
     assert isinstance(anatomy.final_norm(module), nn.Identity)
 
 

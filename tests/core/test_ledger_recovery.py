@@ -217,6 +217,22 @@ def test_edits_whose_files_are_gone_or_cut_off_are_not_shown_as_on(tmp_path: Pat
     assert json.loads(data)["file"] == "damaged"
 
 
+def test_a_delta_that_counts_its_texts_as_well_is_sound_in_the_log(tmp_path: Path) -> None:
+    folder, run = tmp_path / "ledger", CliRunner()
+    request = {"prompt": "{} lives in", "subject": "Ada", "target_new": "Rome"}
+    with Editor("atlas-gpt2", ledger=folder, guards=QUIET) as editor:
+        edit = editor.edit(request, method="ice")
+    assert edit.nbytes > sum(t.numel() * t.element_size() for t in edit.delta.tensors().values())
+    log = ["log", "--ledger", str(folder)]
+    assert "without a sound file" not in run.invoke(app, log).output
+    assert json.loads(run.invoke(app, [*log, "--json"]).stdout)["edits"][0]["file"] == "sound"
+    file = folder / "blobs" / edit.blob[:2] / f"{edit.blob}.safetensors"
+    for damage in (file.read_bytes()[:-1], b"{" * 40, b""):
+        file.write_bytes(damage)
+        data = run.invoke(app, ["show", edit.id, "--ledger", str(folder), "--json"]).stdout
+        assert json.loads(data)["file"] == "damaged"
+
+
 def test_verify_names_a_damaged_edit_once(tmp_path: Path) -> None:
     folder = tmp_path / "ledger"
     request = {"prompt": "{} lives in", "subject": "Ada", "target_new": "Rome"}

@@ -11,8 +11,10 @@ import torch
 
 from errata import Editor, Request
 from errata.errors import (
+    CapabilityError,
     ConfigError,
     EditRefused,
+    ErrataError,
     ImpureMethodError,
     IntegrityError,
     PluginError,
@@ -217,6 +219,57 @@ def test_a_method_may_build_on_another() -> None:
             assert torch.equal(half.delta.factors[name].u, 0.5 * factor.u)
 
 
+def test_of_another_method_is_computed_only_what_edit_would_carry_out() -> None:
+    erase = Request(prompt="{} lives in", subject="Ada", target_new="", kind="erase")
+    with open_editor() as editor:
+        before = state_of(editor.model)
+        for of, asked, says in (
+            ("toy-dense", erase, "toy-dense carries out requests of kind modify"),
+            ("toy-trainde", requests(1)[0], "Did you mean 'toy-trained'"),
+            ("toy-trained", requests(1)[0], "errata prepare toy-trained --training"),
+        ):
+            with pytest.raises(ErrataError, match=says):
+                editor.edit(asked, method="toy-passes", of=of)
+        editor.revert(editor.edit(requests(1)[0], method="toy-passes", of="toy-once"))
+        one = editor.edit(requests(1), method="toy-low-rank")
+        with pytest.raises(CapabilityError, match="already edited"):
+            editor.edit(requests(2)[1], method="toy-passes", of="toy-once")
+        editor.revert(*one)
+        assert_same(state_of(editor.model), before)
+
+
+def test_a_method_that_takes_one_request_at_a_time_is_given_one_by_others_too() -> None:
+    with open_editor() as editor:
+        alone = [editor.model.compute("toy-scale", request)[0].amount for request in requests(3)]
+        found = editor.model.compute("toy-scale", requests(3))
+        assert [delta.amount for delta in found] == alone
+        assert len(editor.model.compute("toy-dense", requests(3))) == 1  # one for all of them
+        assert len(editor.model.compute("toy-low-rank", requests(3))) == 3
+
+
+@pytest.mark.parametrize("batch_size", [None, 1, 2])
+def test_a_method_for_unedited_models_makes_one_edit_in_a_call(batch_size: int | None) -> None:
+    with open_editor() as editor:
+        with pytest.raises(CapabilityError, match=r"3 requests .* [23] batches.*batch_size=3"):
+            editor.edit(requests(3), method="toy-once", batch_size=batch_size)
+        assert editor.log() == []
+        assert len(editor.edit(requests(3), method="toy-once", batch_size=3)) == 3
+        with pytest.raises(CapabilityError, match=r"already edited \(active: \w"):
+            editor.edit(requests(4)[3], method="toy-once")
+
+
+def test_a_strangers_edits_are_solved_again() -> None:
+    with open_editor() as editor:
+        editor.edit(requests(1)[0], method="toy-low-rank")
+        two = [editor.edit(r, method="toy-solved", size=2.0) for r in requests(3)[1:]]
+        wanted = editor.resolve(size=3.0)
+        assert [edit.outcome.rebases for edit in wanted] == [edit.id for edit in two]
+        assert [float(edit.delta.amount) for edit in wanted] == [3.0, 3.0]
+        with pytest.raises(ConfigError, match="'layer' decides what toy-solved writes"):
+            editor.resolve(layer=1)
+        assert editor.verify() == []
+
+
 # -- training and artifacts ------------------------------------------------------------------------
 
 TRAINING = [
@@ -243,6 +296,25 @@ def test_training_is_done_once_and_what_was_trained_on_is_not_edited(tmp_path: P
         later.edit(requests(1)[0], method="toy-trained")
         with pytest.raises(RequestError, match="trained on the fact"):
             later.edit(TRAINING[0], method="toy-trained")
+
+
+def test_a_trained_method_is_asked_by_others_in_later_editors_too(tmp_path: Path) -> None:
+    passing = {"method": "toy-passes", "of": "toy-trained"}
+    with open_editor(training=TRAINING, artifacts=tmp_path) as editor:
+        with pytest.raises(ConfigError, match="not been trained on the training requests given"):
+            editor.edit(requests(1)[0], **passing)
+        editor.prepare("toy-trained")
+        edit = editor.edit(requests(1)[0], **passing)
+    with open_editor(artifacts=tmp_path) as later:
+        assert later.edit(requests(1)[0], **passing).artifacts == edit.artifacts != {}
+        with pytest.raises(RequestError, match="toy-trained was trained on the fact"):
+            later.edit(TRAINING[0], **passing)
+    other = [Request(prompt="{} lives in", subject="Oswin", target_new="Rome")]
+    with open_editor(training=other, artifacts=tmp_path) as another:
+        with pytest.raises(ConfigError, match="not been trained on the training requests given"):
+            another.edit(requests(1)[0], **passing)
+        another.prepare("toy-trained")
+        assert another.edit(requests(1)[0], **passing).artifacts != edit.artifacts
 
 
 def test_another_training_set_trains_another_network(tmp_path: Path) -> None:

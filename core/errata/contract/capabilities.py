@@ -64,11 +64,23 @@ def check_capabilities(
         raise CapabilityError(
             f"{method} takes one request at a time, not {batch_size}: leave batch_size out."
         )
-    if not can.sequential and (model.stack.ids or len(requests) > (batch_size or len(requests))):
+    if not can.sequential and model.stack.ids:
         raise CapabilityError(
             f"{method} cannot edit a model that is already edited "
             f"(active: {', '.join(model.stack.ids)}): revert those first."
         )
+
+
+def check_sequence(method: str, can: Capabilities, batches: Sequence[Sequence[Request]]) -> None:
+    """Raise `CapabilityError` where a call's batches would follow one another and may not."""
+    if can.sequential or len(batches) <= 1:
+        return
+    n = sum(map(len, batches))
+    advice = f"batch_size={n} gives it all at once" if can.batch else "give one request"
+    raise CapabilityError(
+        f"{method} cannot edit a model that is already edited, and this call has {n} requests for "
+        f"it in {len(batches)} batches, one on top of the other: {advice}."
+    )
 
 
 def check_parts(method: str, registry: Registry, model: Model) -> None:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from errata.contract import plugins
 from errata.edits.clashes import Clashes, check_superseded
-from errata.edits.delta import KeyValueDelta
 from errata.edits.edit import Edit
 from errata.edits.outcome import Outcome
 from errata.errors import EditRefused, ErrataError, PluginError
@@ -132,15 +131,15 @@ class Editing:
         return self._carry_out(calls, old, {edit.id: "rebase" for edit in old}, True)
 
     def solvable(self, overrides: Mapping[str, Any]) -> list[Edit]:
-        """Return the active joint edits that can be solved again with these hyper-parameters."""
-        joint = [edit for edit in self._stack.entries if edit.delta_kind == KeyValueDelta.kind]
-        fit = [
-            edit
-            for edit in joint
-            if set(overrides) <= self._methods.plugin(edit.method).config.resolves
-        ]
-        # Where there are joint edits and none fits, the first of them says why.
-        return fit or joint[:1]
+        """Return the active edits that can be solved again with these hyper-parameters.
+
+        Where there are edits that can be solved again but none with these, the first of them:
+        it says why.
+        """
+        able = [(edit, self._methods.resolves(edit)) for edit in self._stack.entries]
+        able = [(edit, names) for edit, names in able if names]
+        fit = [edit for edit, names in able if set(overrides) <= names]
+        return fit or [edit for edit, _ in able[:1]]
 
     def resolve(self, old: Sequence[Edit], overrides: Mapping[str, Any]) -> list[Edit]:
         """Take edits (in ledger order) off, and solve them again with other hyper-parameters."""
@@ -233,6 +232,7 @@ class Editing:
                         versions=dict(plugins.library_versions(call.method)),
                         seconds=computed.seconds,
                         artifacts=self._artifacts(call.method, delta),
+                        made_with=dict(delta.made_with),
                         outcome=outcome,
                     ).bind(delta)
                     touched.append(edit.id)

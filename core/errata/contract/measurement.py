@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -34,6 +34,7 @@ class Answer:
         metric: the metric that counts it, for example "rewrite_exact".
         type: the benchmark's name for this sort of question.
         error: which of `errata.evaluate.ERROR_TYPES` a wrong answer is; "" when it is right.
+        details: what else is known of how the text came about (`Generated.details`), plain JSON.
     """
 
     case_id: str
@@ -44,10 +45,12 @@ class Answer:
     metric: str
     type: str = ""
     error: str = ""
+    details: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def as_json(self) -> dict[str, Any]:
-        """Return plain JSON data."""
-        return {**asdict(self), "expected": list(self.expected)}
+        """Return plain JSON data; `details` only where there are any."""
+        data = {**asdict(self), "expected": list(self.expected)}
+        return data if data["details"] else {k: v for k, v in data.items() if k != "details"}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Answer:

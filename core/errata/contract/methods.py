@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from errata.contract import plugins
-from errata.contract.capabilities import check_parts
+from errata.contract.capabilities import check_capabilities, check_parts, check_sequence
 from errata.contract.manager import Manager, bring_model
 from errata.contract.meter import Meter
 from errata.contract.registry import following
@@ -162,9 +162,24 @@ class Methods:
 
     def prepare(self, name: str, config: MethodConfig) -> None:
         """Let a method compute what belongs to the base, once for this configuration."""
-        entry = self._registry.methods.get(name)
-        trains = entry is not None and "training" in entry.capabilities.needs
-        self._preparation.prepare(self.manager(name), self._model, config, trains)
+        self._preparation.prepare(self.manager(name), self._model, config, self._trains(name))
+
+    def batches(
+        self,
+        name: str,
+        config: MethodConfig,
+        requests: Sequence[Request],
+        batch_size: int | None = None,
+    ) -> list[Sequence[Request]]:
+        """Return the requests of one call as the method gets them together.
+
+        Raises `CapabilityError` for what the method does not declare.
+        """
+        entry = self.entry(name)
+        check_capabilities(name, entry, requests, self._model, batch_size)
+        batches = config.batches(requests, batch_size, entry.capabilities.default_batch)
+        check_sequence(name, entry.capabilities, batches)
+        return batches
 
     def check_overlap(self, name: str, config: MethodConfig, requests: Sequence[Request]) -> None:
         """Raise `RequestError` for a request that the method was trained on."""
@@ -176,6 +191,17 @@ class Methods:
         with trained, Meter(self._model) as m:
             deltas = self.manager(name).edit(self._model, requests, config)
         return Computed(deltas, m.seconds / len(deltas), m.peak)
+
+    def resolves(self, edit: Edit) -> frozenset[str]:
+        """Return the hyper-parameters that a recorded edit can be solved again with.
+
+        Empty where its method is not installed, or it is not stored as the kind that the method
+        declares: a variant may store what cannot be.
+        """
+        if edit.method not in self._plugins and edit.method not in plugins.installed():
+            return frozenset()
+        names: frozenset[str] = self.plugin(edit.method).config.resolves
+        return names if edit.delta_kind == self.entry(edit.method).delta_kind else frozenset()
 
     def resolve(self, edit: Edit, config: MethodConfig) -> Computed:
         """Compute the delta of a recorded edit under another configuration, from what it stores."""
@@ -209,12 +235,29 @@ class Methods:
     def _compute_for(self, method: str, requests: Any, **config: Any) -> list[Delta]:
         """Compute another method's deltas with its presets: what `model.compute` does.
 
+        What `edit` refuses of this method is refused. The method gets all requests at once, or one
+        after the other where it declares no batch (and as its configuration divides them). Unlike
+        in `edit`, each is computed from the model's present state: nothing is put on in between,
+        so one fact of a subject does not know of another, and no edit is taken off.
+
         The other method is not prepared here: what it needs of the base must be among the
         artifacts already, or no edit may be active, so that it can be computed now.
         """
         settings, _ = self.configure(method, config)
+        wanted = parse_requests(requests)
+        size = len(wanted) if self.entry(method).capabilities.batch else 1
+        batches = self.batches(method, settings, wanted, size)
+        if self._trains(method):
+            self._preparation.recall(self._model, method, settings)
+        self.check_overlap(method, settings, wanted)
         with self._preparation.in_force(self._model, method, settings):
-            return self.manager(method).edit(self._model, parse_requests(requests), settings)
+            found = [self.manager(method).edit(self._model, batch, settings) for batch in batches]
+        return [delta for deltas in found for delta in deltas]
+
+    def _trains(self, name: str) -> bool:
+        """Say whether a method declares that it is trained."""
+        entry = self._registry.methods.get(name)
+        return entry is not None and "training" in entry.capabilities.needs
 
     def _others(self) -> list[Any]:
         if self._rooms is None:

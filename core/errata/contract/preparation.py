@@ -75,10 +75,10 @@ class TrainingSet(Sequence[Request]):
 
 
 @dataclass(frozen=True)
-class _Done:
-    """What a method was prepared with: nothing, or training requests."""
+class _Trained:
+    """What a method was trained on: nothing, or requests with this digest, about these facts."""
 
-    trained_on: str | None = None
+    on: str | None = None
     facts: frozenset[str] = frozenset()
 
 
@@ -91,7 +91,8 @@ class Preparation:
 
     def __init__(self, training: Sequence[Request] | None = None) -> None:
         self.training = None if training is None else TrainingSet(training)
-        self._done: dict[tuple[str, str], _Done] = {}
+        self._prepared: set[tuple[str, str]] = set()
+        self._trained: dict[tuple[str, str], _Trained] = {}
 
     def prepare(self, manager: Manager, model: Model, config: MethodConfig, trains: bool) -> None:
         """Let a method compute what belongs to the base.
@@ -108,41 +109,56 @@ class Preparation:
         Raises:
             ConfigError: training requests are needed, none were given, and none were used before.
         """
-        recipe = _recipe(config)
-        key = (manager.method, recipe)
-        if key in self._done:
+        method, key = manager.method, (manager.method, _recipe(config))
+        if key in self._prepared:
             return
-        note = ("trained", model.fingerprint, manager.method, recipe)
         training = self.training if trains and self.training is not None else TrainingSet()
-        former = model.artifacts.load(note) if trains else None
+        former = _noted(model, key) if trains else None
         if trains and not training and former is None:
             raise ConfigError(
-                f"{manager.method} has to be trained first, on requests that are not those to be "
+                f"{method} has to be trained first, on requests that are not those to be "
                 "edited, and none were given: Editor(…, training=requests), or "
-                f"`errata prepare {manager.method} --training NAME=PATH` once."
+                f"`errata prepare {method} --training NAME=PATH` once."
             )
-        done = _Done()
-        if training:
-            done = _Done(training.digest, training.facts)
-        elif former is not None:
-            done = _Done(str(former[1]["digest"]), frozenset(map(str, former[1]["facts"])))
-        with model.base_state(), _training(model, done.trained_on):
+        given = _Trained(training.digest, training.facts) if training else None
+        trained = given or former or _Trained()
+        with model.base_state(), _training(model, trained.on):
             manager.prepare(model, model.corpus or (), training, config)
-        if training:
-            about = {"digest": done.trained_on, "n": len(training), "facts": sorted(done.facts)}
-            model.artifacts.save(note, {"n": torch.tensor(len(training))}, about)
-        self._done[key] = done
+        if given is not None:
+            about = {"digest": given.on, "n": len(training), "facts": sorted(given.facts)}
+            model.artifacts.save(_note(model, key), {"n": torch.tensor(len(training))}, about)
+        self._trained[key] = trained
+        self._prepared.add(key)
+
+    def recall(self, model: Model, method: str, config: MethodConfig) -> None:
+        """Find out what a method was trained on, here or earlier, for a call that does not prepare.
+
+        Raises:
+            ConfigError: it was never trained, or not on the training requests given here.
+        """
+        key = (method, _recipe(config))
+        if key in self._trained:
+            return
+        former = _noted(model, key)
+        if former is None or (self.training and former.on != self.training.digest):
+            on = " on the training requests given" if self.training else ""
+            raise ConfigError(
+                f"{method} has not been trained{on} with these hyper-parameters, and another "
+                f"method asks for its edits: run `errata prepare {method} --training NAME=PATH` "
+                "(in Python, prepare it with the editor that edits) first."
+            )
+        self._trained[key] = former
 
     @contextmanager
     def in_force(self, model: Model, method: str, config: MethodConfig) -> Iterator[None]:
         """Let `model.of_base(…, trained=True)` find what the method was trained on, for a block."""
-        done = self._done.get((method, _recipe(config)), _Done())
-        with _training(model, done.trained_on):
+        trained = self._trained.get((method, _recipe(config)), _Trained())
+        with _training(model, trained.on):
             yield
 
     def check_overlap(self, method: str, config: MethodConfig, requests: Sequence[Request]) -> None:
         """Raise `RequestError` for a request about a fact that the method was trained on."""
-        seen = self._done.get((method, _recipe(config)), _Done()).facts
+        seen = self._trained.get((method, _recipe(config)), _Trained()).facts
         for request in requests:
             if any(name in seen for name in _facts(request)):
                 raise RequestError(
@@ -158,6 +174,19 @@ def _training(model: Model, trained_on: str | None) -> Iterator[None]:
         yield
     finally:
         model.trained_on = former
+
+
+def _note(model: Model, key: tuple[str, str]) -> tuple[str, ...]:
+    """Return the artifact key of what a method (name, recipe) was trained on last."""
+    return ("trained", model.fingerprint, *key)
+
+
+def _noted(model: Model, key: tuple[str, str]) -> _Trained | None:
+    """Return what the note says that a method (name, recipe) was trained on; None: no note."""
+    stored = model.artifacts.load(_note(model, key))
+    if stored is None:
+        return None
+    return _Trained(str(stored[1]["digest"]), frozenset(map(str, stored[1]["facts"])))
 
 
 def _recipe(config: MethodConfig) -> str:

@@ -127,6 +127,10 @@ class MethodEntry(_Stanza):
     status: Literal["stable", "experimental"] = Field(
         default="stable", description="How well tried it is"
     )
+    evidence: str = Field(
+        default="",
+        description="Page with what was measured: a path below errata's docs, or an address",
+    )
     capabilities: Capabilities
     defaults: dict[str, Any] = Field(default_factory=dict, description="Values for every model")
     presets: tuple[Preset, ...] = ()

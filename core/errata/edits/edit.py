@@ -62,11 +62,16 @@ class Edit(Described, BaseModel):
     )
     versions: dict[str, str] = Field(default_factory=dict, description="Libraries and the method")
     blob: str = Field(default="", description="SHA-256 of the stored delta")
-    nbytes: int = Field(default=0, ge=0, description="Bytes of delta tensors")
+    nbytes: int = Field(default=0, ge=0, description="Bytes that the delta takes")
     seconds: float = Field(default=0.0, ge=0, description="Time it took to compute")
     artifacts: dict[str, str] = Field(
         default_factory=dict,
         description="What the delta needs besides: name in the cache folder → SHA-256 of the file",
+    )
+    made_with: dict[str, str] = Field(
+        default_factory=dict,
+        description="Trained networks that computed it, and that it no longer needs: name in the "
+        "cache folder → SHA-256 of the file",
     )
     outcome: Outcome = Field(
         default_factory=Outcome, description="What was measured on the state that the user got"

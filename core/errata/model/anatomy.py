@@ -175,11 +175,6 @@ class Anatomy:
         """Path of the token embedding."""
         return self.spec.embedding
 
-    @property
-    def final_norm_name(self) -> str | None:
-        """Path of the norm after the last block; None where there is none."""
-        return self.spec.final_norm
-
     def layer(self, index: int) -> int:
         """Return a layer index counted from 0; raise `ConfigError` when there is no such layer."""
         if isinstance(index, bool) or not isinstance(index, int):

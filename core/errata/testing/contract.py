@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from errata.cli.app import app
 from errata.contract import plugins
 from errata.contract.purity import Snapshot
 from errata.contract.registry import Registry
@@ -16,14 +19,21 @@ from errata.contract.stanzas import MethodEntry
 from errata.datasets import atlas
 from errata.editor import Editor
 from errata.edits.edit import Edit
-from errata.edits.request import Kind, Request
+from errata.edits.request import Kind, Operation, Request
 from errata.errors import CapabilityError, FingerprintError
 from errata.model import tokens
+from errata.model.perplexity import perplexity
 from errata.model.scoring import score_targets
 from errata.model.structure import Structure
-from errata.testing.models import perturbed, state_of
+from errata.model.texts import canary_texts
+from errata.testing.facts import SPARED
+from errata.testing.models import TINY_KINDS, perturbed, state_of, tiny
+from errata.zoo.pretrained import PRETRAINED
 
 QUIET = {"efficacy": "off", "perplexity": "off", "norm": "off"}
+MOST_PERPLEXITY, LEAST_NEIGHBOURS = 1.02, 0.8
+"""What one edit with defaults may do to a model without presets: perplexity against the base's, and
+the share of neighbours whose answer begins with the base's word."""
 
 
 class MethodContract:
@@ -33,13 +43,24 @@ class MethodContract:
         method: name of the installed method.
         model: model to edit, by name or path.
         config: hyper-parameters that differ from the presets (keep empty to test those).
+        other_kinds: delta kinds that it may return besides the one that the registry declares.
+        solved: hyper-parameters that an edit is solved again with, where the method's
+            configuration names some in `resolves`; empty: with those that it has.
         tolerance: largest relative difference between a delta computed in a batch and alone.
+        unlisted: pretrained model that stands for one without presets; asked where it is at hand,
+            never fetched.
+        harms: why the defaults do harm neighbours or language, for a method whose paper shows that
+            they do; such a method is not asked.
     """
 
     method: ClassVar[str] = ""
     model: ClassVar[str] = "atlas-gpt2"
     config: ClassVar[dict[str, Any]] = {}
+    other_kinds: ClassVar[tuple[str, ...]] = ()
+    solved: ClassVar[dict[str, Any]] = {}
     tolerance: ClassVar[float] = 1e-3
+    unlisted: ClassVar[str] = "smollm2-135m"
+    harms: ClassVar[str] = ""
 
     # -- what the tests stand on -----------------------------------------------------------------
 
@@ -129,17 +150,22 @@ class MethodContract:
     def test_an_edit_saved_and_loaded_is_the_same_edit(
         self, editor: Editor, first: Edit, cache: Path, tmp_path: Path
     ) -> None:
-        request = self.requests(1)[0]
+        request, folder = self.requests(1)[0], tmp_path / "ledger"
         (edit,) = editor.apply(first)
         file = editor.export(tmp_path / "one.errata", edit)
         expected = state_of(editor.model), answers(editor, [request])
-        with Editor(self.model, guards=QUIET, artifacts=cache) as fresh:
+        with Editor(self.model, guards=QUIET, artifacts=cache, ledger=folder) as fresh:
             (loaded,) = fresh.apply(file)
             assert loaded.requests == edit.requests
             assert loaded.config == edit.config
             assert_same(loaded.delta.tensors(), edit.delta.tensors())
             assert_same(state_of(fresh.model), expected[0])
             assert answers(fresh, [request]) == expected[1]
+            assert fresh.verify() == []
+        assert logged(folder) == [(edit.id, True, "sound")]
+
+    def test_an_edit_is_stored_as_the_registry_declares(self, first: Edit) -> None:
+        assert first.delta_kind in (self.entry.delta_kind, *self.other_kinds)
 
     def test_edits_take_effect(self, editor: Editor) -> None:
         requests = self.requests(10)
@@ -183,6 +209,7 @@ class MethodContract:
     def test_reverting_the_middle_edit_leaves_the_others_as_if_it_never_was(
         self, editor: Editor, cache: Path
     ) -> None:
+        self.skip_unless_sequential()
         requests = self.requests(3)
         edits = [self.edit(editor, request) for request in requests]
         editor.revert(edits[1])
@@ -194,11 +221,12 @@ class MethodContract:
         requests = self.requests(6)
         edits: list[Edit] = [self.edit(editor, requests[0])]
         known = Registry.load().methods
-        entries = [(name, known.get(name)) for name in plugins.installed()]
-        others = [name for name, e in entries if e and "training" not in e.capabilities.needs]
+        found = [(name, known[name].capabilities) for name in plugins.installed() if name in known]
+        others = [n for n, can in found if can.sequential and "training" not in can.needs]
         for name, request in zip(others, requests[1:5], strict=False):
             edits.append(editor.edit(request, method=name))
-        edits.append(self.edit(editor, requests[5]))
+        if self.entry.capabilities.sequential:
+            edits.append(self.edit(editor, requests[5]))
         editor.revert(edits[len(edits) // 2])
         self.assert_rebuilt(editor, cache)
         editor.revert(edits[0])
@@ -212,21 +240,61 @@ class MethodContract:
         for kind in set(get_args(Kind)) - set(can.kinds):
             with pytest.raises(CapabilityError, match=kind):
                 self.edit(editor, request.model_copy(update={"kind": kind}))
+        if "relation" in can.kinds:
+            for operation in set(get_args(Operation)) - set(can.operations):
+                undeclared = {"kind": "relation", "operation": operation}
+                with pytest.raises(CapabilityError, match=operation):
+                    self.edit(editor, request.model_copy(update=undeclared))
         if not can.batch:
             with pytest.raises(CapabilityError, match="one request at a time"):
                 self.edit(editor, self.requests(2), batch_size=2)
         if not can.sequential:
+            with pytest.raises(CapabilityError, match="already edited"):
+                self.edit(editor, self.requests(2), batch_size=1)
             self.edit(editor, request)
             with pytest.raises(CapabilityError, match="already edited"):
                 self.edit(editor, self.requests(2)[1])
 
+    def test_models_that_it_does_not_declare_are_refused(self, editor: Editor) -> None:
+        can, tokenizer = self.entry.capabilities, editor.model.tokenizer
+        for kind in TINY_KINDS:
+            if kind.architecture in can.architectures and kind.task in can.tasks:
+                continue
+            with Editor(tiny(kind, len(tokenizer)), tokenizer, guards=QUIET) as other:
+                before = state_of(other.model)
+                with pytest.raises(CapabilityError, match=self.method):
+                    other.edit(self.requests(1)[0], method=self.method)
+                assert_same(state_of(other.model), before)
+
+    def test_an_edit_solved_again_is_as_if_it_had_been_made_so(
+        self, editor: Editor, first: Edit
+    ) -> None:
+        config = plugins.load(self.method).config
+        (edit,) = editor.apply(first)
+        before = state_of(editor.model)
+        if not config.resolves:
+            with pytest.raises(CapabilityError, match=self.method):
+                editor.resolve(edit)
+            assert editor.model.stack.ids == [edit.id]
+            assert_same(state_of(editor.model), before)
+            return
+        (again,) = editor.resolve(edit, **self.solved)
+        assert again.outcome.rebases == edit.id
+        assert editor.model.stack.ids == [again.id]
+        solved = state_of(editor.model)
+        if self.solved:
+            editor.revert(again)
+            settings = {**self.config, **self.solved}
+            editor.edit(self.requests(1)[0], method=self.method, config=settings)
+            before = state_of(editor.model)
+        assert_same(solved, before)
+
     def test_twenty_edits_in_sequence_keep_the_earlier_ones(self, editor: Editor) -> None:
-        can = self.entry.capabilities
-        if not can.sequential:
-            pytest.skip("the method does not declare sequential editing")
+        self.skip_unless_sequential()
         requests = self.requests(20)
         self.edit(editor, requests, batch_size=1)
-        assert effective(editor, requests) / len(requests) >= can.retains
+        least = self.entry.capabilities.retains
+        assert effective(editor, requests) / len(requests) >= least
 
     def test_a_batch_is_what_the_method_says_it_is(self, editor: Editor) -> None:
         if not self.entry.capabilities.batch:
@@ -258,20 +326,49 @@ class MethodContract:
     def test_it_works_in_bfloat16(self, cache: Path, device: str) -> None:
         if device == "cuda" and not torch.cuda.is_available():
             pytest.skip("no CUDA device here")
-        requests = self.requests(2)
+        requests = self.requests(2 if self.entry.capabilities.sequential else 1)
         with Editor(
             self.model, guards=QUIET, artifacts=cache, dtype="bf16", device=device,
             training=self.training(),
         ) as editor:  # fmt: skip
             before = state_of(editor.model)
             edits = [self.edit(editor, request) for request in requests]
-            self.assert_rebuilt(editor, cache, dtype="bf16", device=device)
-            editor.revert(edits[0])
-            self.assert_rebuilt(editor, cache, dtype="bf16", device=device)
-            editor.revert(edits[1])
+            for edit in edits:
+                self.assert_rebuilt(editor, cache, dtype="bf16", device=device)
+                editor.revert(edit)
             assert_same(state_of(editor.model), before)
 
+    def test_defaults_spare_a_model_without_presets(self) -> None:
+        if self.harms:
+            pytest.skip(self.harms)
+        if "training" in self.entry.capabilities.needs:
+            pytest.skip("it has to be trained first")
+        config = plugins.load(self.method).config
+        needed = {self.unlisted, getattr(config(), "encoder", None) or self.unlisted}
+        for name in needed:
+            if name in PRETRAINED and not PRETRAINED[name].is_present:
+                pytest.skip(f"a pretrained model is not at hand: errata zoo get {name}")
+        kept: list[bool] = []
+        with Editor(self.unlisted, guards=QUIET) as editor:
+            bare = config().for_model(editor.model.anatomy).model_dump()
+            texts = canary_texts()[:4]
+            usual = perplexity(editor.model, texts)
+            for fact in SPARED:
+                prompts = [probe.prompt for probe in fact.neighbourhood]
+                before = first_words(editor, prompts)
+                edit = editor.edit(fact, method=self.method, config=bare)
+                assert perplexity(editor.model, texts) / usual <= MOST_PERPLEXITY, fact.text
+                after = first_words(editor, prompts)
+                editor.revert(edit)
+                kept += [old == new for old, new in zip(before, after, strict=True)]
+        assert sum(kept) / len(kept) >= LEAST_NEIGHBOURS
+
     # -- how it is checked -----------------------------------------------------------------------
+
+    def skip_unless_sequential(self) -> None:
+        """Skip a test that edits a model which is edited already."""
+        if not self.entry.capabilities.sequential:
+            pytest.skip("the method does not declare sequential editing")
 
     def assert_rebuilt(self, editor: Editor, cache: Path, **options: Any) -> None:
         """Assert that the model equals a fresh one with exactly its active edits applied."""
@@ -284,6 +381,23 @@ class MethodContract:
                     fresh.refresh()
             assert_same(state_of(editor.model), state_of(fresh.model))
             assert answers(editor, prompts) == answers(fresh, prompts)
+
+
+def logged(ledger: Path) -> list[tuple[str, bool, str]]:
+    """Return what `errata log` says of the edits in a folder: id, whether active, how the file is.
+
+    The file is "sound", "missing" or "damaged".
+    """
+    said = CliRunner().invoke(app, ["log", "--ledger", str(ledger), "--json"])
+    assert said.exit_code == 0, said.output
+    edits = json.loads(said.stdout)["edits"]
+    return [(edit["id"], edit["active"], edit["file"]) for edit in edits]
+
+
+def first_words(editor: Editor, prompts: list[str]) -> list[str]:
+    """Return the first word, without punctuation, that the model continues each prompt with."""
+    texts = editor.generate(prompts, max_new_tokens=3)
+    return [(text.split() or [""])[0].strip(".,;:") for text in texts]
 
 
 def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:

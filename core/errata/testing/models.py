@@ -1,9 +1,9 @@
-"""Helpers on models for tests: their state as a dictionary, and a copy that differs."""
+"""Helpers on models for tests: their state as a dictionary, a copy that differs, tiny ones."""
 
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -42,3 +42,44 @@ def perturbed(editor: Editor) -> nn.Module:
             if parameter.ndim == 2:
                 parameter[0, 0] += 0.5
     return other
+
+
+class TinyKind(NamedTuple):
+    """A kind of model that a method may or may not declare, and how a tiny one is built.
+
+    Attributes:
+        architecture: decoder, encoder-decoder or encoder.
+        task: what it is made for.
+        classes: names of the configuration's and the module's class in transformers.
+        sizes: arguments of the configuration.
+    """
+
+    architecture: str
+    task: str
+    classes: tuple[str, str]
+    sizes: dict[str, Any]
+
+
+_GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 128}
+_T5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+_BERT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+         "intermediate_size": 32, "max_position_embeddings": 128}  # fmt: skip
+TINY_KINDS = (
+    TinyKind("decoder", "causal", ("GPT2Config", "GPT2LMHeadModel"), _GPT2),
+    TinyKind("decoder", "classify", ("GPT2Config", "GPT2ForSequenceClassification"), _GPT2),
+    TinyKind("encoder-decoder", "seq2seq", ("T5Config", "T5ForConditionalGeneration"), _T5),
+    TinyKind("encoder", "masked", ("BertConfig", "BertForMaskedLM"), _BERT),
+    TinyKind("encoder", "classify", ("BertConfig", "BertForSequenceClassification"), _BERT),
+)
+
+
+def tiny(kind: TinyKind, vocab_size: int) -> nn.Module:
+    """Return a model of a kind in eval mode: two layers of 16 units, the same at every call."""
+    import transformers
+
+    config, module = (getattr(transformers, name) for name in kind.classes)
+    ids = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        built: nn.Module = module(config(vocab_size=vocab_size, **ids, **kind.sizes))
+    return built.eval()

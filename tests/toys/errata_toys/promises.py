@@ -11,7 +11,7 @@ from torch import Tensor
 
 from errata import hookimpl
 from errata.edits.delta import Delta, DenseDelta, Factor, LowRankDelta
-from errata_toys import ToyConfig, ToyLowRank, generator, weight_name
+from errata_toys import ScaleDelta, ToyConfig, ToyLowRank, ToyScale, generator, weight_name
 
 
 class ToyTrained(ToyLowRank):
@@ -81,6 +81,42 @@ class ToyOnTop(ToyLowRank):
             )
             for delta in found
         ]
+
+
+class ToyPasses(ToyLowRank):
+    """Passes on what another method computes."""
+
+    name = "toy-passes"
+
+    class config(ToyConfig):
+        of: str = Field(default="toy-low-rank", description="The other method")
+
+    @hookimpl
+    def edit(self, model, requests, config):
+        return model.compute(config.of, requests, layer=config.layer)
+
+
+class ToyOnce(ToyLowRank):
+    """Edits unedited models only."""
+
+    name = "toy-once"
+
+
+class ToySolved(ToyScale):
+    """Its edits can be solved again with another size."""
+
+    name = "toy-solved"
+
+    class config(ToyConfig):
+        resolves = frozenset({"size"})
+
+    @hookimpl
+    def edit(self, model, requests, config):
+        return ScaleDelta(weight_name(model, config), torch.tensor(config.size))
+
+    @hookimpl
+    def resolve(self, model, delta, config):
+        return ScaleDelta(delta.name, torch.tensor(config.size))
 
 
 class ToyMisfit(ToyLowRank):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import cmath
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -44,6 +45,12 @@ class Delta(Described, ABC):
     pointwise: ClassVar[bool] = False
     """Of a kind that attaches: what it does to a token depends on that token's own states alone,
     so the keys and values of a common beginning may be used again."""
+    routed: ClassVar[bool] = False
+    """It acts on the prompts that lead to it alone; as factors it would act on every prompt."""
+
+    made_with: Mapping[str, str] = MappingProxyType({})
+    """Trained networks that a method computed it with, name in the cache folder → SHA-256. For the
+    record alone: the effect does not need them (what it needs are its `artifacts`)."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -106,7 +113,10 @@ class Delta(Described, ABC):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of tensor data that storing this delta takes."""
+        """Bytes that storing this delta takes: by default those of its tensors.
+
+        A kind that stores texts in its metadata counts them as well.
+        """
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
     def norms(self, model: Model) -> dict[str, float]:

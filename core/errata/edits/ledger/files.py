@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
@@ -10,7 +9,14 @@ from pathlib import Path
 from errata.edits.ledger.schema import DATABASE, DIGEST, RECOVER
 from errata.errors import IntegrityError, StorageError
 from errata.model.scratch import unfinished
-from errata.model.storage import make_folder, read_bytes, replace_whole, sha256, sync_folder
+from errata.model.storage import (
+    check_length,
+    make_folder,
+    read_bytes,
+    replace_whole,
+    sha256,
+    sync_folder,
+)
 
 PRIVATE_FOLDER, PRIVATE_FILE = 0o700, 0o600
 """A ledger is its owner's: requests may hold what nobody else should read."""
@@ -76,22 +82,19 @@ class DeltaFiles:
                 raise
             raise IntegrityError(f"{source} is missing: put {path} back.") from None
 
-    def look(self, digest: str, nbytes: int) -> str:
-        """Return "sound", "missing" or "damaged" by a file's presence and length, unread.
+    def look(self, digest: str) -> str:
+        """Return "sound", "missing" or "damaged" by a file's presence, header and length.
 
-        `nbytes` is what its tensors take.
+        Its tensors are not read. How long the file should be is what its header says: a kind's
+        `nbytes` may count texts as well, which stand in the header.
         """
         if self._folder is None:
             return "sound" if digest in self._memory else "missing"
         try:
-            with self._path(self._folder, digest).open("rb") as file:
-                header = int.from_bytes(file.read(8), "little")
-                whole = os.fstat(file.fileno()).st_size == 8 + header + nbytes
-        except FileNotFoundError:
-            return "missing"
-        except OSError:
-            return "damaged"
-        return "sound" if whole else "damaged"
+            check_length(self._path(self._folder, digest))
+        except (IntegrityError, StorageError) as error:
+            return "missing" if isinstance(error.__cause__, FileNotFoundError) else "damaged"
+        return "sound"
 
     def settle(self) -> None:
         """Keep what the transaction in progress wrote."""
