@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 from errata import Editor
 from errata.cli import diff, locate
 from errata.datasets import atlas
+from errata.locate import Tracer
 
 MODEL = ("--model", "atlas-gpt2")
 QUIET = dict.fromkeys(("norm", "perplexity", "efficacy"), "off")
@@ -89,6 +90,15 @@ def test_other_locators_are_named_by_by(app: typer.Typer, tmp_path: Path) -> Non
     assert b"<svg" in (tmp_path / "lens.svg").read_bytes()
     neurons = data(app, "locate", *PROMPT, *MODEL, "--method", "kn", "--set", "steps=2")
     assert neurons["evidence"]["neurons"]
+
+
+def test_an_average_takes_the_traces_of_an_earlier_call(
+    app: typer.Typer, requests: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = ("locate", "--average", "--file", requests, *MODEL, "--set", "samples=1")
+    first = data(app, *line, "--set", "variants=[hidden]")
+    monkeypatch.setattr(Tracer, "trace", lambda *_, **__: pytest.fail("it was traced again"))
+    assert data(app, *line, "--set", "variants=[hidden]") == first
 
 
 @pytest.mark.slow

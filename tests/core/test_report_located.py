@@ -19,7 +19,7 @@ from errata.cli.report import add
 from errata.edits.delta import Factor, LowRankDelta
 from errata.errors import ConfigError, IntegrityError
 from errata.kit.layer_sweep import HeldOutResult, LayerResult, LayerSweep
-from errata.locate import CausalTrace, average, rsim, trace
+from errata.locate import CausalTrace, average, layer_overlap, rsim, trace
 from errata.locate.weights import WeightDiff, weight_diff
 from errata.model import Model
 from errata.testing import edit_with
@@ -56,6 +56,7 @@ def files(tiny: Model, tmp_path: Path) -> dict[str, Path]:
     changed = weight_diff(tiny, [], entries, groups={e.id: [e] for e in entries},
                           names=("base", "now"))  # fmt: skip
     similar = rsim([[{1}, {1}], [{2}, {3}]], lambda a, b: float(a == b), protocol="rsim: by hand")
+    overlap = layer_overlap([[[0.1, 0.9], [0.2, 0.8]], [[0.9, 0.1], [0.3, 0.7]]])
     found: dict[str, dict[str, Any]] = {
         "trace": trace(tiny, REQUESTS[0], samples=2).best.as_json(),
         "average": average(
@@ -64,7 +65,7 @@ def files(tiny: Model, tmp_path: Path) -> dict[str, Path]:
         ).as_json(),
         "sweep": {**swept.as_json(), "preset": swept.preset()},
         "similar": {"model": "tiny", "sets_of": "relations", "locator": "neurons",
-                    **similar.as_json()},
+                    **similar.as_json(), "layers": overlap.as_json()},
         "diff": {"model": "tiny", "top": 10, **changed.as_json()},
     }  # fmt: skip
     paths = {}
@@ -92,8 +93,8 @@ def test_a_page_holds_every_picture_and_loads_nothing(files: dict[str, Path]) ->
     html = report.html()
     page = Page(html)
     images = [dict(attributes) for tag, attributes in page.elements if tag == "img"]
-    # trace 1, average 3 (map, curves, severed), sweep 1, diff 3
-    assert len(images) == 8
+    # trace 1, average 3 (map, curves, severed), sweep 1, similar 1, diff 3
+    assert len(images) == 9
     for image in images:
         head, _, data = str(image["src"]).partition(",")
         assert head == "data:image/png;base64"
@@ -164,7 +165,7 @@ def test_the_command_takes_them_with_and_without_runs(
     line = ["report", "--locate", str(files["average"]), "--locate", str(files["similar"])]
     done = CliRunner().invoke(app, [*line, "--html", str(target)])
     assert done.exit_code == 0, done.output
-    assert target.read_text(encoding="utf-8").count("<img") == 3
+    assert target.read_text(encoding="utf-8").count("<img") == 4
     shown = CliRunner().invoke(app, line)
     assert "total effect" in shown.output
     assert "RSim" in shown.output

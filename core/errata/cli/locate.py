@@ -1,4 +1,4 @@
-"""`errata locate`: one prompt, the average over many, a layer sweep, or relative similarity."""
+"""`errata locate`: one prompt or phrasings of it, an average, a layer sweep, or similarity."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from errata.cli import render
 from errata.cli.checks import check_locator, check_model, check_settings
 from errata.cli.edits import check_method, pairs
+from errata.cli.locate_similar import SETS, phrasings
+from errata.cli.locate_similar import similar as similarity
 from errata.cli.locate_views import (
     average_view,
     edits_on,
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 PANEL = "Look"
 KINDS = ("hidden", "mlp", "attn")
-SETS = ("paraphrases", "relations")
 
 
 def add(app: typer.Typer) -> None:
@@ -44,6 +44,7 @@ def add(app: typer.Typer) -> None:
         examples=(
             'errata locate "The capital of {} is" --subject Mirevia --target Eldham\n'
             'errata locate "The capital of {} is" -s Mirevia --corrupt relation --plot trace.png\n'
+            'errata locate "The capital of {} is" "{} has the capital" -s Mirevia --by gradient\n'
             'errata locate "The capital of {} is" -s France --by logit-lens --model smollm2-135m\n'
             "errata locate --average --dataset atlas --limit 200 --severed --plot figure.png\n"
             "errata locate --sweep --method rome --dataset atlas --limit 120 --held-out 40\n"
@@ -54,8 +55,11 @@ def add(app: typer.Typer) -> None:
 
 def locate(
     session: Session,
-    prompt: Annotated[
-        str | None, typer.Argument(metavar="PROMPT", help="With {} for the subject.")
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="PROMPT", help="With {} for the subject; several: phrasings, side by side."
+        ),
     ] = None,
     subject: Annotated[str, typer.Option("--subject", "-s", help="Who or what it is about.")] = "",
     target: Annotated[str, typer.Option("--target", "-t", help="The answer to look for.")] = "",
@@ -88,7 +92,7 @@ def locate(
     ] = False,
     similar: Annotated[
         str,
-        typer.Option("--similar", help="Relative similarity over sets: paraphrases or relations."),
+        typer.Option("--similar", help=f"Relative similarity over sets: {', '.join(SETS)}."),
     ] = "",
     dataset: Annotated[
         str, typer.Option("--dataset", help="Requests of --average, --sweep and --similar.")
@@ -145,16 +149,18 @@ def locate(
     if plot is not None:
         check_plot(plot)
     if not modes:
-        if prompt is None or not subject:
+        if not prompts or not subject:
             raise RequestError(
                 "Which prompt? Give one with {} and --subject, or --average, --sweep or "
                 "--similar with --dataset or --file."
             )
-        _one(session, prompt, subject, target, by, method, settings, plot)
+        if plot is not None and len(prompts) > 1:
+            raise ConfigError("--plot draws one prompt: give the phrasings one at a time.")
+        _given(session, prompts, subject, target, by, method, settings, plot)
         return
-    if prompt is not None:
+    if prompts:
         raise RequestError(
-            f"{modes[0]} takes its prompts from --dataset or --file, not {prompt!r}."
+            f"{modes[0]} takes its prompts from --dataset or --file, not {prompts[0]!r}."
         )
     requests = _requests(dataset, data, file, limit)
     if average:
@@ -162,15 +168,15 @@ def locate(
     elif sweep:
         _sweep(session, requests, held_out, method, settings, plot)
     else:
-        _similar(session, requests, similar, by or "trace", settings)
+        similarity(session, requests, similar, by or "trace", settings, plot)
 
 
-# -- one prompt ------------------------------------------------------------------------------------
+# -- one prompt, or phrasings of one ---------------------------------------------------------------
 
 
-def _one(
+def _given(
     session: Session,
-    prompt: str,
+    prompts: Sequence[str],
     subject: str,
     target: str,
     by: str,
@@ -190,10 +196,11 @@ def _one(
     with session.editor() as editor:
         if target and not method and by != "norm":
             settings.setdefault("answer", target)
-        said = target or _first_word(editor, prompt.replace("{}", subject))
-        request = Request.parse(
-            {"prompt": prompt, "subject": subject, "target_new": said, "target_true": said}
-        )
+        requests = [_request(editor, prompt, subject, target) for prompt in prompts]
+        if len(requests) > 1:
+            phrasings(session, editor, requests, method, by, settings)
+            return
+        (request,) = requests
         with session.status("Locating"):
             found = editor.locate(request, method, **({"by": by} if by else {}), **settings)
             drawn = [] if plot is None else _drawn(editor, request, by, method, settings, plot)
@@ -243,6 +250,13 @@ def _drawn(
     return [plots.save(plots.heat_map(*traces), plot)]
 
 
+def _request(editor: Editor, prompt: str, subject: str, target: str) -> Request:
+    said = target or _first_word(editor, prompt.replace("{}", subject))
+    return Request.parse(
+        {"prompt": prompt, "subject": subject, "target_new": said, "target_true": said}
+    )
+
+
 def _first_word(editor: Editor, prompt: str) -> str:
     """Return the first word of what the model says: what a trace follows if nothing is named."""
     if not editor.model.generates:
@@ -275,9 +289,12 @@ def _average(
 ) -> None:
     from errata.locate import average
 
-    options = {"variants": (*KINDS, *(("hidden-mlp", "hidden-attn") if severed else ()))}
+    options: dict[str, Any] = {
+        "variants": (*KINDS, *(("hidden-mlp", "hidden-attn") if severed else ()))
+    }
     with session.editor() as editor:
-        found = average(editor.model, requests, **{**options, **settings, "screening": screen})
+        options |= {**settings, "screening": screen, "resume": True}
+        found = average(editor.model, requests, **options)
         active = editor.model.stack.entries
     drawn = [] if plot is None else _average_pictures(found, severed, plot)
     warning = low_probability(found.clean)
@@ -320,7 +337,7 @@ def _sweep(
     if not method:
         raise ConfigError("Which method shall --sweep edit with? Give --method NAME.")
     check_method(method)
-    own = {name: settings.pop(name) for name in ("layers", "depths") if name in settings}
+    own = {name: settings.pop(name) for name in ("layers", "depths", "option") if name in settings}
     own = {name: [value] if isinstance(value, int) else value for name, value in own.items()}
     chosen_on, judged_on = (
         split_by_subject(requests, held_out) if held_out else (list(requests), [])
@@ -341,43 +358,6 @@ def _sweep(
         return
     session.show(*sweep_view(found))
     say_pictures(session, drawn)
-
-
-def _similar(
-    session: Session,
-    requests: Sequence[Request],
-    kind: str,
-    by: str,
-    settings: dict[str, Any],
-) -> None:
-    from errata.locate import paraphrase_sets, relation_sets, similarity_of
-
-    if kind not in SETS:
-        raise UnknownNameError("kind of sets", kind, SETS)
-    sets = (paraphrase_sets if kind == "paraphrases" else relation_sets)(requests)
-    with session.editor() as editor:
-        found = similarity_of(editor.model, sets, by, **settings)
-        name, active = editor.model.name, editor.model.stack.entries
-    if session.json:
-        ids = [edit.id for edit in active]
-        session.emit(
-            {"model": name, "sets_of": kind, "locator": by, "edits": ids, **found.as_json()}
-        )
-        return
-    low, high = found.interval
-    session.show(
-        render.heading(name, f"{found.sets} sets of {kind}, {found.prompts} prompts"),
-        render.facts(
-            [
-                ("RSim", f"{render.number(found.value)}  ({render.number(low)} – "
-                         f"{render.number(high)})"),
-                ("within sets", render.number(found.within)),
-                ("all pairs", render.number(found.overall)),
-                ("edits on", edits_on(active)),
-                ("how", found.protocol),
-            ]
-        ),
-    )  # fmt: skip
 
 
 # -- small things ----------------------------------------------------------------------------------

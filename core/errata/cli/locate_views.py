@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.text import Text
 
@@ -11,7 +11,7 @@ from errata.cli import render
 
 if TYPE_CHECKING:
     from errata.edits.edit import Edit
-    from errata.locate import AverageTrace, LayerSweep, Location
+    from errata.locate import AverageTrace, LayerOverlap, LayerSweep, Location, RelativeSimilarity
 
 LOW = 0.1
 """Probability of the answer in the clean run below which a trace says little."""
@@ -174,3 +174,109 @@ def sweep_view(found: LayerSweep) -> list[Any]:
         )
         parts.append(Text(text))
     return [*parts, "", Text("For registry.yaml:", style="head"), found.preset()]
+
+
+def similarity_view(
+    name: str, kind: str, found: RelativeSimilarity, overlap: LayerOverlap, edits: str
+) -> list[Any]:
+    """Return what people see of relative similarity: RSim, then the overlap by number of layers."""
+    right: dict[str, Any] = {"justify": "right", "no_wrap": True}
+    grid = render.table(
+        ("layers identified", right), ("within sets", right), ("95 % interval", right),
+        ("across sets", right), ("random", right), ("RSim", right), ("95 % interval", right),
+    )  # fmt: skip
+    for count in _steps(overlap.layers):
+        at = count - 1
+        grid.add_row(
+            str(count), render.number(overlap.within[at]),
+            _ends(overlap.within_low[at], overlap.within_high[at]),
+            render.number(overlap.across[at]), render.number(overlap.chance[at]),
+            render.number(overlap.rsim[at]), _ends(overlap.rsim_low[at], overlap.rsim_high[at]),
+        )  # fmt: skip
+    return [
+        render.heading(name, f"{found.sets} sets of {kind}, {found.prompts} prompts"),
+        render.facts(
+            [
+                ("RSim", f"{render.number(found.value)}  ({_ends(*found.interval)})"),
+                ("within sets", render.number(found.within)),
+                ("all pairs", render.number(found.overall)),
+                ("edits on", edits),
+                ("how", found.protocol),
+            ]
+        ),
+        "",
+        render.heading("overlap of the layers identified", overlap.protocol),
+        grid,
+    ]
+
+
+def _steps(layers: int) -> list[int]:
+    """Return the numbers of layers that are shown: all of a few, of many some."""
+    if layers <= 12:
+        return list(range(1, layers))
+    return [k for k in range(1, layers) if k in (1, 2, 3) or k % 5 == 0]
+
+
+def _ends(low: float, high: float) -> str:
+    return f"{render.number(low)} – {render.number(high)}"
+
+
+class Phrasing(NamedTuple):
+    """One phrasing of a fact and where it was located.
+
+    Attributes:
+        prompt: the filled prompt.
+        found: its location.
+        role: what the located token is.
+        layers: those with the highest scores at this token, best first.
+    """
+
+    prompt: str
+    found: Location
+    role: str
+    layers: list[int]
+
+    @property
+    def answer(self) -> str:
+        """The answer that was followed; empty where the locator does not say."""
+        return str(self.found.evidence.get("answer", ""))
+
+    @property
+    def clean(self) -> float | None:
+        """Its probability in the clean run; None where the locator does not say."""
+        return self.found.evidence.get("high")
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        own = {"prompt": self.prompt, "role": self.role, "layers": self.layers}
+        return {**self.found.as_json(), **own}
+
+
+def phrasings_view(
+    shown: Sequence[Phrasing], overlap: float, chance: float, edits: str
+) -> list[Any]:
+    """Return what people see of one fact in several phrasings: a row for each, then the overlap."""
+    right: dict[str, Any] = {"justify": "right", "no_wrap": True}
+    highest = len(shown[0].layers)
+    grid = render.table(
+        "prompt", "answer", ("clean", right), ("layer", right), "token", "which is",
+        (f"{highest} highest there", right),
+    )  # fmt: skip
+    for one in shown:
+        grid.add_row(
+            render.quoted(one.prompt), render.quoted(one.answer),
+            "–" if one.clean is None else render.number(one.clean), str(one.found.layer),
+            _token(one.found.token).strip(), one.role, ", ".join(map(str, one.layers)),
+        )  # fmt: skip
+    told = f"{render.number(overlap)} of {render.count(highest, 'layer')}"
+    return [
+        grid,
+        "",
+        render.facts(
+            [
+                ("mean overlap", f"{told}  (random choices: {render.number(chance)})"),
+                ("edits on", edits),
+                ("how", shown[0].found.protocol),
+            ]
+        ),
+    ]

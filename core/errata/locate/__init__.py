@@ -6,16 +6,19 @@ from errata.kit.layer_sweep import HeldOutResult, LayerResult, LayerSweep
 from errata.locate.average import AverageTrace, Effects, average
 from errata.locate.causal_trace import Tracer, trace
 from errata.locate.corruption import embedding_std
+from errata.locate.layer_overlap import LayerOverlap, identified, layer_overlap
 from errata.locate.lens import Trajectory, contribution_norms, logit_lens
 from errata.locate.locator import LOCATORS, CoreLocator
 from errata.locate.neurons import Attribution, KnowledgeNeurons, attribute, knowledge_neurons
 from errata.locate.rank_statistics import spearman
+from errata.locate.related_prompts import chain_sets, paraphrase_sets, relation_sets
 from errata.locate.screening import gradient_times_activation, screen
 from errata.locate.similarity import (
+    PromptLocation,
     RelativeSimilarity,
     consistency,
-    paraphrase_sets,
-    relation_sets,
+    located_sets,
+    place_similarity,
     rsim,
     similarity_of,
 )
@@ -33,9 +36,11 @@ __all__ = [
     "Effects",
     "HeldOutResult",
     "KnowledgeNeurons",
+    "LayerOverlap",
     "LayerResult",
     "LayerSweep",
     "Location",
+    "PromptLocation",
     "RelativeSimilarity",
     "ScreenSettings",
     "TraceSettings",
@@ -45,13 +50,18 @@ __all__ = [
     "auto_layers",
     "average",
     "cached_sweep",
+    "chain_sets",
     "consistency",
     "contribution_norms",
     "embedding_std",
     "gradient_times_activation",
+    "identified",
     "knowledge_neurons",
+    "layer_overlap",
+    "located_sets",
     "logit_lens",
     "paraphrase_sets",
+    "place_similarity",
     "relation_sets",
     "resolve_auto_layers",
     "rsim",

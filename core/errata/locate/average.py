@@ -20,6 +20,7 @@ from errata.edits.rendering import rendered
 from errata.errors import ConfigError, RequestError, UnknownNameError
 from errata.locate.causal_trace import Tracer
 from errata.locate.corruption import embedding_std, span_std
+from errata.locate.kept_traces import KeptTraces
 from errata.locate.rank_statistics import mean_intervals
 from errata.locate.screening import screened
 from errata.locate.spans import Span, role_order, roles, span_of
@@ -47,6 +48,7 @@ SETTINGS = ("window", "corrupt", "relation", "noise", "samples", "seed", "score"
 """Fields of `TraceSettings` that an average takes."""
 
 _ALONE = "no subject of the same length"
+_ESTIMATED = "estimated by attribution patching"
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,6 +184,7 @@ def average(
     replace: bool = False,
     known_only: bool = True,
     screening: bool = False,
+    resume: bool = False,
     **settings: Any,
 ) -> AverageTrace:
     """Trace many prompts and average.
@@ -196,6 +199,10 @@ def average(
             with the same number of tokens).
         known_only: leave prompts out whose answer is not what the model says, token by token.
         screening: estimate by attribution patching instead of tracing (no severed variants).
+        resume: keep each prompt's traces among the model's artifacts as they are found, and take
+            what an earlier call over the same prompts with the same settings kept there. Of the
+            base only: with active edits nothing is kept. Hooks of your own on the module do not
+            show in what is kept: leave it off with them.
         **settings: of `TraceSettings`, those in `SETTINGS`. The noise is a number, in units of the
             standard deviation over the corrupted tokens' embeddings of all prompts; what is
             corrupted is "subject" or "relation".
@@ -203,6 +210,7 @@ def average(
     Raises:
         UnknownNameError, ConfigError: an argument that is not allowed.
         RequestError: no prompt is left to trace.
+        IntegrityError: `resume`, and other code changed the model's weights.
     """
     asked = _settings(settings)
     corrupt, noise = str(asked.corrupt), asked.noise
@@ -220,59 +228,91 @@ def average(
             "that it answers rightly, or known_only=False."
         )
     std = math.nan if replace else _std(model, requests, spans, corrupt)
+    kept = KeptTraces(model, resume)
     found: dict[str, list[tuple[CausalTrace, list[str]]]] = {name: [] for name in chosen}
-    highs: list[float] = []
-    totals: list[float] = []
-    last: CausalTrace | None = None
+    first: list[CausalTrace] = []
+    taken = 0
     for index, request in enumerate(model.progress.track(requests, "tracing", len(requests))):
-        others = _others(requests, index, asked.samples) if replace else None
+        own = {
+            "noise_std": None if replace else std, "answer": request.target_true,
+            "replace_by": tuple(_others(requests, index, asked.samples)) if replace else None,
+        }  # fmt: skip
+        case = _TracedCase(model, request, asked.model_copy(update=own), screening, kept)
         try:
-            own = {
-                "noise_std": None if replace else std, "replace_by": others,
-                "answer": request.target_true,
-            }  # fmt: skip
-            tracer = Tracer(model, request, asked.model_copy(update=own), reruns=not screening)
+            traced = {name: case.trace(*variant) for name, variant in chosen.items()}
         except ConfigError:
             if not replace:
                 raise
             skipped[_ALONE] = skipped.get(_ALONE, 0) + 1
             continue
-        for name, (kind, severed) in chosen.items():
-            if screening:
-                trace = tracer.result(kind, *screened(tracer, kind, asked.window))
-            else:
-                trace = tracer.trace(kind, asked.window, severed=severed, memory_mb=asked.memory_mb)
-            masks = tracer.runs.prompt.reads if model.anatomy.kind == "encoder" else ()
-            placed = Span(corrupt, trace.corrupted, trace.rule)
-            names = roles(len(trace.tokens), placed, trace.subject_span, masks)
-            found[name].append((trace, names))
-            last = trace
-        highs.append(tracer.runs.high)
-        totals.append(tracer.runs.high - tracer.runs.low)
-    if last is None:
+        for name, one in traced.items():
+            found[name].append(one)
+        first.append(found[next(iter(chosen))][-1][0])
+        taken += case.tracer is None
+    if taken:
+        model.progress.note(f"{taken} of {len(first)} prompts had been traced by an earlier call")
+    if not first:
         raise RequestError(
             "There is no prompt to average over: no two subjects have equally many tokens in "
             "their prompts. Use noise."
         )
-    ends = mean_intervals(np.array(totals)[:, None])
+    totals = np.array([trace.total_effect for trace in first])
+    ends = mean_intervals(totals[:, None])
     return AverageTrace(
         model=model.name,
         corrupt=corrupt,
-        n=len(highs),
+        n=len(first),
         skipped={reason: count for reason, count in skipped.items() if count},
         effects={
             name: _effects(traces, corrupt, *chosen[name]) for name, traces in found.items()
         },
         total=(float(np.mean(totals)), float(ends[0][0]), float(ends[1][0])),
-        clean=float(np.mean(highs)),
-        samples=last.samples,
+        clean=float(np.mean([trace.high for trace in first])),
+        samples=first[-1].samples,
         seed=asked.seed,
         corruption="other subjects' embeddings" if replace else
         f"noise of std {noise * std:.4g} ({noise:g} x that of all {corrupt}s' token embeddings, "
         f"seed {asked.seed})",
         score=asked.score,
-        how="estimated by attribution patching" if screening else "",
+        how=_ESTIMATED if screening else "",
     )  # fmt: skip
+
+
+class _TracedCase:
+    """One prompt of an average: its traces as they were kept, else found now."""
+
+    def __init__(
+        self,
+        model: Model,
+        request: Request,
+        settings: TraceSettings,
+        screening: bool,
+        kept: KeptTraces,
+    ) -> None:
+        self._model, self._request, self._settings = model, request, settings
+        self._screening, self._kept = screening, kept
+        self.tracer: Tracer | None = None
+
+    def trace(self, kind: Kind, severed: Severed | None) -> tuple[CausalTrace, list[str]]:
+        """Return one kind of trace, and what each token is."""
+        asked = self._settings
+        window = 1 if kind == "hidden" else asked.window
+        settings = asked.model_copy(update={"kind": kind, "window": window, "severed": severed})
+        how = _ESTIMATED if self._screening else ""
+        stored = self._kept.find(self._request, settings, how)
+        if stored is not None:
+            return stored
+        if self.tracer is None:
+            self.tracer = Tracer(self._model, self._request, asked, reruns=not self._screening)
+        if self._screening:
+            trace = self.tracer.result(kind, *screened(self.tracer, kind, window), how=how)
+        else:
+            trace = self.tracer.trace(kind, window, severed=severed, memory_mb=asked.memory_mb)
+        masks = self.tracer.runs.prompt.reads if self._model.anatomy.kind == "encoder" else ()
+        placed = Span(str(asked.corrupt), trace.corrupted, trace.rule)
+        names = roles(len(trace.tokens), placed, trace.subject_span, masks)
+        self._kept.keep(self._request, settings, trace, names)
+        return trace, names
 
 
 def _settings(given: Mapping[str, Any]) -> TraceSettings:

@@ -7,8 +7,8 @@ al. 2024) measures both by
     RSim = max((Sim_cand − Sim_all) / (1 − Sim_all), 0)
 
 where Sim_cand is the mean similarity of pairs from one set (paraphrases of one fact; facts of one
-relation) and Sim_all that of pairs of all prompts: 0 means that belonging together makes no
-difference, 1 that locations within a set are the same.
+relation, or of one chain) and Sim_all that of pairs of all prompts: 0 means that belonging together
+makes no difference, 1 that locations within a set are the same.
 """
 
 from __future__ import annotations
@@ -16,19 +16,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from errata.contract.measurement import RESAMPLES
 from errata.errors import ConfigError, UnknownNameError
 from errata.locate.neurons import attribute
+from errata.locate.related_prompts import paraphrase_sets
 from errata.locate.screening import gradient_times_activation, screen
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from errata.edits.request import Request
+    from errata.locate.trace_result import CausalTrace
     from errata.model.model import Model
 
 Located = Any
@@ -96,30 +99,47 @@ def rsim(
     Raises:
         ConfigError: fewer than two sets with at least two prompts.
     """
-    given = [list(group) for group in sets]
-    inside = [g for g, group in enumerate(given) if len(group) > 1]
+    everything = [one for group in sets for one in group]
+    table: NDArray[np.float64] = np.eye(len(everything))
+    for i, one in enumerate(everything):
+        for j in range(i):
+            table[i, j] = table[j, i] = similarity(one, everything[j])
+    owner = np.array([g for g, group in enumerate(sets) for _ in group])
+    return compared(table, owner, protocol, seed)[0]
+
+
+def compared(
+    table: NDArray[np.float64], owner: NDArray[np.int_], protocol: str, seed: int
+) -> tuple[RelativeSimilarity, NDArray[np.float64]]:
+    """Return the relative similarity, and the mean similarity of pairs in each set.
+
+    Args:
+        table: (n, n), the similarity of each two prompts.
+        owner: (n,), the number of each prompt's set.
+        protocol: how the locations were found, for the result.
+        seed: of the bootstrap.
+
+    Raises:
+        ConfigError: fewer than two sets with at least two prompts.
+    """
+    every, sizes = np.unique(owner, return_counts=True)
+    inside = every[sizes > 1]
     if len(inside) < 2:
         raise ConfigError(
-            f"{len(inside)} of {len(sets)} sets have two prompts or more: RSim needs at least two "
+            f"{len(inside)} of {len(every)} sets have two prompts or more: RSim needs at least two "
             "such sets."
         )
-    everything = [(g, one) for g, group in enumerate(given) for one in group]
-    count = len(everything)
-    table: NDArray[np.float64] = np.eye(count)
-    for i in range(count):
-        for j in range(i):
-            table[i, j] = table[j, i] = similarity(everything[i][1], everything[j][1])
-    owner = np.array([g for g, _ in everything])
     inner = np.array([_pairs(table[np.ix_(owner == g, owner == g)]) for g in inside])
     overall = _pairs(table)
     draws = np.random.default_rng(seed).integers(0, len(inside), size=(RESAMPLES, len(inside)))
-    values = [_relative(float(inner[row].mean()), overall) for row in draws]
+    values = [_relative(float(mean), overall) for mean in inner[draws].mean(axis=1)]
     low, high = np.quantile(values, (0.025, 0.975))
     within = float(inner.mean())
-    return RelativeSimilarity(
+    found = RelativeSimilarity(
         _relative(within, overall), (float(low), float(high)), within, overall, len(inside),
-        count, protocol,
+        len(owner), protocol,
     )  # fmt: skip
+    return found, inner
 
 
 def _relative(within: float, overall: float) -> float:
@@ -138,44 +158,85 @@ def _pairs(table: NDArray[np.float64]) -> float:
 Similarity = Callable[[Located, Located], float]
 
 
-def _by_trace(model: Model, request: Request, **options: Any) -> list[float]:
+class PromptLocation(NamedTuple):
+    """What a locator gives for one prompt.
+
+    Attributes:
+        place: what the locator's similarity compares: a profile, or a set of neurons.
+        profile: the score of each layer.
+    """
+
+    place: Located
+    profile: list[float]
+
+
+def _by_trace(model: Model, request: Request, **options: Any) -> PromptLocation:
     from errata.locate.causal_trace import trace
 
-    return _profile(trace(model, request, answer=request.target_true, **options))
+    return _traced(trace(model, request, answer=request.target_true, **options))
 
 
-def _by_screening(model: Model, request: Request, **options: Any) -> list[float]:
-    return _profile(screen(model, request, answer=request.target_true, **options))
+def _by_screening(model: Model, request: Request, **options: Any) -> PromptLocation:
+    return _traced(screen(model, request, answer=request.target_true, **options))
 
 
-def _profile(found: Any) -> list[float]:
+def _traced(found: CausalTrace) -> PromptLocation:
     """Return a trace as a row: the effect of each layer at the best of the corrupted tokens."""
-    effects = found.effects[list(found.corrupted)]
-    row: list[float] = effects.max(dim=0).values.tolist()
-    return row
+    return _profiled(found.effects[list(found.corrupted)])
 
 
-def _by_gradient(model: Model, request: Request, **options: Any) -> list[float]:
+def _by_gradient(model: Model, request: Request, **options: Any) -> PromptLocation:
     _, scores = gradient_times_activation(
         model, request, answer=request.target_true, **{"kind": "mlp", **options}
     )
-    row: list[float] = scores.abs().max(dim=0).values.tolist()
-    return row
+    return _profiled(scores.abs())
 
 
-def _by_neurons(model: Model, request: Request, **options: Any) -> set[tuple[int, int]]:
+def _profiled(scores: Tensor) -> PromptLocation:
+    """Return scores (tokens, layers) as a row: each layer's at its best token."""
+    row: list[float] = scores.max(dim=0).values.tolist()
+    return PromptLocation(row, row)
+
+
+def _by_neurons(model: Model, request: Request, **options: Any) -> PromptLocation:
     threshold = float(options.pop("threshold", 0.2))
     found = attribute(model, request, answer=request.target_true, **options)
-    return set(found.coarse(threshold))
+    # A layer's score is what all its neurons add, as where a fact's neurons are said to lie.
+    return PromptLocation(set(found.coarse(threshold)), found.scores.sum(dim=1).tolist())
 
 
-MEASURED: Mapping[str, tuple[Callable[..., Located], Similarity, str]] = {
+MEASURED: Mapping[str, tuple[Callable[..., PromptLocation], Similarity, str]] = {
     "trace": (_by_trace, cosine, "cosine of the effects by layer at the best corrupted token"),
     "attribution": (_by_screening, cosine, "cosine of the estimated effects by layer"),
     "gradient": (_by_gradient, cosine, "cosine of |gradient x activation| of MLPs by layer"),
     "neurons": (_by_neurons, overlap, "shared part of the coarse sets of knowledge neurons"),
 }
 """Locator → (what it gives for a prompt, how two are compared, that in words)."""
+
+
+def located_sets(
+    model: Model, sets: Sequence[Sequence[Request]], locator: str = "trace", **options: Any
+) -> list[list[PromptLocation]]:
+    """Return where a locator finds every prompt of every set.
+
+    Args:
+        model: the model as it stands.
+        sets: requests that belong together, as `errata.locate.related_prompts` makes them.
+        locator: one of `MEASURED`; it follows each request's `target_true`, or the model's own
+            first token where it has none.
+        **options: of the locator.
+
+    Raises:
+        UnknownNameError, ConfigError, RequestError: an argument that is not allowed.
+    """
+    if locator not in MEASURED:
+        raise UnknownNameError("locator", locator, MEASURED)
+    find = MEASURED[locator][0]
+    text = f"locating by {locator}"
+    return [
+        [find(model, request, **options) for request in group]
+        for group in model.progress.track(list(sets), text, len(sets))
+    ]
 
 
 def similarity_of(
@@ -188,50 +249,21 @@ def similarity_of(
 ) -> RelativeSimilarity:
     """Locate every prompt of every set and return the relative similarity.
 
-    Args:
-        model: the model as it stands.
-        sets: requests that belong together: paraphrases of one fact (`paraphrase_sets`), or
-            facts of one relation (`relation_sets`).
-        locator: one of `MEASURED`.
-        seed: of the bootstrap.
-        **options: of the locator.
+    The arguments are those of `located_sets`, and the bootstrap's `seed`.
     """
-    if locator not in MEASURED:
-        raise UnknownNameError("locator", locator, MEASURED)
-    find, compare, words = MEASURED[locator]
-    text = f"locating by {locator}"
-    located = [
-        [find(model, request, **options) for request in group]
-        for group in model.progress.track(list(sets), text, len(sets))
-    ]
-    return rsim(located, compare, protocol=f"rsim: {words}", seed=seed)
+    return place_similarity(located_sets(model, sets, locator, **options), locator, seed=seed)
 
 
-def paraphrase_sets(requests: Sequence[Request], size: int = 5) -> list[list[Request]]:
-    """Return each fact with its own rephrasings as one set: consistency.
+def place_similarity(
+    located: Sequence[Sequence[PromptLocation]], locator: str, *, seed: int = 0
+) -> RelativeSimilarity:
+    """Return the relative similarity of what `located_sets` found by a locator.
 
-    Only phrasings that name the subject exactly once can be located by it.
+    Raises as `rsim` does.
     """
-    sets = []
-    for request in requests:
-        group = [request]
-        for text in dict.fromkeys(request.paraphrases):
-            if text.count(request.subject) == 1 and "{}" not in text and len(group) < size:
-                prompt = text.replace(request.subject, "{}")
-                group.append(request.model_copy(update={"prompt": prompt}))
-        sets.append(group)
-    return [group for group in sets if len(group) > 1]
-
-
-def relation_sets(requests: Sequence[Request], size: int = 5) -> list[list[Request]]:
-    """Return facts of one relation and different subjects as one set each: relevance."""
-    groups: dict[str, dict[str, Request]] = {}
-    for request in requests:
-        if request.relation is not None:
-            group = groups.setdefault(request.relation, {})
-            if len(group) < size:
-                group.setdefault(request.subject, request)
-    return [list(group.values()) for group in groups.values() if len(group) > 1]
+    _, compare, words = MEASURED[locator]
+    places = [[one.place for one in group] for group in located]
+    return rsim(places, compare, protocol=f"rsim: {words}", seed=seed)
 
 
 def consistency(
@@ -245,6 +277,6 @@ def consistency(
         raise UnknownNameError("locator", locator, MEASURED)
     find, compare, _ = MEASURED[locator]
     groups = paraphrase_sets([request], size=1000)
-    located = [find(model, one, **options) for one in groups[0]] if groups else []
+    located = [find(model, one, **options).place for one in groups[0]] if groups else []
     pairs = [compare(a, b) for i, a in enumerate(located) for b in located[:i]]
     return (math.fsum(pairs) / len(pairs) if pairs else math.nan), max(len(located), 1)

@@ -7,7 +7,7 @@ correlation of the two. A choice judged on the facts that it was made on looks b
 `held_out` facts, edited at the same layers, say how far it is from the best for others.
 
 The result is kept among the model's artifacts; `errata.kit.auto_layers` reads it for methods whose
-layer is `auto`.
+layer is `auto`. Where a method has two layers, one is swept with the other as it is.
 """
 
 from __future__ import annotations
@@ -25,7 +25,15 @@ from errata.contract import plugins
 from errata.contract.capabilities import DENSE_MLP
 from errata.contract.measurement import RESAMPLES, mean_interval
 from errata.errors import CapabilityError, ConfigError, ErrataError, PluginError, RequestError
-from errata.kit.layer_sweep import HeldOutResult, LayerResult, LayerSweep, key_of, option_value
+from errata.kit.layer_sweep import (
+    MAIN,
+    HeldOutResult,
+    LayerResult,
+    LayerSweep,
+    is_layer,
+    key_of,
+    option_value,
+)
 from errata.locate.average import average
 from errata.locate.rank_statistics import spearman
 
@@ -41,6 +49,12 @@ logger = logging.getLogger("errata")
 
 METRICS = ("ES", "PS", "NS")
 
+BOTH_SIDES = ("E-ES", "E-PS", "E-NS", "R-EM", "R-PM")
+"""What is measured where a method needs a relation view.
+
+On the relation's side the differences: which of two probabilities near 0 is the larger is chance.
+"""
+
 # What no metric of a sweep reads; sampling texts would take most of the time.
 _UNASKED = {"generation": (), "attribute": (), "references": ()}
 
@@ -50,6 +64,7 @@ def sweep(
     requests: Sequence[Request],
     method: str,
     *,
+    option: str = "",
     layers: Sequence[int] | None = None,
     depths: Sequence[int] = (1,),
     held_out: Sequence[Request] = (),
@@ -63,8 +78,10 @@ def sweep(
         editor: with its ledger in memory and no edit on the model: a sweep makes many edits that
             nobody wants to keep.
         requests: facts; those that the model knows say most.
-        method: a method with a hyper-parameter `layer` or `layers`.
-        layers: which; default: all that have what the method edits.
+        method: a method with a hyper-parameter that is a layer.
+        option: that hyper-parameter, for example "relation_layer"; default: `layer` or `layers`.
+        layers: which; default: all that have what the method edits. One that the method's
+            configuration refuses is left out, with a note.
         depths: how many layers in a row are edited together, each number a sweep of its own over
             the same facts; more than 1 needs a method with `layers`.
         held_out: further facts, to judge the choice by: they are edited at the same layers and
@@ -75,12 +92,13 @@ def sweep(
 
     Raises:
         CapabilityError: the method edits at no layer that could be named.
-        ConfigError: edits on the model, a durable ledger, or a bad layer.
+        ConfigError: edits on the model, a durable ledger, or settings that are refused at every
+            layer.
         RequestError: no request, or subjects on both sides.
     """
     requests, held_out = list(requests), list(held_out)
     _check(editor, requests, held_out)
-    option = layer_option(method, plugins.load(method).config)
+    option = layer_option(method, plugins.load(method).config, option)
     config = {name: value for name, value in (config or {}).items() if name != option}
     needs = editor.registry.method(method).capabilities.needs
     # The closed forms write where the prompt is read: in the encoder, if there is one.
@@ -89,17 +107,21 @@ def sweep(
     chosen = every if layers is None else sorted({anatomy.layer(i) for i in layers})
     places = _places(chosen, depths, option, method)
     # A bad hyper-parameter is refused before anything is traced.
-    editor.configure(method, {**config, option: option_value(option, places[0])})
+    places = _possible(editor, method, config, option, places)
+    protocol, metrics = (
+        ("rake", BOTH_SIDES) if "relation_view" in needs else ("counterfact", METRICS)
+    )
     found = None
-    if trace:
+    if trace and option in MAIN:
         found = average(editor.model, requests, variants=("hidden",), samples=samples)
     results, held = [], []
     for within in editor.model.progress.track(places, f"sweeping {method}", len(places)):
         settings = {**config, option: option_value(option, within)}
-        measured = _measured(editor, [*requests, *held_out], method, settings, within)
+        edits = _computed(editor, [*requests, *held_out], method, settings)
+        measured = _measured(editor, [*requests, *held_out], edits, protocol, metrics)
         results.append(measured[: len(requests)])
         held.append(measured[len(requests) :])
-    rows = [_result(within, table) for within, table in zip(places, results, strict=True)]
+    rows = [_result(within, table, metrics) for within, table in zip(places, results, strict=True)]
     correlation = math.nan
     if found is not None:
         effects = found.effects["hidden"].of("last subject token")
@@ -108,22 +130,25 @@ def sweep(
         correlation = spearman([one.score for one in least], [one.effect for one in least])
     done = LayerSweep(
         editor.model.name, anatomy.model_type, anatomy.n_layers, method, option,
-        config, len(requests), tuple(rows), correlation,
+        config, len(requests), tuple(rows), correlation, judged_by=protocol,
     )  # fmt: skip
     if held_out:
-        done = replace(done, held_out=_held_out(done, places, held))
-    editor.model.artifacts.save(key_of(editor.model, method), {"_": torch.zeros(1)}, done.as_json())
+        done = replace(done, held_out=_held_out(done, places, held, metrics))
+    key = key_of(editor.model, method, option)
+    editor.model.artifacts.save(key, {"_": torch.zeros(1)}, done.as_json())
     return done
 
 
-def layer_option(method: str, settings: type[MethodConfig]) -> str:
-    """Return the hyper-parameter that names a method's layer: "layer" or "layers"."""
-    for option in ("layer", "layers"):
-        if option in settings.model_fields:
-            return option
+def layer_option(method: str, settings: type[MethodConfig], option: str = "") -> str:
+    """Return the hyper-parameter that names a method's layer: `option`, or "layer" or "layers"."""
+    fields = settings.model_fields
+    for name in (option,) if option else MAIN:
+        if name in fields and is_layer(name):
+            return name
+    wanted = repr(option) if option else "'layer' or 'layers'"
     raise CapabilityError(
-        f"The method {method!r} has no hyper-parameter 'layer' or 'layers': there is nothing to "
-        f"sweep. It has: {', '.join(settings.model_fields)}."
+        f"The method {method!r} has no hyper-parameter {wanted} that is a layer: there is nothing "
+        f"to sweep. It has: {', '.join(fields)}."
     )
 
 
@@ -175,7 +200,7 @@ def _places(
     """Return the runs of layers to be edited, by depth, then ascending."""
     if not depths or min(depths) < 1:
         raise ConfigError(f"depths={list(depths)!r}: each must be at least 1.")
-    if option == "layer" and set(depths) != {1}:
+    if option != "layers" and set(depths) != {1}:
         raise ConfigError(f"{method} edits one layer: there are no depths to compare.")
     places = [
         tuple(range(last - depth + 1, last + 1))
@@ -188,33 +213,66 @@ def _places(
     return places
 
 
+def _possible(
+    editor: Editor,
+    method: str,
+    config: dict[str, Any],
+    option: str,
+    places: Sequence[tuple[int, ...]],
+) -> list[tuple[int, ...]]:
+    """Return the places that the method's configuration takes, and say which it does not.
+
+    Raises its `ConfigError` where it takes none.
+    """
+    taken: list[tuple[int, ...]] = []
+    refused: list[ConfigError] = []
+    for within in places:
+        try:
+            editor.configure(method, {**config, option: option_value(option, within)})
+        except ConfigError as error:
+            refused.append(error)
+        else:
+            taken.append(within)
+    if not taken:
+        raise refused[0]
+    if refused:
+        editor.model.progress.note(
+            f"{len(refused)} of {len(places)} places are left out: {method} does not take them. "
+            f"The first: {refused[0]}"
+        )
+    return taken
+
+
 # -- measuring -------------------------------------------------------------------------------------
 
 
 def _measured(
     editor: Editor,
     requests: Sequence[Request],
-    method: str,
-    config: dict[str, Any],
-    layers: Sequence[int],
+    edits: Sequence[Edit | None],
+    protocol: str,
+    metrics: Sequence[str],
 ) -> NDArray[np.float64]:
     """Return (requests, metrics): NaN where one has no such prompts, -1 where the edit failed."""
-    table = np.full((len(requests), len(METRICS)), math.nan)
-    edits = _computed(editor, requests, method, config)
+    table = np.full((len(requests), len(metrics)), math.nan)
     for row, (request, edit) in enumerate(zip(requests, edits, strict=True)):
         if edit is not None:
             try:
                 editor.apply(edit)
             except ErrataError as error:  # a guard, or numbers that are not finite
-                logger.debug("layers %s: %s", list(layers), error)
+                logger.debug("%s", error)
                 edit = None
         if edit is None:
             table[row] = -1
             continue
         asked = request.model_copy(update=_UNASKED)
-        found = {one.metric: one.value for one in editor.evaluate(asked, ("counterfact",))}
+        if (view := asked.relation_view) is not None:
+            view = view.model_copy(update={"specificity": ()})
+            asked = asked.model_copy(update={"relation_view": view})
+        found = {one.metric: one.value for one in editor.evaluate(asked, (protocol,))}
         editor.revert(edit)
-        table[row] = [found.get(name, math.nan) for name in METRICS]
+        # A difference below 0 is no success.
+        table[row] = np.maximum([found.get(name, math.nan) for name in metrics], 0)
     return table
 
 
@@ -249,12 +307,14 @@ def _computed(
     return found
 
 
-def _result(layers: Sequence[int], table: NDArray[np.float64]) -> LayerResult:
+def _result(
+    layers: Sequence[int], table: NDArray[np.float64], names: Sequence[str]
+) -> LayerResult:
     failed = int((table < 0).any(axis=1).sum())
     metrics = {}
     measured = np.where(table < 0, math.nan, table)
     there = [bool(np.isfinite(column).any()) for column in measured.T]
-    for name, column, found in zip(METRICS, table.T, there, strict=True):
+    for name, column, found in zip(names, table.T, there, strict=True):
         values = np.maximum(column[~np.isnan(column)], 0).tolist()
         if not values or not (found or failed == len(table)):
             continue  # no request has such prompts
@@ -274,10 +334,15 @@ def _harmonic(values: Sequence[float]) -> float:
 
 
 def _held_out(
-    done: LayerSweep, places: Sequence[tuple[int, ...]], held: Sequence[NDArray[np.float64]]
+    done: LayerSweep,
+    places: Sequence[tuple[int, ...]],
+    held: Sequence[NDArray[np.float64]],
+    metrics: Sequence[str] = METRICS,
 ) -> HeldOutResult:
     """Return the scores of held-out facts, and the chosen place's share of the best one's."""
-    results = tuple(_result(within, table) for within, table in zip(places, held, strict=True))
+    results = tuple(
+        _result(within, table, metrics) for within, table in zip(places, held, strict=True)
+    )
     index = places.index(done.best.layers)
     scores = np.array([one.score for one in results])
     count = len(held[0])

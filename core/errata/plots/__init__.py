@@ -6,14 +6,19 @@ their marks: nothing rests on colour alone. No global state of matplotlib is use
 """
 
 from errata.plots.averages import average_curves, average_map, severed_curves
+from errata.plots.margins import Margins, class_margins
+from errata.plots.overlaps import layer_overlaps
 from errata.plots.style import save
 from errata.plots.traces import heat_map, trajectory
 from errata.plots.weights import layer_sweep, method_changes, overlap_map, weight_changes
 
 __all__ = [
+    "Margins",
     "average_curves",
     "average_map",
+    "class_margins",
     "heat_map",
+    "layer_overlaps",
     "layer_sweep",
     "method_changes",
     "overlap_map",

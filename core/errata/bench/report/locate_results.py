@@ -187,7 +187,18 @@ def _similarity(path: Path, data: Mapping[str, Any]) -> Located:
              ("within sets, all pairs", f"{plain(data['within'])}, {plain(data['overall'])}"),
              ("sets, prompts", f"{int(data['sets'])}, {int(data['prompts'])}")]  # fmt: skip
     title = f"{data['model']}: {data['locator']} over sets of {data['sets_of']}"
-    return Located(path, title, tuple(facts), str(data["protocol"]), lambda: [])
+
+    def draw() -> list[Picture]:
+        if "layers" not in data:
+            return []
+        from errata import plots
+        from errata.locate.layer_overlap import LayerOverlap
+
+        kind, found = str(data["sets_of"]), LayerOverlap.from_json(data["layers"])
+        alt = f"Overlap of the layers identified by their number, within sets of {kind} and across."
+        return [Picture(alt, plots.layer_overlaps({kind: found}))]
+
+    return Located(path, title, tuple(facts), str(data["protocol"]), draw)
 
 
 def _diff(path: Path, data: Mapping[str, Any]) -> Located:
