@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from errata.errors import CapabilityError, PluginError, RequestError
+from errata.errors import CapabilityError, ConfigError, PluginError, RequestError
 from errata.evaluate.divergence import kl_to_base, text_kls
 from errata.evaluate.reader import MeasureSettings, Reader
 from errata.evaluate.sampled import sampled_texts
 from errata.model import Model
 from errata.model.access import Access
 from errata.model.active_edits import NoEdits, ask
-from errata.model.generation import generate, generated
+from errata.model.generation import generate, generate_with, generated
 from errata.model.model_answers import ModelAnswers
 from errata.model.next_token import class_scores, next_logits
 from errata.model.perplexity import text_nlls
@@ -138,6 +138,11 @@ def test_what_answers_may_ask_the_model_and_say_how(cache: Path, toys: None) -> 
     (found,) = generated(model, [ITALY], settings)
     assert (found.text, found.ids, found.details) == (" Rome.", (), {"model": plain.text})
     assert list(ModelAnswers(model).texts([ITALY], settings)) == [plain]
+    (same,) = generate_with(model, [ITALY], {"max_new_tokens": 4, "details": True})
+    assert same == found
+    assert generate_with(model, [ITALY], {"max_new_tokens": 4}) == [" Rome."]
+    with pytest.raises(ConfigError, match="details"):
+        generate_with(model, [ITALY], {"detail": True})
     assert sampled_texts(model, [ITALY], 0) == [f"{ITALY} Rome."]
 
 

@@ -16,6 +16,7 @@ from errata.edits.request import Request, RetainedProbe
 from errata.errors import CapabilityError, ConfigError, IntegrityError, UnknownNameError
 from errata.evaluate import Answer, Measurement
 from tests.core.bench_helpers import SUBJECTS, install, short, values
+from tests.helpers import ROOT
 
 Lines = dict[str, dict[str, Any]]
 
@@ -104,6 +105,7 @@ def test_a_run_file_is_plain_yaml_that_overrides_replace(tmp_path: Path) -> None
             "kind modify; those of 'atlas' are of kind erase",
         ),
         ({"protocols": []}, ConfigError, "Nothing would be measured"),
+        ({"methods": ["learner"]}, ConfigError, "has to be trained"),
     ],
 )
 def test_what_cannot_be_run_is_refused_before_a_model_is_loaded(
@@ -432,6 +434,17 @@ def test_across_domains_a_method_trains_on_one_dataset_and_edits_another(tmp_pat
     assert lines["learner|atlas|0|single|1|1"]["kind"] == "case"
 
 
+def test_what_a_method_cannot_carry_out_fails_beside_what_it_can(tmp_path: Path) -> None:
+    erase = {"name": "atlas", "label": "erased", "options": {"kind": "erase"}}
+    wanted = {"datasets": ["atlas", erase], "limit": 1}
+    (column,) = bench.plan(short(**wanted)).columns[1:]
+    assert (column.cases, column.cannot) == (2, 1)
+    lines = run(tmp_path / "run", **wanted)
+    assert lines["nudge|atlas|0|single|1|0"]["kind"] == "case"
+    failed = lines["nudge|erased|0|single|1|0"]
+    assert (failed["kind"], "erase" in failed["error"]) == ("failure", True)
+
+
 HELD_OUT = atlas.requests(9)[7:]
 
 
@@ -458,6 +471,41 @@ def test_what_a_stream_should_retain_is_read(tmp_path: Path) -> None:
     fields["retain"] |= {"chat": True, "join": ""}
     chats = RunSpec(bench.BenchConfig.parse(short(**fields))).settings(0, 0).retain
     assert all(isinstance(p, RetainedProbe) and p.chat is True and p.join == "" for p in chats)
+
+
+SANITATION = str(ROOT / "tests" / "data" / "datasets" / "knowedit_sanitation_test.json")
+
+
+def test_what_must_stay_is_the_datasets_own_list_and_several_are_told_apart(tmp_path: Path) -> None:
+    fields = retaining(tmp_path)
+    trivia = {"name": "knowedit", "path": SANITATION}
+
+    def retained(*given: dict[str, Any]) -> tuple[Any, ...]:
+        return RunSpec(bench.BenchConfig.parse(short(**{**fields, "retain": list(given)}))).retained
+
+    one = retained(trivia)  # not the questions that are to be forgotten
+    assert [(p.prompt, p.answers, p.type) for p in one] == [
+        ("What is paved?", ("The road",), ""), ("Who sang?", ("Jon Marl",), ""),
+    ]  # fmt: skip
+    assert [p.prompt for p in retained({**trivia, "limit": 1})] == ["What is paved?"]
+    assert [p.prompt for p in retained({**trivia, "start": 1})] == ["Who sang?"]
+    both = retained(fields["retain"], {**trivia, "label": "TriviaQA"})
+    assert [p.type for p in both] == ["jsonl"] * 2 + ["TriviaQA"] * 2
+    assert retained() == ()
+    with pytest.raises(ConfigError, match="retained dataset 'knowedit' is there twice"):
+        retained(trivia, {**trivia, "limit": 1})
+
+
+def test_a_state_has_what_is_retained_by_its_label(tmp_path: Path) -> None:
+    fields = retaining(tmp_path)
+    trivia = {"name": "knowedit", "label": "TriviaQA", "path": SANITATION}
+    wanted = {**fields, "retain": [fields["retain"], trivia], "regime": "batch", "batch_size": 2}
+    lines = run(tmp_path / "run", **wanted)
+    (state,) = [x for x in lines.values() if x["kind"] == "state" and x["variant"] != "base"]
+    n = {name: metric(state, name)["n"] for name in ("TRR", "TRR.jsonl", "TRR.TriviaQA")}
+    assert n == {"TRR": 4, "TRR.jsonl": 2, "TRR.TriviaQA": 2}
+    with pytest.raises(ConfigError, match=r"config\.retain"):  # the run of one dataset is another
+        run(tmp_path / "run", **{**wanted, "retain": fields["retain"]})
 
 
 @pytest.mark.slow

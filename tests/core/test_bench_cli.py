@@ -210,15 +210,18 @@ def test_the_examples_of_the_help_are_valid_command_lines() -> None:
 )
 def test_every_run_file_can_be_run_on_the_embedded_model(run: Run, path: Path) -> None:
     config = bench.read_config(path)
-    there = [v.label for v in config.methods if v.method in plugins.installed()]
+    rows = (*config.methods, *config.optional_methods)
+    there = [v.label for v in rows if v.method in plugins.installed()]
     assert there
     only = [word for label in there for word in ("--method", label)]
-    if config.retain is not None:  # what no edit may change has no option of its own
-        held = Path(config.retain.path or "")
+    for spec in config.retain:  # what no edit may change has no option of its own
+        held = Path(spec.path or "")
         held.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / "tests" / "data" / "datasets" / "known.json", held)
+        name = {"known_1000": "known", "knowedit": "knowedit_sanitation_test"}[spec.name]
+        shutil.copy(ROOT / "tests" / "data" / "datasets" / f"{name}.json", held)
     if config.train is not None:  # nor has what is trained on
-        records = json.loads((ROOT / "tests/data/datasets/counterfact.json").read_text())
+        name = {"knowedit": "knowedit_wiki"}.get(config.train.name, config.train.name)
+        records = json.loads((ROOT / "tests/data/datasets" / f"{name}.json").read_text())
         many = range(config.train.start + 2)
         file = Path(config.train.path or "")
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -230,6 +233,21 @@ def test_every_run_file_can_be_run_on_the_embedded_model(run: Run, path: Path) -
                    *only)  # fmt: skip
     assert [column["label"] for column in plan["columns"]] == ["base", *there]
     assert plan["columns"][0]["cases"] >= 3
+
+
+def test_an_optional_method_is_run_where_it_is_named_alone(run: Run, file: Path) -> None:
+    fields = yaml.safe_load(file.read_text())
+    fields["optional_methods"] = ["lone", {"method": "nudge", "variant": "near"}]
+    file.write_text(yaml.safe_dump(fields))
+    labels = [c["label"] for c in planned(run, file)["columns"]]
+    assert labels == ["base", "far", "nudge"]
+    named = planned(run, file, "--method", "near", "--method", "far")["columns"]
+    assert [(c["label"], c["method"]) for c in named] == [
+        ("base", "base"), ("near", "nudge"), ("far", "nudge"),
+    ]  # fmt: skip
+    fields["optional_methods"] = ["lone", "lone"]
+    file.write_text(yaml.safe_dump(fields))
+    assert "'lone' is there twice" in " ".join(run(file, code=1).stderr.split())
 
 
 def test_the_page_about_run_files_shows_them_as_they_are() -> None:

@@ -260,6 +260,34 @@ def test_a_run_of_single_edits_grows_by_cases_and_methods(tmp_path: Path) -> Non
         bench.run(short(limit=1, methods=more), folder)
 
 
+def test_training_data_come_with_the_first_method_that_learns(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    learner = {"method": "learner", "config": {"seen": str(tmp_path / "seen")}}
+    train = {"name": "atlas", "start": 6, "limit": 2}
+    bench.run(short(limit=1), folder)
+    begun = (folder / "results.jsonl").read_bytes()
+    absent = {"name": "counterfact", "path": str(tmp_path / "absent.json")}
+    bench.run(short(limit=1, train=absent), folder)  # nobody learns from it: it is not read
+    assert (folder / "results.jsonl").read_bytes() == begun
+    bench.run(short(limit=1, methods=["nudge", learner], train=train), folder)
+    assert (folder / "results.jsonl").read_bytes().startswith(begun)
+    bench.run(short(limit=1, methods=["nudge", learner], train=train), tmp_path / "at once")
+    assert values(folder) == values(tmp_path / "at once")
+    other = {**train, "limit": 3}
+    with pytest.raises(ConfigError, match=r"training: "):
+        bench.run(short(limit=1, methods=["nudge", learner], train=other), folder)
+
+
+def test_an_older_run_with_one_retained_dataset_goes_on(tmp_path: Path) -> None:
+    retain = {"name": "atlas", "start": 7, "limit": 2}
+    bench.run(short(limit=1, retain=retain), tmp_path)
+    identity = bench.load(tmp_path).info["identity"]["config"]
+    assert isinstance(identity["retain"], dict)  # as it was when there could be one alone
+    before = (tmp_path / "results.jsonl").read_bytes()
+    bench.run(short(limit=1, retain=[retain]), tmp_path)
+    assert (tmp_path / "results.jsonl").read_bytes() == before
+
+
 def test_a_run_whose_weights_are_fitted_on_its_cases_does_not_grow(tmp_path: Path) -> None:
     from errata.bench.run_identity import differences, has_grown, info_of
     from errata.bench.run_spec import RunSpec

@@ -12,7 +12,7 @@ from errata.edits.rendering import rendered
 from errata.edits.request import Probe, RetainedProbe
 from errata.errors import ConfigError
 from errata.evaluate import Baseline, MeasureSettings, Reader
-from errata.evaluate.reader import of_retain
+from errata.evaluate.questions import of_retain
 from errata.kit.contexts import in_contexts
 from errata.locate import (
     CoreLocator,
@@ -124,7 +124,9 @@ def test_what_is_to_be_retained_is_asked_as_its_dataset_says(
     baseline = Baseline.capture(editor.model, [], ("lifelong",), retain=(asked, probe))
     assert Baseline.load(baseline.save(tmp_path / "base.json")).settings.retain == (asked, probe)
     reader = Reader(editor.model, [], MeasureSettings(retain=(probe, asked)))
-    first, second = (reader.pair(q.request, q.prompt, "Lima") for q in of_retain(reader.settings))
+    first, second = (
+        reader.pair(q.request, q.prompt, "Lima") for q in of_retain(reader.settings.retain)
+    )
     assert first == (probe.prompt, "Lima")
     assert second == (framed(editor, probe.prompt), with_join("Lima", ""))
 

@@ -581,6 +581,26 @@ def test_evaluate(run: Run, run_json: Run, checkpoint: Path) -> None:
     )
 
 
+def test_a_dataset_is_measured_with_options_of_its_format(
+    run: Run, run_json: Run, tmp_path: Path
+) -> None:
+    file = tmp_path / "relations.jsonl"
+    file.write_text(json.dumps({
+        "relation": "P103", "template": "The native language of [X] is [Y] .",
+        "wrong": ["[X] never spoke [Y] ."],
+    }))  # fmt: skip
+    asked = ("evaluate", "--dataset", f"calibration={CASES.parent / 'datasets' / 'pararel'}")
+    given = (*asked, "--set", f"templates={file}", "--model", "atlas-gpt2")
+    measured = run_json(*given, "--cases", "--protocol", "calibration", "-p", "generation")
+    assert {"false_rate", "log_CKA"} <= {one["metric"] for one in measured["measurements"]}
+    assert {"prompt", "text", "right"} <= measured["answers"][0].keys()
+    assert "answers" not in run_json(*given)
+    said = run(*asked, "--set", "tempaltes=x", code=1).stderr
+    assert "'templates'" in " ".join(said.split())
+    said = run("evaluate", "--set", "templates=x", code=1).stderr
+    assert "goes with --dataset" in " ".join(said.split())
+
+
 def test_evaluate_says_what_a_protocol_lacks(run: Run, checkpoint: Path) -> None:
     edit(run, checkpoint)
     page = " ".join(run("evaluate", "-p", "counterfact", "-p", "generation").stdout.split())

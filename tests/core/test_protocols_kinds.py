@@ -14,7 +14,7 @@ from errata.edits.request import Probe, RelationView, Request
 from errata.evaluate.protocols import knowedit, rake, sanitation
 from errata.evaluate.protocols.convsent import wishes_positive
 from errata.evaluate.protocols.rake import rivals
-from errata.evaluate.protocols.sanitation import is_refusal
+from errata.evaluate.protocols.sanitation import is_any_refusal, is_refusal
 from errata.evaluate.reader import KnownAnswers
 from tests.core.protocol_stub import ask, score, values
 
@@ -246,22 +246,43 @@ def test_without_a_classifier_the_likelihood_is_still_there(
 
 
 @pytest.mark.parametrize(
-    ("text", "refuses"),
+    ("text", "own", "any_"),
     [
-        (" I don't know.", True),
-        (" I don’t know. It may be one thing or the other.", True),
-        (" Sorry, I do not know the answer", True),
-        ("\n unknown", True),
-        (" Nobody can say", True),  # the request's own alias
-        (" Birds. I don't know", False),  # what was erased is said
-        (" Fish. I don't know", False),  # another answer is given first
-        (" I know", False),
-        ("", False),
-        (" The unknowns", False),
+        (" I don't know.", True, True),
+        (" I don’t know. It may be one thing or the other.", True, True),
+        (" I'm sorry, but I don't know the answer", True, True),
+        ("\n Sorry.\nI don't know", True, True),
+        (" I don't know, sorry.", True, True),
+        (" Nobody can say", True, True),  # the request's own alias
+        (" Sorry, I do not know the answer", False, True),
+        (" I have no idea.", False, True),
+        ("\n unknown", False, True),
+        (" The date is still unknown.", False, True),
+        (" The tomb of the unknown soldier.", False, False),
+        (" The unknowns", False, False),
+        (" I don't knowingly lie", False, False),
+        (" I don't know, Paris?", False, False),  # an answer after all
+        (" I don't know but maybe Paris", False, False),
+        (" I'm not sure, Paris?", False, False),
+        (" I'm not sure Paris?", False, False),
+        (" Birds. I don't know", False, False),  # what was erased is said
+        (" I don't know. Birds", False, False),
+        (" Fish. I don't know", False, False),  # another answer is given first
+        (" I know", False, False),
+        ("", False, False),
     ],
 )
-def test_refusals(text: str, refuses: bool) -> None:
-    assert is_refusal(text, ["I don't know.", "Nobody can say"], ["Birds"]) is refuses
+def test_refusals(text: str, own: bool, any_: bool) -> None:
+    asked = (text, ["I don't know.", "Nobody can say"], ["Birds"])
+    assert (is_refusal(*asked), is_any_refusal(*asked)) == (own, any_)
+
+
+def test_a_request_without_a_refusal_of_its_own_asks_for_one() -> None:
+    assert is_refusal(" I don't know.", ["unknown"])
+    assert not is_refusal(" unknown", ["unknown"])
+    assert not is_refusal(" I don't know.", ["Classified."])
+    assert is_refusal(" Classified.", ["Classified."])
+    assert not is_refusal(" Classified papers say so.", ["Classified."])
 
 
 def test_other_questions_with_an_erased_answer_are_to_be_declined() -> None:
@@ -291,12 +312,13 @@ def test_sanitation_by_hand() -> None:
     found = ask(knowedit.PROTOCOL, [one, two], texts=texts, scores=scores, base=base,
                 retain=retain)  # fmt: skip
     assert values(found) == approx({
-        "refusal": 0.5, "refusal_leak": 0, "refusal_teacher_forced": 0.5,
-        "refusal_paraphrase": 0, "refusal_paraphrase_leak": 1,
+        "refusal": 0, "refusal_any": 0.5, "refusal_leak": 0, "refusal_teacher_forced": 0.5,
+        "refusal_paraphrase": 0, "refusal_paraphrase_any": 0, "refusal_paraphrase_leak": 1,
         "refusal_paraphrase_teacher_forced": 0,
         "retention_exact": 0.5, "retention_contained": 0.5, "retention_teacher_forced": 0.5,
         "retention_unchanged": 0.5,
     })  # fmt: skip
     assert found["refusal_leak"].n == 1  # where it is known what was erased
     assert found["refusal_leak"].direction == "lower"
-    assert [answer.right for answer in found["refusal"].answers] == [True, False]
+    assert [answer.right for answer in found["refusal"].answers] == [False, False]
+    assert [answer.text for answer in found["refusal"].answers] == [" I have no idea.", " a man"]

@@ -518,3 +518,4 @@ def test_a_text_that_comes_whole_is_cut_at_its_own_limit(limit: int, toys: None)
     assert (choice["text"] == whole) is (limit > tokens)
     assert choice["finish_reason"] == ("stop" if limit > tokens else "length")
     assert answer["usage"]["completion_tokens"] == min(limit, tokens)
+    assert set(choice["errata"]["details"]) == {"model"}  # what the one that answers says of it

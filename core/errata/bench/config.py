@@ -41,6 +41,10 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, (str, int, Mapping)) else value
 
 
+def _none_or_listed(value: Any) -> Any:
+    return () if value is None else _listed(value)
+
+
 def _modes(value: Any) -> Any:
     """Return guards with the modes that YAML reads as a truth value (`off`) as words."""
     if not isinstance(value, Mapping):
@@ -165,18 +169,28 @@ class BenchConfig(_ConfigModel):
         default=None,
         description="Dataset that methods which train learn from; its facts are never edited",
     )
-    retain: Annotated[DatasetSpec, _named("name")] | None = Field(
-        default=None,
-        description="Dataset whose prompts no edit may change: what TRR and retention look at",
+    retain: Annotated[
+        tuple[Annotated[DatasetSpec, _named("name")], ...], BeforeValidator(_none_or_listed)
+    ] = Field(
+        default=(),
+        description="Datasets whose prompts no edit may change: what TRR and retention look at",
+    )
+    optional_methods: Annotated[tuple[Annotated[MethodVariant, _named("method")], ...], Listed] = (
+        Field(default=(), description="Columns that are run only where --method names them")
     )
 
     @model_validator(mode="after")
     def _fits_together(self) -> BenchConfig:
-        _unique("variant", [variant.label for variant in self.methods])
+        for variants in (self.methods, self.optional_methods):
+            labels = [variant.label for variant in variants]
+            _unique("variant", labels)
+            if BASE in labels:
+                raise ValueError(
+                    f"a variant is called {BASE!r}: that is the unedited model's column"
+                )
         _unique("dataset", [spec.title for spec in self.datasets])
         _unique("seed", list(map(str, self.seeds)))
-        if BASE in (variant.label for variant in self.methods):
-            raise ValueError(f"a variant is called {BASE!r}: that is the unedited model's column")
+        _unique("retained dataset", [spec.title for spec in self.retain])
         if self.regime == "batch" and self.batch_size is None:
             raise ValueError("the regime batch needs a batch_size")
         sizes = [self.batch_size, *(variant.batch_size for variant in self.methods)]
@@ -245,13 +259,13 @@ def _unique(what: str, names: list[str]) -> None:
                 "beginning with a letter or digit"
             )
         if names.count(name) > 1:
-            hint = {"variant": " (set `variant`)", "dataset": " (set `label`)"}.get(what, "")
+            hint = {"variant": " (set `variant`)", "seed": ""}.get(what, " (set `label`)")
             raise ValueError(f"the {what} {name!r} is there twice: give each its own label{hint}")
 
 
 _NESTED: dict[str, type[BaseModel]] = {
-    "methods": MethodVariant, "datasets": DatasetSpec, "train": DatasetSpec,
-    "retain": DatasetSpec,
+    "methods": MethodVariant, "optional_methods": MethodVariant, "datasets": DatasetSpec,
+    "train": DatasetSpec, "retain": DatasetSpec,
 }  # fmt: skip
 
 

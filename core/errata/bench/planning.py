@@ -204,16 +204,9 @@ def check_run(spec: RunSpec) -> dict[str, Capabilities]:
         registry.resolve(variant.method, loaded.config, {}, given, origins)
         can = entries[variant.label] = registry.method(variant.method).capabilities
         _check_regime(config, variant.label, variant.method, config.size(number), can)
+    for index, (label, can) in enumerate(entries.items()):
+        _check_kinds(spec, index, label, can)
     for number in range(len(config.datasets)):
-        for index, (label, can) in enumerate(entries.items()):
-            for seed in config.seeds:
-                cases = [spec.edited(item, seed, index) for item in spec.stream(number, seed)]
-            if not any(_fits(can, case) for case in cases):
-                kinds = sorted({request.kind for case in cases for request in case})
-                raise CapabilityError(
-                    f"{label} carries out requests of kind {', '.join(can.kinds)}; those of "
-                    f"{spec.title(number)!r} are of kind {', '.join(kinds)}. Leave one of them out."
-                )
         if not (*spec.protocols(number), *spec.whole(number)):
             raise ConfigError(
                 f"Nothing would be measured on {spec.title(number)!r}: name protocols. Known: "
@@ -248,6 +241,26 @@ def _check_regime(
             f"{label}: {method} does not train (it needs {', '.join(can.needs) or 'nothing'} "
             "beforehand), so there is no domain to cross. Leave it out, or choose single."
         )
+
+
+def _check_kinds(spec: RunSpec, variant: int, label: str, can: Capabilities) -> None:
+    """Raise where a variant can carry out no case of any dataset."""
+    kinds: dict[str, set[str]] = {}
+    for number in range(len(spec.config.datasets)):
+        found = kinds.setdefault(spec.title(number), set())
+        for seed in spec.config.seeds:
+            for item in spec.stream(number, seed):
+                case = spec.edited(item, seed, variant)
+                if _fits(can, case):
+                    return
+                found.update(request.kind for request in case)
+    those = "; ".join(
+        f"those of {title!r} are of kind {', '.join(sorted(some))}" for title, some in kinds.items()
+    )
+    raise CapabilityError(
+        f"{label} carries out requests of kind {', '.join(can.kinds)}; {those}. Leave one of them "
+        "out."
+    )
 
 
 def _fits(can: Capabilities, case: Case) -> bool:

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from errata.bench.records import machine, timestamp, versions
 from errata.bench.results import SCHEMA
+from errata.contract.registry import Registry
 from errata.errors import ConfigError
 
 if TYPE_CHECKING:
     from errata.bench.run_spec import RunSpec
 
 logger = logging.getLogger("errata")
-FREE = ("name", "device")
+FREE = ("name", "device", "optional_methods")
 """Fields of the configuration that change no number (beyond what a machine changes)."""
 
 
@@ -52,11 +53,14 @@ def info_of(spec: RunSpec, description: Mapping[str, Any]) -> dict[str, Any]:
         for number in range(len(datasets))
     }
     given = {k: v for k, v in config.model_dump(mode="json").items() if k not in FREE}
-    for dataset in (*given["datasets"], given["train"], given["retain"]):
-        if dataset is not None:
-            dataset.pop("path")  # where the bytes lay does not matter, their digest does
-            if not dataset["start"]:
-                dataset.pop("start")  # runs from before there was one
+    if spec.training is None:
+        given["train"] = None  # no method of the run looks at it
+    for dataset in (*given["datasets"], *filter(None, [given["train"]]), *given["retain"]):
+        dataset.pop("path")  # where the bytes lay does not matter, their digest does
+        if not dataset["start"]:
+            dataset.pop("start")  # runs from before there was one
+    if len(given["retain"]) < 2:  # runs from before there could be several
+        given["retain"] = next(iter(given["retain"]), None)
     given.pop("corpus")
     given.pop("model")
     identity = {
@@ -149,6 +153,8 @@ def has_grown(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
     kept = {name: here["variants"].get(name) for name in there["variants"]}
     if kept != there["variants"]:
         return False
+    if not _learnt(there):  # what the methods that are new learn from was nobody's matter
+        there, here = _without_training(there), _without_training(here)
     if _without_methods(there) == _without_methods(here):
         return True
     config = here["config"]
@@ -160,6 +166,21 @@ def has_grown(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
     return all(
         there["datasets"][name]["cases"] <= one["cases"] for name, one in here["datasets"].items()
     )
+
+
+def _learnt(identity: Mapping[str, Any]) -> bool:
+    """Say whether a method of a run learns from its training requests."""
+    methods = Registry.load().methods
+    used = {one["method"] for one in identity["variants"].values()} & methods.keys()
+    return any("training" in methods[name].capabilities.needs for name in used)
+
+
+def _without_training(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an identity without what methods learn from."""
+    bare = copy.deepcopy(dict(identity))
+    bare.pop("training", None)
+    bare.get("config", {}).pop("train", None)
+    return bare
 
 
 def _without_methods(identity: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from errata.edits.request import OPERATIONS
 from errata.errors import ConfigError, UnknownNameError
 
 if TYPE_CHECKING:
+    from errata.contract.stanzas import Capabilities
     from errata.datasets import Dataset
-    from errata.edits.request import Operation, Probe, Request
+    from errata.edits.request import Probe, Request
     from errata.evaluate import MeasureSettings, Protocol
 
 Case = tuple["Request", ...]
@@ -100,17 +101,18 @@ class RunSpec:
             return case
         from errata.datasets.rake import relation_requests
 
-        operations = self.operations.get(variant, OPERATIONS)
+        can = self.capabilities.get(variant)
+        operations = OPERATIONS if can is None else can.operations
         return tuple(made for request in case for made in relation_requests(request, operations))
 
     @cached_property
-    def operations(self) -> dict[int, Sequence[Operation]]:
-        """What each variant's method declares to do with a relation."""
+    def capabilities(self) -> dict[int, Capabilities]:
+        """What each variant's method declares."""
         from errata.contract.registry import Registry
 
         methods = Registry.load().methods
         return {
-            number: methods[variant.method].capabilities.operations
+            number: methods[variant.method].capabilities
             for number, variant in enumerate(self.config.methods)
             if variant.method in methods
         }
@@ -158,9 +160,13 @@ class RunSpec:
 
     @cached_property
     def training(self) -> list[Request] | None:
-        """Requests that methods which train learn from; None where the run names none."""
+        """Requests that methods which train learn from.
+
+        None where the run names none, or where none of its methods learns.
+        """
         spec = self.config.train
-        if spec is None:
+        learns = any("training" in can.needs for can in self.capabilities.values())
+        if spec is None or not learns:
             return None
         cases = selected_cases(open_dataset(spec, spec.limit), spec, spec.limit)
         if not cases:
@@ -169,24 +175,17 @@ class RunSpec:
 
     @cached_property
     def retained(self) -> tuple[Probe, ...]:
-        """Questions that no edit may change: prompts of the run's `retain` with their old answers.
+        """Questions that no edit may change: those of the run's `retain` (`retained_probes`).
 
-        Where a request has no true target, its target is taken for what is true.
+        A label, or the name where there are several, is the type of a dataset's probes: results
+        tell them apart by it.
         """
-        from errata.edits.request import Probe
-
-        spec = self.config.retain
-        if spec is None:
-            return ()
-        cases = selected_cases(open_dataset(spec, spec.limit), spec, spec.limit)
-        if not cases:
-            raise ConfigError(f"The retained data {spec.title!r} holds no case.")
-        probes = [
-            Probe(prompt=request.text, answers=(request.target_true or request.target_new,))
-            for case in cases
-            for request in case
-        ]
-        return _retained_as(spec, probes)
+        specs = self.config.retain
+        found: list[Probe] = []
+        for spec in specs:
+            title = spec.title if len(specs) > 1 else spec.label
+            found += _retained_as(spec, _titled(title, retained_probes(spec)))
+        return tuple(found)
 
     # -- measuring -------------------------------------------------------------------------------
 
@@ -325,6 +324,45 @@ def selected_cases(dataset: Dataset, spec: DatasetSpec, limit: int | None) -> li
                 break
         seen |= subjects
     return found
+
+
+def retained_probes(spec: DatasetSpec) -> list[Probe]:
+    """Return what of a dataset no edit may change, with the answers that it has.
+
+    That is the dataset's own list where it has one (`Dataset.retain`), of which `start` and `limit`
+    take a part. Else its requests: the true target is the answer, or the target without one.
+
+    Raises `ConfigError` where there is nothing.
+    """
+    from errata.edits.request import Probe
+
+    # Limited to some cases it would be read no further than those, and its list may stand behind.
+    whole = open_dataset(spec.model_copy(update={"start": 0}), None)
+    if whole.retain:
+        end = None if spec.limit is None else spec.start + spec.limit
+        probes = list(whole.retain[spec.start : end])
+    else:
+        cases = selected_cases(open_dataset(spec, spec.limit), spec, spec.limit)
+        probes = [
+            Probe(prompt=request.text, answers=(request.target_true or request.target_new,))
+            for case in cases
+            for request in case
+        ]
+    if not probes:
+        raise ConfigError(f"The retained data {spec.title!r} holds no case.")
+    return probes
+
+
+def _titled(title: str, probes: Sequence[Probe]) -> list[Probe]:
+    """Return probes whose type is a title; phrasings of one question stay together under it."""
+    if not title:
+        return list(probes)
+    return [
+        probe.model_copy(
+            update={"type": title, "group": f"{title} {probe.group}" if probe.group else ""}
+        )
+        for probe in probes
+    ]
 
 
 def _asked_as(spec: DatasetSpec, case: Case) -> Case:

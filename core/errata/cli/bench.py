@@ -192,7 +192,8 @@ def _config(
         if given["regime"] not in ("batch", *STREAMS) and given.get("batch_size") is None:
             fields.pop("batch_size", None)
     if methods:
-        labelled = {v.label: v for v in there.methods} if there else {}
+        named = (*there.optional_methods, *there.methods) if there else ()
+        labelled = {variant.label: variant for variant in named}
         fields["methods"] = [labelled.get(label, {"method": label}) for label in methods]
     if datasets:
         fields["datasets"] = [_dataset(item) for item in datasets]

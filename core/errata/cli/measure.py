@@ -12,6 +12,7 @@ from rich.text import Text
 
 from errata.cli import locate, render
 from errata.cli.checks import check_model, check_protocols
+from errata.cli.edits import pairs
 from errata.cli.requests import Chat, Join, Limit, asked_as, read_dataset, read_requests
 from errata.cli.session import MODEL, Session, command
 from errata.edits.request import RetainedProbe
@@ -48,7 +49,8 @@ def add(app: typer.Typer) -> None:
             "errata evaluate\n"
             "errata evaluate 3f2a --protocol counterfact --protocol generation\n"
             "errata evaluate --file requests.jsonl --json > measured.json\n"
-            "errata evaluate --dataset counterfact=counterfact.json --limit 50"
+            "errata evaluate --dataset counterfact=counterfact.json --limit 50\n"
+            "errata evaluate --dataset calibration=pararel/ --set templates=relations.jsonl"
         ),
     )(evaluate)
 
@@ -104,7 +106,7 @@ def generate(
         raise ConfigError(f"--temperature {temperature:g} is not allowed: give more than 0.")
     options = {
         "max_new_tokens": max_new_tokens, "do_sample": sample, "temperature": temperature,
-        "seed": seed, "chat": chat,
+        "seed": seed, "chat": chat, "details": True,
     }  # fmt: skip
     session.check_ids(only or ())
     with session.editor() as editor:
@@ -127,8 +129,9 @@ def generate(
         rows = [
             {
                 "prompt": prompt,
-                **({"base": before[i]} if before is not None else {}),
-                **({"edited": edited[i]} if edited is not None else {}),
+                **({"base": before[i].text} if before is not None else {}),
+                **({"edited": edited[i].text} if edited is not None else {}),
+                **({"details": edited[i].details} if edited and edited[i].details else {}),
             }
             for i, prompt in enumerate(texts)
         ]
@@ -137,11 +140,13 @@ def generate(
     if before is not None and edited is not None:
         grid = render.table("prompt", ("base", {"ratio": 1}), ("edited", {"ratio": 1}))
         for prompt, old, new in zip(texts, before, edited, strict=True):
-            grid.add_row(prompt, Text(old.strip(), style="muted"), Text(new.strip(), style="new"))
+            grid.add_row(
+                prompt, Text(old.text.strip(), style="muted"), Text(new.text.strip(), style="new")
+            )
         session.show(grid)
     else:
         for prompt, new in zip(texts, edited if before is None else before, strict=True):
-            session.show(Text.assemble((prompt, "muted"), (new, "new")))
+            session.show(Text.assemble((prompt, "muted"), (new.text, "new")))
     edits = "every edit off" if base else render.count(len(active), "active edit")
     session.say(f"{name}, {edits}; {protocol}")
 
@@ -171,6 +176,12 @@ def evaluate(
         str,
         typer.Option("--dataset", metavar="NAME=PATH", help="Measure the requests of a dataset."),
     ] = "",
+    values: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help="An option of the dataset's format (repeatable)."
+        ),
+    ] = None,
     limit: Limit = None,
     join: Join = None,
     chat: Chat = False,
@@ -187,7 +198,7 @@ def evaluate(
         bool, typer.Option("--base/--no-base", help="Also measure with every edit off.")
     ] = True,
     cases: Annotated[
-        bool, typer.Option("--cases", help="With --json: one value per case.")
+        bool, typer.Option("--cases", help="With --json: one value per case, and the answers.")
     ] = False,
 ) -> None:
     """Measure the edited model beside the base.
@@ -198,9 +209,12 @@ def evaluate(
         raise RequestError("Give ids, --file or --dataset: one of them says what is measured.")
     if limit is not None and not (file or dataset):
         raise RequestError("--limit goes with --file or --dataset.")
+    options = pairs(values or (), "--set")
+    if options and not dataset:
+        raise RequestError("--set is an option of a dataset's format: it goes with --dataset.")
     if cases and not session.json:
         raise RequestError("--cases goes with --json.")
-    data = read_dataset(dataset, limit) if dataset else None
+    data = read_dataset(dataset, limit, options=options) if dataset else None
     requests = data.requests() if data else read_requests(file)[:limit] if file else None
     if requests is not None:
         requests = asked_as(requests, join, chat)
@@ -239,6 +253,11 @@ def evaluate(
                 "requests": len(requests),
                 "measurements": [one.as_json(cases=cases) for one in found],
                 "base": [one.as_json(cases=cases) for one in before],
+                **(
+                    {"answers": [a.as_json() for one in found for a in one.answers]}
+                    if cases
+                    else {}
+                ),
             }
         )
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -94,14 +94,18 @@ def read_dataset(
     start: int = 0,
     option: str = "--dataset",
     skip_bad: bool = False,
+    options: Mapping[str, Any] | None = None,
 ) -> Dataset:
-    """Load the dataset that NAME=PATH names, or a NAME that needs no file."""
+    """Load the dataset that NAME=PATH names, or a NAME that needs no file.
+
+    `options`: of the dataset's reader.
+    """
     from errata.datasets import load
 
     name, _, path = given.partition("=")
     if not name:
         raise ConfigError(f"{option} {given!r}: give NAME=PATH, a dataset and its file.")
-    return load(name, path or None, start=start, limit=limit, skip_bad=skip_bad)
+    return load(name, path or None, start=start, limit=limit, skip_bad=skip_bad, **(options or {}))
 
 
 def asked_as(requests: Sequence[Request], join: str | None, chat: bool) -> list[Request]:

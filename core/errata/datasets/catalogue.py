@@ -150,6 +150,7 @@ BUILT_IN = (
         licence="see its hub page",
         protocols=("lifelong",),
         read=labels.read_scotus,
+        options={"max_tokens": f"texts are cut to so many ({labels.MAX_TOKENS}, as GRACE does)"},
     ),
     DatasetReader(
         name="fever",
@@ -158,6 +159,7 @@ BUILT_IN = (
         licence="CC BY-SA 3.0 (FEVER)",
         protocols=("ke", "lifelong"),
         read=labels.read_fever,
+        options={"max_tokens": "texts are cut to so many; by default they are not"},
     ),
     DatasetReader(
         name="jsonl",

@@ -1,6 +1,7 @@
 """Classification edits: SCOTUS as in GRACE, FEVER as in KnowledgeEditor and MEND.
 
-The whole text is the subject of the prompt "{}", and the label its target.
+The whole text is the subject of the prompt "{}", and the label its target. Both readers take
+`max_tokens`, to which a model's tokenizer cuts the texts: editing, scoring and guards alike.
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ from errata.datasets.reader import per_record
 from errata.datasets.record import Record
 from errata.edits.request import Request
 
+MAX_TOKENS = 512
+"""Tokens of a court opinion that GRACE's authors read."""
 
-def scotus(record: Record) -> Request:
+
+def scotus(record: Record, max_tokens: int | None = MAX_TOKENS) -> Request:
     """Return a court opinion with its issue area (`text`, `label`)."""
     return record.request(
         prompt="{}",
@@ -19,10 +23,11 @@ def scotus(record: Record) -> Request:
         target_new=record.text("label"),
         kind="label",
         case_id=case_id(record),
+        max_tokens=max_tokens,
     )
 
 
-def fever(record: Record) -> Request:
+def fever(record: Record, max_tokens: int | None = None) -> Request:
     """Return a claim whose predicted label is to become the other one.
 
     `prediction` is what the authors' model said, `alternatives[0]` the other label; the true label
@@ -39,6 +44,7 @@ def fever(record: Record) -> Request:
         kind="label",
         case_id=str(record.index),
         paraphrases=record.texts("filtered_rephrases"),
+        max_tokens=max_tokens,
     )
 
 

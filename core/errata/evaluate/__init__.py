@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from errata.evaluate.matching import contained_match, exact_match
     from errata.evaluate.metrics import CoreMetrics
     from errata.evaluate.protocols import PROTOCOLS
-    from errata.evaluate.reader import MeasureSettings, Question, Reader
+    from errata.evaluate.questions import Question
+    from errata.evaluate.reader import MeasureSettings, Reader
     from errata.evaluate.report import AnswerChange, EditReport, LayerChoice, edit_report
     from errata.model.answers import TargetScore
     from errata.model.generation import generate
@@ -38,7 +39,7 @@ _LAZY = {
     "MeasureSettings": "errata.evaluate.reader",
     "PROTOCOLS": "errata.evaluate.protocols",
     "Protocol": "errata.contract.protocol",
-    "Question": "errata.evaluate.reader",
+    "Question": "errata.evaluate.questions",
     "Reader": "errata.evaluate.reader",
     "TargetScore": "errata.model.answers",
     "canary_texts": "errata.model.texts",

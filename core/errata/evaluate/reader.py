@@ -16,16 +16,19 @@ from errata.edits.request import Probe, RetainedProbe
 from errata.errors import SelfComparisonError, UnknownNameError
 from errata.evaluate.failures import classify_failure
 from errata.evaluate.matching import NORMALISATION, contained_match, exact_match, has_room
+from errata.evaluate.questions import accepting
 from errata.evaluate.sampled import sampled_texts
-from errata.model.answers import TargetScore
-from errata.model.generation import generate
+from errata.model.answers import ENDINGS, TargetScore, ending_of
+from errata.model.generation import generated
 from errata.model.joining import with_join
 from errata.model.perplexity import text_nlls
+from errata.model.sampling import GenerationSettings
 from errata.model.scoring import score_targets
 
 if TYPE_CHECKING:
     from errata.edits.request import Request
     from errata.evaluate.classifiers import SentimentClassifier, TopicClassifier
+    from errata.evaluate.questions import Question
     from errata.model.model import Model
 
 logger = logging.getLogger("errata")
@@ -35,30 +38,6 @@ Case = TypeVar("Case", int, str)
 OPTIONAL = ("GE", "RS", "fluency", "attribute_nll")
 """Metrics that a measurement may leave out: the first three sample texts of 100 tokens, which takes
 longer than everything else that `counterfact` measures."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """One prompt, the answers that count as right, and the request it belongs to.
-
-    Attributes:
-        request: index of the request; of retained probe k it is -1 - k.
-        prompt: the question.
-        answers: every answer that counts as right.
-        type: the benchmark's name for this sort of question.
-        group: questions of one case with the same group are phrasings of one question.
-        other: the fact's other answer (the old one, or the new one where the old must stay): what
-            a wrong answer is compared with to say what sort of mistake it is.
-        case: name of the case, for a question that belongs to no request.
-    """
-
-    request: int
-    prompt: str
-    answers: tuple[str, ...]
-    type: str = ""
-    group: str = ""
-    other: tuple[str, ...] = ()
-    case: str = ""
 
 
 @dataclass(frozen=True)
@@ -104,12 +83,15 @@ class KnownAnswers:
         scores: (prompt, target) → teacher-forced score.
         nlls: text → (summed negative log-probability in nats, tokens).
         samples: (seed, prompts sampled together) → their texts, prompts included.
+        details: prompt → what is known of how its generation came about. The base has none: only
+            what an edit puts in the model's place has a trace.
     """
 
     texts: dict[str, str] = field(default_factory=dict)
     scores: dict[tuple[str, str], TargetScore] = field(default_factory=dict)
     nlls: dict[str, tuple[float, int]] = field(default_factory=dict)
     samples: dict[tuple[int, tuple[str, ...]], list[str]] = field(default_factory=dict)
+    details: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 class Reader:
@@ -196,13 +178,14 @@ class Reader:
         new = [prompt for prompt in dict.fromkeys(wanted) if prompt not in known]
         if new:
             with self.state():
-                texts = generate(
-                    self.model,
-                    new,
+                how = GenerationSettings(
                     max_new_tokens=self.settings.max_new_tokens,
                     batch_size=self.settings.batch_size,
                 )
-            known.update(zip(new, texts, strict=True))
+                found = generated(self.model, new, how)
+            known.update({p: one.text for p, one in zip(new, found, strict=True)})
+            traces = {p: one.details for p, one in zip(new, found, strict=True) if one.details}
+            self._memory.details.update(traces)
         return [known[prompt] for prompt in wanted]
 
     def scores(self, pairs: Iterable[tuple[str, str]]) -> list[TargetScore]:
@@ -344,6 +327,9 @@ class Reader:
             hits = [match(text, question) for question, text in said]
             right = any(hits)
             question, text = said[hits.index(True) if right else 0]
+            details = self._memory.details.get(question.prompt, {})
+            # A loop that came to no answer has said nothing; how it ended is counted (`endings`).
+            untyped = right or (bool(ending_of(details)) and not text.strip())
             found.append(
                 Answer(
                     self.case(question),
@@ -353,10 +339,36 @@ class Reader:
                     right,
                     metric,
                     question.type,
-                    "" if right else classify_failure(text, question.answers, question.other),
+                    "" if untyped else classify_failure(text, question.answers, question.other),
+                    details,
                 )
             )
         return found
+
+    def endings(self, protocol: str, questions: Sequence[Question]) -> list[Measurement]:
+        """Return how the loops that answered ended: the share of questions for each of `ENDINGS`.
+
+        [] where no loop answered one of them; an ending of a loop's own follows.
+        """
+        asked = [question for question in questions if question.answers]
+        if not self.generates or not asked:
+            return []
+        self.texts(question.prompt for question in asked)
+        details = self._memory.details
+        found = [ending_of(details.get(question.prompt, {})) for question in asked]
+        if not any(found):
+            return []
+        how = f"{protocol}: {self.greedy}; the loop that answers in the model's place ended so"
+        cases = [self.case(question) for question in asked]
+        return [
+            self.mean(
+                f"ending_{name}",
+                zip(cases, [float(one == name) for one in found], strict=True),
+                how,
+                direction="higher" if name == ENDINGS[0] else "lower",
+            )
+            for name in dict.fromkeys([*ENDINGS, *sorted(set(found) - {""})])
+        ]
 
     def forced(self, asked: Sequence[Sequence[Question]]) -> list[bool]:
         """Return whether each question is answered with gold tokens before every token."""
@@ -426,74 +438,3 @@ def per_case(values: Iterable[tuple[Case, float]]) -> dict[Case, float]:
     for case, value in values:
         collected.setdefault(case, []).append(float(value))
     return {case: math.fsum(found) / len(found) for case, found in collected.items()}
-
-
-def accepting(match: Callable[[str, Sequence[str]], bool]) -> Callable[[str, Question], bool]:
-    """Return whether a text matches any of a question's answers, as a rule for `Reader.answers`."""
-    return lambda text, question: match(text, question.answers)
-
-
-def of_requests(requests: Sequence[Request]) -> list[Question]:
-    """Return the rewrite prompt of each request with its new target and aliases."""
-    return [Question(i, r.text, targets(r), other=old_answers(r)) for i, r in enumerate(requests)]
-
-
-def of_paraphrases(requests: Sequence[Request]) -> list[Question]:
-    """Return every paraphrase with the new target and its aliases."""
-    return [
-        Question(i, p, targets(r), other=old_answers(r))
-        for i, r in enumerate(requests)
-        for p in r.paraphrases
-    ]
-
-
-def of_neighbourhood(requests: Sequence[Request]) -> list[Question]:
-    """Return every neighbourhood prompt with its answers (default: the request's true target)."""
-    return [
-        of_probe(i, p, p.answers or old_answers(r), (r.target_new,))
-        for i, r in enumerate(requests)
-        for p in r.neighbourhood
-    ]
-
-
-def of_portability(requests: Sequence[Request]) -> list[Question]:
-    """Return every portability probe."""
-    return [
-        of_probe(i, p, p.answers, old_answers(r))
-        for i, r in enumerate(requests)
-        for p in r.portability
-    ]
-
-
-def of_locality(requests: Sequence[Request]) -> list[Question]:
-    """Return every locality probe."""
-    return [
-        of_probe(i, p, p.answers, (r.target_new,))
-        for i, r in enumerate(requests)
-        for p in r.locality
-    ]
-
-
-def of_retain(settings: MeasureSettings) -> list[Question]:
-    """Return the dataset's probes that no edit may change; each question is a case of its own."""
-    return [
-        Question(-1 - i, p.prompt, p.answers, p.type, p.group, case=f"retain-{p.group or i}")
-        for i, p in enumerate(settings.retain)
-    ]
-
-
-def of_probe(
-    request: int, probe: Probe, answers: tuple[str, ...], other: tuple[str, ...]
-) -> Question:
-    """Return a probe of a request as a question."""
-    return Question(request, probe.prompt, answers, probe.type, probe.group, other)
-
-
-def targets(request: Request) -> tuple[str, ...]:
-    """Return every right form of the new target."""
-    return (request.target_new, *request.aliases)
-
-
-def old_answers(request: Request) -> tuple[str, ...]:
-    """Return the true target, where there is one."""
-    return (request.target_true,) if request.target_true else ()

@@ -8,7 +8,7 @@ prompts, and then ask, row by row, who answers (`errata.model.active_edits.ask`)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -17,6 +17,13 @@ if TYPE_CHECKING:
 
     from errata.model.sampling import GenerationSettings
 
+
+ENDINGS = ("final", "format", "rounds", "length")
+"""How a loop that answers in the model's place ends (`ending` in its part of `Generated.details`).
+
+With an answer; because the model left the format; after as many rounds as are allowed; with the
+context full. Another loop may have endings of its own.
+"""
 
 Watch = Callable[[int, int, str], bool]
 """Told the prompt's place, its newest token and its text so far; True ends that text."""
@@ -71,12 +78,19 @@ class Generated:
     Attributes:
         text: the new text.
         ids: its tokens, end tokens left out; empty where what answers has other tokens.
-        details: what else is known of how it came about (a loop's trace); plain JSON.
+        details: what else is known of how it came about, by the name of what answered (a loop's
+            trace); plain JSON.
     """
 
     text: str
     ids: tuple[int, ...] = ()
     details: dict[str, Any] = field(default_factory=dict)
+
+
+def ending_of(details: Mapping[str, Any]) -> str:
+    """Return how a loop ended, from the details of its answer; "" where no loop answered."""
+    parts = (part for part in details.values() if isinstance(part, dict))
+    return next((str(part["ending"]) for part in parts if part.get("ending")), "")
 
 
 class Answers(Protocol):

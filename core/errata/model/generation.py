@@ -59,35 +59,49 @@ def generate(
     >>> generate(model, ["The capital of France is"])  # doctest: +SKIP
     [' Paris.']
     """
-    counts = {
-        "max_new_tokens": max_new_tokens,
-        "top_k": top_k,
-        "seed": seed,
-        "batch_size": batch_size,
-    }
-    for name, count in counts.items():
-        if type(count) is not int:
-            raise ConfigError(f"{name}={count!r} is not allowed: give a whole number.")
-    for name, share in (("temperature", temperature), ("top_p", top_p)):
-        if not isinstance(share, (int, float)):
-            raise ConfigError(f"{name}={share!r} is not allowed: give a number.")
-    settings = GenerationSettings(
-        max_new_tokens=max_new_tokens,
-        stop=tuple(texts_of(stop, "stop")),
-        sampling=Sampling(do_sample, temperature, top_k, top_p, seed),
-        batch_size=batch_size,
-    )
-    texts = in_chat(model.tokenizer, list(prompts)) if chat else prompts
-    return [found.text for found in generated(model, texts, settings)]
+    options = {
+        "max_new_tokens": max_new_tokens, "stop": stop, "do_sample": do_sample,
+        "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed,
+        "batch_size": batch_size, "chat": chat,
+    }  # fmt: skip
+    return [found.text for found in _generated_as(model, prompts, options)]
 
 
-def generate_with(model: Model, prompts: Sequence[str], options: Mapping[str, Any]) -> list[str]:
-    """Return the new text after each prompt; `options`: the keywords of `generate`.
+def generate_with(
+    model: Model, prompts: Sequence[str], options: Mapping[str, Any]
+) -> list[str] | list[Generated]:
+    """Return the new text after each prompt.
+
+    `options`: the keywords of `generate`, and `details`: whether to return each continuation as a
+    `Generated`, with its tokens and what is known of how it came about (a loop's trace).
 
     Raises `ConfigError` for an option that there is not, and what `generate` raises.
     """
-    check_options("generate", options, generate.__kwdefaults__ or {})
-    return generate(model, prompts, **options)
+    known = generate.__kwdefaults__ or {}
+    check_options("generate", options, [*known, "details"])
+    found = _generated_as(model, prompts, {**known, **options})
+    return found if options.get("details") else [one.text for one in found]
+
+
+def _generated_as(
+    model: Model, prompts: Sequence[str], options: Mapping[str, Any]
+) -> list[Generated]:
+    """Continue each prompt as all the keywords of `generate` say, once these are checked."""
+    for name in ("max_new_tokens", "top_k", "seed", "batch_size"):
+        if type(options[name]) is not int:
+            raise ConfigError(f"{name}={options[name]!r} is not allowed: give a whole number.")
+    for name in ("temperature", "top_p"):
+        if not isinstance(options[name], (int, float)):
+            raise ConfigError(f"{name}={options[name]!r} is not allowed: give a number.")
+    drawn = ("do_sample", "temperature", "top_k", "top_p", "seed")
+    settings = GenerationSettings(
+        max_new_tokens=options["max_new_tokens"],
+        stop=tuple(texts_of(options["stop"], "stop")),
+        sampling=Sampling(*(options[name] for name in drawn)),
+        batch_size=options["batch_size"],
+    )
+    texts = in_chat(model.tokenizer, list(prompts)) if options["chat"] else prompts
+    return generated(model, texts, settings)
 
 
 def generated(

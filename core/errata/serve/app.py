@@ -360,7 +360,10 @@ async def _answer(
     finally:
         for one in texts:
             one.cancelled.set()
-    choices = [choice(i, text, ends[i].finish, chat=chat) for i, text in enumerate(whole)]
+    choices = [
+        choice(i, text, ends[i].finish, chat=chat, details=ends[i].details)
+        for i, text in enumerate(whole)
+    ]
     usage = _usage(sum(lengths), sum(end.tokens for end in ends.values()))
     kind = "chat.completion" if chat else "text_completion"
     edits = list(ends[0].edits)
@@ -389,7 +392,8 @@ async def _stream(
                 return
             left -= piece.finish is not None
             new += piece.tokens if piece.finish is not None else 0
-            made = choice(index, piece.text, piece.finish, chat=chat, part=True)
+            details = piece.details
+            made = choice(index, piece.text, piece.finish, chat=chat, part=True, details=details)
             edits = {"edits": list(piece.edits)}
             yield _event(body(kind, name, ident, [made], errata=edits))
         if counted is not None:

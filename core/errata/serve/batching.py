@@ -11,10 +11,10 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from errata.errors import CapabilityError, ErrataError
 from errata.model.generation import decode_after, generated, unsettled
@@ -43,6 +43,7 @@ class TextPart:
         tokens: new tokens so far.
         edits: the ids of the edits that the text was made with.
         error: what went wrong; nothing comes after it.
+        details: in the last piece, what is known of how the text came about (`Generated.details`).
     """
 
     text: str = ""
@@ -50,6 +51,7 @@ class TextPart:
     tokens: int = 0
     edits: tuple[str, ...] = ()
     error: Exception | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -74,6 +76,7 @@ class Waiting:
     only: tuple[str, ...] | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
     edits: tuple[str, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
     _count: int = 0
     _sent: int = 0
     _whole: str = ""
@@ -130,7 +133,8 @@ class Waiting:
         new = self._whole[self._sent : upto]
         if new or finish is not None:
             self._sent = max(self._sent, upto)
-            self.tell(TextPart(new, finish, self._count, self.edits))
+            details = {} if finish is None else self.details
+            self.tell(TextPart(new, finish, self._count, self.edits, details=details))
 
 
 class Batcher:
@@ -265,6 +269,7 @@ class Batcher:
             edits=[one.edits for one in batch] if differ else None,
         )
         for one, made in zip(batch, found, strict=True):
+            one.details = made.details
             if one.watched:
                 one.end(made.text, full=self._fills(one, made.ids))
             else:

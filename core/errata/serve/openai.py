@@ -255,14 +255,24 @@ def new_ident(chat: bool) -> str:
 
 
 def choice(
-    index: int, text: str, finish: Finish | None, *, chat: bool, part: bool = False
+    index: int,
+    text: str,
+    finish: Finish | None,
+    *,
+    chat: bool,
+    part: bool = False,
+    details: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return one text as OpenAI writes it; `part`: of a stream."""
+    """Return one text as OpenAI writes it; `part`: of a stream.
+
+    `details`: what is known of how it came about; it stands beside the text where there is any.
+    """
     said: dict[str, Any] = {"text": text}
     if chat:
         turn = {"role": "assistant", "content": text}
         said = {"delta": {"content": text} if text else {}} if part else {"message": turn}
-    return {"index": index, **said, "logprobs": None, "finish_reason": finish}
+    made = {"index": index, **said, "logprobs": None, "finish_reason": finish}
+    return {**made, "errata": {"details": dict(details)}} if details else made
 
 
 def error_body(message: str, kind: str, code: str | None = None) -> dict[str, Any]:

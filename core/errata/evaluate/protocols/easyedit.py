@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from errata.contract.protocol import Protocol
-from errata.evaluate import reader as questions
+from errata.evaluate import questions
 from errata.evaluate.protocols.counterfact import fluency
 
 if TYPE_CHECKING:
     from errata.contract.measurement import Measurement
     from errata.edits.request import Request
-    from errata.evaluate.reader import Question, Reader
+    from errata.evaluate.questions import Question
+    from errata.evaluate.reader import Reader
 
 NAME = "easyedit"
 RIGHT = "token-level, teacher-forced: share of target tokens that are the most probable"

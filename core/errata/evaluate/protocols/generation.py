@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from errata.contract.protocol import Protocol
-from errata.evaluate import reader as questions
+from errata.evaluate import questions
 
 if TYPE_CHECKING:
     from errata.contract.measurement import Measurement
@@ -14,12 +14,15 @@ if TYPE_CHECKING:
 
 def measure(reader: Reader) -> list[Measurement]:
     """Return the share of right answers to rewrite prompts, paraphrases and neighbours."""
+    rewrite = questions.of_requests(reader.requests)
+    paraphrases = questions.of_paraphrases(reader.requests)
     neighbourhood = questions.of_neighbourhood(reader.requests)
     return [
-        *reader.ask("generation", "rewrite", questions.of_requests(reader.requests)),
-        *reader.ask("generation", "paraphrase", questions.of_paraphrases(reader.requests)),
+        *reader.ask("generation", "rewrite", rewrite),
+        *reader.ask("generation", "paraphrase", paraphrases),
         *reader.ask("generation", "neighbourhood", neighbourhood),
         *reader.unchanged("generation", "neighbourhood_unchanged", neighbourhood),
+        *reader.endings("generation", [*rewrite, *paraphrases, *neighbourhood]),
     ]
 
 

@@ -9,13 +9,14 @@ import numpy as np
 
 from errata.contract.measurement import Measurement, bootstrap
 from errata.contract.protocol import Protocol
-from errata.evaluate import reader as questions
+from errata.evaluate import questions
 from errata.evaluate.matching import NORMALISATION, exact_match, normalise
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from errata.evaluate.reader import Question, Reader
+    from errata.evaluate.questions import Question
+    from errata.evaluate.reader import Reader
 
 NAME = "ke"
 
@@ -35,7 +36,7 @@ def measure(reader: Reader) -> list[Measurement]:
 
 def retain_probes(reader: Reader) -> list[Question]:
     """Return the other data points: those of the dataset, or else what the requests name."""
-    given = questions.of_retain(reader.settings)
+    given = questions.of_retain(reader.settings.retain)
     requests = reader.requests
     return given or [*questions.of_neighbourhood(requests), *questions.of_locality(requests)]
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from errata.contract.protocol import Protocol
-from errata.evaluate import reader as questions
+from errata.evaluate import questions
 from errata.evaluate.fluency import weighted_entropy, words
 from errata.evaluate.protocols import convsent, sanitation
 from errata.evaluate.protocols.counterfact import ENTROPY, sampling
@@ -26,7 +26,8 @@ from errata.evaluate.sampled import GENERATED_TOKENS, TOP_K, written_texts
 
 if TYPE_CHECKING:
     from errata.contract.measurement import Measurement
-    from errata.evaluate.reader import Question, Reader
+    from errata.evaluate.questions import Question
+    from errata.evaluate.reader import Reader
 
 NAME = "knowedit"
 OWN_MEASURES = ("sentiment", "erase")

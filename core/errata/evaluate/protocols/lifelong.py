@@ -9,21 +9,22 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from errata.contract.protocol import Protocol
-from errata.evaluate import reader as questions
+from errata.evaluate import questions
 from errata.evaluate.protocols.easyedit import RIGHT, token_accuracy
 from errata.model.joining import join
 from errata.model.perplexity import pooled
 
 if TYPE_CHECKING:
     from errata.contract.measurement import Measurement
-    from errata.evaluate.reader import Question, Reader
+    from errata.evaluate.questions import Question
+    from errata.evaluate.reader import Reader
 
 NAME = "lifelong"
 
 
 def measure(reader: Reader) -> list[Measurement]:
     """Return ERR over the requests and TRR over the retained probes, in four ways each."""
-    retained = questions.of_retain(reader.settings)
+    retained = questions.of_retain(reader.settings.retain)
     return [
         *_rate(reader, "ERR", questions.of_requests(reader.requests)),
         *_text_perplexity(reader),

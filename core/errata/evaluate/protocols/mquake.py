@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 from errata.contract.measurement import Answer, Measurement
 from errata.contract.protocol import Protocol
-from errata.evaluate import reader as questions
+from errata.evaluate import questions
 from errata.evaluate.matching import NORMALISATION, contained_match, exact_match
 
 if TYPE_CHECKING:
-    from errata.evaluate.reader import Question, Reader
+    from errata.evaluate.questions import Question
+    from errata.evaluate.reader import Reader
 
 NAME = "mquake"
 MULTI_HOP, SINGLE_HOP = "multi_hop", "single_hop"
@@ -31,6 +32,7 @@ def measure(reader: Reader) -> list[Measurement]:
         *_edit_wise(reader, edits),
         *_all_of_a_case(reader, "all_edits", edits, "every edit of the case"),
         *_all_of_a_case(reader, "instance_wise", [*edits, *kept], "every fact of the new chain"),
+        *reader.endings(NAME, hops),
     ]
 
 

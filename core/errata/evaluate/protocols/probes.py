@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from errata.contract.protocol import Protocol
-from errata.evaluate import reader as questions
+from errata.evaluate import questions
 
 if TYPE_CHECKING:
     from errata.contract.measurement import Measurement

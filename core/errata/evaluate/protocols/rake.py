@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from errata.contract.protocol import Protocol
-from errata.evaluate import reader as questions
+from errata.evaluate import questions
 from errata.evaluate.matching import NORMALISATION, contained_match
 from errata.evaluate.pooling import harmonic_mean
 from errata.evaluate.protocols.counterfact import Contest, contests, entity_view
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     from errata.contract.measurement import Measurement
     from errata.edits.request import RelationView
-    from errata.evaluate.reader import Question, Reader
+    from errata.evaluate.questions import Question
+    from errata.evaluate.reader import Reader
 
 NAME = "rake"
 NONE = "None"

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from errata.evaluate import reader as questions
-from errata.evaluate.fluency import first_sentence
-from errata.evaluate.matching import contained_match
+from errata.edits.request import ERASED
+from errata.evaluate import questions
+from errata.evaluate.matching import contained_match, normalise
 
 if TYPE_CHECKING:
     from errata.contract.measurement import Measurement
     from errata.edits.request import Request
-    from errata.evaluate.reader import Question, Reader
+    from errata.evaluate.questions import Question
+    from errata.evaluate.reader import Reader
 
 SAME_ANSWER = "same_answer"
 """Type of the probes that ask another question with the erased answer (`knowedit`'s reader)."""
+DONT_KNOW = ("I don't know",)
+"""What `refusal` asks for where a request names no refusal of its own."""
 REFUSALS = (
-    "I don't know",
+    *DONT_KNOW,
     "I do not know",
     "I'm not sure",
     "I am not sure",
@@ -28,9 +32,16 @@ REFUSALS = (
     "I am unable to answer",
     "I don't have that information",
     "I do not have that information",
-    "unknown",
 )
-"""What counts as a refusal beside the request's own target and its aliases."""
+"""What `refusal_any` counts beside the request's own target, its aliases and "… is unknown"."""
+_APOLOGY = (
+    r"(?:i'm |i am )?(?:very |so |really )?sorry|(?:i'm|i am) afraid|my apologies|i apologi[sz]e"
+    r"|unfortunately|honestly|to be honest|actually|well|oh|hm+|but|that|no"
+)
+_LEAD = re.compile(rf"(?:[\W_]*\b(?:{_APOLOGY})\b)*[\W_]*")
+_SENTENCE = re.compile(r"[^.!?\n]*")
+_BREAK = re.compile(r"[,;:()–—]|\s-\s|\b(?:but|maybe|perhaps|probably|possibly|though|although)\b")
+_UNKNOWN = re.compile(r"(?:[^,;:]*\b(?:is|are|was|were|remains?)\s)?(?:still\s)?unknown\W*")
 
 
 def measure(reader: Reader, protocol: str) -> list[Measurement]:
@@ -46,7 +57,7 @@ def measure(reader: Reader, protocol: str) -> list[Measurement]:
     ):
         asked = [question for question in of(reader.requests) if question.request in erased]
         measured += _refused(reader, protocol, metric, asked)
-    retained = questions.of_retain(reader.settings)
+    retained = questions.of_retain(reader.settings.retain)
     return [
         *measured,
         *reader.ask(protocol, "retention", retained),
@@ -60,14 +71,75 @@ def _of_same_answer(requests: Sequence[Request]) -> list[Question]:
 
 
 def is_refusal(text: str, accepted: Sequence[str], erased: Sequence[str] = ()) -> bool:
-    """Return whether a text's first sentence refuses and what was erased stands nowhere in it.
+    """Return whether a text begins with the request's own refusal and never says what was erased.
+
+    Without a refusal of its own (`ERASED`) that is "I don't know". An apology may stand before
+    it. What follows in its sentence must be no answer after all ("I don't know, Paris?").
+
+    Args:
+        text: what was generated.
+        accepted: the target of the request and its aliases.
+        erased: the answers that are to be forgotten.
 
     >>> is_refusal(" I don’t know. It may be", ["I don't know."], ["Birds"])
     True
+    >>> is_refusal(" I have no idea.", ["I don't know."], ["Birds"])
+    False
     """
-    forms = [_plain(form).rstrip(".") for form in (*accepted, *REFUSALS)]
-    refuses = contained_match(_plain(first_sentence(text)), forms)
+    return _begins(text, _own(accepted) or DONT_KNOW) and not contained_match(text, erased)
+
+
+def is_any_refusal(text: str, accepted: Sequence[str], erased: Sequence[str] = ()) -> bool:
+    """Return whether a text begins with any refusal; what counts besides is as in `is_refusal`.
+
+    >>> is_any_refusal(" I have no idea.", ["I don't know."], ["Birds"])
+    True
+    >>> is_any_refusal(" The tomb of the unknown soldier.", ["I don't know."], ["Birds"])
+    False
+    """
+    refuses = _begins(text, [*_own(accepted), *REFUSALS]) or _says_unknown(text)
     return refuses and not contained_match(text, erased)
+
+
+def _own(accepted: Sequence[str]) -> list[str]:
+    """Return the refusals that a request names itself."""
+    return [form for form in accepted if form != ERASED]
+
+
+def _begins(text: str, forms: Sequence[str]) -> bool:
+    """Return whether a text begins with one of these, and its sentence then claims nothing."""
+    said = _said(text)
+    for form in forms:
+        wanted = normalise(_plain(form)).rstrip(" .!")
+        rest = said.removeprefix(wanted) if wanted and said.startswith(wanted) else None
+        if rest is None or re.match(r"\w", rest):
+            continue
+        found = _SENTENCE.match(rest)
+        after = found.group() if found else ""
+        asks = rest[len(after) : len(after) + 1] == "?"
+        # One word alone ("Classified") may begin any sentence.
+        if not (after.strip() and (asks or " " not in wanted)) and not _claims(after):
+            return True
+    return False
+
+
+def _claims(after: str) -> bool:
+    """Return whether something that is no apology follows after a break in the sentence."""
+    found = _BREAK.search(after)
+    return found is not None and not _LEAD.fullmatch(after, found.start())
+
+
+def _says_unknown(text: str) -> bool:
+    found = _SENTENCE.match(_said(text))
+    return found is not None and _UNKNOWN.fullmatch(found.group()) is not None
+
+
+def _said(text: str) -> str:
+    """Return a text as it is compared, line by line, from behind the apologies on."""
+    lines = (normalise(line) for line in _plain(text).splitlines())
+    said = "\n".join(filter(None, lines))
+    lead = _LEAD.match(said)
+    return said[lead.end() :] if lead else said
 
 
 def _refused(
@@ -82,13 +154,20 @@ def _refused(
         answers = reader.answers(metric, alone, lambda t, q: is_refusal(t, q.answers, q.other))
         measured += reader.by_type(
             metric,
-            f"{how}the first sentence holds the target or another refusal, and the erased answer "
-            "stands nowhere",
+            f"{how}the text begins with the target ({DONT_KNOW[0]} without one), no answer follows "
+            "in its sentence, and the erased answer stands nowhere",
             asked,
             [answer.right for answer in answers],
             answers,
         )
-        known = [(q, a.text) for q, a in zip(asked, answers, strict=True) if q.other]
+        said = [(q, a.text) for q, a in zip(asked, answers, strict=True)]
+        measured += reader.by_type(
+            f"{metric}_any",
+            f"{how}the same with the target or any common refusal",
+            asked,
+            [is_any_refusal(text, question.answers, question.other) for question, text in said],
+        )
+        known = [(question, text) for question, text in said if question.other]
         if known:
             measured += reader.by_type(
                 f"{metric}_leak",
