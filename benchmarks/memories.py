@@ -2,12 +2,22 @@
 
     python benchmarks/memories.py single --n 20 --data counterfact=FILE --out runs/memories
     python benchmarks/memories.py stream --n 100 --data counterfact=FILE --out runs/memories
+    python benchmarks/memories.py latency --n 3 --data counterfact=FILE --out runs/memories
+    python benchmarks/memories.py table --out runs/memories
 
 `single`: each fact alone. `stream`: one fact after the other, looked at after 10, 30 and all, then
 half of them taken out (seed 0), and the time of a generated token with all of them on. Facts are
 those whose true answer the base gives first, greedily, one of each subject. A line of JSON is
 appended for each column when it is done, and a column that is there is not run again. `--method
 NAME` (any number) chooses; CPU time, one thread. GRACE's own task is in `benchmarks/lifelong.py`.
+
+`latency`: the time of a prompt and of each token after the first, with 1, 100 and 1,000 active
+edits (`--edits`), where an edit answers (hit) and where none is about the prompt (miss), by what
+`Editor.generate` runs; `table` prints it beside the base's. The n facts are edited as the registry
+says. All further edits are copies of these with random keys of the same length, or with entries of
+zero where an edit has no key of its own: how long a look-up takes depends on the number and the
+shapes of edits, not on how well they were trained. CaliNET's is n edits of one fact each, of the
+registry's width; published is one edit of all facts.
 """
 
 from __future__ import annotations
@@ -25,42 +35,73 @@ import torch
 
 from errata import Editor, Request
 from errata.datasets import load
+from errata.edits.delta import Delta
+from errata.edits.edit import Edit
+from errata.model.encoder import sentence_encoder
+from errata.model.generation import generated
 from errata.model.perplexity import perplexity
+from errata.model.sampling import GenerationSettings
 from errata.model.texts import canary_texts
+from errata.testing import edit_with
 
 METHODS = ("grace", "defer", "memory", "t-patcher", "calinet", "melo", "wise")
+EXAMINED = (*METHODS, "retrieval", "ice")  # for their latency
 GUARDS = {"norm": "off", "perplexity": "off", "efficacy": "off"}
 TOKENS = 5
 SHOWN = 30  # edits that are asked at a checkpoint, spread over all
+TRAINING = slice(300, 700)  # cases that trained methods and gates are given
+ROUNDS = 3  # the least of so many times counts
+GENERATED = 24  # tokens after the first, over which the time of one is taken
+KEYS = ("key", "keys", "vector")  # what an edit is found by, as its tensors are called
+SUMMED = ("neurons", "shards", "side_network")  # kinds of delta whose edits add up
 
 
 def main() -> None:
-    """Measure every column that is not in the file yet."""
+    """Measure every column that is not in the file yet, or print the table of latencies."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("part", choices=("single", "stream"))
+    parser.add_argument("part", choices=("single", "stream", "latency", "table"))
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--method", action="append", default=[])
-    parser.add_argument("--data", required=True, help="NAME=PATH of a dataset")
-    parser.add_argument("--n", type=int, default=20)
+    parser.add_argument("--data", help="NAME=PATH of a dataset; NAME of one that is embedded")
+    parser.add_argument("--n", type=int, default=20, help="facts that are edited")
+    parser.add_argument("--edits", type=int, action="append", default=[], help="active edits")
     parser.add_argument("--out", type=Path, default=Path("runs/memories"))
     options = parser.parse_args()
+    results = options.out / f"{'latency' if options.part == 'table' else options.part}.jsonl"
+    rows = (
+        [json.loads(line) for line in results.read_text().split("\n")[:-1]]
+        if results.is_file()
+        else []
+    )
+    if options.part == "table":
+        print(table(rows))
+        return
+    if not options.data:
+        parser.error("--data is needed")
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
-    editor = Editor(options.model, guards=GUARDS)
-    facts = known(editor, options)
-    results = options.out / f"{options.part}.jsonl"
-    lines = results.read_text().splitlines() if results.is_file() else []
-    done = {(row["method"], row["n"]) for row in map(json.loads, lines)}
-    measure = {"single": single, "stream": stream}[options.part]
-    for method in options.method or METHODS:
-        if (method, options.n) in done:
-            continue
-        row = {"method": method, "n": options.n, **measure(editor, method, facts)}
-        if editor.model.stack.ids:
-            editor.revert(*editor.model.stack.ids)
-        with results.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print({k: v for k, v in row.items() if not isinstance(v, list)}, flush=True)
+    facts, editor = opened(options)
+    if options.part == "latency":
+        counts, methods = options.edits or [1, 100, 1000], options.method or EXAMINED
+    else:
+        counts, methods = [options.n], options.method or METHODS
+    done = {(row["method"], row["n"]) for row in rows}
+    for method in methods:
+        made: list[Edit] = []
+        for n in counts:
+            if (method, n) in done:
+                continue
+            if options.part == "latency":
+                made = made or alone(editor, method, facts)
+                found = latency(editor, facts, made, n)
+            else:
+                found = {"single": single, "stream": stream}[options.part](editor, method, facts)
+            if editor.model.stack.ids:
+                editor.model.stack.set([])
+            row = {"method": method, "n": n, **found}
+            with results.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print({k: v for k, v in row.items() if not isinstance(v, list)}, flush=True)
 
 
 # -- facts ---------------------------------------------------------------------------------------
@@ -69,7 +110,15 @@ def main() -> None:
 def read(options: argparse.Namespace) -> Sequence[Request]:
     """Return the requests of the dataset."""
     name, _, path = options.data.partition("=")
-    return load(name, path=path).requests()
+    return (load(name, path=path) if path else load(name)).requests()
+
+
+def opened(options: argparse.Namespace) -> tuple[list[Request], Editor]:
+    """Return the facts, and an editor whose training requests are about other subjects."""
+    facts = kept(options) or known(Editor(options.model, guards=GUARDS), options)
+    subjects = {fact.subject for fact in facts}
+    training = [r for r in list(read(options))[TRAINING] if r.subject not in subjects]
+    return facts, Editor(options.model, guards=GUARDS, training=training)
 
 
 def kept(options: argparse.Namespace, found: Sequence[Request] | None = None) -> list[Request]:
@@ -84,8 +133,7 @@ def kept(options: argparse.Namespace, found: Sequence[Request] | None = None) ->
 
 def known(editor: Editor, options: argparse.Namespace) -> list[Request]:
     """Return the first n facts whose true answer the base gives first, one of each subject."""
-    if found := kept(options):
-        return found
+    found: list[Request] = []
     subjects: set[str] = set()
     requests = read(options)
     for start in range(0, len(requests), 16):
@@ -121,7 +169,8 @@ def stream(editor: Editor, method: str, facts: Sequence[Request]) -> dict[str, A
     """Return what a sequence of edits does, at some checkpoints and after taking half out."""
     costs, texts = Costs(editor, method), canary_texts(8)
     before = [said(editor, fact) for fact in facts]
-    plain, token = perplexity(editor.model, texts), seconds_per_token(editor)
+    plain = perplexity(editor.model, texts)
+    token = times(editor, [facts[-1].text])["token"]
     ids: list[str] = []
     found: dict[str, Any] = {}
     for number, fact in enumerate(facts, 1):
@@ -132,7 +181,7 @@ def stream(editor: Editor, method: str, facts: Sequence[Request]) -> dict[str, A
             ]
             found |= {f"{name}@{number}": value for name, value in mean(rows).items()}
             found[f"perplexity@{number}"] = perplexity(editor.model, texts) / plain
-    found["latency"] = seconds_per_token(editor) / token - 1
+    found["latency"] = times(editor, [facts[-1].text])["token"] / token - 1
     found["texts"] = [[*said(editor, facts[i])] for i in spread(range(len(facts)))[:10]]
     out = set(random.Random(0).sample(range(len(facts)), len(facts) // 2))
     editor.revert(*(ids[i] for i in out))
@@ -142,6 +191,79 @@ def stream(editor: Editor, method: str, facts: Sequence[Request]) -> dict[str, A
     again = [said(editor, facts[i])[0] == before[i][0] for i in spread(sorted(out))]
     found["taken out same"] = statistics.fmean(map(float, again))
     return {**found, **costs.each()}
+
+
+def alone(editor: Editor, method: str, facts: Sequence[Request]) -> list[Edit]:
+    """Return one edit of each fact, made with the registry's settings, one on top of the other."""
+    made = [edit for fact in facts for edit in editor.edit([fact], method=method)]
+    editor.revert(*editor.model.stack.ids)
+    return made
+
+
+def latency(
+    editor: Editor, facts: Sequence[Request], made: Sequence[Edit], n: int
+) -> dict[str, Any]:
+    """Return CPU seconds of prompts and tokens with n edits on, and with none, in turn."""
+    chance, stack = torch.Generator().manual_seed(0), editor.model.stack
+    deltas = [edit.delta for edit in made[:n]]
+    deltas += [copied(deltas[i % len(deltas)], chance) for i in range(n - len(deltas))]
+    edits = [edit_with(i + 1, f"{i:012x}", delta) for i, delta in enumerate(deltas)]
+    asked = {"hit": [fact.text for fact in facts[:n]], "miss": unrelated(len(facts[:n]))}
+    runs: dict[str, list[dict[str, float]]] = {}
+    for _ in range(ROUNDS):
+        for name, active in (("base", []), ("edited", edits)):
+            start = time.process_time()
+            stack.set(active)
+            put = time.process_time() - start
+            for kind, prompts in asked.items():
+                runs.setdefault(f"{kind} {name}", []).append(times(editor, prompts))
+    said = editor.generate(asked["hit"], max_new_tokens=TOKENS)
+    answered = [begins(text, fact.target_new) for text, fact in zip(said, facts, strict=False)]
+    least = {
+        f"{kind} {what}": min(run[what] for run in found)
+        for kind, found in runs.items()
+        for what in found[0]
+    }
+    return {"answered": share(answered), "put_s": put, **least}
+
+
+def copied(delta: Delta, chance: torch.Generator) -> Delta:
+    """Return an edit that costs the same: with other keys, or without effect where edits add up."""
+    tensors = delta.tensors()
+    for name, tensor in tensors.items():
+        if name in KEYS:
+            other = torch.randn(tensor.shape, generator=chance)
+            scale = tensor.float().norm(dim=-1, keepdim=True) / other.norm(dim=-1, keepdim=True)
+            tensors[name] = (other * scale).to(tensor.dtype)
+        elif delta.kind in SUMMED and tensor.is_floating_point():
+            tensors[name] = tensor.new_zeros(()).expand(tensor.shape)
+    return type(delta).from_parts(tensors, delta.metadata())
+
+
+def unrelated(count: int) -> list[str]:
+    """Return the beginnings of plain sentences."""
+    return [" ".join(text.split()[:8]) for text in canary_texts(count)]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return how much longer prompts and tokens take than without edits, in Markdown."""
+    lines = [
+        "| | edits | answered | hit: prompt | hit: token | miss: prompt | miss: token "
+        "| base: prompt, token |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in sorted(rows, key=lambda row: EXAMINED.index(row["method"])):
+        more = [
+            f"{row[f'{kind} edited {what}'] / row[f'{kind} base {what}'] - 1:+.0%}"
+            for kind in ("hit", "miss")
+            for what in ("prompt", "token")
+        ]
+        base = ", ".join(
+            f"{row[f'miss base {what}'] * 1000:.1f} ms" for what in ("prompt", "token")
+        )
+        cells = [f"`{row['method']}`", f"{row['n']:,}", f"{row['answered']:.2f}", *more, base]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 # -- what is measured ----------------------------------------------------------------------------
@@ -203,17 +325,34 @@ def judged(now: Sequence[str], before: Sequence[str], fact: Request) -> dict[str
     }
 
 
-def seconds_per_token(editor: Editor) -> float:
-    """Return CPU seconds of a generated token: 40 tokens, the least of three runs."""
-    runs, module = [], editor.model.module
-    inputs = editor.model.tokenizer("The history of the city begins", return_tensors="pt")
-    for _ in range(3):
-        start = time.process_time()
-        module.generate(
-            **inputs, min_new_tokens=40, max_new_tokens=40, do_sample=False, pad_token_id=0
-        )
-        runs.append((time.process_time() - start) / 40)
-    return min(runs)
+def times(editor: Editor, prompts: Sequence[str]) -> dict[str, float]:
+    """Return mean CPU seconds of a prompt (with its first token) and of each token after it.
+
+    By what `Editor.generate` runs, to the full number of tokens.
+    """
+    prompt, token = [], []
+    for text in prompts:
+        forget(editor)
+        prompt.append(seconds(editor, text, 1))
+        again = seconds(editor, text, 1)  # whatever is remembered of a text is in both
+        token.append((seconds(editor, text, 1 + GENERATED) - again) / GENERATED)
+    return {"prompt": statistics.fmean(prompt), "token": statistics.fmean(token)}
+
+
+def seconds(editor: Editor, text: str, tokens: int) -> float:
+    """Return CPU seconds of continuing a text by so many tokens."""
+    settings = GenerationSettings(max_new_tokens=tokens, natural_stop=False)
+    start = time.process_time()
+    generated(editor.model, [text], settings)
+    return time.process_time() - start
+
+
+def forget(editor: Editor) -> None:
+    """Open sentence encoders anew: they remember what they have read."""
+    memo = editor.model.memo
+    for key in [k for k in memo if isinstance(k, tuple) and k[0] == "sentence encoder"]:
+        del memo[key]
+        sentence_encoder(editor.model, key[1])
 
 
 def begins(text: str, answer: str) -> bool:

@@ -32,7 +32,7 @@ PROJECT: dict[str, Any] = tomllib.loads(TEXT)
 POINTS: dict[str, str] = PROJECT["project"]["entry-points"][GROUP]
 PACKAGES = sorted((ROOT / "plugins").glob("*/errata_*"))
 METHODS = sorted(POINTS)
-CATALOGUE = {"title", "paper", "url", "family", "delta_kind", "status"}
+CATALOGUE = {"title", "paper", "url", "family", "delta_kind", "status", "evidence"}
 
 
 def package_of(method: str) -> str:
@@ -86,10 +86,14 @@ def test_the_catalogue_lists_every_method_in_a_short_stanza() -> None:
     assert link.resolve() == (ROOT / "registry.yaml").resolve()
     stanzas = read_yaml(link)["methods"]
     assert sorted(stanzas) == METHODS
-    for stanza in stanzas.values():
-        assert set(stanza) == CATALOGUE
+    for name, stanza in stanzas.items():
+        assert {*stanza, "evidence"} == CATALOGUE
         assert stanza["paper"]
         assert stanza["url"].startswith("https://")
+        if page := stanza.get("evidence"):  # none where nothing is measured yet
+            measured = (ROOT / "docs" / page).read_text(encoding="utf-8")
+            assert re.search(rf"`{name}(`|-|,)", measured), f"{page} has no row of {name}"
+    assert [name for name in stanzas if not stanzas[name].get("evidence")] == ["ke"]
 
 
 @pytest.mark.parametrize("folder", PACKAGES, ids=lambda folder: folder.name)

@@ -138,10 +138,46 @@ def test_two_facts_of_one_subject_share_a_value_and_come_out_alone(clean: Editor
     assert_same(state_of(clean.model), wanted)
 
 
+def test_what_is_inserted_has_two_sides_as_well(clean: Editor) -> None:
+    few = {"steps": 2, "objects": 1, "subjects": 1, "pairs": 1, "contexts": ("{}",)}
+    one, other = (
+        clean.edit(fact(**change), method="bothsides", apply=False, **few)
+        for change in ({}, {"kind": "insert", "target_true": None})
+    )
+    assert set(other.delta.parameters) == {EARLY, LATE}
+    assert bool((other.delta.pairs[EARLY].r == one.delta.pairs[EARLY].r).all())
+
+
+@pytest.mark.slow
+def test_seven_at_once_hold_and_what_remains_of_them_is_as_if_made_alone(clean: Editor) -> None:
+    cases: dict[str, Request] = {}
+    for request in atlas.requests():
+        if request.relation_view is not None and request.kind == "modify":
+            cases.setdefault(request.subject, request)
+    asked = list(cases.values())[:7]
+    few = {"steps": 10, "objects": 4, "subjects": 2, "pairs": 2, "contexts": ("{}", "Yes. {}")}
+
+    def held(requests: list[Request]) -> int:
+        texts, targets = [r.text for r in requests], [r.target for r in requests]
+        return sum(score.exact for score in score_targets(clean.model, texts, targets))
+
+    edits = clean.edit(asked, method="bothsides", **few)
+    assert held(asked) >= 6
+    assert all(edit.outcome.overlaps == {} for edit in edits)
+    clean.revert(*edits[::2])
+    kept = asked[1::2]
+    assert held(kept) == len(kept)
+    assert held(asked[::2]) == 0
+    left = {name: t.clone() for name, t in state_of(clean.model).items()}
+    clean.revert(*clean.model.stack.ids)
+    clean.edit(kept, method="bothsides", **few)
+    assert_same(state_of(clean.model), left)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"relation_view": None}, "no relation_view"),
+        ({"relation_view": None}, r"no relation_view.*errata edit --file.*--dataset rake="),
         ({"target_new": "Atlantis"}, "must name the new object"),
     ],
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from errata.cli.app import app
+from errata.datasets import atlas
 from errata.edits.request import Probe, Request
 from errata.errors import ConfigError
 from errata.model import Model
@@ -128,6 +133,47 @@ def test_each_method_says_when_its_fact_enters(model: Model) -> None:
     # Alone or with others: the same fact.
     (alone,) = Ike().edit(model, [EDIT], IkeConfig(encoder=None, records=24, demonstrations=4))
     assert alone.metadata() == ike[0].metadata()
+
+
+def test_the_record_says_how_many_demonstrations_there_may_be(model: Model) -> None:
+    for variant, most in (("ike", 32), ("easyedit", 16)):
+        written = IkeConfig(variant=variant).for_model(model.anatomy)
+        assert (written.demonstrations, IkeConfig(variant=variant).most) == (most, most)
+        given = IkeConfig(variant=variant, demonstrations=4).for_model(model.anatomy)
+        assert given.demonstrations == given.most == 4
+
+
+@pytest.mark.slow
+def test_prepare_reports_the_gate_and_show_the_demonstrations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ERRATA_CACHE", str(tmp_path / "cache"))
+
+    def run(*arguments: str) -> str:
+        found = CliRunner().invoke(app, [*arguments, "--model", "atlas-gpt2"])
+        assert found.exit_code in (0, 5), found.output  # 5: the small model does not obey it
+        return found.stdout
+
+    of = ("--training", "atlas", "--limit", "6", "--start", "30")
+    first = run("prepare", "retrieval", *of)
+    assert all(word in first for word in ("gate", "precision", "recall", "kept out", "threshold"))
+    again = json.loads(run("prepare", "retrieval", "--json"))  # from the artifacts
+    (gate,) = (entry for entry in again["found"] if entry["name"] == "gate")
+    assert (gate["facts"], gate["paraphrases"], gate["neighbours"]) == (3, 6, 6)
+    assert 0 <= gate["precision"] <= 1
+    assert f"{gate['threshold']:.3f}" in first
+
+    run("prepare", "ike", *of)
+    request = atlas.requests()[0].model_dump_json(include={"prompt", "subject", "target_new"})
+    (tmp_path / "facts.jsonl").write_text(request)
+    made = json.loads(run("edit", "--file", "facts.jsonl", "--method", "ike", "--json"))
+    shown = CliRunner().invoke(app, ["show", made["edits"][0]["id"], "--json"])
+    record = json.loads(shown.stdout)
+    assert record["config"]["demonstrations"] == 32  # at most
+    assert 1 <= int(record["delta"]["demonstrations"]) <= 7  # of six records, and its own copy
+    plain = CliRunner().invoke(app, ["show", made["edits"][0]["id"]]).stdout
+    assert re.search(rf"demonstrations +{record['delta']['demonstrations']} *\n", plain)
 
 
 def test_precision_and_recall_count_the_right_fact_only() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ from errata import Editor, Request
 from errata.kit.hypernetworks import Signals, signals_of
 from errata.kit.hypernetworks.lessons import Answered
 from errata.model import Model
+from errata.model.generation import generate
+from errata.model.next_token import class_scores
 from errata_ke import Ke, KeConfig
+from errata_ke.condition import Conditions, prediction
 from errata_ke.network import KnowledgeEditor, cross_attention, root_mean_square
 from tests.families import build, build_model
 
@@ -92,6 +96,43 @@ def test_the_margin_shrinks_after_success_down_to_its_end(tmp_path: Path) -> Non
     for _ in range(5):
         network.validated({"success": 0.95})
     assert float(network.margin) == pytest.approx(0.05)
+
+
+def test_without_a_true_target_the_model_is_asked_what_it_predicts(tmp_path: Path) -> None:
+    model = build_model("bert-classifier", tmp_path)
+    network, _ = editing(model)
+    bare = REQUESTS[0].model_copy(update={"target_true": None})
+    named = model.config.id2label[int(class_scores(model, [bare.text]).argmax())]
+    known = bare.model_copy(update={"target_true": named})
+    assert Conditions(model).of([bare, REQUESTS[0]]) == [
+        f"{named} >> economic || {bare.text}", f"other >> economic || {bare.text}"
+    ]  # fmt: skip
+    assert torch.equal(network.read([bare]), network.read([known]))
+    for family in ("gpt2", "t5", "bert"):
+        model = build_model(family, tmp_path / family)
+        said = prediction(model, "The capital of France is")
+        if model.generates:
+            assert said == generate(
+                model, ["The capital of France is"], max_new_tokens=8, stop=("\n",)
+            )[0].strip().removesuffix(".")
+        else:
+            assert said
+
+
+def test_what_was_published_for_bart_is_what_an_encoder_decoder_gets(tmp_path: Path) -> None:
+    model = build_model("t5", tmp_path)
+    bart = KeConfig().for_model(model.anatomy)
+    assert bart.variant == "published-bart"
+    assert (bart.margin, bart.margin_end, bart.steps, bart.views) == (1e-3, 1e-5, 200_000, True)
+    assert bart.batch_size * (1 + bart.n_locality) == 64
+    assert KeConfig(margin=0.5, seed=3).for_model(model.anatomy).margin == 0.5
+    assert KeConfig(**bart.model_dump()).for_model(model.anatomy) == bart
+    bert = build_model("bert-classifier", tmp_path / "bert")
+    assert KeConfig().for_model(bert.anatomy).margin == 0.1
+    network = KnowledgeEditor(model, [model.anatomy.mlp_out(1)], bart)
+    plain = replace(answered(0.0), edit=torch.tensor([2.0, 4.0]), spread=torch.tensor([9.0, 11.0]))
+    loss = network.objective(plain) + float(network.margin) * float(network.alpha.detach())
+    assert float(loss.detach()) == pytest.approx(0.9 * 3 + 0.1 * 10)
 
 
 def test_training_moves_a_copy_of_the_word_embeddings(tmp_path: Path) -> None:

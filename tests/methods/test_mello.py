@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from errata.contract.measurement import Answer
 from errata.edits.request import Request
 from errata.errors import IntegrityError
+from errata.evaluate.protocols import generation
+from errata.evaluate.reader import MeasureSettings, Reader
 from errata.model import Model
 from errata.model.answers import Generated
 from errata.model.generation import generated
@@ -92,6 +96,35 @@ def test_it_stops_and_says_why(
     assert (found.text == "") == (ending != "final")
     assert len(found.details["mello"]["facts"]) == min(2, sum(ASKS in r for r in rounds))
     assert written == []
+
+
+def test_how_loops_ended_is_counted_and_each_answer_keeps_its_trace(
+    model: Model, written: list[list[str]]
+) -> None:
+    edit(model, examples=0, rounds=1)
+    written += [[f"{SUBQUESTION}a\n{FINAL}Rome", "no format", ASKS], [ENDS[:4]]]
+    requests = [
+        Request(prompt="{} a?", subject="France", target_new="Rome", case_id="a"),
+        Request(prompt="{} b?", subject="France", target_new="Rome", case_id="b"),
+        Request(prompt="{} c?", subject="France", target_new="Rome", case_id="c"),
+    ]
+    found = {
+        one.metric: one for one in generation.measure(Reader(model, requests, MeasureSettings()))
+    }
+    shares = {name: one.cases for name, one in found.items() if name.startswith("ending_")}
+    assert shares == {
+        "ending_final": (1, 0, 0), "ending_format": (0, 1, 1), "ending_rounds": (0, 0, 0),
+        "ending_length": (0, 0, 0),
+    }  # fmt: skip
+    right, empty, _ = found["rewrite_exact"].answers
+    assert (right.text, right.details["mello"]["ending"]) == (" Rome", "final")
+    assert (empty.text, empty.error, empty.details["mello"]["ending"]) == ("", "", "format")
+    assert json.loads(json.dumps(empty.as_json()))["details"]["mello"]["text"].endswith("no format")
+    assert Answer.from_json(empty.as_json()) == empty
+    model.stack.set([])
+    plain = generation.measure(Reader(model, requests, MeasureSettings(max_new_tokens=2)))
+    assert not any(one.metric.startswith("ending_") for one in plain)
+    assert all("details" not in a.as_json() for one in plain for a in one.answers)
 
 
 def test_where_it_fails_the_model_may_answer_by_itself(model: Model) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,30 @@ def test_an_encoder_reads_edit_and_prompt_together_or_apart(model: Model, tmp_pa
         torch.testing.assert_close(log_g, pairs, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="reads edit and prompt together"):
         SeracConfig(encoder=None, scope="cross-attention")
+
+
+def test_an_encoder_reads_some_dozens_of_edits_at_once(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, tokenizer = build("bert")
+    module.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    form = {"encoder": str(tmp_path), "scope": "cross-attention", "encoder_layers": 1}
+    scope = scope_of(model, SeracConfig(**{**SMALL, **form}))
+    edits = [(f"{'far and ' * (n % 5)}{EDIT.text} {n}", "Rome") for n in range(150)]
+    pairs, read = CrossScope.pairs, list[int]()
+
+    def noting(self: CrossScope, some: Sequence[Any], prompts: Sequence[str]) -> torch.Tensor:
+        read.append(len(some))
+        return pairs(self, some, prompts)
+
+    with torch.no_grad():
+        each = torch.cat([scope.pairs([edit], [EDIT.text]) for edit in edits])
+        monkeypatch.setattr(CrossScope, "pairs", noting)
+        log_g = scope.over(scope.memory(edits), EDIT.text)
+    assert sum(read) == 150
+    assert len(read) <= 5
+    torch.testing.assert_close(log_g, each, rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_no_row_and_what_lacks_its_networks_is_refused(model: Model) -> None:

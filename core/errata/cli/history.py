@@ -12,11 +12,11 @@ from errata.cli import render
 from errata.cli.edits import edit_json
 from errata.cli.session import DAMAGED, LEDGER, MODEL, Session, command
 from errata.edits.ledger.model_note import model_of
-from errata.errors import LedgerError
+from errata.errors import ErrataError, LedgerError
 
 if TYPE_CHECKING:
     from errata.edits.edit import Edit
-    from errata.edits.ledger import Event
+    from errata.edits.ledger import Event, Ledger
 
 PANEL = "Look back"
 SOUND = "sound"
@@ -136,7 +136,7 @@ def _files(session: Session, edits: Sequence[Edit]) -> dict[str, str]:
     from errata.edits.ledger.files import DeltaFiles
 
     files = DeltaFiles(session.ledger)
-    return {edit.id: files.look(edit.blob, edit.nbytes) for edit in edits}
+    return {edit.id: files.look(edit.blob) for edit in edits}
 
 
 def _recover(session: Session) -> None:
@@ -243,15 +243,17 @@ def show(
 
     Loads no model.
     """
-    with session.read_ledger() as ledger:
+    with session.read_ledger(kinds=True) as ledger:
         edit = ledger.get(name)
+        told = _of_delta(ledger, edit)
         is_on = ledger.is_active(edit.id)
         stale = edit.is_stale(set(ledger.active_ids()))
         events = [event for event in ledger.events() if event.edit_id == edit.id]
     file = _files(session, [edit])[edit.id]
     if session.json:
         history = [{"time": e.time, "kind": e.kind} for e in events]
-        session.emit({**edit_json(edit, is_on), "stale": stale, "file": file, "history": history})
+        record = {**edit_json(edit, is_on), "delta": dict(told)}
+        session.emit({**record, "stale": stale, "file": file, "history": history})
         return
     state = "on the model" if is_on else "off the model"
     if file != SOUND:
@@ -264,7 +266,9 @@ def show(
             [
                 ("method", f"{edit.method} ({edit.versions.get('method', 'version unknown')})"),
                 ("delta", f"{edit.delta_kind}, {render.size(edit.nbytes)}"),
+                *told,
                 ("made", f"{render.when(edit.created)}, in {render.seconds(edit.seconds)}"),
+                ("made with", ", ".join(_networks(edit)) or None),
                 ("on top of", ", ".join(edit.parents) or "the base"),
                 ("conflicts", ", ".join(edit.outcome.conflicts) or None),
                 ("overlaps", _cosines(edit)),
@@ -289,6 +293,20 @@ def show(
         render.heading("History"),
         render.facts([(render.when(e.time), WORDS.get(e.kind, e.kind)) for e in events]),
     )
+
+
+def _networks(edit: Edit) -> list[str]:
+    """Return the trained networks that computed an edit, with the beginning of their digests."""
+    return [f"{name} (SHA-256 {digest[:16]}…)" for name, digest in edit.made_with.items()]
+
+
+def _of_delta(ledger: Ledger, edit: Edit) -> list[tuple[str, str]]:
+    """Return what an edit's delta says of itself; nothing where it cannot be read."""
+    try:
+        facts = list(ledger.delta(edit.id).__rich_repr__())
+    except ErrataError:
+        return []
+    return [fact for fact in facts if isinstance(fact, tuple) and fact[0] != "kind"]
 
 
 def _cosines(edit: Edit) -> str | None:

@@ -138,6 +138,7 @@ def _row(name: str, point: EntryPoint, entry: MethodEntry | None) -> dict[str, A
         "family": entry.family if entry else None,
         "delta_kind": entry.delta_kind if entry else None,
         "status": entry.status if entry else None,
+        "evidence": entry.evidence or None if entry else None,
         "kinds": list(can.kinds) if can else [],
         "architectures": list(can.architectures) if can else [],
         "batch": can.batch if can else None,
@@ -308,6 +309,7 @@ def _about(name: str, entry: MethodEntry, row: dict[str, Any]) -> list[Any]:
                 ("family", f"{entry.family}: {FAMILIES[entry.family]}"),
                 ("delta", entry.delta_kind),
                 ("status", entry.status),
+                ("evidence", _evidence(entry.evidence)),
                 ("carries out", ", ".join(can.kinds)),
                 ("models", ", ".join(can.architectures)),
                 ("works", f"{batch}, {sequence}"),
@@ -316,6 +318,13 @@ def _about(name: str, entry: MethodEntry, row: dict[str, Any]) -> list[Any]:
             ]
         ),
     ]
+
+
+def _evidence(page: str) -> str:
+    """Return where what was measured of a method is written."""
+    if not page:
+        return "none named: nothing is measured yet"
+    return page if page.startswith("https://") else f"docs/{page}"
 
 
 def _undescribed(name: str, missing: str, row: dict[str, Any]) -> list[Any]:

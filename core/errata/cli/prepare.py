@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
@@ -13,6 +14,9 @@ from errata.cli.checks import check_model, check_settings
 from errata.cli.edits import check_method, pairs
 from errata.cli.requests import read_dataset
 from errata.cli.session import MODEL, Session, command
+
+if TYPE_CHECKING:
+    from errata.model.model import Model
 
 
 def add(app: typer.Typer) -> None:
@@ -72,6 +76,7 @@ def prepare(
         editor.prepare(method, overrides)
         seconds = time.monotonic() - started
         folder = editor.model.artifacts.directory
+        told = [(name, numbers) for name, numbers in editor.model.told_of_base() if numbers]
         if session.json:
             session.emit(
                 {
@@ -80,11 +85,56 @@ def prepare(
                     "training": len(requests),
                     "seconds": seconds,
                     "artifacts": str(folder),
+                    "found": [{"name": name, **numbers} for name, numbers in told],
+                    "trained": _training(editor.model, method),
                 }
             )
             return
         trained = f", trained on {render.count(len(requests), 'request')}" if requests else ""
         session.show(
             Text(f"{method} is ready for {editor.model.name}{trained} ({render.seconds(seconds)})"),
+            render.facts([(name, _said(numbers)) for name, numbers in told]),
             Text(f"kept in {folder}", style="muted"),
         )
+        if report := _training(editor.model, method):
+            session.show("", *_curve(report))
+
+
+def _said(numbers: Mapping[str, int | float]) -> str:
+    """Return numbers with their names in one line."""
+    return ", ".join(
+        f"{name.replace('_', ' ')} {value if isinstance(value, int) else f'{value:.3f}'}"
+        for name, value in sorted(numbers.items())
+    )
+
+
+_ROWS = 10  # validations that are shown; --json has all
+
+
+def _training(model: Model, method: str) -> dict[str, Any] | None:
+    """Return `best` (a step) and `curve` (an entry per validation) of a network; None: none.
+
+    Of one trained now or earlier: both are kept with it.
+    """
+    for key, found in model.memo.items():
+        if key[:2] == (method, model.fingerprint) and "curve" in (about := found[1]):
+            pairs = ({"step": x[0], "loss": x[1]} if isinstance(x, list) else x
+                     for x in about["curve"])  # fmt: skip
+            curve = list(pairs)
+            best = about.get("best") or min(curve, key=lambda entry: entry["loss"])["step"]
+            return {"best": best, "curve": curve}
+    return None
+
+
+def _curve(report: dict[str, Any]) -> list[Any]:
+    """Return the last validations and the best one as a table."""
+    curve, best = report["curve"], report["best"]
+    shown = [e for n, e in enumerate(curve) if n >= len(curve) - _ROWS or e["step"] == best]
+    names = ["step", *sorted(shown[0].keys() - {"step"})]  # stored or not, in one order
+    left = f", {len(shown)} of {len(curve)} validations" if len(shown) < len(curve) else ""
+    table = render.table(*(name.replace("_", " ") for name in names))
+    for entry in shown:
+        style = "accent" if entry["step"] == best else ""
+        cells = [str(entry[n]) if n == "step" else f"{entry[n]:.3f}" for n in names]
+        table.add_row(*(Text(cell, style=style) for cell in cells))
+    return [render.heading("Training", f"kept: the network after step {best}{left}"), table]

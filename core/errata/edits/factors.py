@@ -65,7 +65,8 @@ def changes(
         only: name of the one parameter that is wanted.
 
     Raises:
-        CapabilityError: an edit acts at run time, or changes what is no linear module's weight.
+        CapabilityError: an edit acts at run time, or changes what is no linear module's weight;
+            or one of several acts on its own prompts only.
         ConfigError: a rank below 1 or an error outside [0, 1).
     """
     if rank is not None and rank < 1:
@@ -74,6 +75,7 @@ def changes(
         raise ConfigError(f"error is {error!r}; it must be at least 0 and below 1.")
     for entry in entries:
         check_factors(entry.id, type(entry.delta))
+    check_alone(entries)
     found = []
     for name in sorted({n for entry in entries for n in entry.delta.parameters}):
         if only not in (None, name):
@@ -98,6 +100,22 @@ def check_factors(edit_id: str, kind: type[Delta]) -> None:
         raise CapabilityError(
             f"Edit {edit_id} ({kind.kind}) acts while the model runs: it adds nothing to a weight "
             "that could be written as factors. Revert it first, or ship it with export()."
+        )
+
+
+def check_alone(entries: Sequence[Edit]) -> None:
+    """Raise `CapabilityError` for an edit among several that acts on its own prompts only.
+
+    Factors act on every prompt: added up, each edit would answer the others' prompts, too.
+    """
+    routed = [entry for entry in entries if entry.delta.routed]
+    if routed and len(entries) > 1:
+        raise CapabilityError(
+            f"Edit {routed[0].id} ({routed[0].delta.kind}) acts only on the prompts that lead to "
+            "it. An adapter acts on every prompt, so in one adapter it and the other edits would "
+            "overwrite each other's answers. Export each such edit by itself, into a folder or "
+            "file of its own, and let the server choose the adapter of a request; or export "
+            "them all as errata's own file."
         )
 
 

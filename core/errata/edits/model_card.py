@@ -94,6 +94,7 @@ def model_card(
         f"# {_text(_title(model))}, edited",
         f"This is {_WHAT[form]} with knowledge edits that "
         f"errata made ({about}). {_base(model, form)}{f' {lost}' if lost else ''}",
+        *_unrouted(edits, form),
         *_listing(edits, count),
         "## How to take them out again",
         _TAKEN_OUT[form],
@@ -150,6 +151,16 @@ def _base(model: Model, form: str) -> str:
         if _is_folder(model.name)
         else "."
     )
+
+
+def _unrouted(edits: Sequence[Edit], form: str) -> Iterator[str]:
+    """Yield a warning for an edit that met its own prompts only and has become an adapter."""
+    if form in ("peft", "gguf") and any(edit.delta.routed for edit in edits):
+        yield (
+            "**Unrouted: this adapter acts on every prompt.** In errata the edit acts only on the "
+            "prompts that lead to it; here nothing chooses. Use it for the requests that it is "
+            "meant for, and the base for all others."
+        )
 
 
 def _title(model: Model) -> str:

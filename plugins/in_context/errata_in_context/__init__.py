@@ -102,11 +102,9 @@ class Ike:
         source = Demonstrations.of(model, (), config.encoder, config.records)
         requests = [request.plain for request in requests]
         if config.variant == "easyedit":
-            count = 16 if config.demonstrations is None else config.demonstrations
-            shown = [source.nearest_sentences(request, count) for request in requests]
+            shown = [source.nearest_sentences(request, config.most) for request in requests]
         else:
-            count = 32 if config.demonstrations is None else config.demonstrations
-            shown = [source.published(request, count, config.seed) for request in requests]
+            shown = [source.published(request, config.most, config.seed) for request in requests]
         threshold = None
         if config.gate:
             gate = calibrated(model, (), config.encoder, config.gate_records, config.seed)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
+from typing_extensions import Self
 
 from errata.contract.config import MethodConfig
+
+if TYPE_CHECKING:
+    from errata.model.anatomy import Anatomy
 
 
 class InContextConfig(MethodConfig):
@@ -54,6 +59,7 @@ class IkeConfig(InContextConfig):
     """Hyper-parameters of IKE; the defaults are the authors'."""
 
     prepares: ClassVar[set[str] | None] = {"encoder", "records", "gate", "gate_records", "seed"}
+    derived: ClassVar[Mapping[str, str]] = {"demonstrations": "variant"}
 
     variant: Literal["ike", "easyedit"] = Field(
         default="ike",
@@ -77,3 +83,14 @@ class IkeConfig(InContextConfig):
     gate_records: int = Field(
         default=200, ge=2, description="Training requests that the gate's threshold is chosen on"
     )
+
+    @property
+    def most(self) -> int:
+        """Demonstrations, at most."""
+        published = 16 if self.variant == "easyedit" else 32
+        return published if self.demonstrations is None else self.demonstrations
+
+    def for_model(self, anatomy: Anatomy) -> Self:
+        """Return the configuration with the number of demonstrations written out."""
+        del anatomy
+        return self.model_copy(update={"demonstrations": self.most})

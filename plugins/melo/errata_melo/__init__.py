@@ -4,7 +4,8 @@ Each edit (of one or several requests) trains a LoRA block of a few late modules
 module lies a vector database: the outputs at the last prompt token of all edited prompts, in
 clusters with radii. A row whose own output falls within a cluster takes the block of that cluster's
 nearest point; all others take none. `database.py` is the paper's rules, `delta.py` how a block
-acts on a batch. A block is an ordinary PEFT adapter: `export(…, format="peft")` writes it.
+acts on a batch. A block is an ordinary PEFT adapter: `export(…, edit, format="peft")` writes one
+edit's, which then acts on every prompt.
 """
 
 from __future__ import annotations

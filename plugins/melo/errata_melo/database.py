@@ -8,12 +8,13 @@ For a new point p with label y, nearest centre c at distance d, radius ρ and la
   old one that lie outside are forgotten.
 
 As in the authors' code, but for the label: theirs are equal when the sums of their token ids are.
-All of it follows from the list of points, so an edit that is taken out was never there.
+All of it follows from the list of points, so an edit that is taken out was never there: without
+it the database is made again from the others. A point more costs one look at all centres.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -33,13 +34,13 @@ class EditedPoint(NamedTuple):
     Attributes:
         key: (d,) fp32, the module's output at its last token.
         label: token ids of its target.
-        block: number of the edit whose LoRA block it takes.
+        block: id of the edit whose LoRA block it takes.
         radius: ρ₀ of that edit.
     """
 
     key: Tensor
     label: tuple[int, ...]
-    block: int
+    block: str
     radius: float
 
 
@@ -67,51 +68,75 @@ class VectorDatabase:
         points: in the order in which they were edited.
     """
 
-    def __init__(self, points: Sequence[EditedPoint]) -> None:
+    def __init__(self, points: Iterable[EditedPoint] = ()) -> None:
         self.clusters: list[Cluster] = []
+        self._centres: Tensor | None = None  # (number of clusters, d), on the CPU
         for point in points:
-            self._add(point)
-        self._centres = torch.stack([c.centre for c in self.clusters]) if points else None
+            self.add(point)
 
-    def look_up(self, query: Tensor, dtype: torch.dtype) -> int | None:
+    def look_up(self, query: Tensor, dtype: torch.dtype) -> str | None:
         """Return the block that a query (d,) takes; None: no cluster is near.
 
         Args:
             query: the module's output, fp32.
             dtype: what it was computed in, of which a rounding error is forgiven.
         """
-        if self._centres is None:
+        query = query.cpu()  # it is small, the centres are many
+        nearest, distance = self._nearest(query)
+        if nearest is None:
             return None
-        distances = (self._centres.to(query.device) - query).norm(dim=1)
-        nearest = int(distances.argmin())
         cluster = self.clusters[nearest]
-        slack = rounding(dtype) * float(query.norm())
-        if float(distances[nearest]) > cluster.radius + slack:
+        if distance > cluster.radius + rounding(dtype) * float(query.norm()):
             return None
-        points = torch.stack([point.key for point in cluster.points]).to(query.device)
+        points = torch.stack([point.key for point in cluster.points])
         return cluster.points[int((points - query).norm(dim=1).argmin())].block
 
-    def _add(self, point: EditedPoint) -> None:
-        distances = [float((c.centre - point.key).norm()) for c in self.clusters]
-        nearest = min(range(len(distances)), key=distances.__getitem__, default=-1)
-        d = distances[nearest] if distances else float("inf")
-        cluster = self.clusters[nearest] if distances else None
-        if cluster is None or d > cluster.radius + point.radius:
-            self.clusters.append(Cluster(point.key, point.radius, point.label, [point]))
-        elif cluster.label == point.label:
-            cluster.points.append(point)
-            keys = torch.stack([p.key for p in cluster.points])
-            cluster.centre = keys.mean(dim=0)
-            reach = float((keys - cluster.centre).norm(dim=1).max())
-            cluster.radius = max(point.radius, reach)
+    def add(self, point: EditedPoint) -> None:
+        """Take one more point in, by the rules above."""
+        nearest, d = self._nearest(point.key)
+        if nearest is None or d > self.clusters[nearest].radius + point.radius:
+            self._open(point, point.radius)
+        elif self.clusters[nearest].label == point.label:
+            self._join(nearest, point)
         else:
-            cluster.radius = max(d / 2 - _MARGIN, 0.0)
-            cluster.points = [
-                p
-                for p in cluster.points
-                if float((p.key - cluster.centre).norm()) <= cluster.radius
-                and not torch.equal(p.key, point.key)  # the same prompt: the newer answer counts
-            ]
-            if not cluster.points:
-                self.clusters.remove(cluster)  # nothing can be found there any more
-            self.clusters.append(Cluster(point.key, d / 2 + _MARGIN, point.label, [point]))
+            self._split(nearest, point, d)
+
+    def _nearest(self, key: Tensor) -> tuple[int | None, float]:
+        """Return the number of the cluster with the nearest centre, and its distance."""
+        if self._centres is None or not len(self._centres):
+            return None, float("inf")
+        distances = (self._centres - key).norm(dim=1)
+        nearest = int(distances.argmin())  # of several the first
+        return nearest, float(distances[nearest])
+
+    def _open(self, point: EditedPoint, radius: float) -> None:
+        """Make a new cluster around a point."""
+        self.clusters.append(Cluster(point.key, radius, point.label, [point]))
+        row = point.key[None]
+        self._centres = row.clone() if self._centres is None else torch.cat([self._centres, row])
+
+    def _join(self, number: int, point: EditedPoint) -> None:
+        """Take a point into the cluster of its label."""
+        assert self._centres is not None
+        cluster = self.clusters[number]
+        cluster.points.append(point)
+        keys = torch.stack([p.key for p in cluster.points])
+        cluster.centre = self._centres[number] = keys.mean(dim=0)
+        reach = float((keys - cluster.centre).norm(dim=1).max())
+        cluster.radius = max(point.radius, reach)
+
+    def _split(self, number: int, point: EditedPoint, d: float) -> None:
+        """Share the way to a cluster of another label with it."""
+        assert self._centres is not None
+        cluster = self.clusters[number]
+        cluster.radius = max(d / 2 - _MARGIN, 0.0)
+        cluster.points = [
+            p
+            for p in cluster.points
+            if float((p.key - cluster.centre).norm()) <= cluster.radius
+            and not torch.equal(p.key, point.key)  # the same prompt: the newer answer counts
+        ]
+        if not cluster.points:  # nothing can be found there any more
+            del self.clusters[number]
+            self._centres = torch.cat([self._centres[:number], self._centres[number + 1 :]])
+        self._open(point, d / 2 + _MARGIN)

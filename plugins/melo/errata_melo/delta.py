@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -34,6 +35,7 @@ class RoutedAdapterDelta(Delta):
     """
 
     kind: ClassVar[str] = KIND
+    routed: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -108,8 +110,8 @@ class RoutedAdapterDelta(Delta):
             f"this model returns {width}.",
         )
 
-    def points(self, block: int) -> list[EditedPoint]:
-        """Return its points of the database."""
+    def points(self, block: str) -> list[EditedPoint]:
+        """Return its points of the database; `block` is the id of its edit."""
         pairs = zip(self.keys.float(), self.labels, strict=True)
         return [EditedPoint(key, label, block, self.radius) for key, label in pairs]
 
@@ -121,15 +123,66 @@ class RoutedAdapterDelta(Delta):
     @classmethod
     def attach(cls, model: Model, deltas: Sequence[tuple[str, Self]]) -> Undo:
         """Let each row take the block that its prompt leads to."""
-        router = BlockRouter(model, [delta for _, delta in deltas])
+        databases = Databases.of(model)
+        router = BlockRouter(model, deltas, databases.holding(deltas))
         take_off = router.attach()
-        model.runtimes[KIND] = router
+        databases.router = router
 
         def undo() -> None:
             take_off()
-            del model.runtimes[KIND]
+            databases.router = None
 
         return undo
+
+
+class Databases:
+    """The vector databases of one model, one beside each module, with the points in them already.
+
+    Attributes:
+        router: what is attached, if anything.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[list[tuple[str, RoutedAdapterDelta]], VectorDatabase]] = {}
+        self.router: BlockRouter | None = None
+
+    @classmethod
+    def of(cls, model: Model) -> Databases:
+        """Return the model's databases."""
+        found = model.runtimes.get(KIND)
+        if not isinstance(found, cls):
+            found = model.runtimes[KIND] = cls()
+        return found
+
+    def holding(
+        self, deltas: Sequence[tuple[str, RoutedAdapterDelta]]
+    ) -> dict[str, VectorDatabase]:
+        """Return per module the database of these edits' points, in order.
+
+        What follows the edits that a database holds is added to it; any other set is made anew,
+        point by point, so the clusters are the same.
+        """
+        grouped: dict[str, list[tuple[str, RoutedAdapterDelta]]] = {}
+        for edit_id, delta in deltas:
+            grouped.setdefault(delta.module, []).append((edit_id, delta))
+        found = {}
+        for module, group in grouped.items():
+            # Taken out while it is changed: what fails half way must not be found again.
+            known, database = self._known.pop(module, ([], VectorDatabase()))
+            if known != group[: len(known)]:
+                known, database = [], VectorDatabase()
+            for edit_id, delta in group[len(known) :]:
+                for point in delta.points(edit_id):
+                    database.add(point)
+            self._known[module] = (group, database)
+            found[module] = database
+        return found
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Let no block act on what this thread runs in the block."""
+        with nullcontext() if self.router is None else self.router.set_aside():
+            yield
 
 
 class BlockRouter(Router):
@@ -140,13 +193,16 @@ class BlockRouter(Router):
 
     needs_whole_prompts = True
 
-    def __init__(self, model: Model, deltas: Sequence[RoutedAdapterDelta]) -> None:
+    def __init__(
+        self,
+        model: Model,
+        deltas: Sequence[tuple[str, RoutedAdapterDelta]],
+        databases: Mapping[str, VectorDatabase],
+    ) -> None:
         routes: dict[str, dict[str, None]] = {}
-        points: dict[str, list[EditedPoint]] = {}
-        self._factors: list[dict[str, tuple[Tensor, Tensor]]] = []
-        for number, delta in enumerate(deltas):
+        self._factors: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+        for edit_id, delta in deltas:
             routes.setdefault(delta.module, {}).update(dict.fromkeys(delta.adapter.modules))
-            points.setdefault(delta.module, []).extend(delta.points(number))
             factors = {}
             for path, piece in delta.adapter.pieces.items():
                 weight = submodule(model.module, path).weight
@@ -155,11 +211,11 @@ class BlockRouter(Router):
                 where = "cpu" if device.type == "meta" else device
                 u, v = piece.factors()
                 factors[path] = (u.T.contiguous().to(where), v.contiguous().to(where))
-            self._factors.append(factors)
+            self._factors[edit_id] = factors
         super().__init__(model, {key: tuple(acted) for key, acted in routes.items()})
-        self._databases = {module: VectorDatabase(found) for module, found in points.items()}
+        self._databases = databases
 
-    def decide(self, arrivals: Arrivals) -> list[int | None]:
+    def decide(self, arrivals: Arrivals) -> list[str | None]:
         """Return the block of each row; None for a row near no edited prompt."""
         database = self._databases[arrivals.module]
         dtype = arrivals.outputs.dtype

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,9 +20,8 @@ from errata.kit.training import (
 from errata.kit.training.adapters import TASKS, lowest
 from errata.model.foreign_noise import quiet_imports
 from errata.model.forward import trace
-from errata.model.routing import Router
 from errata.model.running import run
-from errata_melo.delta import KIND, RoutedAdapterDelta
+from errata_melo.delta import Databases, RoutedAdapterDelta
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,8 +72,7 @@ def edit(model: Model, requests: Sequence[Request], config: MeloConfig) -> Route
         )
     modules = linear_modules(model, config.target_modules, blocks)
     pairs = [(request.text, request.target) for request in requests]
-    attached = model.runtimes.get(KIND)
-    with attached.set_aside() if isinstance(attached, Router) else nullcontext():
+    with Databases.of(model).aside():
         keys, labels = points(model, module, pairs)
         trainer = BlockTrainer(
             model,

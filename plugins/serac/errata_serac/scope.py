@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from errata.model import Model
     from errata_serac.config import SeracConfig
 
+_TOGETHER = 64
+"""Pairs that an encoder reads in one batch."""
+
 Edit = tuple[str, str]
 """An edit as the classifier reads it: prompt and label."""
 
@@ -160,8 +163,16 @@ class CrossScope:
         return list(edits)
 
     def over(self, memory: list[Edit], prompt: str) -> Tensor:
-        """Return log g (edits), one by one, so that none depends on the others' length."""
-        return torch.cat([self.pairs([edit], [prompt]) for edit in memory])
+        """Return log g (edits): a pass of the encoder over every pair, `_TOGETHER` in a batch.
+
+        Pairs of like length go together, so that little is padding.
+        """
+        order = sorted(range(len(memory)), key=lambda i: sum(map(len, memory[i])))
+        found = torch.empty(len(memory))
+        for start in range(0, len(order), _TOGETHER):
+            some = order[start : start + _TOGETHER]
+            found[some] = self.pairs([memory[i] for i in some], [prompt] * len(some))
+        return found
 
 
 def log_outside(log_g: Tensor) -> Tensor:
