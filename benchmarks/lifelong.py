@@ -35,6 +35,7 @@ import torch
 from errata import Editor, Request
 from errata.contract.measurement import wilson
 from errata.datasets import load
+from errata.edits.rendering import rendered
 from errata.errors import ErrataError
 from errata.model.scoring import score_targets
 
@@ -136,9 +137,11 @@ def t5(options: argparse.Namespace) -> Task:
 def topics(options: argparse.Namespace) -> Task:
     """Return later texts, and texts that the classifier learned."""
     folder = Path(options.model)
-    learned, later = (
-        load("scotus", folder / f"topics.{name}.csv").requests() for name in ("train", "later")
-    )
+    with Editor(options.model, guards=GUARDS) as editor:  # whose tokenizer cuts long texts
+        learned, later = (
+            rendered(editor.model, load("scotus", folder / f"topics.{name}.csv").requests())
+            for name in ("train", "later")
+        )
     rng = random.Random(0)
     rng.shuffle(learned)
     labels = sorted({r.target_new for r in learned})

@@ -4,6 +4,7 @@
         --training counterfact=c.json --start 100 --dataset counterfact=c.json --dataset zsre=z.json
     python benchmarks/trained.py claims --model claims/ --out claims.jsonl --n 300
     python benchmarks/trained.py table claims.jsonl
+    python benchmarks/trained.py figure claims.jsonl --out logits.png
 
 `facts`: every case is edited by itself at the base and taken off again. edit and paraphrase: every
 target token is the most probable one under teacher forcing; ES and PS: log P(new) > log P(true),
@@ -12,9 +13,11 @@ from the base model's next-token distribution at the neighbours' ends, nats; sai
 continuation of the prompt begins with the target.
 
 `claims`: the rows of KnowledgeEditor's table on a classifier of `errata zoo train claims`, whose
-folder holds the claims. success: the claim has the other class; equivalence: so have its rephrases;
-retain: other claims keep theirs (`--retain` of them, drawn once); deterioration: 1 − accuracy /
-accuracy of the base on those.
+folder holds the claims; `--train` and `--dev` name other files of the dataset `fever`, for a
+classifier with their classes. success: the claim has the other class; equivalence: so have its
+rephrases; retain: other claims keep theirs (`--retain` of them, drawn once); deterioration: 1 −
+accuracy / accuracy of the base on those. scores before and after: what every text's classes get,
+the claim first, then rephrases, then the others; `figure` draws them.
 
 A run that is repeated goes on with the cases that its file lacks.
 """
@@ -33,12 +36,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from errata import Editor, Request
+from errata import Editor, Request, plots
 from errata.contract.measurement import bootstrap
 from errata.datasets import load
 from errata.errors import ErrataError
 from errata.model.next_token import class_scores
-from errata.model.running import prepare, run
+from errata.model.running import class_index, prepare, run
 from errata.model.scoring import score_targets
 
 QUIET = {"efficacy": "off", "perplexity": "off", "norm": "off"}
@@ -82,11 +85,11 @@ def write(out: Path, line: dict[str, Any]) -> None:
         handle.write(json.dumps(line) + "\n")
 
 
-def read_all(given: list[str], start: int) -> list[Request]:
+def read_all(given: list[str], start: int, limit: int | None) -> list[Request]:
     found: list[Request] = []
     for one in given:
         name, _, path = one.partition("=")
-        found += load(name, path, start=start).requests()
+        found += load(name, path, start=start, limit=limit).requests()
     return found
 
 
@@ -128,7 +131,7 @@ def mean(score: Any) -> float:
 
 
 def facts(args: argparse.Namespace) -> None:
-    training = read_all(args.training, args.start)
+    training = read_all(args.training, args.start, args.limit)
     config = json.loads(args.config)
     with Editor(
         args.model, training=training or None, artifacts=args.artifacts, guards=QUIET,
@@ -159,30 +162,44 @@ def facts(args: argparse.Namespace) -> None:
 # -- claims --------------------------------------------------------------------------------------
 
 
-def classes(editor: Editor, texts: list[str]) -> list[int]:
-    found: list[int] = []
-    for begin in range(0, len(texts), 64):
-        found += class_scores(editor.model, texts[begin : begin + 64]).argmax(-1).tolist()
+def scores(editor: Editor, texts: list[str]) -> list[list[float]]:
+    """Return the class scores of each text, rounded to four digits."""
+    found = class_scores(editor.model, texts, batch_size=64).tolist()
+    return [[round(value, 4) for value in line] for line in found]
+
+
+def first(line: list[float]) -> int:
+    return max(range(len(line)), key=line.__getitem__)
+
+
+def truths(file: Path) -> dict[str, str]:
+    """Return claim → true class, of the claims whose class the file gives."""
+    found = {}
+    for line in map(json.loads, file.read_text().splitlines()):
+        answers = [one["answer"] for one in line.get("output") or () if one.get("answer")]
+        if answers:
+            found[line["input"]] = answers[0]
     return found
 
 
 def claims(args: argparse.Namespace) -> None:
     folder = Path(args.model)
-    training = load("fever", folder / "claims.train.jsonl").requests()
-    requests = load("fever", folder / "claims.dev.jsonl").requests()
-    truth = {
-        line["input"]: line["output"][0]["answer"]
-        for line in map(json.loads, (folder / "claims.dev.jsonl").read_text().splitlines())
-    }
+    dev = args.dev or folder / "claims.dev.jsonl"
+    training = load("fever", args.train or folder / "claims.train.jsonl", skip_bad=True).requests()
+    requests = load("fever", dev, skip_bad=True).requests()
+    truth = truths(dev)
     kept = random.Random(0).sample(requests, min(args.retain, len(requests)))
     with Editor(
         args.model, training=training, artifacts=args.artifacts, guards=QUIET,
         progress=lambda text: print(text, flush=True),
     ) as editor:  # fmt: skip
-        names = editor.model.config.label2id
-        before = dict(
-            zip((r.text for r in kept), classes(editor, [r.text for r in kept]), strict=True)
+        asked = list(
+            dict.fromkeys(
+                text for r in [*kept, *requests[: args.n]] for text in (r.text, *r.paraphrases)
+            )
         )
+        before = dict(zip(asked, scores(editor, asked), strict=True))
+        right = {text: class_index(editor.model, name) for text, name in truth.items()}
         there = done(args.out)
         rows = claims_rows(editor.model.anatomy.n_layers)
         for row in args.rows.split(",") if args.rows else rows:
@@ -200,25 +217,22 @@ def claims(args: argparse.Namespace) -> None:
                     print(row, request.text, error, flush=True)
                     continue
                 seconds = time.perf_counter() - started
-                wanted = names[request.target_new]
+                wanted = class_index(editor.model, request.target_new)
                 others = [r.text for r in kept if r.text != request.text]
                 asked = [request.text, *request.paraphrases, *others]
-                found = classes(editor, asked)
+                then, now = [before[text] for text in asked], scores(editor, asked)
+                found, known = list(map(first, now)), list(map(first, then))
                 n = 1 + len(request.paraphrases)
+                true = [(k, right[t]) for k, t in enumerate(others, n) if t in right]
                 write(
                     args.out,
                     {
                         "row": row, "case": request.text, "success": found[0] == wanted,
                         "equivalence": [one == wanted for one in found[1:n]],
-                        "retain": [
-                            one == before[text] for one, text in zip(found[n:], others, strict=True)
-                        ],
-                        "right": [
-                            one == names[truth[text]]
-                            for one, text in zip(found[n:], others, strict=True)
-                        ],
-                        "right before": [before[text] == names[truth[text]] for text in others],
-                        "seconds": seconds,
+                        "retain": [a == b for a, b in zip(found[n:], known[n:], strict=True)],
+                        "right": [found[k] == name for k, name in true],
+                        "right before": [known[k] == name for k, name in true],
+                        "seconds": seconds, "scores before": then, "scores after": now,
                     },
                 )  # fmt: skip
                 editor.revert(edit)
@@ -232,15 +246,44 @@ def table(args: argparse.Namespace) -> None:
     for line in args.out.read_text().splitlines():
         data = json.loads(line)
         rows[data["row"]].append(data)
-    skipped = ("row", "case", "text", "right", "right before")
+    skipped = ("row", "case", "text", "right", "right before", "scores before", "scores after")
     for row, lines in rows.items():
         names = dict.fromkeys(n for line in lines for n in line if n not in skipped)
         asked = [name for name in names if share_of(lines, name).size]
         shown = [f"{name} {share(lines, name)}" for name in asked]
-        if "right" in names or "right" in lines[0]:
+        if lines[0].get("right"):
             now, then = (share_of(lines, name).mean() for name in ("right", "right before"))
-            shown.append(f"deterioration {1 - now / then:.3f}")
+            if then > 0:
+                shown.append(f"deterioration {1 - now / then:.3f}")
         print(f"{row} (n = {len(lines)}): " + "; ".join(shown))
+
+
+def figure(args: argparse.Namespace) -> None:
+    """Draw class scores before and after, a panel per row of the table."""
+    wanted = args.rows.split(",") if args.rows else None
+    panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+    for line in map(json.loads, args.file.read_text().splitlines()):
+        if "scores before" not in line or (wanted and line["row"] not in wanted):
+            continue
+        groups = panels.setdefault(
+            line["row"], {name: ([], []) for name in ("retain", "equivalence", "success")}
+        )
+        n = 1 + len(line["equivalence"])
+        pairs = zip(line["scores before"], line["scores after"], strict=True)
+        for place, (then, now) in enumerate(pairs):
+            name = "success" if place == 0 else "equivalence" if place < n else "retain"
+            for margins, values in zip(groups[name], (then, now), strict=True):
+                margins.append(margin(values, first(then)))
+    drawn = {
+        row: {name: plots.Margins(*margins) for name, margins in groups.items()}
+        for row, groups in panels.items()
+    }
+    plots.save(plots.class_margins(drawn), args.out)
+
+
+def margin(line: list[float], chosen: int) -> float:
+    """Return the score of a class minus that of the best other one."""
+    return line[chosen] - max(score for k, score in enumerate(line) if k != chosen)
 
 
 def share_of(lines: list[dict[str, Any]], name: str) -> np.ndarray:
@@ -277,14 +320,22 @@ def main() -> None:
             command.add_argument("--config", default="{}")
             command.add_argument("--training", action="append", default=[])
             command.add_argument("--start", type=int, default=0, help="not trained on, of each")
+            command.add_argument("--limit", type=int, help="trained on, of each, at most")
             command.add_argument("--dataset", action="append", required=True)
         else:
+            command.add_argument("--train", type=Path, help="claims.train.jsonl of the model")
+            command.add_argument("--dev", type=Path, help="claims.dev.jsonl of the model")
             command.add_argument("--rows")
             command.add_argument("--retain", type=int, default=100)
             command.add_argument("--steps", type=int)
     shown = commands.add_parser("table")
     shown.set_defaults(function=table)
     shown.add_argument("out", type=Path)
+    drawn = commands.add_parser("figure")
+    drawn.set_defaults(function=figure)
+    drawn.add_argument("file", type=Path)
+    drawn.add_argument("--out", type=Path, required=True)
+    drawn.add_argument("--rows", help="rows of the table, with commas between them")
     args = parser.parse_args()
     args.function(args)
 

@@ -151,6 +151,12 @@ def method_page(name: str) -> str:
         ("several requests in one call", "yes" if can.batch else "no"),
         ("needs", ", ".join(can.needs) or "nothing"),
         ("status", entry.status),
+        (
+            "evidence",
+            f"[{entry.evidence}](../{entry.evidence})"
+            if entry.evidence
+            else "none: nothing is measured yet",
+        ),
     ]
     table = "\n".join(f"| {key} | {value} |" for key, value in facts)
     blocks = [

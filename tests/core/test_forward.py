@@ -354,7 +354,7 @@ def test_bypassed_blocks_change_nothing(tmp_path: Path) -> None:
     model = build_model("gptj", tmp_path)  # its blocks return tuples
     inputs, _, _ = batch_of(model)
     names = [model.anatomy.block(1), model.anatomy.block(2)]
-    norm = model.anatomy.final_norm_name
+    norm = model.anatomy.spec.final_norm
     assert norm is not None
     with (
         torch.no_grad(),

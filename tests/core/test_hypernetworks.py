@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from errata import Editor, Request
+from errata.cli.app import app
 from errata.edits.delta import LowRankDelta
 from errata.errors import CapabilityError, ConfigError, RequestError
 from errata.kit.hypernetworks import (
     Factors,
     NetworkTraining,
     Signals,
+    batches,
     edited_modules,
+    lessons,
     low_rank_deltas,
+    passages,
     rows_edited,
     signals_of,
 )
-from errata.kit.hypernetworks.lessons import Lesson
+from errata.kit.hypernetworks.batches import BatchCache, RequestBatch
+from errata.kit.hypernetworks.lessons import Drawn, Lesson
 from errata.kit.training.training_batches import target_batches
 from errata.model import Model
 from errata.model.running import prepare, run
@@ -191,6 +198,42 @@ def test_a_training_that_was_killed_goes_on_to_the_same_network(
     assert taken == [3, *range(8)]
 
 
+@pytest.mark.parametrize("room", [0, 100_000])
+def test_how_much_is_kept_in_memory_changes_nothing(
+    room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of a vocabulary as large models have it, whose answers are kept in half precision.
+    monkeypatch.setattr(lessons, "_WIDE", 0)
+    config = {"batch_size": 1, "steps": 8, "locality": "others"}
+    curve = train(tmp_path / "all", **config)
+    made: list[str] = []
+    original = BatchCache._made
+
+    def counted(self: BatchCache, batch: RequestBatch, **options: Any) -> Lesson:
+        made.append(batch.name)
+        return original(self, batch, **options)
+
+    monkeypatch.setattr(BatchCache, "_made", counted)
+    monkeypatch.setattr(batches, "_ROOM", room)
+    step = NetworkTraining._step
+
+    def killed(self: NetworkTraining, number: int, *args: Any) -> float:
+        if number == 5:
+            monkeypatch.setattr(NetworkTraining, "_step", step)
+            raise KeyboardInterrupt
+        return step(self, number, *args)
+
+    monkeypatch.setattr(NetworkTraining, "_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "some", **config)
+    assert len(made) > len(set(made)) + 1  # some were made again
+    if room:
+        assert min(map(made.count, made)) == 1  # and some were not
+    assert train(tmp_path / "some", **config) == curve
+    one, other = network(tmp_path / "all"), network(tmp_path / "some")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def with_a_parameter_more(self: MendNetwork, *args: Any, init: Any = MendNetwork.__init__) -> None:
     init(self, *args)
     self.more = torch.nn.Parameter(torch.zeros(1))
@@ -339,7 +382,7 @@ def test_what_is_trained_on_in_a_chat_is_rendered(tmp_path: Path) -> None:
 def test_validation_asks_what_the_steps_ask(tmp_path: Path) -> None:
     model = build_model("gpt2", tmp_path)
     asked = [cases()[0][0], REQUESTS[0]]  # with a paraphrase, and without
-    lesson = Lesson(model, asked, [[], []], layer=0, remember=False)
+    lesson = Lesson(model, asked, [[], []], layer=0)
     assert lesson.phrasings().asked == [1, 2]
     assert lesson.phrasings(own=True).asked == [0, 2]
     phrasings = Lesson.phrasings
@@ -368,7 +411,7 @@ def test_a_step_of_two_views_asks_for_the_prompt_and_a_paraphrase(tmp_path: Path
                 paraphrases=[f"{name} has the capital", f"In {name} they rule from"][:several])
         for name, several in (("France", 2), ("Spain", 1), ("Italy", 0))
     ]  # fmt: skip
-    lesson = Lesson(model, requests, [[], [], []], layer=0, remember=False)
+    lesson = Lesson(model, requests, [[], [], []], layer=0)
     seen = set()
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
@@ -382,7 +425,25 @@ def test_a_step_of_two_views_asks_for_the_prompt_and_a_paraphrase(tmp_path: Path
     assert seen == {1, 2}
 
 
-def test_a_model_that_cannot_be_resumed_is_found_by_every_lesson(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_rows_run_in_parts_by_length_say_what_each_says_alone(family: str, tmp_path: Path) -> None:
+    model = build_model(family, tmp_path)
+    module = model.anatomy.mlp_out(1)
+    prompts = ["France", "The capital of Spain, as all know well, is", "In Rome they say that it"]
+    answers = ["Madrid", "Paris, where many people live and work", "Rome and Italy"]
+    beside = [(f"{prompts[n % 3]} {n}", answers[n * 7 % 3]) for n in range(35)]
+    lesson = Lesson(model, REQUESTS[:2], [beside, beside[:3]], layer=0)
+    signals = Signals.join(signals_of(model, REQUESTS[:2], [module]))
+    factors = {module: Factors(-3 * signals.errors[module], signals.inputs[module])}
+    with torch.no_grad():
+        whole = lesson.ask(factors, Drawn([0, 1], list(range(38))))
+        each = [lesson.ask(factors, Drawn([0, 1], [row])) for row in range(38)]
+    torch.testing.assert_close(whole.locality, torch.stack([one.locality for one in each]).mean())
+    assert whole.kept == pytest.approx(sum(one.kept for one in each) / 38)
+    torch.testing.assert_close(whole.edit, each[0].edit)
+
+
+def test_a_model_that_cannot_be_resumed_is_found_by_a_lesson(tmp_path: Path) -> None:
     model = build_model("gpt2", tmp_path)
     fact = Request(prompt="The capital of {} is", subject="France", target_new="Rome")
     asked = [[("The capital of Spain is", " Madrid")]]
@@ -397,3 +458,96 @@ def test_a_model_that_cannot_be_resumed_is_found_by_every_lesson(tmp_path: Path)
     assert not Lesson(model, [fact], asked, layer=1).resumes
     assert Lesson(model, [fact], asked, layer=1, check=False).resumes  # nobody has looked
     handle.remove()
+
+
+@pytest.mark.parametrize(("method", "config"), [("mend", MEND), ("ke", {**KE, "loops": 2})])
+def test_an_edit_names_the_network_that_made_it_and_does_without(
+    method: str, config: dict[str, Any], tmp_path: Path
+) -> None:
+    training, (fact, _) = cases()
+    names = []
+    for part, start in (("one", 0), ("other", 1)):
+        with opened(tmp_path / part, training[start:]) as editor:
+            edit = editor.edit(fact, method=method, config=config)
+            assert edit.artifacts == {}
+            ((name, digest),) = edit.made_with.items()
+            assert editor.model.artifacts.digest(name) == digest
+            editor.export(tmp_path / f"{part}.errata")
+            names.append((name, digest))
+    assert names[0][0] != names[1][0]  # trained on other data
+    assert names[0][1] != names[1][1]
+    with opened(tmp_path / "nothing", None) as editor:
+        (imported,) = editor.apply(tmp_path / "one.errata")
+        assert tuple(imported.made_with.items()) == (names[0],)
+
+
+def test_a_trained_network_shows_how_it_was_trained_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ERRATA_CACHE", str(tmp_path))
+    args = ["prepare", "mend", "--model", "atlas-gpt2", "--training", "atlas", "--limit", "12"]
+    for name, value in {**MEND, "validate_every": 1}.items():
+        args += ["--set", f"{name}={json.dumps(value)}"]
+    reports = []
+    for _ in range(2):
+        result = CliRunner().invoke(app, [*args, "--json"])
+        assert result.exit_code == 0, result.output
+        reports.append(json.loads(result.stdout)["trained"])
+    assert reports[0] == reports[1]
+    assert [entry["step"] for entry in reports[1]["curve"]] == [1, 2]
+    assert {"training_loss", "edit", "success", "locality", "kept"} < set(reports[1]["curve"][0])
+    shown = CliRunner().invoke(app, args).output
+    assert f"the network after step {reports[0]['best']}" in shown
+    assert "training loss" in shown
+
+
+TOWNS = ("Kandor", "Selm", "Orvane", "Brill", "Teyra", "Galdor", "Harwell", "Mor")
+PASSAGES = [
+    Request(
+        kind="text", prompt="{} lies on a river, and the people of the town", subject=town,
+        target_new="weave cloth that they sell in the markets of the coast in spring and autumn.",
+    )
+    for town in TOWNS
+]  # fmt: skip
+
+
+def test_a_passage_is_asked_for_again_with_its_beginning_cut_off(tmp_path: Path) -> None:
+    model = build_model("gpt2", tmp_path)
+    whole = f"{PASSAGES[0].text} {PASSAGES[0].target_new}"
+    generator = torch.Generator().manual_seed(0)
+    found = passages.cut_passages(model, PASSAGES[0], 20, generator)
+    for prompt, answer in found:
+        assert whole.endswith(f" {prompt} {answer}")  # the beginning is missing, nothing else
+        assert len(model.tokenizer(f" {answer}")["input_ids"]) <= passages.LAST
+    assert len({prompt for prompt, _ in found}) > 5
+    assert len({answer for _, answer in found}) == 1
+    short = PASSAGES[0].model_copy(update={"prompt": "{}", "target_new": "shines"})
+    assert passages.cut_passages(model, short, 4, generator) == []
+    text = ["one two three", " ".join(map(str, range(100)))]
+    ((prompt, answer),) = passages.plain_passages(text, 4, generator)
+    assert f"{prompt} {answer}" in text[1]
+
+
+@pytest.mark.parametrize(("method", "config"), [("mend", MEND), ("ke", {**KE, "views": True})])
+def test_passages_are_learnt_beside_plain_text(
+    method: str, config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = [f"document {n} " + "of plain text that must stay as it is " * 6 for n in range(9)]
+    made: list[tuple[Any, Any]] = []
+    original = Lesson.__init__
+
+    def noting(self: Lesson, model: Any, requests: Any, beside: Any, **options: Any) -> None:
+        made.append((options["cut"], beside))
+        original(self, model, requests, beside, **options)
+
+    monkeypatch.setattr(Lesson, "__init__", noting)
+    module, tokenizer = build("gpt2")
+    with Editor(
+        module, tokenizer, guards=QUIET, artifacts=tmp_path, training=PASSAGES[1:], corpus=corpus
+    ) as editor:
+        edit = editor.edit(PASSAGES[0], method=method, config=config)
+        assert edit.requests[0].kind == "text"
+        editor.revert(edit)
+    for cut, beside in made:
+        assert all(len(each) == lessons.PHRASINGS for each in cut)
+        assert all(any(prompt in text for text in corpus) for each in beside for prompt, _ in each)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from errata import Editor, Request
+from errata.datasets import load
 from errata.edits.request import Probe
 from errata.errors import CapabilityError, RequestError
 from errata.evaluate import CoreMetrics, generate
@@ -163,3 +164,34 @@ def test_protocols_count_classes(tmp_path: Path, toys: None) -> None:
     assert "most probable class" in said["success_rate"]
     assert "most probable class" in said["ERR"]
     assert "over the classes" in said["kl_to_base"]
+
+
+@pytest.mark.parametrize("limit", [20, 512])
+def test_long_texts_are_cut_as_their_dataset_says(limit: int, tmp_path: Path) -> None:
+    module, tokenizer = build("bert-classifier")
+    positions = module.config.max_position_embeddings
+    long = " ".join(["The capital of France is Paris."] * 60)
+    file = tmp_path / "opinions.csv"
+    file.write_text(f"text,label\n{long},criminal\n{long} Again.,economic\n")
+    request, other = load("scotus", file, max_tokens=limit).requests()
+    assert request.subject == long  # no reader knows the tokenizer
+    assert load("scotus", file).requests()[0].max_tokens == 512
+    beside = (Probe(prompt=other.text, answers=(other.target_new,)),)
+    request = request.model_copy(update={"paraphrases": (f"So: {long}",), "locality": beside})
+    with Editor(module, tokenizer) as editor:
+        edit = editor.edit(request, method="ft", config={"lr": 1e-2, "steps": 2})
+        (asked,) = edit.requests
+        lengths = [len(tokenizer(text)["input_ids"]) for text in (asked.text, *asked.paraphrases)]
+        assert lengths == [min(limit, positions)] * 2
+        assert long.startswith(asked.text)
+        assert asked.text.startswith(asked.locality[0].prompt)
+        found = CoreMetrics().evaluate(editor.model, [request], ["ke"])
+        assert {one.metric: one.value for one in found}["success_rate"] in (0.0, 1.0)
+        editor.revert(edit)
+        with pytest.raises(RequestError, match="may have its prompts cut by max_tokens"):
+            editor.edit(request.model_copy(update={"max_tokens": None}), method="ft")
+        with pytest.raises(RequestError, match="hold no part of the subject"):
+            editor.edit(
+                request.model_copy(update={"prompt": f"{long} {{}}", "subject": "It is so"}),
+                method="ft",
+            )

@@ -178,6 +178,9 @@ class Request(_Frozen):
         description="True: each prompt is what a user says, to be rendered by the tokenizer's chat "
         "template; (before, after): it is rendered, and these stand around it",
     )
+    max_tokens: int | None = Field(
+        default=None, ge=1, description="Longer prompts are cut to so many tokens (or the model's)"
+    )
 
     @field_validator("join")
     @classmethod
@@ -333,7 +336,8 @@ class Request(_Frozen):
     def digest(self) -> str:
         """SHA-256 of the canonical JSON: two requests with one digest are the same request."""
         data = self.plain.model_dump(mode="json")
-        for later in ("join", "chat", "operation", "remove"):  # older ledgers keep their digests
+        # Older ledgers keep their digests.
+        for later in ("join", "chat", "operation", "remove", "max_tokens"):
             if data[later] in (None, False):
                 del data[later]
         canonical = json.dumps(data, sort_keys=True, ensure_ascii=False)

@@ -54,6 +54,16 @@ def class_scores(model: Model, prompts: Sequence[str], batch_size: int = 32) -> 
     return _table(model, lines)
 
 
+def predicted_classes(model: Model, prompts: Sequence[str], batch_size: int = 32) -> list[str]:
+    """Return the name of the most probable class of each text, with the active edits.
+
+    Raises as `class_scores` does.
+    """
+    names = {int(key): str(name) for key, name in (model.config.id2label or {}).items()}
+    found = class_scores(model, prompts, batch_size).argmax(-1).tolist()
+    return [names.get(index, str(index)) for index in found]
+
+
 def _table(model: Model, lines: Sequence[Tensor]) -> Tensor:
     if not lines:
         raise RequestError("No prompt was given: there is nothing to predict.")

@@ -120,7 +120,8 @@ def check_length(model: Model, length: int) -> None:
     limit = model.anatomy.context
     if limit is not None and length > limit:
         raise RequestError(
-            f"A text of {length} tokens was given; {model.name} takes at most {limit}. Shorten it."
+            f"A text of {length} tokens was given; {model.name} takes at most {limit}. "
+            "Shorten it; a request may have its prompts cut by max_tokens."
         )
 
 

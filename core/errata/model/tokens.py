@@ -96,6 +96,17 @@ def encode(
     return pad(tokenizer, [row.ids for row in rows], padding_side, device)
 
 
+def first_tokens(tokenizer: PreTrainedTokenizerBase, text: str, n: int) -> str:
+    """Return as much of the beginning of a text as n tokens hold, special ones counted."""
+    (row,) = tokenise(tokenizer, [text], keep_end=True)
+    while len(row.ids) > n and text:
+        own = [end for begin, end in row.offsets if end > begin]
+        kept = len(own) - (len(row.ids) - n)
+        text = text[: own[kept - 1]] if kept > 0 else ""
+        (row,) = tokenise(tokenizer, [text], keep_end=True)
+    return text
+
+
 def subject_span(
     tokenizer: PreTrainedTokenizerBase, template: str, subject: str
 ) -> tuple[int, int]:

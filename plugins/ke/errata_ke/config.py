@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 
     from errata.model.anatomy import Anatomy
 
-Variant = Literal["published", "efk", "small", "efk-small"]
+Variant = Literal["published", "published-bart", "efk", "small", "efk-small"]
+
+_BART: Mapping[str, Any] = {
+    "margin": 1e-3, "margin_end": 1e-5, "batch_size": 1, "n_locality": 63, "steps": 200_000,
+    "decay": 200_000, "views": True, "label_smoothing": 0.1,
+}  # fmt: skip
 
 _EFK: Mapping[str, Any] = {
     "constraint": "none", "hidden": 512, "condition": 768, "optimiser": "adam", "lr": 1e-5,
@@ -33,12 +38,14 @@ _SMALL: Mapping[str, Any] = {
 VARIANTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "published": {},
+        "published-bart": _BART,
         "efk": _EFK,
         "small": {**_SMALL, "locality": "others", "n_locality": 7, "batch_size": 16},
         "efk-small": {**_EFK, **_SMALL, "prompt_share": 0.3, "c_edit": 0.5, "clip": None},
     }
 )
-"""What each variant sets. The defaults are the values published for BERT on FEVER."""
+"""What each variant sets. The defaults are the values published for BERT on FEVER; those for BART
+on zsRE are `published-bart`, which `published` becomes in an encoder–decoder."""
 
 
 class KeConfig(NetworkConfig):
@@ -52,9 +59,10 @@ class KeConfig(NetworkConfig):
 
     variant: Variant = Field(
         default="published",
-        description="published; efk: the port to decoders by MEND's authors (MLPs of the "
-        "last three blocks, MEND's loss); small and efk-small: the same networks in a training of "
-        "an hour",
+        description="published: for BERT on FEVER, in an encoder-decoder published-bart; "
+        "published-bart: for BART on zsRE; efk: the port to decoders by MEND's authors (MLPs of "
+        "the last three blocks, MEND's loss); small and efk-small: the same networks, trained "
+        "for 1,000 steps",
     )
     batch_size: int = Field(
         default=4, ge=1, description="Edits per step of the training, each by itself"
@@ -89,6 +97,12 @@ class KeConfig(NetworkConfig):
         description="What the edit's loss is minimised under, by a Lagrange multiplier: kl, KL ≤ "
         "margin; l2, the root mean square of ΔW's entries ≤ margin (the paper's C_L2); none: the "
         "sum c_edit · NLL + c_loc · KL is minimised",
+    )
+    label_smoothing: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Under a constraint: share of the edit's loss that falls on all tokens alike",
     )
     margin: float = Field(
         default=0.1, gt=0, description="Bound m on the KL divergence (nats), or on ΔW"
@@ -125,8 +139,12 @@ class KeConfig(NetworkConfig):
         """Return the configuration with layers and modules written out.
 
         All matrices of all blocks as published (a decoder's cross-attention belongs to all four
-        roles together); the MLPs of the last blocks in the port.
+        roles together); the MLPs of the last blocks in the port. What was published for BERT
+        becomes what was published for BART in an encoder-decoder.
         """
+        if self.variant == "published" and anatomy.encoder is not None:
+            given = {name: getattr(self, name) for name in self.model_fields_set}
+            return type(self)(**{**given, "variant": "published-bart"}).for_model(anatomy)
         port = self.variant.startswith("efk")
         layers, targets = self.layers, self.target_modules
         if layers is None and port:

@@ -11,6 +11,8 @@ Trained is min L'(x, a) subject to KL(P ‖ P') ≤ m, as L' + α (KL − m) wit
 constraint is broken; m shrinks while validation succeeds. The port to decoders minimises
 c_edit · NLL + c_loc · KL.
 
+The prediction is `target_true`, or what the unedited model says where that is not given.
+
 Against the authors' code: the LSTM's word embeddings are a copy (theirs share storage with the
 model, which training then moves), and an edit that is made again is computed on the moved weights
 for every model (theirs adds the same change for BART).
@@ -41,6 +43,7 @@ from errata.kit.hypernetworks import (
 from errata.kit.training import ROLES, linear_modules
 from errata.kit.training.training_batches import settled, target_batches
 from errata.model.running import run
+from errata_ke.condition import Conditions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,7 +77,7 @@ def edit(model: Model, requests: Sequence[Request], config: KeConfig) -> list[Lo
     if config.loops == 1:
         deltas = []
         for signals in signals_of(model, requests, network.paths):
-            deltas += low_rank_deltas(model, network(signals), signals, extra=network.extra)
+            deltas += _deltas(model, network(signals), signals, network)
         return deltas
     return [_again(model, request, network, config.loops) for request in requests]
 
@@ -110,7 +113,7 @@ def _again(model: Model, request: Request, network: KnowledgeEditor, loops: int)
         with rows_edited(model, total, [0]):
             (signals,) = signals_of(model, [request], network.paths)
         factors = network(signals)
-        parts += low_rank_deltas(model, factors, signals, extra=network.extra)
+        parts += _deltas(model, factors, signals, network)
         total = {path: _both(total.get(path), new) for path, new in factors.items()}
         with rows_edited(model, total, [0]):
             logits = run(model, batch.prompts)
@@ -118,6 +121,12 @@ def _again(model: Model, request: Request, network: KnowledgeEditor, loops: int)
         if settled(batch, logits, nll, None) == [True]:
             break
     return _sum(parts)
+
+
+def _deltas(
+    model: Model, factors: dict[str, Factors], signals: Signals, network: KnowledgeEditor
+) -> list[LowRankDelta]:
+    return low_rank_deltas(model, factors, signals, extra=network.extra, made_with=network.origin)
 
 
 def _both(one: Factors | None, other: Factors) -> Factors:
@@ -128,7 +137,7 @@ def _both(one: Factors | None, other: Factors) -> Factors:
 
 def _sum(parts: Sequence[LowRankDelta]) -> LowRankDelta:
     names = dict.fromkeys(name for part in parts for name in part.factors)
-    return LowRankDelta(
+    total = LowRankDelta(
         {
             name: Factor(
                 torch.cat([p.factors[name].u for p in parts if name in p.factors], 1),
@@ -138,6 +147,8 @@ def _sum(parts: Sequence[LowRankDelta]) -> LowRankDelta:
             for name in names
         }
     )
+    total.made_with = parts[0].made_with
+    return total
 
 
 def root_mean_square(change: Factors) -> Tensor:
@@ -183,6 +194,7 @@ class KnowledgeEditor(EditingNetwork):
         super().__init__()
         self.paths = list(modules)
         self._model, self._config = model, config
+        self._conditions = Conditions(model)
         embedding = model.pristine[model.anatomy.weight(model.anatomy.embedding_name)]
         with no_randomness(config.seed):
             self.embedding = (
@@ -218,10 +230,7 @@ class KnowledgeEditor(EditingNetwork):
 
     def read(self, requests: Sequence[Request]) -> Tensor:
         """Return the condition h (B, width) that the LSTM makes of each request."""
-        texts = [
-            f"{request.target_true or ''} >> {request.target_new} || {request.text}"
-            for request in requests
-        ]
+        texts = self._conditions.of(requests)
         limit = self._config.max_length
         ids = [torch.tensor(row[:limit]) for row in self._model.tokenizer(texts)["input_ids"]]
         lengths = torch.tensor([len(row) for row in ids])
@@ -242,9 +251,13 @@ class KnowledgeEditor(EditingNetwork):
         config = self._config
         if config.constraint == "none":
             return config.c_edit * answered.edit.mean() + config.c_loc * answered.locality
+        smoothing = config.label_smoothing
+        edit = answered.edit.mean()
+        if smoothing and answered.spread is not None:
+            edit = (1 - smoothing) * edit + smoothing * answered.spread.mean()
         bounded = answered.locality if config.constraint == "kl" else self._size
         rising = 2 * self.alpha.detach() - self.alpha
-        return answered.edit.mean() + rising * (bounded - self.margin)
+        return edit + rising * (bounded - self.margin)
 
     def optimisers(self) -> list[torch.optim.Optimizer]:
         """Return what trains the network, and the multiplier."""

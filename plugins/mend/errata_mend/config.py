@@ -48,7 +48,7 @@ class MendConfig(NetworkConfig):
         default="published",
         description="published; descent: the change is subtracted, as the authors' later code "
         "has it; small: descent with less rank and fewer steps, started by a line search, kept in "
-        "check by neighbours, for training in an hour of one core",
+        "check by neighbours",
     )
     rank: int = Field(default=1920, ge=1, description="Rank of the network's matrices U V, at most")
     n_hidden: int = Field(default=1, ge=0, description="Hidden layers of the network")

@@ -18,7 +18,7 @@ is computed by itself with its own mean over its target's tokens, at the unedite
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 EPS = 1e-7
 LINE = (0.03, 0.1, 0.3, 1.0, 3.0)
 """Shares of ‖W x‖ that the line search tries as the size of a change."""
+_SEARCHED = 16  # training requests, about, on which ‖W x‖ is measured
 
 
 def trained(model: Model, config: MendConfig, training: Sequence[Request] = ()) -> MendNetwork:
@@ -64,7 +65,7 @@ def edit(model: Model, requests: Sequence[Request], config: MendConfig) -> list[
     network = trained(model, config)
     deltas = []
     for signals in signals_of(model, requests, network.paths):
-        deltas += low_rank_deltas(model, network(signals), signals)
+        deltas += low_rank_deltas(model, network(signals), signals, made_with=network.origin)
     return deltas
 
 
@@ -125,6 +126,29 @@ class Shape(nn.Module):
         return c[..., : self.n], c[..., self.n :]
 
 
+class _Moments:
+    """Sums over all tokens of all requests, from which a `Shape` takes its statistics."""
+
+    def __init__(self, shape: nn.Module) -> None:
+        assert isinstance(shape, Shape)
+        self._shape, self._count = shape, 0
+        self._total = torch.zeros_like(shape.mean).double()
+        self._square = self._total.clone()
+
+    def add(self, rows: Tensor) -> None:
+        """Count rows (n, size), fp64."""
+        self._count += len(rows)
+        self._total += rows.sum(0)
+        self._square += rows.square().sum(0)
+
+    def settle(self) -> None:
+        """Write mean and standard deviation into the shape."""
+        mean = self._total / max(self._count, 1)
+        spread = self._square - self._count * mean.square()
+        self._shape.mean.copy_(mean)
+        self._shape.std.copy_((spread / max(self._count - 1, 1)).clamp(0).sqrt())
+
+
 class MendNetwork(EditingNetwork):
     """MEND's networks and rates for one model.
 
@@ -179,40 +203,35 @@ class MendNetwork(EditingNetwork):
         ]
 
     @torch.no_grad()
-    def begin(self, signals: Sequence[Signals], trial: Callable[[], float]) -> None:
+    def begin(self, signals: Iterable[Signals], trial: Callable[[], float]) -> None:
         """Take the statistics of x and δ, and find where η starts, if that is asked for."""
-        for name, shape in self.shapes.items():
-            assert isinstance(shape, Shape)
-            paths = [path for path in self.paths if self._place[path][0] == name]
-            count, total, square = 0, torch.zeros_like(shape.mean), torch.zeros_like(shape.mean)
-            total, square = total.double(), square.double()
-            for one in signals:
-                for path in paths:
-                    kept = one.kept[path]
-                    rows = torch.cat([one.inputs[path][kept], one.errors[path][kept]], -1).double()
-                    count += len(rows)
-                    total += rows.sum(0)
-                    square += rows.square().sum(0)
-            mean = total / max(count, 1)
-            shape.mean.copy_(mean)
-            shape.std.copy_(((square - count * mean.square()) / max(count - 1, 1)).clamp(0).sqrt())
+        moments = {name: _Moments(shape) for name, shape in self.shapes.items()}
+        some: list[Signals] = []
+        for several in signals:
+            if sum(map(len, some)) < _SEARCHED:
+                some.append(several)
+            for path in self.paths:
+                kept = several.kept[path]
+                rows = torch.cat([several.inputs[path][kept], several.errors[path][kept]], -1)
+                moments[self._place[path][0]].add(rows.double())
+        for each in moments.values():
+            each.settle()
         if self._config.edit_lr_start is None:
-            self._search(signals, trial)
+            self._search(some, trial)
 
     def _search(self, signals: Sequence[Signals], trial: Callable[[], float]) -> None:
         """Let a change be a share of ‖W x‖ in each matrix, the share that has the lowest loss."""
         anatomy = self._model.anatomy
-        some = [one.to(torch.float32) for one in signals[:16]]
-        sizes = torch.zeros_like(self.unit)
-        for one in some:
-            factors = self(one)
+        sizes, n = torch.zeros_like(self.unit), sum(map(len, signals))
+        for several in signals:
+            factors = self(several)
             for index, path in enumerate(self.paths):
-                x = one.inputs[path][0]
+                x = several.inputs[path]  # (B, R, d_in), padded with zeros
                 weight = self._model.pristine[anatomy.weight(path)].float().to(x.device)
-                before = (x @ (weight if anatomy.transposed(path) else weight.T)).norm()
+                before = (x @ (weight if anatomy.transposed(path) else weight.T)).norm(dim=(1, 2))
                 change = factors[path]
-                after = ((x @ change.v[0].T) @ change.u[0]).norm()
-                sizes[index] += (before / after.clamp_min(EPS)) / len(some)
+                after = ((x @ change.v.mT) @ change.u).norm(dim=(1, 2))
+                sizes[index] += (before / after.clamp_min(EPS)).sum() / n
         losses = {}
         for share in LINE:
             self.unit.copy_(share * sizes / len(self.paths))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,7 +70,12 @@ def rows_edited(
 
 
 def low_rank_deltas(
-    model: Model, factors: Mapping[str, Factors], signals: Signals, extra: int = 0
+    model: Model,
+    factors: Mapping[str, Factors],
+    signals: Signals,
+    *,
+    extra: int = 0,
+    made_with: Mapping[str, str] = MappingProxyType({}),
 ) -> list[LowRankDelta]:
     """Return one delta per request, without the rows that are padding.
 
@@ -78,8 +84,9 @@ def low_rank_deltas(
         factors: module path → factors of the requests.
         signals: what they were computed from.
         extra: rows at the end that each request has besides those of its signal.
+        made_with: the network that computed them (`EditingNetwork.origin`), for the record.
     """
-    deltas = []
+    deltas: list[LowRankDelta] = []
     for index in range(len(signals)):
         parts: dict[str, Factor] = {}
         for path, change in factors.items():
@@ -93,4 +100,5 @@ def low_rank_deltas(
                 model.anatomy.transposed(path),
             )
         deltas.append(LowRankDelta(parts))
+        deltas[-1].made_with = made_with
     return deltas

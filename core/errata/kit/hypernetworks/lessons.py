@@ -7,7 +7,8 @@ prompts what the base says of them:
     locality  KL(P ‖ P') at the answer's positions           of `Locality`'s prompts
 
 `others` (as published) takes other training requests for locality, `neighbours` the request's own:
-other subjects of the same relation, which are hurt first.
+other subjects of the same relation, which are hurt first. Of a `text`, x' is the passage with its
+beginning cut off, and what must stay is plain text (`passages`).
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ if TYPE_CHECKING:
 
 Locality = Literal["others", "neighbours"]
 
-_PHRASINGS = 4  # of each request, at most, are prepared and drawn from
+PHRASINGS = 4
+"""Phrasings of each request besides its prompt, at most, that are prepared and drawn from."""
+_PARTS, _PART_ROWS = 4, 16  # rows are run in so many parts, of so many rows at least
 _WIDE = 4096  # classes beyond which what the base says is kept in half precision
 
 
@@ -49,12 +52,32 @@ class Answered:
         locality: KL divergence (nats) of the edited from the unedited model, mean over the
             answers' tokens of each locality row, then over the rows.
         kept: share of those rows whose most probable tokens (or class) stay the base's.
+        spread: (B,) mean negative log-probability of all tokens (nats), for label smoothing.
     """
 
     edit: Tensor
     holds: Tensor
     locality: Tensor
     kept: float
+    spread: Tensor | None = None
+
+
+class Read(NamedTuple):
+    """What the edited model says at the answers' tokens (m) of rows, on the model's device.
+
+    Attributes:
+        said: (m, vocabulary) log-probabilities.
+        labels: (m,) the answers.
+        places: (m,) which of all the sheet's answers' tokens each is.
+        rows: (m,) which row each is of.
+        owners: (m,) which request each is of.
+    """
+
+    said: Tensor
+    labels: Tensor
+    places: Tensor
+    rows: Tensor
+    owners: Tensor
 
 
 class Sheet:
@@ -76,6 +99,7 @@ class Sheet:
             model, [prompt for _, prompt, _ in rows], [answer for *_, answer in rows], closing=True
         )
         self._rows = self._prompts.rows.cpu()  # (n,)
+        self._lengths = self._prompts.inputs["attention_mask"].sum(1).cpu()
         self._resumed: Resumed | None = None
         if layer > 0 and pads(model):
             with model.prompts(self._prompts.ends):
@@ -89,6 +113,12 @@ class Sheet:
                 )
         self.resumes = self._resumed is None or self._resumed.layer == layer
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the prompts, and of the recorded run."""
+        own = sum(tensor.nbytes for tensor in self._prompts.inputs.values())
+        return own + (0 if self._resumed is None else self._resumed.nbytes)
+
     @torch.no_grad()
     def unedited(self) -> Tensor:
         """Return the base's log-probabilities (n, vocabulary) at every answer."""
@@ -101,17 +131,17 @@ class Sheet:
         if self._resumed is not None:
             self._resumed.reference = self._resumed.reference[:, :1].clone()
 
-    def held(self, rows: Tensor) -> Tensor:
-        """Return (n,) which answers' tokens are of these rows."""
-        return torch.isin(self._rows, rows)
+    def read(self, rows: Tensor, factors: Mapping[str, Factors]) -> Read:
+        """Run some rows (ascending), each with its request's change.
 
-    def read(self, rows: Tensor, factors: Mapping[str, Factors] | None) -> tuple[Tensor, ...]:
-        """Run some rows (ascending), each with its request's change; None: without.
-
-        Returns, all on the model's device:
-            The log-probabilities (m, vocabulary) at the rows' answers; the answers (m,); which of
-            the rows (m,) and which request (m,) each is of.
+        Many rows are run in parts of similar length, so that less is computed on padding.
         """
+        order = rows[self._lengths[rows].argsort(stable=True)]
+        parts = order.tensor_split(min(_PARTS, max(1, len(rows) // _PART_ROWS)))
+        read = [self._read(part.sort().values, factors) for part in parts]
+        return Read(*(torch.cat(columns) for columns in zip(*read, strict=True)))
+
+    def _read(self, rows: Tensor, factors: Mapping[str, Factors]) -> Read:
         logits: Callable[[], Tensor]
         if self._resumed is not None:
             logits = self._resumed.keep(rows).trimmed().logits
@@ -120,14 +150,13 @@ class Sheet:
         owners = self._owners[rows]
         with ExitStack() as block:
             block.enter_context(self._model.prompts([self._prompts.ends[i] for i in rows.tolist()]))
-            if factors is not None:
-                block.enter_context(rows_edited(self._model, factors, owners))
+            block.enter_context(rows_edited(self._model, factors, owners))
             found = logits().float().log_softmax(-1)
-        held = self.held(rows)
-        row = torch.searchsorted(rows, self._rows[held])
-        labels, device = self._prompts.labels, self._model.device
-        read = (found, labels[held.to(labels.device)], row, owners[row])
-        return tuple(part.to(device) for part in read)
+        held = torch.isin(self._rows, rows).nonzero().squeeze(-1)
+        row = self._rows[held]
+        owner, device = self._owners[row], self._model.device
+        labels = self._prompts.labels[held.to(self._prompts.labels.device)]
+        return Read(found, *(part.to(device) for part in (labels, held, row, owner)))
 
 
 class Drawn(NamedTuple):
@@ -151,8 +180,8 @@ class Lesson:
         model: the model, with every edit off.
         requests: the requests.
         locality: prompts with answers that must stay, for each of them.
+        cut: prompts with answers to ask for, for each of them, besides its own phrasings.
         layer: the lowest edited block (of the decoder); 0: everything is run each time.
-        remember: keep what the base says of the rows that must stay, instead of running it again.
         check: see whether a run from that block on gives what a whole run gives.
 
     Attributes:
@@ -165,8 +194,8 @@ class Lesson:
         requests: Sequence[Request],
         locality: Sequence[Sequence[tuple[str, str]]],
         *,
+        cut: Sequence[Sequence[tuple[str, str]]] = (),
         layer: int,
-        remember: bool = True,
         check: bool = True,
     ) -> None:
         self._size, self._device = len(requests), model.device
@@ -175,15 +204,16 @@ class Lesson:
         self._phrasings: list[list[int]] = []  # rows of each request
         self._kept: list[list[int]] = []
         for owner, (request, beside) in enumerate(zip(requests, locality, strict=True)):
-            texts = [request.text, *request.paraphrases[:_PHRASINGS]]
-            self._phrasings.append(list(range(len(asked), len(asked) + len(texts))))
-            asked += [(owner, text, request.target) for text in texts]
+            texts = [request.text, *request.paraphrases[:PHRASINGS]]
+            pairs = [(text, request.target) for text in texts] + list(cut[owner] if cut else ())
+            self._phrasings.append(list(range(len(asked), len(asked) + len(pairs))))
+            asked += [(owner, text, answer) for text, answer in pairs]
             self._kept.append(list(range(len(stays), len(stays) + len(beside))))
             stays += [(owner, text, answer) for text, answer in beside]
         self._asked = Sheet(model, asked, layer, check)
         self._stays = Sheet(model, stays, layer, check) if stays else None
         self._base: Tensor | None = None  # log-probabilities at the answers that must stay
-        if remember and self._stays is not None:
+        if self._stays is not None:
             base = self._stays.unedited()
             self._base = base.half() if base.shape[-1] > _WIDE else base
         sheets = [sheet for sheet in (self._asked, self._stays) if sheet is not None]
@@ -193,8 +223,9 @@ class Lesson:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what is remembered of the base."""
-        return 0 if self._base is None else self._base.numel() * self._base.element_size()
+        """Bytes of what is kept of it: prompts, recorded runs, and what the base says."""
+        base = 0 if self._base is None else self._base.nbytes
+        return base + self._asked.nbytes + (0 if self._stays is None else self._stays.nbytes)
 
     def draw(
         self,
@@ -233,30 +264,30 @@ class Lesson:
 
     def ask(self, factors: Mapping[str, Factors], drawn: Drawn) -> Answered:
         """Run rows of the lesson, each with its request's factors."""
-        after, labels, _, owner = self._asked.read(torch.tensor(drawn.asked), factors)
-        nll = functional.nll_loss(after, labels, reduction="none")
-        zero = after.new_zeros(self._size)
-        count = zero.index_add(0, owner, torch.ones_like(nll)).clamp_min(1)
-        edit = zero.index_add(0, owner, nll) / count
-        wrong = zero.index_add(0, owner, (after.argmax(-1) != labels).float())
+        read = self._asked.read(torch.tensor(drawn.asked), factors)
+        nll = functional.nll_loss(read.said, read.labels, reduction="none")
+        zero = read.said.new_zeros(self._size)
+        count = zero.index_add(0, read.owners, torch.ones_like(nll)).clamp_min(1)
+        edit = zero.index_add(0, read.owners, nll) / count
+        missed = (read.said.argmax(-1) != read.labels).float()
+        wrong = zero.index_add(0, read.owners, missed)
+        spread = zero.index_add(0, read.owners, -read.said.mean(-1)) / count
         divergence, kept = self._moved(factors, drawn.stays)
-        return Answered(edit, wrong == 0, divergence, kept)
+        return Answered(edit, wrong == 0, divergence, kept, spread)
 
     def _moved(self, factors: Mapping[str, Factors], stays: Sequence[int]) -> tuple[Tensor, float]:
         """Return the divergence of rows that must stay, and the share of them that did."""
-        if self._stays is None or not stays:
+        if self._stays is None or self._base is None or not stays:
             return torch.zeros((), device=self._device), 1.0
         rows = torch.tensor(stays)
-        after, _, row, _ = self._stays.read(rows, factors)
-        if self._base is not None:
-            before = self._base[self._stays.held(rows)].to(after.device).float()
-        else:
-            with torch.no_grad():
-                before, *_ = self._stays.read(rows, None)
-        zero = after.new_zeros(len(rows))
-        kl = functional.kl_div(after, before, log_target=True, reduction="none").sum(-1)
+        read = self._stays.read(rows, factors)
+        before = self._base[read.places.cpu()].to(read.said.device).float()
+        row = torch.searchsorted(rows.to(read.rows.device), read.rows)
+        zero = read.said.new_zeros(len(rows))
+        kl = functional.kl_div(read.said, before, log_target=True, reduction="none").sum(-1)
         each = zero.index_add(0, row, kl) / torch.bincount(row, minlength=len(rows))
-        moved = zero.index_add(0, row, (after.argmax(-1) != before.argmax(-1)).float())
+        differ = (read.said.argmax(-1) != before.argmax(-1)).float()
+        moved = zero.index_add(0, row, differ)
         return each.mean(), float((moved == 0).float().mean())
 
 
@@ -291,12 +322,19 @@ def locality_of(
 
 
 def _rows_of(prompts: PreparedPrompts, rows: Tensor) -> PreparedPrompts:
-    """Return a batch with only these rows (ascending) of another."""
+    """Return a batch with only these rows (ascending) of another.
+
+    Last columns that are padding in all of them are left out, where one sequence is read.
+    """
     held = torch.isin(prompts.rows.cpu(), rows).to(prompts.rows.device)
     where = rows.to(prompts.rows.device)
+    inputs = {name: value[where] for name, value in prompts.inputs.items()}
+    if "decoder_input_ids" not in inputs:
+        width = int(inputs["attention_mask"].any(0).nonzero().max()) + 1
+        inputs = {name: value[:, :width] for name, value in inputs.items()}
     return replace(
         prompts,
-        inputs={name: value[where] for name, value in prompts.inputs.items()},
+        inputs=inputs,
         rows=torch.searchsorted(where, prompts.rows[held]),
         columns=prompts.columns[held],
         labels=prompts.labels[held],

@@ -74,6 +74,12 @@ class Signals:
             self.kept,
         )
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that they take."""
+        held = (self.inputs, self.errors, self.kept)
+        return sum(tensor.nbytes for part in held for tensor in part.values())
+
     def each(self) -> list[Signals]:
         """Return every request's by itself, without padding."""
         found = []
@@ -109,9 +115,9 @@ def signals_of(
         EditFailed: a request's gradient is zero or not finite in every module.
     """
     for request in requests:
-        _check_says_something(request)
+        check_says_something(request)
     found: list[Signals] = []
-    # Of one length each, so that nothing is computed on padding.
+    # Of one length each, so that little is computed on padding.
     order = sorted(range(len(requests)), key=lambda index: len(requests[index].text))
     text = "Gradients of the requests"
     steps = range(0, len(order), batch_size)
@@ -124,6 +130,24 @@ def signals_of(
     for signals in answer:
         _check(signals)
     return answer
+
+
+def joined_signals(model: Model, requests: Sequence[Request], modules: Sequence[str]) -> Signals:
+    """Return the gradients of requests that are run together, as `signals_of` does, padded.
+
+    Their numbers do not depend on other requests than these.
+
+    Args:
+        model: the model, with every edit off.
+        requests: the requests, few enough for one pass.
+        modules: paths of the linear modules.
+
+    Raises `EditFailed` as `signals_of` does.
+    """
+    found = _batch(model, requests, modules).each()
+    for signals in found:
+        _check(signals)
+    return Signals.join(found)
 
 
 def _batch(model: Model, requests: Sequence[Request], modules: Sequence[str]) -> Signals:
@@ -165,7 +189,8 @@ def _batch(model: Model, requests: Sequence[Request], modules: Sequence[str]) ->
     return Signals(tuple(requests), inputs, errors, kept)
 
 
-def _check_says_something(request: Request) -> None:
+def check_says_something(request: Request) -> None:
+    """Raise `CapabilityError` where a request asks only for an answer to be taken away."""
     if not any(aim.sense == "say" for aim in aims_of_request(request)):
         raise CapabilityError(
             f"{request.text!r} is to be erased, and nothing is to be said instead. A trained "

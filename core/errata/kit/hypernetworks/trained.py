@@ -85,6 +85,8 @@ def trained_network(
 
     tensors, _ = model.of_base(name, recipe, compute=compute, sound=sound, trained=True)
     network.load_state_dict(dict(tensors))
+    file = model.artifacts.name(key)
+    network.origin = {file: model.artifacts.digest(file) or ""}
     network.to(model.device).requires_grad_(False)
     model.memo[(name, *key)] = network
     return network

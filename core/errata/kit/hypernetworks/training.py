@@ -8,10 +8,10 @@ one with more `steps` goes on from one with fewer.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,9 +19,10 @@ from torch import nn
 
 from errata.edits.rendering import rendered
 from errata.errors import ConfigError
+from errata.kit.hypernetworks.batches import BatchCache, RequestBatch, seeded
 from errata.kit.hypernetworks.factors import Factors
-from errata.kit.hypernetworks.lessons import Answered, Lesson, Locality, locality_of
-from errata.kit.hypernetworks.signals import Signals, signals_of
+from errata.kit.hypernetworks.lessons import Answered, Locality
+from errata.kit.hypernetworks.signals import Signals, check_says_something
 from errata.model.forward import frozen
 
 if TYPE_CHECKING:
@@ -34,19 +35,17 @@ if TYPE_CHECKING:
 Validation = Mapping[str, float]
 """What a validation measures: edit (nats), success, locality (KL, nats), kept."""
 
-_DRAWN = 4  # prompts that must stay are prepared for each request, at least
-_REMEMBERED = 2**30  # bytes of what the base says; lessons beyond that run it again
-_KEPT = torch.bfloat16  # of the signals that are trained on
-
 
 class EditingNetwork(nn.Module, ABC):
     """A network that edits, and what it is trained for; a method's own.
 
     Attributes:
         extra: rows of factors that it gives each request besides those of its signal.
+        origin: name of its artifact → SHA-256 of that file; empty before it is trained.
     """
 
     extra = 0
+    origin: Mapping[str, str] = MappingProxyType({})
 
     @abstractmethod
     def forward(self, signals: Signals) -> dict[str, Factors]:
@@ -60,11 +59,17 @@ class EditingNetwork(nn.Module, ABC):
     def optimisers(self) -> list[torch.optim.Optimizer]:
         """Return what trains its parameters."""
 
-    def begin(self, signals: Sequence[Signals], trial: Callable[[], float]) -> None:
+    def begin(self, signals: Iterable[Signals], trial: Callable[[], float]) -> None:
         """Act before the first step, such as taking statistics of the training requests.
 
-        `trial` returns the objective of the network as it stands, on the first requests.
+        Args:
+            signals: of all training requests, a batch at a time. They are computed as they are
+                asked for: go through them once. (A request that cannot be learnt from is found
+                here, and not hours later.)
+            trial: returns the objective of the network as it stands, on the first requests.
         """
+        for _ in signals:
+            pass
 
     def rate(self, step: int) -> float:
         """Return what the learning rates are multiplied with in a step, counted from 0."""
@@ -119,22 +124,11 @@ class NetworkTraining:
         asked = rendered(model, list(requests))
         training, held_out = _split(asked, config.validation, config.seed)
         _check_locality(training, config.locality)
-        self._pool = training
-        self._signals = {
-            request.digest: signals.to(_KEPT)
-            for request, signals in zip(
-                [*training, *held_out],
-                signals_of(model, [*training, *held_out], modules),
-                strict=True,
-            )
-        }
-        size = config.batch_size
-        self._groups = [training[at : at + size] for at in range(0, len(training), size)]
-        self._held_out = [held_out[at : at + size] for at in range(0, len(held_out), size)]
-        self._lessons: dict[str, Lesson] = {}
-        self._room = _REMEMBERED
-        self._layer = _lowest_block(model, modules)
-        self._resumes = False  # a lesson has shown that a run from that block on is exact
+        for request in asked:
+            check_says_something(request)
+        self._batches = RequestBatch.split("group", training, config.batch_size)
+        self._held_out = RequestBatch.split("held out", held_out, config.batch_size)
+        self._cache = BatchCache(model, modules, training, self._batches[0], config)
         self._optimisers: list[torch.optim.Optimizer] = []
 
     def run(self) -> dict[str, Tensor]:
@@ -144,7 +138,7 @@ class NetworkTraining:
             done = self._resume()
             if done is None:
                 done = 0
-                editing.begin([self._signals[r.digest] for r in self._pool], self._trial)
+                editing.begin(self._every(), self._trial)
                 self._optimisers = editing.optimisers()
             rates = [[group["lr"] for group in o.param_groups] for o in editing.optimisers()]
             losses: list[float] = []
@@ -165,17 +159,17 @@ class NetworkTraining:
 
     def _step(self, step: int, rates: Sequence[Sequence[float]]) -> float:
         config, editing = self._config, self._editing
-        epoch, place = divmod(step, len(self._groups))
-        order = torch.randperm(len(self._groups), generator=self._generator("epoch", epoch))
-        group = int(order[place])
-        lesson = self._lesson(f"group {group}", self._groups[group])
+        epoch, place = divmod(step, len(self._batches))
+        order = torch.randperm(len(self._batches), generator=self._generator("epoch", epoch))
+        batch = self._batches[int(order[place])]
+        lesson = self._cache.lesson(batch)
         drawn = lesson.draw(
             self._generator("step", step),
             prompt_share=config.prompt_share,
             n_locality=config.n_locality,
             views=config.views,
         )
-        loss = editing.objective(lesson.ask(editing(self._joined(self._groups[group])), drawn))
+        loss = editing.objective(lesson.ask(editing(self._cache.signals(batch)), drawn))
         parameters = [p for p in editing.parameters() if p.requires_grad]
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -194,9 +188,8 @@ class NetworkTraining:
     @torch.no_grad()
     def _validate(self, step: int, losses: Sequence[float]) -> None:
         totals: dict[str, float] = {}
-        for index, group in enumerate(self._held_out):
-            lesson = self._lesson(f"held out {index}", group)
-            found = self._asked(lesson, group)
+        for batch in self._held_out:
+            found = self._asked(batch)
             values = {
                 "loss": float(self._editing.objective(found)),
                 "edit": float(found.edit.mean()),
@@ -205,8 +198,8 @@ class NetworkTraining:
                 "kept": found.kept,
             }
             for name, value in values.items():
-                totals[name] = totals.get(name, 0.0) + value * len(group)
-        n = sum(map(len, self._held_out))
+                totals[name] = totals.get(name, 0.0) + value * len(batch.requests)
+        n = sum(len(batch.requests) for batch in self._held_out)
         measured = {name: value / n for name, value in totals.items()}
         trained = sum(losses) / max(len(losses), 1)
         self.curve.append({"step": step, "training_loss": trained, **measured})
@@ -229,50 +222,28 @@ class NetworkTraining:
     def _trial(self) -> float:
         losses = []
         with torch.no_grad():
-            for index, group in enumerate(self._groups[:2]):
-                lesson = self._lesson(f"group {index}", group)
-                losses.append(float(self._editing.objective(self._asked(lesson, group))))
+            for batch in self._batches[:2]:
+                losses.append(float(self._editing.objective(self._asked(batch))))
         return sum(losses) / len(losses)
 
-    def _asked(self, lesson: Lesson, group: Sequence[Request]) -> Answered:
-        """Return what comes of a lesson with the network as it stands.
+    def _every(self) -> Iterator[Signals]:
+        for batch in self._model.progress.track(self._batches, "Gradients of the requests"):
+            yield self._cache.signals(batch)
+
+    def _asked(self, batch: RequestBatch) -> Answered:
+        """Return what comes of a batch's lesson with the network as it stands.
 
         Asked is what the steps ask for: the requests' own prompts where they ask for nothing else.
         """
-        own = self._config.prompt_share == 1
-        return lesson.ask(self._editing(self._joined(group)), lesson.phrasings(own=own))
+        own, lesson = self._config.prompt_share == 1, self._cache.lesson(batch)
+        return lesson.ask(self._editing(self._cache.signals(batch)), lesson.phrasings(own=own))
 
     def _exhausted(self, step: int) -> bool:
         patience = self._config.patience
         return patience is not None and bool(self.curve) and step - self.best >= patience
 
-    def _joined(self, group: Sequence[Request]) -> Signals:
-        joined = Signals.join([self._signals[request.digest] for request in group])
-        return joined.to(torch.float32)
-
-    def _lesson(self, name: str, group: Sequence[Request]) -> Lesson:
-        if name not in self._lessons:
-            config = self._config
-            beside = locality_of(
-                group,
-                self._pool,
-                config.locality,
-                max(config.n_locality, _DRAWN),
-                self._generator(name),
-            )
-            with torch.no_grad():
-                self._lessons[name] = lesson = Lesson(
-                    self._model, group, beside, layer=self._layer, remember=self._room > 0,
-                    check=not self._resumes,
-                )  # fmt: skip
-            self._resumes = lesson.resumes
-            self._room -= lesson.nbytes
-        return self._lessons[name]
-
     def _generator(self, *what: object) -> torch.Generator:
-        text = f"{self._config.seed} {what}"
-        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
-        return torch.Generator().manual_seed(seed)
+        return seeded(self._config.seed, *what)
 
     # -- its state -------------------------------------------------------------------------------
 
@@ -355,16 +326,3 @@ def _check_locality(training: Sequence[Request], locality: Locality) -> None:
             "validate on are taken away, and nothing says what an edit must leave alone: give "
             "requests about three subjects at least, or with neighbours and locality='neighbours'."
         )
-
-
-def _lowest_block(model: Model, modules: Sequence[str]) -> int:
-    """Return the lowest block of the decoder that is edited; 0 where the encoder is, too."""
-    anatomy = model.anatomy
-    inside = [
-        layer
-        for layer in range(anatomy.n_layers)
-        if any(path.startswith(f"{anatomy.block(layer)}.") for path in modules)
-    ]
-    if any(not path.startswith(f"{anatomy.spec.blocks}.") for path in modules) or not inside:
-        return 0
-    return min(inside)

@@ -314,6 +314,13 @@ class Resumed:
         return short
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of what is kept to run it again, without keys and values."""
+        held = [self.reference, *self._inputs.values()]
+        held += [first_tensor(recorded.value) for recorded in self._memory.values()]
+        return sum(part.nbytes for part in held if isinstance(part, torch.Tensor))
+
+    @property
     def size(self) -> int:
         """Number of rows."""
         return int(self._inputs["input_ids"].shape[0])

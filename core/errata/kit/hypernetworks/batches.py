@@ -1,0 +1,145 @@
+"""The requests of a training in batches: what each asks of the matrices, and is asked afterwards.
+
+The signals and the lesson of a batch are made when they are first asked for. What there is room
+for is kept; the rest is made again each time, to the same numbers: nothing depends on the room, or
+on what was made before. So a training on any number of requests runs in bounded memory, and one
+that goes on after a kill sees what it would have seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from errata.kit.hypernetworks.lessons import PHRASINGS, Lesson, locality_of
+from errata.kit.hypernetworks.passages import cut_passages, plain_passages
+from errata.kit.hypernetworks.signals import Signals, joined_signals
+from errata.kit.second_moments import documents_of
+
+if TYPE_CHECKING:
+    from errata.edits.request import Request
+    from errata.kit.hypernetworks.settings import NetworkConfig
+    from errata.model.model import Model
+
+    Made = TypeVar("Made", Signals, Lesson)
+
+_ROOM = 4 * 2**30  # bytes of signals and lessons that are kept
+_DRAWN = 4  # prompts that must stay are prepared for each request, at least
+_KEPT = torch.bfloat16  # of the signals that are trained on
+
+
+@dataclass(frozen=True)
+class RequestBatch:
+    """Requests that are edited in one step, each by itself.
+
+    Attributes:
+        name: what decides everything random about it, with the training's seed.
+        requests: the requests.
+    """
+
+    name: str
+    requests: tuple[Request, ...]
+
+    @classmethod
+    def split(cls, name: str, requests: Sequence[Request], size: int) -> list[RequestBatch]:
+        """Return requests in batches of at most `size`, named by their place."""
+        return [
+            cls(f"{name} {place}", tuple(requests[at : at + size]))
+            for place, at in enumerate(range(0, len(requests), size))
+        ]
+
+
+class BatchCache:
+    """Signals and lessons of batches, kept while there is room.
+
+    Args:
+        model: the model, with every edit off.
+        modules: paths of the edited modules.
+        pool: the training requests, which the prompts that must stay may be drawn from.
+        first: the batch whose lesson shows, for all, whether runs may begin at the lowest edited
+            block.
+        config: the hyper-parameters.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        modules: Sequence[str],
+        pool: Sequence[Request],
+        first: RequestBatch,
+        config: NetworkConfig,
+    ) -> None:
+        self._model, self._modules, self._pool, self._config = model, modules, pool, config
+        self._signals: dict[str, Signals] = {}
+        self._lessons: dict[str, Lesson] = {}
+        self._room = _ROOM
+        self._layer = _lowest_block(model, modules)
+        if not self._made(first, check=True).resumes:
+            self._layer = 0
+
+    def signals(self, batch: RequestBatch) -> Signals:
+        """Return the gradients of a batch's requests at the model, fp32 (rounded to bf16)."""
+
+        def make() -> Signals:
+            return joined_signals(self._model, batch.requests, self._modules).to(_KEPT)
+
+        return self._remembered(self._signals, batch.name, make).to(torch.float32)
+
+    def lesson(self, batch: RequestBatch) -> Lesson:
+        """Return what a batch's requests are asked when they are edited."""
+        return self._remembered(self._lessons, batch.name, lambda: self._made(batch))
+
+    def _remembered(self, known: dict[str, Made], name: str, make: Callable[[], Made]) -> Made:
+        if name in known:
+            return known[name]
+        made = make()
+        if made.nbytes <= self._room:
+            self._room -= made.nbytes
+            known[name] = made
+        return made
+
+    @torch.no_grad()
+    def _made(self, batch: RequestBatch, *, check: bool = False) -> Lesson:
+        config = self._config
+        n = max(config.n_locality, _DRAWN)
+        generator, texts = seeded(config.seed, batch.name), seeded(config.seed, batch.name, "text")
+        beside = locality_of(batch.requests, self._pool, config.locality, n, generator)
+        cut: list[list[tuple[str, str]]] = [[] for _ in batch.requests]
+        for place, request in enumerate(batch.requests):
+            if request.kind != "text":
+                continue
+            if not request.paraphrases:
+                cut[place] = cut_passages(self._model, request, PHRASINGS, texts)
+            if not (
+                config.locality == "neighbours" and (request.neighbourhood or request.locality)
+            ):
+                beside[place] = plain_passages(self._documents, n, texts) or beside[place]
+        return Lesson(self._model, batch.requests, beside, cut=cut, layer=self._layer, check=check)
+
+    @cached_property
+    def _documents(self) -> list[str]:
+        return documents_of(self._model)
+
+
+def seeded(seed: int, *what: object) -> torch.Generator:
+    """Return a generator that a training's seed and what it is for decide."""
+    digest = hashlib.sha256(f"{seed} {what}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def _lowest_block(model: Model, modules: Sequence[str]) -> int:
+    """Return the lowest block of the decoder that is edited; 0 where the encoder is, too."""
+    anatomy = model.anatomy
+    inside = [
+        layer
+        for layer in range(anatomy.n_layers)
+        if any(path.startswith(f"{anatomy.block(layer)}.") for path in modules)
+    ]
+    if any(not path.startswith(f"{anatomy.spec.blocks}.") for path in modules) or not inside:
+        return 0
+    return min(inside)
