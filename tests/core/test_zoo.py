@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from errata import zoo
+from errata.cli.app import app
 from errata.datasets import atlas, load
 from errata.errors import ConfigError, UnknownNameError
 from errata.zoo import corpus as corpora
@@ -27,6 +29,17 @@ from errata.zoo.two_hops import TWO_HOPS
 from errata.zoo.world import World, make_world
 
 PRESENT = [name for name, model in zoo.MODELS.items() if model.is_present]
+
+
+@pytest.mark.parametrize("present", [True, False])
+def test_the_list_says_where_an_atlas_model_comes_from(
+    present: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zoo.ZooModel, "is_present", present)
+    listed = json.loads(CliRunner().invoke(app, ["zoo", "list", "--json"]).stdout)["models"]
+    (row,) = [row for row in listed if row["name"] == "atlas-gpt2"]
+    assert row["source"] == ("in this package" if present else "errata zoo train")
+    assert (row["bytes"] > 0) is present
 
 
 @pytest.fixture(scope="module")

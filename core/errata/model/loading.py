@@ -20,7 +20,7 @@ from errata.model.artifacts import Artifacts
 from errata.model.checkpoint import read_config, read_module, read_tokenizer
 from errata.model.foreign_noise import quiet_loading
 from errata.model.model import Model
-from errata.model.model_source import check_model_source
+from errata.model.model_source import check_model_source, local_checkpoint
 from errata.model.progress import Progress
 from errata.model.task import Task, check_module, require_task, task_of
 from errata.model.tokens import EMBEDDED
@@ -87,7 +87,10 @@ def load_model(
             raise ConfigError("A model in memory needs its tokenizer: Editor(model, tokenizer).")
         check_module(source)
         module = source if torch_dtype is None else source.to(torch_dtype)
-        name = str(getattr(module.config, "_name_or_path", "") or type(module).__name__)
+        named = str(getattr(module.config, "_name_or_path", "") or "")
+        name = named or type(module).__name__
+        # What still equals those files need not be kept a second time.
+        checkpoint = local_checkpoint(named, getattr(module.config, "_commit_hash", None))
     else:
         name = location = str(source)
         check_model_source(name, known)

@@ -11,6 +11,7 @@ import re
 import socket
 import threading
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -51,6 +52,29 @@ def check_model_source(source: str, known: Collection[str] = ()) -> None:
         "model", source, known,
         f"It is no folder here{_nearby(where)} and not in the hub's cache, and {why}.",
     )  # fmt: skip
+
+
+def local_checkpoint(name: str, revision: str | None = None) -> Path | None:
+    """Return the folder that holds a model's files: a folder, or a snapshot in the hub's cache.
+
+    None where neither is here; the hub is not asked.
+
+    Args:
+        name: folder or hub name, as a configuration's `_name_or_path` says it.
+        revision: commit of the snapshot; None: the one that the cache calls main.
+    """
+    if not name or os.path.isdir(name):
+        return Path(name) if name else None
+    if not _HUB_NAME.fullmatch(name):
+        return None
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    with suppress(ValueError):  # no name that a hub could have: "a--b"
+        found = try_to_load_from_cache(
+            name, "config.json", cache_dir=constants.HF_HUB_CACHE, revision=revision
+        )
+        return Path(found).parent if isinstance(found, str) else None
+    return None
 
 
 def _is_path(source: str) -> bool:

@@ -40,7 +40,7 @@ class Pristine:
 
     Args:
         tensors: name → live tensor (parameters and buffers), read once, here.
-        checkpoint: directory with the safetensors the model was loaded from, if any.
+        checkpoint: directory with the safetensors the model was loaded from, if it is here.
         keep: "clone" copies every tensor to host memory; "checkpoint" reads those that equal
             the file's bit for bit from there whenever they are needed, and clones the rest;
             "auto" is "checkpoint" where there is one and "clone" elsewhere.
@@ -52,7 +52,7 @@ class Pristine:
         if keep not in KEEP:
             raise ConfigError(f"keep={keep!r} is not one of {', '.join(KEEP)}.")
         if keep == "checkpoint" and checkpoint is None:
-            raise ConfigError("keep='checkpoint' needs a model that was loaded from a directory.")
+            raise ConfigError("keep='checkpoint' needs a model whose safetensors files are here.")
         stored = {} if keep == "clone" or checkpoint is None else _stored(checkpoint)
         self._tensors: dict[str, Tensor | _InFile] = {}
         self._digests: dict[str, str] = {}

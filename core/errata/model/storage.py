@@ -200,6 +200,15 @@ def read_whole(path: Path) -> bytes:
 
     What is no such file is refused unread, however long it is. Raises as `read_tensors` does.
     """
+    check_length(path)
+    return read_bytes(path)
+
+
+def check_length(path: Path) -> None:
+    """Raise `IntegrityError` unless a file of errata is as long as its own header says.
+
+    Only the header is read. Raises `StorageError` when it cannot be.
+    """
     try:
         with path.open("rb") as handle:
             size = os.fstat(handle.fileno()).st_size
@@ -219,7 +228,6 @@ def read_whole(path: Path) -> bytes:
         raise IntegrityError(
             f"{path} is damaged: it has {size} bytes, its header speaks of {whole}."
         )
-    return read_bytes(path)
 
 
 def sha256(data: bytes) -> str:

