@@ -112,6 +112,7 @@ class Preparation:
         method, key = manager.method, (manager.method, _recipe(config))
         if key in self._prepared:
             return
+        model.pristine.digest_all()  # so that a base file that is put back is known again
         training = self.training if trains and self.training is not None else TrainingSet()
         former = _noted(model, key) if trains else None
         if trains and not training and former is None:
