@@ -118,7 +118,7 @@ def test_a_fraction_wins_over_the_threshold_and_one_is_needed(tmp_path: Path) ->
     with pytest.raises(ConfigError, match="keeps 0 of 48"):
         null_spaces(model, AlphaEditConfig(**{**TINY, "fraction": None, "threshold": 1e-12}))
     with pytest.raises(ValueError, match="both none"):
-        AlphaEditConfig(threshold=None)
+        AlphaEditConfig(fraction=None)
 
 
 def test_a_threshold_that_is_given_sets_aside_a_fraction_that_is_not() -> None:

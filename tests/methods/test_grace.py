@@ -459,3 +459,15 @@ def test_the_configuration_writes_its_layer_out(tmp_path: Path) -> None:
         assert config.for_model(anatomy) == config
     named = GraceConfig(module="transformer.h.0.mlp.c_fc")
     assert named.for_model(anatomy) == named
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+def test_a_radius_that_is_not_given_is_a_share_of_the_keys_length(
+    tmp_path: Path, distance: str
+) -> None:
+    model = build_model("gpt2", tmp_path)
+    (delta,) = edit(model, SHORT, steps=1, distance=distance, relative_eps=0.1)
+    wanted = 0.1 * float(delta.key.norm()) if distance == "euclidean" else 0.1**2 / 2
+    assert delta.settings.eps == pytest.approx(wanted)
+    (given,) = edit(model, SHORT, steps=1, distance=distance, eps=0.25)
+    assert given.settings.eps == 0.25

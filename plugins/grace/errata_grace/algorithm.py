@@ -79,7 +79,6 @@ class GraceRun:
         return CodebookSettings(
             distance=config.distance,
             replacement=config.replacement,
-            eps=config.eps,
             label_match=config.label_match,
             index=config.index,
             faiss_from=config.faiss_from,
@@ -122,6 +121,9 @@ class GraceRun:
     def _radius(self, case: Case, key: Tensor, entries: Entries) -> float:
         """Return ε, or half the way to the nearest prompt that must not fall into the ball."""
         eps = self.config.eps
+        if eps is None:  # a step of r |k| across k turns it by r, which is a cosine of 1 - r² / 2
+            r = self.config.relative_eps
+            eps = r * float(key.norm()) if self.config.distance == "euclidean" else r**2 / 2
         for kept in case.kept:
             with self._trial(entries, kept):
                 query, _ = self._observe(kept)

@@ -12,7 +12,9 @@ from errata.kit.placement import PlacedConfig
 class GraceConfig(PlacedConfig):
     """Hyper-parameters of GRACE; the defaults are the published ones where those are general.
 
-    One differs: `replacement`. By the paper's equation the output of the token whose state is
+    Two differ. `eps` is a share of the key's length where it is not given: states of one model are
+    ten times as long as those of another, and a radius of 1 is nothing there and everything here.
+    And `replacement`: by the paper's equation the output of the token whose state is
     compared is replaced, the last of the prompt: replace_last. The published code's default,
     replace_prompt, replaces those of all tokens before it and leaves that one as it was: in the
     last block this reaches nothing that is said, and a value is trained over the whole prompt. The
@@ -27,7 +29,17 @@ class GraceConfig(PlacedConfig):
         description="Stop once the loss is below this; 0 runs every step, as published "
         "(the published option of that name is read and not implemented)",
     )
-    eps: float = Field(default=1.0, ge=0, description="Radius of a new key")
+    eps: float | None = Field(
+        default=None,
+        ge=0,
+        description="Radius of a new key (published: mostly 1); none: by `relative_eps`",
+    )
+    relative_eps: float = Field(
+        default=0.07,
+        ge=0,
+        description="Radius as a share of the key's length, where `eps` is none; by the cosine "
+        "distance as far as such a step across",
+    )
     distance: Literal["euclidean", "cosine"] = Field(
         default="euclidean", description="Distance between keys; cosine is 1 - cos, within 0 to 2"
     )
