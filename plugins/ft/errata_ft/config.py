@@ -37,8 +37,9 @@ class FtConfig(MethodConfig):
     `variant` is a name for a set of the other values: it fills in what is not given (by presets
     or arguments). So the switches combine: "ft-m" with a `norm_constraint` is FT-M in a box.
 
-    The defaults are those of the ROME paper's baselines (lr 5e-4, 25 steps, done below a loss of
-    1e-2), on the layer a tenth of the way up. EasyEdit's, two thirds of the way up, overwrites what
+    The ROME paper's baselines (lr 5e-4, 25 steps, done below a loss of 1e-2) are presets of the
+    published models. Elsewhere steps are smaller and end once the answer is said, on the layer a
+    tenth of the way up: larger ones, and EasyEdit's layer two thirds of the way up, overwrite what
     a small model says of neighbours (docs/results/presets.md).
     """
 
@@ -69,8 +70,8 @@ class FtConfig(MethodConfig):
     append_end: bool = Field(
         default=False, description="Targets go on with the end token: generation learns to stop"
     )
-    lr: float = Field(default=5e-4, gt=0, description="Adam's learning rate")
-    steps: int = Field(default=25, ge=1, description="Passes over the requests, at most")
+    lr: float = Field(default=1e-4, gt=0, description="Adam's learning rate")
+    steps: int = Field(default=100, ge=1, description="Passes over the requests, at most")
     batch_size: int = Field(default=64, ge=1, description="Requests per optimisation step")
     order: Literal["breadth-first", "depth-first"] = Field(
         default="breadth-first",
@@ -82,7 +83,7 @@ class FtConfig(MethodConfig):
         description="Stop once every target token is the most probable one; leave alone what holds",
     )
     stop_loss: float | None = Field(
-        default=1e-2,
+        default=None,
         gt=0,
         description="Early stop also needs each target's mean NLL (nats) below this; none: no need",
     )
