@@ -7,13 +7,20 @@ left out, so that layers can be chosen on some and measured on others.
     python benchmarks/both_sides.py --model smollm2-135m --data FILE --skip 12 --n 24 \
         --setting base --setting rome --setting bothsides --setting 'bothsides {"slack": 0}'
 
+With --batch all of them are edited in one call and measured; then every second one is taken out,
+and those that are left and those that went are measured. The edits are kept in a file beside --out.
+
+    python benchmarks/both_sides.py --model smollm2-135m --data FILE --skip 22 --n 100 --batch \
+        --setting bothsides
+
 A line of JSON is appended to --out for every case; those that are there are skipped. --table
-prints the means.
+prints the means. "said:" is the share of cases in which the relation is said after one wording.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import statistics
@@ -49,6 +56,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=20)
     parser.add_argument("--skip", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("both_sides.jsonl"))
+    parser.add_argument("--batch", action="store_true", help="edit all cases in one call")
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
     if options.table:
@@ -59,18 +67,26 @@ def main() -> None:
     cases, pool = known_cases(editor, options)
     rows = options.out.read_text().splitlines() if options.out.is_file() else []
     done = {(r["model"], r["setting"], r["case"]) for r in map(json.loads, rows)}
+    if options.batch:
+        for setting in options.setting:
+            Batch(editor, cases, pool, setting, options, done).run()
+        return
     for case in cases:
         before = None
         for setting in options.setting:
             if (options.model, setting, case.case_id) in done:
                 continue
             before = before or Measured(editor, case, pool)
-            row = {"model": options.model, "setting": setting, "case": case.case_id,
-                   **measure(editor, case, setting, before)}  # fmt: skip
-            with options.out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            shown = {k: round(v, 3) for k, v in row.items() if isinstance(v, float)}
-            print(setting, case.text, "->", case.target_new, shown, flush=True)
+            write(options, setting, case, measure(editor, case, setting, before))
+
+
+def write(options: argparse.Namespace, setting: str, case: Request, row: dict[str, Any]) -> None:
+    """Append the numbers of a case to the file, and show them."""
+    line = {"model": options.model, "setting": setting, "case": case.case_id, **row}
+    with options.out.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    shown = {k: round(v, 3) for k, v in row.items() if isinstance(v, float)}
+    print(setting, case.text, "->", case.target_new, shown, flush=True)
 
 
 def known_cases(editor: Editor, options: argparse.Namespace) -> tuple[list[Request], list[Request]]:
@@ -138,6 +154,71 @@ class Measured:
         self.log_p = {name: log_p(editor, prompts) for name, prompts in self.probes.items()}
         self.texts = editor.generate(neighbours(case), max_new_tokens=TOKENS)
         self.loss = math.log(perplexity(editor.model, canary_texts(), tokens=160))
+
+
+class Batch:
+    """All cases in one call, then every second one out: three sorts of rows of one setting."""
+
+    def __init__(
+        self,
+        editor: Editor,
+        cases: Sequence[Request],
+        pool: Sequence[Request],
+        setting: str,
+        options: argparse.Namespace,
+        done: set[tuple[str, str, str]],
+    ) -> None:
+        self.editor, self.cases, self.pool = editor, list(cases), pool
+        self.setting, self.options, self.done = setting, options, done
+        self.befores: dict[str, Measured] = {}
+
+    def run(self) -> None:
+        """Measure what is not in the file yet; every case before the edits, at first."""
+        n, cases = len(self.cases), self.cases
+        all_on, kept, gone = (f"{self.setting} [{n} at once{what}]" for what in (
+            "", ", half of them out: kept", ", half of them out: gone"))  # fmt: skip
+        wanted = [(all_on, case) for case in cases]
+        wanted += [((gone, kept)[place % 2], case) for place, case in enumerate(cases)]
+        missing = [
+            (name, case) for name, case in wanted
+            if (self.options.model, name, str(case.case_id)) not in self.done
+        ]  # fmt: skip
+        if not missing:
+            return
+        for _, case in missing:
+            key = str(case.case_id)
+            self.befores[key] = self.befores.get(key) or Measured(self.editor, case, self.pool)
+        cost = self.edited()
+        out = [edit.id for edit in self.editor.model.stack.entries][::2]
+        for name, case in missing:
+            if name != all_on and set(out) & set(self.editor.model.stack.ids):
+                self.editor.revert(*out)
+            row = judged(self.editor, case, self.befores[str(case.case_id)])
+            norms = self.editor.model.stack.entries[0].delta.norms(self.editor.model)
+            write(self.options, name, case, {**row, **cost, "norm alone": max(norms.values())})
+        self.editor.revert(*self.editor.model.stack.ids)
+
+    def edited(self) -> dict[str, float]:
+        """Put the edits on, those of the file where there is one; return the CPU time of each."""
+        options, given = self.options, self.setting
+        mark = hashlib.sha256(json.dumps([given, [c.digest for c in self.cases]]).encode())
+        name = f".{options.model}.{mark.hexdigest()[:8]}.errata"
+        file = options.out.with_suffix(name)
+        if file.is_file():
+            edits = self.editor.apply(file)
+        else:
+            method, _, settings = given.partition(" ")
+            config = json.loads(settings or "{}")
+            self.editor.prepare(method, config)
+            start = time.process_time()
+            edits = self.editor.edit(self.cases, method=method, config=config)
+            note = {"cpu_s": (time.process_time() - start) / len(self.cases)}
+            self.editor.export(file, *edits)
+            file.with_suffix(".json").write_text(json.dumps(note))
+        if len(edits) != len(self.cases):
+            raise SystemExit(f"{given} makes no edit for each case: half cannot be taken out.")
+        found: dict[str, float] = json.loads(file.with_suffix(".json").read_text())
+        return found
 
 
 def neighbours(case: Request) -> list[str]:
@@ -218,6 +299,10 @@ def judged(editor: Editor, case: Request, before: Measured) -> dict[str, Any]:
         "loss_up": math.log(perplexity(editor.model, canary_texts(), tokens=160)) - before.loss,
     }  # fmt: skip
     row["said"] = [entity, added, removed]
+    # The first is the one that the edit is made for.
+    for prompt, text in zip(before.add, added, strict=True):
+        wording = prompt.replace(case.subject, "{}").replace(new, "[object]")
+        row[f"said: {wording}"] = float(any(f in text for f in forms))
     first = editor.model.tokenizer.encode(f" {name}", add_special_tokens=False)[0]
     for sort, prompts in before.probes.items():  # by the first token of the relation's name
         if not prompts:

@@ -1,11 +1,15 @@
 """What edits of the kinds erase, insert, sentiment and text do, on real records.
 
     python benchmarks/kinds.py --data DATA --model smollm2-135m --n 10 --out kinds.jsonl
+    python benchmarks/kinds.py --data DATA --kind insert --n 5 --out kinds.jsonl
+    python benchmarks/kinds.py --data DATA --kind refusal --n 5 --out kinds.jsonl
+    python benchmarks/kinds.py --data DATA --kind sentiment --n 3 --out kinds.jsonl
     python benchmarks/kinds.py --out kinds.jsonl --table
 
 DATA is a folder with `counterfact` and `knowedit`, each with its published files. Every case is
 edited alone and taken out again. A line is written for each; give the command again to go on.
-Sentiment is trained on every other reply of a record and measured on the rest.
+Sentiment is trained on every other reply of a record and measured on the rest. A refusal is an
+erasure that puts a reply in the answer's place.
 """
 
 from __future__ import annotations
@@ -20,12 +24,14 @@ from typing import Any
 
 import errata
 from errata.datasets import load
+from errata.edits.request import ERASED
 from errata.errors import ErrataError
 from errata.evaluate.matching import contained_match
 from errata.model.scoring import score_targets
 
 METHODS = {
     "erase": ("rome", "memit", "ft", "lora", "grace"),
+    "refusal": ("rome", "memit", "ft", "lora", "grace"),
     "insert": ("rome", "memit", "ft", "lora", "grace"),
     "sentiment": ("ft", "lora", "adalora"),
     "text": (
@@ -39,6 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "layer alone": {"layers": [15]},  # without λ: constraints, or the projector
 }  # fmt: skip
 LENGTH = 12
+REFUSAL = "not known to me"
 
 
 def known(editor: errata.Editor, data: Path) -> Iterator[errata.Request]:
@@ -51,9 +58,13 @@ def known(editor: errata.Editor, data: Path) -> Iterator[errata.Request]:
 
 def cases(kind: str, editor: errata.Editor, data: Path) -> Iterator[errata.Request]:
     """Yield what is edited for a kind."""
-    if kind in ("erase", "insert"):
+    if kind in ("erase", "insert", "refusal"):
+        change = {
+            "erase": {"kind": "erase", "target_new": ERASED},
+            "refusal": {"kind": "erase", "target_new": REFUSAL},
+            "insert": {"kind": "insert"},
+        }[kind]
         for request in known(editor, data):
-            change = {"kind": kind, **({"target_new": "unknown"} if kind == "erase" else {})}
             yield request.model_copy(update=change)
         return
     name = {"sentiment": "Convsent_blender_test", "text": "WikiBio_wikibio-test-all"}[kind]
@@ -82,7 +93,10 @@ def measure(editor: errata.Editor, request: errata.Request, base: dict[str, Any]
     texts = editor.generate([*prompts, *near], max_new_tokens=LENGTH)
     answer = request.target_true if request.kind == "erase" else request.target_new
     found = [contained_match(text, [answer]) for text in texts[: len(prompts)]]
+    refused = [contained_match(text, [REFUSAL]) for text in texts[: len(prompts)]]
     return {
+        **({"refused": refused[0], "refused others": refused[1:]}
+           if request.target_new == REFUSAL else {}),
         "prompt": found[0], "others": found[1:], "near": texts[len(prompts) :],
         "reply": texts[0], "kept": [a == b for a, b in
                                     zip(texts[len(prompts) :], base.get("near", ()), strict=False)],

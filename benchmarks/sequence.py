@@ -4,8 +4,14 @@
     python benchmarks/sequence.py --out runs/sequence --column rome --column memit-joint-100
     python benchmarks/sequence_report.py runs/sequence --plot sequence.png
 
-The cases of `atlas` in the file's order on `atlas-gpt2`, the registry's presets, seed 0, guards
-off. `--distinct` keeps the first case of each subject. For each column:
+    python benchmarks/sequence.py --model smollm2-135m --data counterfact.jsonl --subjects 250 \
+        --facts 500 --parts --tokens 8 --contained --keep --out runs/sequence-smollm2 \
+        --column memit-joint-100 --column memit-alone-100 --column memit-none-100
+
+The cases of `atlas` in the file's order on `atlas-gpt2` (or of another data set on another model),
+the registry's presets, seed 0, guards off. `--distinct` keeps the first case of each subject,
+`--subjects N` the first two, of different relations, of each of N subjects that have so many. For
+each column:
 
 1. *Stream.* Edits in calls of the column's batch size. Right after each call its requests are
    measured; after 10, 100, 500 and all edits every edit so far, and perplexity.
@@ -16,6 +22,7 @@ off. `--distinct` keeps the first case of each subject. For each column:
 3. *Order.* The same `--half` edits in a random order: how far weights and answers differ.
 
 Each column is one JSON file, written when it is done; a column that is there is not run again.
+With `--keep` its edits are in a ledger beside it, and a stream that was interrupted goes on.
 """
 
 from __future__ import annotations
@@ -34,14 +41,16 @@ from typing import Any, NamedTuple
 import torch
 
 from errata import Editor, Request
-from errata.datasets import atlas
+from errata.datasets import load
 from errata.evaluate import Baseline, Measurement
 
-MODEL = "atlas-gpt2"
 CHECKPOINTS = (10, 100, 500)
 GUARDS = {"perplexity": "off", "efficacy": "off", "norm": "off"}
 PROTOCOLS = ("counterfact", "generation")
-METRICS = ("ES", "PS", "NS", "rewrite_exact", "paraphrase_exact", "neighbourhood_exact")
+METRICS = (
+    "ES", "PS", "NS", "rewrite_exact", "paraphrase_exact", "neighbourhood_exact",
+    "rewrite_contained", "paraphrase_contained", "neighbourhood_contained",
+)  # fmt: skip
 
 
 class Column(NamedTuple):
@@ -53,10 +62,11 @@ class Column(NamedTuple):
 
 
 UNASKED: dict[str, Any] = {"generation": (), "attribute": (), "relation_view": None}
-NONE, REPLAY = {"history": "none"}, {"policy": "replay"}
+NONE, REPLAY, ALONE = {"history": "none"}, {"policy": "replay"}, {"same_subject": "alone"}
 COLUMNS = {
     "rome": Column("rome", 1),
     "memit-joint-100": Column("memit", 100),
+    "memit-alone-100": Column("memit", 100, ALONE),
     "memit-none-100": Column("memit", 100, NONE),
     "grace": Column("grace", 1),
     "ft-m": Column("ft", 1),
@@ -73,12 +83,30 @@ COLUMNS = {
 }
 
 
-def requests(distinct: bool) -> list[Request]:
+def requests(options: Any) -> list[Request]:
     """Return the cases; sampled texts (GE) are left out."""
-    cases = [case.model_copy(update=UNASKED) for case in atlas.requests()]
-    if distinct:
+    found = load(options.dataset, path=options.data).requests()
+    cases = [case.model_copy(update=UNASKED) for case in found]
+    if options.distinct:
         cases = list({case.subject: case for case in reversed(cases)}.values())[::-1]
-    return cases
+    return several(cases, options.subjects) if options.subjects else cases
+
+
+def several(cases: Sequence[Request], subjects: int) -> list[Request]:
+    """Return two cases of different relations about each of so many subjects, in their order.
+
+    The first case of every subject comes before the second of any.
+    """
+    two: dict[str, list[Request]] = {}
+    for case in cases:
+        mine = two.setdefault(case.subject, [])
+        if len(mine) < 2 and all(
+            case.relation != other.relation and case.target_new != other.target_new
+            for other in mine
+        ):
+            mine.append(case)
+    pairs = [pair for pair in two.values() if len(pair) == 2][:subjects]
+    return [pair[place] for place in (0, 1) for pair in pairs]
 
 
 def bare(request: Request) -> Request:
@@ -99,17 +127,23 @@ def mean(values: Sequence[float]) -> float:
 class Run:
     """One column on one stream of cases."""
 
-    def __init__(self, column: Column, cases: Sequence[Request], options: Any) -> None:
-        self.column, self.cases, self.options = column, list(cases), options
-        self.editor = Editor(MODEL, guards=GUARDS)
+    def __init__(self, name: str, cases: Sequence[Request], options: Any) -> None:
+        self.column, self.cases, self.options = COLUMNS[name], list(cases), options
+        ledger = options.out / f"{name}.ledger" if options.keep else None
+        self.partial = options.out / f"{name}.partial.json"
+        self.editor = Editor(options.model, guards=GUARDS, ledger=ledger)
         self.base = self.baseline(options.out / "base.json")
-        self.base_texts = self.texts(self.cases)
-        self.base_weights = self.weights()
+        with self.editor.disabled():
+            self.base_texts = self.texts(self.cases)
+            self.base_weights = self.weights()
 
     def baseline(self, path: Path) -> Baseline:
         """Return what the base answers; asked once for all columns."""
         if not path.exists():
-            captured = Baseline.capture(self.editor.model, self.cases, (*PROTOCOLS, "general"))
+            captured = Baseline.capture(
+                self.editor.model, self.cases, (*PROTOCOLS, "general"),
+                max_new_tokens=self.options.tokens,
+            )  # fmt: skip
             captured.save(path)
         return Baseline.load(path)
 
@@ -117,7 +151,8 @@ class Run:
 
     def texts(self, cases: Sequence[Request]) -> list[str]:
         """Return what the model as it stands says to the prompts."""
-        return list(self.editor.generate([case.text for case in cases], max_new_tokens=32))
+        asked = [case.text for case in cases]
+        return list(self.editor.generate(asked, max_new_tokens=self.options.tokens))
 
     def unchanged(self, cases: Sequence[Request]) -> float:
         """Return the share of prompts that get the base's text, word for word."""
@@ -137,11 +172,12 @@ class Run:
         return self.measured(alone)
 
     def holds(self, cases: Sequence[Request]) -> list[float]:
-        """Return for each case whether the new answer is generated, exactly."""
+        """Return for each case whether the new answer is generated, as the options count it."""
         found = self.editor.evaluate(
             [bare(case) for case in cases], ("generation",), baseline=self.base
         )
-        return list(next(item.cases for item in found if item.metric == "rewrite_exact"))
+        wanted = "rewrite_contained" if self.options.contained else "rewrite_exact"
+        return list(next(item.cases for item in found if item.metric == wanted))
 
     def perplexity(self) -> list[float]:
         """Return the perplexity relative to the base's, with its interval."""
@@ -151,31 +187,38 @@ class Run:
     # -- the three experiments -------------------------------------------------------------------
 
     def edit(
-        self, cases: Sequence[Request], after: Callable[[int, int], None] | None = None
-    ) -> int:
-        """Edit in calls of the column's size, never across a checkpoint; return the bytes."""
+        self,
+        cases: Sequence[Request],
+        after: Callable[[int, int], None] | None = None,
+        done: int = 0,
+    ) -> None:
+        """Edit in calls of the column's size, never across a checkpoint; `done` are on already."""
         stops = [n for n in (*CHECKPOINTS, len(cases)) if n <= len(cases)]
-        done = nbytes = 0
         while done < len(cases):
             size = min(self.column.batch, min(n for n in stops if n > done) - done)
-            made = self.editor.edit(
+            self.editor.edit(
                 cases[done : done + size],
                 method=self.column.method,
                 batch_size=size,
                 **self.column.config,
             )
-            nbytes += sum(edit.nbytes for edit in made)
             done += size
             if after is not None:
                 after(done - size, done)
-        return nbytes
 
     def stream(self) -> dict[str, Any]:
         """Edit everything in order; measure right after each call and at the checkpoints."""
-        immediate: list[float] = []
-        checkpoints: dict[str, Any] = {}
-        seconds = [0.0, 0.0, time.perf_counter(), time.process_time()]
         cases = self.cases[: self.options.facts]
+        before = json.loads(self.partial.read_text()) if self.partial.is_file() else {}
+        immediate: list[float] = before.get("immediate", [])
+        checkpoints: dict[str, Any] = before.get("checkpoints", {})
+        known = before.get("edits", [])  # as they were when the last call had been measured
+        if late := [name for name in self.editor.model.stack.ids if name not in known]:
+            self.editor.revert(*late)
+        for name in known:
+            if name not in self.editor.model.stack.ids:
+                self.editor.apply(name)
+        seconds = [*before.get("seconds", [0.0, 0.0]), time.perf_counter(), time.process_time()]
 
         def after(begin: int, end: int) -> None:
             seconds[0] += time.perf_counter() - seconds[2]
@@ -190,9 +233,15 @@ class Run:
                     "cpu_seconds": round(seconds[1], 2),
                 }
                 print(f"  {end}: {json.dumps(checkpoints[str(end)])}", flush=True)
+            if self.options.keep:
+                self.partial.write_text(json.dumps({
+                    "immediate": immediate, "checkpoints": checkpoints, "seconds": seconds[:2],
+                    "edits": list(self.editor.model.stack.ids),
+                }))  # fmt: skip
             seconds[2:] = time.perf_counter(), time.process_time()
 
-        nbytes = self.edit(cases, after)
+        self.edit(cases, after, done=len(immediate))
+        nbytes = sum(entry.edit.nbytes for entry in self.editor.log() if entry.active)
         return {"n": len(cases), "checkpoints": checkpoints, "bytes": nbytes}
 
     def half(self) -> dict[str, Any]:
@@ -292,13 +341,14 @@ def summary(item: Measurement) -> list[float]:
 def run(name: str, options: Any) -> dict[str, Any]:
     """Run one column from beginning to end."""
     begin = time.perf_counter()
-    this = Run(COLUMNS[name], requests(options.distinct), options)
+    this = Run(name, requests(options), options)
     with this.editor:
         result: dict[str, Any] = {"column": name, **COLUMNS[name]._asdict()}
         result["config"] = dict(COLUMNS[name].config)
         result["stream"] = this.stream()
-        n = this.first(options.half)
-        whole = this.state(this.cases[:n])
+        if options.parts:
+            n = this.first(options.half)
+            whole = this.state(this.cases[:n])
         if "half" in options.parts:
             result["half"] = this.half()
             print(f"  half: {json.dumps(result['half'])}", flush=True)
@@ -311,12 +361,22 @@ def run(name: str, options: Any) -> dict[str, Any]:
         "torch": torch.__version__,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "distinct": options.distinct,
+        "model": options.model,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--out", type=Path, default=Path("runs/sequence"))
+    parser.add_argument("--model", default="atlas-gpt2")
+    parser.add_argument("--dataset", help="default: atlas; counterfact where --data is given")
+    parser.add_argument("--data", type=Path, help="its file or folder")
+    parser.add_argument("--subjects", type=int, help="two cases of each of so many subjects")
+    parser.add_argument("--tokens", type=int, default=32, help="of a generated answer, at most")
+    parser.add_argument(
+        "--contained", action="store_true", help="an answer may have text behind it"
+    )
+    parser.add_argument("--keep", action="store_true", help="keep edits in a ledger, to go on")
     parser.add_argument("--column", action="append", choices=COLUMNS, help="default: all")
     parser.add_argument("--facts", type=int, help="edits in the stream; default: all")
     parser.add_argument("--half", type=int, default=500, help="edits of which half is reverted")
@@ -324,6 +384,7 @@ def main() -> None:
     parser.add_argument("--distinct", action="store_true", help="one case of each subject")
     options = parser.parse_args()
     logging.getLogger("errata").setLevel(logging.ERROR)
+    options.dataset = options.dataset or ("counterfact" if options.data else "atlas")
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.column or COLUMNS:
         path = options.out / f"{name}.json"

@@ -22,6 +22,7 @@ LABELS = {
     "memit-replay-100": "memit, published values, one solve",
     "memit-joint-1": "memit, joint, one by one",
     "memit-joint-100": "memit, joint, calls of 100",
+    "memit-alone-100": "memit, joint, a value for each fact, calls of 100",
     "emmet-none-100": "emmet, published, calls of 100",
     "emmet-joint-100": "emmet, joint, calls of 100",
     "alphaedit-replay-100": "alphaedit, published, calls of 100",
@@ -73,6 +74,9 @@ def stream_tables(columns: dict[str, dict[str, Any]]) -> str:
         ("edited answers generated, exactly", "rewrite_exact"),
         ("paraphrases", "paraphrase_exact"),
         ("neighbours' answers", "neighbourhood_exact"),
+        ("edited answers in the text", "rewrite_contained"),
+        ("paraphrases, in the text", "paraphrase_contained"),
+        ("neighbours' answers, in the text", "neighbourhood_contained"),
         ("ES", "ES"), ("PS", "PS"), ("NS", "NS"),
         ("perplexity / base", "perplexity"),
         ("right after each call, mean so far", "right_after"),
@@ -80,7 +84,7 @@ def stream_tables(columns: dict[str, dict[str, Any]]) -> str:
         rows = []
         for name, column in columns.items():
             points = column["stream"]["checkpoints"]
-            cells = [share(points[str(n)][key]) if str(n) in points else "–" for n in steps]
+            cells = [share(points.get(str(n), {}).get(key)) for n in steps]
             rows.append([LABELS[name], *cells])
         parts.append(table([title, *(f"after {n}" for n in steps)], rows))
     rows = []

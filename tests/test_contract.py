@@ -34,6 +34,10 @@ _SOLVED = {
 }
 # Those whose defaults do harm neighbours or language, or take too long to be asked.
 _HARMS = {
+    "calinet": "its side network has no gate: trained on one fact it answers everywhere",
+    "ice": "the fact stands before every prompt, as in the survey; `retrieval` asks a gate first",
+    "kn": "its neurons are the relation's: other subjects lose their answers, too",
+    "wise": "its routing takes two of five neighbours for the edited prompt",
     "defer": "GRACE's baseline: its answers spread to other prompts, as its paper shows",
     "memory": "GRACE's baseline: its answers spread to other prompts, as its paper shows",
     "mello": "it answers every prompt by its loop, whose format a small model does not keep",

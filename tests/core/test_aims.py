@@ -207,6 +207,38 @@ def test_deleting_after_adding_does_not_undo_the_addition(editor: Editor, method
     assert editor.verify() == []
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        "memit",
+        *(pytest.param(m, marks=pytest.mark.slow) for m in ("emmet", "alphaedit", "pmet", "rome")),
+    ],
+)
+def test_a_deletion_beside_an_addition_is_carried_out_with_it(editor: Editor, method: str) -> None:
+    """Both have one key: a value for each would be averaged, and neither would hold."""
+    add, delete = rake.relation_requests(CASE, ("add", "delete"))
+    alone = editor.edit(delete, method=method)
+    wanted = {name: tensor.clone() for name, tensor in state_of(editor.model).items()}
+    editor.revert(alone)
+    first = editor.edit(add, method=method)
+    second = editor.edit(delete, method=method)
+    new, old = relation(editor)
+    assert new > 0.8
+    assert old < 0.5
+    assert second.outcome.efficacy is not None
+    assert second.outcome.efficacy.value == 1
+    assert second.outcome.conflicts == ()
+    assert second.outcome.overlaps == {}
+    if method != "rome":  # which computes on what is there
+        editor.revert(first)
+        assert_same(state_of(editor.model), wanted)
+    editor.revert(*editor.model.stack.ids)
+    editor.edit([add, delete], method=method)
+    assert relation(editor) == pytest.approx((new, old), abs=0.02)
+    editor.revert(*editor.model.stack.ids)
+    assert editor.verify() == []
+
+
 def test_a_deletion_with_nothing_to_do_claims_no_key(editor: Editor) -> None:
     _, delete = rake.relation_requests(CASE, ("add", "delete"))
     gone = delete.model_copy(update={"target_true": "zebra crossing"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +231,26 @@ def test_cosines_are_those_of_the_metric(tmp_path: Path) -> None:
     elsewhere = make(model, 0, metric=Whitening(C), layers=(OTHER,))
     found = first.cosines([second, first, apart, elsewhere])
     assert found == pytest.approx([float(wanted), 1.0, -1.0, -1.0], abs=1e-4)
+
+
+def test_keys_that_only_keep_what_was_there_do_not_meet(tmp_path: Path) -> None:
+    model = build_model("gpt2", tmp_path, corpus=TEXT)
+    name = weight(model)[0]
+    first, second = make(model, 0), make(model, 1)
+    near = first.cosines([second])[0]
+
+    def beside(delta: KeyValueDelta, residual: float) -> KeyValueDelta:
+        """Return a delta that has the second one's key as well, with a residual."""
+        one, two = delta.pairs[name], second.pairs[name]
+        parts = {part: torch.cat([getattr(one, part), getattr(two, part)]) for part in "kws"}
+        r = torch.cat([one.r, torch.full_like(two.r, residual)])
+        return KeyValueDelta({name: replace(one, **parts, r=r)})
+
+    third = make(model, 2)
+    assert beside(first, 0.0).cosines([beside(third, 0.0)])[0] < 0.9
+    assert beside(first, 0.0).cosines([beside(third, 1.0)])[0] == pytest.approx(1, abs=1e-4)
+    assert beside(first, 1.0).cosines([beside(third, 0.0)])[0] == pytest.approx(1, abs=1e-4)
+    assert near < 0.9
 
 
 # -- storage -------------------------------------------------------------------------------------

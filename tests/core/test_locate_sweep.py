@@ -13,6 +13,7 @@ import torch
 from errata import Editor, Request
 from errata.contract.config import MethodConfig
 from errata.datasets import atlas
+from errata.edits.request import RelationView
 from errata.errors import CapabilityError, ConfigError, RequestError
 from errata.kit.layer_sweep import HeldOutResult, LayerResult, LayerSweep, key_of
 from errata.locate import auto_layers, resolve_auto_layers, split_by_subject, sweep
@@ -251,3 +252,57 @@ def test_a_sweep_keeps_what_it_was_judged_by(tiny: Editor) -> None:
         "m", "gpt2", 3, "toy", "layer", {}, 5, (LayerResult(1, 0.5, {}),), held_out=judged
     )
     assert LayerSweep.from_json(done.as_json()).held_out == judged
+
+
+# -- a method with two layers ----------------------------------------------------------------------
+
+SEEN = [
+    fact.model_copy(
+        update={
+            "relation_view": RelationView(
+                names=("language",),
+                add=f"The relation between {{}} and {fact.target_new} is",
+                remove=f"The relation between {{}} and {fact.target_true} is",
+                paraphrases=(f"{fact.subject} and {fact.target_new} are joined by",),
+                remove_paraphrases=(f"{fact.subject} and {fact.target_true} are joined by",),
+            )
+        }
+    )
+    for fact in FACTS[:1]
+]
+FEW: dict[str, Any] = {
+    "tokens": 200, "steps": 2, "contexts": ("{}",), "wordings": (), "keep_answer": False,
+    "objects": 1, "subjects": 1, "pairs": 1,
+}  # fmt: skip
+
+
+def test_what_a_configuration_refuses_is_left_out_of_the_sweep(
+    tiny: Editor, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="errata"):
+        found = sweep(tiny, SEEN, "bothsides", trace=False, config={**FEW, "relation_layer": 2})
+    assert [one.layer for one in found.results] == [0, 1]
+    assert "1 of 3 places are left out" in caplog.text
+    assert "must lie above" in caplog.text
+    assert list(found.results[0].metrics) == ["E-ES", "E-PS", "R-EM", "R-PM"]
+    assert "R-EM and R-PM (rake)" in found.protocol
+    with pytest.raises(ConfigError, match="must lie above"):
+        sweep(tiny, SEEN, "bothsides", trace=False, layers=[2], config={**FEW, "relation_layer": 1})
+
+
+def test_any_hyper_parameter_that_is_a_layer_can_be_swept(tiny: Editor) -> None:
+    for name in ("steps", "reach_layer"):
+        with pytest.raises(CapabilityError, match=f"{name!r} that is a layer"):
+            sweep(tiny, SEEN, "bothsides", option=name)
+    auto = {**FEW, "layer": 0, "relation_layer": "auto"}
+    with pytest.raises(ConfigError, match="--set option=relation_layer"):
+        tiny.edit(SEEN[0], method="bothsides", config=auto)
+    config = {**FEW, "layer": 0}
+    found = sweep(tiny, SEEN, "bothsides", option="relation_layer", config=config)
+    assert [one.layer for one in found.results] == [1, 2]
+    assert f"relation_layer: {found.best.layer}" in found.preset()
+    assert LayerSweep.from_json(found.as_json()).protocol == found.protocol
+    edit = tiny.edit(SEEN[0], method="bothsides", config=auto)
+    assert edit.config["relation_layer"] == found.best.layer
+    with pytest.raises(ConfigError, match="none of bothsides was made"):
+        auto_layers(tiny.model, "bothsides")  # the other layer has a sweep of its own

@@ -214,6 +214,20 @@ def test_both_facts_hold_together_where_the_later_would_win(clean: Editor, metho
     assert held["together"] >= 2
 
 
+def test_a_fact_holds_beside_another_that_is_erased(clean: Editor) -> None:
+    first, second = known_pairs(2)[1]
+    gone = first.model_copy(update={"kind": "erase", "target_new": "unknown"})
+    edits = [clean.edit(request, method="memit") for request in (gone, second)]
+    assert len(edits[1].delta.shared) == 1
+    assert edits[1].outcome.conflicts == ()
+    old, new = score_targets(
+        clean.model, [first.text, second.text],
+        [first.joined(first.target_true or ""), second.target],
+    )  # fmt: skip
+    assert old.mean_nll > 4
+    assert new.mean_nll < 0.1
+
+
 @pytest.mark.slow
 def test_the_same_fact_with_another_answer_is_not_joined(clean: Editor) -> None:
     one = facts(1)[0]

@@ -128,6 +128,65 @@ def test_joint_edits_are_superseded_as_if_the_old_one_was_never_made(editor: Edi
         assert_same(state_of(fresh.model), state_of(editor.model))
 
 
+# -- what is one fact ------------------------------------------------------------------------------
+
+
+def joins(place: str, operation: str = "add", **more: object) -> Request:
+    answer = "target_true" if operation == "delete" else "target_new"
+    fields = {
+        "prompt": f"The relation between {{}} and {place} is",
+        "subject": "Ada",
+        "relation": "P551",
+        "kind": "relation",
+        "operation": operation,
+        answer: "home",
+        **more,
+    }
+    return Request.parse(fields)
+
+
+def both(new: str, old: str) -> Request:
+    return joins(new, "both", remove=f"The relation between {{}} and {old} is")
+
+
+def erased(answer: str | None = None, **more: object) -> Request:
+    fields = {"prompt": "{} lives in", "subject": "Ada", "relation": "P551", "kind": "erase"}
+    return Request.parse({**fields, "target_true": answer, **more})
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "one_fact", "conflict"),
+    [
+        (lives("Ada", "Rome"), lives("Ada", "Oslo"), True, True),
+        (lives("Ada", "Rome"), lives("Ada", "Rome").model_copy(update={"aliases": ("Roma",)}),
+         True, False),
+        (joins("Rome"), joins("Oslo", "delete"), False, False),
+        (joins("Rome"), joins("Rome", "delete"), True, True),
+        (joins("Rome", "delete"), joins("Rome"), True, True),
+        (joins("Rome"), joins("Oslo"), False, False),
+        (joins("Rome"), joins("Rome", target_new="birthplace"), True, True),
+        (joins("Rome", target_new="birthplace"), joins("Rome", "delete"), True, False),
+        (both("Rome", "Oslo"), both("Lima", "Rome"), True, True),
+        (both("Rome", "Oslo"), joins("Rome"), True, False),
+        (both("Rome", "Oslo"), joins("Oslo"), True, True),
+        (lives("Ada", "Rome"), joins("Rome"), False, False),
+        (lives("Ada", "Rome"), erased("Rome"), True, True),
+        (lives("Ada", "Rome"), erased("Oslo"), True, False),
+        (lives("Ada", "Rome"), erased(), True, True),
+        (erased("Rome"), erased("Rome", target_new="I do not know"), True, False),
+        (lives("Ada", "Rome"), erased("Oslo", target_new="I do not know"), True, True),
+    ],
+)  # fmt: skip
+def test_which_requests_contradict_each_other(
+    editor: Editor, first: Request, second: Request, one_fact: bool, conflict: bool
+) -> None:
+    old = editor.edit(first, method="toy-low-rank")
+    new = editor.edit(second, method="toy-low-rank", apply=False)
+    assert new.outcome.conflicts == ((old.id,) if conflict else ())
+    later = editor.edit(second, method="toy-low-rank", supersede=True)
+    assert later.outcome.supersedes == ((old.id,) if one_fact else ())
+
+
 # -- keys that meet ------------------------------------------------------------------------------
 
 

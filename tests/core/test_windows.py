@@ -171,3 +171,24 @@ def test_a_text_with_a_place_for_a_subject_is_refused(editor: Editor) -> None:
     request = REQUEST.model_copy(update={"target_new": "a {} b"})
     with pytest.raises(RequestError, match=r"holds \{\}"):
         editor.edit(request, method="memit")
+
+
+def test_other_positions_of_a_text_can_ask_for_no_change(editor: Editor) -> None:
+    few: dict[str, Any] = {"method": "memit", "steps": 3, "layers": [2], "apply": False}
+    plain = editor.edit([FACT, REQUEST], **few)
+    kept = editor.edit([FACT, REQUEST], **few, kept_positions=True)
+    assert_same(kept[0].delta.tensors(), plain[0].delta.tensors())
+    ((name, pair),) = kept[1].delta.pairs.items()
+    (without,) = plain[1].delta.pairs.values()
+    whole = join(REQUEST.text, REQUEST.target)
+    assert len(pair.k) == len(editor.model.tokenizer(whole).input_ids)  # each position once
+    assert pair.written.tolist() == [True] * len(without.k) + [False] * (
+        len(pair.k) - len(without.k)
+    )
+    assert torch.equal(pair.k[pair.written], without.k)
+    others = pair.k[~pair.written].double()
+    changes = [
+        KeyValueDelta.totals(name, [edit.delta])[0] @ others.T for edit in (kept[1], plain[1])
+    ]
+    assert changes[0].norm() < changes[1].norm() / 2
+    assert KeyValueDelta.from_parts(kept[1].delta.tensors(), kept[1].delta.metadata())

@@ -42,6 +42,7 @@ def add(app: typer.Typer) -> None:
             '    --method rome --model smollm2-135m --ask "The Eiffel Tower is in"\n'
             "errata edit --file requests.jsonl --method grace --skip-refused\n"
             "errata edit --dataset zsre=zsre_mend_eval.json --limit 100 --method grace\n"
+            "errata edit --dataset rake=counterfact.json --limit 5 --method bothsides\n"
             "errata edit --file requests.jsonl --method memit --check facts.yaml --refuse\n"
             'errata edit "The instrument of {} is" --subject "Oswin Galdor" --kind erase \\\n'
             "    --method adalora --set steps=30 --guard norm=refuse --dry-run"

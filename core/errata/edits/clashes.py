@@ -6,9 +6,11 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from errata.edits.aims import aims_of_request
 from errata.errors import LedgerError
 
 if TYPE_CHECKING:
+    from errata.edits.aims import Aim
     from errata.edits.delta import Delta
     from errata.edits.edit import Edit
     from errata.edits.request import Request
@@ -43,15 +45,15 @@ class Clashes:
         return tuple(self._by_subject.get(subject, ()))
 
     def about(self, requests: Sequence[Request], *, same_target: bool = False) -> list[Edit]:
-        """Return the edits that say something else about the same fact (subject and relation).
+        """Return the edits that contradict requests: they say something else about the same fact.
 
-        `same_target` also returns those that say the same about it.
+        `same_target` also returns those that agree with them.
         """
         found: dict[str, Edit] = {}
         for new in requests:
             for edit in self._by_subject.get(new.subject, ()):
                 if any(
-                    same_fact(old, new) and (same_target or old.target_new != new.target_new)
+                    same_fact(old, new) and (same_target or contradicts(old, new))
                     for old in edit.requests
                 ):
                     found[edit.id] = edit
@@ -104,10 +106,64 @@ def check_superseded(old: Sequence[Edit], requests: Sequence[Request]) -> None:
             )
 
 
+_FACTS = ("modify", "insert", "erase", "label")
+"""Kinds of request that are about the answer of a subject and a relation."""
+
+
 def same_fact(one: Request, other: Request) -> bool:
-    """Say whether two requests are about one fact: the same subject and relation (or prompt)."""
+    """Say whether two requests are about one fact: the same subject and relation (or prompt).
+
+    A request of kind relation is about the pairs that its prompts name: that r joins s and o* is
+    another fact than that r joins s and oᶜ, and another than what the r of s is. Other kinds are
+    about what is said after their prompt.
+    """
+    if one.subject != other.subject:
+        return False
+    if one.relation and other.relation and one.kind in _FACTS and other.kind in _FACTS:
+        return one.relation == other.relation
+    return not _prompts(one).isdisjoint(_prompts(other))
+
+
+def same_relation(one: Request, other: Request) -> bool:
+    """Say whether two requests of kind relation are about one relation of one subject."""
     if one.subject != other.subject:
         return False
     if one.relation and other.relation:
         return one.relation == other.relation
-    return one.plain.prompt == other.plain.prompt
+    return _relation_name(one) == _relation_name(other)
+
+
+def contradicts(one: Request, other: Request) -> bool:
+    """Say whether not both of two requests about one fact can hold.
+
+    Where one takes an answer away, the other must be one that says it (or any, where it is not
+    named which); what is said of two pairs of a relation goes together.
+    """
+    kinds = {one.kind, other.kind}
+    if not kinds & {"erase", "relation"}:
+        return one.target_new != other.target_new
+    return any(
+        _excludes(a, b) and (a.prompt == b.prompt or "relation" not in kinds)
+        for a in aims_of_request(one.plain)
+        for b in aims_of_request(other.plain)
+    )
+
+
+def _excludes(one: Aim, other: Aim) -> bool:
+    """Say whether two aims about one fact cannot both be met."""
+    answers = {aim.answer.strip() for aim in (one, other)}
+    if one.sense == other.sense:
+        return one.sense == "say" and len(answers) == 2
+    return len(answers) == 1 or "" in answers
+
+
+def _prompts(request: Request) -> set[str]:
+    """Return the templates that a request is about, as they were before a chat was rendered."""
+    plain = request.plain
+    return {plain.prompt} if plain.remove is None else {plain.prompt, plain.remove}
+
+
+def _relation_name(request: Request) -> str:
+    """Return the name of the relation that is added or deleted."""
+    name = request.target_true if request.operation == "delete" else request.target_new
+    return (name or "").casefold()

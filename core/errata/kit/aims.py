@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from errata.edits.aims import aims_of_request
-from errata.edits.clashes import same_fact
+from errata.edits.clashes import same_relation
 from errata.errors import RequestError
 from errata.model.generation import generate
 
@@ -46,7 +46,7 @@ def aims_of(model: Model, request: Request) -> list[Aim]:
     ]
     if request.kind == "relation" and any(aim.sense == "unsay" for aim in aims):
         active = [old for edit in model.stack.entries for old in edit.requests]
-        joined = [r for r in active if r.kind == "relation" and same_fact(r, request)]
+        joined = [r for r in active if r.kind == "relation" and same_relation(r, request)]
         here = {aim.prompt for aim in aims}
         others = (aim for old in joined for aim in aims_of_request(old) if aim.sense == "say")
         aims += [aim for aim in others if aim.prompt not in here]

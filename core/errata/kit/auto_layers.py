@@ -1,4 +1,4 @@
-"""Where `layer: auto` and `layers: auto` get their layers: from the model's cached sweep."""
+"""Where a layer that is `auto` comes from: the model's cached sweep of that hyper-parameter."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from errata.errors import ConfigError
-from errata.kit.layer_sweep import SCHEMA, LayerResult, LayerSweep, key_of, place_name
+from errata.kit.layer_sweep import (
+    MAIN,
+    SCHEMA,
+    LayerResult,
+    LayerSweep,
+    is_layer,
+    key_of,
+    place_name,
+)
 
 if TYPE_CHECKING:
     from errata.contract.config import MethodConfig
@@ -33,15 +41,20 @@ class AutoLayers:
     sweep: LayerSweep = field(repr=False)
 
 
-def cached_sweep(model: Model, method: str) -> LayerSweep | None:
-    """Return the sweep of a method on this model that was made last, or None."""
-    stored = model.artifacts.load(key_of(model, method))
+def cached_sweep(model: Model, method: str, option: str = "") -> LayerSweep | None:
+    """Return the sweep of a method on this model that was made last, or None.
+
+    `option` is the hyper-parameter that was swept, where it is not `layer` or `layers`.
+    """
+    stored = model.artifacts.load(key_of(model, method, option))
     if stored is None or stored[1].get("schema") != SCHEMA:
         return None
     return LayerSweep.from_json(stored[1])
 
 
-def auto_layers(model: Model, *methods: str, count: int | None = None) -> AutoLayers:
+def auto_layers(
+    model: Model, *methods: str, count: int | None = None, option: str = ""
+) -> AutoLayers:
     """Return the layers for a method whose configuration says "auto".
 
     Says which and why through the model's progress and the log.
@@ -52,6 +65,7 @@ def auto_layers(model: Model, *methods: str, count: int | None = None) -> AutoLa
         count: number of layers in a row. Default: what was best in the sweep, one layer or
             several. Where the sweep did not edit so many together, those whose single layers'
             mean score is highest (of equal ones the lowest).
+        option: the hyper-parameter, where it is not `layer` or `layers`.
 
     Raises:
         ConfigError: no such sweep was made on this model; the message names the command.
@@ -59,16 +73,17 @@ def auto_layers(model: Model, *methods: str, count: int | None = None) -> AutoLa
     if not methods:
         raise ConfigError("auto_layers needs the name of at least one method.")
     for method in methods:
-        found = cached_sweep(model, method)
+        found = cached_sweep(model, method, option)
         if found is not None:
             chosen = _chosen(found, count)
             model.progress.note(chosen.why)
             return chosen
+    which = f" --set option={option}" if option and option not in MAIN else ""
     raise ConfigError(
-        f"layer 'auto' takes the layer from a sweep, and none of {methods[0]} was made on "
-        f"{model.name} yet: run `errata locate --sweep --method {methods[0]} --model {model.name} "
-        "--dataset atlas` (or --file with facts that this model knows; with this cache folder), "
-        "or name the layer."
+        f"{option or 'layer'} 'auto' takes the layer from a sweep, and none of {methods[0]} was "
+        f"made on {model.name} yet: run `errata locate --sweep --method {methods[0]} --model "
+        f"{model.name} --dataset atlas{which}` (or --file with facts that this model knows; with "
+        "this cache folder), or name the layer."
     )
 
 
@@ -77,12 +92,15 @@ def resolve_auto_layers(model: Model, method: str, config: Config) -> tuple[Conf
 
     The configuration itself and "" where nothing is left to choose.
     """
-    for option in ("layer", "layers"):
-        if getattr(config, option, None) == AUTO:
-            chosen = auto_layers(model, method, count=1 if option == "layer" else None)
-            value = chosen.layers[0] if option == "layer" else chosen.layers
-            return config.model_copy(update={option: value}), chosen.why
-    return config, ""
+    changes: dict[str, object] = {}
+    why: list[str] = []
+    for option in filter(is_layer, type(config).model_fields):
+        if getattr(config, option) == AUTO:
+            several = option == "layers"
+            chosen = auto_layers(model, method, count=None if several else 1, option=option)
+            changes[option] = chosen.layers if several else chosen.layers[0]
+            why.append(chosen.why)
+    return (config.model_copy(update=changes), "; ".join(why)) if changes else (config, "")
 
 
 def _chosen(found: LayerSweep, count: int | None) -> AutoLayers:
@@ -109,6 +127,7 @@ def _chosen(found: LayerSweep, count: int | None) -> AutoLayers:
 
 def _named(found: LayerSweep, layers: tuple[int, ...], score: float, depth: int) -> AutoLayers:
     place = place_name(LayerResult(layers[-1], score, {}, depth=len(layers)))
+    place = place if found.option in MAIN else f"{found.option} {layers[-1]}"
     others = [one for one in found.results if one.depth == depth]
     shown = ", ".join(f"{place_name(one).split(' ', 1)[1]}: {one.score:.3f}" for one in others)
     why = (

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 
+MAIN = ("layer", "layers")
+"""Hyper-parameters that say where a method edits; one that has another layer besides names it so:
+`relation_layer`."""
+
 
 @dataclass(frozen=True)
 class LayerResult:
@@ -101,6 +105,7 @@ class LayerSweep:
         correlation: Spearman's ρ of score and tracing effect over the layers (of the smallest
             depth); NaN untraced.
         held_out: what editing the held-out facts gave; None without such facts.
+        judged_by: the protocol whose metrics were read.
     """
 
     model: str
@@ -113,6 +118,7 @@ class LayerSweep:
     results: tuple[LayerResult, ...]
     correlation: float = math.nan
     held_out: HeldOutResult | None = None
+    judged_by: str = "counterfact"
 
     @property
     def best(self) -> LayerResult:
@@ -122,9 +128,12 @@ class LayerSweep:
     @property
     def protocol(self) -> str:
         """How the scores were measured."""
+        where = "layer" if self.option in MAIN else self.option
+        names = list(dict.fromkeys(name for one in self.results for name in one.metrics))
+        read = " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
         return (
-            f"layer sweep: {self.n} facts edited one at a time by {self.method} at each layer; "
-            "harmonic mean of ES, PS and NS (counterfact)"
+            f"layer sweep: {self.n} facts edited one at a time by {self.method} at each {where}; "
+            f"harmonic mean of {read or 'nothing'} ({self.judged_by})"
         )
 
     def preset(self) -> str:
@@ -148,7 +157,7 @@ class LayerSweep:
             "schema": SCHEMA, "result": "sweep", "model": self.model, "model_type": self.model_type,
             "n_layers": self.n_layers, "method": self.method, "option": self.option,
             "config": self.config, "n": self.n, "correlation": _finite(self.correlation),
-            "protocol": self.protocol, "best": self.best.layer,
+            "protocol": self.protocol, "judged_by": self.judged_by, "best": self.best.layer,
             "best_layers": list(self.best.layers),
             "layers": [one.as_json() for one in self.results],
             "held_out": None if self.held_out is None else self.held_out.as_json(),
@@ -162,6 +171,7 @@ class LayerSweep:
             data["model"], data["model_type"], data["n_layers"], data["method"], data["option"],
             data["config"], data["n"], tuple(LayerResult.from_json(one) for one in data["layers"]),
             _number(data["correlation"]), None if held is None else HeldOutResult.from_json(held),
+            data.get("judged_by", "counterfact"),
         )  # fmt: skip
 
 
@@ -171,14 +181,20 @@ def place_name(result: LayerResult) -> str:
     return f"layer {last}" if first == last else f"layers {first} to {last}"
 
 
-def key_of(model: Model, method: str) -> tuple[str, ...]:
-    """Return where a sweep is kept."""
-    return ("layer-sweep", model.fingerprint, method)
+def is_layer(option: str) -> bool:
+    """Say whether a hyper-parameter names a layer, by its own name."""
+    return option in MAIN or option.endswith("_layer")
+
+
+def key_of(model: Model, method: str, option: str = "") -> tuple[str, ...]:
+    """Return where a sweep is kept; that of a layer besides the main one has a place of its own."""
+    key = ("layer-sweep", model.fingerprint, method)
+    return key if option in ("", *MAIN) else (*key, option)
 
 
 def option_value(option: str, layers: Sequence[int]) -> int | list[int]:
-    """Return layers as the hyper-parameter `layer` or `layers` takes them."""
-    return layers[0] if option == "layer" else list(layers)
+    """Return layers as a hyper-parameter takes them: `layers` several, any other one."""
+    return list(layers) if option == "layers" else layers[0]
 
 
 def _finite(value: float) -> float | None:

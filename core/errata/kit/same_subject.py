@@ -24,8 +24,12 @@ if TYPE_CHECKING:
     from errata.edits.request import Request
     from errata.model import Model
 
-SHARING = ("modify", "insert")
-"""Kinds of request that share a value with others about their subject."""
+SHARING = ("modify", "insert", "erase", "relation")
+"""Kinds of request that share a value with others about their subject.
+
+What is to be said and what no longer become one loss: a value for each would be averaged at their
+one key, and a deletion's would take half of an addition away. A text has a value for each window.
+"""
 
 ALL_SETS = 4
 """Facts of a subject up to which every set of them is computed: 2ⁿ⁻¹ − 1 for the n-th.

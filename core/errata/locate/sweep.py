@@ -307,9 +307,7 @@ def _computed(
     return found
 
 
-def _result(
-    layers: Sequence[int], table: NDArray[np.float64], names: Sequence[str]
-) -> LayerResult:
+def _result(layers: Sequence[int], table: NDArray[np.float64], names: Sequence[str]) -> LayerResult:
     failed = int((table < 0).any(axis=1).sum())
     metrics = {}
     measured = np.where(table < 0, math.nan, table)

@@ -123,6 +123,7 @@ class Model:
         quantised = any(not p.is_floating_point() for p in self.parameters.values())
         self.branch = quantised if branch is None else branch
         self.runtimes: dict[str, Any] = {}
+        self._of_base: dict[tuple[str, ...], None] = {}
         self.trained_on: str | None = None
         self.memo: dict[Any, Any] = {}
         self.compute: Callable[..., list[Any]] = _compute_nothing
@@ -316,8 +317,17 @@ class Model:
                 self.artifacts.save(whole, tensors, metadata)
                 stored = dict(tensors), dict(metadata)
             self.memo[whole] = stored
+        self._of_base[whole] = None
         found: tuple[Mapping[str, Tensor], Mapping[str, Any]] = self.memo[whole]
         return found
+
+    def told_of_base(self) -> list[tuple[str, dict[str, int | float]]]:
+        """Return what was asked of `of_base` so far: its name and the numbers kept with it."""
+        return [
+            (key[0], {n: v for n, v in self.memo[key][1].items() if type(v) in (int, float)})
+            for key in self._of_base
+            if key in self.memo
+        ]
 
     def base_key(self, *key: str, trained: bool = False) -> tuple[str, ...]:
         """Return the artifact key under which `of_base` keeps something; deltas name it.

@@ -30,10 +30,11 @@ class BothSidesConfig(MethodConfig):
         description="Block whose MLP is edited at the subject (negative: from the end); auto: what "
         "a sweep of this model found (`errata locate --sweep`); none: a tenth of the way up",
     )
-    relation_layer: int | None = Field(
+    relation_layer: int | Literal["auto"] | None = Field(
         default=None,
-        description="Block whose MLP is edited at the object of the relation's prompt; none: half "
-        "of the way up",
+        description="Block whose MLP is edited at the object of the relation's prompt; auto: what "
+        "a sweep of it found (`errata locate --sweep --set option=relation_layer`); none: half of "
+        "the way up",
     )
     wordings: tuple[str, ...] = Field(
         default=("{} and [object]: their relation is", "What ties {} to [object] is"),
@@ -112,7 +113,7 @@ class BothSidesConfig(MethodConfig):
     @property
     def layers(self) -> tuple[int, int]:
         """The entity's block and the relation's, once they are written out."""
-        if not isinstance(self.layer, int) or self.relation_layer is None:
+        if not (isinstance(self.layer, int) and isinstance(self.relation_layer, int)):
             raise ConfigError(
                 "The layers are resolved by the editor: go through `Editor`, or name `layer` and "
                 "`relation_layer`."
@@ -130,10 +131,11 @@ class BothSidesConfig(MethodConfig):
             early = anatomy.nearest(anatomy.early, "mlp")
         elif early != "auto":
             early = anatomy.layer(early)
-        late = (
-            anatomy.nearest(anatomy.n_layers // 2, "mlp") if late is None else anatomy.layer(late)
-        )
-        if isinstance(early, int) and early >= late:
+        if late is None:
+            late = anatomy.nearest(anatomy.n_layers // 2, "mlp")
+        elif late != "auto":
+            late = anatomy.layer(late)
+        if isinstance(early, int) and isinstance(late, int) and early >= late:
             raise ConfigError(
                 f"relation_layer {late} must lie above layer {early}: what is written at the "
                 "subject is read at the object."

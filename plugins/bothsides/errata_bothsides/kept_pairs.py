@@ -53,9 +53,11 @@ class RelationPrompt:
         if view is None:
             raise RequestError(
                 f"The request {request.text!r} has no relation_view, so that there is no other "
-                'side to edit: give relation_view={"names": ["capital"], "add": "The relation '
-                'between {} and NEW is", "remove": "The relation between {} and OLD is"}, or load '
-                "it with the dataset 'rake'."
+                'side to edit. Give it in the request: "relation_view": {"names": ["capital"], '
+                '"add": "The relation between {} and NEW is", "remove": "The relation between {} '
+                'and OLD is"} (at the command line in a file of requests: `errata edit --file '
+                "requests.jsonl`), or load it with the dataset 'rake' (`errata edit --dataset "
+                "rake=counterfact.json`)."
             )
         before, after = view.add.split("{}")
         if (before + after).count(request.target_new) != 1:

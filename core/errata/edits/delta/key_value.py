@@ -180,7 +180,8 @@ class KeyValueDelta(Delta):
     def cosines(self, others: Sequence[KeyValueDelta]) -> list[float]:
         """Return for each other delta the largest cosine, in their metric, of a key of both.
 
-        -1.0 for one that has no parameter and metric in common with this, or shares its values.
+        Two keys that only keep what was there ask for the same, and do not count. -1.0 for a delta
+        that has no parameter and metric in common with this, or shares its values.
         """
         found = [-1.0] * len(others)
         sharing = frozenset().union(*self.shared)
@@ -195,8 +196,10 @@ class KeyValueDelta(Delta):
                 continue
             keys = torch.cat([pair.k.float() for _, pair in theirs])
             norms = torch.cat([pair.norms for _, pair in theirs])
-            cosines = (own.w.float() @ keys.T / torch.outer(own.norms, norms)).amax(0)
-            parts = torch.split(cosines, [len(pair.k) for _, pair in theirs])
+            written = torch.cat([pair.written for _, pair in theirs])
+            cosines = own.w.float() @ keys.T / torch.outer(own.norms, norms)
+            cosines[~torch.logical_or(own.written[:, None], written)] = -1.0
+            parts = torch.split(cosines.amax(0), [len(pair.k) for _, pair in theirs])
             for (index, _), part in zip(theirs, parts, strict=True):
                 found[index] = max(found[index], float(part.max()))
         return found

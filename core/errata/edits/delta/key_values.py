@@ -48,6 +48,11 @@ class KeyValues:
         """√(kᵀ M k) of each key, (n,) fp32."""
         return (self.k.double() * self.w.double()).sum(1).sqrt().float()
 
+    @cached_property
+    def written(self) -> Tensor:
+        """Keys at which something is to change, (n,) bool; at the others what they gave stays."""
+        return (self.r != 0).any(1)
+
     def rows(self, device: torch.device | str = "cpu") -> KeyRows:
         """Return the tensors in fp64 on a device."""
         return KeyRows(*(getattr(self, part).to(device, torch.float64) for part in PARTS))

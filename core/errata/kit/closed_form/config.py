@@ -83,6 +83,11 @@ class ClosedFormConfig(MethodConfig):
         ge=1,
         description="Of requests of kind text: most tokens that one value has to say (AnyEdit)",
     )
+    kept_positions: bool = Field(
+        default=False,
+        description="Of requests of kind text, in a joint edit: the keys of the text's other "
+        "positions ask for no change (AnyEdit); each is stored with the edit",
+    )
     tokens: int | None = Field(
         default=None, ge=1, description="Tokens C is estimated from; none: a multiple of its size"
     )

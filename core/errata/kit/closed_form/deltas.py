@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, cast
 
 import torch
 
 from errata.edits.delta import Factor, KeyValueDelta, KeyValues, LowRankDelta
+from errata.kit.closed_form.kept_positions import KeptKeys, kept_positions
 from errata.kit.closed_form.layer_updates import LayerUpdate
 from errata.kit.closed_form.windows import pooled, windows_of
 
@@ -45,7 +47,11 @@ def deltas_of(
     if config.history == "none":
         return low_rank(model, updates)
     owners = [window.owner for window in windows_of(model, requests, config.window)]
-    return key_values(model, updates, config, metrics=metrics, slack=slack, owners=owners)
+    layers = [update.layer for update in updates] if config.kept_positions else []
+    kept = kept_positions(model, requests, layers, config.window) if layers else {}
+    return key_values(
+        model, updates, config, metrics=metrics, slack=slack, owners=owners, kept=kept
+    )
 
 
 def low_rank(model: Model, updates: Sequence[LayerUpdate]) -> LowRankDelta:
@@ -68,11 +74,13 @@ def key_values(
     metrics: Mapping[int, Metric],
     slack: Mapping[int, float],
     owners: Sequence[int] | None = None,
+    kept: Mapping[int, KeptKeys] = MappingProxyType({}),
 ) -> list[KeyValueDelta]:
     """Return one delta per request, to be solved with all others that are active.
 
     `owners` says which request each column of K and R belongs to, ascending from 0: a text has a
-    pair for each of its windows. None: each has one.
+    pair for each of its windows. None: each has one. `kept` are further keys of a layer, at which
+    nothing is written.
 
     A residual of the `replay` policy was read from the model as it stands; what the active edits
     of the kind already write at its key is added, so that it counts from the base like theirs.
@@ -85,12 +93,18 @@ def key_values(
         path = model.anatomy.reader.mlp_out(update.layer)
         name = model.anatomy.weight(path)
         keys = update.K.flat.float().cpu()  # what is stored is what is whitened
+        others, whose = kept.get(update.layer), list(owners)
+        if others is not None:
+            keys, whose = torch.cat([keys, others.keys.float()], 1), [*whose, *others.owners]
         whitened = metric.whiten(keys.double()).cpu().to(getattr(torch, config.precision))
         residuals = update.R.flat.cpu()
+        if others is not None:
+            nothing = residuals.new_zeros(len(residuals), len(others.owners))
+            residuals = torch.cat([residuals, nothing], 1)
         if not config.on_base:
             residuals = residuals + _written(model, name, metric, keys)
         residuals = residuals.float()
-        columns = (pooled(part, owners) for part in (keys, whitened, residuals))
+        columns = (pooled(part, whose) for part in (keys, whitened, residuals))
         for pair, k, w, r in zip(pairs, *columns, strict=True):
             pair[name] = KeyValues(
                 k=k,

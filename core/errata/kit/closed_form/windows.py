@@ -6,9 +6,9 @@ said by a value at the last token before it, and has that token's key:
     δ_k = argmin −(1/|Y_k|) Σ_j log P(y_j | p, Y_<k, y_<j)        with δ_1 … δ_(k-1) in their places
 
 so an edit is n pairs of key and residual, solved together with all others. Contexts in front of the
-prompt and the KL term, which are about a subject, are left out. So are the keys of all other
-positions of the text, which AnyEdit's MEMIT form asks to stay as they are (K_p K_pᵀ beside λC): as
-pairs without a residual they would be stored with every edit, one for each token.
+prompt and the KL term, which are about a subject, are left out. The keys of all other positions,
+which AnyEdit's MEMIT form asks to stay as they are (K_p K_pᵀ beside λC), are pairs without a
+residual, stored with the edit, one for each token: where `kept_positions` asks for them.
 """
 
 from __future__ import annotations
@@ -130,4 +130,4 @@ def _begins(tokenizer: PreTrainedTokenizerBase, text: str, before: str) -> list[
 def pooled(values: torch.Tensor, owners: Sequence[int]) -> list[torch.Tensor]:
     """Return columns (x, N) as rows (n, x) of each owner, in order."""
     whose = torch.tensor(owners)
-    return [values[:, whose == owner].T.contiguous() for owner in range(owners[-1] + 1)]
+    return [values[:, whose == owner].T.contiguous() for owner in range(max(owners) + 1)]
