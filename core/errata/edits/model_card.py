@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from errata.edits.delta_kinds import DeltaKinds
 from errata.model.display import shortened
 from errata.model.task import task_of_module
 
@@ -155,7 +156,8 @@ def _base(model: Model, form: str) -> str:
 
 def _unrouted(edits: Sequence[Edit], form: str) -> Iterator[str]:
     """Yield a warning for an edit that met its own prompts only and has become an adapter."""
-    if form in ("peft", "gguf") and any(edit.delta.routed for edit in edits):
+    kinds = DeltaKinds()  # a record names its kind; its delta need not be loaded
+    if form in ("peft", "gguf") and any(kinds[edit.delta_kind].routed for edit in edits):
         yield (
             "**Unrouted: this adapter acts on every prompt.** In errata the edit acts only on the "
             "prompts that lead to it; here nothing chooses. Use it for the requests that it is "
