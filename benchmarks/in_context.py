@@ -19,9 +19,9 @@ twice.
 
 `--hops`: facts of KnowEdit's wiki_counterfact, active in groups (`--groups`, 0: all at once), as
 MQuAKE measures it; the first question of two hops that follows from each, generated greedily with
-16 tokens, counts as right where a right answer is in it, and the fact as said where the new answer
-is in the text after its own prompt. Rows are those above, or any method. Of MeLLo's loop it says
-how it ended.
+16 tokens, counts as right where a right answer is in it (whole words), and the fact as said where
+the new answer is in the text after its own prompt. Rows are those above, or any method. Of MeLLo's
+loop it says how it ended.
 """
 
 from __future__ import annotations
@@ -130,6 +130,7 @@ def follow(args: Any) -> None:
 
 def _hop(editor: Any, request: Any, probe: Any) -> dict[str, Any]:
     """Return what is said to a question of two hops and to the fact's own prompt."""
+    from errata.evaluate.matching import contained_match
     from errata.model.generation import generated
     from errata.model.sampling import GenerationSettings
 
@@ -137,16 +138,13 @@ def _hop(editor: Any, request: Any, probe: Any) -> dict[str, Any]:
     settings = GenerationSettings(max_new_tokens=16)
     found, own = (generated(editor.model, [p], settings)[0] for p in (probe.prompt, request.text))
     return {
-        "question": probe.prompt, "text": found.text, "said": _within(own.text, request.target_new),
-        "right": any(_within(found.text, answer) for answer in probe.answers),
-        "repeated": _within(found.text, request.target_new),
+        "question": probe.prompt, "text": found.text,
+        "said": contained_match(own.text, [request.target_new]),
+        "right": contained_match(found.text, probe.answers),
+        "repeated": contained_match(found.text, [request.target_new]),
         "ending": found.details.get("mello", {}).get("ending", ""),
         "trace": found.details, "latency": (time.process_time() - begin) / 2,
     }  # fmt: skip
-
-
-def _within(text: str, answer: str) -> bool:
-    return answer.lower() in text.lower()
 
 
 def _measured(
