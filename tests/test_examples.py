@@ -112,6 +112,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "token").chmod(0o600)
     shutil.copy(hparams, hparams.with_name("llama-7b.yaml"))
     shutil.copytree(DATA / "datasets" / "pararel", folder / "pararel")
+    spoken = {"relation": "P103", "template": "The native language of [X] is [Y] ."}
+    wrong = json.dumps({**spoken, "wrong": ["[X] never spoke [Y] ."]})
+    (folder / "relations.jsonl").write_text(wrong)
     shutil.copytree(ROOT / "examples", folder / "examples")
     fact = {"prompt": requests[0].text, "answer": requests[0].target_new}
     facts = {"must_say": [fact], "must_not_change": [atlas.requests(5)[4].text]}

@@ -60,9 +60,9 @@ class TinyKind(NamedTuple):
     sizes: dict[str, Any]
 
 
-_GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 128}
-_T5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
-_BERT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+_GPT2 = {"n_embd": 16, "n_layer": 4, "n_head": 2, "n_positions": 128}
+_T5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 4, "num_heads": 2}
+_BERT = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2,
          "intermediate_size": 32, "max_position_embeddings": 128}  # fmt: skip
 TINY_KINDS = (
     TinyKind("decoder", "causal", ("GPT2Config", "GPT2LMHeadModel"), _GPT2),
@@ -74,7 +74,7 @@ TINY_KINDS = (
 
 
 def tiny(kind: TinyKind, vocab_size: int) -> nn.Module:
-    """Return a model of a kind in eval mode: two layers of 16 units, the same at every call."""
+    """Return a model of a kind in eval mode: four layers of 16 units, the same at every call."""
     import transformers
 
     config, module = (getattr(transformers, name) for name in kind.classes)
