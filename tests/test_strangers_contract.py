@@ -27,15 +27,18 @@ class _Strangers(MethodContract):
 
 class TestToyScale(_Strangers):
     method = "toy-scale"
+    harms = "a toy: it changes a weight, whatever is asked"
 
 
 class TestToySolved(_Strangers):
     method = "toy-solved"
+    harms = "a toy: it changes a weight, whatever is asked"
     solved: ClassVar[dict[str, Any]] = {"size": 3.0}
 
 
 class TestToyOnce(_Strangers):
     method = "toy-once"
+    harms = "a toy: it changes a weight, whatever is asked"
 
 
 def test_a_delta_of_another_kind_than_declared_is_noticed(toys: None) -> None:
