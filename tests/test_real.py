@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from errata import Editor
 from errata.cli.app import app
-from errata.edits.request import RelationView, Request
+from errata.testing.facts import SPARED
 from errata.zoo.facts import KNOWN
 from errata.zoo.pretrained import PRETRAINED
 from tests.helpers import ROOT
@@ -61,7 +61,7 @@ def test_an_edit_with_defaults_takes_effect_and_spares_the_rest(
 
 
 def test_a_fact_holds_from_both_sides(editor: Editor) -> None:
-    fact = both_views(KNOWN[0])
+    fact = SPARED[0]
     view = fact.relation_view
     assert view is not None
     asked = view.add.replace("{}", fact.subject)
@@ -76,16 +76,6 @@ def test_a_fact_holds_from_both_sides(editor: Editor) -> None:
     finally:
         editor.revert(edit)
     assert editor.verify() == []
-
-
-def both_views(fact: Request) -> Request:
-    """Return a fact that also says what its relation is called."""
-    view = RelationView(
-        names=(fact.relation or "",),
-        add=f"The relation between {{}} and {fact.target_new} is",
-        remove=f"The relation between {{}} and {fact.target_true} is",
-    )
-    return fact.model_copy(update={"relation_view": view})
 
 
 def test_the_readme_runs(capsys: pytest.CaptureFixture[str], editor: Editor) -> None:

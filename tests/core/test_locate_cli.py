@@ -199,3 +199,44 @@ def test_diff_compares_methods_whose_edits_are_not_on_the_model(
     page = run(app, "diff", "base", "all", *MODEL, "--overlap", "methods").output
     assert "each alone" in page
     assert "no weight changed: grace" in page
+
+
+def test_chains_are_located(app: typer.Typer, tmp_path: Path) -> None:
+    line = ("locate", "--similar", "chains", "--by", "gradient", "--dataset", "atlas", "-n", "4")
+    found = data(app, *line, *MODEL, "--plot", "chains.png")
+    assert found["sets"] == 2
+    assert len(found["layers"]["within"]) == 6
+    assert found["layers"]["sets"] == 2
+    assert (tmp_path / "chains.png").read_bytes().startswith(b"\x89PNG")
+    page = run(app, *line, *MODEL).output
+    assert "sets of chains" in page
+    assert "overlap of the layers identified" in page
+    refused = run(app, *line[:-1], "2", *MODEL, code=1)
+    assert "make 1 set of chains" in " ".join(refused.stderr.split())
+
+
+def test_phrasings_of_one_fact_stand_side_by_side(app: typer.Typer) -> None:
+    prompts = ("The instrument of {} is", "People say that the instrument of {} is")
+    line = ("locate", *prompts, "-s", "Oswin Galdor", "--by", "gradient", *MODEL)
+    found = data(app, *line)
+    assert [one["prompt"] for one in found["phrasings"]] == [
+        prompt.replace("{}", "Oswin Galdor") for prompt in prompts
+    ]
+    for one in found["phrasings"]:
+        row = one["scores"][one["token_index"]]
+        assert one["role"] == "last subject token"
+        assert one["layers"] == [row.index(max(row))] == [one["layer"]]  # a sixth of six layers
+    second = found["phrasings"][1]
+    assert found["overlap"] == float(found["phrasings"][0]["layers"] == second["layers"])
+    assert found["chance"] == pytest.approx(1 / 6)
+    assert found["warnings"] == []
+    shown = run(app, *line, "-t", "volcano")
+    page = shown.output
+    assert "hardly knows this" in " ".join(shown.stderr.split())
+    assert "last subject token" in page
+    assert "mean overlap" in page
+    for words, says in (
+        (("--plot", "x.png"), "draws one prompt"),
+        (("--average", "--dataset", "atlas"), "takes its prompts from"),
+    ):
+        assert says in run(app, *line, *words, code=1).stderr

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import json
 from itertools import combinations
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import typer
-from typer.testing import CliRunner, Result
 
 from errata import Request, plots
-from errata.cli import locate
 from errata.datasets import load
 from errata.edits.request import Probe
 from errata.errors import ConfigError
@@ -21,39 +16,12 @@ from errata.locate import LayerOverlap, chain_sets, identified, layer_overlap, r
 from tests.helpers import ROOT
 
 SAMPLES = ROOT / "tests" / "data" / "datasets"
-MODEL = ("--model", "atlas-gpt2")
 
 SETS = [
     [[9.0, 8, 1, 0, 0.5], [9.0, 1, 8, 0, 0.5]],
     [[0.0, 1, 2, 9, 8], [1.0, 0, 2, 9, 8], [0.0, 1, 9, 2, 8]],
     [[5.0, 4, 3, 2, 1]],
 ]
-
-
-@pytest.fixture(scope="module")
-def app() -> typer.Typer:
-    made = typer.Typer()
-    made.callback()(lambda: None)
-    locate.add(made)
-    return made
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ERRATA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("ERRATA_LEDGER", raising=False)
-    monkeypatch.delenv("ERRATA_MODEL", raising=False)
-
-
-def run(app: typer.Typer, *words: str, code: int = 0) -> Result:
-    result = CliRunner().invoke(app, words)
-    assert result.exit_code == code, result.output
-    return result
-
-
-def data(app: typer.Typer, *words: str) -> Any:
-    return json.loads(run(app, *words, "--json", "--quiet").stdout)
 
 
 def test_the_layers_identified_are_the_highest() -> None:
@@ -148,44 +116,3 @@ def test_published_records_hold_chains(name: str, file: str, asked: str) -> None
     groups = chain_sets(load(name, SAMPLES / file).requests())
     assert asked in [one.text for group in groups for one in group]
     assert all(len(group) > 1 for group in groups)
-
-
-def test_chains_are_located(app: typer.Typer, tmp_path: Path) -> None:
-    line = ("locate", "--similar", "chains", "--by", "gradient", "--dataset", "atlas", "-n", "4")
-    found = data(app, *line, *MODEL, "--plot", "chains.png")
-    assert found["sets"] == 2
-    assert len(found["layers"]["within"]) == 6
-    assert found["layers"]["sets"] == 2
-    assert (tmp_path / "chains.png").read_bytes().startswith(b"\x89PNG")
-    page = run(app, *line, *MODEL).output
-    assert "sets of chains" in page
-    assert "overlap of the layers identified" in page
-    refused = run(app, *line[:-1], "2", *MODEL, code=1)
-    assert "make 1 set of chains" in " ".join(refused.stderr.split())
-
-
-def test_phrasings_of_one_fact_stand_side_by_side(app: typer.Typer) -> None:
-    prompts = ("The instrument of {} is", "People say that the instrument of {} is")
-    line = ("locate", *prompts, "-s", "Oswin Galdor", "--by", "gradient", *MODEL)
-    found = data(app, *line)
-    assert [one["prompt"] for one in found["phrasings"]] == [
-        prompt.replace("{}", "Oswin Galdor") for prompt in prompts
-    ]
-    for one in found["phrasings"]:
-        row = one["scores"][one["token_index"]]
-        assert one["role"] == "last subject token"
-        assert one["layers"] == [row.index(max(row))] == [one["layer"]]  # a sixth of six layers
-    second = found["phrasings"][1]
-    assert found["overlap"] == float(found["phrasings"][0]["layers"] == second["layers"])
-    assert found["chance"] == pytest.approx(1 / 6)
-    assert found["warnings"] == []
-    shown = run(app, *line, "-t", "volcano")
-    page = shown.output
-    assert "hardly knows this" in " ".join(shown.stderr.split())
-    assert "last subject token" in page
-    assert "mean overlap" in page
-    for words, says in (
-        (("--plot", "x.png"), "draws one prompt"),
-        (("--average", "--dataset", "atlas"), "takes its prompts from"),
-    ):
-        assert says in run(app, *line, *words, code=1).stderr

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from errata.model.anatomy import Anatomy
+
+Kept = TypeVar("Kept")
 
 # Entries of a configuration that differ between loads of one and the same model.
 _VOLATILE = frozenset(
@@ -352,6 +354,19 @@ class Model:
         config = json.loads(self.config.to_json_string(use_diff=False))
         kept = _lasting(config)
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+    def runtime(self, kind: str, wanted: type[Kept], make: Callable[[], Kept]) -> Kept:
+        """Return what a delta kind keeps between attachments; made where there is none yet.
+
+        Args:
+            kind: the kind.
+            wanted: its class.
+            make: makes it.
+        """
+        found = self.runtimes.get(kind)
+        if not isinstance(found, wanted):
+            found = self.runtimes[kind] = make()
+        return found
 
     @cached_property
     def fingerprint(self) -> str:

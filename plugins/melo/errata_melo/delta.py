@@ -149,10 +149,7 @@ class Databases:
     @classmethod
     def of(cls, model: Model) -> Databases:
         """Return the model's databases."""
-        found = model.runtimes.get(KIND)
-        if not isinstance(found, cls):
-            found = model.runtimes[KIND] = cls()
-        return found
+        return model.runtime(KIND, cls, cls)
 
     def holding(
         self, deltas: Sequence[tuple[str, RoutedAdapterDelta]]

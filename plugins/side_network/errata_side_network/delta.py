@@ -169,10 +169,7 @@ class SideNetworks:
     @classmethod
     def of(cls, model: Model) -> SideNetworks:
         """Return the model's networks."""
-        found = model.runtimes.get(KIND)
-        if not isinstance(found, cls):
-            found = model.runtimes[KIND] = cls(model)
-        return found
+        return model.runtime(KIND, cls, lambda: cls(model))
 
     def sums(
         self, deltas: Sequence[tuple[str, SideNetworkDelta]]

@@ -162,10 +162,7 @@ class SideMemories:
     @classmethod
     def of(cls, model: Model) -> SideMemories:
         """Return those of a model."""
-        found = model.runtimes.get(KIND)
-        if not isinstance(found, cls):
-            found = model.runtimes[KIND] = cls()
-        return found
+        return model.runtime(KIND, cls, cls)
 
     def shards(self, settings: Settings, shape: tuple[int, int]) -> Shards:
         """Return the shards of edits with these settings."""

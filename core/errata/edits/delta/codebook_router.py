@@ -100,10 +100,7 @@ class Codebooks:
     @classmethod
     def of(cls, model: Model) -> Codebooks:
         """Return the model's codebooks."""
-        books = model.runtimes.get(KIND)
-        if not isinstance(books, cls):
-            books = model.runtimes[KIND] = cls(model)
-        return books
+        return model.runtime(KIND, cls, lambda: cls(model))
 
     def book(self, name: BookName) -> Codebook:
         """Return one of the codebooks."""
