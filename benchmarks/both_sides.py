@@ -1,7 +1,7 @@
 """One fact asked from both sides: the entity's prompt, and the relation's, before and after edits.
 
 Cases of CounterFact with RaKE's relation prompts, whose true answer the base says first (greedily);
-at most a few of each relation. Each is edited alone and taken off again. The first --skip cases are
+at most --each of a relation. Each is edited alone and taken off again. The first --skip cases are
 left out, so that layers can be chosen on some and measured on others.
 
     python benchmarks/both_sides.py --model smollm2-135m --data FILE --skip 12 --n 24 \
@@ -43,7 +43,6 @@ from errata.model.tokens import encode
 QUIET = {"norm": "off", "perplexity": "off", "efficacy": "off"}
 HARD = 3  # probes of each sort
 TOKENS = 6  # of a continuation
-OF_A_RELATION = 3  # cases, at most
 
 
 def main() -> None:
@@ -55,6 +54,7 @@ def main() -> None:
                         help='"base", or a method, with JSON of hyper-parameters')  # fmt: skip
     parser.add_argument("--n", type=int, default=20)
     parser.add_argument("--skip", type=int, default=0)
+    parser.add_argument("--each", type=int, default=3, help="cases of a relation, at most")
     parser.add_argument("--out", type=Path, default=Path("both_sides.jsonl"))
     parser.add_argument("--batch", action="store_true", help="edit all cases in one call")
     parser.add_argument("--table", action="store_true")
@@ -92,7 +92,7 @@ def write(options: argparse.Namespace, setting: str, case: Request, row: dict[st
 def known_cases(editor: Editor, options: argparse.Namespace) -> tuple[list[Request], list[Request]]:
     """Return the cases, and all requests of the set to take probes from."""
     everything = load("rake", path=options.data).requests()
-    cached = options.out.with_suffix(f".{options.model}.known.json")
+    cached = options.out.with_suffix(f".{options.model}.{options.each}.known.json")
     known: list[str] = json.loads(cached.read_text()) if cached.is_file() else []
     wanted, seen = options.skip + options.n, Counter[str]()
     by_id = {r.case_id: r for r in everything}
@@ -100,14 +100,14 @@ def known_cases(editor: Editor, options: argparse.Namespace) -> tuple[list[Reque
         known = []
         for start in range(0, len(everything), 16):
             some = [r for r in everything[start : start + 16]
-                    if seen[r.relation or ""] < OF_A_RELATION]  # fmt: skip
+                    if seen[r.relation or ""] < options.each]  # fmt: skip
             if not some:
                 continue
             said = editor.generate([r.text for r in some], max_new_tokens=4)
             for request, text in zip(some, said, strict=True):
                 true = str(request.target_true).casefold()
                 fits = text.strip().casefold().startswith(true[:12])
-                if fits and seen[request.relation or ""] < OF_A_RELATION:
+                if fits and seen[request.relation or ""] < options.each:
                     seen[request.relation or ""] += 1
                     known.append(str(request.case_id))
             if len(known) >= wanted:

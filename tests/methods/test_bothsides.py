@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from errata.datasets import atlas
 from errata.editor import Editor
@@ -18,7 +19,7 @@ from errata.testing import state_of
 from errata.testing.contract import assert_same
 
 QUIET = {"efficacy": "off", "perplexity": "off", "norm": "off"}
-EARLY, LATE = "transformer.h.1.mlp.c_proj.weight", "transformer.h.3.mlp.c_proj.weight"
+EARLY, BETWEEN, LATE = (f"transformer.h.{block}.mlp.c_proj.weight" for block in (1, 2, 3))
 
 
 NAME = "language"
@@ -121,6 +122,24 @@ def test_what_must_stay_is_a_key_with_nothing_to_write(clean: Editor) -> None:
     )
     assert bool((held.delta.pairs[EARLY].r == early.r).all())  # the entity's side has its own limit
     assert held.delta.pairs[LATE].r.norm(dim=1).max() < late.r.norm(dim=1).max() / 2
+
+
+def test_what_the_relation_needs_is_spread_over_blocks(clean: Editor) -> None:
+    few = {"steps": 3, "objects": 2, "subjects": 1, "pairs": 1, "keep_answer": False}
+    one, two = (
+        clean.edit(fact(), method="bothsides", apply=False, relation_depth=depth, **few).delta
+        for depth in (1, 2)
+    )
+    assert isinstance(one, KeyValueDelta)
+    assert isinstance(two, KeyValueDelta)
+    assert set(one.parameters) == {EARLY, LATE}
+    whole, first, last = one.pairs[LATE].r, two.pairs[BETWEEN].r, two.pairs[LATE].r
+    written = whole.norm(dim=1) > 0
+    torch.testing.assert_close(first, whole / 2)
+    assert bool((first[~written] == 0).all() and (last[~written] == 0).all())
+    # The last block is asked for what the one below it left to write, nearly the other half.
+    missing = (last - whole / 2).norm(dim=1)[written] / whole.norm(dim=1)[written]
+    assert 0 < float(missing.max()) < 0.5
 
 
 @pytest.mark.slow

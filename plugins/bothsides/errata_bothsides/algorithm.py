@@ -3,9 +3,11 @@
 The shapes: D is the width of the MLP, d that of the model, N the number of keys; K (D, N),
 R (d, N), C (D, D), Δ (d, D). One problem per layer:
 
-    Δ = R (Kᵀ C⁻¹ K + λ I)⁻¹ Kᵀ C⁻¹        R = [δ … δ, 0 … 0]
+    Δ = R (Kᵀ C⁻¹ K + λ I)⁻¹ Kᵀ C⁻¹        R = [r … r, 0 … 0]
 
-with the keys of the edit, in every context a key of its own, and those that must stay.
+with the keys of the edit, in every context a key of its own, and those that must stay. On the
+entity's side r is δ. On the relation's side r is what is still missing, z − h, divided by the
+number of layers that are left, as in MEMIT (Meng et al. 2023, equation 20).
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from errata.edits.delta import KeyValueDelta, KeyValues
-from errata.kit.closed_form.layer_updates import LayerUpdate, Prompts, written
+from errata.kit.closed_form.layer_updates import LayerUpdate, Prompts, spread, through, written
 from errata.kit.closed_form.matrices import Columns, I, NormalMatrix, inverse
-from errata.kit.contexts import prefix_contexts
+from errata.kit.contexts import in_contexts, prefix_contexts
 from errata.kit.metric import Whitening
 from errata.kit.second_moments import second_moments
 from errata.kit.value_loss import ValueLoss
@@ -57,12 +59,13 @@ def contexts_of(model: Model, config: BothSidesConfig) -> tuple[str, ...]:
 def moments_of(
     model: Model, config: BothSidesConfig, corpus: Sequence[str] | None = None
 ) -> dict[int, SecondMoment]:
-    """Return E[k kᵀ] of both layers, computed or loaded."""
-    return second_moments(model, config.layers, corpus=corpus or None, tokens=config.tokens)
+    """Return E[k kᵀ] of the edited layers, computed or loaded."""
+    layers = layers_of(model, config)
+    return second_moments(model, layers, corpus=corpus or None, tokens=config.tokens)
 
 
 def known_keys(model: Model, config: BothSidesConfig) -> dict[int, NormalMatrix]:
-    """Return C = E[k kᵀ] of both layers, as the formula takes it."""
+    """Return C = E[k kᵀ] of the edited layers, as the formula takes it."""
     moments = moments_of(model, config)
     return {layer: NormalMatrix(Whitening(moment)) for layer, moment in moments.items()}
 
@@ -107,79 +110,114 @@ def both_sides(
     C: Mapping[int, NormalMatrix],
     config: BothSidesConfig,
 ) -> list[Side]:
-    """Return what both layers are asked for, for all facts of one subject together.
+    """Return what every layer is asked for, for all facts of one subject together.
 
     Args:
         model: the model, in its present state; it is not changed.
         facts: what to write, all about one subject. They share the value at the subject.
         contexts: templates with one {} for the prompt; the first is "{}".
-        C: E[k kᵀ] of both layers.
+        C: E[k kᵀ] of the edited layers.
         config: hyper-parameters.
 
     Raises:
         RequestError: a request names no relation, or not in the way that is needed.
         EditFailed: a loss is not finite.
     """
-    early, late = config.layers
+    early, *late = layers_of(model, config)
     asked = [RelationPrompt.of(fact) for fact in facts]
     objects = [other_objects(model, fact, WORDS) for fact in facts]
 
     # The entity's side: at the subject, the new objects are said.
-    (values,) = optimise_shared(
-        model,
-        [facts],
-        contexts,
-        settings_of(
-            early,
-            config,
-            steps=config.steps * len(facts),
-            clamp=config.clamp,
-            kl_prompt=config.kl_prompt,
-        ),
-        SideObjective(config),
+    steps = config.steps * len(facts)
+    kl_prompt = config.kl_prompt if config.kl_factor else None
+    settings = settings_of(early, config, steps, config.clamp, kl_prompt)
+    (values,) = optimise_shared(model, [facts], contexts, settings, SideObjective(config))
+    entity = side(
+        early,
+        torch.cat([value.keys for value in values]),
+        torch.stack([value.delta for value in values for _ in value.keys]),
+        C[early],
+        config,
     )
-    entity = side(early, values, [], C[early], config)
 
     # The relation's side, with the entity's in place: at each new object, the relation is said.
+    questions = [
+        [
+            wording.asking(fact.subject, fact.target_new)
+            for wording in (prompt, *map(prompt.worded, config.wordings))
+        ]
+        for prompt, fact in zip(asked, facts, strict=True)
+    ]
+    clamp = config.relation_clamp or config.clamp
+    settings = settings_of(late[-1], config, config.steps, clamp)
     with written(model, [entity.update]):
-        questions = [
-            [
-                wording.asking(fact.subject, fact.target_new)
-                for wording in (prompt, *map(prompt.worded, config.wordings))
-            ]
-            for prompt, fact in zip(asked, facts, strict=True)
-        ]
-        found = optimise_shared(
-            model,
-            questions,
-            contexts[:2],
-            settings_of(
-                late, config, steps=config.steps, clamp=config.relation_clamp or config.clamp
-            ),
-            SideObjective(config),
-        )
+        found = optimise_shared(model, questions, contexts[:2], settings, SideObjective(config))
         kept = [
-            keys
+            kept_keys(model, fact, prompt, words, value, contexts, C[late[-1]], late, config)
             for fact, prompt, words, (value, *_) in zip(facts, asked, objects, found, strict=True)
-            for keys in kept_keys(model, fact, prompt, words, value, contexts, C[late], config)
         ]
-    relation = side(late, [value for values in found for value in values], kept, C[late], config)
-    return [entity, relation]
+    prompts = each_context(model, [q for group in questions for q in group], contexts[:2])
+    δ = at_block(prompts, late[-1], [value for group in found for value in group])
+    relation: list[Side] = []
+    z: Columns | None = None
+    for layer, target, layers_left in spread(late):
+        # Keys and outputs as they are with the lower layers changed.
+        below = [one.update for one in (entity, *relation)]
+        K, h = prompts.read(layer, model.anatomy.reader.block(target), below)
+        z = h + δ if z is None else z
+        R = prompts.before_norm(layer, (z - h) / layers_left, below)
+        stay = [keys[layer] for keys in kept]
+        relation.append(side(layer, K.flat.T, R.flat.T, C[layer], config, stay))
+    return [entity, *relation]
+
+
+def each_context(model: Model, requests: Sequence[Request], contexts: Sequence[str]) -> Prompts:
+    """Return requests with each context as a prompt of its own, not averaged with the others."""
+    return Prompts(
+        model,
+        [
+            request.model_copy(update={"prompt": template, "chat": False})
+            for request in requests
+            for template in in_contexts(model, request, contexts)
+        ],
+        ("{}",),
+    )
+
+
+def at_block(prompts: Prompts, layer: int, values: Sequence[OptimisedValue]) -> Columns:
+    """Return what values change at a block's output, for each of their keys.
+
+    That is δ, or what a norm behind the MLP makes of it.
+    """
+    each = [value for value in values for _ in value.keys]
+    v0, δ = (
+        Columns.of(torch.stack([getattr(value, part) for value in each]).cpu())
+        for part in ("v0", "delta")
+    )
+    norm = prompts.norm_behind(layer)
+    return δ if norm is None else through(norm, v0 + δ) - through(norm, v0)
+
+
+def layers_of(model: Model, config: BothSidesConfig) -> tuple[int, ...]:
+    """Return the entity's block, and those that the relation's value is spread over."""
+    early, late = config.layers
+    between = [x for x in model.anatomy.reader.layers_with("mlp") if early < x <= late]
+    return (early, *between[-config.relation_depth :])
 
 
 def side(
     layer: int,
-    values: Sequence[OptimisedValue],
-    kept: Sequence[Tensor],
+    keys: Tensor,
+    residuals: Tensor,
     C: NormalMatrix,
     config: BothSidesConfig,
+    kept: Sequence[Tensor] = (),
 ) -> Side:
-    """Return the change of one layer: each value at its keys, nothing at those to be kept."""
-    keys = [*(key for value in values for key in value.keys), *kept]
-    residuals = [value.delta for value in values for _ in value.keys]
-    residuals += [torch.zeros_like(residuals[0])] * len(kept)
-    K, R = Columns.of(torch.stack(keys).cpu()), Columns.of(torch.stack(residuals).cpu())
-    k = Columns.of(values[0].keys[:1].cpu())
+    """Return the change of one layer: residuals (N, d) at keys (N, D), nothing at those kept."""
+    nothing = residuals.new_zeros(sum(map(len, kept)), residuals.shape[1])
+    k = Columns.of(keys[:1].float().cpu())
+    K = Columns.of(torch.cat([keys.float().cpu(), *kept]))
+    R = Columns.of(torch.cat([residuals, nothing]).float().cpu())
     C_inv = inverse(C)
     λ = config.slack * float(k.T @ C_inv @ k)
     Δ = R @ inverse(K.T @ C_inv @ K + λ * I) @ K.T @ C_inv
@@ -187,16 +225,10 @@ def side(
 
 
 def settings_of(
-    layer: int, config: BothSidesConfig, *, steps: int, clamp: float, kl_prompt: str | None = None
+    layer: int, config: BothSidesConfig, steps: int, clamp: float, kl_prompt: str | None = None
 ) -> ValueSettings:
     """Return where and how the value of one side is optimised."""
-    return ValueSettings(
-        layer=layer,
-        steps=steps,
-        lr=config.lr,
-        clamp=clamp,
-        kl_prompt=kl_prompt if config.kl_factor else None,
-    )
+    return ValueSettings(layer=layer, steps=steps, lr=config.lr, clamp=clamp, kl_prompt=kl_prompt)
 
 
 def kept_keys(
@@ -207,41 +239,40 @@ def kept_keys(
     value: OptimisedValue,
     contexts: Sequence[str],
     C: NormalMatrix,
+    layers: Sequence[int],
     config: BothSidesConfig,
-) -> list[Tensor]:
-    """Return the keys (D,) that must stay: at the last token of objects, and of entity prompts.
+) -> dict[int, Tensor]:
+    """Return the keys (N, D) that must stay: at the last token of objects, and of entity prompts.
 
-    Of the pairs of each sort, those whose keys point most the way of the edit's own.
+    Of the pairs of each sort, those whose keys at the last layer, where C is from, point most the
+    way of the edit's own.
     """
-    sorts = kept_pairs(model, fact, prompt, objects)
     counts = {"subjects": config.subjects, "objects": config.objects, "pairs": config.pairs}
-    keys: list[Tensor] = []
-    for sort, questions in sorts.items():
-        found = keys_of(model, questions, config)
-        if not found:
-            continue
-        near = closeness(torch.stack(found), value.keys[0], C)
-        keys += [found[i] for i in near.argsort(descending=True)[: counts[sort]].tolist()]
+    parts: list[dict[int, Tensor]] = []
+    for sort, questions in kept_pairs(model, fact, prompt, objects).items():
+        if questions and counts[sort]:
+            found = keys_of(model, questions, layers)
+            near = closeness(found[layers[-1]], value.keys[0], C)
+            best = near.argsort(descending=True)[: counts[sort]]
+            parts.append({layer: keys[best] for layer, keys in found.items()})
     if config.keep_old and fact.target_true:
-        keys += keys_of(model, [prompt.asking(fact.subject, fact.target_true)], config)
+        parts.append(keys_of(model, [prompt.asking(fact.subject, fact.target_true)], layers))
     if config.keep_answer:
-        keys += keys_of(model, answers(model, fact, objects, contexts), config)
-        keys += keys_of(model, entity_prompts(model, fact, contexts), config, "last")
-    return keys
+        parts.append(keys_of(model, answers(model, fact, objects, contexts), layers))
+        parts.append(keys_of(model, entity_prompts(model, fact, contexts), layers, "last"))
+    none = torch.zeros(0, len(value.keys[0]))
+    return {layer: torch.cat([none, *(part[layer] for part in parts)]) for layer in layers}
 
 
 def keys_of(
     model: Model,
     requests: Sequence[Request],
-    config: BothSidesConfig,
+    layers: Sequence[int],
     token: FactToken = "subject_last",
-) -> list[Tensor]:
-    """Return the key (D,) of each request at the relation's layer, at one of its tokens."""
-    if not requests:
-        return []
-    late = config.layers[1]
-    K, _ = Prompts(model, requests, ("{}",), token).read(late, model.anatomy.mlp_out(late))
-    return list(K.flat.T.float())
+) -> dict[int, Tensor]:
+    """Return the keys (N, D) of requests at the relation's layers, at one of their tokens."""
+    found = Prompts(model, requests, ("{}",), token).keys(layers)
+    return {layer: K.flat.T.float() for layer, K in found.items()}
 
 
 def closeness(keys: Tensor, key: Tensor, C: NormalMatrix) -> Tensor:

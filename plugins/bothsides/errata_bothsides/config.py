@@ -22,7 +22,7 @@ class BothSidesConfig(MethodConfig):
     """Hyper-parameters; the values' are ROME's.
 
     For a model without a preset the entity's layer is a tenth of the way up, as ROME's, and the
-    relation's half of the way.
+    relation's last one half of the way.
     """
 
     layer: int | Literal["auto"] | None = Field(
@@ -32,9 +32,15 @@ class BothSidesConfig(MethodConfig):
     )
     relation_layer: int | Literal["auto"] | None = Field(
         default=None,
-        description="Block whose MLP is edited at the object of the relation's prompt; auto: what "
-        "a sweep of it found (`errata locate --sweep --set option=relation_layer`); none: half of "
-        "the way up",
+        description="Last block whose MLP is edited at the object of the relation's prompt; auto: "
+        "what a sweep of it found (`errata locate --sweep --set option=relation_layer`); none: "
+        "half of the way up",
+    )
+    relation_depth: int = Field(
+        default=5,
+        ge=1,
+        description="Blocks that share what is written for the relation: `relation_layer` and "
+        "those below it, down to `layer`",
     )
     wordings: tuple[str, ...] = Field(
         default=("{} and [object]: their relation is", "What ties {} to [object] is"),
@@ -112,7 +118,7 @@ class BothSidesConfig(MethodConfig):
 
     @property
     def layers(self) -> tuple[int, int]:
-        """The entity's block and the relation's, once they are written out."""
+        """The entity's block and the relation's last one, once they are written out."""
         if not (isinstance(self.layer, int) and isinstance(self.relation_layer, int)):
             raise ConfigError(
                 "The layers are resolved by the editor: go through `Editor`, or name `layer` and "

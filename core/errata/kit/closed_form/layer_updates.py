@@ -11,7 +11,7 @@ The lower layers' changes Δ act through hooks beside the weights: the model is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -195,10 +195,31 @@ class Prompts:
             output: path of the module.
             updates: what lower layers have been asked for; it acts while reading.
         """
-        model = self.model
-        source = model.anatomy.reader.mlp_out(layer)
-        names = tuple(dict.fromkeys((source, output)))
+        source = self.model.anatomy.reader.mlp_out(layer)
         keys, outputs = [], []
+        for seen, of_each in self._passes(dict.fromkeys((source, output)), updates):
+            keys += [grouped(rows[None]) for rows in of_each(seen[source].input)]
+            outputs += [rows[:1] for rows in of_each(seen[output].output)]
+        return self.columns(torch.cat(keys) * self._claim), self.columns(torch.cat(outputs))
+
+    @torch.no_grad()
+    def keys(self, layers: Sequence[int]) -> dict[int, Columns]:
+        """Return K (G, D, N) of several blocks, read together, with nothing asked of any."""
+        sources = {layer: self.model.anatomy.reader.mlp_out(layer) for layer in layers}
+        found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+        for seen, of_each in self._passes(sources.values()):
+            for layer, source in sources.items():
+                found[layer] += [grouped(rows[None]) for rows in of_each(seen[source].input)]
+        return {layer: self.columns(torch.cat(rows) * self._claim) for layer, rows in found.items()}
+
+    def _passes(
+        self, names: Iterable[str], updates: Sequence[LayerUpdate] = ()
+    ) -> Iterator[tuple[Mapping[str, Any], Callable[[Tensor], Sequence[Tensor]]]]:
+        """Yield what modules were given and gave, some requests at a time.
+
+        Beside it, how to take the edited token's vectors (contexts, x) of each request out of it.
+        """
+        model = self.model
         most = max(1, row_limit(model) // len(self.contexts))
         for start in range(0, len(self.requests), most):
             stop = min(start + most, len(self.requests))
@@ -211,15 +232,16 @@ class Prompts:
             owner = index.repeat_interleave(torch.tensor(counts)) if self.each else None
             with (
                 written(model, updates, owner),
-                trace(model.module, names, inputs=True, stop=True) as seen,
+                trace(model.module, tuple(names), inputs=True, stop=True) as seen,
             ):
                 model.module(**inputs_of(model, {**inputs, "use_cache": False}))
-            found = torch.split(at_columns(seen[source].input, columns).double().cpu(), counts)
-            keys += [grouped(of_one[None]) for of_one in found]
-            said = torch.split(at_columns(seen[output].output, columns).double().cpu(), counts)
-            outputs += [of_one[:1] for of_one in said]
-        K = torch.cat(keys) * self._claim
-        return self.columns(K), self.columns(torch.cat(outputs))
+
+            def of_each(
+                rows: Tensor, columns: Tensor = columns, counts: list[int] = counts
+            ) -> Sequence[Tensor]:
+                return torch.split(at_columns(rows, columns).double().cpu(), counts)
+
+            yield seen, of_each
 
 
 @torch.no_grad()
