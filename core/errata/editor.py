@@ -19,6 +19,7 @@ from errata.edits.autograd import recording
 from errata.edits.delta_kinds import DeltaKinds
 from errata.edits.edit import Edit, LogEntry, requests_of
 from errata.edits.fingerprint import check_fingerprint
+from errata.edits.handover import leave, take_over
 from errata.edits.ledger import Ledger
 from errata.edits.rendering import rendered
 from errata.edits.request import Request, parse_arguments
@@ -119,6 +120,7 @@ class Editor(Described):
         name = str(model) if isinstance(model, (str, Path)) else ""
         known = known_models() if name else {}
         bring = known.get(name)
+        take_over(model, ledger)
         self.model: Model = load_model(
             model if bring is None else bring(Progress.of(progress)),
             tokenizer,
@@ -165,8 +167,11 @@ class Editor(Described):
         yield "", plural(len(self._stack.ids), "active edit")
 
     def close(self) -> None:
-        """Close the ledger and let another editor have the model, which stays as it is."""
-        self._stack.closed = True
+        """Close the ledger and let another editor have the model, which stays as it is.
+
+        One with the same ledger takes the edits over; to others they are part of the model.
+        """
+        leave(self._stack, self.ledger.path)
         self.ledger.close()
         release(self)
 

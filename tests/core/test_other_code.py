@@ -308,3 +308,45 @@ def test_nothing_is_kept_of_a_base_that_other_code_changed(editor: Editor) -> No
         editor.model.of_base("a test's statistic", compute=compute)
     editor.model.stack.restore()
     assert editor.model.of_base("a test's statistic", compute=compute)[1] == {}
+
+
+# -- the next editor of a model --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["rome", "grace", "lora"])
+def test_the_next_editor_of_a_ledger_takes_over_what_the_last_left(
+    method: str, tmp_path: Path
+) -> None:
+    module, tokenizer = build("gpt2")
+    with Editor(module, tokenizer, ledger=tmp_path / "one", guards=QUIET) as editor:
+        before = state_of(editor.model)
+        edit = editor.edit(ADA, method=method, steps=2)
+        after = state_of(editor.model)
+    if method != "rome":  # what is folded into weights may be the base of another ledger
+        with pytest.raises(ConfigError, match="load"):
+            Editor(module, tokenizer, ledger=tmp_path / "other")
+    with Editor(module, tokenizer, ledger=tmp_path / "one", guards=QUIET) as editor:
+        assert editor.model.stack.ids == [edit.id]
+        assert_same(state_of(editor.model), after)
+        assert editor.verify() == []
+        editor.revert(edit.id)
+        assert_same(state_of(editor.model), before)
+    with Editor(module, tokenizer, ledger=tmp_path / "other"):
+        pass  # nothing was left
+
+
+def test_edits_of_an_editor_that_is_gone_are_no_part_of_a_model() -> None:
+    module, tokenizer = build("gpt2")
+    editor = Editor(module, tokenizer, guards=QUIET)
+    editor.edit(ADA, method="grace", steps=2)
+    del editor
+    with pytest.raises(ConfigError, match="still carries edits"):
+        Editor(module, tokenizer)
+
+
+def test_a_model_with_an_adapter_of_its_own_is_refused_at_the_door() -> None:
+    peft = pytest.importorskip("peft")
+    module, tokenizer = build("gpt2")
+    module.add_adapter(peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
+    with pytest.raises(ConfigError, match="merge_and_unload"):
+        Editor(module, tokenizer)

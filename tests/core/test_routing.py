@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -428,6 +429,20 @@ def test_it_comes_off_without_a_trace(family: str) -> None:
     with pytest.raises(AttributeError):
         router.attach()
     assert before.changed() == []
+
+
+def test_a_copy_of_the_module_generates_by_itself() -> None:
+    model = model_of("gpt2")
+    base = generated(model, PROMPTS)
+    with attached(Adding(model, "gpt2")), attached(Adding(model, "gpt2")):
+        edited = generated(model, PROMPTS)
+        copied = Model(copy.deepcopy(model.module), model.tokenizer, model.anatomy)
+    assert torch.equal(generated(model, PROMPTS), base)
+    assert torch.equal(generated(copied, PROMPTS), edited)  # it has the edits that were on
+    with torch.no_grad():
+        copied.module.lm_head.weight.zero_()
+    assert not generated(copied, PROMPTS).any()
+    assert torch.equal(generated(model, PROMPTS), base)
 
 
 def test_what_one_thread_tries_out_others_do_not_see() -> None:

@@ -21,7 +21,7 @@ from errata.model.running import wide
 from errata.model.structure import ABSENT, Structure, Traits, named
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from errata.edits.delta import Delta, Undo
     from errata.edits.edit import Edit
@@ -84,6 +84,11 @@ class Stack(Described):
     def ids(self) -> list[str]:
         """The ids of the active edits in ledger order."""
         return [edit.id for edit in self._entries]
+
+    @property
+    def module(self) -> nn.Module:
+        """The live module that they are on."""
+        return self._model.module
 
     @property
     def touched(self) -> set[str]:

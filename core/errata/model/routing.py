@@ -28,6 +28,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -354,26 +355,27 @@ class Router(ABC):
     # -- generation ------------------------------------------------------------------------------
 
     def _wrap_generate(self, undo: ExitStack) -> None:
-        """Pin the prompts' ends while `generate` runs."""
+        """Pin the prompts' ends while `generate` runs; a copy of the module has its own."""
         model, module = self.model, self.model.module
-        original: Callable[..., Any] | None = getattr(module, "generate", None)
-        if original is None:
+        former: Callable[..., Any] | None = getattr(module, "generate", None)
+        if former is None:
             return
+        function = _as_method(former, module)
 
-        @functools.wraps(original)
-        def generate(*args: Any, **kwargs: Any) -> Any:
-            if self.needs_whole_prompts and _in_chunks(module, kwargs):
+        @functools.wraps(function)
+        def generate(self_: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.needs_whole_prompts and _in_chunks(self_, kwargs):
                 kwargs["prefill_chunk_size"] = None
             if model.prompt_ends is not None:
-                return original(*args, **kwargs)
+                return function(self_, *args, **kwargs)
             with model.prompts(ends_given_to_generate(args, kwargs)):
-                return original(*args, **kwargs)
+                return function(self_, *args, **kwargs)
 
         if "generate" in vars(module):
-            undo.callback(setattr, module, "generate", original)
+            undo.callback(setattr, module, "generate", former)
         else:
             undo.callback(delattr, module, "generate")
-        module.generate = generate  # type: ignore[assignment]
+        module.generate = MethodType(generate, module)  # type: ignore[assignment]
 
 
 @dataclass
@@ -419,6 +421,18 @@ def end_rule(model: Model, path: str) -> EndRule:
         if not any(stack is part for part in encoder.modules()):
             return "first"
     return "prompt"
+
+
+def _as_method(function: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
+    """Return what a module's bound method is made of, or a function that stands in for one."""
+    if isinstance(function, MethodType) and function.__self__ is module:
+        return function.__func__
+
+    @functools.wraps(function)
+    def method(_: Any, *args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return method
 
 
 def _in_chunks(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:

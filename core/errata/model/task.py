@@ -57,11 +57,33 @@ def check_module(module: nn.Module) -> None:
         bare = "model.module"
     if bare:
         raise ConfigError(f"{kind} is a wrapper around a model. Give the model itself: {bare}.")
+    _check_bare(module, kind)
     if not hasattr(module, "config"):
         raise ConfigError(
             f"{kind} is no model of transformers: it has no configuration. Give what "
             "AutoModelForCausalLM.from_pretrained returns, or its like for another task."
         )
+
+
+def _check_bare(module: nn.Module, kind: str) -> None:
+    """Raise `ConfigError` where adapters or edits are part of a module's make-up.
+
+    They would count as the model's own: never taken off, and missing or misnamed where it is saved.
+    """
+    for path, part in module.named_modules():
+        if type(part).__module__.startswith("peft."):
+            raise ConfigError(
+                f"{kind} carries an adapter of PEFT at {path!r} ({type(part).__name__}), or the "
+                "edits of an editor that is gone. Give a model without: load it again, or have the "
+                "adapter in its weights (PeftModel.from_pretrained(…).merge_and_unload())."
+            )
+        hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
+        if any(str(getattr(hook, "__module__", "")).startswith("errata") for hook in hooks):
+            raise ConfigError(
+                f"{kind} still carries edits of another editor (a hook at {path or 'the top'!r}). "
+                "Open it with the ledger that they are in, take them off in their own editor "
+                "before that is closed, or load the model again."
+            )
 
 
 def require_task(task: Task | None, where: str, names: Sequence[str]) -> Task:
