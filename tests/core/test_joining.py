@@ -85,6 +85,18 @@ def test_white_space_at_the_seam_is_taken_off_and_said(caplog: pytest.LogCapture
     assert Request.parse(made) is made
 
 
+def test_white_space_around_a_subject_is_not_part_of_it(caplog: pytest.LogCaptureFixture) -> None:
+    wanted = Request.parse(**FIELDS)
+    for prompt, subject in (
+        ("The capital of France is", "France "),
+        (FIELDS["prompt"], "\nFrance"),
+    ):
+        caplog.clear()
+        given = {**FIELDS, "prompt": prompt, "subject": subject}
+        assert Request.parse(given).text == wanted.text
+        assert f"subject {subject!r}" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("prompt", "subject"), [("The Romans live in", "Rom"), ("Unix is older", "nix")]
 )

@@ -446,20 +446,24 @@ def _asked(probes: Iterable[Probe], change: Callable[[str], str]) -> tuple[Probe
 
 
 def _tidy(request: Request) -> tuple[Request, list[str]]:
-    """Return a request without white space where its prompts and answers meet.
+    """Return a request without white space around its subject, and where prompts and answers meet.
 
     Beside it, what that changed. A line break at a prompt's end is meant, and stays.
     """
     if isinstance(request.chat, tuple):
         return request, []
-    answers = {"target_new": request.target_new, "target_true": request.target_true or ""}
-    changed = {name: text.strip() for name, text in answers.items() if text != text.strip()}
+    texts = {
+        "subject": request.subject,
+        "target_new": request.target_new,
+        "target_true": request.target_true or "",
+    }
+    changed = {name: text.strip() for name, text in texts.items() if text != text.strip()}
     if not changed and not any(text[-1:].isspace() for text in request.every_prompt()):
         return request, []
     made = request.with_prompts(_without_end).model_copy(update=changed)
     if made == request:  # what they end with is a line break
         return request, []
-    notes = [f"{name} {_ends(answers[name])!r}" for name in changed]
+    notes = [f"{name} {_ends(texts[name])!r}" for name in changed]
     if made.prompt != request.prompt:
         notes.append(f"prompt {_ends(request.prompt)!r}")
     return made, notes or [f"a prompt to test {_ends(request.text)!r} with"]
