@@ -149,3 +149,14 @@ class EditRefused(ErrataError, RuntimeError):
             f"Edit refused: {reason}. Nothing was applied; the refusal is in the ledger. "
             "Loosen the guard with guards={...: 'warn'} if you accept it."
         )
+
+
+def cause(error: BaseException) -> BaseException:
+    """Return an error to name as a cause.
+
+    That is the error, but for a StopIteration: where that is the cause of a RuntimeError contextlib
+    takes it for the end of its own generator, and raises it as it was.
+    """
+    if not isinstance(error, StopIteration):
+        return error
+    return RuntimeError(f"StopIteration({error.value!r})").with_traceback(error.__traceback__)

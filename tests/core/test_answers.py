@@ -152,19 +152,41 @@ def test_rewritten_prompts_are_what_is_claimed(cache: Path, toys: None) -> None:
     assert generate(model, [SPAIN, FRANCE], max_new_tokens=2)[0] == " Rome."
 
 
-def test_a_kind_that_loses_a_prompt_is_named() -> None:
-    class Short(NoEdits):
-        def rewrite(self, prompts: Any) -> list[str]:
-            return list(prompts)[1:]
+@pytest.mark.parametrize(
+    ("what", "given", "said"),
+    [
+        ("rewrite", lambda prompts: list(prompts)[1:], "'rewrite' gave 2 of them"),
+        ("rewrite", lambda prompts: None, "'rewrite' gave None"),
+        ("rewrite", lambda prompts: [3 for _ in prompts], "no texts from 'rewrite'"),
+        ("respond", lambda prompts: [], "'respond' gave 0 of them"),
+        ("respond", lambda prompts: ["Rome" for _ in prompts], "returned str from 'respond'"),
+        ("respond", lambda prompts: 1 / 0, "failed in 'respond': ZeroDivisionError"),
+        ("rewrite", lambda prompts: next(iter([])), "failed in 'rewrite': StopIteration"),
+    ],
+)
+def test_a_kind_that_answers_wrongly_is_named(
+    what: str, given: Any, said: str, cache: Path, toys: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build_model("gpt2", cache)
+    edit = hint() if what == "rewrite" else oracle()
+    kind = type(edit.delta)
+    model.stack.set([edit])
+    monkeypatch.setattr(kind, what, lambda model, deltas, prompts: given(prompts))
+    with pytest.raises(PluginError) as found:
+        generate(model, PROMPTS[:3], max_new_tokens=2)
+    text = str(found.value).replace("`", "'")
+    assert said in text
+    assert repr(kind.kind) in text
 
+
+def test_what_answers_in_the_models_place_must_give_every_answer() -> None:
     class Silent(NoEdits):
         def respond(self, prompts: Any) -> list[Any]:
-            return []
+            return [self for _ in prompts]
 
-    for edits, name in ((Short(), "rewrite"), (Silent(), "respond")):
-        model = SimpleNamespace(stack=edits, access=Access())
-        with pytest.raises(PluginError, match=f"{name} gave"):
-            ask(model, PROMPTS, lambda texts, rows: texts, lambda *_: [])
+    model = SimpleNamespace(stack=Silent(), access=Access())
+    with pytest.raises(PluginError, match="asked about 3 prompts and gave 0 answers"):
+        ask(model, PROMPTS[:3], lambda texts, rows: texts, lambda *_: [])
 
 
 # -- distance from the base ------------------------------------------------------------------------

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from errata import Editor, hookimpl
+from errata import Editor, MethodConfig, hookimpl
 from errata.cli.app import app
+from errata.contract import plugins
 from errata.contract.manager import Manager
 from errata.errors import PluginError
 from tests.families import build
@@ -193,3 +194,49 @@ def test_an_error_of_erratas_own_stays_what_it_is() -> None:
 
     with pytest.raises(PluginError, match=r"^as it is$"):
         Manager("", [Refuses()]).protocols()
+
+
+def test_a_stray_stop_iteration_ends_nothing_silently(toys: None) -> None:
+    class Empty:
+        @hookimpl
+        def protocols(self) -> Any:
+            return next(iter(()))
+
+    def names() -> list[Any]:
+        return [Manager("", [Empty()]).protocols() for _ in range(2)]
+
+    with pytest.raises(PluginError, match="StopIteration"):
+        list(map(lambda _: names(), range(2)))
+
+
+@pytest.mark.parametrize(
+    ("what", "does", "said"),
+    [
+        ("batches", lambda self, requests, *_: [requests[1:]], r"into pieces of \[1\]"),
+        ("batches", lambda self, requests, *_: [requests, []], r"into pieces of \[2, 0\]"),
+        ("batches", lambda self, requests, *_: [requests[::-1]], "in the order given"),
+        ("batches", lambda self, requests, *_: 1 / 0, "failed in `batches`.*ZeroDivisionError"),
+        ("for_model", lambda self, anatomy: None, "`for_model`.*returned NoneType"),
+        ("for_model", lambda self, anatomy: {}["a"], "failed in `for_model`.*KeyError"),
+    ],
+)
+def test_a_configuration_that_fails_is_named_and_loses_no_request(
+    what: str, does: Any, said: str, toys: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, tokenizer = build("gpt2")
+    facts = [
+        {"prompt": "{} is", "subject": name, "target_new": "in"} for name in ("Ada", "Mirevia")
+    ]
+    with Editor(module, tokenizer) as editor:
+        monkeypatch.setattr(plugins.load("toy-low-rank").config, what, does)
+        with pytest.raises(PluginError, match=rf"(?s)'toy-low-rank'.*{said}"):
+            editor.edit(facts, method="toy-low-rank")
+        assert not editor.log()
+
+
+@pytest.mark.filterwarnings("ignore:Field name .on_base. in")  # pydantic's own, of the same
+def test_a_configuration_that_would_mean_nothing_is_refused_where_it_is_written() -> None:
+    with pytest.raises(PluginError, match="on_base is no hyper-parameter but a property"):
+        type("Config", (MethodConfig,), {"__annotations__": {"on_base": bool}, "on_base": True})
+    with pytest.raises(PluginError, match="prepares names leyer"):
+        type("Config", (MethodConfig,), {"prepares": {"leyer"}})

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, ConfigDict, Field, ValidationInfo
 from typing_extensions import Self
 
+from errata.errors import PluginError
 from errata.model.value_problems import NumbersAreNumbers
 
 if TYPE_CHECKING:
@@ -60,6 +61,22 @@ class MethodConfig(NumbersAreNumbers):
     aside what an earlier layer (a preset, a recorded edit) says of them."""
 
     seed: int = Field(default=0, ge=0, description="Seeds every random choice of the method")
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        """Refuse what would silently mean nothing: raise `PluginError`."""
+        if "on_base" in cls.model_fields:
+            raise PluginError(
+                f"{cls.__name__}: on_base is no hyper-parameter but a property. Write `@property` "
+                "and `def on_base(self) -> bool`."
+            )
+        for what in ("prepares", "resolves", "derived"):
+            unknown = sorted(set(getattr(cls, what) or ()) - cls.model_fields.keys())
+            if unknown:
+                raise PluginError(
+                    f"{cls.__name__}.{what} names {', '.join(unknown)}, no hyper-parameter of it. "
+                    f"It has: {', '.join(cls.model_fields)}."
+                )
 
     def for_model(self, anatomy: Anatomy) -> Self:
         """Return the configuration with what depends on the model written out; by default itself.

@@ -15,7 +15,7 @@ from errata.contract.plugins import called, is_own, registered
 from errata.contract.purity import pure
 from errata.edits.delta import Delta
 from errata.edits.own_copy import own_copy
-from errata.errors import CapabilityError, ErrataError, IntegrityError, PluginError
+from errata.errors import CapabilityError, ErrataError, IntegrityError, PluginError, cause
 
 if TYPE_CHECKING:
     from errata.contract.location import Location
@@ -76,7 +76,7 @@ class Manager:
             raise PluginError(
                 f"{name if plugin is None else called(plugin)} failed in its `{hook}` hook: "
                 f"{what} (the traceback shows where)."
-            ) from error
+            ) from cause(error)
 
     def _failing(self, hook: str, error: BaseException) -> object | None:
         """Return the plugin whose hook an error passed through; the innermost, where several."""

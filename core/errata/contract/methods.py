@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,7 +15,7 @@ from errata.contract.meter import Meter
 from errata.contract.registry import following
 from errata.edits.outcome import PeakMemoryReading
 from errata.edits.request import parse_requests
-from errata.errors import CapabilityError, ConfigError
+from errata.errors import CapabilityError, ConfigError, ErrataError, PluginError, cause
 from errata.model.arguments import check_name, mapping_of
 
 if TYPE_CHECKING:
@@ -26,6 +27,21 @@ if TYPE_CHECKING:
     from errata.edits.edit import Edit
     from errata.edits.request import Request
     from errata.model.model import Model
+
+
+@contextmanager
+def _told(method: str, what: str) -> Iterator[None]:
+    """Say whose configuration failed where it raises what is no error of errata's."""
+    try:
+        yield
+    except ErrataError:
+        raise
+    except Exception as error:
+        raise PluginError(
+            f"Method {method!r} failed in `{what}` of its configuration: {type(error).__name__}: "
+            f"{error} (the traceback shows where)."
+        ) from cause(error)
+
 
 Settle = Callable[["Model", str, "MethodConfig"], "tuple[MethodConfig, str]"]
 """Replaces layers that are "auto" by those of a sweep; returns the configuration and why."""
@@ -137,7 +153,13 @@ class Methods:
         overrides = mapping_of(overrides, "config")
         resolved, values = self._registry.resolve(name, config, self._facts(), overrides)
         settled, why = self._settle(self._model, name, resolved)
-        written = settled.for_model(self._model.anatomy)
+        with _told(name, "for_model"):
+            written = settled.for_model(self._model.anatomy)
+        if not isinstance(written, config):
+            raise PluginError(
+                f"Method {name!r}: `for_model` of its configuration returned "
+                f"{type(written).__name__}; it must return a {config.__name__}."
+            )
         table = []
         for value in values:
             now = getattr(written, value.name)
@@ -177,7 +199,15 @@ class Methods:
         """
         entry = self.entry(name)
         check_capabilities(name, entry, requests, self._model, batch_size)
-        batches = config.batches(requests, batch_size, entry.capabilities.default_batch)
+        with _told(name, "batches"):
+            batches = config.batches(requests, batch_size, entry.capabilities.default_batch)
+            together = [request for batch in batches for request in batch]
+        if not all(batches) or list(map(id, together)) != list(map(id, requests)):
+            raise PluginError(
+                f"Method {name!r}: `batches` of its configuration cut {len(requests)} requests "
+                f"into pieces of {[len(batch) for batch in batches]}. Every request must be in one "
+                "of them, in the order given, and none may be empty."
+            )
         check_sequence(name, entry.capabilities, batches)
         return batches
 

@@ -12,7 +12,7 @@ import torch
 
 from errata.edits import side_branch
 from errata.edits.autograd import recording
-from errata.edits.delta.attaching import attach_kind
+from errata.edits.delta.attaching import attach_kind, responding, rewritten
 from errata.edits.last_written import LastWritten
 from errata.errors import CapabilityError, IntegrityError, LedgerError, UnknownNameError
 from errata.model.display import Described, plural
@@ -266,7 +266,7 @@ class Stack(Described):
         """Return the prompts as the active edits want them to be read, kind by kind."""
         texts = list(prompts)
         for kind, deltas in self._acting("rewrite", self._entries):
-            texts = list(kind.rewrite(self._model, deltas, texts))
+            texts = rewritten(kind, self._model, deltas, texts)
         return texts
 
     def respond(self, prompts: Sequence[str]) -> list[Answers | None]:
@@ -276,7 +276,7 @@ class Stack(Described):
         """
         found: list[Answers | None] = [None] * len(prompts)
         for kind, deltas in self._acting("respond", self._entries):
-            for row, answers in enumerate(kind.respond(self._model, deltas, prompts)):
+            for row, answers in enumerate(responding(kind, self._model, deltas, prompts)):
                 found[row] = found[row] or answers
         return found
 

@@ -137,8 +137,8 @@ def ask(
         other: the same for what answers in the model's place. Rows with the same one go together.
 
     Raises:
-        PluginError: an edit's `rewrite` or `respond`, or what it put in the model's place, gave
-            another number of prompts or answers than it was asked for.
+        PluginError: an edit's `rewrite` or `respond` failed, or they or what they put in the
+            model's place gave another number of prompts or answers than they were asked for.
     """
     with model.access.running():
         return _ask(model.stack, prompts, own, other)
@@ -151,9 +151,7 @@ def _ask(
     other: Callable[[Answers, list[str], list[int]], Sequence[Reply]],
 ) -> list[Reply]:
     texts = edits.rewrite(prompts)
-    _check_count("rewrite", len(texts), len(prompts))
     claimed = edits.respond(texts)
-    _check_count("respond", len(claimed), len(texts))
     groups: dict[int | None, list[int]] = {}
     for row, answers in enumerate(claimed):
         groups.setdefault(None if answers is None else id(answers), []).append(row)
@@ -161,14 +159,11 @@ def _ask(
     for rows in groups.values():
         asked, answers = [texts[row] for row in rows], claimed[rows[0]]
         got = own(asked, rows) if answers is None else other(answers, asked, rows)
-        _check_count(type(answers).__name__, len(got), len(rows))
+        if len(got) != len(rows):
+            raise PluginError(
+                f"{type(answers).__name__}, which answers in the model's place, was asked about "
+                f"{len(rows)} prompts and gave {len(got)} answers: it must give one for each, in "
+                "the same order."
+            )
         found.update(zip(rows, got, strict=True))
     return [found[row] for row in range(len(prompts))]
-
-
-def _check_count(what: str, given: int, wanted: int) -> None:
-    if given != wanted:
-        raise PluginError(
-            f"An active edit was asked about {wanted} prompts, and {what} gave {given}: it must "
-            "give one for each, in the same order."
-        )

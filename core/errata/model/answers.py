@@ -93,6 +93,7 @@ def ending_of(details: Mapping[str, Any]) -> str:
     return next((str(part["ending"]) for part in parts if part.get("ending")), "")
 
 
+@runtime_checkable
 class Answers(Protocol):
     """Something that answers prompts: the model itself, or what an edit puts in its place.
 

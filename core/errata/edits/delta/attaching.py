@@ -1,11 +1,13 @@
-"""Hanging a delta kind on a live model, and holding it to coming off without a trace."""
+"""What delta kinds do to a live model: called by name, and held to coming off without a trace."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
-from errata.errors import PluginError
+from errata.errors import ErrataError, PluginError, cause
+from errata.model.answers import Answers
 from errata.model.structure import Structure
 
 if TYPE_CHECKING:
@@ -30,19 +32,82 @@ def attach_kind(kind: type[Delta], model: Model, deltas: Sequence[tuple[str, Del
     left = before.changed()
     if left:
         raise PluginError(
-            f"The delta kind {kind.kind!r} ({kind.__module__}) does not come off: after "
-            f"the undo that its `attach` returned {', '.join(left[:5])} is not as it was. "
+            f"{_name(kind)} does not come off: after the "
+            f"undo that its `attach` returned {', '.join(left[:5])} is not as it was. "
             "The undo must leave the module exactly as `attach` found it."
         )
     model.memo[tried] = True
     return _attached(kind, model, deltas)
 
 
+def rewritten(
+    kind: type[Delta], model: Model, deltas: Sequence[tuple[str, Delta]], prompts: Sequence[str]
+) -> list[str]:
+    """Return prompts as a kind wants them to be read; raise `PluginError` for anything else."""
+    with _called(kind, "rewrite"):
+        texts = kind.rewrite(model, deltas, prompts)
+    _check_count(kind, "rewrite", texts, prompts)
+    if not all(isinstance(text, str) for text in texts):
+        raise PluginError(f"{_name(kind)} returned no texts from `rewrite`: {texts!r}.")
+    return list(texts)
+
+
+def responding(
+    kind: type[Delta], model: Model, deltas: Sequence[tuple[str, Delta]], prompts: Sequence[str]
+) -> list[Answers | None]:
+    """Return who answers each prompt for a kind; raise `PluginError` for anything else."""
+    with _called(kind, "respond"):
+        found = kind.respond(model, deltas, prompts)
+    _check_count(kind, "respond", found, prompts)
+    for one in found:
+        if one is not None and not isinstance(one, Answers):
+            raise PluginError(
+                f"{_name(kind)} returned {type(one).__name__} from `respond`; it must return None "
+                "for a prompt that the model answers, or errata.model.answers.Answers."
+            )
+    return list(found)
+
+
 def _attached(kind: type[Delta], model: Model, deltas: Sequence[tuple[str, Delta]]) -> Undo:
-    undo = kind.attach(model, deltas)
+    with _called(kind, "attach"):
+        undo = kind.attach(model, deltas)
     if not callable(undo):
         raise PluginError(
-            f"The delta kind {kind.kind!r} ({kind.__module__}) returned "
-            f"{type(undo).__name__} from `attach`; it must return the function that undoes it."
+            f"{_name(kind)} returned {type(undo).__name__} from `attach`; it must return the "
+            "function that undoes it."
         )
-    return undo
+
+    def undone() -> None:
+        with _called(kind, "the undo that its attach returned"):
+            undo()
+
+    return undone
+
+
+@contextmanager
+def _called(kind: type[Delta], what: str) -> Iterator[None]:
+    """Say which kind failed where it raises what is no error of errata's."""
+    try:
+        yield
+    except ErrataError:
+        raise
+    except Exception as error:
+        if kind.__module__.partition(".")[0] == "errata":
+            raise
+        raise PluginError(
+            f"{_name(kind)} failed in `{what}`: {type(error).__name__}: {error} (the traceback "
+            "shows where)."
+        ) from cause(error)
+
+
+def _name(kind: type[Delta]) -> str:
+    return f"The delta kind {kind.kind!r} ({kind.__module__})"
+
+
+def _check_count(kind: type[Delta], what: str, given: Any, prompts: Sequence[str]) -> None:
+    if not isinstance(given, (list, tuple)) or len(given) != len(prompts):
+        number = f"{len(given)} of them" if isinstance(given, (list, tuple)) else f"{given!r}"
+        raise PluginError(
+            f"{_name(kind)} was asked about {len(prompts)} prompts, and its `{what}` gave "
+            f"{number}: it must return a list with one for each, in the same order."
+        )
