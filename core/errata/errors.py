@@ -84,7 +84,7 @@ class PluginError(ErrataError, RuntimeError):
 
 
 class ImpureMethodError(PluginError):
-    """A plugin changed the model or global random state; `changed` names what it touched."""
+    """A plugin changed the model, its tokenizer or the process; `changed` names what it touched."""
 
     def __init__(self, method: str, changed: Iterable[str], hook: str = "edit") -> None:
         self.method = method

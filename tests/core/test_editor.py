@@ -99,6 +99,10 @@ def test_a_mistake_is_one_clear_error_and_changes_nothing(
         ("grad", "grad"),
         ("module", "module"),
         ("attribute", "attributes"),
+        ("config", "the model's config"),
+        ("generation_config", "the model's generation_config"),
+        ("side", "the tokenizer's sides"),
+        ("dtype", "torch's default dtype"),
     ],
 )
 def test_a_method_that_touches_the_model_is_caught_by_name_and_undone(
@@ -106,8 +110,15 @@ def test_a_method_that_touches_the_model_is_caught_by_name_and_undone(
 ) -> None:
     before = state_of(editor.model)
     modules = dict(editor.model.module.named_modules())
+    config = editor.model.module.config.to_dict()
+    generating = editor.model.module.generation_config.to_dict()
+    side = editor.model.tokenizer.padding_side
     with pytest.raises(ImpureMethodError) as caught:
         editor.edit(requests(1), method="toy-impure", how=how)
+    assert editor.model.module.config.to_dict() == config
+    assert editor.model.module.generation_config.to_dict() == generating
+    assert editor.model.tokenizer.padding_side == side
+    assert torch.get_default_dtype() == torch.float32
     assert named in " ".join(caught.value.changed)
     assert_same(state_of(editor.model), before)
     assert dict(editor.model.module.named_modules()) == modules

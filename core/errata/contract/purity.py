@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
 from collections.abc import Iterator
@@ -72,7 +73,7 @@ class Snapshot:
 
 @contextmanager
 def pure(model: Model, method: str, hook: str) -> Iterator[None]:
-    """Refuse and undo whatever a hook does to the model or to global random state in the block.
+    """Refuse and undo whatever a hook does in the block to the model or to the process.
 
     Args:
         model: the model.
@@ -83,7 +84,7 @@ def pure(model: Model, method: str, hook: str) -> Iterator[None]:
         ImpureMethodError: something is not as it was; it has been put back.
         IntegrityError: other code had changed the model's parameters before.
     """
-    before, randomness = Snapshot(model), _RandomState()
+    before, randomness, settings = Snapshot(model), _RandomState(), _Surroundings(model)
     before.check()
     try:
         yield
@@ -91,15 +92,68 @@ def pure(model: Model, method: str, hook: str) -> Iterator[None]:
         if before.changed():
             before.restore()
         randomness.restore()
+        settings.restore()
         raise
     changed = before.changed()
-    moved = randomness.changed()
     if changed:
         before.restore()
-    if moved:
+    beside = [*randomness.changed(), *settings.changed()]
+    if beside:
         randomness.restore()
-    if changed or moved:
-        raise ImpureMethodError(method, [*changed, *moved], hook)
+        settings.restore()
+    if changed or beside:
+        raise ImpureMethodError(method, [*changed, *beside], hook)
+
+
+class _Surroundings:
+    """What else decides what a model says: its configuration, its tokenizer, how torch computes."""
+
+    def __init__(self, model: Model) -> None:
+        self._module, self._tokenizer = model.module, model.tokenizer
+        self._configs = {
+            name: (config, copy.deepcopy(vars(config)))
+            for name in ("config", "generation_config")
+            if (config := getattr(model.module, name, None)) is not None
+        }
+        self._sides = (self._tokenizer.padding_side, self._tokenizer.truncation_side)
+        self._words = len(self._tokenizer)
+        self._torch = _torch_settings()
+
+    def changed(self) -> list[str]:
+        """Name what is not as it was."""
+        names = [
+            f"the model's {name}"
+            for name, (config, was) in self._configs.items()
+            if getattr(self._module, name, None) is not config or vars(config) != was
+        ]
+        if (self._tokenizer.padding_side, self._tokenizer.truncation_side) != self._sides:
+            names.append("the tokenizer's sides")
+        if len(self._tokenizer) != self._words:
+            names.append("the tokenizer's vocabulary (load it again: tokens cannot be taken out)")
+        return names + [
+            f"torch's {n}" for n, now in _torch_settings().items() if now != self._torch[n]
+        ]
+
+    def restore(self) -> None:
+        """Put everything back but tokens that were added."""
+        for name, (config, was) in self._configs.items():
+            if vars(config) != was:
+                vars(config).clear()
+                vars(config).update(was)
+            setattr(self._module, name, config)
+        self._tokenizer.padding_side, self._tokenizer.truncation_side = self._sides
+        if _torch_settings() != self._torch:
+            torch.set_default_dtype(self._torch["default dtype"])
+            torch.use_deterministic_algorithms(self._torch["deterministic algorithms"])
+            torch.set_num_threads(self._torch["number of threads"])
+
+
+def _torch_settings() -> dict[str, Any]:
+    return {
+        "default dtype": torch.get_default_dtype(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "number of threads": torch.get_num_threads(),
+    }
 
 
 class _RandomState:

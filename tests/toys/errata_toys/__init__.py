@@ -359,6 +359,15 @@ class ToyImpure(ToyLowRank):
             setattr(module.get_submodule(parent), child, torch.nn.Identity())
         elif config.how == "attribute":
             module.left_behind = 1
+        elif config.how == "config":
+            module.config.use_cache = not module.config.use_cache
+        elif config.how == "generation_config":
+            module.generation_config.max_new_tokens = 3
+        elif config.how == "side":
+            sides = {"left": "right", "right": "left"}
+            model.tokenizer.padding_side = sides[model.tokenizer.padding_side]
+        elif config.how == "dtype":
+            torch.set_default_dtype(torch.float64)
         return deltas
 
 
