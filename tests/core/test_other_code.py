@@ -247,6 +247,25 @@ def test_edits_are_made_whatever_mode_the_caller_is_in(
         assert editor.verify() == []
 
 
+@pytest.mark.parametrize("method", ["ft", "rome", "melo"])
+def test_edits_in_an_autocast_block_are_those_made_outside_and_act_at_once(method: str) -> None:
+    with Editor(*build("gpt2"), guards=QUIET) as editor:
+        model = editor.model.module
+        ids = editor.model.tokenizer(ADA.text, return_tensors="pt").input_ids
+        outside = editor.edit(ADA, method=method, steps=3)
+        wanted = state_of(editor.model), model(ids).logits
+        editor.revert(outside)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            before = model(ids).logits
+            edit = editor.edit(ADA, method=method, steps=3)
+            assert not torch.equal(model(ids).logits, before)
+            with editor.disabled():
+                assert torch.equal(model(ids).logits, before)
+        assert_same(state_of(editor.model), wanted[0])
+        assert torch.equal(model(ids).logits, wanted[1])
+        editor.revert(edit)
+
+
 def test_a_model_built_in_inference_mode_is_refused_at_the_door() -> None:
     with torch.inference_mode():
         module = build("gpt2")

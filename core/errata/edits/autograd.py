@@ -1,19 +1,28 @@
-"""The caller's autograd mode, which edits must not be made in."""
+"""The caller's autograd mode and autocast, which edits must not be made in."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 
 
+_DEVICES = ("cpu", "cuda")
+
+
 @contextmanager
 def recording() -> Iterator[None]:
-    """Leave the caller's `torch.inference_mode` or `no_grad` for the block.
+    """Leave the caller's `torch.inference_mode`, `no_grad` or `torch.autocast` for the block.
 
     Methods optimise, and what they and the stack make outlives the caller's block: tensors of
-    inference mode cannot be written to, nor take part in a gradient, ever after.
+    inference mode cannot be written to, nor take part in a gradient, ever after, and statistics
+    that are kept must be in the model's own precision.
     """
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), ExitStack() as plain:
+        for device in _DEVICES:
+            if torch.is_autocast_enabled(device):
+                plain.enter_context(torch.autocast(device, enabled=False))
+                # It keeps its casts of weights to the end of its block: here others are written.
+                plain.callback(torch.clear_autocast_cache)
         yield

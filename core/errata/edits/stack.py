@@ -305,7 +305,7 @@ class Stack(Described):
         names = {
             name
             for e in (*before, *after)
-            if e.delta.folds and not self._model.branch and (force or e.id in changed)
+            if not self._model.branch and (force or e.id in changed) and e.delta.folds
             for name in e.delta.parameters
         }
         return sorted(names)
