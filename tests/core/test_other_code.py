@@ -266,6 +266,21 @@ def test_edits_in_an_autocast_block_are_those_made_outside_and_act_at_once(metho
         editor.revert(edit)
 
 
+@pytest.mark.parametrize("method", ["ft", "rome", "melo"])
+def test_edits_are_made_whatever_the_default_dtype_is(method: str) -> None:
+    with Editor(*build("gpt2"), guards=QUIET) as editor:
+        edit = editor.edit(ADA, method=method, steps=3)
+        wanted = state_of(editor.model)
+        editor.revert(edit)
+        torch.set_default_dtype(torch.float64)
+        try:
+            editor.edit(ADA, method=method, steps=3)
+            assert torch.get_default_dtype() is torch.float64
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert_same(state_of(editor.model), wanted)
+
+
 def test_a_model_built_in_inference_mode_is_refused_at_the_door() -> None:
     with torch.inference_mode():
         module = build("gpt2")

@@ -1,4 +1,4 @@
-"""The caller's autograd mode and autocast, which edits must not be made in."""
+"""The caller's autograd mode, autocast and default dtype, which edits must not be made in."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-
 
 _DEVICES = ("cpu", "cuda")
 
@@ -17,7 +16,8 @@ def recording() -> Iterator[None]:
 
     Methods optimise, and what they and the stack make outlives the caller's block: tensors of
     inference mode cannot be written to, nor take part in a gradient, ever after, and statistics
-    that are kept must be in the model's own precision.
+    that are kept must be in the model's own precision. What they make in torch's default dtype is
+    float32.
     """
     with torch.inference_mode(False), torch.enable_grad(), ExitStack() as plain:
         for device in _DEVICES:
@@ -25,4 +25,7 @@ def recording() -> Iterator[None]:
                 plain.enter_context(torch.autocast(device, enabled=False))
                 # It keeps its casts of weights to the end of its block: here others are written.
                 plain.callback(torch.clear_autocast_cache)
+        if torch.get_default_dtype() is not torch.float32:
+            plain.callback(torch.set_default_dtype, torch.get_default_dtype())
+            torch.set_default_dtype(torch.float32)
         yield
