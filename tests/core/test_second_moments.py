@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from tokenizers.normalizers import Lowercase
 
 import errata.kit.second_moments as statistics
 from errata.contract.purity import Snapshot
@@ -430,3 +431,15 @@ def test_a_gpu_measures_the_same(tmp_path):
     torch.testing.assert_close(measured.matrix, expected.matrix, rtol=1e-4, atol=1e-6)
     k = torch.ones(MLP, device="cuda")
     assert measured.solve(k).device.type == measured.to("cuda").solve(k).device.type == "cuda"
+
+
+def test_what_is_computed_with_another_tokenizer_is_not_taken_for_ones_own(tmp_path):
+    module, tokenizer = build("gpt2")
+    _, lower = build("gpt2")
+    lower.backend_tokenizer.normalizer = Lowercase()
+    cache, anatomy = Artifacts(tmp_path), Anatomy.of(module, architectures())
+    kept = [
+        second_moments(Model(module, which, anatomy, artifacts=cache), [0], corpus=TEXT)[0].digest
+        for which in (tokenizer, lower, tokenizer)
+    ]
+    assert kept[0] == kept[2] != kept[1]

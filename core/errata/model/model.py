@@ -37,6 +37,12 @@ _VOLATILE = frozenset(
      "_attn_implementation_autoset", "attn_implementation", "use_cache"}
 )  # fmt: skip
 
+# Upper case, accents, digits, spaces and scripts: two tokenizers that agree here are taken as one.
+_SAMPLE = (
+    "The quick brown Fox, born in 1987, jumps over  the lazy dog's $3.50 café;\n\tÅngström wrote "
+    "“Überraschung” (naïve?) to MARIE_CURIE@example.org: 東京, Москва, القاهرة, दिल्ली 🙂"
+)
+
 
 def _lasting(config: Any) -> Any:
     """Return a configuration without the volatile entries, its own or those of its parts'."""
@@ -370,8 +376,12 @@ class Model:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the configuration and every base tensor: artifacts are keyed by it."""
-        whole = f"{self.config_digest}:{self.pristine.digest_all()}"
+        """SHA-256 of the configuration, every base tensor and what the tokenizer makes of a text.
+
+        Artifacts are keyed by it: what is computed from texts depends on all three.
+        """
+        tokens = [self.tokenizer(_SAMPLE, add_special_tokens=s).input_ids for s in (True, False)]
+        whole = f"{self.config_digest}:{self.pristine.digest_all()}:{json.dumps(tokens)}"
         return hashlib.sha256(whole.encode()).hexdigest()
 
     def fingerprint_of(self, names: Sequence[str]) -> dict[str, str]:
