@@ -281,6 +281,34 @@ def test_edits_are_made_whatever_the_default_dtype_is(method: str) -> None:
         assert_same(state_of(editor.model), wanted)
 
 
+@pytest.mark.parametrize("method", ["ft", "memit", "lora", "melo"])
+def test_a_model_in_training_mode_is_edited_and_asked_without_dropout(
+    method: str, tmp_path: Path
+) -> None:
+    asked = Request(prompt="{} lives in", subject="Mirevia", target_new="in", target_true="a")
+    found = []
+    for training in (False, True):
+        module, tokenizer = build("gpt2")
+        for part in module.modules():
+            if isinstance(part, nn.Dropout):
+                part.p = 0.5
+        with Editor(module, tokenizer, guards=QUIET, artifacts=tmp_path / str(training)) as editor:
+            module.train(training)
+            flags = [part.training for part in module.modules()]
+            edit = editor.edit(ADA, method=method, steps=2)
+            state = state_of(editor.model)
+            text = editor.generate(ADA.text, max_new_tokens=4)
+            (measured, *_) = editor.evaluate(asked, "counterfact")
+            traced = editor.locate(ADA) if method == "ft" else None
+            editor.revert(edit)
+            assert [part.training for part in module.modules()] == flags
+            found.append((state, text, measured.value, traced))
+    assert_same(found[1][0], found[0][0])
+    assert found[1][1:3] == found[0][1:3]
+    if method == "ft":
+        assert str(found[1][3]) == str(found[0][3])
+
+
 def test_a_model_built_in_inference_mode_is_refused_at_the_door() -> None:
     with torch.inference_mode():
         module = build("gpt2")

@@ -6,10 +6,13 @@ import gc
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from errata.errors import ConfigError, LedgerError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _CLAIMED: WeakKeyDictionary[Any, frozenset[int]] = WeakKeyDictionary()
 _CLAIMING = threading.Lock()
@@ -48,15 +51,18 @@ class Access:
     """A lock that several threads share for running a model, and one takes for changing it.
 
     Both are reentrant. A thread that waits to change the model goes before those that begin to
-    run it after that.
+    run it after that. While anybody has it the module is in eval mode: what is computed and
+    measured does not depend on where its owner's training stands.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, module: nn.Module | None = None) -> None:
         self._condition = threading.Condition()
         self._running: dict[int, int] = {}  # thread → how deep
         self._changing: int | None = None
         self._depth = 0
         self._waiting = 0
+        self._module = module
+        self._training: list[nn.Module] = []
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -69,6 +75,7 @@ class Access:
                 and (self._changing is not None or self._waiting)
             ):
                 self._condition.wait()
+            self._begin()
             self._running[me] = self._running.get(me, 0) + 1
         try:
             yield
@@ -77,6 +84,7 @@ class Access:
                 self._running[me] -= 1
                 if not self._running[me]:
                     del self._running[me]
+                self._end()
                 self._condition.notify_all()
 
     @contextmanager
@@ -99,6 +107,7 @@ class Access:
                         self._condition.wait()
                 finally:
                     self._waiting -= 1
+                self._begin()
                 self._changing = me
             self._depth += 1
         try:
@@ -108,4 +117,19 @@ class Access:
                 self._depth -= 1
                 if not self._depth:
                     self._changing = None
+                    self._end()
                 self._condition.notify_all()
+
+    def _begin(self) -> None:
+        """Leave training mode with the first who comes in."""
+        if self._module is not None and not self._running and self._changing is None:
+            self._training = [part for part in self._module.modules() if part.training]
+            for part in self._training:
+                part.training = False
+
+    def _end(self) -> None:
+        """Go back to it with the last who leaves."""
+        if not self._running and self._changing is None:
+            for part in self._training:
+                part.training = True
+            self._training = []

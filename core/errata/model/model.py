@@ -125,7 +125,7 @@ class Model:
         self.corpus = corpus
         self.trust_remote_code = trust_remote_code
         self.opened_as = opened_as
-        self.access = Access()
+        self.access = Access(module)
         self.call = Call()
         # Nothing can be folded into quantised weights.
         quantised = any(not p.is_floating_point() for p in self.parameters.values())
