@@ -412,3 +412,25 @@ def test_a_model_with_an_adapter_of_its_own_is_refused_at_the_door() -> None:
     module.add_adapter(peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
     with pytest.raises(ConfigError, match="merge_and_unload"):
         Editor(module, tokenizer)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_model_that_other_code_rebuilt_is_not_computed_on(editor: Editor) -> None:
+    peft = pytest.importorskip("peft")
+    edit = editor.edit(ADA, method="rome", steps=2)
+    wrapped = peft.get_peft_model(
+        editor.model.module, peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)
+    )
+    with pytest.raises(IntegrityError, match="other code changed"):
+        editor.edit(ADA, method="rome", steps=2, supersede=True)
+    wrapped.unload()
+    editor.edit(ADA, method="rome", steps=2, supersede=True)
+    assert edit.id not in editor.model.stack.ids
+
+
+def test_a_tensor_of_another_size_is_not_restored_half_way(editor: Editor) -> None:
+    editor.edit(ADA, method="grace", steps=2)
+    editor.model.module.resize_token_embeddings(len(editor.model.tokenizer) + 8)
+    with pytest.raises(IntegrityError, match="shape"):
+        editor.model.stack.restore()
+    assert editor.model.module._forward_hooks  # the edit is still on

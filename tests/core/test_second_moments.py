@@ -79,6 +79,7 @@ def _calls(model, name):
     def hook(module, args):
         count[0] += 1
 
+    hook.__module__ = "torch"  # one that leaves the numbers alone
     model.module.get_submodule(name).register_forward_pre_hook(hook)
     return count
 
@@ -443,3 +444,18 @@ def test_what_is_computed_with_another_tokenizer_is_not_taken_for_ones_own(tmp_p
         for which in (tokenizer, lower, tokenizer)
     ]
     assert kept[0] == kept[2] != kept[1]
+
+
+def test_what_is_computed_under_hooks_of_other_code_is_not_kept_for_the_model(tmp_path, caplog):
+    module, tokenizer = build("gpt2")
+    model = Model(
+        module, tokenizer, Anatomy.of(module, architectures()), artifacts=Artifacts(tmp_path)
+    )
+    steering = module.transformer.h[0].mlp.register_forward_hook(lambda *args: args[2] + 1.0)
+    hooked = second_moments(model, [1], corpus=TEXT)[1].digest
+    assert "hooks on the model (transformer.h.0.mlp)" in caplog.text
+    assert second_moments(model, [1], corpus=TEXT)[1].digest == hooked
+    steering.remove()
+    plain = second_moments(model, [1], corpus=TEXT)[1].digest
+    other = Model(module, tokenizer, model.anatomy, artifacts=Artifacts(tmp_path / "other"))
+    assert plain == second_moments(other, [1], corpus=TEXT)[1].digest != hooked

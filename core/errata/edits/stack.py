@@ -170,6 +170,12 @@ class Stack(Described):
     @recording()
     def restore(self) -> None:
         """Rewrite every tensor from base and fold, whatever was done to the live module."""
+        for name, live in self._live().items():
+            if live.shape != (former := self._model.pristine[name].shape):
+                raise IntegrityError(
+                    f"{name!r} has the shape {tuple(live.shape)} now, and had {tuple(former)} when "
+                    "errata opened the model: load it again."
+                )
         self._detach()
         with torch.no_grad():
             for name, live in self._live().items():
@@ -185,7 +191,7 @@ class Stack(Described):
         `LedgerError` for a closed editor's stack or inside `temporarily`, `IntegrityError` where
         other code changed the model. `what` is to be done: what computes needs every weight to be
         as it should, for what it finds of the base is kept; what folds needs those it writes, and
-        `set` looks at them.
+        `set` looks at them. What computes needs the modules that errata found, too.
         """
         self._check_open(what)
         if self.suspended:
@@ -194,6 +200,14 @@ class Stack(Described):
                 "what is recorded is what is on the model."
             )
         self.written.check(read=what in COMPUTING)
+        if what in COMPUTING:
+            changed = [t for t in self._foreign() if t.what in ("module", "class")]
+            if changed:
+                raise IntegrityError(
+                    f"Cannot {what}: other code changed {', '.join(map(str, changed[:3]))} since "
+                    "errata opened the model. Undo that, or open what the model is now in a new "
+                    "editor."
+                )
 
     def check_unchanged(self, bits: Mapping[str, Tensor] | None = None) -> None:
         """Raise `IntegrityError` where other code changed the model.
@@ -233,15 +247,18 @@ class Stack(Described):
             found = [f"tensor {name} is not what the stack says" for name in self.differing()]
         except IntegrityError as error:
             found = [str(error)]
+        return found + [f"{name}: changed by other code" for name in named(self._foreign())]
+
+    def _foreign(self) -> Traits:
+        """Return in what the module's make-up is not the bare one with the active edits hung on."""
         now, bare = self._bare.changes(), self._bare.traits
-        foreign = {
+        return {
             trait: value
             for trait in {**now, **self._hung}
             if (value := now.get(trait, bare.get(trait, ABSENT)))
             is not self._hung.get(trait, bare.get(trait, ABSENT))
             and trait.what not in ("attribute", "cache")
         }
-        return found + [f"{name}: changed by other code" for name in named(foreign)]
 
     def check_rows(self, named: Collection[str]) -> None:
         """Raise unless the rows of one batch may take different ones among these edits.

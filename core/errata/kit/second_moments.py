@@ -185,7 +185,7 @@ def second_moments(
     held: dict[Any, Any] = model.memo
     found: dict[int, SecondMoment] = {}
     for layer in wanted:
-        name = ("second_moment", layer, text, tokens)
+        name = ("second_moment", model.fingerprint, layer, text, tokens)
         moment = held.get(name) or _load(model, layer, text, tokens)
         if moment is not None:
             found[layer] = held[name] = moment
@@ -193,7 +193,8 @@ def second_moments(
     if missing:
         measured = _Pass(model, missing, documents, text, tokens, batch_tokens).run(save_seconds)
         for layer, moment in measured.items():
-            found[layer] = held["second_moment", layer, text, tokens] = moment
+            name = ("second_moment", model.fingerprint, layer, text, tokens)
+            found[layer] = held[name] = moment
     return {layer: found[layer] for layer in wanted}
 
 

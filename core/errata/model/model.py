@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
+import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -21,6 +23,7 @@ from errata.model.artifacts import Artifacts
 from errata.model.call import Call
 from errata.model.pristine import Pristine
 from errata.model.progress import Progress
+from errata.model.structure import hooked_by_others
 from errata.model.task import Task, require_task, task_of_module
 
 if TYPE_CHECKING:
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 
     from errata.model.anatomy import Anatomy
 
+logger = logging.getLogger("errata")
 Kept = TypeVar("Kept")
 
 # Entries of a configuration that differ between loads of one and the same model.
@@ -132,6 +136,7 @@ class Model:
         self.branch = quantised if branch is None else branch
         self.runtimes: dict[str, Any] = {}
         self._of_base: dict[tuple[str, ...], None] = {}
+        self._hooked: tuple[list[str], str] = ([], "")
         self.trained_on: str | None = None
         self.memo: dict[Any, Any] = {}
         self.compute: Callable[..., list[Any]] = _compute_nothing
@@ -374,13 +379,28 @@ class Model:
             found = self.runtimes[kind] = make()
         return found
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of the configuration, every base tensor and what the tokenizer makes of a text.
 
-        Artifacts are keyed by it: what is computed from texts depends on all three.
+        Artifacts are keyed by it: what is computed from texts depends on all three. While other
+        code has hooks on the model, which nothing tells from others, it is one of its own.
         """
-        tokens = [self.tokenizer(_SAMPLE, add_special_tokens=s).input_ids for s in (True, False)]
+        hooked = hooked_by_others(self.module)
+        if not hooked:
+            return self._own_fingerprint
+        if hooked != self._hooked[0]:
+            self._hooked = (hooked, uuid.uuid4().hex)
+            text = "Other code has hooks on the model (%s): what is computed now is not used again."
+            logger.warning(text, ", ".join(hooked[:3]))
+        return hashlib.sha256(f"{self._own_fingerprint}:{self._hooked[1]}".encode()).hexdigest()
+
+    @cached_property
+    def _own_fingerprint(self) -> str:
+        tokens = [
+            self.tokenizer(_SAMPLE, add_special_tokens=special, verbose=False).input_ids
+            for special in (True, False)
+        ]
         whole = f"{self.config_digest}:{self.pristine.digest_all()}:{json.dumps(tokens)}"
         return hashlib.sha256(whole.encode()).hexdigest()
 

@@ -17,6 +17,7 @@ GLOBAL_HOOK_TABLES = (
     "_global_backward_hooks", "_global_backward_pre_hooks",
 )  # fmt: skip
 ABSENT = object()
+_OURS = ("errata", "transformers", "accelerate", "torch")  # whose hooks leave the numbers alone
 _ORDINARY = frozenset(vars(nn.Module()))
 
 
@@ -97,6 +98,19 @@ class Structure:
             _put(module._buffers, trait.name, former)
         elif trait.what == "method" or former is ABSENT:
             _put(vars(module), trait.name, former)
+
+
+def hooked_by_others(root: nn.Module) -> list[str]:
+    """Return the paths of modules with forward hooks of neither errata nor the libraries below."""
+
+    def foreign(hook: Any) -> bool:
+        return str(getattr(hook, "__module__", "")).partition(".")[0] not in _OURS
+
+    return [
+        path or "the top module"
+        for path, module in root.named_modules()
+        if any(map(foreign, (*module._forward_hooks.values(), *module._forward_pre_hooks.values())))
+    ]
 
 
 def named(changes: Traits) -> list[str]:
