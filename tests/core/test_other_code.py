@@ -14,7 +14,14 @@ from errata import Editor, Request, hookimpl
 from errata.contract.guards import Guards
 from errata.contract.manager import Manager
 from errata.edits.delta import DenseDelta, Rows, SparseRowsDelta
-from errata.errors import ConfigError, EditRefused, FingerprintError, IntegrityError, LedgerError
+from errata.errors import (
+    CapabilityError,
+    ConfigError,
+    EditRefused,
+    FingerprintError,
+    IntegrityError,
+    LedgerError,
+)
 from errata.model import Model
 from errata.testing import edit_with, state_of
 from errata.testing.contract import assert_same
@@ -434,3 +441,38 @@ def test_a_tensor_of_another_size_is_not_restored_half_way(editor: Editor) -> No
     with pytest.raises(IntegrityError, match="shape"):
         editor.model.stack.restore()
     assert editor.model.module._forward_hooks  # the edit is still on
+
+
+def test_a_model_compiled_in_place_is_refused_where_hooks_would_be_lost(editor: Editor) -> None:
+    hung = editor.edit(ADA, method="grace", steps=2)
+    editor.revert(hung)
+    module = editor.model.module
+    module.compile(backend="eager")
+    for does in (
+        lambda: editor.edit(ADA, method="rome", steps=2),
+        lambda: editor.apply(hung.id),
+        lambda: Editor(module, editor.model.tokenizer),
+    ):
+        with pytest.raises(ConfigError, match=r"compiled|Another editor"):
+            does()
+    assert editor.model.stack.ids == []
+    module._compiled_call_impl = None
+    editor.apply(hung.id)
+
+
+@pytest.mark.parametrize("method", ["lora", "grace"])
+def test_a_model_is_not_saved_without_the_edits_beside_its_weights(
+    method: str, editor: Editor, tmp_path: Path
+) -> None:
+    edit = editor.edit(ADA, method=method, steps=2)
+    module: Any = editor.model.module
+    with pytest.raises(CapabilityError, match=edit.id):
+        module.save_pretrained(tmp_path / "edited")
+    assert not (tmp_path / "edited").exists()
+    with editor.disabled():
+        module.save_pretrained(tmp_path / "base")
+    assert (tmp_path / "base" / "model.safetensors").is_file()
+    if method == "lora":
+        editor.merge(tmp_path / "merged")
+    editor.revert(edit)
+    module.save_pretrained(tmp_path / "after")

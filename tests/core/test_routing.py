@@ -254,6 +254,30 @@ def test_a_decode_loop_by_hand_finds_its_decisions_again() -> None:
         assert not torch.equal(decoded(model, PROMPTS, 6), base)
 
 
+def test_a_copied_cache_carries_its_decisions() -> None:
+    model = model_of("gpt2")
+    batch = positioned(padded(model, PROMPTS))
+    more = {
+        **batch,
+        "attention_mask": torch.nn.functional.pad(batch["attention_mask"], (0, 1), value=1),
+    }
+    step = {
+        "input_ids": batch["input_ids"][:, -1:],
+        "attention_mask": more["attention_mask"],
+        "position_ids": batch["position_ids"][:, -1:] + 1,
+    }
+    with attached(Adding(model, "gpt2", "all")), torch.no_grad():
+        first = model.module(**batch, use_cache=True).past_key_values
+        other = copy.deepcopy(first)
+        one = model.module(**step, past_key_values=first).logits
+        two = model.module(**step, past_key_values=other).logits
+    assert torch.equal(one, two)
+    with torch.no_grad():
+        plain = model.module(**batch, use_cache=True).past_key_values
+        base = model.module(**step, past_key_values=plain).logits
+    assert changed(two, base) == CLAIMED
+
+
 def test_prompts_in_pieces() -> None:
     model = model_of("gpt2")
     for positions in ("end", "after"):

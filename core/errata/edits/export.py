@@ -115,7 +115,8 @@ def merge_checkpoint(model: Model, path: Path, overwrite: bool = False) -> Path:
     with merged_state(model) as state:
 
         def fill(folder: Path) -> None:
-            cast("PreTrainedModel", model.module).save_pretrained(folder, state_dict=state)
+            plain = cast("type[PreTrainedModel]", type(model.module)).save_pretrained
+            plain(cast("PreTrainedModel", model.module), folder, state_dict=state)
             model.tokenizer.save_pretrained(folder)
             _copy_processor(str(getattr(model.config, "_name_or_path", "")), folder)
             _write_card(folder, model_card(model, model.stack.entries, "merged"))

@@ -12,13 +12,14 @@ import torch
 
 from errata.edits import side_branch
 from errata.edits.autograd import recording
-from errata.edits.delta.attaching import attach_kind, responding, rewritten
+from errata.edits.delta.attaching import attach_kind, keep_from_saving, responding, rewritten
 from errata.edits.last_written import LastWritten
 from errata.errors import CapabilityError, IntegrityError, LedgerError, UnknownNameError
 from errata.model.display import Described, plural
 from errata.model.pristine import same_bits
 from errata.model.running import wide
 from errata.model.structure import ABSENT, Structure, Traits, named
+from errata.model.task import check_not_compiled
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -201,6 +202,7 @@ class Stack(Described):
             )
         self.written.check(read=what in COMPUTING)
         if what in COMPUTING:
+            check_not_compiled(self._model.module)
             changed = [t for t in self._foreign() if t.what in ("module", "class")]
             if changed:
                 raise IntegrityError(
@@ -374,6 +376,7 @@ class Stack(Described):
         beside = [e for e in entries if e.delta.folds] if self._model.branch else []
         if not acting and not beside:
             return
+        check_not_compiled(self._model.module)
         before = Structure(self._model.module)
         try:
             if beside:
@@ -381,6 +384,8 @@ class Stack(Described):
             # "adapter" sorts before "codebook": hooks then see the module with adapters in it.
             for kind, deltas in acting:
                 self._undo.append(attach_kind(kind, self._model, deltas))
+            hung = [e.id for e in entries if self._model.branch or "attach" in e.delta.effects]
+            self._undo.append(keep_from_saving(self._model.module, hung))
         except BaseException:
             try:
                 self._detach()

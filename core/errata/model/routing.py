@@ -30,7 +30,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Literal
-from weakref import WeakKeyDictionary
 
 import torch
 
@@ -53,6 +52,7 @@ if TYPE_CHECKING:
 __all__ = ["Arrivals", "EndRule", "Positions", "Router", "Visit", "end_rule", "rounding"]
 
 EndRule = Literal["prompt", "first", "last"]
+_CARRIED = "_errata_decided"
 
 
 class Router(ABC):
@@ -74,7 +74,6 @@ class Router(ABC):
         self.model = model
         self.routes = {key: tuple(acted) for key, acted in routes.items()}
         self._thread: int | None = None
-        self._kept: WeakKeyDictionary[Any, dict[str, Decided]] = WeakKeyDictionary()
 
     @abstractmethod
     def decide(self, arrivals: Arrivals) -> Sequence[Any]:
@@ -193,7 +192,8 @@ class Router(ABC):
                 return
             cache = call.cache if call.cache is not None else _cache_in(output)
             if cache is not None:
-                self._kept[cache] = {**self._kept.get(cache, {}), **call.decided}
+                carried = vars(cache).setdefault(_CARRIED, _Carried())
+                carried[self] = {**carried.get(self, {}), **call.decided}
 
         return begin, end
 
@@ -326,7 +326,8 @@ class Router(ABC):
         """Return what is kept with the cache that a call continues, for the same prompts."""
         if call.cache is None or not call.past:
             return None
-        kept = self._kept.get(call.cache, {}).get(key)
+        carried: _Carried = getattr(call.cache, _CARRIED, _Carried())
+        kept = carried.get(self, {}).get(key)
         if kept is None:
             return None
         fitting = kept.repeated(rows)
@@ -376,6 +377,13 @@ class Router(ABC):
         else:
             undo.callback(delattr, module, "generate")
         module.generate = MethodType(generate, module)  # type: ignore[assignment]
+
+
+class _Carried(dict[Router, dict[str, Decided]]):
+    """What routers decided for the rows of a KV cache; a copy of the cache has a copy of it."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Carried:
+        return _Carried({router: dict(decided) for router, decided in self.items()})
 
 
 @dataclass

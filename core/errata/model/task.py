@@ -48,7 +48,10 @@ def check_module(module: nn.Module) -> None:
     kind, inner = type(module).__name__, getattr(module, "module", None)
     bare = ""
     if "_orig_mod" in module._modules:
-        bare = "model._orig_mod (it can be compiled again after editing)"
+        bare = (
+            "model._orig_mod. Compile it again after weight edits; a compiled model may not notice "
+            "edits that act beside the weights"
+        )
     elif hasattr(module, "peft_config") and hasattr(module, "merge_and_unload"):
         bare = "model.merge_and_unload() keeps what the adapter does, model.unload() leaves it out"
     elif hasattr(module, "peft_config") and hasattr(module, "get_base_model"):
@@ -57,11 +60,21 @@ def check_module(module: nn.Module) -> None:
         bare = "model.module"
     if bare:
         raise ConfigError(f"{kind} is a wrapper around a model. Give the model itself: {bare}.")
+    check_not_compiled(module)
     _check_bare(module, kind)
     if not hasattr(module, "config"):
         raise ConfigError(
             f"{kind} is no model of transformers: it has no configuration. Give what "
             "AutoModelForCausalLM.from_pretrained returns, or its like for another task."
+        )
+
+
+def check_not_compiled(module: nn.Module) -> None:
+    """Raise `ConfigError` for a module compiled in place, which does not notice new hooks."""
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        raise ConfigError(
+            f"{type(module).__name__} was compiled in place (model.compile()), so that it does not "
+            "notice what is hung on it. Load it again, edit it, and compile it after weight edits."
         )
 
 

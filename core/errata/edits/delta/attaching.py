@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-from errata.errors import ErrataError, PluginError, cause
+from errata.errors import CapabilityError, ErrataError, PluginError, cause
 from errata.model.answers import Answers
 from errata.model.structure import Structure
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from errata.edits.delta.base import Delta, Undo
     from errata.model.model import Model
 
@@ -38,6 +41,26 @@ def attach_kind(kind: type[Delta], model: Model, deltas: Sequence[tuple[str, Del
         )
     model.memo[tried] = True
     return _attached(kind, model, deltas)
+
+
+def keep_from_saving(module: nn.Module, ids: Sequence[str]) -> Undo:
+    """Let `save_pretrained` refuse while edits are hung on a module, and return the undo.
+
+    It would leave them out, or write an adapter's tensors under names that no model has.
+    """
+    if not hasattr(module, "save_pretrained"):
+        return lambda: None
+
+    def save_pretrained(self: nn.Module, *_: Any, **__: Any) -> None:
+        raise CapabilityError(
+            f"{type(self).__name__} carries edits that are no part of its weights "
+            f"({', '.join(ids)}), and would be saved without them. Save with editor.merge(folder), "
+            "ship the edits with editor.export(file), or save the base inside `with "
+            "editor.disabled():`."
+        )
+
+    module.save_pretrained = MethodType(save_pretrained, module)  # type: ignore[assignment]
+    return lambda: delattr(module, "save_pretrained")
 
 
 def rewritten(
