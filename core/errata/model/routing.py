@@ -326,8 +326,8 @@ class Router(ABC):
         """Return what is kept with the cache that a call continues, for the same prompts."""
         if call.cache is None or not call.past:
             return None
-        carried: _Carried = getattr(call.cache, _CARRIED, _Carried())
-        kept = carried.get(self, {}).get(key)
+        carried = getattr(call.cache, _CARRIED, None)
+        kept = carried.get(self, {}).get(key) if isinstance(carried, _Carried) else None
         if kept is None:
             return None
         fitting = kept.repeated(rows)
