@@ -193,19 +193,19 @@ def test_every_hook_that_computes_is_pure(where: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "error", "says"),
+    ("kind", "says"),
     [
-        ("leaky", PluginError, "does not come off"),
-        ("mute", PluginError, "NoneType"),
-        ("crashing", ZeroDivisionError, "half way"),
+        ("leaky", "does not come off"),
+        ("mute", "NoneType"),
+        ("crashing", "toy_crashing.*half way"),
     ],
 )
 def test_a_kind_that_does_not_come_off_is_refused_and_the_model_put_right(
-    kind: str, error: type[Exception], says: str
+    kind: str, says: str
 ) -> None:
     with open_editor() as editor:
         before = Structure(editor.model.module)
-        with pytest.raises(error, match=says):
+        with pytest.raises(PluginError, match=says):
             editor.edit(requests(1)[0], method="toy-hung", which=kind)
         assert before.changed() == []
         assert editor.log() == []

@@ -148,7 +148,6 @@ TOUCHES = {
     hook_everywhere: "all modules of the process (hooks)",
     replace_parameter: f"{FC}.weight",
     own_method: f"{FC} (methods: forward)",
-    lambda root: root.train(): "the top module (training flag)",
     swap_module: "module transformer.h.0.mlp",
 }
 

@@ -88,7 +88,7 @@ def _check_bare(module: nn.Module, kind: str) -> None:
             raise ConfigError(
                 f"{kind} carries an adapter of PEFT at {path!r} ({type(part).__name__}), or the "
                 "edits of an editor that is gone. Give a model without: load it again, or have the "
-                "adapter in its weights (PeftModel.from_pretrained(…).merge_and_unload())."
+                "adapter in its weights (merge_and_unload of a PeftModel)."
             )
         hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
         if any(str(getattr(hook, "__module__", "")).startswith("errata") for hook in hooks):

@@ -54,9 +54,8 @@ def keep_from_saving(module: nn.Module, ids: Sequence[str]) -> Undo:
     def save_pretrained(self: nn.Module, *_: Any, **__: Any) -> None:
         raise CapabilityError(
             f"{type(self).__name__} carries edits that are no part of its weights "
-            f"({', '.join(ids)}), and would be saved without them. Save with editor.merge(folder), "
-            "ship the edits with editor.export(file), or save the base inside `with "
-            "editor.disabled():`."
+            f"({', '.join(ids)}), and would be saved without them. Merge them, export them, or "
+            "save the base while they are off."
         )
 
     module.save_pretrained = MethodType(save_pretrained, module)  # type: ignore[assignment]
