@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
     Kinds = Mapping[str, type[Delta]]
 
-BATCH = 500  # SQLite limits how many variables a statement has
 EDIT_COLUMNS = "sequence, id, active, record, digest"
 HEX = frozenset("0123456789abcdef")
 
@@ -310,14 +309,7 @@ class Ledger:
         if digests is None:
             rows = self._database.rows(query.format(""))
         else:
-            wanted = list(dict.fromkeys(digests))
-            rows = []
-            for start in range(0, len(wanted), BATCH):
-                part = wanted[start : start + BATCH]
-                marks = ",".join("?" * len(part))
-                rows += self._database.rows(
-                    query.format(f"WHERE r.digest IN ({marks})"), tuple(part)
-                )
+            rows = self._database.rows_of(query.format("WHERE r.digest IN ({})"), digests)
         found: dict[str, list[str]] = {}
         for digest, edit_id in rows:
             found.setdefault(digest, []).append(edit_id)
@@ -328,6 +320,8 @@ class Ledger:
         database = self._database
         lost = self.lost()
         found = problems(database.ready(), self.where, database.files.read, self.kinds)
+        if misplaced := database.misplaced():
+            found.insert(0, misplaced)
         return [*found, lost_text(lost, self.where)] if lost else found
 
     # -- what a lost database leaves -------------------------------------------------------------
