@@ -251,7 +251,10 @@ def test_nothing_is_reported_as_recorded_in_a_database_that_is_not_there(
 def test_a_folder_that_is_deleted_during_a_change_records_nothing(folder: Path) -> None:
     with open_(folder) as ledger:
         before = ledger.ids()
-        with pytest.raises(StorageError, match="is gone"), ledger.transaction():
-            ledger.commit(small_edit(), small_delta(70))
-            (folder / DATABASE).unlink()
+        changing = ledger.transaction()
+        changing.__enter__()
+        ledger.commit(small_edit(), small_delta(70))
+        (folder / DATABASE).unlink()
+        with pytest.raises(StorageError, match="is gone"):
+            changing.__exit__(None, None, None)
         assert ledger.ids() == before

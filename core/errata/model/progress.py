@@ -104,17 +104,20 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Report one finished step."""
-        if self._say is None:
+        say = self._say
+        if say is None:
             logger.info("%s", text)
             return
         try:
-            self._say(text)
+            say(text)
         except Exception as error:  # whose work is done must not lose it to a display
-            logger.warning(
-                "The function given as progress raised %s: %s. It is not called again.",
-                type(error).__name__, error,
-            )  # fmt: skip
-            self._say = None
+            with self._lock:  # the work and the thread that reports it may both be here
+                first, self._say = self._say is not None, None
+            if first:
+                logger.warning(
+                    "The function given as progress raised %s: %s. It is not called again.",
+                    type(error).__name__, error,
+                )  # fmt: skip
 
     @property
     def heard(self) -> bool:
