@@ -20,7 +20,8 @@ WORDS: tuple[tuple[str, str], ...] = (
     (r"errata\.datasets\.load\(NAME, records\) makes requests of them \([^)]*\)",
      "give --dataset NAME=PATH (`errata datasets` lists the names)"),
     (r"give a list of requests, each with its prompt, [^;]*; or errata\.datasets\.load\([^)]*\) "
-     r"makes them of a mapping of such lists", "give --dataset NAME=PATH (counterfact or knowedit)"),
+     r"makes them of a mapping of such lists",
+     "give --dataset NAME=PATH (counterfact or knowedit)"),
     (r"with export\(\)", "with `errata export`"),
     (r"Nothing was written: refresh, and try again",
      "Nothing was written: repeat the command"),
