@@ -250,6 +250,13 @@ class Database:
         query = 'SELECT substr(record, instr(record, \'"blob":"\') + 8, 64) FROM edits'
         return {str(row[0]) for row in self.rows(query)}
 
+    def without_record(self, *, reported: bool) -> list[str]:
+        """Return the SHA-256 of files that no record names: of ended changes, or of others."""
+        # In this order, what another process records meanwhile is neither.
+        there, begun = self.files.digests(), self.files.begun()
+        left = there - self.recorded()
+        return sorted(left - begun if reported else left & begun)
+
     @staticmethod
     def _roll_back(connection: sqlite3.Connection) -> None:
         if connection.in_transaction:
@@ -281,16 +288,15 @@ class Database:
         return not missed
 
     def _sweep(self) -> None:
-        """Delete the half-written files of killed processes, unless another one is writing now."""
+        """Delete what killed processes left in `tmp`, unless another one is writing now."""
         connection = self.ready()
-        if not self.files.orphans():
+        if not self.files.leftovers():
             return
-        with suppress(OSError, sqlite3.Error):
+        with suppress(OSError, sqlite3.Error, ErrataError):
             connection.execute("PRAGMA busy_timeout = 0")
             try:
                 connection.execute("BEGIN IMMEDIATE")
-                for path in self.files.orphans():
-                    path.unlink(missing_ok=True)
+                self.files.sweep(self.recorded())
             finally:
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
