@@ -5,7 +5,7 @@
     python examples/sequential.py --take-off           # then all off again, in a random order
 
 Run it, kill it, run it again: it goes on where it was. Every finished edit is in the ledger before
-the next one begins, and a request that is already there is skipped by its digest. Each line of
+the next one begins, and a request whose edit is on the model is skipped by its digest. Each line of
 the request file is a request's JSON, optionally with a "method".
 """
 
@@ -84,7 +84,8 @@ def main() -> int:
         for number, line in enumerate(wanted, 1):
             method = line.pop("method", "rome")
             request = errata.Request.parse(line)
-            if editor.ledger.find([request.digest]):
+            made = editor.ledger.find([request.digest]).get(request.digest, [])
+            if any(editor.ledger.is_active(name) for name in made):
                 continue
             edit = editor.edit(request, method=method)
             print(f"{number}/{len(wanted)} {edit.id} {method:8} {edit.title}", flush=True)

@@ -22,13 +22,19 @@ pytestmark = pytest.mark.slow
 EDITS = 20
 
 
-def start(ledger: Path) -> subprocess.Popen[str]:
+def start(ledger: Path, edits: int = EDITS) -> subprocess.Popen[str]:
     script = ROOT / "examples" / "sequential.py"
-    command = [sys.executable, str(script), "--ledger", str(ledger), "-n", str(EDITS)]
+    command = [sys.executable, str(script), "--ledger", str(ledger), "-n", str(edits)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
+
+
+def finish(ledger: Path, edits: int = EDITS) -> None:
+    process = start(ledger, edits)
+    _, err = process.communicate()
+    assert process.returncode == 0, err
 
 
 def test_killed_and_started_again_it_finishes_every_edit_once(tmp_path: Path) -> None:
@@ -60,3 +66,15 @@ def test_killed_and_started_again_it_finishes_every_edit_once(tmp_path: Path) ->
     assert set(digests.values()) == {1}
     assert {edit.method for edit in edits} == {"rome", "grace", "memit", "ft", "adalora"}
     assert {edit.requests[0].kind for edit in edits} == set(KINDS) - {"label"}
+
+
+def test_a_request_whose_edit_is_off_the_model_is_edited(tmp_path: Path) -> None:
+    ledger = tmp_path / "ledger"
+    finish(ledger, 2)
+    with Ledger.open(ledger, kinds=DeltaKinds()) as opened:
+        first, second = opened.ids()
+        opened.deactivate([first])  # as an edit is that was taken back from its file
+    finish(ledger, 2)
+    with Ledger.open(ledger, kinds=DeltaKinds()) as opened:
+        assert opened.active_ids()[0] == second
+        assert len(opened.active_ids()) == 2

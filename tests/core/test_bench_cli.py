@@ -84,6 +84,20 @@ def test_options_override_the_run_file(run: Run, file: Path) -> None:
     assert far["measured"] == 2 * (2 + 1 + 2)
 
 
+def test_a_dry_run_refuses_the_folder_of_another_run_as_the_run_does(run: Run, file: Path) -> None:
+    base = (file, "--limit", 2, "--out", "there", "-q")
+    run(*base)
+    assert "far" in run(*base, "--dry-run").stdout
+    assert "far" in run(file, "--limit", 3, "--out", "there", "--dry-run").stdout  # it may grow
+    for other in (
+        ("--set", "far.scale=0.75"), ("--seed", 5), ("--limit", 1), ("--method", "far"),
+        ("--regime", "sequential"), ("--set", "nudge.scale=0.75"),
+    ):  # fmt: skip
+        refused = run(*base, *other, code=1).stderr
+        assert "holds another run" in refused
+        assert run(*base, *other, "--dry-run", code=1).stderr == refused
+
+
 def test_flags_alone_are_enough(run: Run) -> None:
     plan = planned(run, "--model", "atlas-gpt2", "--method", "nudge", "--dataset", "atlas", "-n", 5)
     assert [column["cases"] for column in plan["columns"]] == [5, 5]

@@ -93,3 +93,27 @@ def test_a_call_of_one_request_may_hold_plain_values(tmp_path: Path) -> None:
     )  # fmt: skip
     (request,) = load("counterfact", file)
     assert [p.answers for p in request.locality] == [("tailor",), ("nurse",)]
+
+
+def test_records_in_memory_are_read_as_those_of_a_file() -> None:
+    for file in ("flat_paired_lists.json", "call_schema.json"):
+        records = json.loads((CASES / file).read_text())
+        data = load("counterfact", records)
+        assert data.requests() == read("counterfact", file)
+        once = iter([records] if isinstance(records, dict) else records)
+        assert load("counterfact", once).requests() == data.requests()
+        assert (data.source, len(data.digest)) == ("the records given", 64)
+
+
+def test_a_record_in_memory_that_is_wrong_is_named_by_its_place() -> None:
+    records = json.loads((CASES / "unequal_lists.json").read_text())
+    with pytest.raises(DatasetError, match="the records given, record 1"):
+        load("counterfact", records)
+    with pytest.raises(DatasetError, match="the records given, record 0"):
+        load("counterfact", ["no record"])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("given", [3, b"file.json"])
+def test_what_is_neither_a_path_nor_records_is_refused(given: object) -> None:
+    with pytest.raises(DatasetError, match=r"no path: give a file.*or the records themselves"):
+        load("counterfact", given)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 import errata.model.loading
 from errata.cli.app import app
+from errata.cli.session import Session
 from errata.errors import ConfigError, UnknownNameError
 from errata.model.model_source import check_model_source
 
@@ -75,6 +77,47 @@ def test_it_is_refused_with_a_suggestion(words: tuple[str, ...], reason: str) ->
     assert result.exit_code == 1
     assert reason in " ".join(result.stderr.split())
     assert not Path("errata-ledger").exists()
+
+
+@pytest.mark.parametrize("wrong", [("--dtype", "int3"), ("--device", "tpu")])
+def test_a_wrong_place_is_refused_before_anything_is_said_to_load(
+    wrong: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Session, "status", lambda *_: pytest.fail("it said that it loads"))
+    result = CliRunner().invoke(app, ["generate", "Hello", "-m", "atlas-gpt2", *wrong])
+    assert result.exit_code == 1
+    assert repr(wrong[1]) in result.stderr
+
+
+def test_without_an_active_edit_there_is_nothing_to_evaluate(tmp_path: Path) -> None:
+    from errata.edits.ledger import Ledger
+
+    Ledger.open(tmp_path / "errata-ledger", kinds={}).close()
+    result = CliRunner().invoke(app, ["evaluate", "-m", "atlas-gpt2"])
+    assert result.exit_code == 1
+    assert "There is nothing to measure: no edit is active" in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("log", "--limt", "3"), "--limt"),
+        (("show",), "Missing argument"),
+        (("log", "--limit", "x"), "Invalid value for '--limit'"),
+        (("lgo",), "lgo"),
+    ],
+)
+def test_a_wrong_command_line_is_json_where_json_was_asked_for(
+    words: tuple[str, ...], reason: str
+) -> None:
+    result = CliRunner().invoke(app, [*words, "--json"])
+    assert (result.exit_code, result.stdout) == (2, "")
+    error = json.loads(result.stderr)["error"]
+    assert error["type"] == "UsageError"
+    assert reason in error["message"]
+    plain = CliRunner().invoke(app, list(words))
+    assert plain.exit_code == 2
+    assert not plain.stderr.startswith("{")
 
 
 def test_an_edit_that_cannot_leave_as_asked_is_named(tmp_path: Path) -> None:

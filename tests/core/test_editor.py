@@ -49,6 +49,16 @@ def editor() -> Editor:
 # -- what the user gets wrong --------------------------------------------------------------------
 
 
+def test_a_prompt_that_is_too_long_is_named_among_many(editor: Editor) -> None:
+    long = Request(prompt="word " * 3000 + "{} lives in", subject="Kurt", target_new="Rome")
+    with pytest.raises(RequestError, match=r"tokens was given") as caught:
+        editor.edit([*requests(2), long], method="toy-low-rank")
+    assert str(caught.value).startswith("Request 2 of 3 (counted from 0), 'word word")
+    with pytest.raises(RequestError, match=r"^A text of"):
+        editor.edit(long, method="toy-low-rank")
+    assert editor.log() == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "says"),
     [

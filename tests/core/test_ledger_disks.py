@@ -15,7 +15,7 @@ import pytest
 
 from errata.edits.edit import Edit
 from errata.edits.ledger import Ledger
-from errata.edits.ledger.schema import translated
+from errata.edits.ledger.schema import DATABASE, translated
 from errata.errors import StorageError
 from errata.model import storage
 from tests.core.ledger_helpers import (
@@ -211,3 +211,50 @@ def test_an_interrupt_right_after_the_change_is_stored_keeps_it(
         assert len(ledger.edits()) == 4
         assert ledger.verify() == []
         ledger.deactivate([IDS[0]])  # its own change is none by another process
+
+
+def deleted(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
+def moved(folder: Path) -> None:
+    folder.rename(folder.with_name("elsewhere"))
+
+
+def replaced(folder: Path) -> None:
+    copy = folder.with_name("copy.sqlite")
+    shutil.copy(folder / DATABASE, copy)
+    copy.replace(folder / DATABASE)
+
+
+@pytest.mark.parametrize("lose", [deleted, moved, replaced])
+def test_nothing_is_reported_as_recorded_in_a_database_that_is_not_there(
+    folder: Path, lose: Callable[[Path], None]
+) -> None:
+    said = "was replaced by another file" if lose is replaced else "is gone: it was deleted or"
+    with open_(folder) as ledger:
+        edits = ledger.edits()
+        lose(folder)
+        there = sorted(folder.rglob("*"))
+        for change in changes(ledger):
+            with pytest.raises(StorageError, match=said):
+                change()
+        assert sorted(folder.rglob("*")) == there  # nor is the folder made again
+        assert any(said in problem for problem in ledger.verify())
+        assert ledger.edits() == edits
+        if lose is moved:
+            folder.with_name("elsewhere").rename(folder)
+            assert ledger.verify() == []
+            assert len(ledger.commit_many([(small_edit(), small_delta(70), True)])) == 1
+
+
+def test_a_folder_that_is_deleted_during_a_change_records_nothing(folder: Path) -> None:
+    with open_(folder) as ledger:
+        before = ledger.ids()
+        changing = ledger.transaction()
+        changing.__enter__()
+        ledger.commit(small_edit(), small_delta(70))
+        (folder / DATABASE).unlink()
+        with pytest.raises(StorageError, match="is gone"):
+            changing.__exit__(None, None, None)
+        assert ledger.ids() == before

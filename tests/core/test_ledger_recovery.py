@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from errata import Editor
 from errata.cli.app import app
+from errata.edits.edit import Edit
 from errata.edits.ledger import Ledger, content
 from errata.edits.ledger.schema import DATABASE
 from errata.errors import IntegrityError
@@ -34,7 +35,7 @@ from tests.core.ledger_helpers import (
 QUIET = {"efficacy": "off", "perplexity": "off", "norm": "off"}
 
 
-def a_lost_tail(tmp_path: Path) -> tuple[Path, Ledger]:
+def a_lost_tail(tmp_path: Path) -> tuple[Path, list[Edit]]:
     """Return a ledger whose write-ahead file went with all that came after three edits."""
     folder = three_edits(tmp_path / "ledger")
     copy = tmp_path / "copy"
@@ -133,6 +134,74 @@ def test_the_command_line_recovers(tmp_path: Path) -> None:
     assert IDS[2] in back.output
     after = run.invoke(app, ["log", "--ledger", str(folder), "--json"])
     assert [edit["active"] for edit in json.loads(after.stdout)["edits"]] == [False] * 3
+
+
+def a_killed_change(tmp_path: Path) -> tuple[Path, list[Edit]]:
+    """Return a ledger as it is when a process is killed before it records two edits of a call."""
+    folder, killed = three_edits(tmp_path / "ledger"), tmp_path / "killed"
+    entries = [(small_edit(f"Isle {i}"), small_delta(60 + i), True) for i in range(2)]
+    with open_(folder) as ledger, ledger.transaction():
+        edits = ledger.commit_many(entries)
+        shutil.copytree(folder, killed)
+    return killed, edits
+
+
+def test_what_a_killed_process_left_is_no_fault_and_can_be_discarded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, edits = a_killed_change(tmp_path)
+    with caplog.at_level(logging.WARNING, "errata"), open_(folder) as ledger:
+        assert caplog.text == ""
+        assert ledger.verify() == ledger.lost() == []
+        assert ledger.unreported() == sorted(edit.blob for edit in edits)
+        add(ledger)  # what others write meanwhile does not end the killed change
+    with open_(folder) as ledger:
+        before = ledger.edits()
+        assert ledger.discard_lost() == sorted(edit.blob for edit in edits)
+        assert ledger.unreported() == ledger.discard_lost() == ledger.verify() == []
+        assert ledger.edits() == before
+        assert ledger.events()[-1].kind == "discard"
+        assert all(ledger.delta(edit.id) for edit in before)
+    open_(folder).close()
+    assert list((folder / "tmp").iterdir()) == []
+
+
+def test_what_a_killed_process_left_can_be_taken_in(tmp_path: Path) -> None:
+    folder, edits = a_killed_change(tmp_path)
+    with open_(folder) as ledger:
+        records, refused = ledger.recover()
+        assert ([record.id for record in records], refused) == ([e.id for e in edits], {})
+        assert ledger.unreported() == ledger.verify() == []
+        assert set(ledger.active_ids()) == {IDS[0], IDS[2]}
+
+
+def test_the_command_line_names_what_a_killed_process_left_and_discards_it(tmp_path: Path) -> None:
+    folder, _ = a_killed_change(tmp_path)
+    run, at = CliRunner(), ["--ledger", str(folder)]
+    found = run.invoke(app, ["verify", "--ledger-only", *at])
+    assert found.exit_code == 0, found.output
+    text = " ".join(found.output.split())
+    assert "Note: 2 of the files" in text
+    assert "Sound." in text
+    assert all(way in text for way in ("log --discard-lost", "log --recover"))
+    data = json.loads(run.invoke(app, ["verify", "--ledger-only", "--json", *at]).stdout)
+    assert (data["sound"], data["problems"], len(data["notes"])) == (True, [], 1)
+    gone = run.invoke(app, ["log", "--discard-lost", *at])
+    assert gone.exit_code == 0, gone.output
+    assert "2 files without a record deleted" in " ".join(gone.output.split())
+    data = json.loads(run.invoke(app, ["verify", "--ledger-only", "--json", *at]).stdout)
+    assert (data["sound"], data["notes"]) == (True, [])
+
+
+def test_edits_whose_record_was_lost_can_be_discarded_too(tmp_path: Path) -> None:
+    folder, _ = a_lost_tail(tmp_path)
+    with open_(folder) as ledger:
+        assert len(ledger.lost()) == 2
+        (problem,) = ledger.verify()
+        assert "--discard-lost" in problem
+        assert len(ledger.discard_lost()) == 2
+        assert ledger.verify() == []
+        assert ledger.ids() == IDS
 
 
 def random_bytes(file: Path) -> None:

@@ -12,6 +12,7 @@ import transformers
 from errata import Editor
 from errata.cli.progress import ConsoleProgress
 from errata.cli.render import console
+from errata.errors import ConfigError
 from errata.model import progress as module
 from errata.model.foreign_noise import quiet_imports, quiet_loading
 from errata.model.progress import Progress, Work
@@ -116,6 +117,35 @@ def test_an_editor_reports_and_prints_nothing(capfd: pytest.CaptureFixture[str])
         editor.model.progress.note("heard")
     assert said[-1] == "heard"
     assert capfd.readouterr() == ("", "")  # no loading bar of transformers
+
+
+@pytest.mark.parametrize("given", [True, 3, "print"])
+def test_progress_that_cannot_be_called_is_refused_at_once(given: object) -> None:
+    with pytest.raises(ConfigError, match=rf"progress={given!r} is not allowed"):
+        Editor("atlas-gpt2", progress=given)  # type: ignore[arg-type]
+
+
+def test_what_a_callable_raises_does_not_end_the_work(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        raise ValueError("no more paper")
+
+    progress = Progress(say)
+    for text in ("one", "two"):
+        progress.note(text)
+    assert said == ["one"]
+    (line,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert "raised ValueError: no more paper" in line.getMessage()
+
+    def interrupt(text: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Progress(interrupt).note("done")
 
 
 def test_other_libraries_are_as_they_were_afterwards(caplog: pytest.LogCaptureFixture) -> None:

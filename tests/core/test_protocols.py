@@ -115,6 +115,25 @@ def test_a_neighbour_is_held_to_its_own_answer() -> None:
     assert found["NM"].value == pytest.approx(0.1)
 
 
+def test_a_request_whose_targets_are_the_same_compares_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    plain = fact(paraphrases=["p"])
+    beside = [Probe(prompt="n"), Probe(prompt="own", answers=("Oslo",))]
+    same = fact("Spain", target_true="Rome", paraphrases=["q"], neighbourhood=beside)
+    scores = {
+        (prompt, target): score(0.5 if target == "Rome" else 0.25)
+        for prompt in (plain.text, same.text, "p", "q", "n", "own")
+        for target in ("Rome", "Paris", "Oslo")
+    }
+    found = ask(counterfact.PROTOCOL, [plain, same], scores=scores)
+    assert (found["ES"].value, found["ES"].n) == (1, 1)
+    assert (found["PS"].value, found["PS"].n) == (1, 1)
+    assert (found["NS"].value, found["NS"].n) == (0, 1)  # the neighbour with an answer of its own
+    assert "1 of 2 requests have the new target as the true one" in caplog.text
+    assert not {"ES", "PS"} & set(ask(counterfact.PROTOCOL, [same], scores=scores))
+
+
 def test_requests_that_share_a_case_id_are_one_case() -> None:
     requests = [fact(s, case_id=c) for s, c in (("France", "1"), ("Spain", "1"), ("Peru", "2"))]
     scores = {

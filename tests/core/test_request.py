@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from errata import Request
-from errata.edits.request import parse_requests
+from errata.edits.edit import requests_of
+from errata.edits.request import parse_arguments, parse_requests
 from errata.errors import ErrataError, RequestError
 
 FIELDS = {"prompt": "The capital of {} is", "subject": "France", "target_new": "Rome"}
@@ -70,3 +71,43 @@ def test_any_text_gives_a_request_or_an_error_of_ours(
     assert request.text == request.prompt.replace("{}", subject.strip())
     assert subject.strip() in request.text
     assert Request.parse(request.model_dump()).digest == request.digest
+
+
+def test_a_target_that_was_not_given_is_missing_and_not_empty() -> None:
+    with pytest.raises(RequestError, match="target_new is missing"):
+        Request.parse(prompt="The capital of {} is", subject="France")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({**FIELDS, "target_new": ""}, "target_new is empty"),
+        (7, "7 is no request"),
+        ({**FIELDS, "prompt": "No place"}, "does not stand in the prompt"),
+    ],
+)
+def test_an_error_about_one_of_many_requests_says_which(wrong: object, says: str) -> None:
+    many = [FIELDS, {**FIELDS, "target_new": "Oslo"}, wrong]
+    for parse in (parse_requests, requests_of):
+        with pytest.raises(RequestError, match=says) as caught:
+            parse(many)  # type: ignore[operator]
+        shown = f", {wrong['prompt']!r}" if isinstance(wrong, dict) else ""
+        assert str(caught.value).startswith(f"Request 2 of 3 (counted from 0){shown}: ")
+    with pytest.raises(RequestError, match=says) as caught:
+        parse_requests([wrong])  # type: ignore[list-item]
+    assert "counted from 0" not in str(caught.value)
+
+
+def test_records_of_a_published_dataset_are_known_for_what_they_are() -> None:
+    record = {"pararel_idx": 1, "case_id": 0, "requested_rewrite": {"subject": "France"}}
+    with pytest.raises(RequestError, match=r"errata\.datasets\.load\(NAME, records\)") as caught:
+        Request.parse(record)
+    assert "Unknown request field 'requested_rewrite'" in str(caught.value)
+    assert "Did you mean" not in str(caught.value)
+
+
+def test_parallel_lists_are_known_for_what_they_are() -> None:
+    lists = {"prompts": ["The capital of {} is"], "subject": ["France"], "target_new": ["Rome"]}
+    for ask in (lambda: Request.parse(lists), lambda: parse_arguments("", {}, lists)):
+        with pytest.raises(RequestError, match=r"EasyEdit.*a list of requests, each with its"):
+            ask()

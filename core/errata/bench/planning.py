@@ -123,7 +123,8 @@ def plan(
         trust_remote_code: of `run`; only a probe opens the model.
 
     Raises:
-        ConfigError, UnknownNameError, CapabilityError: it cannot be run.
+        ConfigError, UnknownNameError, CapabilityError: it cannot be run; or the directory holds
+            another run, as far as that shows without the model.
     """
     folder = None if directory is None else Path(directory)
     spec = RunSpec(BenchConfig.parse(config), folder, trust_remote_code)
@@ -131,8 +132,11 @@ def plan(
     kinds: dict[str, str] = {}
     costs: dict[str, CaseCost] = {}
     source = ""
-    if directory is not None and read_info(Path(directory)) is not None:
-        there = load(directory)
+    if folder is not None and (info := read_info(folder)) is not None:
+        from errata.bench.run_identity import check_same, foreseen
+
+        check_same(folder.resolve(), info, foreseen(spec, info))
+        there = load(folder)
         kinds, costs = there.kinds, known_costs(there)
         source = f"the cases that {directory} holds" if costs else ""
     if probe:

@@ -107,6 +107,33 @@ def info_of(spec: RunSpec, description: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def foreseen(spec: RunSpec, there: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the `run.json` of a run as far as it is known before its model is opened.
+
+    What only the model tells (its weights, presets that match it) is taken from `there`, what the
+    run's directory says: `check_same` then finds every difference but those.
+    """
+    known = {one["label"]: one for one in there["variants"]}
+    former = {
+        one.get("variant") or one["method"]: one["config"] for one in there["config"]["methods"]
+    }
+    variants = []
+    for variant in spec.config.methods:
+        one = known.get(variant.label)
+        if one is None:
+            one = {"label": variant.label, "version": "", "config": {}}
+        config = dict(one["config"])
+        for name, value in variant.config.items():
+            value = json.loads(json.dumps(value, default=str))
+            resolved = config.get(name, {}).get("value")
+            # A word ("auto") may stand for the number that it was resolved to.
+            is_word = isinstance(value, str) and not isinstance(resolved, str)
+            if value != former.get(variant.label, {}).get(name) and not is_word:
+                config[name] = {"value": value}
+        variants.append({**one, "method": variant.method, "config": config})
+    return info_of(spec, {"model": there["model"], "variants": variants})
+
+
 def _fitted_on(spec: RunSpec, dataset: int) -> str | None:
     """Return the digest of the texts that RS is fitted on; None where they change no number.
 

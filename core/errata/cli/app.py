@@ -29,21 +29,29 @@ from errata.cli import (
     serve,
     zoo,
 )
-from errata.cli.render import console, visible
-from errata.cli.session import CLOSING, EXIT_CODES
+from errata.cli.render import console, json_text, visible
+from errata.cli.session import CLOSING, EXIT_CODES, USAGE
+
+_JSON = "--json"
 
 
 class Commands(TyperGroup):
     """The group: lists commands in the order they were added, and the exit codes below them."""
 
-    def make_context(self, *args: Any, **extra: Any) -> Any:
-        """Read the command line; errors show control characters, as all other output does."""
-        with _visible_errors():
-            return super().make_context(*args, **extra)
+    def make_context(self, info_name: Any, args: list[str], *rest: Any, **extra: Any) -> Any:
+        """Read the command line; errors show control characters, as all other output does.
+
+        With --json a wrong command line is said as one JSON object, as every other error is.
+        """
+        as_json = _JSON in (args[: args.index("--")] if "--" in args else args)
+        with _usage_errors(as_json):
+            context = super().make_context(info_name, args, *rest, **extra)
+        context.meta[_JSON] = as_json
+        return context
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command, with the same care."""
-        with _visible_errors():
+        with _usage_errors(ctx.meta.get(_JSON, False)):
             return super().invoke(ctx)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
@@ -57,7 +65,7 @@ class Commands(TyperGroup):
 
 
 @contextmanager
-def _visible_errors() -> Iterator[None]:
+def _usage_errors(as_json: bool) -> Iterator[None]:
     try:
         yield
     except typer.Exit:
@@ -65,7 +73,12 @@ def _visible_errors() -> Iterator[None]:
     except Exception as error:
         if isinstance(message := getattr(error, "message", None), str):
             error.message = visible(message)  # type: ignore[attr-defined]
-        raise
+        # Only errors of click can say themselves so; which click it is, typer decides.
+        if not as_json or not hasattr(error, "format_message"):
+            raise
+        data = {"error": {"type": "UsageError", "message": error.format_message()}}
+        typer.echo(json_text(data), err=True)
+        raise typer.Exit(USAGE) from None
 
 
 app = typer.Typer(

@@ -24,6 +24,15 @@ def check_model(name: str) -> None:
     check_model_source(name, known_models())
 
 
+def check_opening(name: str, device: str | None, dtype: str | None) -> None:
+    """Raise as `check_model` does, and for a device or dtype that there is not, or not here."""
+    check_model(name)
+    if device is not None or dtype is not None:
+        from errata.model.loading import check_placement
+
+        check_placement(dtype, device)
+
+
 def _strangers() -> bool:
     """Say whether a plugin that is not errata's own may locate, which takes loading it."""
     modules = (point.module.partition(".")[0] for point in entry_points(PLUGINS))

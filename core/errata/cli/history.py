@@ -39,7 +39,7 @@ def add(app: typer.Typer) -> None:
         panel=PANEL,
         shared=LEDGER,
         examples="errata log\nerrata log --active --json | jq '.edits[].id'\nerrata log --refused\n"
-        "errata log --recover",
+        "errata log --recover\nerrata log --discard-lost",
     )(log)
     command(app, "show", panel=PANEL, shared=LEDGER, examples="errata show 3f2a")(show)
     command(
@@ -66,6 +66,12 @@ def log(
             "--recover", help="First take edits whose records were lost back in from their files."
         ),
     ] = False,
+    discard_lost: Annotated[
+        bool,
+        typer.Option(
+            "--discard-lost", help="First delete files of edits that the ledger has no record of."
+        ),
+    ] = False,
 ) -> None:
     """List the edits of the ledger, and which are on the model.
 
@@ -77,9 +83,14 @@ def log(
     its write-ahead file) are recorded again, after those that are there and off the model: a
     file does not tell whether its edit was reverted since. errata apply ID puts one on. A damaged
     database is renamed, and a new one begun.
+
+    With --discard-lost, files that no record names are deleted for good: what a killed process
+    left, and what --recover could take back. With both, what cannot be taken back is deleted.
     """
     if recover:
         _recover(session)
+    if discard_lost:
+        _discard(session)
     with session.read_ledger() as ledger:
         shown, on = ledger.edits(limit, active=active), set(ledger.active_ids())
         total, stale = len(ledger.ids()), set(ledger.stale_ids())
@@ -153,6 +164,16 @@ def _recover(session: Session) -> None:
     ids = ", ".join(edit.id for edit in records[-5:])
     more = f" (the last: {ids}); they are off the model: errata apply ID" if records else ""
     session.say(f"{render.count(len(records), 'edit')} taken back from files{more}", "head")
+
+
+def _discard(session: Session) -> None:
+    """Delete the files of edits that no record names, and say how many."""
+    from errata.edits.ledger import Ledger
+
+    session.read_ledger().close()  # says what is wrong where there is none
+    with Ledger.open(session.ledger) as ledger:
+        gone = ledger.discard_lost()
+    session.say(f"{render.count(len(gone), 'file')} without a record deleted", "head")
 
 
 def _log_table(edits: list[Edit], on: set[str], states: Mapping[str, Text], wide: bool) -> Any:
@@ -337,7 +358,7 @@ def verify(
     session.read_ledger().close()
     if ledger_only:
         with session.read_ledger(kinds=True) as ledger:
-            problems, count = ledger.verify(), len(ledger.ids())
+            problems, count, notes = ledger.verify(), len(ledger.ids()), _notes_of(ledger)
         checked = f"{render.count(count, 'edit')} in {session.ledger}"
     else:
         with session.editor() as editor:
@@ -345,17 +366,29 @@ def verify(
             with editor.disabled():
                 problems += [f"with every edit off, {p}" for p in editor.model.stack.differing()]
             tensors = len(editor.model.parameters) + len(editor.model.buffers)
-            count = len(editor.ledger.ids())
+            count, notes = len(editor.ledger.ids()), _notes_of(editor.ledger)
             checked = (
                 f"{render.count(count, 'edit')} in {session.ledger}; {tensors} tensors of "
                 f"{editor.model.name}, bit for bit"
             )
     if session.json:
-        session.emit({"checked": checked, "problems": problems, "sound": not problems})
+        session.emit(
+            {"checked": checked, "problems": problems, "notes": notes, "sound": not problems}
+        )
     else:
         for problem in problems:
             session.show(Text.assemble(("Problem: ", "bad"), problem))
+        for note in notes:
+            session.show(Text.assemble(("Note: ", "warn"), note))
         verdict = f"{render.count(len(problems), 'problem')}." if problems else "Sound."
         session.show(Text.assemble((verdict, "head"), (f" Checked {checked}.", "muted")))
     if problems:
         raise typer.Exit(DAMAGED)
+
+
+def _notes_of(ledger: Ledger) -> list[str]:
+    """Return what is worth knowing of a ledger, and no fault of it."""
+    from errata.edits.ledger.recovery import unreported_text
+
+    left = ledger.unreported()
+    return [unreported_text(left, ledger.where)] if left else []

@@ -224,17 +224,17 @@ def evaluate(
     retain = tuple(RetainedProbe.of(probe, join, chat) for probe in data.retain) if data else ()
     settings = {"retain": retain} if retain else {}
     if requests is None:
-        session.read_ledger().close()
+        with session.read_ledger() as ledger:
+            if not ids and not ledger.active_ids():
+                raise LedgerError(
+                    "There is nothing to measure: no edit is active. Name edits, or give --file."
+                )
         session.check_ids(ids or ())
     check_model(session.model_name())
     check_protocols(wanted)
     with session.editor() as editor:
         if requests is None:
             chosen = [editor.ledger.get(i) for i in ids or editor.model.stack.ids]
-            if not chosen:
-                raise LedgerError(
-                    "There is nothing to measure: no edit is active. Name edits, or give --file."
-                )
             requests = [request for edit in chosen for request in edit.requests]
         with session.status("Measuring"):
             found = editor.evaluate(requests, wanted, **settings)

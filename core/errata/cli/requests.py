@@ -33,9 +33,6 @@ Chat = Annotated[
     bool, typer.Option("--chat", help="Each prompt is a user's turn: render the chat template.")
 ]
 
-FOREIGN = ("requested_rewrite", "prompts", "ground_truth", "rephrase_prompt", "src", "ent")
-"""Fields by which records of published datasets show that they are not in errata's schema."""
-
 
 def read_requests(file: Path) -> list[Request]:
     """Read requests in errata's own schema: a JSON array, or one object a line; - is stdin.
@@ -79,12 +76,7 @@ def _request(data: object, where: str) -> tuple[Request, list[str]]:
     try:
         return parse_noting({key: value for key, value in data.items() if value is not None})
     except RequestError as error:
-        foreign = next((field for field in FOREIGN if field in data), None)
-        advice = (
-            f" Records with {foreign!r} are those of a published dataset: give --dataset NAME=PATH "
-            "(`errata datasets` lists the names)."
-        )
-        raise RequestError(f"{where}: {error}{advice if foreign else ''}") from None
+        raise RequestError(f"{where}: {error}") from None
 
 
 def read_dataset(

@@ -19,7 +19,7 @@ import typer
 from rich.text import Text
 from typer.core import TyperCommand
 
-from errata.cli.checks import check_model
+from errata.cli.checks import check_opening
 from errata.cli.progress import ConsoleProgress
 from errata.cli.render import console, json_text
 from errata.cli.wording import in_options
@@ -264,7 +264,7 @@ class Session:
             **options: other arguments of `errata.Editor`.
         """
         name = self.model_name()
-        check_model(name)
+        check_opening(name, self.device, self.dtype)
         with self.status(f"Loading {name}"):
             calm_transformers()
             from errata.editor import Editor

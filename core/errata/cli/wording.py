@@ -17,6 +17,11 @@ WORDS: tuple[tuple[str, str], ...] = (
     (r"a prompt with \{\}, subject=… and target_new=…",
      "a prompt with {}, --subject and --target, or --file"),
     (r" \(the traceback shows where\)", " (--debug shows where)"),
+    (r"errata\.datasets\.load\(NAME, records\) makes requests of them \([^)]*\)",
+     "give --dataset NAME=PATH (`errata datasets` lists the names)"),
+    (r"give a list of requests, each with its prompt, [^;]*; or errata\.datasets\.load\([^)]*\) "
+     r"makes them of a mapping of such lists",
+     "give --dataset NAME=PATH (counterfact or knowedit)"),
     (r"with export\(\)", "with `errata export`"),
     (r"Nothing was written: refresh, and try again",
      "Nothing was written: repeat the command"),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from errata.contract import plugins
 from errata.edits.aims import Aim, aims_of_request
+from errata.edits.request_problems import naming_place
 from errata.errors import CapabilityError, RequestError
 from errata.model.running import prepare
 from errata.model.tokens import subject_span
@@ -112,16 +113,21 @@ def check_prompts(model: Model, requests: Sequence[Request]) -> None:
     """Raise `RequestError` for a subject or answer that the model cannot be asked about.
 
     The tokenizer must place both. An answer must fit behind its prompt, or be one of the classes.
+    Of several requests the message says which one it is.
     """
-    special = set(model.tokenizer.all_special_tokens)
-    for request in requests:
-        if request.subject.strip() in special:
-            raise RequestError(
-                f"The subject {request.subject!r} is a special token of {model.name}'s tokenizer, "
-                "not a name: give the name that the fact is about."
-            )
-        asked = [Aim(request.prompt, request.target), *aims_of_request(request)]
-        for prompt in dict.fromkeys(aim.prompt for aim in asked):
-            subject_span(model.tokenizer, prompt, request.subject)
-        for prompt, answer in dict.fromkeys(aim[:2] for aim in asked if aim.answer):
-            prepare(model, [prompt.replace("{}", request.subject)], [answer], device="cpu")
+    for index, request in enumerate(requests):
+        with naming_place(index, len(requests), request):
+            _check_prompts_of(model, request)
+
+
+def _check_prompts_of(model: Model, request: Request) -> None:
+    if request.subject.strip() in set(model.tokenizer.all_special_tokens):
+        raise RequestError(
+            f"The subject {request.subject!r} is a special token of {model.name}'s tokenizer, "
+            "not a name: give the name that the fact is about."
+        )
+    asked = [Aim(request.prompt, request.target), *aims_of_request(request)]
+    for prompt in dict.fromkeys(aim.prompt for aim in asked):
+        subject_span(model.tokenizer, prompt, request.subject)
+    for prompt, answer in dict.fromkeys(aim[:2] for aim in asked if aim.answer):
+        prepare(model, [prompt.replace("{}", request.subject)], [answer], device="cpu")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ class Dataset:
 
     Attributes:
         name: of the reader.
-        source: path or hub id, as given.
+        source: path or hub id, as given; "the records given" for records in memory.
         digest: SHA-256 of the bytes read.
         protocols: what is measured on it by default.
         retain: probes of the dataset as a whole, which no edit may change.
@@ -67,7 +67,7 @@ class Dataset:
 
 def load(
     name: str,
-    path: str | Path | None = None,
+    path: str | Path | Iterable[Mapping[str, Any]] | None = None,
     *,
     split: str | None = None,
     start: int = 0,
@@ -87,7 +87,8 @@ def load(
 
     Args:
         name: a reader of `READERS`.
-        path: a local file or folder, or a hub id: "owner/name", "owner/name/path/to/file.json".
+        path: a local file or folder, or a hub id: "owner/name", "owner/name/path/to/file.json";
+            or records in memory, as such a file holds them: an iterable of mappings.
         split: "train", "test" …, where the source has splits.
         start: cases left out at the beginning: to train on what is not tested, of one file.
         limit: number of cases; what comes after them is not read.
@@ -205,7 +206,9 @@ def _part(items: Iterator[Item], start: int, limit: int | None) -> Iterator[Item
             yield item
 
 
-def _source(reader: DatasetReader, path: str | Path | None, split: str | None) -> Source:
+def _source(
+    reader: DatasetReader, path: str | Path | Iterable[Mapping[str, Any]] | None, split: str | None
+) -> Source:
     if path is not None and reader.needs_path:
         return open_source(path, split)
     if reader.needs_path:

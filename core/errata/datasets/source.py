@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
@@ -72,21 +73,35 @@ class JsonFile(Source):
             raise DatasetError("the file has changed since it was loaded", file=self.name)
         for index, data in enumerate(streams.read_json(self._path, self.name)):
             record = Record(data, self.name, index)
-            if self.split is None or self._is_of_split(record):
+            if self.split is None or is_of_split(record, self.split):
                 yield record
 
     def digest(self) -> str:
         """Return the SHA-256 of the file's bytes."""
         return file_sha256(self._path)
 
-    def _is_of_split(self, record: Record) -> bool:
-        if not record.has("split"):
-            raise DatasetError(
-                f"split={self.split!r} was asked for, but the records have no field 'split'",
-                file=self.name,
-                index=record.index,
-            )
-        return bool(record.get("split") == self.split)
+
+class GivenRecords(Source):
+    """Records that are in memory already: mappings, as a file of the dataset holds them.
+
+    `split` picks the records whose own field "split" says so.
+    """
+
+    def __init__(self, given: Iterable[Any], split: str | None = None) -> None:
+        super().__init__("the records given", None, split)
+        self._given = [given] if isinstance(given, Mapping) else list(given)
+
+    def records(self) -> Iterator[Record]:
+        """Yield every record."""
+        for index, data in enumerate(self._given):
+            record = Record(data, self.name, index)
+            if self.split is None or is_of_split(record, self.split):
+                yield record
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the records as JSON."""
+        text = json.dumps(self._given, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 class TabularSource(Source):
@@ -146,15 +161,23 @@ class TabularSource(Source):
         return loaded[self.split]
 
 
-def open_source(path: str | Path, split: str | None = None) -> Source:
-    """Return the source for a local path, or for an id of the Hugging Face hub.
+def open_source(path: str | Path | Iterable[Any], split: str | None = None) -> Source:
+    """Return the source for a local path, for an id of the Hugging Face hub, or for records.
 
     A hub id is "owner/name" (read as a table by the `datasets` library) or
     "owner/name/path/to/file.json" (that file, as published); "owner/name@revision" pins it.
 
     Raises:
-        DatasetError: there is no such file, and it does not look like a hub id.
+        DatasetError: there is no such file, and it does not look like a hub id; or what is given
+            is neither a path nor a collection of records.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        if isinstance(path, bytes) or not isinstance(path, Iterable):
+            raise DatasetError(
+                f"{path!r} is no path: give a file, a folder or a hub id as text or pathlib.Path, "
+                "or the records themselves as a list of mappings"
+            )
+        return GivenRecords(path, split)
     given = str(path)
     if not given.strip():
         raise DatasetError("the path is empty: give a file, a folder or a hub id")
@@ -181,6 +204,17 @@ def open_source(path: str | Path, split: str | None = None) -> Source:
             )
         return TabularSource(given, None, split)
     return JsonFile(given, _download(given, match), split)
+
+
+def is_of_split(record: Record, split: str) -> bool:
+    """Say whether a record's own field "split" names a split; raise where it has no such field."""
+    if not record.has("split"):
+        raise DatasetError(
+            f"split={split!r} was asked for, but the records have no field 'split'",
+            file=record.file,
+            index=record.index,
+        )
+    return bool(record.get("split") == split)
 
 
 def digest_of_folder(path: Path) -> str:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
 
 from errata.edits.outcome import Outcome
 from errata.edits.request import Request
+from errata.edits.request_problems import naming_place
 from errata.errors import IntegrityError, LedgerError, RequestError
 from errata.model.arguments import is_list
 from errata.model.display import Described, shortened
@@ -176,8 +177,9 @@ def requests_of(items: Request | Edit | Iterable[Request | Edit]) -> list[Reques
         raise RequestError(f"{items!r} is no request, no edit and no list of them.")
     many = [items] if isinstance(items, (Request, Edit, Mapping)) else list(items)
     requests: list[Request] = []
-    for item in many:
-        requests += item.requests if isinstance(item, Edit) else [Request.parse(item)]
+    for index, item in enumerate(many):
+        with naming_place(index, len(many), item):
+            requests += item.requests if isinstance(item, Edit) else [Request.parse(item)]
     if not requests:
         raise RequestError("There is no request here: no edit is active and none was named.")
     return requests

@@ -10,12 +10,12 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from errata.edits.request_problems import check_fields, explained, naming_place, refuse
 from errata.edits.subjects import subject_place
-from errata.errors import RequestError, UnknownNameError
+from errata.errors import RequestError
 from errata.model.arguments import is_list, is_whole, mapping_of
 from errata.model.display import Described, shortened
 from errata.model.joining import with_join
-from errata.model.value_problems import problem_of
 
 logger = logging.getLogger("errata")
 
@@ -238,7 +238,8 @@ class Request(_Frozen):
         if not is_whole(json.dumps(self.model_dump(), ensure_ascii=False)):
             raise ValueError("a text holds half a character (a lone surrogate)")
         if not self.target_new.strip():
-            raise ValueError("target_new is empty: say what the model should answer")
+            is_what = "empty" if "target_new" in self.model_fields_set else "missing"
+            raise ValueError(f"target_new is {is_what}: say what the model should answer")
         self._check_operation()
         return self
 
@@ -371,18 +372,14 @@ def parse_noting(value: Request | Mapping[str, Any]) -> tuple[Request, list[str]
             "target_new."
         )
     data = dict(value)
-    unknown = [key for key in data if key not in Request.model_fields]
-    if unknown:
-        raise RequestError(
-            str(UnknownNameError("request field", str(unknown[0]), Request.model_fields))
-        )
+    check_fields(data, Request.model_fields)
     prompt, subject = data.get("prompt"), data.get("subject")
     if isinstance(prompt, str) and isinstance(subject, str) and subject and "{}" not in prompt:
         data["prompt"] = _template(prompt, subject)
     try:
         return _tidy(Request(**data))
     except ValidationError as error:
-        raise RequestError(_explain(error, data)) from None
+        raise RequestError(explained(error, data)) from None
 
 
 def warn_of_white_space(notes: Sequence[str]) -> None:
@@ -398,11 +395,17 @@ def warn_of_white_space(notes: Sequence[str]) -> None:
 def parse_requests(
     value: Request | Mapping[str, Any] | Iterable[Request | Mapping[str, Any]],
 ) -> list[Request]:
-    """Return requests from one or many; refuse an empty list and exact duplicates."""
+    """Return requests from one or many; refuse an empty list and exact duplicates.
+
+    Errors say which of several requests they are about.
+    """
     if not is_list(value) and not isinstance(value, Request):
         raise RequestError(f"{value!r} is no request and no list of requests.")
     many = [value] if isinstance(value, (Request, Mapping)) else list(value)
-    parsed = [parse_noting(item) for item in many]
+    parsed = []
+    for index, item in enumerate(many):
+        with naming_place(index, len(many), item):
+            parsed.append(parse_noting(item))
     requests = [request for request, _ in parsed]
     if not requests:
         raise RequestError("No requests were given: pass at least one.")
@@ -432,7 +435,10 @@ def parse_arguments(
             mine["prompt"] = request
         if not mine:
             raise RequestError("Say what to edit: a prompt with {}, subject=… and target_new=….")
-        return True, [Request.parse(mine)], overrides
+        try:
+            return True, [Request.parse(mine)], overrides
+        except RequestError as error:
+            refuse(str(error), overrides)
     if mine:
         raise RequestError(
             f"{', '.join(mine)} given beside whole requests: put them into the requests."
@@ -489,12 +495,3 @@ def _template(prompt: str, subject: str) -> str:
             "where the subject goes, for example 'The capital of {} is'."
         )
     return found[0]
-
-
-def _explain(error: ValidationError, data: Mapping[str, Any]) -> str:
-    lines = []
-    for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"]) or "request"
-        lines.append(f"{where}: {problem_of(item)}")
-    shown = {k: v for k, v in data.items() if k in ("prompt", "subject", "target_new", "kind")}
-    return f"Bad request {shown!r}: " + "; ".join(lines)

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from errata.errors import ConfigError
+
 T = TypeVar("T")
 logger = logging.getLogger("errata")
 
@@ -63,10 +65,18 @@ class Progress:
     takes minutes is not silent. Subclass it to show something else.
 
     Args:
-        say: takes one line of text.
+        say: takes one line of text. What it raises does not end the work: it is logged as a
+            warning, and `say` is asked no more.
+
+    Raises `ConfigError` for a `say` that cannot be called.
     """
 
     def __init__(self, say: Callable[[str], None] | None = None) -> None:
+        if say is not None and not callable(say):
+            raise ConfigError(
+                f"progress={say!r} is not allowed: give None (the log of the name 'errata' at "
+                "INFO), a function that takes a line of text (print), or a Progress."
+            )
         self._say = say
         self._works: list[Work] = []
         self._lock = threading.Lock()
@@ -94,10 +104,20 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Report one finished step."""
-        if self._say is not None:
-            self._say(text)
-        else:
+        say = self._say
+        if say is None:
             logger.info("%s", text)
+            return
+        try:
+            say(text)
+        except Exception as error:  # whose work is done must not lose it to a display
+            with self._lock:  # the work and the thread that reports it may both be here
+                first, self._say = self._say is not None, None
+            if first:
+                logger.warning(
+                    "The function given as progress raised %s: %s. It is not called again.",
+                    type(error).__name__, error,
+                )  # fmt: skip
 
     @property
     def heard(self) -> bool:

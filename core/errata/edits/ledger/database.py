@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 from errata.edits.ledger.files import DeltaFiles
 from errata.edits.ledger.schema import (
+    DATABASE,
     STATE_KINDS,
     Event,
     Row,
@@ -21,9 +22,16 @@ from errata.edits.ledger.schema import (
     plain,
     translated,
 )
-from errata.errors import ErrataError, IntegrityError, LedgerChangedError, LedgerError
+from errata.errors import (
+    ErrataError,
+    IntegrityError,
+    LedgerChangedError,
+    LedgerError,
+    StorageError,
+)
 from errata.model.storage import canonical
 
+BATCH = 500  # SQLite limits how many variables a statement has
 EVENT_COLUMNS = "number, time, kind, edit_id, detail, digest"
 
 
@@ -45,8 +53,10 @@ class Database:
         self._lock = threading.RLock()
         self._depth = 0
         self._last, self._tip = 0, ""  # number and digest of the newest event, while writing
+        self._path = None if folder is None else (folder / DATABASE).absolute()
         self._connection: sqlite3.Connection | None = connect(folder, timeout, readonly)
         try:
+            self._opened = self._identity()
             self.head = self.last_event()
             if folder is not None and not readonly:
                 self._sweep()
@@ -84,6 +94,15 @@ class Database:
         with self._lock, translated(self.where, self._timeout):
             return self.ready().execute(query, values).fetchall()
 
+    def rows_of(self, query: str, values: Iterable[str]) -> list[Row]:
+        """Return all rows of a query that has `IN ({})`, for each of the values once."""
+        wanted = list(dict.fromkeys(values))
+        found: list[Row] = []
+        for start in range(0, len(wanted), BATCH):
+            part = tuple(wanted[start : start + BATCH])
+            found += self.rows(query.format(",".join("?" * len(part))), part)
+        return found
+
     def events(self, after: int, last: int | None = None) -> list[Event]:
         """Return the events with a number above `after` (up to `last`), the digests verified."""
         with self._lock:
@@ -103,6 +122,37 @@ class Database:
     def last_event(self) -> int:
         """Return the number of the last event; 0 when there is none."""
         return int(self.rows("SELECT coalesce(max(number), 0) FROM events")[0][0])
+
+    def misplaced(self) -> str:
+        """Return, in words, that the file that is open is no longer at its path; "" where it is.
+
+        SQLite writes on to a file that was deleted, moved or replaced, and reports no error.
+        """
+        now = self._identity()
+        if now == self._opened:
+            return ""
+        what = "is gone: it was deleted or moved" if now is None else "was replaced by another file"
+        return (
+            f"{self._path} {what} while the ledger was open, so nothing can be recorded in it: put "
+            "the file back, or open the ledger again."
+        )
+
+    def _identity(self) -> tuple[int, int] | None:
+        """Return device and inode of the file at the database's path; None where there is none.
+
+        The file is not opened for it: closing it again would drop SQLite's locks (POSIX).
+        """
+        if self._path is None:
+            return None
+        try:
+            found = self._path.stat()
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def _check_place(self) -> None:
+        if text := self.misplaced():
+            raise StorageError(text)
 
     def _link(self, number: int) -> str:
         found = self.rows("SELECT digest FROM events WHERE number = ?", (number,))
@@ -129,10 +179,12 @@ class Database:
                 connection.execute("ROLLBACK")
             self._depth = 1
             try:
+                self._check_place()
                 self.rows("BEGIN IMMEDIATE")
                 seen = self._see(checked)
                 yield
                 self.files.flush()
+                self._check_place()
             except BaseException:
                 self._give_up(connection)
                 raise
@@ -141,6 +193,7 @@ class Database:
                 # arrives, so its files stay unless it cannot be, and the database says what is so.
                 try:
                     self.rows("COMMIT")
+                    self._check_place()
                 except ErrataError as error:
                     if _never_written(error):
                         self._give_up(connection)
@@ -197,6 +250,13 @@ class Database:
         query = 'SELECT substr(record, instr(record, \'"blob":"\') + 8, 64) FROM edits'
         return {str(row[0]) for row in self.rows(query)}
 
+    def without_record(self, *, reported: bool) -> list[str]:
+        """Return the SHA-256 of files that no record names: of ended changes, or of others."""
+        # In this order, what another process records meanwhile is neither.
+        there, begun = self.files.digests(), self.files.begun()
+        left = there - self.recorded()
+        return sorted(left - begun if reported else left & begun)
+
     @staticmethod
     def _roll_back(connection: sqlite3.Connection) -> None:
         if connection.in_transaction:
@@ -228,16 +288,15 @@ class Database:
         return not missed
 
     def _sweep(self) -> None:
-        """Delete the half-written files of killed processes, unless another one is writing now."""
+        """Delete what killed processes left in `tmp`, unless another one is writing now."""
         connection = self.ready()
-        if not self.files.orphans():
+        if not self.files.leftovers():
             return
-        with suppress(OSError, sqlite3.Error):
+        with suppress(OSError, sqlite3.Error, ErrataError):
             connection.execute("PRAGMA busy_timeout = 0")
             try:
                 connection.execute("BEGIN IMMEDIATE")
-                for path in self.files.orphans():
-                    path.unlink(missing_ok=True)
+                self.files.sweep(self.recorded())
             finally:
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import os
+import secrets
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,13 +24,15 @@ PRIVATE_FOLDER, PRIVATE_FILE = 0o700, 0o600
 """A ledger is its owner's: requests may hold what nobody else should read."""
 OWN = {DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm", "blobs", "tmp"}
 """What a ledger's folder holds."""
+BEGUN = "begun-"
+"""How the lists in `tmp` begin: of the files that a change has written and not yet recorded."""
 
 
 class DeltaFiles:
     """Bytes by their SHA-256, as `blobs/ab/abcd….safetensors` in a folder; None keeps them here.
 
     Written only under the ledger's write lock, so that while it is held every file in `tmp` is
-    an orphan, and what a transaction added can be taken away again when it fails.
+    a killed process's, and what a transaction added can be taken away again when it fails.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -36,6 +40,7 @@ class DeltaFiles:
         self._memory: dict[str, bytes] = {}
         self._fresh: list[str] = []  # first written by the transaction in progress
         self._unsynced: set[Path] = set()  # folders with renames that may not be on disk yet
+        self._begun: Path | None = None  # names what the transaction in progress has written
 
     def write(self, data: bytes) -> str:
         """Store bytes, durably once flushed; return their SHA-256. A file there is replaced.
@@ -55,6 +60,7 @@ class DeltaFiles:
         if not path.exists():
             self._fresh.append(digest)
         self._unsynced.add(path.parent)
+        self._begin(scratch, digest)
         # Its own orphans are swept under the write lock: no note of each of thousands is needed.
         replace_whole(path, data, unfinished(path, scratch), sync_parent=False, mode=PRIVATE_FILE)
         return digest
@@ -100,6 +106,10 @@ class DeltaFiles:
         """Keep what the transaction in progress wrote."""
         self._fresh.clear()
         self._unsynced.clear()
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            with suppress(OSError):
+                begun.unlink(missing_ok=True)
 
     @property
     def written(self) -> int:
@@ -129,15 +139,59 @@ class DeltaFiles:
         names = (path.stem for path in (self._folder / "blobs").glob("*/*.safetensors"))
         return {name for name in names if DIGEST.fullmatch(name)}
 
-    def orphans(self) -> list[Path]:
-        """Return the half-written files; theirs are orphans only while the write lock is held."""
+    def delete(self, digests: Iterable[str]) -> None:
+        """Delete files for good. Raises `StorageError` when the disk refuses."""
+        for digest in digests:
+            if self._folder is None:
+                self._memory.pop(digest, None)
+                continue
+            path = self._path(self._folder, digest)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise StorageError(f"Cannot delete {path}: {error.strerror or error}.") from error
+
+    def begun(self) -> set[str]:
+        """Return the SHA-256 of what changes wrote that did not end: killed, or going on."""
+        return {digest for path in self._lists() for digest in _lines(path)}
+
+    def leftovers(self) -> list[Path]:
+        """Return what killed processes leave in `tmp`; all of it only while the lock is held."""
         if self._folder is None:
             return []
-        return sorted((self._folder / "tmp").glob(".*.tmp"))
+        return [*sorted((self._folder / "tmp").glob(".*.tmp")), *self._lists()]
+
+    def sweep(self, recorded: Collection[str]) -> None:
+        """Delete half-written files, and lists of files that are recorded or gone by now."""
+        unknown = self.digests() - set(recorded)
+        lists = set(self._lists())
+        for path in self.leftovers():
+            if path not in lists or unknown.isdisjoint(_lines(path)):
+                path.unlink(missing_ok=True)
+
+    def _begin(self, scratch: Path, digest: str) -> None:
+        """List a file before it is written: were the process killed, its edit was not reported.
+
+        Without the list (a disk may refuse it) the file would count as one whose record was lost.
+        """
+        if self._begun is None:
+            self._begun = scratch / f"{BEGUN}{os.getpid()}-{secrets.token_hex(4)}"
+        with suppress(OSError), self._begun.open("a", encoding="ascii") as handle:
+            handle.write(f"{digest}\n")
+
+    def _lists(self) -> list[Path]:
+        return sorted((self._folder / "tmp").glob(f"{BEGUN}*")) if self._folder else []
 
     @staticmethod
     def _path(folder: Path, digest: str) -> Path:
         return folder / f"blobs/{digest[:2]}/{digest}.safetensors"
+
+
+def _lines(path: Path) -> set[str]:
+    try:
+        return {line for line in path.read_text("ascii").split("\n") if DIGEST.fullmatch(line)}
+    except (OSError, UnicodeError):  # its process has ended it just now, or it is not ours
+        return set()
 
 
 SMALLEST = 512

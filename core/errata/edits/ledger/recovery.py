@@ -13,6 +13,7 @@ from errata.edits.ledger.files import SMALLEST, DeltaFiles
 from errata.edits.ledger.schema import (
     APPLICATION,
     DATABASE,
+    DISCARD,
     RECOVER,
     VERIFIED,
     connect,
@@ -86,14 +87,27 @@ def _free(file: Path) -> Path:
 
 
 def lost_text(lost: Sequence[str], where: str) -> str:
-    """Say which files have no record, and what to do about it."""
-    files = ", ".join(f"{digest[:12]}….safetensors" for digest in lost[:SHOWN])
-    more = f" and {len(lost) - SHOWN} more" if len(lost) > SHOWN else ""
+    """Say which files have lost their record, and what to do about it."""
     return (
-        f"The ledger {where} has no record of {len(lost)} of the files in its blobs ({files}{more})"
-        ": part of its database was lost, or a process was killed while it recorded an edit. Take "
-        f"the edits back in with {RECOVER}."
+        f"The ledger {where} has no record of {len(lost)} of the files in its blobs "
+        f"({_names(lost)}): part of its database was lost, or an earlier errata was killed while "
+        f"it recorded edits. Take the edits back in with {RECOVER}; or delete the files with "
+        f"{DISCARD}."
     )
+
+
+def unreported_text(left: Sequence[str], where: str) -> str:
+    """Say which files a killed process left, and what can be done with them."""
+    return (
+        f"{len(left)} of the files in the blobs of {where} are of edits that no call reported as "
+        f"done ({_names(left)}): their process was killed before, or is at work. They do no harm. "
+        f"Delete them with {DISCARD}; or take the edits in, off the model, with {RECOVER}."
+    )
+
+
+def _names(digests: Sequence[str]) -> str:
+    names = ", ".join(f"{digest[:12]}….safetensors" for digest in digests[:SHOWN])
+    return names + (f" and {len(digests) - SHOWN} more" if len(digests) > SHOWN else "")
 
 
 def warn_of_lost(lost: Sequence[str], where: str) -> None:

@@ -29,6 +29,8 @@ APPLICATION = 0x65727261  # "erra": SQLite's application_id, which tells our fil
 VERSION = 1
 RECOVER = "`errata log --recover`, or `Ledger.open(folder, recover=True)` and its `recover`"
 """What brings back edits whose files are there and whose records are not."""
+DISCARD = "`errata log --discard-lost`, or `Ledger.discard_lost`"
+"""What deletes such files."""
 
 # Rows are only ever added. What changes are `active` (a cache of the last apply or revert) and
 # the outcome inside `record`; both changes are events too, and `verify` compares.

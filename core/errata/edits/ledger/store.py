@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from errata.edits.ledger import content, exchange
 from errata.edits.ledger.check import problems
 from errata.edits.ledger.database import Database
 from errata.edits.ledger.files import PRIVATE_FOLDER, make_private, refuse_lost_database
+from errata.edits.ledger.names import resolve
 from errata.edits.ledger.recovery import lost_edits, lost_text, set_damaged_aside, warn_of_lost
 from errata.edits.ledger.schema import KINDS, NOTE_KIND, Event, Row, edit_of, record_text
 from errata.errors import IntegrityError, LedgerError, StorageError, UnknownNameError
@@ -30,9 +30,7 @@ if TYPE_CHECKING:
 
     Kinds = Mapping[str, type[Delta]]
 
-BATCH = 500  # SQLite limits how many variables a statement has
 EDIT_COLUMNS = "sequence, id, active, record, digest"
-HEX = frozenset("0123456789abcdef")
 
 
 class Ledger:
@@ -40,7 +38,7 @@ class Ledger:
 
     Every change is one transaction. The delta's file is complete and synced before the record
     that names it, so whatever is killed whenever, the ledger holds every edit whose `commit`
-    returned; at worst a file is left that no record names (`lost`, `recover`).
+    returned; at worst files are left that no record names (`unreported`, `discard_lost`).
 
     Each change first looks whether another process has changed the edits since this object last
     read them (`head`), and if so raises `LedgerChangedError` and writes nothing.
@@ -240,17 +238,7 @@ class Ledger:
 
     def resolve(self, name: str) -> str:
         """Return the full id for a unique beginning of one, or raise `UnknownNameError`."""
-        if isinstance(name, str) and name and set(name) <= HEX:
-            # "g" follows "f": the range holds exactly the ids that begin so.
-            query = "SELECT id FROM edits WHERE id >= ? AND id < ? ORDER BY id LIMIT 9"
-            rows = self._database.rows(query, (name, name + "g"))
-            if len(rows) == 1:
-                return str(rows[0][0])
-            if rows:
-                raise UnknownNameError(
-                    "edit", name, [row[0] for row in rows], "It fits several: give more digits."
-                )
-        raise self._unknown(name)
+        return resolve(self._database, name)
 
     def delta(self, name: str) -> Delta:
         """Return the delta of an edit: its hash verified, its parts validated and finite."""
@@ -310,36 +298,51 @@ class Ledger:
         if digests is None:
             rows = self._database.rows(query.format(""))
         else:
-            wanted = list(dict.fromkeys(digests))
-            rows = []
-            for start in range(0, len(wanted), BATCH):
-                part = wanted[start : start + BATCH]
-                marks = ",".join("?" * len(part))
-                rows += self._database.rows(
-                    query.format(f"WHERE r.digest IN ({marks})"), tuple(part)
-                )
+            rows = self._database.rows_of(query.format("WHERE r.digest IN ({})"), digests)
         found: dict[str, list[str]] = {}
         for digest, edit_id in rows:
             found.setdefault(digest, []).append(edit_id)
         return found
 
     def verify(self) -> list[str]:
-        """Read everything and return what is wrong with it, in words; empty when all is sound."""
+        """Read everything and return what is wrong with it, in words; empty when all is sound.
+
+        What a killed process left (`unreported`) is not wrong: no edit was reported that it is of.
+        """
         database = self._database
         lost = self.lost()
         found = problems(database.ready(), self.where, database.files.read, self.kinds)
+        if misplaced := database.misplaced():
+            found.insert(0, misplaced)
         return [*found, lost_text(lost, self.where)] if lost else found
 
-    # -- what a lost database leaves -------------------------------------------------------------
+    # -- files without a record ------------------------------------------------------------------
 
     def lost(self) -> list[str]:
-        """Return the SHA-256 of the files of edits that no record names.
+        """Return the SHA-256 of the files whose edits were recorded, and are no longer.
 
-        They are left when the database, or its write-ahead file, is lost, and one edit's when
-        its process is killed before the edit was reported as done.
+        They are left when the database, or its write-ahead file, is lost.
         """
-        there = self._database.files.digests()  # first: what is recorded meanwhile is not lost
-        return sorted(there - self._database.recorded())
+        return self._database.without_record(reported=True)
+
+    def unreported(self) -> list[str]:
+        """Return the SHA-256 of the files that changes wrote and did not come to record.
+
+        Their process was killed before any edit of the change was reported as done, or is at it.
+        """
+        return self._database.without_record(reported=False)
+
+    def discard_lost(self) -> list[str]:
+        """Delete all files of edits that no record names, for good; return their SHA-256.
+
+        Those of `lost` and those of `unreported`. What `recover` can take back is gone after this.
+        """
+        with self._database.write(checked=False):
+            gone = sorted({*self.lost(), *self.unreported()})
+            if gone:
+                self._database.add_event("discard", None, {"files": gone})
+                self._database.files.delete(gone)
+        return gone
 
     def recover(self) -> tuple[list[Edit], dict[str, str]]:
         """Take edits whose files no record names back into the ledger, in their order, inactive.
@@ -351,7 +354,8 @@ class Ledger:
             The records, and the name of each file that cannot be taken back → the reason.
         """
         with self._database.write():
-            pairs, refused = lost_edits(self._database.files, self.lost(), self.kinds)
+            found = sorted({*self.lost(), *self.unreported()})
+            pairs, refused = lost_edits(self._database.files, found, self.kinds)
             here = set(self.ids())
             records = []
             for edit, delta in pairs:
@@ -489,12 +493,3 @@ class Ledger:
     def _parts(self, edit: Edit) -> content.Parts:
         source = f"The delta of edit {edit.id}"
         return content.decode(self._database.files.read(edit.blob, source), edit.delta_kind, source)
-
-    def _unknown(self, name: str) -> UnknownNameError:
-        shown = name if isinstance(name, str) else repr(name)
-        shown = shown if len(shown) <= 80 else shown[:79] + "…"
-        ids = self.ids()
-        close = difflib.get_close_matches(shown, ids, n=1, cutoff=0.5)
-        known = dict.fromkeys([*close, *ids[-8:]])
-        more = len(ids) - len(known)
-        return UnknownNameError("edit", shown, known, f"({more} older ones.)" if more > 0 else "")

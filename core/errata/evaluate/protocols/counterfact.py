@@ -50,6 +50,11 @@ class Contest:
     type: str = ""
     against: str = ""
 
+    @property
+    def is_of_one_side(self) -> bool:
+        """Whether both sides are the same forms after the same prompt."""
+        return set(self.first) == set(self.second) and self.against in ("", self.prompt)
+
 
 def measure(reader: Reader) -> list[Measurement]:
     """Return what the authors' code returns, each where the requests have its prompts.
@@ -78,9 +83,11 @@ def entity_view(
         protocol: name of the protocol.
         prefix: before the names of the metrics.
         score: name of the harmonic mean of the three successes.
-        only: which requests; those without a true target are left out in any case.
+        only: which requests; those without a true target are left out in any case, and so is
+            each prompt on which both sides are the same: neither can win.
     """
     measured: list[Measurement] = []
+    same: set[int] = set()
     for letter, what, keeps, sides_of in (
         ("E", "rewrite prompt", False, _rewrite),
         ("P", "paraphrases", False, _paraphrases),
@@ -93,9 +100,17 @@ def entity_view(
             if request.target_true and only(request)
             for sides in sides_of(request)
         ]
+        same |= {int(one.request) for one in asked if one.is_of_one_side}
+        asked = [one for one in asked if not one.is_of_one_side]
         names = (f"{prefix}{letter}S", f"{prefix}{letter}M")
         how = (f"{protocol}: {HOW}; {what}, ", f"P({better})", f"P({worse})")
         measured += contests(reader, names, asked, how)
+    if same:
+        logger.warning(
+            "%s: %d of %d requests have the new target as the true one, too (the first: %r): "
+            "prompts with nothing to compare are left out.",
+            protocol, len(same), len(reader.requests), reader.requests[min(same)].text,
+        )  # fmt: skip
     successes = [one for one in measured if one.metric.endswith("S")]
     if len(successes) == 3:
         e, p, n = (one.metric for one in successes)

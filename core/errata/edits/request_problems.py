@@ -1,0 +1,75 @@
+"""What is wrong with a request, in words: its fields, its place in a list, another format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from pydantic import ValidationError
+
+from errata.errors import RequestError, UnknownNameError
+from errata.model.display import shortened
+from errata.model.value_problems import problem_of
+
+FOREIGN = ("requested_rewrite", "prompts", "ground_truth", "rephrase_prompt", "src", "ent")
+"""Fields by which records of published datasets, and calls of EasyEdit, show what they are."""
+
+
+def refuse(problem: str, fields: Iterable[str]) -> NoReturn:
+    """Raise a `RequestError`, with what to do where fields are those of another format."""
+    given = set(fields)
+    field = next((field for field in FOREIGN if field in given), None)
+    if field is not None and not problem.endswith("."):
+        problem += "."
+    if field == "prompts":
+        raise RequestError(
+            f"{problem} Parallel lists are how calls of EasyEdit are written: give a list of "
+            "requests, each with its prompt, subject and target_new; or errata.datasets.load("
+            "'counterfact', arguments) makes them of a mapping of such lists."
+        )
+    if field is not None:
+        raise RequestError(
+            f"{problem} Records with {field!r} are those of a published dataset: "
+            "errata.datasets.load(NAME, records) makes requests of them (errata.datasets.READERS "
+            "has the names; 'requested_rewrite' is of counterfact)."
+        )
+    raise RequestError(problem)
+
+
+def check_fields(data: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Raise `RequestError` for a field that requests do not have."""
+    names = list(known)
+    unknown = [key for key in data if key not in names]
+    if unknown:
+        shown = next((field for field in FOREIGN if field in unknown), str(unknown[0]))
+        refuse(str(UnknownNameError("request field", shown, names)), map(str, unknown))
+
+
+def explained(error: ValidationError, data: Mapping[str, Any]) -> str:
+    """Return what fields of a request are wrong, each by its name."""
+    lines = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"]) or "request"
+        lines.append(f"{where}: {problem_of(item)}")
+    shown = {k: v for k, v in data.items() if k in ("prompt", "subject", "target_new", "kind")}
+    return f"Bad request {shown!r}: " + "; ".join(lines)
+
+
+@contextmanager
+def naming_place(index: int, count: int, item: object) -> Iterator[None]:
+    """Say which of several requests a `RequestError` of the block is about.
+
+    Args:
+        index: of the request, from 0.
+        count: how many there are; one alone needs no name.
+        item: the request, as it was given.
+    """
+    try:
+        yield
+    except RequestError as error:
+        if count == 1:
+            raise
+        prompt = item.get("prompt") if isinstance(item, Mapping) else getattr(item, "text", None)
+        shown = f", {shortened(prompt, 40)!r}" if isinstance(prompt, str) and prompt else ""
+        raise RequestError(f"Request {index} of {count} (counted from 0){shown}: {error}") from None
