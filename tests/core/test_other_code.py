@@ -14,6 +14,7 @@ from errata import Editor, Request, hookimpl
 from errata.contract.guards import Guards
 from errata.contract.manager import Manager
 from errata.edits.delta import DenseDelta, Rows, SparseRowsDelta
+from errata.edits.stack import Stack
 from errata.errors import (
     CapabilityError,
     ConfigError,
@@ -476,3 +477,23 @@ def test_a_model_is_not_saved_without_the_edits_beside_its_weights(
         editor.merge(tmp_path / "merged")
     editor.revert(edit)
     module.save_pretrained(tmp_path / "after")
+
+
+def test_a_ctrl_c_while_edits_come_back_loses_none(
+    editor: Editor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit = editor.edit(ADA, method="rome", steps=2)
+    state, fold, cut = state_of(editor.model), Stack._fold, []
+
+    def interrupted(stack: Stack, name: str, entries: Any) -> Tensor:
+        if entries and not cut:
+            cut.append(name)
+            raise KeyboardInterrupt
+        return fold(stack, name, entries)
+
+    with pytest.raises(KeyboardInterrupt), editor.disabled():
+        monkeypatch.setattr(Stack, "_fold", interrupted)
+    assert cut
+    assert editor.model.stack.ids == [edit.id] == editor.ledger.active_ids()
+    assert_same(state_of(editor.model), state)
+    editor.edit("{} is from", subject="Mirevia", target_new="in", method="rome", steps=2)

@@ -155,18 +155,30 @@ class Stack(Described):
         No other thread runs or changes the model meanwhile.
         """
         with self._model.access.changing():
-            former = list(self._entries)
-            self.set(entries)
-            self.suspended += 1
+            former, over = list(self._entries), False
             try:
-                yield
-            except BaseException:
-                self.set(former, force=True)
-                raise
-            else:
-                self.set(former)
+                self.set(entries)
+                self.suspended += 1
+                try:
+                    yield
+                    over = True
+                finally:
+                    self.suspended -= 1
             finally:
-                self.suspended -= 1
+                self._bring_back(former, force=not over)
+
+    def _bring_back(self, former: Sequence[Edit], *, force: bool) -> None:
+        """Make former edits active again, also where a Ctrl-C comes in the middle of it.
+
+        Raises `IntegrityError`, and leaves them off, where other code changed what they write.
+        """
+        try:
+            self.set(former, force=force)
+        except IntegrityError:
+            raise
+        except BaseException:
+            self._move(self._entries, former, force=True)  # `set` had put the temporary ones back
+            raise
 
     @recording()
     def restore(self) -> None:
@@ -296,7 +308,7 @@ class Stack(Described):
         found: list[Answers | None] = [None] * len(prompts)
         for kind, deltas in self._acting("respond", self._entries):
             for row, answers in enumerate(responding(kind, self._model, deltas, prompts)):
-                found[row] = found[row] or answers
+                found[row] = answers if found[row] is None else found[row]
         return found
 
     def _acting(
