@@ -48,7 +48,7 @@ LONG = (
     "test_twenty_edits_in_sequence_keep_the_earlier_ones",
     "test_it_works_in_bfloat16",
     "test_edits_take_effect",
-    "test_it_mixes_with_every_other_installed_method",
+    "test_it_mixes_with_methods_of_other_kinds",
 )
 ESSENTIAL = (
     "test_an_edit_saved_and_loaded_is_the_same_edit",
