@@ -90,10 +90,11 @@ class ImpureMethodError(PluginError):
         self.method = method
         self.changed = list(changed)
         shown = ", ".join(self.changed[:5]) + (" …" if len(self.changed) > 5 else "")
+        who = method if " " in method else f"Method {method!r}"
         super().__init__(
-            f"Method {method!r} changed the model in its `{hook}` hook: {shown}. A hook computes, "
-            "returns or keeps what it found, and leaves the model and global random generators "
-            "alone; all of it has been put back and nothing was recorded."
+            f"{who} changed the model in its `{hook}` hook: {shown}. A hook computes, returns or "
+            "keeps what it found, and leaves the model and global random generators alone; all of "
+            "it has been put back and nothing was recorded."
         )
 
 

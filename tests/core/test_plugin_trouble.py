@@ -240,3 +240,33 @@ def test_a_configuration_that_would_mean_nothing_is_refused_where_it_is_written(
         type("Config", (MethodConfig,), {"__annotations__": {"on_base": bool}, "on_base": True})
     with pytest.raises(PluginError, match="prepares names leyer"):
         type("Config", (MethodConfig,), {"prepares": {"leyer"}})
+
+
+class Measures:
+    """An observer that answers `evaluate` as it is told to."""
+
+    def __init__(self, does: Any) -> None:
+        self.does = does
+
+    @hookimpl
+    def evaluate(self, model: Any) -> Any:
+        return self.does(model)
+
+
+@pytest.mark.parametrize(
+    ("does", "said"),
+    [
+        (lambda model: {"accuracy": 1.0}, "Measures returned something else"),
+        (lambda model: [0.5], "Measures returned something else"),
+        (lambda model: [model.module.lm_head.weight.data.add_(1.0)][:0], "Measures.*wte"),
+        (lambda model: [model.module.config.update({"n_layer": 7})][:0], "Measures.*config"),
+    ],
+)
+def test_an_evaluation_that_returns_no_measurements_or_changes_the_model_is_named(
+    does: Any, said: str, toys: None
+) -> None:
+    module, tokenizer = build("gpt2")
+    with Editor(module, tokenizer, observers=[Measures(does)]) as editor:
+        with pytest.raises(PluginError, match=rf"(?s){said}"):
+            editor.evaluate([{"prompt": "{} is", "subject": "Ada", "target_new": "in"}])
+        assert editor.verify() == []

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errata.contract import plugins
 from errata.contract.hooks import MODELS
+from errata.contract.measurement import Measurement
 from errata.contract.plugins import called, is_own, registered
 from errata.contract.purity import pure
 from errata.edits.delta import Delta
@@ -19,7 +20,6 @@ from errata.errors import CapabilityError, ErrataError, IntegrityError, PluginEr
 
 if TYPE_CHECKING:
     from errata.contract.location import Location
-    from errata.contract.measurement import Measurement
     from errata.contract.protocol import Protocol
     from errata.edits.edit import Edit
     from errata.edits.request import Request
@@ -150,7 +150,7 @@ class Manager:
         try:
             delta.check(model)
             return own_copy(delta, model)
-        except IntegrityError as error:
+        except (IntegrityError, RuntimeError, TypeError, AttributeError) as error:
             raise PluginError(
                 f"Method {self.method!r} returned a delta that does not fit the model: {error}"
             ) from error
@@ -162,12 +162,28 @@ class Manager:
         protocols: Sequence[str],
         settings: Mapping[str, Any],
     ) -> list[Measurement]:
-        """Collect the measurements of all plugins."""
-        with self._calling("evaluate"):
-            results = self._pm.hook.evaluate(
-                model=model, requests=requests, protocols=protocols, settings=settings
+        """Collect the measurements of all plugins.
+
+        Raises:
+            ImpureMethodError: a plugin that is not errata's own changed the model.
+            PluginError: one returned something else than measurements.
+        """
+        asked = [i.plugin for i in self._pm.hook.evaluate.get_hookimpls()]
+        strangers = [plugin for plugin in asked if not is_own(plugin)]
+        name = called(strangers[0]) if strangers else ""
+        with pure(model, name, "evaluate") if strangers else nullcontext():
+            with self._calling("evaluate"):
+                results = self._pm.hook.evaluate(
+                    model=model, requests=requests, protocols=protocols, settings=settings
+                )
+        found = [item for result in reversed(results) for item in _listed(result)]
+        if not all(isinstance(result, (list, tuple)) for result in results) or not all(
+            isinstance(item, Measurement) for item in found
+        ):
+            raise PluginError(
+                f"{' or '.join(map(called, strangers))} returned something else than a list of "
+                "Measurement (errata.contract.measurement) from `evaluate`."
             )
-        found = [item for result in reversed(results) for item in result]
         if not found and protocols and "baseline" not in settings:
             # A run that has a baseline measures case by case, and says itself what is missing.
             logger.warning("Nothing was measured. %s", self._lacking(protocols))
