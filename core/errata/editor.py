@@ -331,8 +331,9 @@ class Editor(Described):
     @contextmanager
     def only(self, *edits: EditLike) -> Iterator[None]:
         """Have exactly these edits on the model for a block of code."""
-        wanted = [self._get(edit) for edit in edits]
-        with self._stack.temporarily(wanted):
+        on = {edit.id: edit for edit in self._stack.entries}
+        records = [self._record(edit) for edit in edits]
+        with self._stack.temporarily([on.get(r.id) or self.ledger.bound(r) for r in records]):
             yield
 
     def verify(self) -> list[str]:
