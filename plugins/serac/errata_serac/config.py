@@ -19,7 +19,7 @@ class SeracConfig(MethodConfig):
     prepares: ClassVar[set[str] | None] = {
         "seed", "variant", "scope", "encoder", "encoder_layers", "rank", "target_modules", "layers",
         "steps", "lr", "batch_size", "accumulate", "edit_weight", "scope_weight", "clip",
-        "hard_negatives", "validate_every", "patience", "records",
+        "hard_negatives", "validate_every", "patience", "records", "append_end",
     }  # fmt: skip
 
     variant: Literal["serac", "mixture"] = Field(
@@ -51,6 +51,11 @@ class SeracConfig(MethodConfig):
         default=("attention_in", "attention_out"), description="Linear modules that get the LoRA"
     )
     layers: tuple[int, ...] | None = Field(default=None, description="Blocks that do; null: all")
+    append_end: bool = Field(
+        default=True,
+        description="The counterfactual model learns to end its text after the answer, as the "
+        "authors' T5 does",
+    )
     steps: int = Field(default=1_000_000, ge=1, description="Batches, at most")
     lr: float = Field(default=1e-5, gt=0, description="Adam's learning rate, of both networks")
     batch_size: int = Field(default=10, ge=1, description="Edits per batch")

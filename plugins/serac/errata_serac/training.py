@@ -207,9 +207,10 @@ class SeracTraining:
         return [user_turn(self.model, prompt)[1] for prompt in prompts]
 
     def _answers(self, edits: Sequence[Edit], inside: Sequence[str]) -> Tensor:
-        """Return the NLL per token of h(z, x) for the edits' labels."""
+        """Return the NLL per token of h(z, x) for the edits' labels, and for the end after them."""
         texts = [read_with(self.model, *pair) for pair in zip(edits, inside, strict=True)]
-        batch = prepare(self.model, texts, [label for _, label in edits])
+        end = self.model.tokenizer.eos_token if self.config.append_end else None
+        batch = prepare(self.model, texts, [f"{label}{end or ''}" for _, label in edits])
         with switched_on(self.model, self.lora):
             logits = run(self.model, batch)
         return torch.nn.functional.cross_entropy(logits, batch.labels.to(logits.device))
