@@ -198,11 +198,11 @@ class Editor(Described):
             config: hyper-parameters; they may also be given as keywords.
             batch_size: how many requests the method gets at once; by default what it declares.
             apply: False computes and records the edits without putting them on the model.
-            supersede: take active edits about the same facts (subject and relation) off, as one
-                with putting the new ones on; `revert(edit, restore=True)` brings them back.
+            supersede: take active edits about the same facts (subject and relation) off, in one
+                step; `revert(edit, restore=True)` brings them back. Of several requests about one
+                fact only the last is made.
             commit: "call": the call is one transaction, all of it or nothing; "batch": each
-                batch is, so that a long call that is killed keeps what it had made (`done` on
-                an error holds those edits).
+                batch is, so a long call that is killed keeps what it had made (an error's `done`).
             on_refused: "raise" stops where a guard refuses; "skip" leaves that batch out and goes
                 on (each batch is a transaction then).
             **fields: request fields (prompt, subject, target_new …) or hyper-parameters.
@@ -217,7 +217,7 @@ class Editor(Described):
             IntegrityError: other code changed the model, which an edit would overwrite.
         """
         single, asked, overrides = parse_arguments(request, config or {}, fields)
-        requests = rendered(self.model, asked)
+        requests = rendered(self.model, self._editing.asked(asked, supersede=supersede))
         check_name("commit", commit, ("call", "batch"))
         check_name("on_refused", on_refused, ("raise", "skip"))
         if supersede and not apply:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from errata.contract import plugins
-from errata.edits.clashes import Clashes, check_superseded
+from errata.edits.clashes import Clashes, check_superseded, last_of_each
 from errata.edits.edit import Edit
 from errata.edits.outcome import Outcome
 from errata.errors import EditRefused, ErrataError, PluginError
@@ -78,6 +78,10 @@ class Editing:
         self._methods = methods
         self._guards = guards
         self._transactions = transactions
+
+    def asked(self, requests: Sequence[Request], *, supersede: bool) -> Sequence[Request]:
+        """Return the requests that a call makes: with `supersede`, the last about each fact."""
+        return last_of_each(requests) if supersede else requests
 
     def make(self, call: EditCall, *, apply: bool, supersede: bool = False) -> list[Edit]:
         """Compute, check, apply and record the edits of one call; all of them, or none.
