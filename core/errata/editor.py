@@ -198,13 +198,13 @@ class Editor(Described):
             config: hyper-parameters; they may also be given as keywords.
             batch_size: how many requests the method gets at once; by default what it declares.
             apply: False computes and records the edits without putting them on the model.
-            supersede: take active edits about the same facts (subject and relation) off, in one
-                step; `revert(edit, restore=True)` brings them back. Of several requests about one
-                fact only the last is made.
+            supersede: take active edits about the same facts off, in the same step; `revert(edit,
+                restore=True)` brings them back. Of a call's requests on one fact, the last is made.
             commit: "call": the call is one transaction, all of it or nothing; "batch": each
-                batch is, so a long call that is killed keeps what it had made (an error's `done`).
-            on_refused: "raise" stops where a guard refuses; "skip" leaves that batch out and goes
-                on (each batch is a transaction then).
+                batch is (100 requests where a method takes all at once and `batch_size` is None),
+                so a long call that is killed keeps what it had made (an error's `done`).
+            on_refused: "raise" stops where a guard refuses; "skip" goes on (each batch is a
+                transaction then) without that request, or that batch where it is one edit.
             **fields: request fields (prompt, subject, target_new …) or hyper-parameters.
 
         Returns:
@@ -225,7 +225,7 @@ class Editor(Described):
         with self._changing("edit"):
             self._methods.entry(method)
             settings, _ = self.configure(method, overrides)
-            batches = self._methods.batches(method, settings, requests, batch_size)
+            batches = self._methods.batches(method, settings, requests, batch_size, commit)
             check_prompts(self.model, requests)
             self._methods.prepare(method, settings)
             self._methods.check_overlap(method, settings, requests)

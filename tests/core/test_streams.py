@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from errata import Editor, Request
 from errata.cli.app import app
+from errata.errors import EditRefused
 from tests.families import build
 
 pytestmark = pytest.mark.usefixtures("toys")
@@ -148,3 +150,92 @@ def test_an_edit_restored_and_reverted_is_left_over_although_it_was_superseded(
     assert active() == ["Oslo"]
     assert second["outcome"]["supersedes"] == [first["id"]]
     assert run("edit", "--file", old, *how, "--resume")["skipped"] == 0
+
+
+# -- batches of a stream ---------------------------------------------------------------------------
+
+PEOPLE = ("Ada", "Alan", "Bo", "Grace", "Kurt")
+
+
+def test_a_method_that_takes_all_at_once_gets_a_stream_in_bounded_batches(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("errata.contract.methods.STREAM_BATCH", 2)
+    asked = [lives(name, "Rome") for name in PEOPLE]
+
+    def sizes(**options: Any) -> list[int]:
+        with open_editor() as editor:
+            return [len(edit.requests) for edit in editor.edit(asked, **options)]
+
+    with caplog.at_level(logging.WARNING, "errata"):
+        assert sizes(method="toy-dense", commit="batch") == [2, 2, 1]
+    assert "toy-dense gets 5 requests in batches of 2" in caplog.text
+    assert "batch_size=5 gives it all at once" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "errata"):
+        assert sizes(method="toy-dense") == [5], "a call that is one transaction is one batch"
+        assert sizes(method="toy-dense", commit="batch", batch_size=5) == [5]
+        assert sizes(method="toy-low-rank", commit="batch") == [1] * 5
+    assert "in batches of" not in caplog.text
+
+
+def test_a_file_that_is_killed_in_its_second_batch_keeps_the_first(
+    run: Run, active: Callable[[], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("errata.contract.methods.STREAM_BATCH", 2)
+    from errata_toys import ToyDense
+
+    whole, calls = ToyDense.edit, []
+
+    @functools.wraps(whole)
+    def killed(self: Any, model: Any, requests: Any, config: Any) -> Any:
+        calls.append(len(requests))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return whole(self, model, requests, config)
+
+    monkeypatch.setattr(ToyDense, "edit", killed)
+    file = write(tmp_path / "many.jsonl", *((name, f"in {name}") for name in PEOPLE))
+    command = ("edit", "--file", file, "--method", "toy-dense")
+    run(*command, code=130)
+    assert active() == ["in Ada", "in Alan"]
+    report = run(*command, "--resume")
+    assert (report["skipped"], [len(e["requests"]) for e in report["edits"]]) == (2, [2, 1])
+    assert active() == [f"in {name}" for name in PEOPLE]
+
+
+def no_bo(model: Any, edits: Any) -> list[str]:
+    """Refuse, as a guard, what has a request about Bo in it."""
+    if any(request.subject == "Bo" for edit in edits for request in edit.requests):
+        raise EditRefused("Bo stays as he is", {})
+    return []
+
+
+def test_a_refused_request_does_not_take_its_batch_along() -> None:
+    asked = [lives(name, "Rome") for name in PEOPLE]
+    with open_editor(guards={**QUIET, "checks": [no_bo]}) as editor:
+        made = editor.edit(asked, method="toy-low-rank", batch_size=5, on_refused="skip")
+        assert [e.requests[0].subject for e in made] == ["Ada", "Alan", "Grace", "Kurt"]
+        assert editor.model.stack.ids == [e.id for e in made]
+        (refused,) = editor.ledger.refused()
+        assert [r["subject"] for r in refused.detail["requests"]] == ["Bo"]
+        assert editor.verify() == []
+
+
+def test_a_batch_that_is_one_edit_is_refused_whole() -> None:
+    asked = [lives(name, "Rome") for name in PEOPLE]
+    with open_editor(guards={**QUIET, "checks": [no_bo]}) as editor:
+        made = editor.edit(asked, method="toy-dense", batch_size=3, on_refused="skip")
+        assert [[r.subject for r in e.requests] for e in made] == [["Grace", "Kurt"]]
+        (refused,) = editor.ledger.refused()
+        assert len(refused.detail["requests"]) == 3
+
+
+def test_what_supersedes_an_edit_of_several_requests_is_refused_whole() -> None:
+    with open_editor(guards={**QUIET, "checks": [no_bo]}) as editor:
+        old = editor.edit([lives("Ada", "Rome"), lives("Kurt", "Rome")], method="toy-dense")
+        asked = [lives(name, "Oslo") for name in ("Ada", "Bo", "Kurt")]
+        options = {"method": "toy-low-rank", "batch_size": 3, "on_refused": "skip"}
+        assert editor.edit(asked, supersede=True, **options) == []
+        assert editor.model.stack.ids == [old[0].id]
+        assert len(editor.edit(asked[::2], supersede=True, **options)) == 2

@@ -16,6 +16,7 @@ from errata.cli.easyedit import configured
 from errata.cli.edit_view import edit_view, idle_view
 from errata.cli.requests import Chat, Join, Limit, asked_as, read_dataset, read_requests
 from errata.cli.session import MODEL, NO_EFFECT, REFUSED, UNTRUE, Session, command
+from errata.contract.stanzas import STREAM_BATCH
 from errata.contract.yaml_file import parse_yaml
 from errata.edits.carried_out import left_over
 from errata.edits.clashes import last_of_each
@@ -162,10 +163,16 @@ def edit(
         ),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", min=1, help="Requests the method gets at once.")
+        int | None,
+        typer.Option(
+            "--batch-size",
+            min=1,
+            help="Requests the method gets at once; of a file at most "
+            f"{STREAM_BATCH} unless you say more.",
+        ),
     ] = None,
     skip_refused: Annotated[
-        bool, typer.Option("--skip-refused", help="Go on after an edit that a guard refuses.")
+        bool, typer.Option("--skip-refused", help="Go on without what a guard refuses.")
     ] = False,
     supersede: Annotated[
         bool,
