@@ -248,7 +248,7 @@ class Editor(Described):
         after any error the model and the ledger are as they were.
         """
         with self._changing("rebase"):
-            wanted = self._active(edits) if edits else self._stack.stale()
+            wanted = self._active(edits) if edits else self._editing.stale()
             return self._editing.replay(wanted) if wanted else []
 
     def resolve(self, *edits: EditLike, **config: Any) -> list[Edit]:
@@ -282,7 +282,7 @@ class Editor(Described):
     def log(self) -> ResultTable[LogEntry]:
         """Return every edit of the ledger in order, and whether it is on the model now."""
         active = set(self._stack.ids)
-        return ResultTable(LogEntry.of(edit, active) for edit in self.ledger.edits())
+        return ResultTable(LogEntry.of(edit, active, self.damaged) for edit in self.ledger.edits())
 
     def revert(self, *edits: EditLike, restore: bool = False) -> list[Edit]:
         """Take edits off the model, in any order; the others stay exactly as they are.

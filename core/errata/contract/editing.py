@@ -140,6 +140,19 @@ class Editing:
                 raise
         return done
 
+    def stale(self) -> list[Edit]:
+        """Return the edits made on top of some that are off now, and those made on top of them.
+
+        An edit that is active in the ledger and cannot be read, because its plugin or its file is
+        missing, was not taken off: what was made on top of it is not stale.
+        """
+        firm, found = set(self._ledger.active_ids()), []
+        for edit in self._stack.entries:
+            if edit.is_stale(firm):
+                found.append(edit)
+                firm.discard(edit.id)
+        return found
+
     def replay(self, old: Sequence[Edit]) -> list[Edit]:
         """Take edits (in ledger order) off, and compute them again one by one on what is left."""
         calls = []
