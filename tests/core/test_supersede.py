@@ -260,6 +260,17 @@ def test_what_was_made_on_top_of_a_reverted_edit_is_stale_until_rebased(tmp_path
         assert_same(state_of(fresh.model), state)
 
 
+def test_the_ids_that_records_repeat_are_kept_once(tmp_path: Path) -> None:
+    with open_editor(tmp_path) as editor:
+        for name in ("Ada", "Alan", "Grace", "Kurt"):
+            editor.edit(lives(name, "Rome"), method="toy-low-rank")
+    with open_editor(tmp_path) as editor:
+        _, two, three, four = editor.model.stack.entries
+        assert [len(edit.parents) for edit in (two, three, four)] == [1, 2, 3]
+        assert two.parents[0] is three.parents[0] is four.parents[0]
+        assert three.parents[1] is four.parents[1]
+
+
 def test_putting_the_lower_edit_back_makes_it_fresh_again(editor: Editor) -> None:
     one = editor.edit(lives("Ada", "Rome"), method="toy-low-rank")
     two = editor.edit(lives("Alan", "Rome"), method="toy-low-rank")

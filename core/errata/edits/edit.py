@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import sys
 from collections.abc import Collection, Iterable, Mapping
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -87,6 +88,12 @@ class Edit(Described, BaseModel):
             return check_id(value)
         except IntegrityError as error:
             raise ValueError(str(error)) from None
+
+    @field_validator("parents")
+    @classmethod
+    def _ids_are_shared(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        # Every record of a sequence names those before it: thousands of times the same ids.
+        return tuple(map(sys.intern, value))
 
     def bind(self, delta: Delta, **changes: Any) -> Edit:
         """Return this record with its delta at hand (and with some fields replaced)."""
