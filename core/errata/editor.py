@@ -198,13 +198,13 @@ class Editor(Described):
             config: hyper-parameters; they may also be given as keywords.
             batch_size: how many requests the method gets at once; by default what it declares.
             apply: False computes and records the edits without putting them on the model.
-            supersede: take active edits about the same facts (subject and relation) off, as one
-                with putting the new ones on; `revert(edit, restore=True)` brings them back.
+            supersede: take active edits about the same facts off, in the same step; `revert(edit,
+                restore=True)` brings them back. Of a call's requests on one fact, the last is made.
             commit: "call": the call is one transaction, all of it or nothing; "batch": each
-                batch is, so that a long call that is killed keeps what it had made (`done` on
-                an error holds those edits).
-            on_refused: "raise" stops where a guard refuses; "skip" leaves that batch out and goes
-                on (each batch is a transaction then).
+                batch is (100 requests where a method takes all at once and `batch_size` is None),
+                so a long call that is killed keeps what it had made (an error's `done`).
+            on_refused: "raise" stops where a guard refuses; "skip" goes on (each batch is a
+                transaction then) without that request, or that batch where it is one edit.
             **fields: request fields (prompt, subject, target_new …) or hyper-parameters.
 
         Returns:
@@ -217,7 +217,7 @@ class Editor(Described):
             IntegrityError: other code changed the model, which an edit would overwrite.
         """
         single, asked, overrides = parse_arguments(request, config or {}, fields)
-        requests = rendered(self.model, asked)
+        requests = rendered(self.model, self._editing.asked(asked, supersede=supersede))
         check_name("commit", commit, ("call", "batch"))
         check_name("on_refused", on_refused, ("raise", "skip"))
         if supersede and not apply:
@@ -225,7 +225,7 @@ class Editor(Described):
         with self._changing("edit"):
             self._methods.entry(method)
             settings, _ = self.configure(method, overrides)
-            batches = self._methods.batches(method, settings, requests, batch_size)
+            batches = self._methods.batches(method, settings, requests, batch_size, commit)
             check_prompts(self.model, requests)
             self._methods.prepare(method, settings)
             self._methods.check_overlap(method, settings, requests)
@@ -248,7 +248,7 @@ class Editor(Described):
         after any error the model and the ledger are as they were.
         """
         with self._changing("rebase"):
-            wanted = self._active(edits) if edits else self._stack.stale()
+            wanted = self._active(edits) if edits else self._editing.stale()
             return self._editing.replay(wanted) if wanted else []
 
     def resolve(self, *edits: EditLike, **config: Any) -> list[Edit]:
@@ -282,7 +282,7 @@ class Editor(Described):
     def log(self) -> ResultTable[LogEntry]:
         """Return every edit of the ledger in order, and whether it is on the model now."""
         active = set(self._stack.ids)
-        return ResultTable(LogEntry.of(edit, active) for edit in self.ledger.edits())
+        return ResultTable(LogEntry.of(edit, active, self.damaged) for edit in self.ledger.edits())
 
     def revert(self, *edits: EditLike, restore: bool = False) -> list[Edit]:
         """Take edits off the model, in any order; the others stay exactly as they are.

@@ -426,6 +426,21 @@ def test_an_edit_without_effect_exits_5_and_says_so_last(run: Run, checkpoint: P
     assert report["without_effect"] == [report["edits"][0]["id"]]
 
 
+def test_the_command_that_takes_off_what_has_no_effect_can_be_copied(
+    run: Run, run_json: Run, checkpoint: Path, workplace: Path
+) -> None:
+    file = write_requests(workplace / "a.jsonl", ["France", "Ana", "Bo", "Kyoto", "Oslo", "Rome"])
+    quiet = ("--guard", "perplexity=off", "--set", "scale=1e-6")
+    page = run("edit", "--file", file, "--method", "nudge", "-m", checkpoint, *quiet, code=5).stdout
+    idle = run_json("log", "--active")["edits"]
+    assert len(idle) == 6
+    command = page[page.rindex("errata revert") :].replace("\\\n", " ")  # as a shell reads it
+    name, *words = shlex.split(command)
+    assert name == "errata"
+    run(*words)
+    assert run_json("log", "--active")["edits"] == []
+
+
 def test_off_is_a_mode_not_a_yaml_boolean(run: Run, checkpoint: Path) -> None:
     output = edit(run, checkpoint, "--guard", "perplexity=off", "--guard", "efficacy=off").stdout
     assert "perplexity" not in output

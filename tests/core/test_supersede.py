@@ -260,6 +260,17 @@ def test_what_was_made_on_top_of_a_reverted_edit_is_stale_until_rebased(tmp_path
         assert_same(state_of(fresh.model), state)
 
 
+def test_the_ids_that_records_repeat_are_kept_once(tmp_path: Path) -> None:
+    with open_editor(tmp_path) as editor:
+        for name in ("Ada", "Alan", "Grace", "Kurt"):
+            editor.edit(lives(name, "Rome"), method="toy-low-rank")
+    with open_editor(tmp_path) as editor:
+        _, two, three, four = editor.model.stack.entries
+        assert [len(edit.parents) for edit in (two, three, four)] == [1, 2, 3]
+        assert two.parents[0] is three.parents[0] is four.parents[0]
+        assert three.parents[1] is four.parents[1]
+
+
 def test_putting_the_lower_edit_back_makes_it_fresh_again(editor: Editor) -> None:
     one = editor.edit(lives("Ada", "Rome"), method="toy-low-rank")
     two = editor.edit(lives("Alan", "Rome"), method="toy-low-rank")
@@ -269,6 +280,24 @@ def test_putting_the_lower_edit_back_makes_it_fresh_again(editor: Editor) -> Non
     assert [entry.stale for entry in editor.log()] == [False, False]
     editor.revert(one, two)
     assert [entry.stale for entry in editor.log()] == [False, False], "only what is on the model"
+
+
+def test_what_was_made_on_top_of_an_edit_that_cannot_be_read_is_not_stale(tmp_path: Path) -> None:
+    with open_editor(tmp_path) as editor:
+        one, lost, three = (
+            editor.edit(lives(name, "Rome"), method="toy-low-rank")
+            for name in ("Ada", "Alan", "Grace")
+        )
+    (tmp_path / "blobs" / lost.blob[:2] / f"{lost.blob}.safetensors").unlink()
+    with open_editor(tmp_path) as editor:
+        assert list(editor.damaged) == [lost.id]
+        assert not any(entry.stale for entry in editor.log())
+        assert editor.ledger.stale_ids() == []
+        assert editor.rebase() == [], "nothing was taken off"
+        assert editor.model.stack.ids == [one.id, three.id]
+        editor.revert(lost.id)
+        assert [entry.edit.id for entry in editor.log() if entry.stale] == [three.id]
+        assert [edit.outcome.rebases for edit in editor.rebase()] == [three.id]
 
 
 def test_edits_of_the_base_never_go_stale(editor: Editor) -> None:

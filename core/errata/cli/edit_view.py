@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 MANY = 8
 """Edits that are listed, at most."""
+PER_LINE = 4
+"""Ids of a command that stand in one line."""
 
 
 def edit_view(
@@ -57,10 +59,13 @@ def idle_view(idle: Sequence[str], edits: Sequence[Edit], recorded: bool) -> Tex
         what = "No effect: the model does not give the new answer."
     else:
         what = f"{len(idle)} of {len(edits)} edits have no effect: {render.names(idle)}."
-    off = f"errata revert {' '.join(idle[:3])}{' …' if len(idle) > 3 else ''}"
-    first = f" Take off what does not help: {off}." if recorded else ""
-    advice = f"{first} Try another layer, more steps, or another method."
-    return Text.assemble((what, "bad"), advice)
+    advice = " Try another layer, more steps, or another method."
+    if not recorded:
+        return Text.assemble((what, "bad"), advice)
+    # The command stands alone and in whole, so that it can be copied.
+    lines = [" ".join(idle[i : i + PER_LINE]) for i in range(0, len(idle), PER_LINE)]
+    off = "errata revert " + " \\\n    ".join(lines)
+    return Text.assemble((what, "bad"), advice, f" Take off what does not help:\n{off}")
 
 
 def _one_edit(edit: Edit, layer: LayerChoice | None) -> Iterator[Any]:

@@ -16,7 +16,10 @@ from errata.cli.easyedit import configured
 from errata.cli.edit_view import edit_view, idle_view
 from errata.cli.requests import Chat, Join, Limit, asked_as, read_dataset, read_requests
 from errata.cli.session import MODEL, NO_EFFECT, REFUSED, UNTRUE, Session, command
+from errata.contract.stanzas import STREAM_BATCH
 from errata.contract.yaml_file import parse_yaml
+from errata.edits.carried_out import left_over
+from errata.edits.clashes import last_of_each
 from errata.edits.request import KINDS, OPERATIONS, Request
 from errata.errors import ConfigError, RequestError
 
@@ -160,10 +163,16 @@ def edit(
         ),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", min=1, help="Requests the method gets at once.")
+        int | None,
+        typer.Option(
+            "--batch-size",
+            min=1,
+            help="Requests the method gets at once; of a file at most "
+            f"{STREAM_BATCH} unless you say more.",
+        ),
     ] = None,
     skip_refused: Annotated[
-        bool, typer.Option("--skip-refused", help="Go on after an edit that a guard refuses.")
+        bool, typer.Option("--skip-refused", help="Go on without what a guard refuses.")
     ] = False,
     supersede: Annotated[
         bool,
@@ -173,7 +182,9 @@ def edit(
     ] = False,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Leave out requests that an active edit carries out."),
+        typer.Option(
+            "--resume", help="Leave out what an active edit, or one in its place, carries out."
+        ),
     ] = False,
     no_apply: Annotated[
         bool, typer.Option("--no-apply", help="Compute and record, but leave the model as it is.")
@@ -215,7 +226,8 @@ def edit(
             _copy_active(session, editor)
         else:
             session.remember(editor)
-        wanted = _left_over(editor, requests) if resume else requests
+        told = last_of_each(requests) if supersede else requests
+        wanted = _left_over(session, editor, told) if resume else told
         how = {
             "config": overrides,
             "batch_size": batch_size,
@@ -227,7 +239,8 @@ def edit(
             "on_refused": "skip" if skip_refused else "raise",
         }
         report = _run(session, editor, wanted, method, how, ask or (), recorded=not dry_run)
-        report["skipped"] = len(requests) - len(wanted)
+        report["skipped"] = len(told) - len(wanted)
+        report["repeated"] = len(requests) - len(told)
         report["dry_run"] = dry_run
         found = None if facts is None else facts.report or facts.ask(editor.model)
         if found is not None:
@@ -300,10 +313,13 @@ def _requests(
     return [Request.parse(fields)]
 
 
-def _left_over(editor: Editor, requests: Sequence[Request]) -> list[Request]:
-    made = editor.ledger.find(request.digest for request in requests)
+def _left_over(session: Session, editor: Editor, requests: Sequence[Request]) -> list[Request]:
+    """Return the requests that no active edit carries out."""
     active = set(editor.model.stack.ids)
-    return [request for request in requests if active.isdisjoint(made.get(request.digest, ()))]
+    if editor.ledger.path is not None or not session.has_ledger():
+        return left_over(editor.ledger, requests, active)
+    with session.read_ledger() as ledger:  # a dry run's own knows of the active edits alone
+        return left_over(ledger, requests, active)
 
 
 def _copy_active(session: Session, editor: Editor) -> None:

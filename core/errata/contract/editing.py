@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from errata.contract import plugins
-from errata.edits.clashes import Clashes, check_superseded
+from errata.edits.clashes import Clashes, check_superseded, last_of_each
 from errata.edits.edit import Edit
 from errata.edits.outcome import Outcome
 from errata.errors import EditRefused, ErrataError, PluginError
@@ -50,6 +50,13 @@ class EditCall:
         """Return a call for every batch."""
         return [replace(self, batches=[batch]) for batch in self.batches]
 
+    def halves(self) -> list[EditCall]:
+        """Return two calls with half of the requests each; none for a single request."""
+        requests = [request for batch in self.batches for request in batch]
+        middle = len(requests) // 2
+        parts = (requests[:middle], requests[middle:])
+        return [replace(self, batches=[part]) for part in parts] if middle else []
+
 
 class Editing:
     """Carries calls out on one model.
@@ -78,6 +85,11 @@ class Editing:
         self._methods = methods
         self._guards = guards
         self._transactions = transactions
+        self._apart = False  # each request of the batch computed last has an edit of its own
+
+    def asked(self, requests: Sequence[Request], *, supersede: bool) -> Sequence[Request]:
+        """Return the requests that a call makes: with `supersede`, the last about each fact."""
+        return last_of_each(requests) if supersede else requests
 
     def make(self, call: EditCall, *, apply: bool, supersede: bool = False) -> list[Edit]:
         """Compute, check, apply and record the edits of one call; all of them, or none.
@@ -86,10 +98,8 @@ class Editing:
         as taken off together with the new ones.
         """
         requests = [request for batch in call.batches for request in batch]
-        old: list[Edit] = []
-        if supersede:
-            old = Clashes(self._stack.entries).about(requests, same_target=True)
-            check_superseded(old, requests)
+        old = self._superseded(requests) if supersede else []
+        check_superseded(old, requests)
         replaced = {edit.id: "supersede" for edit in old}
         return self._carry_out([call], old, replaced, apply)
 
@@ -98,17 +108,26 @@ class Editing:
     ) -> list[Edit]:
         """Make calls one after the other, each by itself, and record what guards refuse.
 
-        An error holds the edits of the calls before it, as `done`.
+        With `skip_refused`, of a call whose requests have an edit each only those are left out
+        that are refused alone: its halves are tried, and theirs. An error holds the edits of the
+        calls before it, as `done`.
         """
         done: list[Edit] = []
-        for call in calls:
+        waiting = list(reversed(calls))
+        while waiting:
+            call = waiting.pop()
+            requests = [request for batch in call.batches for request in batch]
             try:
                 done += self.make(call, apply=apply, supersede=supersede)
             except EditRefused as error:
                 error.done = list(done)
+                if skip_refused and self._can_halve(requests, supersede):
+                    logger.info("Of %d requests some are refused: trying halves.", len(requests))
+                    waiting += reversed(call.halves())
+                    continue
                 self._ledger.refuse(
                     method=call.method,
-                    requests=[request for batch in call.batches for request in batch],
+                    requests=requests,
                     config=call.config.model_dump(mode="json"),
                     reason=error.reason,
                     measured=error.measured,
@@ -120,6 +139,19 @@ class Editing:
                 error.done = list(done)
                 raise
         return done
+
+    def stale(self) -> list[Edit]:
+        """Return the edits made on top of some that are off now, and those made on top of them.
+
+        An edit that is active in the ledger and cannot be read, because its plugin or its file is
+        missing, was not taken off: what was made on top of it is not stale.
+        """
+        firm, found = set(self._ledger.active_ids()), []
+        for edit in self._stack.entries:
+            if edit.is_stale(firm):
+                found.append(edit)
+                firm.discard(edit.id)
+        return found
 
     def replay(self, old: Sequence[Edit]) -> list[Edit]:
         """Take edits (in ledger order) off, and compute them again one by one on what is left."""
@@ -151,6 +183,17 @@ class Editing:
         return self._carry_out(calls, old, {edit.id: "resolve" for edit in old}, True)
 
     # -- how -------------------------------------------------------------------------------------
+
+    def _superseded(self, requests: Sequence[Request]) -> list[Edit]:
+        return Clashes(self._stack.entries).about(requests, same_target=True)
+
+    def _can_halve(self, requests: Sequence[Request], supersede: bool) -> bool:
+        """Say whether the requests just refused can be made in parts.
+
+        An edit of several requests can only be superseded by a call about all of them.
+        """
+        old = self._superseded(requests) if supersede else []
+        return len(requests) > 1 and self._apart and all(len(edit.requests) == 1 for edit in old)
 
     def _carry_out(
         self,
@@ -211,8 +254,8 @@ class Editing:
                     computed = self._methods.compute(call.method, call.config, batch)
                 else:
                     computed = self._methods.resolve(call.solved, call.config)
-                each = len(computed.deltas) == len(batch)
-                groups = [[request] for request in batch] if each else [list(batch)]
+                self._apart = len(computed.deltas) == len(batch)
+                groups = [[request] for request in batch] if self._apart else [list(batch)]
                 for delta, group in zip(computed.deltas, groups, strict=True):
                     outcome = about.model_copy(
                         update={

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,6 +14,7 @@ from errata.contract.capabilities import check_capabilities, check_parts, check_
 from errata.contract.manager import Manager, bring_model
 from errata.contract.meter import Meter
 from errata.contract.registry import following
+from errata.contract.stanzas import STREAM_BATCH
 from errata.edits.outcome import PeakMemoryReading
 from errata.edits.request import parse_requests
 from errata.errors import CapabilityError, ConfigError, ErrataError, PluginError, cause
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
     from errata.edits.edit import Edit
     from errata.edits.request import Request
     from errata.model.model import Model
+
+
+logger = logging.getLogger("errata")
 
 
 @contextmanager
@@ -192,15 +197,22 @@ class Methods:
         config: MethodConfig,
         requests: Sequence[Request],
         batch_size: int | None = None,
+        commit: str = "call",
     ) -> list[Sequence[Request]]:
         """Return the requests of one call as the method gets them together.
 
-        Raises `CapabilityError` for what the method does not declare.
+        With `commit` "batch", where batches are kept one by one, a method that takes all at once
+        gets `STREAM_BATCH` unless `batch_size` says otherwise. Raises `CapabilityError` for what
+        the method does not declare.
         """
         entry = self.entry(name)
         check_capabilities(name, entry, requests, self._model, batch_size)
+        can = entry.capabilities
+        whole = can.default_batch is None and batch_size is None
+        bounded = commit == "batch" and whole and can.sequential and len(requests) > STREAM_BATCH
         with _told(name, "batches"):
-            batches = config.batches(requests, batch_size, entry.capabilities.default_batch)
+            declared = STREAM_BATCH if bounded else can.default_batch
+            batches = config.batches(requests, batch_size, declared)
             together = [request for batch in batches for request in batch]
         if not all(batches) or list(map(id, together)) != list(map(id, requests)):
             raise PluginError(
@@ -208,7 +220,14 @@ class Methods:
                 f"into pieces of {[len(batch) for batch in batches]}. Every request must be in one "
                 "of them, in the order given, and none may be empty."
             )
-        check_sequence(name, entry.capabilities, batches)
+        check_sequence(name, can, batches)
+        if bounded and len(batches) > 1:
+            logger.warning(
+                "%s gets %d requests in batches of %d, so that a run that is killed keeps those "
+                "that are finished.%s",
+                name, len(requests), STREAM_BATCH, "" if config.on_base else
+                f" What it writes depends on them: batch_size={len(requests)} gives it all at once."
+            )  # fmt: skip
         return batches
 
     def check_overlap(self, name: str, config: MethodConfig, requests: Sequence[Request]) -> None:

@@ -19,6 +19,9 @@ _LANGUAGE_TASKS: dict[str, Task] = {
 }  # fmt: skip
 NUMBERS = ("n_layers", "hidden_size", "vocab_size")
 
+STREAM_BATCH = 100
+"""Requests that a method which takes all at once gets where batches are kept one by one."""
+
 
 class _Stanza(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from errata.edits.aims import aims_of_request
 from errata.errors import LedgerError
+from errata.model.display import plural
 
 if TYPE_CHECKING:
     from errata.edits.aims import Aim
@@ -91,6 +92,27 @@ class Clashes:
                 requests[0].text, ", ".join(close), max(close.values()),
             )  # fmt: skip
         return close
+
+
+def last_of_each(requests: Sequence[Request]) -> list[Request]:
+    """Return requests without those whose fact a later one is about; warn of how many there are.
+
+    With `supersede` the later one takes the earlier one off, so only it is worth making. Left to
+    the order of edits this would depend on which requests come together.
+    """
+    by_subject: dict[str, list[Request]] = {}
+    kept: list[Request] = []
+    for request in reversed(requests):
+        later = by_subject.setdefault(request.subject, [])
+        if not any(same_fact(request, other) for other in later):
+            kept.append(request)
+        later.append(request)
+    if left_out := len(requests) - len(kept):
+        logger.warning(
+            "%s left out: a later request of the same call is about the same fact.",
+            plural(left_out, "request"),
+        )
+    return kept[::-1]
 
 
 def check_superseded(old: Sequence[Edit], requests: Sequence[Request]) -> None:

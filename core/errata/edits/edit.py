@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import sys
 from collections.abc import Collection, Iterable, Mapping
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -88,6 +89,12 @@ class Edit(Described, BaseModel):
         except IntegrityError as error:
             raise ValueError(str(error)) from None
 
+    @field_validator("parents")
+    @classmethod
+    def _ids_are_shared(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        # Every record of a sequence names those before it: thousands of times the same ids.
+        return tuple(map(sys.intern, value))
+
     def bind(self, delta: Delta, **changes: Any) -> Edit:
         """Return this record with its delta at hand (and with some fields replaced)."""
         bound = self.model_copy(update=changes)
@@ -128,9 +135,15 @@ class Edit(Described, BaseModel):
             "created": self.created,
         }  # fmt: skip
 
-    def is_stale(self, active: Collection[str]) -> bool:
-        """Say whether it is active, but was computed on top of an edit that is not."""
-        return self.id in active and any(parent not in active for parent in self.parents)
+    def is_stale(self, active: Collection[str], unread: Collection[str] = ()) -> bool:
+        """Say whether it is active, but was computed on top of an edit that is not.
+
+        `unread`: ids of edits that were not taken off, though they are not among the active ones:
+        they cannot be read.
+        """
+        if self.id not in active:
+            return False
+        return any(parent not in active and parent not in unread for parent in self.parents)
 
     @property
     def title(self) -> str:
@@ -158,11 +171,11 @@ class LogEntry(NamedTuple):
     stale: bool = False
 
     @classmethod
-    def of(cls, edit: Edit, active: Collection[str]) -> LogEntry:
-        """Return the line of an edit, given the ids that are active."""
+    def of(cls, edit: Edit, active: Collection[str], unread: Collection[str] = ()) -> LogEntry:
+        """Return the line of an edit, given the ids that are active, and those `is_stale` says."""
         outcome, on = edit.outcome, edit.id in active
         overlaps = tuple(outcome.overlaps)
-        return cls(edit, on, outcome.conflicts, overlaps, edit.is_stale(active))
+        return cls(edit, on, outcome.conflicts, overlaps, edit.is_stale(active, unread))
 
     def as_row(self) -> dict[str, Any]:
         """Return what a table shows of it."""
