@@ -7,9 +7,10 @@ import platform
 import re
 import shutil
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -22,7 +23,11 @@ from errata.contract import plugins
 from errata.edits.ledger.files import refuse_lost_database
 from errata.edits.ledger.model_note import model_of
 from errata.errors import ErrataError
+from errata.model.artifacts import Artifacts
 from errata.model.scratch import default_directory
+
+if TYPE_CHECKING:
+    from errata.edits.edit import Edit
 
 PANEL = "Catalogue and environment"
 LIBRARIES = ("torch", "transformers", "peft", "safetensors", "pydantic", "pluggy", "typer", "rich")
@@ -203,11 +208,28 @@ def _ledger(session: Session, problems: list[str]) -> dict[str, Any]:
                 active=len(ledger.active_ids()),
                 sound=not trouble,
             )
+            problems += _lost_artifacts(ledger.edits(active=True))
     except ErrataError as error:
         trouble = [str(error)]
         found["sound"] = False
     problems += [f"ledger: {text}" for text in trouble]
     return found
+
+
+def _lost_artifacts(edits: Sequence[Edit]) -> list[str]:
+    """Return, in words, which artifacts of active edits the cache folder does not have."""
+    artifacts = Artifacts()
+    found: dict[tuple[str, str], list[str]] = {}
+    for edit in edits:
+        for artifact in edit.artifacts.items():
+            found.setdefault(artifact, []).append(edit.id)
+    return [
+        f"the artifact {name} is not in the cache folder {artifacts.directory}, and "
+        f"{', '.join(ids)} cannot be on the model without it: import what needs it from an "
+        "exported file, revert it, or give the cache folder that it was made with"
+        for (name, digest), ids in found.items()
+        if artifacts.digest(name) != digest
+    ]
 
 
 def _folders(session: Session, problems: list[str]) -> list[dict[str, Any]]:

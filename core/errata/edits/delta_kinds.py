@@ -54,7 +54,7 @@ def _load(kind: str, points: list[EntryPoint]) -> type[Delta]:
         )
     try:
         found = points[0].load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a module that exits would end errata
         raise PluginError(
             f"The delta kind {kind!r} ({values[0]}) could not be loaded: "
             f"{type(error).__name__}: {error}"
