@@ -186,7 +186,8 @@ def _registry(problems: list[str]) -> dict[str, Any]:
     except ErrataError as error:
         problems.append(str(error))
         return {"layers": [], "user_file": str(user_file())}
-    problems += [registry.missing(name) for name in plugins.installed() if registry.missing(name)]
+    found = [registry.missing(name) for name in plugins.installed()]
+    problems += dict.fromkeys(text for text in [*registry.broken.values(), *found] if text)
     return {
         "layers": [layer.source for layer in registry.layers],
         "user_file": str(user_file()),
