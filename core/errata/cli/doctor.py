@@ -7,7 +7,8 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,10 +21,12 @@ from errata import __version__
 from errata.cli import render
 from errata.cli.session import LEDGER, Session, command
 from errata.contract import plugins
+from errata.contract.hooks import MODELS, PLUGINS
 from errata.edits.ledger.files import refuse_lost_database
 from errata.edits.ledger.model_note import model_of
 from errata.errors import ErrataError
 from errata.model.artifacts import Artifacts
+from errata.model.installed import entry_points
 from errata.model.scratch import default_directory
 
 if TYPE_CHECKING:
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 PANEL = "Catalogue and environment"
 LIBRARIES = ("torch", "transformers", "peft", "safetensors", "pydantic", "pluggy", "typer", "rich")
 REQUIREMENT = re.compile(r"([A-Za-z0-9_.-]+).*extra\s*==\s*['\"]([A-Za-z0-9_-]+)['\"]")
+ASKED = (PLUGINS, MODELS)  # groups whose plugins every command asks
 LOW_DISK = 1e9  # bytes; a ledger of a few edits fits, a merged checkpoint does not
 
 
@@ -125,11 +129,12 @@ def examine(session: Session) -> dict[str, Any]:
         "libraries": _libraries(problems),
         "devices": _devices(problems),
         "methods": _methods(problems),
+        "others": _others(problems),
         "registry": _registry(problems),
         "ledger": _ledger(session, problems),
         "folders": _folders(session, problems),
         "extras": _extras(),
-        "problems": problems,
+        "problems": list(dict.fromkeys(problems)),
     }
 
 
@@ -176,6 +181,44 @@ def _methods(problems: list[str]) -> list[dict[str, Any]]:
             problems.append(str(error))
         rows.append(row)
     return rows
+
+
+def _others(problems: list[str]) -> dict[str, list[str]]:
+    """Return what else is installed, names by group of entry points, having loaded all of it."""
+    from errata.contract.manager import Manager, known_models
+    from errata.datasets.catalogue import GROUP as DATASETS
+    from errata.datasets.catalogue import READERS
+    from errata.edits.delta_kinds import GROUP as KINDS
+    from errata.edits.delta_kinds import DeltaKinds
+    from errata.edits.formats import EXPORTS, MERGES, writer
+
+    def known_protocols() -> object:
+        return Manager("", plugins.rooms()).protocols()
+
+    loaders: dict[str, Callable[[str], object]] = {
+        KINDS: DeltaKinds().__getitem__,
+        DATASETS: READERS.__getitem__,
+        **{group: partial(writer, group, options={}) for group in (EXPORTS, MERGES)},
+    }
+    found = {group: sorted({p.name for p in entry_points(group)}) for group in (*ASKED, *loaders)}
+    trouble = [text for group in ASKED for text in plugins.broken_rooms(group)]
+    for group, load in loaders.items():
+        trouble += [text for name in found[group] if (text := _failing(partial(load, name)))]
+    if not trouble:
+        trouble += filter(None, (_failing(known_models), _failing(known_protocols)))
+    problems += dict.fromkeys(trouble)
+    return found
+
+
+def _failing(call: Callable[[], object]) -> str:
+    """Return what a call raises, in words; "" if nothing."""
+    try:
+        call()
+    except ErrataError as error:
+        return str(error)
+    except Exception as error:  # a stranger's package may raise anything
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def _registry(problems: list[str]) -> dict[str, Any]:

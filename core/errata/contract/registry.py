@@ -25,6 +25,7 @@ from errata.contract.stanzas import MethodEntry, Preset
 from errata.contract.yaml_file import read_yaml
 from errata.errors import ConfigError, UnknownNameError
 from errata.model.display import shortened
+from errata.model.installed import DISABLE
 from errata.model.value_problems import problems_by_place
 
 logger = logging.getLogger("errata")
@@ -235,7 +236,7 @@ def _sound(
             text = (
                 f"The registry file of the plugin {file.package} ({file.path}) is left out, and "
                 f"{', '.join(names)} cannot be used: {str(error).rstrip('.')}. Until it is fixed, "
-                f"{plugins.DISABLE}={','.join(names)} hides what it is about."
+                f"{DISABLE}={','.join(names)} hides what it is about."
             )
             broken.update(dict.fromkeys(names, text))
         else:
