@@ -13,6 +13,7 @@ from typer.main import get_command
 
 import errata.bench
 import errata.editor
+import errata.edits.delta
 import errata.edits.request
 from errata.cli.app import app
 from errata.contract.hooks import Specification
@@ -32,6 +33,17 @@ def test_every_hook_is_documented_with_its_arguments() -> None:
     for name, hook in inspect.getmembers(Specification, inspect.isfunction):
         arguments = ", ".join(list(inspect.signature(hook).parameters)[1:])
         assert f"`{name}({arguments})`" in text
+
+
+def test_the_classes_of_the_kinds_that_the_docs_list_can_be_imported() -> None:
+    text = (ROOT / "docs" / "plugin.md").read_text(encoding="utf-8")
+    table = re.search(r"\| kind \| class \| effect \|\n(.*?)\n\n", text, re.DOTALL)
+    assert table is not None
+    names = set(re.findall(r"\b([A-Z]\w+)[(.]", table[1]))
+    assert {"LowRankDelta", "Factor", "PromptSettings", "Neurons"} <= names
+    for name in names:
+        assert inspect.isclass(getattr(errata.edits.delta, name)), name
+        assert name in errata.edits.delta.__all__
 
 
 def test_the_tutorial_shows_the_code_of_the_example_plugin() -> None:

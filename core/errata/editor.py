@@ -67,7 +67,7 @@ class Editor(Described):
         model: the live model, its parts and its artifacts.
         ledger: the store of edits.
         registry: the merged catalogue.
-        damaged: id → reason of active edits whose file is lost or damaged; not on the model.
+        damaged: id → reason of active edits that could not be put on the model (a lost file, say).
 
     Args:
         model: a zoo name, a directory, a GGUF file, a hub name, or a module in memory.

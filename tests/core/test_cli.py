@@ -771,6 +771,17 @@ def test_an_unknown_id_is_suggested(run: Run, run_json: Run, checkpoint: Path) -
     run("revert", code=1)
 
 
+def test_revert_all_takes_off_what_is_not_on_the_model_too(
+    run: Run, run_json: Run, checkpoint: Path, workplace: Path
+) -> None:
+    edit(run, checkpoint)
+    edit(run, checkpoint)
+    names = [one["id"] for one in run_json("log")["edits"]]
+    next((workplace / "errata-ledger").rglob("*.safetensors")).unlink()
+    assert sorted(run_json("revert", "--all")["reverted"]) == sorted(names)
+    assert not any(one["active"] for one in run_json("log")["edits"])
+
+
 def test_damage_is_found_and_exits_4(
     run: Run, run_json: Run, checkpoint: Path, workplace: Path
 ) -> None:

@@ -135,6 +135,58 @@ def test_doctor_checks_hooks(odd: Path) -> None:
     assert len([text for text in found["problems"] if "odd-" in text]) == 3
 
 
+@pytest.mark.parametrize(
+    "group",
+    ["plugins", "models", "deltas", "datasets", "exports", "merges"],
+)
+def test_doctor_loads_every_group_and_a_name_is_left_out_on_request(
+    group: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package, info = tmp_path / "errata_gone", tmp_path / "errata_gone-1.dist-info"
+    for folder in (package, info):
+        folder.mkdir()
+    (package / "__init__.py").write_text("import not_there")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: errata-gone\nVersion: 1\n")
+    (info / "entry_points.txt").write_text(f"[errata.{group}]\ngone = errata_gone:M\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delenv("ERRATA_DISABLE", raising=False)
+    command = ("doctor", "--json", "--ledger", str(tmp_path / "ledger"))
+    broken = run(*command)
+    assert broken.exit_code == 1
+    (problem,) = [p for p in json.loads(broken.stdout)["problems"] if "gone" in p]
+    assert "'gone'" in problem
+    assert "No module named 'not_there'" in problem
+    monkeypatch.setenv("ERRATA_DISABLE", "other, gone")
+    found = json.loads(run(*command).stdout)
+    assert not any("gone" in p for p in found["problems"])
+    assert "gone" not in found["others"][f"errata.{group}"]
+    if group == "models":
+        Editor("atlas-gpt2").close()
+        monkeypatch.delenv("ERRATA_DISABLE")
+        with pytest.raises(PluginError, match="ERRATA_DISABLE=gone leaves it out"):
+            Editor("atlas-gpt2")
+
+
+@pytest.mark.parametrize(("group", "hook"), [("plugins", "protocols"), ("models", "models")])
+def test_doctor_asks_what_every_command_asks(
+    group: str, hook: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package, info = tmp_path / f"errata_{hook}", tmp_path / "errata_fails-1.dist-info"
+    for folder in (package, info):
+        folder.mkdir()
+    (package / "__init__.py").write_text(
+        "from errata import hookimpl\nclass M:\n    @hookimpl\n"
+        f"    def {hook}(self):\n        return 1 / 0\n"
+    )
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: errata-fails\nVersion: 1\n")
+    (info / "entry_points.txt").write_text(f"[errata.{group}]\nfails = errata_{hook}:M\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    result = run("doctor", "--json", "--ledger", str(tmp_path / "ledger"))
+    assert result.exit_code == 1
+    (problem,) = json.loads(result.stdout)["problems"]
+    assert f"errata_{hook}.M failed in its `{hook}` hook: ZeroDivisionError" in problem
+
+
 def test_a_hook_that_exits_ends_no_command_without_a_word(odd: Path) -> None:
     result = run(*FACT, "--method", "odd-exits")
     said = " ".join(result.stderr.split())

@@ -15,6 +15,7 @@ from errata.errors import (
     ConfigError,
     EditRefused,
     ErrataError,
+    FingerprintError,
     ImpureMethodError,
     IntegrityError,
     PluginError,
@@ -366,6 +367,35 @@ def test_a_stranger_s_kind_is_read_from_its_file_by_whoever_has_its_package(tmp_
     with open_editor() as other:
         other.apply(file)
         assert_same(state_of(other.model), expected)
+
+
+def test_another_model_refuses_an_edit_that_names_no_parameter(tmp_path: Path) -> None:
+    with open_editor(tmp_path / "ledger") as editor:
+        edit = editor.edit(requests(1)[0], method="toy-hint")
+        assert edit.delta.parameters == ()
+        assert set(edit.fingerprint) == {"config", "transformer.wte.weight"}
+        file = editor.export(tmp_path / "one.errata")
+    with open_editor(tmp_path / "ledger") as same:
+        assert same.model.stack.ids == [edit.id]
+    module, tokenizer = build("gpt2", seed=1)
+    with Editor(module, tokenizer, guards=QUIET) as other:
+        with pytest.raises(FingerprintError, match=r"base tensor transformer\.wte\.weight"):
+            other.apply(file)
+        assert other.log() == []
+
+
+def test_an_older_record_without_the_embedding_s_fingerprint_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_editor(tmp_path / "ledger") as editor:
+        with monkeypatch.context() as patch:
+            older = {"config": editor.model.config_digest}
+            patch.setattr(editor.model, "fingerprint_of", lambda _: older)
+            edit = editor.edit(requests(1)[0], method="toy-hint")
+        assert editor.log()[0].edit.fingerprint == older
+    with open_editor(tmp_path / "ledger") as editor:
+        assert editor.model.stack.ids == [edit.id]
+        assert editor.verify() == []
 
 
 # -- lost files ------------------------------------------------------------------------------------

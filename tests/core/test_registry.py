@@ -220,20 +220,52 @@ def install(folder: Path, methods: Sequence[str], stanzas: str) -> None:
     (info / "entry_points.txt").write_text(f"[errata.methods]\n{points}")
 
 
-def test_an_installed_file_about_anothers_method_is_refused_and_can_be_disabled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+STANZA = "title: T, family: merge, delta_kind: dense, capabilities: {kinds: [modify], "
+BAD_FILES = {
+    "another's method": ("methods: {rome: {defaults: {layer: 9}}}", "not of 'rome'"),
+    "unknown key": ("methods: {one: {titel: x}}", "Did you mean 'title'"),
+    "no YAML": ("methods: [a", "this is not plain YAML"),
+    "wrong value": (f"methods: {{one: {{{STANZA}architectures: [decodr]}}}}}}", "not 'decodr'"),
+    "architecture": ("architectures: {gpt2: {blocks: x}}", "architectures.gpt2 is described"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_FILES)
+def test_an_installed_file_that_is_not_right_is_left_out_and_the_others_stay(
+    what: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     from errata.contract import plugins
 
-    install(tmp_path, ["one", "two"], "methods: {rome: {defaults: {layer: 9}}}")
+    text, said = BAD_FILES[what]
+    install(tmp_path, ["one", "two"], text)
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(
-        ConfigError, match=r"errata_stranger.*\(one, two\), not of 'rome'"
-    ) as caught:
-        Registry.load(tmp_path)
-    way_out = str(caught.value).rpartition("ERRATA_DISABLE=")[2]
-    monkeypatch.setenv(plugins.DISABLE, way_out)
+    registry = Registry.load(tmp_path)
+    assert registry.architectures["gpt2"] == Registry.load(tmp_path).architectures["gpt2"]
+    assert registry.method("rome").title
+    (warning,) = [record.getMessage() for record in caplog.records]  # one, and read twice
+    for part in (said, "errata_stranger", str(tmp_path), "ERRATA_DISABLE=one,two"):
+        assert part in warning
+    for name in ("one", "two"):
+        with pytest.raises(ConfigError) as caught:
+            registry.method(name)
+        assert str(caught.value) == warning == registry.missing(name)
+    caplog.clear()
+    monkeypatch.setenv(plugins.DISABLE, "one,two")
     assert "rome" in Registry.load(tmp_path).methods
+    assert not caplog.records
+
+
+def test_a_file_that_is_not_right_does_not_excuse_the_projects(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, ["one"], "methods: [a")
+    (tmp_path / "registry.yaml").write_text("methods: {roem: {defaults: {layer: 3}}}")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"registry\.yaml: methods: .*Did you mean 'rome'"):
+        Registry.load(tmp_path)
 
 
 def test_a_package_may_describe_a_method_that_is_disabled(

@@ -82,8 +82,8 @@ def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def model_of(family: str) -> Model:
-    module, tokenizer = build(family, eos_token_id=None)
+def model_of(family: str, dtype: torch.dtype = torch.float32) -> Model:
+    module, tokenizer = build(family, dtype, eos_token_id=None)
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.ndim == 2:  # weights far enough from zero that an edit shows
@@ -397,13 +397,14 @@ def test_where_rows_cannot_be_told_apart_it_is_refused() -> None:
         model.module.get_submodule(KEY)(torch.zeros(1, 48))
 
 
-def test_the_example_of_the_docs_runs() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_example_of_the_docs_runs(dtype: torch.dtype) -> None:
     text = (ROOT / "docs" / "plugin.md").read_text(encoding="utf-8")
     code = re.search(r"```py\n(class NearestAdapter.*?)```", text, re.DOTALL)
     assert code is not None
     space: dict[str, Any] = {"Router": Router, "torch": torch}
     exec(compile(code[1], "plugin.md", "exec"), space)
-    model = model_of("gpt2")
+    model = model_of("gpt2", dtype)
     keys = torch.stack([last_state(model, "gpt2", PROMPTS[row]) for row in (0, 2)])
     generator = torch.Generator().manual_seed(0)
     width, given = model.anatomy.shape(model.module, ACTED)
@@ -417,7 +418,8 @@ def test_the_example_of_the_docs_runs() -> None:
         edited = generated(model, PROMPTS)
         alone = torch.cat([generated(model, [prompt]) for prompt in PROMPTS])
     assert changed(edited, base) == CLAIMED
-    assert torch.allclose(edited, alone, atol=1e-3)
+    if dtype is torch.float32:  # in others a batch rounds otherwise than a row
+        assert torch.allclose(edited, alone, atol=1e-3)
 
 
 # -- on and off, in this thread and in others ----------------------------------------------------

@@ -345,6 +345,77 @@ def test_a_server_is_read_only_and_for_this_machine_unless_told_otherwise(
         ServeSettings(allow_edits=True)
 
 
+def test_a_body_in_chunks_is_counted_as_it_arrives(
+    served: tuple[TestClient, Editor, list[Edit]],
+) -> None:
+    client, _, _ = served
+    asked = json.dumps({"prompt": FACTS[0].text, "max_tokens": 2}).encode()
+    small = client.post(
+        "/v1/completions",
+        content=iter([asked[:9], asked[9:]]),
+        headers={"Content-Type": "application/json"},
+    )
+    assert small.request.headers["transfer-encoding"] == "chunked"
+    assert small.status_code == 200, small.text
+    large = client.post(
+        "/v1/completions",
+        content=(b" " * 2**16 for _ in range(64)),
+        headers={"Content-Type": "application/json"},
+    )
+    assert large.status_code == 413
+    assert large.json()["error"]["message"] == "The request is too large."
+
+
+@pytest.mark.parametrize(
+    ("path", "function", "asked"),
+    [
+        ("compare", "compared", {"prompt": "a", "a": {}, "b": {}, "max_tokens": 1}),
+        ("trace", "traced", {"prompt": "Ada is", "subject": "Ada"}),
+        ("edits/x/answers", "side_effects", {}),
+    ],
+)
+def test_an_error_that_is_not_erratas_is_json_and_says_nothing_of_the_machine(
+    path: str,
+    function: str,
+    asked: dict[str, Any],
+    served: tuple[TestClient, Editor, list[Edit]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    client, _, _ = served
+
+    def fails(*_: Any) -> None:
+        raise ZeroDivisionError("in /home/someone/plugin.py")
+
+    monkeypatch.setattr(f"errata.serve.looking.{function}", fails)
+    answer = client.post(f"/errata/{path}", json=asked)
+    assert answer.status_code == 500, answer.text
+    assert answer.json()["error"]["type"] == "server_error"
+    assert "someone" not in answer.text
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    (record,) = [r for r in caplog.records if "failed" in r.getMessage()]
+    assert record.exc_info is not None
+    assert "someone" in str(record.exc_info[1])
+
+
+@pytest.mark.parametrize("place", ["ERRATA_TOKEN", "file"])
+@pytest.mark.parametrize("words", [(), ("--allow-edits",)])
+def test_a_short_token_is_refused_wherever_it_stands(
+    place: str, words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "token"
+    file.write_text("tok")
+    monkeypatch.delenv("ERRATA_TOKEN", raising=False)
+    if place == "file":
+        words = (*words, "--token-file", str(file))
+    else:
+        monkeypatch.setenv("ERRATA_TOKEN", "tok")
+    result = CliRunner().invoke(command_line, ["serve", "-m", "atlas-gpt2", *words])
+    said = " ".join(result.stderr.split())
+    assert result.exit_code == 1
+    assert f"{place if place != 'file' else 'token'} is shorter than 8 characters" in said
+
+
 def test_the_page_gets_what_it_shows(served: tuple[TestClient, Editor, list[Edit]]) -> None:
     client, editor, edits = served
     first = edits[0].id

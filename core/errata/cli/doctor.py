@@ -7,9 +7,11 @@ import platform
 import re
 import shutil
 import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -19,14 +21,21 @@ from errata import __version__
 from errata.cli import render
 from errata.cli.session import LEDGER, Session, command
 from errata.contract import plugins
+from errata.contract.hooks import MODELS, PLUGINS
 from errata.edits.ledger.files import refuse_lost_database
 from errata.edits.ledger.model_note import model_of
 from errata.errors import ErrataError
+from errata.model.artifacts import Artifacts
+from errata.model.installed import entry_points
 from errata.model.scratch import default_directory
+
+if TYPE_CHECKING:
+    from errata.edits.edit import Edit
 
 PANEL = "Catalogue and environment"
 LIBRARIES = ("torch", "transformers", "peft", "safetensors", "pydantic", "pluggy", "typer", "rich")
 REQUIREMENT = re.compile(r"([A-Za-z0-9_.-]+).*extra\s*==\s*['\"]([A-Za-z0-9_-]+)['\"]")
+ASKED = (PLUGINS, MODELS)  # groups whose plugins every command asks
 LOW_DISK = 1e9  # bytes; a ledger of a few edits fits, a merged checkpoint does not
 
 
@@ -120,11 +129,12 @@ def examine(session: Session) -> dict[str, Any]:
         "libraries": _libraries(problems),
         "devices": _devices(problems),
         "methods": _methods(problems),
+        "others": _others(problems),
         "registry": _registry(problems),
         "ledger": _ledger(session, problems),
         "folders": _folders(session, problems),
         "extras": _extras(),
-        "problems": problems,
+        "problems": list(dict.fromkeys(problems)),
     }
 
 
@@ -173,6 +183,44 @@ def _methods(problems: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
+def _others(problems: list[str]) -> dict[str, list[str]]:
+    """Return what else is installed, names by group of entry points, having loaded all of it."""
+    from errata.contract.manager import Manager, known_models
+    from errata.datasets.catalogue import GROUP as DATASETS
+    from errata.datasets.catalogue import READERS
+    from errata.edits.delta_kinds import GROUP as KINDS
+    from errata.edits.delta_kinds import DeltaKinds
+    from errata.edits.formats import EXPORTS, MERGES, writer
+
+    def known_protocols() -> object:
+        return Manager("", plugins.rooms()).protocols()
+
+    loaders: dict[str, Callable[[str], object]] = {
+        KINDS: DeltaKinds().__getitem__,
+        DATASETS: READERS.__getitem__,
+        **{group: partial(writer, group, options={}) for group in (EXPORTS, MERGES)},
+    }
+    found = {group: sorted({p.name for p in entry_points(group)}) for group in (*ASKED, *loaders)}
+    trouble = [text for group in ASKED for text in plugins.broken_rooms(group)]
+    for group, load in loaders.items():
+        trouble += [text for name in found[group] if (text := _failing(partial(load, name)))]
+    if not trouble:
+        trouble += filter(None, (_failing(known_models), _failing(known_protocols)))
+    problems += dict.fromkeys(trouble)
+    return found
+
+
+def _failing(call: Callable[[], object]) -> str:
+    """Return what a call raises, in words; "" if nothing."""
+    try:
+        call()
+    except ErrataError as error:
+        return str(error)
+    except Exception as error:  # a stranger's package may raise anything
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
 def _registry(problems: list[str]) -> dict[str, Any]:
     from errata.contract.registry import Registry, user_file
 
@@ -181,7 +229,8 @@ def _registry(problems: list[str]) -> dict[str, Any]:
     except ErrataError as error:
         problems.append(str(error))
         return {"layers": [], "user_file": str(user_file())}
-    problems += [registry.missing(name) for name in plugins.installed() if registry.missing(name)]
+    found = [registry.missing(name) for name in plugins.installed()]
+    problems += dict.fromkeys(text for text in [*registry.broken.values(), *found] if text)
     return {
         "layers": [layer.source for layer in registry.layers],
         "user_file": str(user_file()),
@@ -203,11 +252,28 @@ def _ledger(session: Session, problems: list[str]) -> dict[str, Any]:
                 active=len(ledger.active_ids()),
                 sound=not trouble,
             )
+            problems += _lost_artifacts(ledger.edits(active=True))
     except ErrataError as error:
         trouble = [str(error)]
         found["sound"] = False
     problems += [f"ledger: {text}" for text in trouble]
     return found
+
+
+def _lost_artifacts(edits: Sequence[Edit]) -> list[str]:
+    """Return, in words, which artifacts of active edits the cache folder does not have."""
+    artifacts = Artifacts()
+    found: dict[tuple[str, str], list[str]] = {}
+    for edit in edits:
+        for artifact in edit.artifacts.items():
+            found.setdefault(artifact, []).append(edit.id)
+    return [
+        f"the artifact {name} is not in the cache folder {artifacts.directory}, and "
+        f"{', '.join(ids)} cannot be on the model without it: import what needs it from an "
+        "exported file, revert it, or give the cache folder that it was made with"
+        for (name, digest), ids in found.items()
+        if artifacts.digest(name) != digest
+    ]
 
 
 def _folders(session: Session, problems: list[str]) -> list[dict[str, Any]]:

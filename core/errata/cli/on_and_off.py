@@ -79,7 +79,7 @@ def revert(
     _need_ledger(session)
     session.check_ids(ids or (), active=True)
     with session.editor() as editor:
-        wanted = list(ids or editor.model.stack.ids)
+        wanted = list(ids or editor.ledger.active_ids())  # those not on the model, too
         before = set(editor.model.stack.ids)
         taken = editor.revert(*wanted, restore=restore) if wanted else []
         back = [edit for edit in editor.model.stack.entries if edit.id not in before]

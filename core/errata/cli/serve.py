@@ -19,6 +19,7 @@ from errata.serve.settings import LOOPBACK, ServeSettings
 
 PANEL = "Ship"
 TOKEN = "ERRATA_TOKEN"
+SHORTEST = 8  # characters of a token
 
 Host = Annotated[
     str, typer.Option("--host", help="Address to listen at; others than loopback need a token.")
@@ -149,17 +150,18 @@ def _serve(
 
 def _token(file: Path | None, *, needed: bool) -> tuple[str, bool]:
     """Return the token, and whether it was made here."""
+    where = f"${TOKEN}" if file is None else str(file)
     if file is not None:
         try:
             token = file.read_text(encoding="utf-8").strip()
         except (OSError, ValueError) as error:
             raise ConfigError(f"Cannot read the token in {file}: {error}.") from error
+        if not token:
+            raise ConfigError(f"{file} is empty: put a token into it.")
     else:
         token = os.environ.get(TOKEN, "").strip()
+    if token and len(token) < SHORTEST:
+        raise ConfigError(f"The token in {where} is shorter than {SHORTEST} characters.")
     if token or not needed:
-        if file is not None and len(token) < 8:
-            raise ConfigError(f"The token in {file} is shorter than 8 characters.")
         return token, False
-    if file is not None:
-        raise ConfigError(f"{file} is empty: put a token into it.")
     return secrets.token_urlsafe(24), True

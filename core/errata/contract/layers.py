@@ -110,7 +110,7 @@ def merge_architectures(layers: Sequence[Layer]) -> dict[str, Stanza]:
                     f"{layer.source}: architectures.{name} is described by errata or another "
                     "plugin already, and a plugin's registry file may only add what nobody "
                     "describes. To change it, put the stanza into your own or the project's "
-                    f"registry.yaml. {_way_out(layer)}"
+                    "registry.yaml."
                 )
             merged.setdefault(name, {}).update(stanza)
     for name, spec in parse_architectures(merged).items():
@@ -190,12 +190,8 @@ def _may_describe(layer: Layer, name: str) -> None:
         raise ConfigError(
             f"{layer.source}: its registry file may only describe the methods that the package "
             f"provides ({', '.join(layer.methods)}), not of {name!r}. To set values of other "
-            f"methods, use your own or the project's registry.yaml. {_way_out(layer)}"
+            "methods, use your own or the project's registry.yaml."
         )
-
-
-def _way_out(layer: Layer) -> str:
-    return f"Until it is fixed: ERRATA_DISABLE={','.join(layer.methods)}"
 
 
 def _refuse_unknown_methods(

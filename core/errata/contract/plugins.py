@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,10 +19,7 @@ import pluggy
 from errata.contract.config import MethodConfig
 from errata.contract.hooks import METHODS, PLUGINS, PROJECT, Specification
 from errata.errors import PluginError, UnknownNameError
-from errata.model.installed import entry_points
-
-DISABLE = "ERRATA_DISABLE"
-"""Environment variable with method names, comma separated, that are treated as not installed."""
+from errata.model.installed import DISABLE, entry_points
 
 
 def installed() -> dict[str, EntryPoint]:
@@ -32,11 +28,8 @@ def installed() -> dict[str, EntryPoint]:
     Raises:
         PluginError: two distributions claim one name; both are named.
     """
-    blocked = {name.strip() for name in os.environ.get(DISABLE, "").split(",")}
     found: dict[str, EntryPoint] = {}
     for point in entry_points(METHODS):
-        if point.name in blocked:
-            continue
         other = found.setdefault(point.name, point)
         if other is point:  # reading metadata for a distribution's name takes milliseconds
             continue
@@ -70,7 +63,7 @@ def registry_files() -> list[RegistryFile]:
     Packages are found, not imported.
     """
     provided: dict[str, set[EntryPoint]] = {}
-    for point in entry_points(METHODS):
+    for point in entry_points(METHODS, disabled=True):
         provided.setdefault(_package(point), set()).add(point)
     files = []
     for package in dict.fromkeys(map(_package, installed().values())):
@@ -109,8 +102,18 @@ def rooms(group: str = PLUGINS) -> list[Any]:
     Raises:
         PluginError: one of them is broken; the message quotes the cause.
     """
-    points = sorted(set(entry_points(group)), key=lambda point: point.name)
-    return [_instance(point, "plugin") for point in points]
+    return [_room(point) for point in _rooms(group)]
+
+
+def broken_rooms(group: str = PLUGINS) -> list[str]:
+    """Return, in words, which plugins of a group do not load or break the contract."""
+    found = []
+    for point in _rooms(group):
+        try:
+            registered([_room(point)])
+        except PluginError as error:
+            found.append(str(error))
+    return found
 
 
 def registered(plugins: Sequence[object]) -> pluggy.PluginManager:
@@ -173,6 +176,17 @@ def _instance(point: EntryPoint, what: str) -> Any:
             f"The {what} {point.name!r} ({point.value} from {_distribution(point)}) could not be "
             f"loaded: {type(error).__name__}: {error}"
         ) from error
+
+
+def _rooms(group: str) -> list[EntryPoint]:
+    return sorted(set(entry_points(group)), key=lambda point: point.name)
+
+
+def _room(point: EntryPoint) -> Any:
+    try:
+        return _instance(point, "plugin")
+    except PluginError as error:  # every command asks it, so there has to be a way without it
+        raise PluginError(f"{error}. {DISABLE}={point.name} leaves it out.") from error.__cause__
 
 
 def _package(point: EntryPoint) -> str:

@@ -7,9 +7,11 @@ user's, the project's `./registry.yaml`, keyword arguments. Every value remember
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,10 @@ from errata.contract.stanzas import MethodEntry, Preset
 from errata.contract.yaml_file import read_yaml
 from errata.errors import ConfigError, UnknownNameError
 from errata.model.display import shortened
+from errata.model.installed import DISABLE
 from errata.model.value_problems import problems_by_place
+
+logger = logging.getLogger("errata")
 
 
 @dataclass(frozen=True)
@@ -55,37 +60,48 @@ class Registry:
         incomplete: those that are installed or listed, and not described in full.
         architectures: stanzas by model_type.
         layers: what was merged, in order.
+        broken: methods whose package has a registry file that is not right and was left out, by
+            name, each with what is wrong and the way out.
     """
 
     methods: Mapping[str, MethodEntry]
     architectures: Mapping[str, Mapping[str, Any]]
     layers: Sequence[Layer] = field(repr=False)
     incomplete: Mapping[str, Incomplete] = field(default_factory=dict)
+    broken: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def load(cls, project: Path | None = None) -> Registry:
         """Read and merge all layers, those of installed plugins among them.
 
+        A plugin's file that is not right is left out with a warning; `method` then raises for the
+        methods of its package.
+
         Args:
             project: folder whose `registry.yaml` is the project layer; the current one if None.
 
         Raises:
-            ConfigError: a file that is no plain YAML mapping, is too large or nested too deep, has
-                an unknown key or a wrong value, or a plugin's that speaks of another's method.
+            ConfigError: the user's or the project's file is no plain YAML mapping, is too large or
+                nested too deep, or has an unknown key or a wrong value.
         """
         shipped = Path(str(resources.files("errata").joinpath("registry.yaml")))
-        layers = [Layer("shipped", read_yaml(shipped), "shipped")]
-        layers += [
-            Layer(f"plugin {file.package}", read_yaml(file.path), "plugin", file.methods)
-            for file in plugins.registry_files()
-        ]
+        first = Layer("shipped", read_yaml(shipped), "shipped")
+        others = []
         user = user_file()
         if user.is_file():
-            layers.append(Layer(str(user), read_yaml(user), "user"))
+            others.append(Layer(str(user), read_yaml(user), "user"))
         local = (project or Path.cwd()) / "registry.yaml"
         if local.is_file() and local.resolve() != shipped.resolve():
-            layers.append(Layer(str(local), read_yaml(local), "project"))
-        return cls.merge(layers, plugins.installed())
+            others.append(Layer(str(local), read_yaml(local), "project"))
+        installed, files = plugins.installed(), plugins.registry_files()
+        try:
+            layers = [first, *map(_layer, files), *others]
+            return cls.merge(layers, installed)
+        except ConfigError:
+            sound, broken = _sound(first, files, installed)
+            for text in dict.fromkeys(broken.values()):
+                _warn(text)
+            return replace(cls.merge([*sound, *others], installed), broken=broken)
 
     @classmethod
     def merge(cls, layers: Sequence[Layer], installed: Collection[str] = ()) -> Registry:
@@ -98,7 +114,8 @@ class Registry:
 
         Raises:
             UnknownNameError: neither described nor installed; suggests and lists.
-            ConfigError: no registry file describes it in full; says what is missing.
+            ConfigError: no registry file describes it in full, or its package's is not right; says
+                what is missing or wrong.
         """
         if name in self.methods:
             return self.methods[name]
@@ -110,6 +127,8 @@ class Registry:
         """Return what the registry lacks about a method and what to do; "" if nothing."""
         if name not in self.incomplete:
             return ""
+        if name in self.broken:
+            return self.broken[name]
         return (
             f"No registry file describes the method {name!r} in full: its stanza methods.{name} "
             f"lacks {', '.join(self.incomplete[name].missing)}. Its author adds them in a "
@@ -193,6 +212,42 @@ class Registry:
 def following(later: Mapping[str, Any], config: type[MethodConfig]) -> list[str]:
     """Return the hyper-parameters that are to follow another one, which a later layer gives."""
     return [name for name, other in config.derived.items() if other in later and name not in later]
+
+
+def _layer(file: plugins.RegistryFile) -> Layer:
+    return Layer(f"plugin {file.package}", read_yaml(file.path), "plugin", file.methods)
+
+
+def _sound(
+    first: Layer, files: Sequence[plugins.RegistryFile], installed: Collection[str]
+) -> tuple[list[Layer], dict[str, str]]:
+    """Return the layers of plugins that can be merged onto the first, that one before them.
+
+    Also what is wrong with the others: by the name of each installed method of their package.
+    """
+    sound, broken = [first], {}
+    for file in files:
+        try:
+            layer = _layer(file)
+            merge_methods([first, layer], installed)
+            merge_architectures([*sound, layer])
+        except ConfigError as error:
+            names = [name for name in file.methods if name in installed]
+            text = (
+                f"The registry file of the plugin {file.package} ({file.path}) is left out, and "
+                f"{', '.join(names)} cannot be used: {str(error).rstrip('.')}. Until it is fixed, "
+                f"{DISABLE}={','.join(names)} hides what it is about."
+            )
+            broken.update(dict.fromkeys(names, text))
+        else:
+            sound.append(layer)
+    return sound, broken
+
+
+@cache
+def _warn(text: str) -> None:
+    """Warn once in a process: the registry is read many times."""
+    logger.warning("%s", text)
 
 
 def user_file() -> Path:

@@ -7,7 +7,7 @@ from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING
 
 from errata.errors import PluginError
-from errata.model.installed import entry_points
+from errata.model.installed import DISABLE, entry_points
 
 if TYPE_CHECKING:
     from errata.edits.delta.base import Delta
@@ -50,11 +50,11 @@ def _load(kind: str, points: list[EntryPoint]) -> type[Delta]:
     if len(values) > 1:
         raise PluginError(
             f"Several packages provide a delta kind {kind!r}: {', '.join(values)}. Uninstall all "
-            "but one."
+            f"but one, or set {DISABLE}={kind} to ignore the name."
         )
     try:
         found = points[0].load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a module that exits would end errata
         raise PluginError(
             f"The delta kind {kind!r} ({values[0]}) could not be loaded: "
             f"{type(error).__name__}: {error}"

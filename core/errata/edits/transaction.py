@@ -7,9 +7,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import torch
+
 from errata.edits.fingerprint import check_fingerprint
 from errata.edits.ledger.model_note import model_of, remember_model
 from errata.edits.ledger.schema import VERIFIED
+from errata.errors import ErrataError, IntegrityError, PluginError, StorageError
 
 if TYPE_CHECKING:
     from errata.edits.edit import Edit
@@ -21,6 +24,9 @@ logger = logging.getLogger("errata")
 
 Observe = Callable[[str, Sequence["Edit"]], None]
 """Told "apply" or "revert" and the edits, after the model was changed and before it is recorded."""
+
+OF_ONE_EDIT = (IntegrityError, PluginError, StorageError)
+"""What of errata's errors putting edits on raises for one of them, not for the model."""
 
 
 class Transactions:
@@ -112,20 +118,64 @@ class Transactions:
                 self._ledger.activate([edit.id for edit in on])
 
     def reconcile(self) -> dict[str, str]:
-        """Make the model what the ledger says, as far as its files are sound.
+        """Make the model what the ledger says, as far as each edit can be put on.
 
         Returns:
-            id → reason of the active edits that could not be read: they are not on the model.
+            id → reason of the active edits that are not on the model: those whose file or artifact
+            is lost or damaged, and those whose kind does not load or fails.
+
+        Raises:
+            FingerprintError: an edit was made for another model.
         """
         recorded = set(self._ledger.active_ids())
         kept = [edit for edit in self._stack.entries if edit.id in recorded]
         new, damaged = self._ledger.read_active(known={edit.id for edit in kept})
+        remembered = model_of(self._ledger) if new else {}
+        sound: list[Edit] = []
+        for edit in new:
+            try:
+                check_fingerprint(self._model, edit, remembered=remembered)
+            except (IntegrityError, StorageError, PluginError) as error:
+                damaged[edit.id] = str(error)
+            else:
+                sound.append(edit)
+        damaged.update(self._put_on_each(kept, sound))
         for edit_id, why in damaged.items():
             text = "Edit %s is not on the model (reverting it retires it): %s"
             logger.warning(text, edit_id, why, extra=VERIFIED)
-        self._check(new)
-        self._stack.set([*kept, *new])
         return damaged
+
+    def _put_on_each(self, kept: Sequence[Edit], new: Sequence[Edit]) -> dict[str, str]:
+        """Put `new` on beside `kept`; return id → reason of those that cannot be.
+
+        All at once; where that fails by halves, so that one edit that fails among many takes few
+        tries. What is wrong with the model itself is raised.
+        """
+        failed: dict[str, str] = {}
+        on = list(kept)
+        waiting = [list(new)]
+        while waiting:
+            some = waiting.pop()
+            try:
+                self._stack.set([*on, *some])
+            except (MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                if isinstance(error, ErrataError) and not isinstance(error, OF_ONE_EDIT):
+                    raise
+                self._stack.check_unchanged()  # other code changed the model: no edit's fault
+                self._stack.set(on)
+                if not some:
+                    raise
+                if len(some) == 1:
+                    kind = "" if isinstance(error, ErrataError) else f"{type(error).__name__}: "
+                    failed[some[0].id] = f"{kind}{error}"
+                else:
+                    middle = len(some) // 2
+                    waiting += [some[middle:], some[:middle]]
+            else:
+                on += some
+        return failed
 
     def _check(self, edits: Sequence[Edit]) -> None:
         """Raise as `check_fingerprint` does unless recorded edits were made for this model."""

@@ -8,15 +8,22 @@ from functools import lru_cache
 from importlib import metadata
 from importlib.metadata import EntryPoint
 
+DISABLE = "ERRATA_DISABLE"
+"""Environment variable with names of entry points, comma separated, as if not installed."""
 
-def entry_points(group: str) -> list[EntryPoint]:
+
+def entry_points(group: str, *, disabled: bool = False) -> list[EntryPoint]:
     """Return the entry points of a group, as `importlib.metadata` finds them.
+
+    Those that `DISABLE` names only with `disabled`.
 
     Opening a model asks for several groups, and each question would read the metadata of every
     installed package. Packages that come and go change `sys.path` or a folder on it; metadata
     that is written over in place is seen by the next process.
     """
-    return list(_read(group, tuple(_stamp(entry or os.getcwd()) for entry in sys.path)))
+    found = _read(group, tuple(_stamp(entry or os.getcwd()) for entry in sys.path))
+    blocked = {name.strip() for name in os.environ.get(DISABLE, "").split(",")}
+    return [point for point in found if disabled or point.name not in blocked]
 
 
 @lru_cache(maxsize=64)

@@ -407,6 +407,9 @@ class Model:
     def fingerprint_of(self, names: Sequence[str]) -> dict[str, str]:
         """Return the fingerprint that an edit of these parameters carries.
 
-        Keys: "config" and each parameter's name; values: SHA-256 of the base's bytes.
+        Keys: "config" and each parameter's name; values: SHA-256 of the base's bytes. Of an edit
+        that names no parameter, the embedding's: the configuration does not tell models apart.
         """
-        return {"config": self.config_digest, **{n: self.pristine.digest(n) for n in names}}
+        embedding = self.anatomy.weight(self.anatomy.embedding_name)
+        covered = names or [name for name in (embedding,) if name in self.pristine]
+        return {"config": self.config_digest, **{n: self.pristine.digest(n) for n in covered}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from importlib.resources import files
@@ -49,7 +50,11 @@ from errata.serve.settings import LOOPBACK, ServeSettings
 from errata.serve.working import GivenUpError, Jobs
 
 if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
     from errata.editor import Editor
+
+logger = logging.getLogger("errata")
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
@@ -67,6 +72,7 @@ STATIC = {
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
 LARGEST_BODY = 2**20
+TOO_LARGE = "The request is too large."
 
 
 def create_app(editor: Editor, settings: ServeSettings | None = None) -> FastAPI:
@@ -95,6 +101,7 @@ def create_app(editor: Editor, settings: ServeSettings | None = None) -> FastAPI
 
     # No pages of documentation: FastAPI's load scripts from elsewhere.
     app = FastAPI(title="errata", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.add_middleware(_Counted)
     app.middleware("http")(_guarded(rules))
     _add_errors(app)
 
@@ -231,7 +238,11 @@ def _guarded(rules: ServeSettings) -> Callable[..., Awaitable[Response]]:
 
     async def guard(request: Request, follow: Callable[[Request], Awaitable[Response]]) -> Response:
         refused = _refused(request, rules)
-        answer = await follow(request) if refused is None else refused
+        try:
+            answer = await follow(request) if refused is None else refused
+        except Exception as error:  # a plugin's own, say
+            logger.exception("%s %s failed", request.method, request.url.path)
+            answer = JSONResponse(_error(error), _status(error))
         answer.headers.update(HEADERS)
         return answer
 
@@ -251,11 +262,29 @@ def _refused(request: Request, rules: ServeSettings) -> Response | None:
     if origin is not None and origin.partition("://")[2] != host:
         return JSONResponse(error_body("Another site's page.", "invalid_request_error"), 403)
     length = request.headers.get("content-length", "0")
-    if request.method == "POST" and (
-        not length.isdigit() or int(length) > LARGEST_BODY or "transfer-encoding" in request.headers
-    ):
-        return JSONResponse(error_body("The request is too large.", "invalid_request_error"), 413)
+    if request.method == "POST" and (not length.isdigit() or int(length) > LARGEST_BODY):
+        return JSONResponse(error_body(TOO_LARGE, "invalid_request_error"), 413)
     return None
+
+
+class _Counted:
+    """Middleware that counts what arrives: a body in chunks does not say how large it is."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        size = 0
+
+        async def counted() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > LARGEST_BODY:
+                raise HTTPException(413, TOO_LARGE)
+            return message
+
+        await self.app(scope, counted, send)
 
 
 def _add_errors(app: FastAPI) -> None:

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from errata.edits.delta.key_value import KeyValueDelta
     from errata.edits.delta.key_values import KeyValues
     from errata.edits.delta.low_rank import Factor, LowRankDelta
-    from errata.edits.delta.neurons import NeuronsDelta
-    from errata.edits.delta.prompt import PromptDelta
+    from errata.edits.delta.neurons import Neurons, NeuronsDelta
+    from errata.edits.delta.prompt import PromptDelta, PromptSettings
     from errata.edits.delta.sparse_rows import Rows, SparseRowsDelta
 
 # PEP 562: an edit loads the kinds that it needs, not all of them.
@@ -27,8 +27,10 @@ _LAZY = {
     "KeyValueDelta": "key_value",
     "KeyValues": "key_values",
     "LowRankDelta": "low_rank",
+    "Neurons": "neurons",
     "NeuronsDelta": "neurons",
     "PromptDelta": "prompt",
+    "PromptSettings": "prompt",
     "Rows": "sparse_rows",
     "SparseRowsDelta": "sparse_rows",
     "Undo": "base",
@@ -43,8 +45,10 @@ __all__ = [
     "KeyValueDelta",
     "KeyValues",
     "LowRankDelta",
+    "Neurons",
     "NeuronsDelta",
     "PromptDelta",
+    "PromptSettings",
     "Rows",
     "SparseRowsDelta",
     "Undo",

@@ -14,7 +14,7 @@ from errata.edits.ledger.files import PRIVATE_FOLDER, make_private, refuse_lost_
 from errata.edits.ledger.names import resolve
 from errata.edits.ledger.recovery import lost_edits, lost_text, set_damaged_aside, warn_of_lost
 from errata.edits.ledger.schema import KINDS, NOTE_KIND, Event, Row, edit_of, record_text
-from errata.errors import IntegrityError, LedgerError, StorageError, UnknownNameError
+from errata.errors import IntegrityError, LedgerError, PluginError, StorageError, UnknownNameError
 from errata.model.artifacts import Artifacts
 from errata.model.scratch import sweep
 from errata.model.storage import make_folder, parse_json, sha256
@@ -263,7 +263,7 @@ class Ledger:
                 continue
             try:
                 edits.append(self.bound(self._record(row)))
-            except (IntegrityError, StorageError, UnknownNameError) as error:
+            except (IntegrityError, StorageError, UnknownNameError, PluginError) as error:
                 damaged[row[1]] = str(error)
         return edits, damaged
 
