@@ -96,15 +96,6 @@ class Stack(Described):
         """The names of the tensors that the active edits change."""
         return {n for e in self._entries if e.delta.folds for n in e.delta.parameters}
 
-    def stale(self) -> list[Edit]:
-        """Return the edits made on top of some that are off now, and those made on top of them."""
-        firm, found = set(self.ids), []
-        for edit in self._entries:
-            if edit.is_stale(firm):
-                found.append(edit)
-                firm.discard(edit.id)
-        return found
-
     def of_kind(self, kind: str) -> list[tuple[str, Delta]]:
         """Return (edit id, delta) of the active edits of one kind, in ledger order."""
         return [(e.id, e.delta) for e in self._entries if e.delta.kind == kind]
