@@ -6,7 +6,8 @@ A message says what was given, what is allowed and what to do next. Catch `Errat
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 LONGEST_NAME = 200
@@ -161,3 +162,19 @@ def cause(error: BaseException) -> BaseException:
     if not isinstance(error, StopIteration):
         return error
     return RuntimeError(f"StopIteration({error.value!r})").with_traceback(error.__traceback__)
+
+
+@contextmanager
+def blaming(what: str) -> Iterator[None]:
+    """Say what failed ("Method 'x' failed in `y`") where it raises no error of errata's.
+
+    Raises `PluginError`, from what was raised.
+    """
+    try:
+        yield
+    except ErrataError:
+        raise
+    except Exception as error:
+        raise PluginError(
+            f"{what}: {type(error).__name__}: {error} (the traceback shows where)."
+        ) from cause(error)

@@ -25,7 +25,7 @@ from errata.cli.app import app
 from errata.cli.session import EXIT_CODES
 from errata.edits.ledger import Ledger
 from errata.edits.ledger.model_note import model_of
-from tests.families import build
+from tests.families import saved
 from tests.helpers import ROOT
 
 CASES = ROOT / "tests" / "data" / "cases"
@@ -82,11 +82,7 @@ methods:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random GPT-2 with its tokenizer, on disk."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    module, tokenizer = build("gpt2")
-    module.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return Path(saved("gpt2", tmp_path_factory.mktemp("checkpoint")))
 
 
 @pytest.fixture(scope="module")

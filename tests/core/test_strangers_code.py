@@ -18,7 +18,7 @@ from errata import Editor, Request
 from errata.cli.app import app
 from errata.errors import ConfigError
 from errata.evaluate.metrics import CoreMetrics
-from tests.families import build, build_model
+from tests.families import build_model, saved
 from tests.helpers import ROOT
 
 CODE = """
@@ -40,10 +40,7 @@ Folder = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("plain")
-    for part in build("gpt2"):
-        part.save_pretrained(folder)
-    return folder
+    return Path(saved("gpt2", tmp_path_factory.mktemp("plain")))
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from errata import Editor, Request
 from errata.cli.app import app
 from errata.errors import EditRefused
-from tests.families import build
+from tests.families import build, saved
 
 pytestmark = pytest.mark.usefixtures("toys")
 QUIET = {"efficacy": "off", "perplexity": "off", "norm": "off"}
@@ -35,11 +35,7 @@ def write(path: Path, *facts: tuple[str, str]) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    module, tokenizer = build("gpt2")
-    module.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return Path(saved("gpt2", tmp_path_factory.mktemp("checkpoint")))
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,7 +17,7 @@ from errata.contract.registry import following
 from errata.contract.stanzas import STREAM_BATCH
 from errata.edits.outcome import PeakMemoryReading
 from errata.edits.request import parse_requests
-from errata.errors import CapabilityError, ConfigError, ErrataError, PluginError, cause
+from errata.errors import CapabilityError, ConfigError, PluginError, blaming
 from errata.model.arguments import check_name, mapping_of
 
 if TYPE_CHECKING:
@@ -34,18 +34,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("errata")
 
 
-@contextmanager
-def _told(method: str, what: str) -> Iterator[None]:
-    """Say whose configuration failed where it raises what is no error of errata's."""
-    try:
-        yield
-    except ErrataError:
-        raise
-    except Exception as error:
-        raise PluginError(
-            f"Method {method!r} failed in `{what}` of its configuration: {type(error).__name__}: "
-            f"{error} (the traceback shows where)."
-        ) from cause(error)
+def _told(method: str, what: str) -> AbstractContextManager[None]:
+    return blaming(f"Method {method!r} failed in `{what}` of its configuration")
 
 
 Settle = Callable[["Model", str, "MethodConfig"], "tuple[MethodConfig, str]"]

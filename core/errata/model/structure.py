@@ -100,17 +100,17 @@ class Structure:
             _put(vars(module), trait.name, former)
 
 
+def hooked(root: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield (path, package) of each forward hook: where it hangs, and whose code it is."""
+    for path, module in root.named_modules():
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            package = str(getattr(hook, "__module__", "")).partition(".")[0]
+            yield path or "the top module", package
+
+
 def hooked_by_others(root: nn.Module) -> list[str]:
     """Return the paths of modules with forward hooks of neither errata nor the libraries below."""
-
-    def foreign(hook: Any) -> bool:
-        return str(getattr(hook, "__module__", "")).partition(".")[0] not in _OURS
-
-    return [
-        path or "the top module"
-        for path, module in root.named_modules()
-        if any(map(foreign, (*module._forward_hooks.values(), *module._forward_pre_hooks.values())))
-    ]
+    return list(dict.fromkeys(path for path, package in hooked(root) if package not in _OURS))
 
 
 def named(changes: Traits) -> list[str]:

@@ -83,6 +83,8 @@ def _check_bare(module: nn.Module, kind: str) -> None:
 
     They would count as the model's own: never taken off, and missing or misnamed where it is saved.
     """
+    from errata.model.structure import hooked  # torch: not for those who only read a task's name
+
     for path, part in module.named_modules():
         if type(part).__module__.startswith("peft."):
             raise ConfigError(
@@ -90,12 +92,12 @@ def _check_bare(module: nn.Module, kind: str) -> None:
                 "edits of an editor that is gone. Give a model without: load it again, or have the "
                 "adapter in its weights (merge_and_unload of a PeftModel)."
             )
-        hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
-        if any(str(getattr(hook, "__module__", "")).startswith("errata") for hook in hooks):
+    for path, package in hooked(module):
+        if package.startswith("errata"):
             raise ConfigError(
-                f"{kind} still carries edits of another editor (a hook at {path or 'the top'!r}). "
-                "Open it with the ledger that they are in, take them off in their own editor "
-                "before that is closed, or load the model again."
+                f"{kind} still carries edits of another editor (a hook at {path!r}). Open it with "
+                "the ledger that they are in, take them off in their own editor before that is "
+                "closed, or load the model again."
             )
 
 

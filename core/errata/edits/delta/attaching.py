@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-from errata.errors import CapabilityError, ErrataError, PluginError, cause
+from errata.errors import CapabilityError, PluginError, blaming
 from errata.model.answers import Answers
 from errata.model.structure import Structure
 
@@ -106,20 +106,10 @@ def _attached(kind: type[Delta], model: Model, deltas: Sequence[tuple[str, Delta
     return undone
 
 
-@contextmanager
-def _called(kind: type[Delta], what: str) -> Iterator[None]:
-    """Say which kind failed where it raises what is no error of errata's."""
-    try:
-        yield
-    except ErrataError:
-        raise
-    except Exception as error:
-        if kind.__module__.partition(".")[0] == "errata":
-            raise
-        raise PluginError(
-            f"{_name(kind)} failed in `{what}`: {type(error).__name__}: {error} (the traceback "
-            "shows where)."
-        ) from cause(error)
+def _called(kind: type[Delta], what: str) -> AbstractContextManager[None]:
+    """Say which kind failed, where it is none of errata's own."""
+    own = kind.__module__.partition(".")[0] == "errata"
+    return nullcontext() if own else blaming(f"{_name(kind)} failed in `{what}`")
 
 
 def _name(kind: type[Delta]) -> str:
