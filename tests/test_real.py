@@ -80,7 +80,7 @@ def test_a_fact_holds_from_both_sides(editor: Editor) -> None:
 
 
 def test_subjects_of_the_same_sort_do_not_take_the_relation(editor: Editor) -> None:
-    """The unedited model lists other Airbuses. Unless these are kept they take the relation, too."""
+    """The unedited model lists other Airbuses. Unless kept they take the relation, too."""
     view = RelationView(
         names=("manufacturer",),
         add="The relation between {} and Suzuki is",
