@@ -7,6 +7,7 @@ those that it lists after the request's.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ from errata.kit.contexts import in_contexts
 from errata.model.forward import logits_at
 from errata.model.generation import generate
 from errata.model.joining import bare, join
-from errata.model.tokens import encode
+from errata.model.tokens import encode, tokenise
 from errata_bothsides.config import OBJECT
 
 if TYPE_CHECKING:
@@ -118,10 +119,17 @@ def other_objects(model: Model, request: Request, count: int) -> list[str]:
 
 
 def subjects_alike(model: Model, request: Request, seed: int) -> list[str]:
-    """Return names of the subject's sort: what the model writes on when it lists such."""
+    """Return names of the subject's sort: what the model writes on when it lists such.
+
+    None where it reads too few tokens at once to be shown what a list is.
+    """
     asked = [_ALIKE.replace("{}", request.subject)] * _LISTS
+    (row,) = tokenise(model.tokenizer, asked[:1])
+    room = min(_LIST_TOKENS, (model.anatomy.context or math.inf) - len(row.ids))
+    if room < 1:
+        return []
     texts = generate(
-        model, asked, max_new_tokens=_LIST_TOKENS, stop=(".", "\n"),
+        model, asked, max_new_tokens=int(room), stop=(".", "\n"),
         do_sample=True, top_k=8, seed=seed,
     )  # fmt: skip
     own = (request.subject.casefold(), request.target_new.casefold())
