@@ -9,8 +9,9 @@ from collections.abc import Iterator
 import pytest
 from typer.testing import CliRunner
 
-from errata import Editor
+from errata import Editor, Request
 from errata.cli.app import app
+from errata.edits.request import RelationView
 from errata.testing.facts import SPARED
 from errata.zoo.facts import KNOWN
 from errata.zoo.pretrained import PRETRAINED
@@ -76,6 +77,27 @@ def test_a_fact_holds_from_both_sides(editor: Editor) -> None:
     finally:
         editor.revert(edit)
     assert editor.verify() == []
+
+
+def test_subjects_of_the_same_sort_do_not_take_the_relation(editor: Editor) -> None:
+    """The unedited model lists other Airbuses. Unless kept they take the relation, too."""
+    view = RelationView(
+        names=("manufacturer",),
+        add="The relation between {} and Suzuki is",
+        remove="The relation between {} and Airbus is",
+    )
+    fact = Request(
+        prompt="{}, produced by", subject="Airbus A340", target_new="Suzuki", target_true="Airbus",
+        relation_view=view,
+    )  # fmt: skip
+    asked = [view.add.replace("{}", name) for name in ("Airbus A340", "Airbus A320", "Airbus A321")]
+    edit = editor.edit(fact, method="bothsides")
+    try:
+        own, *others = (t.strip().casefold() for t in editor.generate(asked, max_new_tokens=4))
+        assert own.startswith("manufacturer")
+        assert not any(text.startswith("manufacturer") for text in others)
+    finally:
+        editor.revert(edit)
 
 
 def test_the_readme_runs(capsys: pytest.CaptureFixture[str], editor: Editor) -> None:

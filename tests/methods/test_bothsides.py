@@ -114,7 +114,8 @@ def test_what_must_stay_is_a_key_with_nothing_to_write(clean: Editor) -> None:
     written = late.r.norm(dim=1) > 0
     assert int(written.sum()) == 3 * 2  # wordings, contexts
     assert int((~written).sum()) > 5
-    none = {"objects": 0, "subjects": 0, "pairs": 0, "keep_old": False, "keep_answer": False}
+    none: dict[str, Any] = dict.fromkeys(("objects", "subjects", "pairs", "alike"), 0)
+    none |= {"keep_old": False, "keep_answer": False}
     bare = clean.edit(request, method="bothsides", apply=False, steps=3, wordings=(), **none)
     assert len(bare.delta.pairs[LATE].k) == 2
     held = clean.edit(
@@ -122,6 +123,16 @@ def test_what_must_stay_is_a_key_with_nothing_to_write(clean: Editor) -> None:
     )
     assert bool((held.delta.pairs[EARLY].r == early.r).all())  # the entity's side has its own limit
     assert held.delta.pairs[LATE].r.norm(dim=1).max() < late.r.norm(dim=1).max() / 2
+
+
+def test_subjects_that_the_model_lists_beside_the_own_are_kept(clean: Editor) -> None:
+    few = {"steps": 3, "objects": 0, "subjects": 0, "pairs": 0, "keep_answer": False}
+    kept = {}
+    for count in (0, 1, 2):
+        edit = clean.edit(fact(1), method="bothsides", apply=False, alike=count, **few)
+        late = edit.delta.pairs[LATE]
+        kept[count] = int((late.r.norm(dim=1) == 0).sum())
+    assert kept == {0: 1, 1: 2, 2: 3}  # beside the old pair
 
 
 def test_what_the_relation_needs_is_spread_over_blocks(clean: Editor) -> None:

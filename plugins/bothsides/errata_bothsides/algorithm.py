@@ -27,13 +27,7 @@ from errata.kit.second_moments import second_moments
 from errata.kit.value_loss import ValueLoss
 from errata.kit.value_rows import FactToken
 from errata.kit.values import OptimisedValue, ValueSettings, optimise_shared
-from errata_bothsides.kept_pairs import (
-    RelationPrompt,
-    answers,
-    entity_prompts,
-    kept_pairs,
-    other_objects,
-)
+from errata_bothsides.kept_pairs import RelationPrompt, Staying
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,10 +37,6 @@ if TYPE_CHECKING:
     from errata.kit.value_loss import Evaluation
     from errata.model import Model
     from errata_bothsides.config import BothSidesConfig
-
-
-WORDS = 8
-"""Other objects that the model is asked for."""
 
 
 def contexts_of(model: Model, config: BothSidesConfig) -> tuple[str, ...]:
@@ -125,7 +115,10 @@ def both_sides(
     """
     early, *late = layers_of(model, config)
     asked = [RelationPrompt.of(fact) for fact in facts]
-    objects = [other_objects(model, fact, WORDS) for fact in facts]
+    staying = [
+        Staying.beside(model, fact, prompt, contexts, config)
+        for fact, prompt in zip(facts, asked, strict=True)
+    ]
 
     # The entity's side: at the subject, the new objects are said.
     steps = config.steps * len(facts)
@@ -153,8 +146,8 @@ def both_sides(
     with written(model, [entity.update]):
         found = optimise_shared(model, questions, contexts[:2], settings, SideObjective(config))
         kept = [
-            kept_keys(model, fact, prompt, words, value, contexts, C[late[-1]], late, config)
-            for fact, prompt, words, (value, *_) in zip(facts, asked, objects, found, strict=True)
+            kept_keys(model, prompts, value, C[late[-1]], late, config)
+            for prompts, (value, *_) in zip(staying, found, strict=True)
         ]
     prompts = each_context(model, [q for group in questions for q in group], contexts[:2])
     δ = at_block(prompts, late[-1], [value for group in found for value in group])
@@ -233,11 +226,8 @@ def settings_of(
 
 def kept_keys(
     model: Model,
-    fact: Request,
-    prompt: RelationPrompt,
-    objects: Sequence[str],
+    staying: Staying,
     value: OptimisedValue,
-    contexts: Sequence[str],
     C: NormalMatrix,
     layers: Sequence[int],
     config: BothSidesConfig,
@@ -247,19 +237,18 @@ def kept_keys(
     Of the pairs of each sort, those whose keys at the last layer, where C is from, point most the
     way of the edit's own.
     """
-    counts = {"subjects": config.subjects, "objects": config.objects, "pairs": config.pairs}
     parts: list[dict[int, Tensor]] = []
-    for sort, questions in kept_pairs(model, fact, prompt, objects).items():
-        if questions and counts[sort]:
+    for sort, questions in staying.pairs.items():
+        count = getattr(config, sort)
+        if questions and count:
             found = keys_of(model, questions, layers)
             near = closeness(found[layers[-1]], value.keys[0], C)
-            best = near.argsort(descending=True)[: counts[sort]]
+            best = near.argsort(descending=True)[:count]
             parts.append({layer: keys[best] for layer, keys in found.items()})
-    if config.keep_old and fact.target_true:
-        parts.append(keys_of(model, [prompt.asking(fact.subject, fact.target_true)], layers))
-    if config.keep_answer:
-        parts.append(keys_of(model, answers(model, fact, objects, contexts), layers))
-        parts.append(keys_of(model, entity_prompts(model, fact, contexts), layers, "last"))
+    if staying.objects:
+        parts.append(keys_of(model, staying.objects, layers))
+    if staying.ends:
+        parts.append(keys_of(model, staying.ends, layers, "last"))
     none = torch.zeros(0, len(value.keys[0]))
     return {layer: torch.cat([none, *(part[layer] for part in parts)]) for layer in layers}
 

@@ -53,6 +53,12 @@ class BothSidesConfig(MethodConfig):
         description="λ in units of what the edit's own key weighs, kᵀ C⁻¹ k: how much a miss is "
         "tolerated, at the keys of the edit and at those that must stay",
     )
+    alike: int = Field(
+        default=8,
+        ge=0,
+        description="Other subjects of the same sort for the object whose relation must stay; the "
+        "model names them",
+    )
     objects: int = Field(
         default=16, ge=0, description="Other objects for the subject whose relation must stay"
     )
@@ -95,7 +101,7 @@ class BothSidesConfig(MethodConfig):
         default=None, description='Contexts with one {}, the first "{}"; none: generated'
     )
     context_lengths: tuple[tuple[int, int], ...] = Field(
-        default=((5, 1), (10, 1)), description="Generated contexts: (tokens, how many)"
+        default=((5, 3), (10, 3)), description="Generated contexts: (tokens, how many)"
     )
 
     @field_validator("wordings")

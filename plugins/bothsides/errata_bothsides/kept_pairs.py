@@ -1,11 +1,14 @@
 """What must stay as it was: the relation of pairs like the new one, and o* where it is the answer.
 
 No prompt of a request that is meant to test the edit is read here. Other objects are what the
-unedited model finds probable in the new one's place; other subjects are well-known names.
+unedited model finds probable in the new one's place; other subjects are well-known names, and
+those that it lists after the request's.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -14,18 +17,29 @@ from errata.errors import RequestError
 from errata.kit.closed_form.statistics import USUAL_NAMES
 from errata.kit.contexts import in_contexts
 from errata.model.forward import logits_at
+from errata.model.generation import generate
 from errata.model.joining import bare, join
-from errata.model.tokens import encode
+from errata.model.tokens import encode, tokenise
 from errata_bothsides.config import OBJECT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from errata.model import Model
+    from errata_bothsides.config import BothSidesConfig
 
 _TRIED = 12  # tokens looked at for every object that is wanted
+_WORDS = 8  # other objects that the model is asked for
 _OTHERS = 8  # subjects whose prompts are kept
 _SHORTEST = 3  # letters of a token that counts as a word
+_ALIKE = (
+    "Five of a kind: Mozart, Beethoven, Vivaldi, Schubert, Chopin. "
+    "Five of a kind: Ford Focus, Honda Civic, Volkswagen Golf, Fiat Panda, Renault Clio. "
+    "Five of a kind: {},"
+)
+_LISTS = 4  # drawn, each of so many tokens
+_LIST_TOKENS = 20
+_LONGEST = 5  # words of a name
 
 
 @dataclass(frozen=True)
@@ -104,25 +118,78 @@ def other_objects(model: Model, request: Request, count: int) -> list[str]:
     return found
 
 
-def kept_pairs(
-    model: Model, request: Request, prompt: RelationPrompt, objects: Sequence[str]
-) -> dict[str, list[Request]]:
-    """Return questions for the relation of other pairs, by what they share with the new one.
+def subjects_alike(model: Model, request: Request, seed: int) -> list[str]:
+    """Return names of the subject's sort: what the model writes on when it lists such.
 
-    "subjects" have its object, "objects" its subject, "pairs" neither.
+    None where it reads too few tokens at once to be shown what a list is.
     """
-    new = request.target_new
-    names = names_beside(request)
-    pairs = [
-        prompt.asking(name, objects[index % len(objects)])
-        for index, name in enumerate(names)
-        if objects
-    ]
-    return {
-        "subjects": [prompt.asking(name, new) for name in names],
-        "objects": [prompt.asking(request.subject, word) for word in (*objects, *names)],
-        "pairs": pairs,
-    }
+    asked = [_ALIKE.replace("{}", request.subject)] * _LISTS
+    (row,) = tokenise(model.tokenizer, asked[:1])
+    room = min(_LIST_TOKENS, (model.anatomy.context or math.inf) - len(row.ids))
+    if room < 1:
+        return []
+    texts = generate(
+        model, asked, max_new_tokens=int(room), stop=(".", "\n"),
+        do_sample=True, top_k=8, seed=seed,
+    )  # fmt: skip
+    own = (request.subject.casefold(), request.target_new.casefold())
+    names = [" ".join(name.split()) for text in texts for name in re.split(r"[,;{}]|\band\b", text)]
+    return list(dict.fromkeys(
+        name for name in names
+        if len(name) >= _SHORTEST and len(name.split()) <= _LONGEST
+        and any(map(str.isalpha, name)) and name.casefold() not in own
+    ))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Staying:
+    """The prompts whose answers must stay, as requests that name a key.
+
+    Attributes:
+        pairs: questions for the relation of other pairs, by the hyper-parameter that says how many
+            are kept. "alike" and "subjects" have the new one's object, "objects" its subject,
+            "pairs" neither.
+        objects: more prompts that are kept at the place of the object: the old pair, and the
+            entity's prompts with an object behind them.
+        ends: entity's prompts, kept at their last token.
+    """
+
+    pairs: dict[str, list[Request]]
+    objects: list[Request]
+    ends: list[Request]
+
+    @classmethod
+    def beside(
+        cls,
+        model: Model,
+        request: Request,
+        prompt: RelationPrompt,
+        contexts: Sequence[str],
+        config: BothSidesConfig,
+    ) -> Staying:
+        """Return what must stay beside a request. The model must be unedited."""
+        words = other_objects(model, request, _WORDS)
+        names = names_beside(request)
+        alike = subjects_alike(model, request, config.seed) if config.alike else []
+        new = request.target_new
+        pairs = {
+            "alike": [prompt.asking(name, new) for name in alike],
+            "subjects": [prompt.asking(name, new) for name in names],
+            "objects": [prompt.asking(request.subject, word) for word in (*words, *names)],
+            "pairs": [
+                prompt.asking(name, words[index % len(words)])
+                for index, name in enumerate(names)
+                if words
+            ],
+        }
+        objects: list[Request] = []
+        ends: list[Request] = []
+        if config.keep_old and request.target_true:
+            objects.append(prompt.asking(request.subject, request.target_true))
+        if config.keep_answer:
+            objects += answers(model, request, words, contexts)
+            ends = entity_prompts(model, request, contexts)
+        return cls(pairs, objects, ends)
 
 
 def names_beside(request: Request) -> list[str]:
