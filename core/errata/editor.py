@@ -28,7 +28,7 @@ from errata.edits.transaction import Transactions
 from errata.errors import ConfigError, ErrataError, LedgerError
 from errata.kit.auto_layers import resolve_auto_layers
 from errata.model.access import claim, release
-from errata.model.arguments import check_name, folder_of, is_file, path_of, texts_of
+from errata.model.arguments import check_name, folder_of, names_file, path_of, texts_of
 from errata.model.artifacts import Artifacts
 from errata.model.display import Described, ResultTable, plural
 from errata.model.generation import generate_with
@@ -314,7 +314,7 @@ class Editor(Described):
         A file's edits are taken into the ledger and put on as one: all of it, or nothing.
         """
         with self._changing("apply"):
-            if isinstance(target, Path) or (isinstance(target, str) and is_file(target)):
+            if isinstance(target, Path) or (isinstance(target, str) and names_file(target)):
                 ids: list[str] = []
                 with self._transactions.all_or_nothing(ids), self.ledger.transaction():
                     wanted = [self._get(edit.id) for edit in self.import_(target)]
@@ -450,7 +450,7 @@ class Editor(Described):
             for edit, delta in pairs:
                 check_fingerprint(self.model, edit.bind(delta), carried)
             with self.ledger.transaction():
-                records = self.ledger.import_(Path(path), pairs)
+                records = self._transactions.import_(Path(path), pairs)
                 self.model.artifacts.take(carried)
             return records
 

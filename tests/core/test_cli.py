@@ -12,10 +12,12 @@ import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from transformers import GPT2LMHeadModel
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -24,6 +26,7 @@ from errata import Editor
 from errata.cli.app import app
 from errata.cli.session import EXIT_CODES
 from errata.edits.ledger import Ledger
+from errata.edits.ledger.files import LOCK
 from errata.edits.ledger.model_note import model_of
 from tests.families import saved
 from tests.helpers import ROOT
@@ -654,6 +657,43 @@ def test_an_edit_of_another_model_is_refused(run: Run, checkpoint: Path, workpla
     assert "made for another model" in " ".join(result.stderr.split())
 
 
+def test_what_was_refused_leaves_no_word_of_the_dtype(
+    run: Run, checkpoint: Path, workplace: Path
+) -> None:
+    """The ledger remembers what opens its model once an edit is in it, not before."""
+    edit(run, checkpoint)
+    run("export", "--out", "one.errata")
+    there = ("apply", "one.errata", "--model", checkpoint, "--ledger", "other")
+    result = run(*there, "--dtype", "bf16", code=1)
+    said = " ".join(result.stderr.split())
+    assert "was opened in another dtype than this one (bfloat16" in said
+    run(*there)
+    with Ledger.open(workplace / "other", kinds={}, readonly=True) as ledger:
+        assert model_of(ledger) == {"name": str(checkpoint), "dtype": None}
+
+
+def test_a_command_waits_for_another_that_changes_the_ledger(
+    run: Run, checkpoint: Path, workplace: Path
+) -> None:
+    """What it computes would be refused and lost otherwise; reading commands do not wait."""
+    edit(run, checkpoint)
+    begun, over = Event(), Event()
+
+    def other() -> None:
+        with FileLock(workplace / "errata-ledger" / LOCK):
+            begun.set()
+            time.sleep(1)
+            over.set()
+
+    Thread(target=other).start()
+    begun.wait()
+    run("log")
+    assert not over.is_set()
+    result = run("revert", "--all")
+    assert over.is_set()
+    assert "no edit active" in " ".join(result.stdout.split())
+
+
 # -- catalogue and environment ---------------------------------------------------------------------
 
 
@@ -752,7 +792,7 @@ def test_a_method_that_crashes_is_named_and_leaves_nothing(
     assert "--debug shows where" in said
     assert "Traceback" not in result.stderr
     assert run_json("log")["edits"] == []
-    assert run_json("verify")["sound"]
+    assert run_json("verify", "--model", checkpoint)["sound"]
 
 
 def test_debug_shows_the_traceback(run: Run) -> None:

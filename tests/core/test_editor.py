@@ -262,6 +262,8 @@ def test_an_edit_travels_as_one_file(editor: Editor, tmp_path: Path) -> None:
             assert_same(state_of(other.model), state_of(editor.model))
     with pytest.raises(ErrataError, match="exists"):
         editor.export(file, edits[0])
+    with pytest.raises(ConfigError, match="There is no file"):
+        editor.apply(str(tmp_path / "sets.errata"))
 
 
 def test_two_answers_to_one_question_are_reported(

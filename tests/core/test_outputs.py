@@ -64,6 +64,11 @@ def test_an_earlier_one_is_replaced_when_asked_for(write: Write, tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_name_that_no_file_can_have_is_said(write: Write, tmp_path: Path) -> None:
+    with pytest.raises(ErrataError, match="name too long"):
+        write(tmp_path / ("x" * 300))
+
+
 @pytest.mark.parametrize("files", [("thesis.tex",), ("config.json", "model.safetensors")])
 def test_a_folder_of_somebody_is_never_replaced(
     files: tuple[str, ...], write: Write, tmp_path: Path

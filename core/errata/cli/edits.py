@@ -221,11 +221,11 @@ def edit(
     check_guards(guards)
     if facts is not None and refuse:
         guards["checks"] = [facts]
-    with session.editor(create=not dry_run, durable=not dry_run, guards=guards) as editor:
+    with session.editor(
+        create=not dry_run, durable=not dry_run, writes=not dry_run, guards=guards
+    ) as editor:
         if dry_run:
             _copy_active(session, editor)
-        else:
-            session.remember(editor)
         told = last_of_each(requests) if supersede else requests
         wanted = _left_over(session, editor, told) if resume else told
         how = {

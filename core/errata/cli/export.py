@@ -140,13 +140,12 @@ def import_(
         raise LedgerError(f"There is no file {str(file)!r} to import.")
     check_model(session.model_name())
     check_exports([file])
-    with session.editor(create=True) as editor:
+    with session.editor(create=True, writes=True) as editor:
         show_imported(session, editor, editor.import_(file), apply)
 
 
 def show_imported(session: Session, editor: Editor, edits: Sequence[Edit], apply: bool) -> None:
     """Put edits that came into the ledger on the model where that is wanted, and show them."""
-    session.remember(editor)
     if apply:
         active = set(editor.model.stack.ids)
         for edit in edits:

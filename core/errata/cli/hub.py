@@ -90,5 +90,5 @@ def pull(
     """
     from errata.ship import hub
 
-    with session.editor(create=True) as editor:
+    with session.editor(create=True, writes=True) as editor:
         show_imported(session, editor, hub.pull(editor, repository, revision=revision), apply)

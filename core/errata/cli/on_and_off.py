@@ -14,6 +14,7 @@ from errata.cli.checks import check_exports, check_model
 from errata.cli.edits import PANEL, pairs
 from errata.cli.session import MODEL, Session, command
 from errata.errors import ConfigError, LedgerError
+from errata.model.arguments import names_file
 
 if TYPE_CHECKING:
     from errata.editor import Editor
@@ -78,7 +79,7 @@ def revert(
         raise LedgerError("Say which edits to revert: their ids, or --all.")
     _need_ledger(session)
     session.check_ids(ids or (), active=True)
-    with session.editor() as editor:
+    with session.editor(writes=True) as editor:
         wanted = list(ids or editor.ledger.active_ids())  # those not on the model, too
         before = set(editor.model.stack.ids)
         taken = editor.revert(*wanted, restore=restore) if wanted else []
@@ -97,21 +98,16 @@ def apply(
     ],
 ) -> None:
     """Put recorded edits, or those of a file, on the model."""
-    files = [item for item in what if Path(item).is_file()]
-    named = [item for item in what if item not in files]
-    for item in named:
-        if len(Path(item).parts) > 1 or Path(item).suffix:
-            raise ConfigError(f"There is no file {item!r}, and an id looks like 3f2a9c01d7e4.")
+    files = [Path(item) for item in what if names_file(item)]
     if not files:
         _need_ledger(session)
-        session.check_ids(named, active=False)
+        session.check_ids(what, active=False)
     check_model(session.model_name())
-    check_exports([Path(item) for item in files])
-    with session.editor(create=bool(files)) as editor:
-        session.remember(editor)
+    check_exports(files)
+    with session.editor(create=bool(files), writes=True) as editor:
         put: list[Edit] = []
         for item in what:
-            put += editor.apply(Path(item) if item in files else item)
+            put += editor.apply(item)
         _changed(session, editor, {"applied": put})
 
 
@@ -130,7 +126,7 @@ def rebase(
     """
     _need_ledger(session)
     session.check_ids(ids or (), active=True)
-    with session.editor() as editor:
+    with session.editor(writes=True) as editor:
         made = editor.rebase(*(ids or ()))
         if not made and not session.json:
             session.show("Nothing is stale.")
@@ -162,7 +158,7 @@ def resolve(
     given = pairs(settings or (), "--set")
     if not given:
         raise ConfigError("Say what to solve with, for example --set second_moment_weight=1500.")
-    with session.editor() as editor:
+    with session.editor(writes=True) as editor:
         made = editor.resolve(*(ids or ()), **given)
         if not made and not session.json:
             session.show("No active edit can be solved again with that.")

@@ -20,10 +20,11 @@ from rich.text import Text
 from typer.core import TyperCommand
 
 from errata.cli.checks import check_opening
+from errata.cli.one_writer import one_writer
 from errata.cli.progress import ConsoleProgress
 from errata.cli.render import console, json_text
 from errata.cli.wording import in_options
-from errata.edits.ledger.model_note import model_of, remember_model
+from errata.edits.ledger.model_note import model_of
 from errata.errors import (
     ConfigError,
     EditRefused,
@@ -252,6 +253,7 @@ class Session:
         *,
         create: bool = False,
         durable: bool = True,
+        writes: bool = False,
         guards: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Iterator[Editor]:
@@ -260,33 +262,30 @@ class Session:
         Args:
             create: make the ledger when there is none.
             durable: False keeps everything in memory even if there is a ledger.
+            writes: the ledger will be changed: wait for other commands that change it.
             guards: passed on.
             **options: other arguments of `errata.Editor`.
         """
         name = self.model_name()
         check_opening(name, self.device, self.dtype)
-        with self.status(f"Loading {name}"):
-            calm_transformers()
-            from errata.editor import Editor
+        folder = self.ledger if durable and (create or self.has_ledger()) else None
+        with one_writer(folder, self.status) if folder and writes else nullcontext():
+            with self.status(f"Loading {name}"):
+                calm_transformers()
+                from errata.editor import Editor
 
-            folder = self.ledger if durable and (create or self.has_ledger()) else None
-            editor = Editor(
-                name,
-                ledger=folder,
-                device=self.device,
-                dtype=self.dtype,
-                guards=guards,
-                progress=self.progress,
-                trust_remote_code=self.trust_remote_code,
-                **options,
-            )
-        with editor:
-            yield editor
-
-    def remember(self, editor: Editor) -> None:
-        """Write the model's name into the ledger, so that later commands need not say it."""
-        if editor.model.opened_as is not None:
-            remember_model(editor.ledger, *editor.model.opened_as)
+                editor = Editor(
+                    name,
+                    ledger=folder,
+                    device=self.device,
+                    dtype=self.dtype,
+                    guards=guards,
+                    progress=self.progress,
+                    trust_remote_code=self.trust_remote_code,
+                    **options,
+                )
+            with editor:
+                yield editor
 
     def status(self, text: str) -> AbstractContextManager[None]:
         """Show what is going on while a block without countable steps runs."""

@@ -62,9 +62,11 @@ def check_fingerprint(
                     f"{str(model.dtype).removeprefix('torch.')}, and an edit fits one: {dtype}."
                 )
             what = "configuration" if name == "config" else f"base tensor {name}"
+            same = edit.fingerprint["config"] == here["config"]
             raise FingerprintError(
                 f"Edit {edit.id} was made for another model: its {what} has the fingerprint "
                 f"{wanted[:16]}…, that of {model.name} is {here[name][:16]}…."
+                + (_same_configuration(model) if same else "")
             )
     edit.delta.check(model)
     if set(edit.artifacts) != {model.artifacts.name(key) for key in edit.delta.artifacts}:
@@ -82,6 +84,15 @@ def check_fingerprint(
                 f"{model.artifacts.directory} has none such: import the edit from its exported "
                 "file, or give the cache folder that it was made with."
             )
+
+
+def _same_configuration(model: Model) -> str:
+    """Say what may be another where only tensors differ."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    return (
+        f" The configuration is the same: these are other weights, or the model that it was made "
+        f"on was opened in another dtype than this one ({dtype}; an edit fits one)."
+    )
 
 
 def _other_dtype(model: Model, name: str, wanted: str, remembered: Mapping[str, Any]) -> str | None:

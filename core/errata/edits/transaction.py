@@ -15,6 +15,9 @@ from errata.edits.ledger.schema import VERIFIED
 from errata.errors import ErrataError, IntegrityError, PluginError, StorageError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from errata.edits.delta import Delta
     from errata.edits.edit import Edit
     from errata.edits.ledger import Ledger
     from errata.edits.stack import Stack
@@ -90,14 +93,25 @@ class Transactions:
             stored = self._ledger.commit_many([(edit, edit.delta, active) for edit in new])
             for name, why in (replaced or {}).items():
                 self._ledger.note(why, {"by": [edit.id for edit in stored]}, name)
-            if not (self._named or self._model.opened_as is None):
-                remember_model(self._ledger, *self._model.opened_as)
+            self._name_model()
         self._named = True
         bound = [one.bind(edit.delta) for one, edit in zip(stored, new, strict=True)]
         if active:
             complete = {edit.id: edit for edit in bound}
             self._stack.set([complete.get(edit.id, edit) for edit in self._stack.entries])
         return bound
+
+    def import_(self, path: Path, pairs: Sequence[tuple[Edit, Delta]]) -> list[Edit]:
+        """Store the edits of an exported file, which were checked; return them."""
+        with self._ledger.transaction():
+            records = self._ledger.import_(path, pairs)
+            self._name_model()
+        return records
+
+    def _name_model(self) -> None:
+        """Tell the ledger what opens the model, with the first edit that it gets from here."""
+        if not (self._named or self._model.opened_as is None):
+            remember_model(self._ledger, *self._model.opened_as)
 
     def exchange(self, off: Sequence[Edit], on: Sequence[Edit]) -> None:
         """Take recorded edits off and put others on, as one change.

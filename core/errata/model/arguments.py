@@ -61,12 +61,20 @@ def folder_of(value: object, what: str) -> Path:
     return folder
 
 
-def is_file(text: str) -> bool:
-    """Say whether a text names a file that is there; a text that cannot be a path does not."""
+def names_file(text: str) -> bool:
+    """Say whether a text names a file that is there, and is not an edit's id.
+
+    Raises `ConfigError` for a text that looks like a path where no file is.
+    """
+    path = Path(text)
     try:
-        return Path(text).is_file()
+        if path.is_file():
+            return True
     except (OSError, ValueError):  # longer than a path may be, or with a NUL in it
-        return False
+        pass
+    if len(path.parts) > 1 or path.suffix:
+        raise ConfigError(f"There is no file {text!r}, and an id looks like 3f2a9c01d7e4.")
+    return False
 
 
 def texts_of(value: object, what: str) -> list[str]:

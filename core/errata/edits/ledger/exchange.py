@@ -57,9 +57,9 @@ def write_export(
     path = Path(path)
     if not pairs:
         raise LedgerError("No edits were given to export: name at least one.")
+    check_file(path, EXPORT, skip=8)  # the length of the header stands before it
     if not overwrite and path.exists():
         raise LedgerError(f"{path} exists already: give another name, or pass overwrite=True.")
-    check_file(path, EXPORT, skip=8)  # the length of the header stands before it
     tensors: dict[str, Tensor] = {}
     entries = []
     for index, (edit, parts) in enumerate(pairs):

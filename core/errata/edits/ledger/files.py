@@ -22,7 +22,9 @@ from errata.model.storage import (
 
 PRIVATE_FOLDER, PRIVATE_FILE = 0o700, 0o600
 """A ledger is its owner's: requests may hold what nobody else should read."""
-OWN = {DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm", "blobs", "tmp"}
+LOCK = ".lock"
+"""Held by the command that changes a ledger."""
+OWN = {DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm", LOCK, "blobs", "tmp"}
 """What a ledger's folder holds."""
 BEGUN = "begun-"
 """How the lists in `tmp` begin: of the files that a change has written and not yet recorded."""
