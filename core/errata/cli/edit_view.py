@@ -10,7 +10,6 @@ from rich.text import Text
 from errata.cli import render
 
 if TYPE_CHECKING:
-    from errata.editor import Editor
     from errata.edits.edit import Edit
     from errata.evaluate import AnswerChange, EditReport, LayerChoice
 
@@ -20,17 +19,14 @@ PER_LINE = 4
 """Ids of a command that stand in one line."""
 
 
-def edit_view(
-    editor: Editor, edits: Sequence[Edit], report: EditReport, applied: bool, kept: str
-) -> Iterator[Any]:
+def edit_view(edits: Sequence[Edit], report: EditReport, applied: bool, kept: str) -> Iterator[Any]:
     """Yield the parts of the page.
 
     Args:
-        editor: with the edits on it, unless they were only recorded.
         edits: those of one call.
         report: what the model says without and with them.
         applied: they are on the model.
-        kept: where they are recorded.
+        kept: the last line, which says where they are recorded.
     """
     if not edits:
         return
@@ -49,8 +45,7 @@ def edit_view(
         yield from _neighbours(report)
     if not applied:
         yield f"Recorded, not on the model. Put it on with: errata apply {edits[0].id}"
-    count = render.count(len(editor.model.stack.ids), "active edit")
-    yield Text(f"{count} on {editor.model.name}; {kept}", style="muted")
+    yield Text(kept, style="muted")
 
 
 def idle_view(idle: Sequence[str], edits: Sequence[Edit], recorded: bool) -> Text:

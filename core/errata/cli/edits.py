@@ -352,8 +352,11 @@ def _run(
         found = edit_report(editor, edits, checks=checks, given=how["config"])
     refused = [dict(event.detail) for event in editor.ledger.refused(after=before_it)]
     idle = without_effect(edits)
-    kept = f"recorded in {session.ledger}" if recorded else "nothing recorded: a dry run"
-    session.show(*edit_view(editor, edits, found, bool(how["apply"]), kept))
+    count = render.count(len(editor.model.stack.ids), "active edit")
+    kept = "A dry run: nothing is recorded, and the edit is gone again."
+    if recorded:
+        kept = f"{count} on {editor.model.name}; recorded in {session.ledger}"
+    session.show(*edit_view(edits, found, bool(how["apply"]), kept))
     if refused:
         session.show(Text(f"{len(refused)} refused; see: errata log --refused", style="warn"))
     if not requests:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -75,9 +75,9 @@ def log(
 ) -> None:
     """List the edits of the ledger, and which are on the model.
 
-    In their order, with what each conflicts with (the same fact, another target) or overlaps
-    (nearly the same key). An edit whose file is missing or cut off is shown so, not as on. Loads
-    no model.
+    In their order, with the edits on the model that each conflicts with (the same fact, another
+    target) or overlaps (nearly the same key). An edit whose file is missing or cut off is shown
+    so, not as on. Loads no model.
 
     With --recover, edits whose file is there and whose record was lost (with the database, or
     its write-ahead file) are recorded again, after those that are there and off the model: a
@@ -178,7 +178,7 @@ def _discard(session: Session) -> None:
 
 def _log_table(edits: list[Edit], on: set[str], states: Mapping[str, Text], wide: bool) -> Any:
     """Return the log; in a narrow window the details go below each request."""
-    notes = {edit.id: list(_notes(edit)) for edit in edits}
+    notes = {edit.id: list(_notes(edit, on)) for edit in edits}
     clashing = any(notes.values())
     grid = render.table(
         ("#", {"justify": "right", "no_wrap": True}),
@@ -222,13 +222,11 @@ def _state(is_on: bool, stale: bool, file: str) -> Text:
     return Text("stale", style="warn") if stale else Text("on", style="good")
 
 
-def _notes(edit: Edit) -> Iterator[str]:
-    """Yield the record's notes about edits that are in its way."""
-    for what, ids in (
-        ("conflicts", edit.outcome.conflicts), ("overlaps", tuple(edit.outcome.overlaps)),
-    ):  # fmt: skip
-        if ids:
-            yield f"{what} {render.names(ids)}"
+def _notes(edit: Edit, on: Collection[str]) -> Iterator[str]:
+    """Yield the record's notes about edits on the model that are in its way."""
+    for what, ids in (("conflicts", edit.outcome.conflicts), ("overlaps", edit.outcome.overlaps)):
+        if found := [name for name in ids if name in on]:
+            yield f"{what} {render.names(found)}"
 
 
 def _refusal_json(event: Event) -> dict[str, Any]:
