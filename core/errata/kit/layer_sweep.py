@@ -71,6 +71,7 @@ class HeldOutResult:
         results: what editing them gave, in the order of the sweep's.
         ratio: (mean, low, high): their score at the chosen layer over that at the layer which is
             best for them; 95 % bootstrap interval over facts, the best found anew in each draw.
+            Where all draws are alike, what the intervals of the scores' metrics allow.
     """
 
     n: int
