@@ -124,7 +124,7 @@ class LayerSweep:
     @property
     def best(self) -> LayerResult:
         """The place with the highest score; of equal ones the least deep, then the lowest."""
-        return max(self.results, key=lambda one: (one.score, -one.depth, -one.layer))
+        return max(self.results, key=lambda one: (round(one.score, 9), -one.depth, -one.layer))
 
     @property
     def protocol(self) -> str:
