@@ -196,9 +196,9 @@ def test_failures_and_refusals_are_counted_and_listed_everywhere(report: Report)
     console(file=out).print(report.terminal(100))
     for text in (page(report.html()).text, report.markdown().replace("\\", ""), out.getvalue()):
         flat = " ".join(text.split())
-        assert "1 case failed: missing from every number" in flat
+        assert "1 case failed, in 1 column: what failed in a column is missing from its" in flat
         assert "RuntimeError: the loss is NaN" in flat
-        assert "1 case refused by a guard" in flat
+        assert "1 case refused by a guard, in 1 column" in flat
         assert "perplexity is 3.41 × the base's" in flat
 
 
