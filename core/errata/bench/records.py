@@ -137,7 +137,8 @@ def failure_line(
         where: the traceback, where `error` is text and something was raised.
     """
     if isinstance(error, BaseException):
-        error, where = error_text(error), traceback_text(error)
+        where = traceback_text(error)
+        error = error_text(error)
     return {
         **place.fields(spec, "failure"),
         "case_id": None if case is None else case_name(case),
