@@ -117,3 +117,18 @@ def test_the_table_at_the_end_of_a_run_explains_its_signs(tmp_path: Path) -> Non
     assert "1.000†" in text
     assert "† differs from base at p < 0.05: paired by case, McNemar" in text
     assert "★" not in text
+
+
+def test_tables_for_a_paper_are_whole_and_escaped(tmp_path: Path) -> None:
+    about = {**ABOUT, "model": {"name": "a_b & 100%", "fingerprint": "f"}}
+    values = {"one": {"a": 1.0, "b": 1.0}, "two": {"a": 1.0, "b": 0.0}}
+    lines = [entry(label, case, v) for label, cases in values.items() for case, v in cases.items()]
+    text = errata.bench.report.read(runs.write(tmp_path / "run", about, lines)).latex()
+    assert text.startswith("% Made by `errata report`\n")
+    assert r"\caption{a\_b \& 100\%, facts \textperiodcentered{} single, generation." in text
+    assert "\n & ES $\\uparrow$ \\\\\n\\midrule\nbase & -- \\\\\n" in text
+    assert r"one & \textbf{1.000} {\scriptsize (0.342--1.000)} \\" in text
+    assert r"two & 0.500 {\scriptsize (0.095--0.905)} \\" in text
+    assert "Bold: best of the edited columns" in text
+    assert "★" not in text
+    assert text.count(r"\begin{table}") == text.count(r"\end{table}") == 1

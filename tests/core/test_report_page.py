@@ -404,9 +404,11 @@ def test_the_command_prints_tables() -> None:
 
 
 def test_the_command_writes_files_and_says_which(tmp_path: Path) -> None:
-    targets = [tmp_path / "new" / name for name in ("r.html", "r.md", "r.csv")]
+    targets = [tmp_path / "new" / name for name in ("r.html", "r.md", "r.tex", "r.csv")]
     words = [
-        w for pair in zip(("--html", "--markdown", "--csv"), targets, strict=True) for w in pair
+        w
+        for pair in zip(("--html", "--markdown", "--latex", "--csv"), targets, strict=True)
+        for w in pair
     ]
     result = run(HAND / "single", HAND / "stream", *words, "--plots", tmp_path / "plots")
     assert all(target.stat().st_size > 500 for target in targets)
