@@ -89,6 +89,7 @@ def test_cases_that_differ_alike_prove_no_more_than_so_many_can() -> None:
 def test_the_rounding_of_floats_makes_no_difference() -> None:
     found = compare(shares([(0.1 + 0.2) / 2] * 8), shares([0.15] * 8))
     assert (found.p, found.difference, found.higher, found.lower) == (1.0, 0.0, 0, 0)
+    assert "difference +0 " in str(compare(shares([0.15] * 8), shares([(0.1 + 0.2) / 2] * 8)))
 
 
 @given(st.lists(st.tuples(st.integers(0, 10), st.integers(0, 10)), min_size=1, max_size=40))

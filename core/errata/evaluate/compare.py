@@ -256,7 +256,7 @@ def _without_rounding(differences: Any, sizes: Any) -> Any:
         steps = np.diff(ordered) > np.minimum(tolerance[1:], tolerance[:-1])
     first = np.concatenate([[True], steps])  # of each run of equal ones
     found[order] = ordered[first][np.cumsum(first) - 1]
-    return np.copysign(found, differences)
+    return np.copysign(found, differences) + 0.0  # none is 0, not -0
 
 
 def _interval(totals: Any, shares: bool) -> tuple[float, float] | None:
