@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import time
 from collections import defaultdict
@@ -37,7 +38,7 @@ import numpy as np
 import torch
 
 from errata import Editor, Request, plots
-from errata.contract.measurement import bootstrap
+from errata.contract.measurement import bootstrap, mean_interval
 from errata.datasets import load
 from errata.errors import ErrataError
 from errata.model.next_token import class_scores
@@ -292,7 +293,12 @@ def share_of(lines: list[dict[str, Any]], name: str) -> np.ndarray:
 
 def share(lines: list[dict[str, Any]], name: str) -> str:
     values = share_of(lines, name)
-    low, high = bootstrap(values[:, None], lambda means: means[:, 0])
+    # Of cases that are all alike a bootstrap has none.
+    low, high = (
+        bootstrap(values[:, None], lambda means: means[:, 0])
+        or mean_interval(values.tolist(), shares=True)
+        or (math.nan, math.nan)
+    )
     return f"{values.mean():.3f} [{low:.3f}, {high:.3f}]"
 
 

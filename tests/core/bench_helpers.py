@@ -43,6 +43,7 @@ class NudgeConfig(MethodConfig):
     log: str = Field(default="", description="File that gets a line when an edit begins")
     refuse_on: str = Field(default="", description="Subject whose edit is not finite")
     fail_on: str = Field(default="", description="Subject that raises")
+    fail_until: str = Field(default="", description="File whose presence ends the failing")
     die_on: str = Field(default="", description="Subject that kills the process")
     die_once: str = Field(default="", description="File whose presence says that it did")
 
@@ -66,7 +67,8 @@ class Nudge:
                 if once is not None:
                     once.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
-        if config.fail_on in subjects:
+        mended = bool(config.fail_until) and Path(config.fail_until).exists()
+        if config.fail_on in subjects and not mended:
             raise ZeroDivisionError("on purpose")
         where = model.anatomy.mlp_out(1)
         d_out, d_in = model.anatomy.shape(model.module, where)

@@ -42,6 +42,26 @@ def metric(line: dict[str, Any], name: str) -> dict[str, Any]:
 # -- configuration ---------------------------------------------------------------------------------
 
 
+def test_a_grid_is_a_column_for_each_combination() -> None:
+    grid = {"scale": [0.2, 0.4], "layers": [[3], [3, 4]]}
+    entry = {"method": "nudge", "grid": grid, "config": {"pause": 0.0}, "batch_size": 2}
+    config = bench.BenchConfig.parse(short(methods=["lone", entry], regime="sequential"))
+    assert [variant.label for variant in config.methods] == [
+        "lone", "nudge scale=0.2 layers=3", "nudge scale=0.2 layers=3-4",
+        "nudge scale=0.4 layers=3", "nudge scale=0.4 layers=3-4",
+    ]  # fmt: skip
+    last = config.methods[-1]
+    assert last.config == {"pause": 0.0, "scale": 0.4, "layers": [3, 4]}
+    assert (last.method, last.batch_size) == ("nudge", 2)
+    for wrong, said in (
+        ({"scale": 0.2}, "to lists of values"),
+        ([1], "to lists of values"),
+        ({"pause": [1.0]}, "pause stands in config too"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            bench.BenchConfig.parse(short(methods=[{**entry, "grid": wrong}]))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

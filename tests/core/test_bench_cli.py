@@ -147,7 +147,13 @@ def test_only_a_run_in_which_everything_failed_is_an_error(run: Run, file: Path)
     done = run(file, *all_fail, "--limit", 1, "--out", "all", code=1)
     assert "nudge: 1 failure" in done.stdout
     assert "ZeroDivisionError: on purpose" in " ".join(done.stdout.split())
-    assert "1 failure" in run(file, *all_fail, "--limit", 2, "--out", "some").stdout
+    some = run(file, *all_fail, "--limit", 2, "--out", "some").stdout
+    assert "1 failure" in some
+    assert "with --retry-failed it tries them again" in " ".join(some.split())
+    assert "some: every case, and why others failed" in " ".join(some.split())
+    assert "Traceback" not in some
+    again = run(file, *all_fail, "--limit", 2, "--out", "some", "--retry-failed", "--debug").stdout
+    assert "Traceback (most recent call last)" in again
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -233,8 +234,11 @@ def small(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"methods": [{"method": "nudge", "config": {"scale": 0.3}}]},
             r"variants\.nudge\.config\.scale: 0\.4 there, 0\.3 here",
         ),
-        ({"methods": [{"method": "nudge", "variant": "x"}]}, r"variants\.x: null there"),
-        ({"datasets": [{"name": "atlas", "options": {"kind": "modify"}}]}, r"config\.datasets"),
+        ({"methods": [{"method": "nudge", "variant": "x"}]}, r"variants\.nudge: there only"),
+        (
+            {"datasets": [{"name": "atlas", "options": {"kind": "modify"}}]},
+            r'config\.datasets\.atlas\.options\.kind: null there, "modify" here',
+        ),
         ({"dtype": "fp64"}, r"model\.dtype: \"float32\" there, \"float64\" here"),
     ],
 )
@@ -256,7 +260,7 @@ def test_a_run_of_single_edits_grows_by_cases_and_methods(tmp_path: Path) -> Non
     assert bench.load(folder).info["identity"]["config"]["limit"] == 2
     bench.run(short(limit=2, methods=more), tmp_path / "at once")
     assert values(folder) == values(tmp_path / "at once")
-    with pytest.raises(ConfigError, match=r"config\.limit: 2 there, 1 here"):
+    with pytest.raises(ConfigError, match=r"cases of atlas: 2 there, 1 here, and a run does not"):
         bench.run(short(limit=1, methods=more), folder)
 
 
@@ -289,7 +293,8 @@ def test_an_older_run_with_one_retained_dataset_goes_on(tmp_path: Path) -> None:
 
 
 def test_a_run_whose_weights_are_fitted_on_its_cases_does_not_grow(tmp_path: Path) -> None:
-    from errata.bench.run_identity import differences, has_grown, info_of
+    from errata.bench.run_growth import blocking
+    from errata.bench.run_identity import info_of
     from errata.bench.run_spec import RunSpec
 
     facts = [
@@ -310,14 +315,55 @@ def test_a_run_whose_weights_are_fitted_on_its_cases_does_not_grow(tmp_path: Pat
         return found
 
     one, two = identity(1), identity(2)
-    assert not has_grown(one, two)  # RS is fitted on the references of all cases
-    assert any("references.jsonl" in said for said in differences(one, two))
+    (said,) = blocking(one, two)
+    assert re.fullmatch(
+        r"references\.jsonl: \w{8}… there, \w{8}… here \(the texts of all cases, on which RS is "
+        r"fitted\)", said,
+    )  # fmt: skip
     for fixed in (
         {"settings": {"references": ["One text for all."]}},
         {"settings": {"leave_out": ["RS"]}},
         {"protocols": ["generation"]},
     ):
-        assert has_grown(identity(1, **fixed), identity(2, **fixed)), fixed
+        assert not list(blocking(identity(1, **fixed), identity(2, **fixed))), fixed
+
+
+def test_a_run_grows_by_seeds(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    bench.run(short(limit=2, shuffle=True), folder)
+    begun = (folder / "results.jsonl").read_bytes()
+    bench.run(short(limit=2, shuffle=True, seeds=[0, 1]), folder)
+    assert (folder / "results.jsonl").read_bytes().startswith(begun)
+    bench.run(short(limit=2, shuffle=True, seeds=[0, 1]), tmp_path / "at once")
+    assert values(folder) == values(tmp_path / "at once")
+    with pytest.raises(ConfigError, match=r"seeds: \[0, 1\] there, \[1\] here .*pooled by"):
+        bench.run(short(limit=2, shuffle=True, seeds=[1]), folder)
+
+
+def test_only_what_is_in_the_way_is_named(tmp_path: Path) -> None:
+    long = {f"method-{i}": {"method": "nudge", "variant": f"method-{i}"} for i in range(9)}
+    methods = [*long.values()]
+    fields = {"regime": "sequential", "limit": 2, "checkpoints": [1]}
+    bench.run(short(methods=methods[:4], **fields), tmp_path)
+    changed = {**methods[3], "batch_size": 2}  # it says nothing about hyper-parameters
+    with pytest.raises(ConfigError) as raised:
+        bench.run(short(methods=[*methods[:3], changed, *methods[4:]], **fields), tmp_path)
+    assert "What differs: config.methods.method-3.batch_size: null there, 2 here. G" in str(
+        raised.value
+    )
+
+
+def test_long_values_are_shown_where_they_differ() -> None:
+    from errata.bench.run_growth import differences
+
+    texts = ["The same beginning " * 9 + end for end in ("one", "two")]
+    (said,) = differences({"a": texts[0]}, {"a": texts[1]})
+    assert said == 'a: … The same beginning one" there, … The same beginning two" here'
+    many = list(range(40))
+    (said,) = differences({"a": many}, {"a": [*many[:20], 7, *many[21:]]})
+    assert said == "a: 40 entries there, 40 here; entry 21 is 20 there, 7 here"
+    (said,) = differences({"a": many}, {"a": [*many, 40]})
+    assert said == "a: 40 entries there, 41 here, the first 40 alike"
 
 
 ON_THEIR_NUMBER = pytest.mark.parametrize(
@@ -346,7 +392,9 @@ def test_a_run_whose_cases_depend_on_their_number_does_not_grow(
     changes: dict[str, Any], tmp_path: Path
 ) -> None:
     bench.run(short(limit=1, **changes), tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"config\.limit: 1 there, 2 here"):
+    with pytest.raises(
+        ConfigError, match=r"differs: cases of atlas: 1 there, 2 here, and [^;]*\. G"
+    ):
         bench.run(short(limit=2, **changes), tmp_path / "run")
 
 

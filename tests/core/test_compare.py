@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from errata.contract.measurement import Measurement
+from errata.contract.measurement import Measurement, wilson
 from errata.errors import ComparisonError, MissingExtraError, UnknownNameError
 from errata.evaluate.compare import MCNEMAR, WILCOXON, compare, compare_all, holm
 
@@ -71,7 +71,41 @@ def test_wilcoxon_of_many_cases_is_the_normal_approximation() -> None:
 def test_equal_measurements_do_not_differ() -> None:
     for values in ([1.0, 0.0, 1.0], [0.5, 0.25, 0.125]):
         found = compare(shares(values), shares(values))
-        assert (found.p, found.difference, found.interval) == (1.0, 0.0, (0.0, 0.0))
+        assert (found.p, found.difference) == (1.0, 0.0)
+
+
+def test_cases_that_differ_alike_prove_no_more_than_so_many_can() -> None:
+    low, high = wilson(4, 4)
+    found = compare(shares([1.0] * 4), shares([0.0] * 4))
+    assert found.interval == pytest.approx((low - (1 - low), high))
+    none = compare(shares([0.5, 1.0, 0.0, 1.0]), shares([0.5, 1.0, 0.0, 1.0]))
+    assert none.interval == pytest.approx((low - 1, 1 - low))
+    tenth = compare(shares([0.4, 0.3, 0.2, 1.0]), shares([0.3, 0.2, 0.1, 0.9]))
+    assert tenth.interval == pytest.approx((0.1 * low - (1 - low), 0.1 * low + (1 - low)))
+    bits = compare(shares([2.0] * 4, unit="bits"), shares([1.0] * 4, unit="bits"))
+    assert (bits.difference, bits.interval) == (1.0, None)
+
+
+def test_the_rounding_of_floats_makes_no_difference() -> None:
+    found = compare(shares([(0.1 + 0.2) / 2] * 8), shares([0.15] * 8))
+    assert (found.p, found.difference, found.higher, found.lower) == (1.0, 0.0, 0, 0)
+    assert "difference +0 " in str(compare(shares([0.15] * 8), shares([(0.1 + 0.2) / 2] * 8)))
+
+
+@given(st.lists(st.tuples(st.integers(0, 10), st.integers(0, 10)), min_size=1, max_size=40))
+def test_shares_in_tenths_are_ranked_like_whole_numbers(counts: list[tuple[int, int]]) -> None:
+    # 0.4 - 0.3 and 0.3 - 0.2 are not one float, and are a tie all the same.
+    tenths = compare(*(shares([count[side] / 10 for count in counts]) for side in (0, 1)))
+    whole = compare(*(shares([count[side] for count in counts], unit="bits") for side in (0, 1)))
+    assert (tenths.higher, tenths.lower) == (whole.higher, whole.lower)
+    if tenths.test == whole.test == WILCOXON:
+        assert tenths.p == pytest.approx(whole.p)
+
+
+def test_a_small_difference_beside_an_enormous_one_is_still_there() -> None:
+    a = shares([1e30, 0.5, 0.25], unit="perplexity")
+    b = shares([1.0, 0.4, 0.35], unit="perplexity")
+    assert (compare(a, b).higher, compare(a, b).lower) == (2, 1)
 
 
 def test_edits_of_one_case_are_no_independent_samples() -> None:

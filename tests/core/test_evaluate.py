@@ -47,6 +47,7 @@ from errata.evaluate import (
     score_targets,
 )
 from errata.evaluate.fluency import n_gram_entropy, weighted_entropy, words
+from errata.evaluate.pooling import harmonic_mean
 from errata.evaluate.sampled import written_texts
 from errata.model import Model
 from errata.model.anatomy import Anatomy
@@ -396,11 +397,39 @@ def test_bootstrap_is_near_the_normal_interval_and_seeded() -> None:
     assert np.random.get_state()[1].tolist() == before
 
 
+def test_a_harmonic_mean_of_cases_that_are_all_alike_is_not_certain() -> None:
+    def score(*rows: tuple[float, float]) -> tuple[float, float]:
+        ids = [f"c{i}" for i in range(len(rows))]
+        parts = [
+            Measurement.mean(name, column, "p: how", case_ids=ids)
+            for name, column in zip(("ES", "NS"), zip(*rows, strict=True), strict=True)
+        ]
+        (found,) = harmonic_mean("Score", parts, "p: how")
+        assert found.interval is not None
+        return found.interval
+
+    low, high = wilson(2, 2)
+    assert score((1.0, 1.0), (1.0, 1.0)) == pytest.approx((low, high))
+    assert score((0.0, 1.0), (0.0, 1.0)) == pytest.approx((0.0, 2 / (1 / (1 - low) + 1)))
+    assert score((0.0, 0.5), (0.0, 0.9))[0] == 0.0
+    assert score((0.0, 0.5), (0.0, 0.9))[1] > 0.5
+    assert (
+        harmonic_mean("Score", [Measurement.mean("ES", [1.0], "p", case_ids=["a"])] * 2, "p")[
+            0
+        ].interval
+        is None
+    )
+
+
 def test_intervals_follow_the_cases() -> None:
     share = Measurement.mean("ES", [1, 1, 0, 1], "counterfact: x")
     assert share.interval == wilson(3, 4)
     assert share.name == "counterfact"
     assert Measurement.mean("EM", [0.25], "p").interval is None
+    # Cases that are all alike: a bootstrap would be certain.
+    halves = Measurement.mean("NS", [0.5] * 4, "p")
+    assert halves.interval == pytest.approx((0.5 * wilson(4, 4)[0], 1 - 0.5 * wilson(4, 4)[0]))
+    assert Measurement.mean("kl", [0.0] * 4, "p", unit="bits").interval is None
     broken = Measurement.mean("EM", [math.nan, 1.0], "p", unit="probability")
     assert broken.interval is None
     data = json.loads(json.dumps(broken.as_json(), allow_nan=False))

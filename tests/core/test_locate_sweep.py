@@ -118,7 +118,9 @@ def test_the_choice_is_judged_on_other_facts(tiny: Editor) -> None:
     }
     best = max(r.score for r in held.values())
     expected = held[found.best.layer].score / best if best else 1.0
-    assert found.held_out.ratio == pytest.approx((expected,) * 3)
+    ratio, low, high = found.held_out.ratio
+    assert ratio == pytest.approx(expected)
+    assert high - low > 0.3  # of one fact
     again = LayerSweep.from_json(found.as_json())
     assert again.as_json() == found.as_json()
 
@@ -142,6 +144,23 @@ def test_a_choice_that_is_wrong_elsewhere_is_said_to_be() -> None:
     assert judged.results[0].failed == 1
     assert judged.results[0].metrics["NS"][0] == 0.5
     assert judged.ratio[0] == pytest.approx(0.5)
+
+
+def test_a_few_facts_that_are_all_alike_prove_little() -> None:
+    import numpy as np
+
+    from errata.contract.measurement import wilson
+    from errata.locate.sweep import _held_out
+
+    chosen = LayerSweep("m", "gpt2", 2, "toy", "layer", {}, 5,
+                   (LayerResult(0, 0.9, {}), LayerResult(1, 0.8, {})))  # fmt: skip
+    good, bad = np.array([[1.0] * 3] * 3), np.array([[0.0] * 3] * 3)
+    low = wilson(3, 3)[0]
+    assert _held_out(chosen, [(0,), (1,)], [good, bad]).ratio == pytest.approx((1.0, low, 1.0))
+    assert _held_out(chosen, [(0,), (1,)], [good, good]).ratio == pytest.approx((1.0, low, 1.0))
+    ratio = _held_out(chosen, [(0,), (1,)], [bad, good]).ratio
+    assert ratio == (0.0, 0.0, 1.0)  # 0 to .56 of .44 to 1
+    assert _held_out(chosen, [(0,), (1,)], [bad, bad]).ratio == (1.0, 0.0, 1.0)
 
 
 def test_subjects_are_on_one_side_only(tiny: Editor) -> None:

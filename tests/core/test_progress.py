@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import threading
 
 import pytest
@@ -79,6 +80,30 @@ def test_what_has_only_just_begun_is_not_said_in_the_place_of_what_goes_on(
     with progress.busy("Loading all"), progress.busy("Loading a part"):
         assert heard.wait(30)
     assert said[0].startswith("Loading all")
+
+
+def test_every_line_begins_with_how_far_the_whole_is(
+    at_once: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "YOUNG", 0.0)
+    said: list[str] = []
+    heard = threading.Event()
+
+    def say(text: str) -> None:
+        said.append(text)
+        if "Measuring: 1 of 5" in text:
+            heard.set()
+
+    progress = Progress(say)
+    for case in progress.track(range(3), "Editing and measuring"):
+        for step in progress.track(range(5), "Measuring"):
+            if (case, step) == (1, 1):
+                assert heard.wait(30)
+    assert all(line.startswith("Editing and measuring") for line in said)
+    assert any(
+        re.fullmatch(r"Editing and measuring: 1 of 3 \(.*\); Measuring: 1 of 5 \(.*\)", line)
+        for line in said
+    )
 
 
 def test_nobody_listens_nothing_runs() -> None:

@@ -196,9 +196,9 @@ def test_failures_and_refusals_are_counted_and_listed_everywhere(report: Report)
     console(file=out).print(report.terminal(100))
     for text in (page(report.html()).text, report.markdown().replace("\\", ""), out.getvalue()):
         flat = " ".join(text.split())
-        assert "1 case failed: missing from every number" in flat
+        assert "1 case failed, in 1 column: what failed in a column is missing from its" in flat
         assert "RuntimeError: the loss is NaN" in flat
-        assert "1 case refused by a guard" in flat
+        assert "1 case refused by a guard, in 1 column" in flat
         assert "perplexity is 3.41 × the base's" in flat
 
 
@@ -404,9 +404,11 @@ def test_the_command_prints_tables() -> None:
 
 
 def test_the_command_writes_files_and_says_which(tmp_path: Path) -> None:
-    targets = [tmp_path / "new" / name for name in ("r.html", "r.md", "r.csv")]
+    targets = [tmp_path / "new" / name for name in ("r.html", "r.md", "r.tex", "r.csv")]
     words = [
-        w for pair in zip(("--html", "--markdown", "--csv"), targets, strict=True) for w in pair
+        w
+        for pair in zip(("--html", "--markdown", "--latex", "--csv"), targets, strict=True)
+        for w in pair
     ]
     result = run(HAND / "single", HAND / "stream", *words, "--plots", tmp_path / "plots")
     assert all(target.stat().st_size > 500 for target in targets)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,7 +54,49 @@ def _modes(value: Any) -> Any:
     return {**GUARDS, **{k: "off" if v is False else v for k, v in value.items()}}
 
 
+def _variants(value: Any) -> Any:
+    """Return methods as a list, those with a `grid` as one variant for each of its points."""
+    listed = _listed(value)
+    if not isinstance(listed, (list, tuple)):
+        return listed
+    return [one for item in listed for one in _points(item)]
+
+
+def _points(item: Any) -> list[Any]:
+    if not isinstance(item, Mapping) or "grid" not in item:
+        return [item]
+    axes, rest = item["grid"], {key: value for key, value in item.items() if key != "grid"}
+    given = rest.get("config") or {}
+    if not (
+        isinstance(axes, Mapping)
+        and axes
+        and all(isinstance(values, list) and values for values in axes.values())
+        and isinstance(given, Mapping)
+    ):
+        raise ValueError(
+            f"grid: {axes!r} is no mapping of hyper-parameters to lists of values, such as "
+            "{steps: [5, 10]}"
+        )
+    twice = [name for name in axes if name in given]
+    if twice:
+        raise ValueError(f"grid: {twice[0]} stands in config too: keep one of them")
+    title = rest.get("variant") or rest.get("method", "")
+    found = []
+    for values in itertools.product(*axes.values()):
+        point = dict(zip(axes, values, strict=True))
+        label = " ".join([title, *(f"{name}={_word(value)}" for name, value in point.items())])
+        found.append({**rest, "variant": label, "config": {**given, **point}})
+    return found
+
+
+def _word(value: Any) -> str:
+    """Return a hyper-parameter's value as part of a label."""
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return re.sub(r"[^A-Za-z0-9._+=()-]+", "-", text).strip("-")
+
+
 Listed = BeforeValidator(_listed)
+Variants = BeforeValidator(_variants)
 
 
 class MethodVariant(_ConfigModel):
@@ -122,7 +166,7 @@ class BenchConfig(_ConfigModel):
         description="Text file for second moments, blank lines between documents; "
         "none: the text that ships with errata",
     )
-    methods: Annotated[tuple[Annotated[MethodVariant, _named("method")], ...], Listed] = Field(
+    methods: Annotated[tuple[Annotated[MethodVariant, _named("method")], ...], Variants] = Field(
         min_length=1, description="The columns"
     )
     datasets: Annotated[tuple[Annotated[DatasetSpec, _named("name")], ...], Listed] = Field(
@@ -175,9 +219,9 @@ class BenchConfig(_ConfigModel):
         default=(),
         description="Datasets whose prompts no edit may change: what TRR and retention look at",
     )
-    optional_methods: Annotated[tuple[Annotated[MethodVariant, _named("method")], ...], Listed] = (
-        Field(default=(), description="Columns that are run only where --method names them")
-    )
+    optional_methods: Annotated[
+        tuple[Annotated[MethodVariant, _named("method")], ...], Variants
+    ] = Field(default=(), description="Columns that are run only where --method names them")
 
     @model_validator(mode="after")
     def _fits_together(self) -> BenchConfig:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from errata.bench.results import RESULTS
 from errata.errors import EditRefused, LedgerError, SelfComparisonError, StorageError
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ class CaseOutcome:
         nbytes: bytes of their deltas.
         refused: why a guard refused it; None where none did.
         error: why it could not be carried out; None where it could.
+        traceback: where that was raised; "" where nothing was.
         wall: wall-clock time of the whole transaction: computing, applying, guards, recording.
         shared: how many cases it carries out together, by which its cost is divided.
     """
@@ -39,6 +42,7 @@ class CaseOutcome:
     nbytes: int = 0
     refused: str | None = None
     error: str | None = None
+    traceback: str = ""
     wall: float = 0.0
     shared: int = 1
 
@@ -79,6 +83,7 @@ def edit_case(
     wanted = [request for request in requests if request.digest not in there]
     started = time.perf_counter()
     refused = error = None
+    where = ""
     try:
         if wanted:
             can = editor.registry.method(method).capabilities
@@ -90,13 +95,13 @@ def edit_case(
         raise
     except Exception as problem:
         logger.debug("A case failed", exc_info=True)
-        error = error_text(problem)
+        error, where = error_text(problem), traceback_text(problem)
     wall = time.perf_counter() - started
     if refused is not None or error is not None:
         left = [edit_id for edit_id in editor.model.stack.ids if edit_id not in former]
         if left:
             editor.revert(*left)
-        return CaseOutcome(refused=refused, error=error, wall=wall)
+        return CaseOutcome(refused=refused, error=error, traceback=where, wall=wall)
     return CaseOutcome(
         ids=tuple(edit.id for edit in known),
         seconds=sum(edit.seconds for edit in known),
@@ -107,4 +112,12 @@ def edit_case(
 
 def error_text(error: BaseException) -> str:
     """Return an error in one line: its type and what it says."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+    said = " ".join(str(error).split()).replace(
+        "(the traceback shows where)", f"({RESULTS} has the traceback)"
+    )
+    return f"{type(error).__name__}: {said}".removesuffix(": ")
+
+
+def traceback_text(error: BaseException) -> str:
+    """Return where an error was raised, as Python prints it."""
+    return "".join(traceback.format_exception(error))

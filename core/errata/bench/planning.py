@@ -19,6 +19,7 @@ from errata.bench.work_units import (
     edit_units,
     keys_of,
     left_over,
+    to_retry,
 )
 from errata.contract import plugins
 from errata.contract.registry import Registry
@@ -113,6 +114,7 @@ def plan(
     *,
     probe: int = 0,
     trust_remote_code: bool = False,
+    retry_failed: bool = False,
 ) -> BenchPlan:
     """Say what a run would do, without doing it.
 
@@ -121,6 +123,7 @@ def plan(
         directory: of the run: what is done already is counted, and its times give the estimate.
         probe: carry out so many cases per variant, keeping nothing, to learn how long one takes.
         trust_remote_code: of `run`; only a probe opens the model.
+        retry_failed: of `run`: what failed before is to be done again.
 
     Raises:
         ConfigError, UnknownNameError, CapabilityError: it cannot be run; or the directory holds
@@ -139,6 +142,9 @@ def plan(
         there = load(folder)
         kinds, costs = there.kinds, known_costs(there)
         source = f"the cases that {directory} holds" if costs else ""
+        if retry_failed:
+            again = to_retry(spec, kinds)
+            kinds = {key: kind for key, kind in kinds.items() if key not in again}
     if probe:
         costs.update(timed_sample(spec, probe))
         source = f"{probe} timed case{'s' if probe > 1 else ''} per variant"

@@ -10,12 +10,12 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from errata.bench.config import BASE
+from errata.bench.editing import CaseOutcome, error_text, traceback_text
 from errata.bench.results import SCHEMA, Line
 from errata.bench.run_spec import Case, RunSpec, case_name
 from errata.bench.work_units import key_of
 
 if TYPE_CHECKING:
-    from errata.bench.editing import CaseOutcome
     from errata.evaluate import Measurement
 
 
@@ -124,8 +124,21 @@ def state_line(
     }
 
 
-def failure_line(spec: RunSpec, place: LinePlace, case: Case | None, error: str) -> Line:
-    """Return the line of a case (or a state, without one) that could not be carried out."""
+def failure_line(
+    spec: RunSpec, place: LinePlace, case: Case | None, error: BaseException | str, where: str = ""
+) -> Line:
+    """Return the line of a case (or a state, without one) that could not be carried out.
+
+    Args:
+        spec: the run.
+        place: where it belongs.
+        case: its requests.
+        error: what was raised, or what it said.
+        where: the traceback, where `error` is text and something was raised.
+    """
+    if isinstance(error, BaseException):
+        where = traceback_text(error)
+        error = error_text(error)
     return {
         **place.fields(spec, "failure"),
         "case_id": None if case is None else case_name(case),
@@ -133,6 +146,7 @@ def failure_line(spec: RunSpec, place: LinePlace, case: Case | None, error: str)
             r.model_dump(mode="json", exclude_defaults=True) for r in (case if case else ())
         ],
         "error": error,
+        **({"traceback": where} if where else {}),
         "finished": timestamp(),
     }
 

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -187,6 +187,27 @@ class ResultsFile:
         except BaseException:  # Ctrl-C between two writes
             os.ftruncate(self._handle, before)
             raise
+
+    def drop(self, keys: Collection[str]) -> None:
+        """Take lines out, all of them or none: what they are about is to be done again.
+
+        Raises `StorageError` when the disk refuses.
+        """
+        if not keys:
+            return
+        fresh = self._path.with_name(f"{self._path.name}.new")
+        try:
+            with self._path.open("rb") as old, fresh.open("wb") as new:
+                new.writelines(raw for raw in old if json.loads(raw)["key"] not in keys)
+                new.flush()
+                os.fsync(new.fileno())
+            os.replace(fresh, self._path)
+            opened = os.open(self._path, os.O_RDWR | os.O_APPEND)
+            os.dup2(opened, self._handle)
+            os.close(opened)
+        except OSError as error:
+            fresh.unlink(missing_ok=True)
+            raise StorageError(f"Cannot write {self._path}: {error.strerror or error}.") from error
 
     def close(self) -> None:
         """Close the file and let others have it."""

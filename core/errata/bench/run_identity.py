@@ -1,4 +1,4 @@
-"""What makes two runs the same run: everything that changes a number, and how to name what differs.
+"""What makes two runs the same run: everything that changes a number.
 
 Not part of it: the run's name, how many processes it uses, versions of libraries (a warning tells
 of those), and the machine.
@@ -6,23 +6,24 @@ of those), and the machine.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errata.bench.records import machine, timestamp, versions
 from errata.bench.results import SCHEMA
-from errata.contract.registry import Registry
+from errata.bench.run_growth import blocking
 from errata.errors import ConfigError
 
 if TYPE_CHECKING:
     from errata.bench.run_spec import RunSpec
 
 logger = logging.getLogger("errata")
+LISTED = 8
+"""Differences that are named."""
 FREE = ("name", "device", "optional_methods")
 """Fields of the configuration that change no number (beyond what a machine changes)."""
 
@@ -150,17 +151,17 @@ def _fitted_on(spec: RunSpec, dataset: int) -> str | None:
 def check_same(folder: Path, there: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raise `ConfigError` naming every difference unless a directory holds this run, or part of it.
 
-    Part of it: fewer methods, or fewer cases where each is edited on its own (`has_grown`).
+    Part of it: what it may grow from (`errata.bench.run_growth`).
     """
-    if there.get("digest") != wanted["digest"] and not has_grown(
-        there.get("identity") or {}, wanted["identity"]
-    ):
-        found = list(differences(there.get("identity") or {}, wanted["identity"]))
-        shown = "; ".join(found[:8]) + (f"; and {len(found) - 8} more" if len(found) > 8 else "")
-        raise ConfigError(
-            f"{folder} holds another run; results of different runs are never mixed. What "
-            f"differs: {shown or 'its digest'}. Give another folder with --out, or delete this one."
-        )
+    if there.get("digest") != wanted["digest"]:
+        found = list(blocking(there.get("identity") or {}, wanted["identity"]))
+        if found:
+            more = f"; and {len(found) - LISTED} more" if len(found) > LISTED else ""
+            raise ConfigError(
+                f"{folder} holds another run; results of different runs are never mixed. What "
+                f"differs: {'; '.join(found[:LISTED])}{more}. Give another folder with --out, or "
+                "delete this one."
+            )
     for name, version in wanted["versions"].items():
         before = there.get("versions", {}).get(name)
         if before != version:
@@ -168,80 +169,6 @@ def check_same(folder: Path, there: Mapping[str, Any], wanted: Mapping[str, Any]
                 "This run was begun with %s %s and goes on with %s: its last digits may differ.",
                 name, before, version,
             )  # fmt: skip
-
-
-def has_grown(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
-    """Say whether a run differs from an earlier one only by more cases or more methods.
-
-    What is there stays as it is then. No method depends on another. With single edits no case
-    does, and cases come in the order of their file; but shuffled cases come in another order once
-    there are more of them, and a stream, or a state's measurements, are of all cases.
-    """
-    kept = {name: here["variants"].get(name) for name in there["variants"]}
-    if kept != there["variants"]:
-        return False
-    if not _learnt(there):  # what the methods that are new learn from was nobody's matter
-        there, here = _without_training(there), _without_training(here)
-    if _without_methods(there) == _without_methods(here):
-        return True
-    config = here["config"]
-    has_state = any(one["state"] for one in here["protocols"].values())
-    if config["regime"] != "single" or config["shuffle"] or has_state:
-        return False
-    if _without_sizes(there) != _without_sizes(here):
-        return False
-    return all(
-        there["datasets"][name]["cases"] <= one["cases"] for name, one in here["datasets"].items()
-    )
-
-
-def _learnt(identity: Mapping[str, Any]) -> bool:
-    """Say whether a method of a run learns from its training requests."""
-    methods = Registry.load().methods
-    used = {one["method"] for one in identity["variants"].values()} & methods.keys()
-    return any("training" in methods[name].capabilities.needs for name in used)
-
-
-def _without_training(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an identity without what methods learn from."""
-    bare = copy.deepcopy(dict(identity))
-    bare.pop("training", None)
-    bare.get("config", {}).pop("train", None)
-    return bare
-
-
-def _without_methods(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an identity without its methods."""
-    bare = copy.deepcopy(dict(identity))
-    bare.get("config", {}).pop("methods", None)
-    bare.pop("variants", None)
-    return bare
-
-
-def _without_sizes(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an identity without methods, limits and numbers of cases."""
-    bare = _without_methods(identity)
-    config = bare.get("config", {})
-    for one in (config, *config.get("datasets", ())):
-        one.pop("limit", None)
-    for one in bare.get("datasets", {}).values():
-        one.pop("cases", None)
-    return bare
-
-
-def differences(there: Any, here: Any, where: str = "") -> Iterator[str]:
-    """Yield each difference between two pieces of JSON as "place: there → here"."""
-    if isinstance(there, Mapping) and isinstance(here, Mapping):
-        for key in dict.fromkeys([*there, *here]):
-            place = f"{where}.{key}" if where else str(key)
-            yield from differences(there.get(key), here.get(key), place)
-    elif there != here:
-        yield f"{where}: {_short(there)} there, {_short(here)} here"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:59] + "…"
 
 
 def _digest(value: Any) -> str:

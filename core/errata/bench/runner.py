@@ -30,6 +30,7 @@ from errata.bench.work_units import (
     keys_of,
     left_over,
     prepare_units,
+    to_retry,
 )
 from errata.errors import IntegrityError
 from errata.model.progress import Progress
@@ -45,6 +46,7 @@ def run(
     progress: Progress | None = None,
     on_line: Callable[[Line], None] | None = None,
     trust_remote_code: bool = False,
+    retry_failed: bool = False,
 ) -> RunDirectory:
     """Carry out a run, or what is left of it, and return its results.
 
@@ -58,6 +60,9 @@ def run(
         progress: where long work reports to.
         on_line: called with each line after it is on the disk.
         trust_remote_code: run Python code that comes with the model; it can do whatever you can.
+        retry_failed: try again what failed before: cases, batches with one that did, and what was
+            measured of the model as a whole. An edit that failed in a stream stays a failure: the
+            edits after it were made without it.
 
     Raises:
         ConfigError: a bad configuration, or the directory holds another run.
@@ -71,7 +76,7 @@ def run(
     try:
         check_run(spec)
         _warn_of_what_is_lost(spec)
-        made = _run(spec, engine, progress, on_line)
+        made = _run(spec, engine, progress, on_line, retry_failed)
     except BaseException:
         with suppress(Exception):  # the error that is on its way says more
             engine.close()
@@ -93,7 +98,11 @@ def _warn_of_what_is_lost(spec: RunSpec) -> None:
 
 
 def _run(
-    spec: RunSpec, engine: Engine, progress: Progress, on_line: Callable[[Line], None] | None
+    spec: RunSpec,
+    engine: Engine,
+    progress: Progress,
+    on_line: Callable[[Line], None] | None,
+    retry_failed: bool,
 ) -> RunDirectory:
     from errata.bench.run_identity import check_same, info_of
 
@@ -115,6 +124,10 @@ def _run(
             if there["digest"] != info["digest"]:  # it has more cases or methods now
                 write_info(folder, info)
         kinds = load(folder).kinds
+        if retry_failed:
+            again = to_retry(spec, kinds)
+            results.drop(again)
+            kinds = {key: kind for key, kind in kinds.items() if key not in again}
         edits = left_over(spec, edit_units(spec), kinds)
         phases = [
             ("Measuring the base", left_over(spec, base_units(spec), kinds)),

@@ -68,11 +68,13 @@ class _Stream:
             where = LinePlace(
                 unit.variant, item.dataset, unit.seed, "immediate", call.stop, position
             )
-            error = self.outcomes[position].error or unit.given_up.get(key)
+            outcome = self.outcomes[position]
+            error = outcome.error or unit.given_up.get(key)
             if error is None:
                 place[item] = where
             elif position in left:
-                yield failure_line(spec, where, spec.case(item, unit.seed), error)
+                case = spec.case(item, unit.seed)
+                yield failure_line(spec, where, case, error, outcome.traceback)
         for chunk in spec.chunks(list(place)):
             # All of a chunk or none: what is measured together is part of the number.
             if any(place[item].index in left for item in chunk):

@@ -180,3 +180,20 @@ def left_over(
         if any(key not in now.done for key in keys_of(spec, now)):
             found.append(now)
     return found
+
+
+def to_retry(spec: RunSpec, kinds: Mapping[str, str]) -> set[str]:
+    """Return the keys of lines to be written again so that what failed is tried again.
+
+    They are those of the failures, and of a batch with one all: its cases are edited together.
+
+    Args:
+        spec: the run.
+        kinds: key → kind of every line that is there.
+    """
+    found: set[str] = set()
+    for unit in [*base_units(spec), *base_state_units(spec), *edit_units(spec)]:
+        written = [key for key in keys_of(spec, unit) if key in kinds]
+        failed = [key for key in written if kinds[key] == "failure"]
+        found.update(written if failed and unit.work == "batch" else failed)
+    return found

@@ -167,9 +167,7 @@ class Worker:
                     groups = [[i] for i in group] + groups
                     continue
                 place = self._place(unit, items[group[0]])
-                yield from self._unwritten(
-                    unit, [failure_line(spec, place, mine[0], error_text(error))]
-                )
+                yield from self._unwritten(unit, [failure_line(spec, place, mine[0], error)])
                 continue
             kept.append(memory)
             self._keep(dataset, seed, unit.items[0].number // CHUNK, kept)
@@ -205,7 +203,7 @@ class Worker:
         except FATAL:
             raise
         except Exception as error:
-            yield failure_line(spec, place, None, error_text(error))
+            yield failure_line(spec, place, None, error)
             return
         self._keep(dataset, seed, None, [measuring.answers_beyond(baseline.memory, known.memory)])
         yield state_line(spec, place, found, time.perf_counter() - started)
@@ -262,9 +260,9 @@ class Worker:
         outcome = self.edit(unit.variant, unit.seed, [item for item, _ in good])
         try:
             if outcome.error is not None:
+                said = outcome.error, outcome.traceback
                 lines = [
-                    failure_line(spec, self._place(unit, item), case, outcome.error)
-                    for item, case in good
+                    failure_line(spec, self._place(unit, item), case, *said) for item, case in good
                 ]
                 yield from self._unwritten(unit, lines)
             else:
@@ -336,7 +334,7 @@ class Worker:
                 for one in wanted:
                     yield from self.measured(unit, [one])
                 return
-            line = failure_line(spec, wanted[0][0], cases[0], error_text(error))
+            line = failure_line(spec, wanted[0][0], cases[0], error)
             yield from self._unwritten(unit, [line])
             return
         share = (time.perf_counter() - started) / len(cases)
@@ -361,7 +359,7 @@ class Worker:
         except FATAL:
             raise
         except Exception as error:
-            return failure_line(spec, place, None, error_text(error))
+            return failure_line(spec, place, None, error)
         return state_line(spec, place, found, time.perf_counter() - started)
 
     # -- small things ----------------------------------------------------------------------------

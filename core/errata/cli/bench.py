@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 PANEL = "Measure"
 ENGINES = ("serial", "processes", "ray")
 RUNS = Path("runs")
+LISTED = 3
+"""Failures that are shown when a run ends; `errata report` shows them all."""
 
 
 def add(app: typer.Typer) -> None:
@@ -114,6 +116,9 @@ def bench(
     engine: Annotated[
         str | None, typer.Option("--engine", help="serial, processes or ray.")
     ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try again what failed before.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")
     ] = False,
@@ -125,7 +130,8 @@ def bench(
     """Measure methods on datasets: a line for each case, on the disk as soon as it is done.
 
     The base is measured first, with every edit off. Give the same command again after an
-    interruption, however it came: it goes on where it was.
+    interruption, however it came: it goes on where it was. What failed stays failed unless
+    --retry-failed is given.
     """
     from errata.bench import plan, run
     from errata.bench.results import INFO
@@ -151,12 +157,15 @@ def bench(
         with session.status("Planning"):
             there = folder if folder.exists() else None
             trust = session.trust_remote_code
-            _show_plan(session, plan(config, there, probe=probe, trust_remote_code=trust))
+            planned = plan(
+                config, there, probe=probe, trust_remote_code=trust, retry_failed=retry_failed
+            )
+            _show_plan(session, planned)
         return
     try:
         done = run(
             config, folder, engine=chosen, progress=session.progress,
-            trust_remote_code=session.trust_remote_code,
+            trust_remote_code=session.trust_remote_code, retry_failed=retry_failed,
         )  # fmt: skip
     except KeyboardInterrupt:
         session.say(
@@ -320,15 +329,32 @@ def _show_run(session: Session, run: RunDirectory) -> None:
     refused = [f"{k}: {c['refused']} refused" for k, c in counted.items() if c["refused"]]
     for text in (*failed, *refused):
         session.show(Text(text, style="warn"))
-    for line in list(run.failures())[:3]:
-        session.show(Text(f"  {line['key']}: {render.quoted(line['error'], 200)}", style="muted"))
+    if failed:
+        _show_failures(session, list(run.failures()))
+    every = "every case, and why others failed" if failed else "every case"
     session.show(
-        Text(f"{run.directory}: every case", style="muted"),
+        Text(f"{run.directory}: {every}", style="muted"),
         Text(f"Tables and figures: errata report {run.directory}", style="muted"),
     )
     edited = [count for label, count in counted.items() if label != "base"]
     if edited and not any(count["cases"] for count in edited):
         raise typer.Exit(FAILED)
+
+
+def _show_failures(session: Session, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Show the first failures, with --debug where they were raised, and how to try them again."""
+    for line in lines[:LISTED]:
+        session.show(Text(f"  {line['key']}: {render.quoted(line['error'], 200)}", style="muted"))
+        if session.debug and "traceback" in line:
+            session.show(Text(line["traceback"], style="muted"))
+    if any("traceback" in line for line in lines) and not session.debug:
+        session.show(Text("  The same command with --debug shows where.", style="muted"))
+    if len(lines) > LISTED:
+        session.show(Text(f"  … and {len(lines) - LISTED} more", style="muted"))
+    session.show(
+        Text("The same command leaves them as they are; with --retry-failed it tries them again.",
+             style="muted")
+    )  # fmt: skip
 
 
 def _counts(run: RunDirectory) -> dict[str, dict[str, int]]:

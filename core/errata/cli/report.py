@@ -16,6 +16,7 @@ from errata.errors import ConfigError
 PANEL = "Measure"
 HTML = OwnSign(b"", b'<meta name="generator" content="errata ')
 MARKDOWN = OwnSign(b"# Report", b"Made by `errata report`")
+LATEX = OwnSign(b"% Made by `errata report`")
 CSV = OwnSign(b"model,dataset,regime,column,method,runs,seeds,moment,")
 
 
@@ -55,6 +56,10 @@ def report(
         Path | None,
         typer.Option("--markdown", metavar="FILE", help="Write the tables as Markdown."),
     ] = None,
+    latex: Annotated[
+        Path | None,
+        typer.Option("--latex", metavar="FILE", help="Write the tables for a paper (booktabs)."),
+    ] = None,
     csv: Annotated[
         Path | None, typer.Option("--csv", metavar="FILE", help="Write every number as a row.")
     ] = None,
@@ -83,7 +88,7 @@ def report(
     """
     from errata.bench.report import read
 
-    for target, sign in ((html, HTML), (markdown, MARKDOWN), (csv, CSV)):
+    for target, sign in ((html, HTML), (markdown, MARKDOWN), (latex, LATEX), (csv, CSV)):
         if target is not None:
             check_file(target, sign)
     if cases is not None and html is None:
@@ -95,6 +100,7 @@ def report(
         for target, text, sign in (
             (html, html and found.html(cases=cases), HTML),
             (markdown, markdown and found.markdown(), MARKDOWN),
+            (latex, latex and found.latex(), LATEX),
             (csv, csv and found.csv(), CSV),
         ):
             if target is not None:

@@ -16,6 +16,8 @@ Z95 = 1.959963984540054
 """Two-sided 95 % quantile of the normal distribution."""
 
 RESAMPLES = 2000
+PRECISION = 1e-10
+"""Floats that differ by less, relative to what they were computed from, are the same number."""
 _CHUNK = 1_000_000  # resampled indices held at a time
 
 Direction = Literal["higher", "lower", ""]
@@ -67,7 +69,8 @@ class Measurement(Described):
         value: the number.
         n: sample size, in `cases` (requests or what shares a case_id; texts for perplexity).
         protocol: "name: how", for example "counterfact: mean-token log-probability …".
-        interval: 95 % interval of `value`, None where it makes no sense (one continuous case).
+        interval: 95 % interval of `value`, None where it makes no sense (one continuous case;
+            continuous cases that are all alike).
         cases: one value per case, in the order of `case_ids`.
         case_ids: which request each case is: its case_id, else the first digits of its digest.
         unit: "share", "probability", "bits", "perplexity" …
@@ -102,9 +105,10 @@ class Measurement(Described):
     ) -> Measurement:
         """Return the mean of per-case values with its interval.
 
-        Wilson's interval when every case is 0 or 1, else the bootstrap over cases. Values of one
-        case id (the edits of a chain, made in one call) are no independent samples: they are
-        resampled together.
+        Wilson's interval when every case is 0 or 1, else the bootstrap over cases; of cases that
+        are all alike, which a bootstrap would be certain of, `alike_interval` for shares and none
+        for other numbers. Values of one case id (the edits of a chain, made in one call) are no
+        independent samples: they are resampled together.
         """
         values = tuple(float(value) for value in cases)
         return cls(
@@ -200,11 +204,27 @@ def mean_interval(
     A ratio or a probability that happens to be 1 in every case is no proportion of successes.
     Where case ids repeat, each id is one case with all its values.
     """
-    if len(set(case_ids)) < len(case_ids) == len(cases):
-        return _clustered_interval(cases, case_ids, shares)
-    if shares and cases and all(value in (0.0, 1.0) for value in cases):
-        return wilson(int(sum(cases)), len(cases))
-    return bootstrap(np.asarray(cases, dtype=np.float64)[:, None], lambda means: means[:, 0])
+    repeated = len(set(case_ids)) < len(case_ids) == len(cases)
+    totals = case_totals(cases, case_ids if repeated else list(map(str, range(len(cases)))))
+    if shares and cases and all(0 <= value <= 1 for value in cases):
+        if not repeated and all(value in (0.0, 1.0) for value in cases):
+            return wilson(int(sum(cases)), len(cases))
+        if len(totals) > 1 and len(set(cases)) == 1:
+            return alike_interval(cases[0], len(totals), 0.0, 1.0)
+    return bootstrap(totals, ratio_of_means)
+
+
+def alike_interval(value: float, n: int, low: float, high: float) -> tuple[float, float]:
+    """Return the 95 % interval of a mean over n cases that all have one value.
+
+    Resampling would claim certainty. By Wilson's interval at least a share of all cases is like
+    them; the others may be anything from `low` to `high`.
+
+    >>> alike_interval(1.0, 4, 0.0, 1.0) == wilson(4, 4)
+    True
+    """
+    share = wilson(n, n)[0]
+    return share * value + (1 - share) * low, share * value + (1 - share) * high
 
 
 def case_totals(values: Sequence[float], case_ids: Sequence[str]) -> NDArray[np.float64]:
@@ -223,17 +243,7 @@ def ratio_of_means(means: NDArray[np.float64]) -> NDArray[np.float64]:
     return ratios
 
 
-def _clustered_interval(
-    values: Sequence[float], case_ids: Sequence[str], shares: bool
-) -> tuple[float, float] | None:
-    totals = case_totals(values, case_ids)
-    if shares and set(values) in ({0.0}, {1.0}):
-        # All cases are alike, and a bootstrap would claim certainty.
-        return wilson(len(totals) if values[0] else 0, len(totals))
-    return bootstrap(totals, ratio_of_means)
-
-
-def wilson(successes: int, n: int, z: float = Z95) -> tuple[float, float]:
+def wilson(successes: float, n: int, z: float = Z95) -> tuple[float, float]:
     """Return Wilson's score interval of a proportion.
 
     >>> tuple(round(end, 3) for end in wilson(9, 10))
@@ -265,7 +275,8 @@ def bootstrap(
         seed: of a local generator; the global ones are not touched.
 
     Returns:
-        None with fewer than two cases or where something is not finite.
+        None with fewer than two cases, where something is not finite, and where every draw gives
+        the same: that would claim certainty.
     """
     n = len(cases)
     if n < 2 or not bool(np.isfinite(cases).all()):
@@ -280,7 +291,7 @@ def bootstrap(
             drawn.append(statistic(cases[index].mean(axis=1)))
         left -= rows
     values = np.concatenate(drawn)
-    if not bool(np.isfinite(values).all()):
+    if not bool(np.isfinite(values).all()) or np.ptp(values) <= PRECISION * np.abs(values).max():
         return None
     low, high = np.quantile(values, (0.025, 0.975))
     return float(low), float(high)

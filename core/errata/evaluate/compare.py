@@ -10,7 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from errata.contract.measurement import Measurement, bootstrap, case_totals, ratio_of_means
+from errata.contract.measurement import (
+    PRECISION,
+    Measurement,
+    alike_interval,
+    bootstrap,
+    case_totals,
+    ratio_of_means,
+)
 from errata.errors import ComparisonError, MissingExtraError, UnknownNameError
 
 MCNEMAR = "McNemar's exact test"
@@ -29,12 +36,15 @@ class Comparison:
         value_a: mean of the first over these cases.
         value_b: mean of the second.
         difference: `value_a - value_b`.
-        interval: 95 % interval of the difference, by bootstrap over the cases; None with fewer
-            than two cases or where something is infinite.
+        interval: 95 % interval of the difference, by bootstrap over the cases. Where all cases
+            differ alike, which a bootstrap would be certain of, it is `alike_interval` for shares
+            and None for other numbers. None with fewer than two cases or where something is
+            infinite.
         p: two-sided p-value of `test`.
         test: which test it is. McNemar's (exact binomial) where every case is one value, 0 or 1,
             else Wilcoxon's (cases without a difference are left out of the ranks), on the sum of
-            a case's differences where it has several.
+            a case's differences where it has several. Differences that only the rounding of floats
+            makes are none, and those that are equal but for it are tied.
         higher: cases with a higher value in the first.
         lower: cases with a lower one.
         protocol: how both were measured.
@@ -117,7 +127,9 @@ def compare(
     totals = case_totals(differences, names)
     single = len(totals) == len(differences)
     binary = single and all(value in (0.0, 1.0) for value in (*first.tolist(), *second.tolist()))
-    sums = totals[:, 0]
+    totals[:, 0] = sums = _without_rounding(
+        totals[:, 0], case_totals(np.maximum(np.abs(first), np.abs(second)), names)[:, 0]
+    )
     higher, lower = int((sums > 0).sum()), int((sums < 0).sum())
     return Comparison(
         metric=a.metric,
@@ -126,8 +138,8 @@ def compare(
         n=len(totals),
         value_a=float(first.mean()),
         value_b=float(second.mean()),
-        difference=float(differences.mean()),
-        interval=bootstrap(totals, ratio_of_means),
+        difference=float(sums.sum() / len(differences)),
+        interval=_interval(totals, a.unit == "share"),
         p=_mcnemar(higher, lower) if binary else _wilcoxon(sums),
         test=MCNEMAR if binary else WILCOXON,
         higher=higher,
@@ -224,6 +236,35 @@ def _paired(a: Measurement, b: Measurement, shared: bool, labels: tuple[str, str
         np.array([first[case] for case in common], dtype=np.float64),
         np.array([second[case] for case in common], dtype=np.float64),
     )
+
+
+def _without_rounding(differences: Any, sizes: Any) -> Any:
+    """Return differences (n,) without what the rounding of floats adds.
+
+    One that is none becomes 0, and those of one size become equal: 0.4 - 0.3 and 0.3 - 0.2 differ
+    by 1e-17, and would be no tie.
+
+    Args:
+        differences: as computed.
+        sizes: (n,) of the numbers that each is the difference of.
+    """
+    tolerance = np.where(np.isfinite(differences), PRECISION * sizes, 0.0)
+    found = np.where(np.abs(differences) <= tolerance, 0.0, np.abs(differences))
+    order = np.argsort(found, kind="stable")
+    ordered, tolerance = found[order], tolerance[order]
+    with np.errstate(invalid="ignore"):  # two infinite ones are no step
+        steps = np.diff(ordered) > np.minimum(tolerance[1:], tolerance[:-1])
+    first = np.concatenate([[True], steps])  # of each run of equal ones
+    found[order] = ordered[first][np.cumsum(first) - 1]
+    return np.copysign(found, differences) + 0.0  # none is 0, not -0
+
+
+def _interval(totals: Any, shares: bool) -> tuple[float, float] | None:
+    """Return the interval of the mean difference from (sum, number) of each case's, (n, 2)."""
+    means = ratio_of_means(totals)
+    if shares and len(means) > 1 and np.ptp(means) <= PRECISION and np.abs(means).max() <= 1:
+        return alike_interval(float(means[0]), len(means), -1.0, 1.0)
+    return bootstrap(totals, ratio_of_means)
 
 
 def _times(count: int) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from errata.contract.measurement import Measurement, bootstrap
+from errata.contract.measurement import Measurement, bootstrap, mean_interval
 
 OVER_EVALUATIONS = "; mean over evaluations"
 """Ends the protocol of a number that is one value per evaluation, however many it looked at."""
@@ -181,6 +181,21 @@ def _harmonic(
     # Exact sums: the value does not depend on the order of the cases.
     means = np.array([math.fsum(column) / len(rows) for column in zip(*rows, strict=True)])
     interval = bootstrap(np.array(rows, dtype=np.float64), harmonic)
+    if interval is None and len(rows) > 1:
+        interval = _of_ends(rows)
     return Measurement(
         metric, float(harmonic(means)), len(rows), protocol, interval, unit=unit, of=of
     )
+
+
+def _of_ends(rows: Sequence[tuple[float, ...]]) -> tuple[float, float] | None:
+    """Return the interval of a harmonic mean from those of its parts, where resampling has none.
+
+    The mean rises with each part, so it lies between that of all lower and that of all upper ends.
+    """
+    shares = all(0 <= value <= 1 for row in rows for value in row)
+    ends = [mean_interval(column, shares=shares) for column in zip(*rows, strict=True)]
+    if not shares or None in ends:
+        return None
+    low, high = harmonic(np.array(ends, dtype=np.float64).T)
+    return float(low), float(high)

@@ -108,7 +108,7 @@ def _chosen(found: LayerSweep, count: int | None) -> AutoLayers:
         return _named(found, found.best.layers, found.best.score, found.best.depth)
     together = [one for one in found.results if one.depth == count]
     if together:
-        best = max(together, key=lambda one: (one.score, -one.layer))
+        best = max(together, key=lambda one: (round(one.score, 9), -one.layer))
         return _named(found, best.layers, best.score, count)
     scores = {one.layer: one.score for one in found.results if one.depth == 1}
     windows = [

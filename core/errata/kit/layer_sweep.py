@@ -71,6 +71,7 @@ class HeldOutResult:
         results: what editing them gave, in the order of the sweep's.
         ratio: (mean, low, high): their score at the chosen layer over that at the layer which is
             best for them; 95 % bootstrap interval over facts, the best found anew in each draw.
+            Where all draws are alike, what the intervals of the scores' metrics allow.
     """
 
     n: int
@@ -123,7 +124,7 @@ class LayerSweep:
     @property
     def best(self) -> LayerResult:
         """The place with the highest score; of equal ones the least deep, then the lowest."""
-        return max(self.results, key=lambda one: (one.score, -one.depth, -one.layer))
+        return max(self.results, key=lambda one: (round(one.score, 9), -one.depth, -one.layer))
 
     @property
     def protocol(self) -> str:

@@ -23,7 +23,7 @@ import torch
 
 from errata.contract import plugins
 from errata.contract.capabilities import DENSE_MLP
-from errata.contract.measurement import RESAMPLES, mean_interval
+from errata.contract.measurement import PRECISION, RESAMPLES, mean_interval, wilson
 from errata.errors import CapabilityError, ConfigError, ErrataError, PluginError, RequestError
 from errata.kit.layer_sweep import (
     MAIN,
@@ -317,7 +317,8 @@ def _result(layers: Sequence[int], table: NDArray[np.float64], names: Sequence[s
         if not values or not (found or failed == len(table)):
             continue  # no request has such prompts
         mean = math.fsum(values) / len(values)
-        low, high = mean_interval(values, shares=True) or (mean, mean)
+        # One share between 0 and 1 has no interval of its own: it is taken as part of a success.
+        low, high = mean_interval(values, shares=True) or wilson(mean * len(values), len(values))
         metrics[name] = (mean, low, high)
     return LayerResult(
         layers[-1], _harmonic([mean for mean, _, _ in metrics.values()]), metrics, failed,
@@ -347,9 +348,21 @@ def _held_out(
     draws = np.random.default_rng(0).integers(0, count, size=(RESAMPLES, count))
     # (places, draws): the score of each place on each draw of facts.
     drawn = np.stack([_scores(table, draws) for table in held])
-    low, high = np.quantile(_ratio(drawn[index], drawn.max(axis=0)), (0.025, 0.975))
+    ratios = _ratio(drawn[index], drawn.max(axis=0))
+    low, high = np.quantile(ratios, (0.025, 0.975))
+    if np.ptp(ratios) <= PRECISION:  # facts that are all alike: the draws would claim certainty
+        low, high = _ratio_of_ends(results[index], results[int(scores.argmax())])
     mean = float(_ratio(scores[index], scores.max()))
     return HeldOutResult(count, results, (mean, float(low), float(high)))
+
+
+def _ratio_of_ends(chosen: LayerResult, best: LayerResult) -> tuple[float, float]:
+    """Return the least and the greatest ratio of two scores that their metrics' intervals allow."""
+    (least, most), (low, high) = (
+        [_harmonic([ends[side] for ends in one.metrics.values()]) for side in (1, 2)]
+        for one in (chosen, best)
+    )
+    return (least / high if high else 0.0), (min(1.0, most / low) if low else 1.0)
 
 
 def _scores(table: NDArray[np.float64], draws: NDArray[np.int64]) -> NDArray[np.float64]:

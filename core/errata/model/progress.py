@@ -145,18 +145,18 @@ class Progress:
                 self.note(f"{text}: done, {of}{_time(time.monotonic() - work.started)}")
 
     def _report(self, ended: threading.Event) -> None:
-        """Say now and then what the innermost work is at, until the outermost ends."""
+        """Say now and then how far the outermost work is, and what is done within it."""
         wait = FIRST
         while not ended.wait(wait):
             wait = EVERY
             now = time.monotonic()
             with self._lock:
                 # What has only just begun says nothing yet: what it is a part of does.
-                begun = [w for w in self._works if now - w.started >= YOUNG] or self._works[:1]
-                work = begun[-1] if begun else None
-            if work is not None:
-                work.shown = True
-                self.note(work.line(now))
+                works = self._works[:1] + [w for w in self._works[1:] if now - w.started >= YOUNG]
+                lines = [work.line(now) for work in dict.fromkeys((*works[:1], *works[-1:]))]
+            if works:
+                works[0].shown = True  # the others' ends are between two of its lines
+                self.note("; ".join(lines))
 
 
 def _time(seconds: float) -> str:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from errata.bench.report.grouping import ONCE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
+    from typing import Any
 
     from errata.bench.report.grouping import Column, Section
     from errata.bench.report.reading import ResultEntry
@@ -50,9 +51,10 @@ class ColumnCost:
     Attributes:
         column: its place in the section.
         label: of the column.
-        edits: how many were made; cases edited at once count as one.
-        cases: how many cases they cover.
+        edits: how many were made, with all seeds; cases edited at once count as one.
+        cases: how many different cases they cover.
         seconds: a case's share of its edit's seconds, with interval over edits; None if unknown.
+            Edits of the same cases with several seeds are one, with their mean.
         median: the same of the median edit.
         size: a case's share of the stored bytes, the same.
         peak: highest memory in bytes that was recorded.
@@ -151,18 +153,19 @@ def _first(found: list[ErrorCounts], metric: str) -> int:
 def _cost(index: int, column: Column) -> ColumnCost:
     from errata.evaluate import Measurement
 
-    made: dict[tuple[str, ...] | str, ResultEntry] = {}
-    covered: set[tuple[int, str | None, int]] = set()
+    made: dict[tuple[int, tuple[str, ...] | str], list[ResultEntry]] = {}
     for entry in column.entries:
         edit = entry.edit
         if entry.kind != "case" or edit is None or entry.refused or entry.stage == "checkpoint":
             continue
         ids = tuple(str(one) for one in edit.get("ids") or ())
-        made.setdefault((str(entry.seed), *ids) if ids else entry.key, entry)
-        covered.add((entry.seed, entry.case_id, entry.index))
-    edits = [entry.edit for entry in made.values() if entry.edit is not None]
-    seconds = [float(edit["seconds"]) for edit in edits if edit.get("seconds") is not None]
-    sizes = [float(edit["bytes"]) for edit in edits if edit.get("bytes") is not None]
+        made.setdefault((entry.seed, ids or entry.key), []).append(entry)
+    same: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for entries in made.values():
+        cases = tuple(sorted({entry.case_id or "" for entry in entries}))
+        same.setdefault(cases, []).append(entries[0].edit or {})
+    seconds = _means(same.values(), "seconds")
+    sizes = _means(same.values(), "bytes")
     peaks = [
         one.value
         for entry in column.entries
@@ -173,7 +176,7 @@ def _cost(index: int, column: Column) -> ColumnCost:
         index,
         column.label,
         len(made),
-        len(covered),
+        len({case for cases in same for case in cases}),
         Measurement.mean("seconds", seconds, "cost: wall-clock", unit="s", direction="lower")
         if seconds
         else None,
@@ -184,6 +187,12 @@ def _cost(index: int, column: Column) -> ColumnCost:
         max(peaks, default=None),
         sum(float(entry.seconds.get("measure") or 0) for entry in column.entries),
     )
+
+
+def _means(same: Iterable[Sequence[Mapping[str, Any]]], name: str) -> list[float]:
+    """Return the mean of a cost over the edits of the same cases, for all that know it."""
+    known = [[float(one[name]) for one in edits if one.get(name) is not None] for edits in same]
+    return [statistics.fmean(values) for values in known if values]
 
 
 def _incident(column: Column, entry: ResultEntry, reason: str) -> Incident:

@@ -10,7 +10,7 @@ from errata.cli.render import number, seconds, size
 
 if TYPE_CHECKING:
     from errata.bench.report.errors_and_costs import ColumnCost
-    from errata.bench.report.tables import ColumnHead, MetricTable
+    from errata.bench.report.tables import ColumnHead, MetricCell, MetricTable
     from errata.evaluate import Measurement
 
 ARROWS = {"higher": "↑", "lower": "↓", "": ""}
@@ -95,18 +95,28 @@ def seeds(found: Sequence[int]) -> str:
 
 def legend(table: MetricTable) -> list[str]:
     """Return what the signs of a table mean, and how its differences were tested."""
+    return signs([cell for row in table.rows for cell in row.cells if cell], table.reference)
+
+
+def signs(cells: Sequence[MetricCell], reference: str) -> list[str]:
+    """Return what the signs beside some numbers mean, and how differences were tested.
+
+    Args:
+        cells: the numbers.
+        reference: label of the column that they were compared with.
+    """
     said = []
-    cells = [cell for row in table.rows for cell in row.cells if cell]
     if any(cell.best for cell in cells):
         said.append(f"{BEST} best of the edited columns")
     if any(cell.measurement.interval for cell in cells):
         said.append("ranges are 95 % intervals")
-    if table.tests:
+    tests = sorted({cell.difference.test for cell in cells if cell.difference})
+    if tests:
         shown = (
             f"{DIFFERS} differs from" if any(c.differs for c in cells) else "nothing differs from"
         )
         said.append(
-            f"{shown} {table.reference} at p < 0.05: paired by case, {' or '.join(table.tests)}, "
+            f"{shown} {reference} at p < 0.05: paired by case, {' or '.join(tests)}, "
             "adjusted for the number of columns (Holm)"
         )
     return said
@@ -138,7 +148,7 @@ COST_COLUMNS = (
 )  # fmt: skip
 COST_NOTE = (
     "Time per case: wall-clock time of computing its edit on the machine named in this report (its "
-    "share, where several were edited at once), mean with 95 % interval over edits; size: its "
-    "share of the stored edit; peak memory: the highest that was recorded; measuring: time spent "
-    "on questions, in all."
+    "share, where several were edited at once), mean with 95 % interval over edits, those of the "
+    "same cases with several seeds averaged first; size: its share of the stored edit; peak "
+    "memory: the highest that was recorded; measuring: time spent on questions, in all."
 )

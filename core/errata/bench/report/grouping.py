@@ -52,9 +52,14 @@ class Column:
         return self.method == BASE
 
     @cached_property
+    def case_ids(self) -> frozenset[str | None]:
+        """The cases that were measured."""
+        return frozenset(entry.case_id for entry in self.entries if entry.kind == "case")
+
+    @property
     def cases(self) -> int:
         """How many different cases were measured."""
-        return len({entry.case_id for entry in self.entries if entry.kind == "case"})
+        return len(self.case_ids)
 
     def at(self, moment: str) -> list[ResultEntry]:
         """Return the case entries of a moment: each case once per seed."""

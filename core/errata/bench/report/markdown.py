@@ -58,8 +58,8 @@ def _part(part: Part) -> list[str]:
             _grid(("column", *formatting.COST_COLUMNS), rows),
             formatting.COST_NOTE,
         ]
-    blocks += _incidents("Failed cases", part.failures)
-    blocks += _incidents("Refused edits", part.refusals)
+    blocks += _incidents("Failures", "failed", part.failures)
+    blocks += _incidents("Refused edits", "refused", part.refusals)
     return blocks
 
 
@@ -169,12 +169,12 @@ def _errors(part: Part) -> list[str]:
     return ["### Error types", _grid(head, rows), formatting.ERRORS_NOTE]
 
 
-def _incidents(title: str, found: Sequence[Incident]) -> list[str]:
+def _incidents(title: str, what: str, found: Sequence[Incident]) -> list[str]:
     if not found:
         return []
     rows = [(one.label, str(one.seed), one.case_id, one.request, one.reason) for one in found]
     head = ("column", "seed", "case", "request", "why")
-    return [f"### {title}", f"{len(found)} in all.", _grid(head, rows, align="-----")]
+    return [f"### {title}", f"{run_facts.counted(found, what)}.", _grid(head, rows, align="-----")]
 
 
 def _grid(

@@ -38,6 +38,12 @@ class Report(ReportContents):
 
         return markdown(self)
 
+    def latex(self) -> str:
+        """Return the tables as LaTeX for a paper; they need the package booktabs."""
+        from errata.bench.report.latex import latex
+
+        return latex(self)
+
     def html(self, *, cases: int | None = None) -> str:
         """Return one self-contained page; it loads nothing from anywhere.
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from errata.cli.render import count
 
 if TYPE_CHECKING:
     from errata.bench.report.contents import Part, ReportContents
+    from errata.bench.report.errors_and_costs import Incident
     from errata.bench.report.reading import RunResults
 
 
@@ -26,24 +27,40 @@ def warnings(report: ReportContents) -> list[str]:
             lines = "; ".join(run.damaged[:5]) + ("; …" if len(run.damaged) > 5 else "")
             said.append(f"{run.name}: {count(len(run.damaged), 'damaged line')} left out: {lines}.")
     for part in report.parts:
-        for what, found in (
-            ("failed: missing from every number", part.failures),
-            ("refused by a guard", part.refusals),
+        for found, what, then in (
+            (part.failures, "failed", ": what failed in a column is missing from its numbers"),
+            (part.refusals, "refused by a guard", ""),
         ):
             if found:
-                said.append(
-                    f"{part.section.title}: {count(len(found), 'case')} {what} (listed below)."
-                )
+                said.append(f"{part.section.title}: {counted(found, what)}{then} (listed below).")
     return said
+
+
+def counted(found: Sequence[Incident], what: str) -> str:
+    """Return how many cases failed or were refused, and in how many columns.
+
+    A case counts once, however many columns and seeds it is about.
+    """
+    cases = {one.case_id for one in found if one.case_id}
+    texts = [f"{count(len(cases), 'case')} {what}"] if cases else []
+    whole = {(one.label, one.seed, one.step) for one in found if not one.case_id}
+    if whole:
+        texts.append(f"{count(len(whole), 'measurement')} of the model as a whole {what}")
+    columns = count(len({one.label for one in found}), "column")
+    return f"{' and '.join(texts)}, in {columns}"
 
 
 def unmatched(part: Part) -> str:
     """Say so when the columns were not measured on the same cases; "" when they were."""
-    sizes = {column.label: column.cases for column in part.section.edited}
-    if len(set(sizes.values())) < 2:
+    columns = part.section.edited
+    if len({column.case_ids for column in columns}) < 2:
         return ""
-    listed = ", ".join(f"{label} {n}" for label, n in sizes.items())
-    return f"The columns cover different numbers of cases: {listed}."
+    listed = ", ".join(f"{column.label} {column.cases}" for column in columns)
+    shared = frozenset.intersection(*(one.case_ids for one in columns if one.cases))
+    return (
+        f"The columns cover different cases: {listed}; all of them have {len(shared)}. Which one "
+        "is the best goes by these."
+    )
 
 
 def facts_of(run: RunResults) -> list[tuple[str, str]]:

@@ -52,7 +52,8 @@ class MetricCell:
 
     Attributes:
         measurement: it.
-        best: whether no edited column has a better one (of the same moment).
+        best: whether no edited column has a better one (of the same moment, and of the cases that
+            all of them have).
         difference: from the reference column, paired by case, its p-value adjusted for the number
             of columns compared (Holm); None for the reference itself and where there are no cases.
     """
@@ -156,15 +157,37 @@ def tables(section: Section, reference: str = "") -> list[MetricTable]:
         {_key(one): one for one in reversed([*cases, *states])}
         for cases, states in zip(of_cases, of_whole, strict=True)
     ]
+    comparable = [
+        {**measured, **_on_shared_cases(section, head)}
+        for head, measured in zip(heads, by_key, strict=True)
+    ]
     by_name: dict[str, list[MetricRow]] = {}
     edited = any(measured for head, measured in zip(heads, by_key, strict=True) if head.column)
     for key in _merged([list(reversed(measured)) for measured in by_key]):
         numbers = [measured.get(key) for measured in by_key]
         if edited and not any(numbers[1:]):
             continue  # of the base alone: there is nothing to set it against
-        row = _row(section, heads, numbers, reference)
+        rivals = [measured.get(key) for measured in comparable]
+        row = _row(section, heads, numbers, rivals, reference)
         by_name.setdefault(row.protocol.partition(":")[0], []).append(row)
     return [_table(name, heads, rows, reference) for name, rows in by_name.items()]
+
+
+def _on_shared_cases(section: Section, head: ColumnHead) -> dict[tuple[str, str], Measurement]:
+    """Return a column's numbers on the cases that all edited columns have at its moment.
+
+    Nothing where they have the same cases: its numbers are those then.
+    """
+    column = section.columns[head.column]
+    if column.is_base:
+        return {}
+    own = [{entry.case_id for entry in one.at(head.moment)} for one in section.edited]
+    cases = [found for found in own if found]
+    if not cases or all(found == cases[0] for found in cases):
+        return {}
+    shared = frozenset.intersection(*map(frozenset, cases))
+    kept = [entry for entry in column.at(head.moment) if entry.case_id in shared]
+    return {_key(one): one for one in reversed(table_of(sample(kept)))}
 
 
 def _key(one: Measurement) -> tuple[str, str]:
@@ -199,11 +222,13 @@ def _row(
     section: Section,
     heads: Sequence[ColumnHead],
     numbers: Sequence[Measurement | None],
+    rivals: Sequence[Measurement | None],
     reference: str,
 ) -> MetricRow:
+    """Return a metric's row; `rivals` are its numbers on the same cases, for the best of them."""
     some = next(one for one in numbers if one is not None)
     differences = _differences(heads, numbers, reference) if reference else {}
-    best = _best(section, heads, numbers, some.direction)
+    best = _best(section, heads, rivals, some.direction)
     cells = [
         None if one is None else MetricCell(one, i in best, differences.get(i))
         for i, one in enumerate(numbers)
@@ -253,14 +278,15 @@ def _best(
 ) -> set[int]:
     """Return which cells no other edited column betters, per moment; ties are all best.
 
-    None where columns of a stream end after different numbers of edits.
+    None where columns of a stream end after different numbers of edits, and where they were not
+    measured on the same cases.
     """
     if not direction:
         return set()
     found: set[int] = set()
     for moment in section.moments:
         rivals = {
-            i: one.value
+            i: one
             for i, (head, one) in enumerate(zip(heads, numbers, strict=True))
             if one is not None
             and head.moment == moment
@@ -268,11 +294,20 @@ def _best(
             and not math.isnan(one.value)
         }
         ends = {heads[i].steps for i in rivals}  # who is further on has had more to bear
-        if len(rivals) > 1 and len(ends) == 1:
-            top = (max if direction == "higher" else min)(rivals.values())
-            best = {i for i, value in rivals.items() if value == top}
+        cases = {(one.n, tuple(sorted(one.case_ids))) for one in rivals.values()}
+        if len(rivals) > 1 and len(ends) == len(cases) == 1:
+            values = {i: one.value for i, one in rivals.items()}
+            top = (max if direction == "higher" else min)(values.values())
+            best = {i for i, value in values.items() if _is_same(value, top)}
             found |= best if len(best) < len(rivals) else set()  # all alike: none stands out
     return found
+
+
+def _is_same(one: float, other: float) -> bool:
+    """Say whether two means differ by nothing but the rounding of floats."""
+    from errata.contract.measurement import PRECISION
+
+    return math.isclose(one, other, rel_tol=PRECISION, abs_tol=1e-12)
 
 
 def _merged(lists: Iterable[Sequence[tuple[str, str]]]) -> list[tuple[str, str]]:

@@ -77,8 +77,9 @@ def _summary(part: Part, width: int) -> list[RenderableType]:
             grid.add_row(name, *(texts[i][place] for i in block), head.row.n)
         made.append(grid)
     cells = [cell for head in part.summary for cell in head.cells if cell]
-    best = f"{formatting.BEST} best of the edited columns; " if any(c.best for c in cells) else ""
-    return [*made, Text(f"{best}ranges are 95 % intervals", style="muted")]
+    reference = part.summary[0].table.reference if part.summary else ""
+    below = "; ".join(formatting.signs(cells, reference))
+    return [*made, Text(below, style="muted")]
 
 
 def _part(part: Part, width: int) -> list[RenderableType]:
@@ -94,8 +95,8 @@ def _part(part: Part, width: int) -> list[RenderableType]:
     things += _curves(part, width)
     things += _errors(part)
     things += _costs(part)
-    things += _incidents("Failed cases", part.failures)
-    things += _incidents("Refused edits", part.refusals)
+    things += _incidents("Failures", "failed", part.failures)
+    things += _incidents("Refused edits", "refused", part.refusals)
     return things
 
 
@@ -275,7 +276,7 @@ def _costs(part: Part) -> list[RenderableType]:
     return [heading("Cost"), made, Text(formatting.COST_NOTE, style="muted"), Text()]
 
 
-def _incidents(title: str, found: Sequence[Incident]) -> list[RenderableType]:
+def _incidents(title: str, what: str, found: Sequence[Incident]) -> list[RenderableType]:
     if not found:
         return []
     made = table(("column", NAME), "case", ("request", {"ratio": 1}), ("why", {"ratio": 1}))
@@ -284,7 +285,7 @@ def _incidents(title: str, found: Sequence[Incident]) -> list[RenderableType]:
             Text(one.label), Text(one.case_id), Text(quoted(one.request, 80)),
             Text(quoted(one.reason, 160)),
         )  # fmt: skip
-    things: list[RenderableType] = [heading(title, str(len(found))), made]
+    things: list[RenderableType] = [heading(title, run_facts.counted(found, what)), made]
     if len(found) > LISTED:
         more = f"… and {len(found) - LISTED} more: --json or --html FILE lists all."
         things.append(Text(more, style="muted"))
