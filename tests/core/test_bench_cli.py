@@ -89,7 +89,10 @@ def test_options_override_the_run_file(run: Run, file: Path) -> None:
     [
         ({"limit": 2}, ["--limit", 2]),
         ({"regime": "single"}, ["--regime", "single"]),
-        ({"regime": "single", "limit": 3, "seeds": 5}, ["--regime", "single", "-n", 3, "--seed", 5]),
+        (
+            {"regime": "single", "limit": 3, "seeds": 5},
+            ["--regime", "single", "-n", 3, "--seed", 5],
+        ),
         ({"methods": "far"}, ["--method", "far"]),
         ({"methods": ["spare", "nudge"]}, ["--method", "spare", "--method", "nudge"]),
         ({"datasets": ["atlas"], "limit": 2}, ["--dataset", "atlas", "--limit", 2]),
