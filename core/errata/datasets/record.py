@@ -31,6 +31,11 @@ class Record:
     cells: bool = False
     """Whether its values are cells of text, in which a list or an object is JSON."""
 
+    @property
+    def where(self) -> str:
+        """The file and the record's place in it, as errors name them."""
+        return f"{self.file}, record {self.index} (counted from 0)"
+
     def bad(self, field: str, problem: str) -> DatasetError:
         """Return the error for a field of this record."""
         path = ".".join(part for part in (self.at, field) if part)
