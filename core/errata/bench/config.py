@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -244,16 +244,14 @@ def overridden(fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[
 
     A `limit` replaces those of the file's datasets too, and under a regime without batches the
     file's `batch_size` says nothing. A method named by a label of the file is that column,
-    `optional_methods` included.
+    `optional_methods` included. `skip_bad`, which is no field of a run, is said of every dataset.
     """
     made = {**fields, **overrides}
-    if overrides.get("limit") is not None and "datasets" in fields and "datasets" not in overrides:
-        made["datasets"] = [
-            {key: value for key, value in spec.items() if key != "limit"}
-            if isinstance(spec, Mapping)
-            else spec
-            for spec in _items(fields["datasets"])
-        ]
+    if overrides.get("limit") is not None and "datasets" not in overrides:
+        made = _with_datasets(made, lambda spec: {k: v for k, v in spec.items() if k != "limit"})
+    if "skip_bad" in overrides:
+        skip_bad = made.pop("skip_bad")
+        made = _with_datasets(made, lambda spec: {**spec, "skip_bad": skip_bad})
     if "regime" in overrides and overrides["regime"] not in BATCHED:
         if "batch_size" not in overrides:
             made.pop("batch_size", None)
@@ -264,6 +262,19 @@ def overridden(fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[
             for one in _items(overrides["methods"])
         ]
     return made
+
+
+def _with_datasets(
+    fields: Mapping[str, Any], change: Callable[[Mapping[str, Any]], dict[str, Any]]
+) -> dict[str, Any]:
+    """Return the fields of a run with the mapping of each of its datasets changed."""
+    if "datasets" not in fields:
+        return dict(fields)
+    named = ({"name": one} if isinstance(one, str) else one for one in _items(fields["datasets"]))
+    return {
+        **fields,
+        "datasets": [change(one) if isinstance(one, Mapping) else one for one in named],
+    }
 
 
 def _items(value: Any) -> list[Any]:

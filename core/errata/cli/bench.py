@@ -13,6 +13,7 @@ from rich.text import Text
 from errata.cli import render
 from errata.cli.checks import check_model
 from errata.cli.edits import pairs
+from errata.cli.requests import SkipBad
 from errata.cli.session import FAILED, OUTPUT, Session, calm_transformers, command
 from errata.errors import ConfigError, UnknownNameError
 
@@ -96,6 +97,7 @@ def bench(
     limit: Annotated[
         int | None, typer.Option("--limit", "-n", min=1, help="The first N cases of each dataset.")
     ] = None,
+    skip_bad: SkipBad = False,
     protocols: Annotated[
         list[str] | None,
         typer.Option("--protocol", "-p", help="How a case is measured (repeatable)."),
@@ -133,7 +135,7 @@ def bench(
     given: dict[str, Any] = {
         "name": name, "model": model, "device": session.device, "dtype": session.dtype,
         "corpus": corpus, "regime": regime, "seeds": seeds, "limit": limit, "protocols": protocols,
-        "batch_size": batch_size, "checkpoints": checkpoints,
+        "batch_size": batch_size, "checkpoints": checkpoints, "skip_bad": skip_bad or None,
     }  # fmt: skip
     config = _config(file, given, methods or (), datasets or (), values or ())
     if no_corpus:

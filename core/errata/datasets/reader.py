@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from errata.datasets.record import Record
 from errata.datasets.source import Source
-from errata.edits.request import Probe, Request
+from errata.edits.request import Probe, Request, parse_noting
 from errata.errors import DatasetError, PluginError, RequestError, blaming
 from errata.model.display import shortened
 
@@ -75,7 +75,9 @@ def parsed(record: Record, parse: Parse, **options: Any) -> list[Item]:
             made = parse(record, **options)
             several = not isinstance(made, (Request, Mapping)) and isinstance(made, Iterable)
             items = list(made) if several else [made]
-        return [_item(item, f"The reader {name} returned", record.where) for item in items]
+        return [
+            _item(item, f"The reader {name} returned", record.where, record.note) for item in items
+        ]
     except DatasetError as error:
         return [error]
     except (RequestError, ValidationError) as error:
@@ -93,16 +95,19 @@ def checked(read: Read, called: str) -> Read:
                 item = next(items, _END)
             if item is _END:
                 return
-            yield _item(item, f"{called} gives", source.name)
+            yield _item(item, f"{called} gives", source.name, source.note)
 
     return reading
 
 
-def _item(made: Any, gives: str, where: str) -> Item:
+def _item(made: Any, gives: str, where: str, note: Callable[[str], None]) -> Item:
     if isinstance(made, (Request, Probe, DatasetError)):
         return made
     if isinstance(made, Mapping):
-        return Request.parse(made)
+        request, tidied = parse_noting(made)
+        for text in tidied:
+            note(f"{text} in {where}")
+        return request
     raise PluginError(
         f"{gives} {shortened(repr(made), 60)} for {where}: it must be a Request, the fields of "
         "one, or several requests."

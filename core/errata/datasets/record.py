@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import ValidationError
@@ -30,6 +30,8 @@ class Record:
     """Field of the file's record that this one is a part of."""
     cells: bool = False
     """Whether its values are cells of text, in which a list or an object is JSON."""
+    note: Callable[[str], None] = field(default=lambda text: None, repr=False, compare=False)
+    """What to tell of texts that lose white space."""
 
     @property
     def where(self) -> str:
@@ -121,7 +123,7 @@ class Record:
     def part(self, data: Any, field: str) -> Record:
         """Return a value of this record as a record whose errors name its place."""
         at = ".".join(name for name in (self.at, field) if name)
-        return Record(data, self.file, self.index, at)
+        return Record(data, self.file, self.index, at, note=self.note)
 
     def place(self, prompt_field: str, subject: str) -> tuple[str, str]:
         """Return the prompt as a template, and the subject as it stands in the prompt.

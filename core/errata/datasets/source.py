@@ -42,12 +42,23 @@ class Source:
         self.path = path
         self.split = split
         self._remarks: set[str] = set()
+        self._notes: list[str] | None = []
 
     def remark(self, text: str) -> None:
         """Warn of something about the source; once, however often it is read."""
         if text not in self._remarks:
             self._remarks.add(text)
             log.warning("%s: %s", self.name, text)
+
+    def note(self, text: str) -> None:
+        """Take note of a text that lost white space, in the first reading."""
+        if self._notes is not None:
+            self._notes.append(text)
+
+    def taken_notes(self) -> list[str]:
+        """Return what the first reading has noted; later ones note nothing."""
+        notes, self._notes = self._notes, None
+        return notes or []
 
     def records(self) -> Iterator[Record]:
         """Yield every record. Raises `DatasetError` where the source is damaged or gone."""
@@ -77,7 +88,7 @@ class LocalFile(Source):
         if _state(self._path) != self._state:
             raise DatasetError("the file has changed since it was loaded", file=self.name)
         for index, data in enumerate(self._values()):
-            record = Record(data, self.name, index, cells=self.cells)
+            record = Record(data, self.name, index, cells=self.cells, note=self.note)
             if self.split is None or is_of_split(record, self.split):
                 yield record
 
@@ -118,7 +129,7 @@ class GivenRecords(Source):
     def records(self) -> Iterator[Record]:
         """Yield every record."""
         for index, data in enumerate(self._given):
-            record = Record(data, self.name, index)
+            record = Record(data, self.name, index, note=self.note)
             if self.split is None or is_of_split(record, self.split):
                 yield record
 
@@ -141,7 +152,7 @@ class TabularSource(Source):
         with _explained(self.name, hub=self.path is None):
             for index, row in enumerate(self._open()):
                 rows.update(json.dumps(row, sort_keys=True, default=str).encode())
-                yield Record(row, self.name, index)
+                yield Record(row, self.name, index, note=self.note)
         self._rows = rows
 
     def digest(self) -> str:
