@@ -94,6 +94,7 @@ def test_options_override_the_run_file(run: Run, file: Path) -> None:
             ["--regime", "single", "-n", 3, "--seed", 5],
         ),
         ({"methods": "far"}, ["--method", "far"]),
+        ({"skip_bad": True, "limit": 2}, ["--skip-bad", "-n", 2]),
         ({"methods": ["spare", "nudge"]}, ["--method", "spare", "--method", "nudge"]),
         ({"datasets": ["atlas"], "limit": 2}, ["--dataset", "atlas", "--limit", 2]),
     ],
@@ -110,6 +111,8 @@ def test_overrides_in_python_do_what_the_options_do(
     )
     config = bench.read_config(file, overrides)
     assert planned(run, file, *options) == bench.plan(config).as_json()
+    if "skip_bad" in overrides:
+        assert all(spec.skip_bad for spec in config.datasets)
     if "limit" in overrides:
         assert {spec.limit or config.limit for spec in config.datasets} == {overrides["limit"]}
     if overrides.get("regime") == "single":

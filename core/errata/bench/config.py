@@ -244,7 +244,7 @@ def overridden(fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[
 
     A `limit` replaces those of the file's datasets too, and under a regime without batches the
     file's `batch_size` says nothing. A method named by a label of the file is that column,
-    `optional_methods` included. `skip_bad`, which is no field of a run, is said of every dataset.
+    `optional_methods` included. `skip_bad`, which is no field of a run, is said of each dataset.
     """
     made = {**fields, **overrides}
     if overrides.get("limit") is not None and "datasets" not in overrides:

@@ -271,13 +271,11 @@ def edit(
 def check_method(name: str) -> None:
     """Raise for a method that is not installed, before anything is loaded."""
     from errata.contract import plugins
-    from errata.errors import UnknownNameError
 
-    points = plugins.installed()
     if not name:
-        raise ConfigError(f"Which method? Give --method; installed: {', '.join(points) or 'none'}.")
-    if name not in points:
-        raise UnknownNameError("method", name, points, "`errata methods` shows them all.")
+        there = ", ".join(plugins.installed()) or "none"
+        raise ConfigError(f"Which method? Give --method; installed: {there}.")
+    plugins.entry_point(name)
 
 
 def pairs(given: Sequence[str], option: str) -> dict[str, Any]:

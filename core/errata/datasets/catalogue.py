@@ -24,7 +24,7 @@ from errata.datasets import (
 )
 from errata.datasets.reader import DatasetReader, checked, per_record
 from errata.errors import PluginError, UnknownNameError
-from errata.model.installed import entry_points
+from errata.model.installed import entry_points, in_other_groups
 
 GROUP = "errata.datasets"
 """Entry points in which other packages offer a `DatasetReader`, or a function of one record."""
@@ -187,9 +187,8 @@ class Readers(Mapping[str, DatasetReader]):
         if name in points:
             return _loaded(points[name])
         if name not in own:
-            raise UnknownNameError(
-                "dataset", name, [*own, *points], "`errata datasets` shows what they are."
-            )
+            hint = f"`errata datasets` shows what they are.{in_other_groups(name, GROUP)}"
+            raise UnknownNameError("dataset", name, [*own, *points], hint)
         return own[name]
 
     def __contains__(self, name: object) -> bool:
