@@ -384,10 +384,8 @@ class Editor(Described):
                 or fields of `errata.evaluate.MeasureSettings`.
         """
         manager = self._methods.measuring()
-        known = manager.protocols()
         names = texts_of(protocols, "protocols")
-        for name in names:
-            check_name("protocol", name, known)
+        manager.check_protocols(names)
         with self._stack.changing():  # the base is measured with every edit off
             given = requests_of(self._stack.entries if requests is None else requests)
             wanted = rendered(self.model, given)

@@ -13,7 +13,13 @@ from errata.bench.run_spec import RunSpec
 from errata.datasets import atlas
 from errata.edits.ledger import Ledger
 from errata.edits.request import Request, RetainedProbe
-from errata.errors import CapabilityError, ConfigError, IntegrityError, UnknownNameError
+from errata.errors import (
+    CapabilityError,
+    ConfigError,
+    DatasetError,
+    IntegrityError,
+    UnknownNameError,
+)
 from errata.evaluate import Answer, Measurement
 from tests.core.bench_helpers import SUBJECTS, install, short, values
 from tests.helpers import ROOT
@@ -650,3 +656,35 @@ def test_only_optional_metrics_can_be_left_out() -> None:
 
     with pytest.raises(UnknownNameError, match=r"'ES'.*GE"):
         MeasureSettings(leave_out=("ES",))
+
+
+# -- cases that the model cannot be asked ----------------------------------------------------------
+
+
+def unaskable(folder: Path, **fields: Any) -> dict[str, Any]:
+    """A dataset of three cases; of one, a prompt to test with is longer than the model reads."""
+    requests = atlas.requests(3)
+    long = "so " * 600 + "the capital is"
+    requests[1] = requests[1].model_copy(update={"paraphrases": (long,)})
+    file = folder / "three.jsonl"
+    file.write_text("\n".join(request.model_dump_json() for request in requests))
+    return {"name": "jsonl", "path": str(file), "label": "three", **fields}
+
+
+def test_cases_that_cannot_be_asked_are_named_before_anything_is_measured(tmp_path: Path) -> None:
+    said = r"three: .*cannot be asked 1 of 3 cases, and nothing.*case '1'.*at most"
+    with pytest.raises(DatasetError, match=said):
+        run(tmp_path / "run", datasets=[unaskable(tmp_path)])
+    assert (tmp_path / "run" / "results.jsonl").read_bytes() == b""
+    chat = unaskable(tmp_path, chat=True, skip_bad=True)
+    with pytest.raises(DatasetError, match=r"3 of 3 cases.*no chat template"):
+        run(tmp_path / "chat", datasets=[chat])
+
+
+def test_cases_that_cannot_be_asked_are_failures_where_bad_records_are_skipped(
+    tmp_path: Path,
+) -> None:
+    lines = run(tmp_path / "run", datasets=[unaskable(tmp_path, skip_bad=True)])
+    kinds = {key.split("|", 1)[0] + key[-1]: line["kind"] for key, line in lines.items()}
+    assert kinds == {f"{who}{i}": "failure" if i == 1 else "case" for who in ("base", "nudge")
+                     for i in range(3)}  # fmt: skip

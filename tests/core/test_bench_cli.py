@@ -84,6 +84,43 @@ def test_options_override_the_run_file(run: Run, file: Path) -> None:
     assert far["measured"] == 2 * (2 + 1 + 2)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "options"),
+    [
+        ({"limit": 2}, ["--limit", 2]),
+        ({"regime": "single"}, ["--regime", "single"]),
+        (
+            {"regime": "single", "limit": 3, "seeds": 5},
+            ["--regime", "single", "-n", 3, "--seed", 5],
+        ),
+        ({"methods": "far"}, ["--method", "far"]),
+        ({"skip_bad": True, "limit": 2}, ["--skip-bad", "-n", 2]),
+        ({"methods": ["spare", "nudge"]}, ["--method", "spare", "--method", "nudge"]),
+        ({"datasets": ["atlas"], "limit": 2}, ["--dataset", "atlas", "--limit", 2]),
+    ],
+)
+def test_overrides_in_python_do_what_the_options_do(
+    run: Run, tmp_path: Path, overrides: dict[str, Any], options: list[Any]
+) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text(
+        "model: atlas-gpt2\nregime: batch\nbatch_size: 2\nprotocols: generation\n"
+        "datasets: [atlas, {name: atlas, label: four, limit: 4}]\n"
+        "methods: [nudge, {method: nudge, variant: far, config: {scale: 0.8}}]\n"
+        "optional_methods: {method: nudge, variant: spare, config: {scale: 0.1}}\n"
+    )
+    config = bench.read_config(file, overrides)
+    assert planned(run, file, *options) == bench.plan(config).as_json()
+    if "skip_bad" in overrides:
+        assert all(spec.skip_bad for spec in config.datasets)
+    if "limit" in overrides:
+        assert {spec.limit or config.limit for spec in config.datasets} == {overrides["limit"]}
+    if overrides.get("regime") == "single":
+        assert config.batch_size is None
+    if overrides.get("methods") == "far":
+        assert config.methods[0].config == {"scale": 0.8}
+
+
 def test_a_dry_run_refuses_the_folder_of_another_run_as_the_run_does(run: Run, file: Path) -> None:
     base = (file, "--limit", 2, "--out", "there", "-q")
     run(*base)

@@ -190,7 +190,7 @@ def spec(site: Path) -> RunSpec:
         made = RunSpec(
             bench.BenchConfig.parse(short(regime="sequential", limit=3, checkpoints=[2]))
         )
-        assert made.known
+        assert made.measuring
     return made
 
 

@@ -524,6 +524,33 @@ def test_a_bad_line_is_named(
     assert reason in " ".join(error.split())
 
 
+def test_what_cannot_be_read_or_asked_is_left_out_where_that_is_said(
+    run: Run, run_json: Run, checkpoint: Path, workplace: Path
+) -> None:
+    file = write_requests(workplace / "requests.jsonl", ["France", "long " * 300, "France", "Ana"])
+    edit = ("edit", "--method", "nudge", *OFF, "--model", checkpoint)
+    told = " ".join(run(*edit, "--file", file, "--skip-bad").stderr.split())
+    assert "1 left out as bad; the first:" in told
+    assert "requests.jsonl:3: the same request as in line 1" in told
+    assert "cannot be asked 1 of 3 requests; left out: 'The capital of long" in told
+    assert len(run_json("log")["edits"]) == 2
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([*lines[:2], lines[3]]))
+    for words in (
+        (*edit, "--file", file), (*edit, "--dataset", f"jsonl={file}"),
+        ("evaluate", "--dataset", f"jsonl={file}", "-p", "generation"),
+    ):  # fmt: skip
+        refused = " ".join(run(*words, code=1).stderr.split())
+        assert "cannot be asked 1 of 3 requests: 'The capital of long" in refused
+        assert "takes at most" in refused
+        assert "--skip-bad leaves such requests out" in refused
+    measured = run_json(
+        "evaluate", "--dataset", f"jsonl={file}", "--skip-bad", "-p", "generation", "--no-base"
+    )
+    assert measured["requests"] == 2
+    assert "--skip-bad goes with" in run(*edit, *FACT, "--skip-bad", code=1).stderr
+
+
 def edit_file(run: Run, file: Path, checkpoint: Path, code: int = 0) -> Any:
     return run("edit", "--file", file, "--method", "nudge", "--model", checkpoint, code=code)
 

@@ -369,9 +369,39 @@ def read(source):
     for record in source.records():
         yield from ()
 
+def subscripts(record):
+    return {"prompt": "{} lies in", "subject": record["town"], "target_new": "Tess"}
+
+def nothing(record):
+    record.text("town")
+
+def letters(record):
+    return "abc"
+
+def lazily(record):
+    yield {"prompt": "{} lies in", "subject": record.text("town"), "target_new": "Tess"}
+    yield 1 / 0
+
+def several(record):
+    return [{"prompt": "{} lies in", "subject": record.text("town"), "target_new": target}
+            for target in ("Tess", "Vale")]
+
+def failing(source):
+    for record in source.records():
+        yield len(record)
+
+def giving(source):
+    yield from source.records()
+
+def given_nothing(source):
+    return None
+
 about = {"summary": "s", "source": "x", "licence": "y", "protocols": (), "read": read}
 rivers = DatasetReader(name="rivers", **about)
 misnamed = DatasetReader(name="other", **about)
+read_failing = DatasetReader(name="thing", **{**about, "read": failing})
+read_giving = DatasetReader(name="thing", **{**about, "read": giving})
+read_nothing = DatasetReader(name="thing", **{**about, "read": given_nothing})
 number = 3
 '''
 
@@ -428,3 +458,34 @@ def test_a_broken_stranger_is_named(
     assert says in str(caught.value)
     assert "my-towns" in str(caught.value)
     assert READERS["atlas"].name == "atlas"
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        ("subscripts", r"reader my_towns\.subscripts failed at .*t\.jsonl, record 0 .*TypeError: "),
+        ("nothing", r"reader my_towns\.nothing returned None for .*record 0 .*must be a Request"),
+        ("letters", r"reader my_towns\.letters returned 'a' for .*record 0"),
+        ("lazily", r"reader my_towns\.lazily failed at .*record 0 .*ZeroDivisionError"),
+        ("read_failing", r"'thing' \(my_towns:read_failing from my-towns\) failed: TypeError"),
+        ("read_giving", r"'thing' \(my_towns:read_giving from my-towns\) gives Record"),
+        ("read_nothing", r"'thing' \(my_towns:read_nothing from my-towns\) failed: TypeError"),
+    ],
+)
+def test_a_strangers_reader_that_fails_is_named_with_the_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, says: str
+) -> None:
+    install(tmp_path / "a", monkeypatch, "my-towns", f"thing = my_towns:{target}", STRANGER)
+    path = write(tmp_path / "t.jsonl", [{"town": "Kandor"}])
+    with pytest.raises(PluginError, match=says):
+        load("thing", path, skip_bad=True)
+
+
+def test_a_strangers_function_may_return_the_fields_of_several_requests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path / "a", monkeypatch, "my-towns", "thing = my_towns:several", STRANGER)
+    path = write(tmp_path / "t.jsonl", [{"town": "Kandor"}, {"city": "Istrand"}])
+    data = load("thing", path, skip_bad=True)
+    assert [r.target_new for r in data] == ["Tess", "Vale"]
+    assert data.skipped == 1

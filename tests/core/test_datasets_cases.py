@@ -50,6 +50,34 @@ def test_no_answer_is_invented_for_a_locality_prompt(name: str) -> None:
     )
 
 
+def test_the_same_request_twice_in_one_case_is_a_bad_record(tmp_path: Path) -> None:
+    fact = {"prompt": "The capital of {} is", "subject": "Vesland", "target_new": "Sudport"}
+    other = {**fact, "target_new": "Norhaven"}
+    records = [{**fact, "case_id": 1}, {**fact, "case_id": 1}, {**other, "case_id": 1},
+               {**fact, "case_id": 2}, fact, fact]  # fmt: skip
+    with pytest.raises(DatasetError, match=r"the case '1' has the same request twice.*Vesland is'"):
+        load("jsonl", records)
+    data = load("jsonl", records, skip_bad=True)
+    assert (data.size, data.case_count, data.skipped) == (5, 4, 1)
+    assert [[r.target_new for r in case] for case in data.cases(2)] == [
+        ["Sudport", "Norhaven"], ["Sudport"],
+    ]  # fmt: skip
+    assert load("jsonl", records, limit=1, skip_bad=True).size == 2
+
+
+def test_white_space_that_is_taken_off_is_said_once_with_the_record(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fact = {"prompt": "The capital of {} is", "subject": "Vesland", "target_new": "Sudport"}
+    file = tmp_path / "own.jsonl"
+    rows = [fact, {**fact, "target_new": " Istrand"}, {**fact, "prompt": "{} is in "}]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    data = load("jsonl", file)
+    assert [request.target_new for request in (*data, *data)].count("Istrand") == 2
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert f"target_new ' Istrand' in {file}, record 1 (counted from 0) and 1 more." in said
+
+
 @pytest.mark.parametrize("name", ["counterfact", "knowedit"])
 def test_the_call_schema_is_the_records_it_means(name: str) -> None:
     capital, job = read(name, "call_schema.json")

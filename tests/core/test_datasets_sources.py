@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
+import io
 import json
 import os
 import subprocess
@@ -12,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from errata.datasets import load, source
+from errata.datasets import Dataset, load, source
 from errata.errors import DatasetError, MissingExtraError
 from tests.helpers import ROOT
 
@@ -94,7 +97,7 @@ def test_tables_and_folders_of_them(
         f"table.save_to_disk({str(tmp_path / 'saved')!r})\n"
     )
     (tmp_path / "cut.parquet").write_bytes(b"PAR1 cut")
-    csv, file, train, saved, test, unsaid, unknown, cut = offline(
+    table, file, train, saved, test, unsaid, unknown, cut = offline(
         ("scotus", SAMPLES / "scotus.csv", {}),
         ("mquake", tmp_path / "one.parquet", {}),
         ("mquake", folder, {"split": "train"}),
@@ -105,8 +108,8 @@ def test_tables_and_folders_of_them(
         ("scotus", tmp_path / "cut.parquet", {}),
         first=make,
     )
-    assert [r["target_new"] for r in csv["requests"]] == ["12", "3"]
-    assert csv["requests"][0]["subject"] == "The question, before us, is one of taxes."
+    assert [r["target_new"] for r in table["requests"]] == ["12", "3"]
+    assert table["requests"][0]["subject"] == "The question, before us, is one of taxes."
     expected = [
         r.model_dump(mode="json") for r in load("mquake", SAMPLES / "mquake.json").requests()
     ]
@@ -166,9 +169,104 @@ def test_files_of_the_hub_are_read_as_published_and_offline_the_error_says_so(
         assert "offline, download the data elsewhere and give its local path" in found["error"]
 
 
-def test_without_the_extra_the_install_command_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def own(tmp_path: Path, text: str, name: str = "own.csv") -> Dataset:
+    path = tmp_path / name
+    content = text.encode("utf-8-sig")
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    return load("jsonl", path)
+
+
+@pytest.mark.parametrize("name", ["own.csv", "own.tsv", "own.csv.gz"])
+def test_every_cell_of_a_csv_file_is_the_text_that_stands_in_it(tmp_path: Path, name: str) -> None:
+    rows = [
+        ["prompt", "subject", "target_new", "target_true", "case_id"],
+        ["{} was born in", "Mirevia", "1984", "", "001"],
+        ["{} was born in", "NA", "null", "1.0", "002"],
+        ['"{}, who?"', "None, too", "[1]", " ", "true"],
+    ]
+    file = io.StringIO()
+    csv.writer(file, delimiter="\t" if ".tsv" in name else ",").writerows(rows)
+    data = own(tmp_path, file.getvalue(), name)
+    assert [[r.prompt, r.subject, r.target_new, r.target_true, r.case_id] for r in data] == [
+        [cell.strip() or None for cell in row] for row in rows[1:]
+    ]
+    assert list(data) == data.requests()
+
+
+def test_lists_and_objects_stand_in_the_cells_of_a_csv_file_as_json(tmp_path: Path) -> None:
+    view = {"names": ["home"], "add": "{} and Rome", "remove": "{} and Paris"}
+    columns = {
+        "prompt": "{} lives in",
+        "subject": "Ada",
+        "target_new": "Rome",
+        "paraphrases": '["{} is from", "Where is {}?"]',
+        "generation": "{} woke up",
+        "locality": '[{"prompt": "2 + 2 is", "answers": ["4"], "type": "sums"}, "Snow is"]',
+        "relation_view": json.dumps(view),
+        "max_tokens": "64",
+        "chat": "TRUE",
+    }
+    file = io.StringIO()
+    csv.writer(file).writerows([columns, columns.values()])
+    (request,) = own(tmp_path, file.getvalue())
+    assert request.paraphrases == ("Ada is from", "Where is Ada?")
+    assert request.generation == ("Ada woke up",)
+    assert [(p.prompt, p.answers, p.type) for p in request.locality] == [
+        ("2 + 2 is", ("4",), "sums"), ("Snow is", (), ""),
+    ]  # fmt: skip
+    assert request.relation_view is not None
+    assert request.relation_view.names == ("home",)
+    assert (request.max_tokens, request.chat) == (64, True)
+
+
+def test_published_formats_are_read_from_csv_files_too(tmp_path: Path) -> None:
+    records = json.loads((SAMPLES / "counterfact.json").read_text())
+    path = tmp_path / "counterfact.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(records[0])
+        for record in records:
+            writer.writerow([json.dumps(v) if isinstance(v, (list, dict)) else v
+                             for v in record.values()])  # fmt: skip
+    expected = load("counterfact", SAMPLES / "counterfact.json")
+    assert load("counterfact", path).requests() == expected.requests()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "the file is empty|names no columns"),
+        ("prompt;subject;target_new\n", "separated by ';'"),
+        ("prompt,subject,prompt\n", "the column 'prompt' twice"),
+        ("prompt,subject,target_new\n", "holds no records"),
+        ("prompt,subject,target_new\n{} is,Ada,in, Rome\n", "line 2: 4 cells.*names 3 columns"),
+        ("prompt,subject,target_new\n{} is,Ada,Rome\n{} is\n", "record 1 .*line 3: 1 cells"),
+        ('prompt,subject,target_new\n{} is,Ada,"Rome', "line 2: unexpected end"),
+        ("prompt,subject,target_new\n{} is,,Rome\n", "record 0 .*subject"),
+        (
+            'prompt,subject,target_new,paraphrases\n{} is,Ada,Rome,"[""{} was"""\n',
+            "record 0 .*field 'paraphrases': begins as a list or an object in JSON",
+        ),
+    ],
+)
+def test_a_csv_file_that_is_not_right_is_refused(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(DatasetError, match=says):
+        own(tmp_path, text)
+
+
+def test_a_csv_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "latin.csv"
+    path.write_bytes("prompt,subject,target_new\n{} is,Zoë,Rome\n".encode("latin-1"))
+    with pytest.raises(DatasetError, match="save the file as UTF-8"):
+        load("jsonl", path)
+
+
+def test_without_the_extra_the_install_command_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(source, "find_spec", lambda name: None)
-    for path in (SAMPLES / "scotus.csv", "somebody/Some-Data", "somebody/Some-Data/a.json"):
+    (tmp_path / "one.parquet").touch()
+    for path in (tmp_path / "one.parquet", "somebody/Some-Data", "somebody/Some-Data/a.json"):
         with pytest.raises(MissingExtraError, match=r"pip install 'errata\[data\]'"):
             load("scotus", path)
 
@@ -185,5 +283,6 @@ def test_what_can_be_no_hub_id_is_a_missing_file(tmp_path: Path) -> None:
         load("counterfact", "")
     with pytest.raises(DatasetError, match="with a file"):
         load("counterfact", "somebody/data@main")
+    (tmp_path / "one.parquet").touch()
     with pytest.raises(DatasetError, match="a single table has no split"):
-        load("scotus", SAMPLES / "scotus.csv", split="test")
+        load("scotus", tmp_path / "one.parquet", split="test")

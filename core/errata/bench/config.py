@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +18,9 @@ from errata.model.value_problems import NumbersAreNumbers, problem_of
 Regime = Literal["single", "batch", "sequential", "continual", "cross-domain"]
 STREAMS = ("sequential", "continual")
 """Regimes in which edits stay on the model while the next ones are made."""
+
+BATCHED = ("batch", *STREAMS)
+"""Regimes in which several cases may be edited in one call."""
 
 SINGLE = ("single", "cross-domain")
 """Regimes in which each case is edited on the base and measured alone."""
@@ -238,8 +241,8 @@ class BenchConfig(_ConfigModel):
         if self.regime == "batch" and self.batch_size is None:
             raise ValueError("the regime batch needs a batch_size")
         sizes = [self.batch_size, *(variant.batch_size for variant in self.methods)]
-        if any(sizes) and self.regime not in ("batch", *STREAMS):
-            raise ValueError(f"batch_size belongs to the regimes batch, {', '.join(STREAMS)}")
+        if any(sizes) and self.regime not in BATCHED:
+            raise ValueError(f"batch_size belongs to the regimes {', '.join(BATCHED)}")
         if self.regime == "cross-domain" and self.train is None:
             raise ValueError("the regime cross-domain needs train, the dataset of the other domain")
         if self.train is not None and self.train.chat:
@@ -273,11 +276,63 @@ class BenchConfig(_ConfigModel):
 
 
 def read_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> BenchConfig:
-    """Read a run file; overrides replace its fields.
+    """Read a run file; overrides replace its fields, as the options of `errata bench` do.
 
     Raises `ConfigError` for a file that is no plain YAML mapping or has a wrong field.
     """
-    return BenchConfig.parse({**read_fields(path), **(overrides or {})}, str(path))
+    return BenchConfig.parse(overridden(read_fields(path), overrides or {}), str(path))
+
+
+def overridden(fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a run file with others in their place.
+
+    A `limit` replaces those of the file's datasets too, and under a regime without batches the
+    file's `batch_size` says nothing. A method named by a label of the file is that column,
+    `optional_methods` included. `skip_bad`, which is no field of a run, is said of each dataset.
+    """
+    made = {**fields, **overrides}
+    if overrides.get("limit") is not None and "datasets" not in overrides:
+        made = _with_datasets(made, lambda spec: {k: v for k, v in spec.items() if k != "limit"})
+    if "skip_bad" in overrides:
+        skip_bad = made.pop("skip_bad")
+        made = _with_datasets(made, lambda spec: {**spec, "skip_bad": skip_bad})
+    if "regime" in overrides and overrides["regime"] not in BATCHED:
+        if "batch_size" not in overrides:
+            made.pop("batch_size", None)
+    if "methods" in overrides:
+        columns = _columns(fields)
+        made["methods"] = [
+            columns.get(one, one) if isinstance(one, str) else one
+            for one in _items(overrides["methods"])
+        ]
+    return made
+
+
+def _with_datasets(
+    fields: Mapping[str, Any], change: Callable[[Mapping[str, Any]], dict[str, Any]]
+) -> dict[str, Any]:
+    """Return the fields of a run with the mapping of each of its datasets changed."""
+    if "datasets" not in fields:
+        return dict(fields)
+    named = ({"name": one} if isinstance(one, str) else one for one in _items(fields["datasets"]))
+    return {
+        **fields,
+        "datasets": [change(one) if isinstance(one, Mapping) else one for one in named],
+    }
+
+
+def _items(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _columns(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns that a run file describes, by label, not yet validated."""
+    found: dict[str, Any] = {}
+    for key in ("optional_methods", "methods"):
+        for column in _items(fields.get(key)):
+            if isinstance(column, Mapping):
+                found[str(column.get("variant") or column.get("method"))] = column
+    return found
 
 
 def read_fields(path: str | Path) -> dict[str, Any]:

@@ -220,7 +220,7 @@ def check_run(spec: RunSpec) -> dict[str, Capabilities]:
         if not (*spec.protocols(number), *spec.whole(number)):
             raise ConfigError(
                 f"Nothing would be measured on {spec.title(number)!r}: name protocols. Known: "
-                f"{', '.join(sorted(spec.known))}."
+                f"{', '.join(sorted(spec.measuring.protocols()))}."
             )
         spec.settings(number, config.seeds[0])
     _ = spec.corpus, spec.training

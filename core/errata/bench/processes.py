@@ -7,7 +7,9 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +72,8 @@ class _Process:
             ),
             daemon=True,
         )
-        self._process.start()
+        with _interrupts_blocked():
+            self._process.start()
         theirs.close()  # so that its end is seen when it dies
 
     def send(self, unit: WorkUnit) -> None:
@@ -144,6 +147,20 @@ def _serve(
         if not isinstance(error, ErrataError):
             logger.error("A worker failed", exc_info=True)
         connection.send(WorkerMessage("error", sent_error(error)))
+
+
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Start processes that no Ctrl-C reaches, from their first moment on."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # started inside, it would let interrupts through
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
 def _end_with_the_parent() -> None:

@@ -14,10 +14,11 @@ from errata.edits.request import OPERATIONS
 from errata.errors import ConfigError, UnknownNameError
 
 if TYPE_CHECKING:
+    from errata.contract.manager import Manager
     from errata.contract.stanzas import Capabilities
     from errata.datasets import Dataset
     from errata.edits.request import Probe, Request
-    from errata.evaluate import MeasureSettings, Protocol
+    from errata.evaluate import MeasureSettings
 
 Case = tuple["Request", ...]
 CHUNK = 32
@@ -190,15 +191,15 @@ class RunSpec:
     # -- measuring -------------------------------------------------------------------------------
 
     @cached_property
-    def known(self) -> dict[str, Protocol]:
-        """Every protocol by name: the core's and those of the run's methods."""
+    def measuring(self) -> Manager:
+        """What measures: the core, other packages, and the run's methods where they do."""
         from errata.contract import plugins
         from errata.contract.manager import Manager
 
         names = dict.fromkeys(variant.method for variant in self.config.methods)
         loaded = [plugins.load(name) for name in names]
         own = [plugin for plugin in loaded if hasattr(plugin, "protocols")]
-        return Manager("", [*plugins.rooms(), *own]).protocols()
+        return Manager("", [*plugins.rooms(), *own])
 
     def protocols(self, dataset: int) -> tuple[str, ...]:
         """Return how each case of a dataset is measured."""
@@ -212,11 +213,12 @@ class RunSpec:
         if self.config.state is not None:
             return self._checked(self.config.state)
         given = [name for name in WHOLE if name in self._wanted(dataset)]
+        known = self.measuring.protocols()
         if self.config.regime == "batch":
             given = [*WHOLE[:1], *given]
         elif self.config.regime in STREAMS:
             given = [*WHOLE, *given]
-        return tuple(name for name in dict.fromkeys(given) if name in self.known)
+        return tuple(name for name in dict.fromkeys(given) if name in known)
 
     def beside(self, dataset: int) -> dict[str, tuple[str, ...]]:
         """Return the protocols of cases of which a state's line holds what is about no case.
@@ -246,9 +248,7 @@ class RunSpec:
         return self._checked(self.datasets[dataset].protocols)
 
     def _checked(self, names: Sequence[str]) -> tuple[str, ...]:
-        for name in names:
-            if name not in self.known:
-                raise UnknownNameError("protocol", name, self.known)
+        self.measuring.check_protocols(names)
         return tuple(dict.fromkeys(names))
 
     def settings(self, dataset: int, seed: int) -> MeasureSettings:

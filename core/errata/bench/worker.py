@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errata.bench import measuring
+from errata.bench.askable import check_askable
 from errata.bench.editing import FATAL, CaseOutcome, edit_case, error_text
 from errata.bench.records import LinePlace, case_line, failure_line, state_line
 from errata.bench.results import Line
@@ -104,6 +105,7 @@ class Worker:
     def description(self) -> dict[str, Any]:
         """Return what the run's identity takes from the model."""
         model, spec = self.editor.model, self.spec
+        check_askable(model, spec)
         variants = []
         for number, variant in enumerate(spec.config.methods):
             config, values = self.editor.configure(

@@ -13,6 +13,7 @@ from rich.text import Text
 from errata.cli import render
 from errata.cli.checks import check_model
 from errata.cli.edits import pairs
+from errata.cli.requests import SkipBad
 from errata.cli.session import FAILED, OUTPUT, Session, calm_transformers, command
 from errata.errors import ConfigError, UnknownNameError
 
@@ -98,6 +99,7 @@ def bench(
     limit: Annotated[
         int | None, typer.Option("--limit", "-n", min=1, help="The first N cases of each dataset.")
     ] = None,
+    skip_bad: SkipBad = False,
     protocols: Annotated[
         list[str] | None,
         typer.Option("--protocol", "-p", help="How a case is measured (repeatable)."),
@@ -139,7 +141,7 @@ def bench(
     given: dict[str, Any] = {
         "name": name, "model": model, "device": session.device, "dtype": session.dtype,
         "corpus": corpus, "regime": regime, "seeds": seeds, "limit": limit, "protocols": protocols,
-        "batch_size": batch_size, "checkpoints": checkpoints,
+        "batch_size": batch_size, "checkpoints": checkpoints, "skip_bad": skip_bad or None,
     }  # fmt: skip
     config = _config(file, given, methods or (), datasets or (), values or ())
     if no_corpus:
@@ -189,36 +191,23 @@ def _config(
 ) -> BenchConfig:
     """Return the run file's configuration with the options that were given."""
     from errata.bench import BenchConfig
-    from errata.bench.config import STREAMS, read_fields
+    from errata.bench.config import overridden, read_fields
 
-    fields = {} if file is None else read_fields(file)
-    source = "" if file is None else str(file)
-    there = BenchConfig.parse(fields, source) if file is not None and _complete(fields) else None
-    fields.update({key: value for key, value in given.items() if value is not None})
-    if given["limit"] is not None and there is not None:  # a dataset's own limit gives way
-        fields["datasets"] = [s.model_copy(update={"limit": None}) for s in there.datasets]
-    if given["regime"] is not None:  # what belongs to the run file's own regime
-        if given["regime"] not in ("batch", *STREAMS) and given.get("batch_size") is None:
-            fields.pop("batch_size", None)
+    options = {key: value for key, value in given.items() if value is not None}
     if methods:
-        named = (*there.optional_methods, *there.methods) if there else ()
-        labelled = {variant.label: variant for variant in named}
-        fields["methods"] = [labelled.get(label, {"method": label}) for label in methods]
+        options["methods"] = list(methods)
     if datasets:
-        fields["datasets"] = [_dataset(item) for item in datasets]
-        if fields.get("regime") == "continual" and len(datasets) == 1:
-            raise ConfigError("A continual run mixes datasets: give --dataset twice or more.")
+        options["datasets"] = [_dataset(item) for item in datasets]
+    fields = overridden({} if file is None else read_fields(file), options)
+    if fields.get("regime") == "continual" and datasets and len(datasets) == 1:
+        raise ConfigError("A continual run mixes datasets: give --dataset twice or more.")
     missing = [option for key, option in
                (("model", "--model"), ("methods", "--method"), ("datasets", "--dataset"))
                if key not in fields]  # fmt: skip
     if missing:
         raise ConfigError(f"Give {', '.join(missing)}, or a run file that names it.")
-    config = BenchConfig.parse(fields, source)
+    config = BenchConfig.parse(fields, "" if file is None else str(file))
     return BenchConfig.parse({**fields, "methods": _set(config, values)}) if values else config
-
-
-def _complete(fields: Mapping[str, Any]) -> bool:
-    return {"model", "methods", "datasets"} <= fields.keys()
 
 
 def _dataset(item: str) -> dict[str, Any]:

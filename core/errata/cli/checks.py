@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errata.contract.hooks import PLUGINS
-from errata.errors import ConfigError, UnknownNameError
+from errata.errors import ConfigError
 from errata.model.checkpoint import LAYER_COUNTS
 from errata.model.installed import entry_points
 from errata.model.model_source import check_model_source
@@ -137,7 +137,4 @@ def check_protocols(names: Sequence[str]) -> None:
 
     if set(names) <= {protocol.name for protocol in PROTOCOLS}:
         return
-    known = Manager("", plugins.rooms()).protocols()
-    for name in names:
-        if name not in known:
-            raise UnknownNameError("protocol", name, known)
+    Manager("", plugins.rooms()).check_protocols(names)

@@ -14,7 +14,16 @@ from errata.cli.check_facts import check_view, fact_guard
 from errata.cli.checks import check_guards, check_kinds, check_model, check_settings
 from errata.cli.easyedit import configured
 from errata.cli.edit_view import edit_view, idle_view
-from errata.cli.requests import Chat, Join, Limit, asked_as, read_dataset, read_requests
+from errata.cli.requests import (
+    Chat,
+    Join,
+    Limit,
+    SkipBad,
+    askable,
+    asked_as,
+    read_dataset,
+    read_requests,
+)
 from errata.cli.session import MODEL, NO_EFFECT, REFUSED, UNTRUE, Session, command
 from errata.contract.stanzas import STREAM_BATCH
 from errata.contract.yaml_file import parse_yaml
@@ -139,6 +148,7 @@ def edit(
         ),
     ] = "",
     limit: Limit = None,
+    skip_bad: SkipBad = False,
     join: Join = None,
     chat: Chat = False,
     config: Annotated[
@@ -205,7 +215,7 @@ def edit(
         "examples": example or None, "counterexamples": counterexample or None,
         "paraphrases": paraphrase or None,
     }  # fmt: skip
-    requests = asked_as(_requests(given, file, dataset, limit), join, chat)
+    requests = asked_as(_requests(given, file, dataset, limit, skip_bad), join, chat)
     overrides = pairs(values or (), "--set")
     origins: dict[str, str] = {}
     if config is not None:
@@ -228,6 +238,8 @@ def edit(
             _copy_active(session, editor)
         told = last_of_each(requests) if supersede else requests
         wanted = _left_over(session, editor, told) if resume else told
+        if len(requests) > 1:  # of one the editor says it
+            wanted = askable(editor.model, wanted, skip_bad=skip_bad)
         how = {
             "config": overrides,
             "batch_size": batch_size,
@@ -259,13 +271,11 @@ def edit(
 def check_method(name: str) -> None:
     """Raise for a method that is not installed, before anything is loaded."""
     from errata.contract import plugins
-    from errata.errors import UnknownNameError
 
-    points = plugins.installed()
     if not name:
-        raise ConfigError(f"Which method? Give --method; installed: {', '.join(points) or 'none'}.")
-    if name not in points:
-        raise UnknownNameError("method", name, points, "`errata methods` shows them all.")
+        there = ", ".join(plugins.installed()) or "none"
+        raise ConfigError(f"Which method? Give --method; installed: {there}.")
+    plugins.entry_point(name)
 
 
 def pairs(given: Sequence[str], option: str) -> dict[str, Any]:
@@ -288,7 +298,11 @@ def pairs(given: Sequence[str], option: str) -> dict[str, Any]:
 
 
 def _requests(
-    given: Mapping[str, Any], file: Path | None, dataset: str, limit: int | None
+    given: Mapping[str, Any],
+    file: Path | None,
+    dataset: str,
+    limit: int | None,
+    skip_bad: bool,
 ) -> list[Request]:
     fields = {key: value for key, value in given.items() if value is not None}
     if file is not None and dataset:
@@ -300,11 +314,12 @@ def _requests(
             f"leave {source} out."
         )
     if dataset:
-        return read_dataset(dataset, limit).requests()
+        return read_dataset(dataset, limit, skip_bad=skip_bad).requests()
     if file is not None:
-        return read_requests(file)[:limit]
-    if limit is not None:
-        raise RequestError("--limit goes with --file or --dataset.")
+        return read_requests(file, skip_bad)[:limit]
+    if limit is not None or skip_bad:
+        option = "--skip-bad" if limit is None else "--limit"
+        raise RequestError(f"{option} goes with --file or --dataset.")
     if "prompt" not in fields or "subject" not in fields:
         raise RequestError(
             "Say what to edit: a prompt with {}, --subject and --target (or --kind erase); "

@@ -19,7 +19,7 @@ from errata.cli.locate_views import (
     low_probability,
     sweep_view,
 )
-from errata.cli.requests import read_dataset, read_requests
+from errata.cli.requests import SkipBad, read_dataset, read_requests
 from errata.cli.session import MODEL, Session, command
 from errata.edits.request import Request
 from errata.errors import ConfigError, RequestError, UnknownNameError
@@ -107,6 +107,7 @@ def locate(
     limit: Annotated[
         int | None, typer.Option("--limit", "-n", min=1, help="Only the first N requests.")
     ] = None,
+    skip_bad: SkipBad = False,
     held_out: Annotated[
         int | None,
         typer.Option(
@@ -162,7 +163,7 @@ def locate(
         raise RequestError(
             f"{modes[0]} takes its prompts from --dataset or --file, not {prompts[0]!r}."
         )
-    requests = _requests(dataset, data, file, limit)
+    requests = _requests(dataset, data, file, limit, skip_bad)
     if average:
         _average(session, requests, severed, screen, settings, plot)
     elif sweep:
@@ -269,14 +270,14 @@ def _first_word(editor: Editor, prompt: str) -> str:
 
 
 def _requests(
-    dataset: str, data: Path | None, file: Path | None, limit: int | None
+    dataset: str, data: Path | None, file: Path | None, limit: int | None, skip_bad: bool
 ) -> list[Request]:
     if bool(dataset) == bool(file):
         raise RequestError("Say which requests: --dataset NAME (with --data PATH), or --file.")
     if file is not None:
-        return read_requests(file)[:limit]
+        return read_requests(file, skip_bad)[:limit]
     given = f"{dataset}={data}" if data is not None else dataset
-    return read_dataset(given, limit).requests()
+    return read_dataset(given, limit, skip_bad=skip_bad).requests()
 
 
 def _average(

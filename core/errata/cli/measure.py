@@ -13,7 +13,16 @@ from rich.text import Text
 from errata.cli import locate, render
 from errata.cli.checks import check_model, check_protocols
 from errata.cli.edits import pairs
-from errata.cli.requests import Chat, Join, Limit, asked_as, read_dataset, read_requests
+from errata.cli.requests import (
+    Chat,
+    Join,
+    Limit,
+    SkipBad,
+    askable,
+    asked_as,
+    read_dataset,
+    read_requests,
+)
 from errata.cli.session import MODEL, Session, command
 from errata.edits.request import RetainedProbe
 from errata.errors import ConfigError, LedgerError, RequestError
@@ -183,6 +192,7 @@ def evaluate(
         ),
     ] = None,
     limit: Limit = None,
+    skip_bad: SkipBad = False,
     join: Join = None,
     chat: Chat = False,
     protocols: Annotated[
@@ -207,15 +217,18 @@ def evaluate(
     """
     if sum(map(bool, (ids, file, dataset))) > 1:
         raise RequestError("Give ids, --file or --dataset: one of them says what is measured.")
-    if limit is not None and not (file or dataset):
-        raise RequestError("--limit goes with --file or --dataset.")
+    if (limit is not None or skip_bad) and not (file or dataset):
+        option = "--skip-bad" if limit is None else "--limit"
+        raise RequestError(f"{option} goes with --file or --dataset.")
     options = pairs(values or (), "--set")
     if options and not dataset:
         raise RequestError("--set is an option of a dataset's format: it goes with --dataset.")
     if cases and not session.json:
         raise RequestError("--cases goes with --json.")
-    data = read_dataset(dataset, limit, options=options) if dataset else None
-    requests = data.requests() if data else read_requests(file)[:limit] if file else None
+    data = read_dataset(dataset, limit, skip_bad=skip_bad, options=options) if dataset else None
+    requests = data.requests() if data else None
+    if file is not None:
+        requests = read_requests(file, skip_bad)[:limit]
     if requests is not None:
         requests = asked_as(requests, join, chat)
     elif chat or join is not None:
@@ -236,6 +249,8 @@ def evaluate(
         if requests is None:
             chosen = [editor.ledger.get(i) for i in ids or editor.model.stack.ids]
             requests = [request for edit in chosen for request in edit.requests]
+        else:
+            requests = askable(editor.model, requests, skip_bad=skip_bad)
         with session.status("Measuring"):
             found = editor.evaluate(requests, wanted, **settings)
             before: Sequence[Measurement] = ()

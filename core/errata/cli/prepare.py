@@ -12,7 +12,7 @@ from rich.text import Text
 from errata.cli import render
 from errata.cli.checks import check_model, check_settings
 from errata.cli.edits import check_method, pairs
-from errata.cli.requests import read_dataset
+from errata.cli.requests import SkipBad, read_dataset
 from errata.cli.session import MODEL, Session, command
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def prepare(
         int | None,
         typer.Option("--limit", min=1, help="At most N cases of each dataset, after --start."),
     ] = None,
+    skip_bad: SkipBad = False,
     values: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="A hyper-parameter."),
@@ -69,7 +70,9 @@ def prepare(
     requests = [
         request
         for given in training or ()
-        for request in read_dataset(given, limit, start=start, option="--training").requests()
+        for request in read_dataset(
+            given, limit, start=start, option="--training", skip_bad=skip_bad
+        ).requests()
     ]
     with session.editor(durable=False, training=requests or None) as editor:
         started = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -15,10 +16,20 @@ from errata.errors import ConfigError, DatasetError, RequestError
 
 if TYPE_CHECKING:
     from errata.datasets import Dataset
+    from errata.model.model import Model
+
+logger = logging.getLogger("errata")
 
 Limit = Annotated[
     int | None,
     typer.Option("--limit", "-n", min=1, help="Only the first N of --file or --dataset."),
+]
+SkipBad = Annotated[
+    bool,
+    typer.Option(
+        "--skip-bad",
+        help="Leave out records that cannot be read or that the model cannot be asked.",
+    ),
 ]
 Join = Annotated[
     str | None,
@@ -34,37 +45,46 @@ Chat = Annotated[
 ]
 
 
-def read_requests(file: Path) -> list[Request]:
+def read_requests(file: Path, skip_bad: bool = False) -> list[Request]:
     """Read requests in errata's own schema: a JSON array, or one object a line; - is stdin.
 
-    Raises `RequestError` naming what is wrong as file:line.
+    Raises `RequestError` naming what is wrong as file:line; with `skip_bad` a warning says it.
     """
     if str(file) != "-":
-        return _requests_of(file, str(file))
+        return _requests_of(file, str(file), skip_bad)
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / "stdin"
         copy.write_bytes(sys.stdin.buffer.read())
-        return _requests_of(copy, "stdin")
+        return _requests_of(copy, "stdin", skip_bad)
 
 
-def _requests_of(file: Path, name: str) -> list[Request]:
+def _requests_of(file: Path, name: str, skip_bad: bool) -> list[Request]:
     from errata.datasets.streams import read_numbered
 
     found: list[Request] = []
     notes: list[str] = []
+    bad: list[str] = []
     seen: dict[str, int] = {}
     try:
         for line, data in read_numbered(file, name):
-            request, noted = _request(data, f"{name}:{line}")
+            try:
+                request, noted = _request(data, f"{name}:{line}")
+                first = seen.setdefault(request.digest, line)
+                if first != line:
+                    raise RequestError(f"{name}:{line}: the same request as in line {first}.")
+            except RequestError as error:
+                if not skip_bad:
+                    raise
+                bad.append(str(error))
+                continue
             notes += [f"{name}:{line}: {note}" for note in noted]
-            first = seen.setdefault(request.digest, line)
-            if first != line:
-                raise RequestError(f"{name}:{line}: the same request as in line {first}.")
             found.append(request)
     except DatasetError as error:
         raise RequestError(f"{name}: {error.problem}") from None
     if not found:
-        raise RequestError(f"{name} holds no request.")
+        raise RequestError(bad[0] if bad else f"{name} holds no request.")
+    if bad:
+        logger.warning("%d left out as bad; the first: %s", len(bad), bad[0])
     warn_of_white_space(notes)
     return found
 
@@ -98,6 +118,24 @@ def read_dataset(
     if not name:
         raise ConfigError(f"{option} {given!r}: give NAME=PATH, a dataset and its file.")
     return load(name, path or None, start=start, limit=limit, skip_bad=skip_bad, **(options or {}))
+
+
+def askable(model: Model, requests: Sequence[Request], *, skip_bad: bool = False) -> list[Request]:
+    """Return the requests that a model can be asked about.
+
+    Raises `RequestError` naming the first that it cannot be; with `skip_bad` a warning names them.
+    """
+    from errata.datasets.askable import named, unaskable
+
+    found = unaskable(model, requests)
+    if not found:
+        return list(requests)
+    said = named([(requests[place], why) for place, why in found.items()])
+    problem = f"{model.name} cannot be asked {len(found)} of {len(requests)} requests"
+    if not skip_bad or len(found) == len(requests):
+        raise RequestError(f"{problem}: {said}. --skip-bad leaves such requests out.")
+    logger.warning("%s; left out: %s.", problem, said)
+    return [request for place, request in enumerate(requests) if place not in found]
 
 
 def asked_as(requests: Sequence[Request], join: str | None, chat: bool) -> list[Request]:

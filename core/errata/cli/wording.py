@@ -9,7 +9,7 @@ WORDS: tuple[tuple[str, str], ...] = (
     (r"trust_remote_code=True", "--trust-remote-code"),
     (r"supersede=True changes the model, apply=False does not",
      "--supersede changes the model, --no-apply does not"),
-    (r"--skip-bad \(skip_bad=True\)", "--skip-bad"),
+    (r"--skip-bad \(skip_bad=True\)|skip_bad=True", "--skip-bad"),
     (r"choose one with split=…", "choose one with --split"),
     (r"Editor\(…, training=requests\), or (`errata prepare [^`]*` once)", r"\1"),
     (r"Loosen the guard with guards=\{\.\.\.: 'warn'\} if you accept it",

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errata.contract import plugins
-from errata.contract.hooks import MODELS
+from errata.contract.hooks import MODELS, PLUGINS
 from errata.contract.measurement import Measurement
 from errata.contract.plugins import called, is_own, registered
 from errata.contract.purity import pure
+from errata.contract.registry import Registry
 from errata.edits.delta import Delta
 from errata.edits.own_copy import own_copy
 from errata.errors import CapabilityError, ErrataError, IntegrityError, PluginError, cause
+from errata.model.arguments import check_name
 
 if TYPE_CHECKING:
     from errata.contract.location import Location
@@ -210,6 +212,18 @@ class Manager:
                 if found.setdefault(protocol.name, protocol) is not protocol:
                     raise PluginError(f"Two plugins claim the protocol {protocol.name!r}.")
         return found
+
+    def check_protocols(self, names: Sequence[str]) -> None:
+        """Raise `UnknownNameError` for a protocol that no plugin measures."""
+        known = self.protocols()
+        for name in names:
+            if name not in known:
+                methods = Registry.load().methods
+                odd = filter(
+                    None, (plugins.broken(m) for m in plugins.installed() if m not in methods)
+                )
+                hint = f"Packages offer protocols in the group {PLUGINS!r} of entry points."
+                check_name("protocol", name, known, " ".join([hint, *odd]))
 
     def models(self) -> dict[str, Callable[[Progress | None], Path]]:
         """Return every model that a plugin brings, by name; raise `PluginError` for two."""

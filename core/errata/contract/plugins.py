@@ -17,9 +17,9 @@ from typing import Any
 import pluggy
 
 from errata.contract.config import MethodConfig
-from errata.contract.hooks import METHODS, PLUGINS, PROJECT, Specification
+from errata.contract.hooks import METHODS, MODELS, PLUGINS, PROJECT, Specification
 from errata.errors import PluginError, UnknownNameError
-from errata.model.installed import DISABLE, entry_points
+from errata.model.installed import DISABLE, entry_points, in_other_groups
 
 
 def installed() -> dict[str, EntryPoint]:
@@ -80,6 +80,15 @@ def registry_files() -> list[RegistryFile]:
     return files
 
 
+def entry_point(name: str) -> EntryPoint:
+    """Return the entry point of an installed method; raise `UnknownNameError` if there is none."""
+    points = installed()
+    if name not in points:
+        hint = f"`errata methods` shows them all.{in_other_groups(name, METHODS)}"
+        raise UnknownNameError("method", name, points, hint)
+    return points[name]
+
+
 def load(name: str) -> Any:
     """Import and return the plugin object of one method.
 
@@ -87,13 +96,19 @@ def load(name: str) -> Any:
         UnknownNameError: not installed; the message suggests and lists.
         PluginError: it is installed but broken; the message quotes the cause.
     """
-    points = installed()
-    if name not in points:
-        raise UnknownNameError("method", name, points, "`errata methods` shows them all.")
-    point = points[name]
+    point = entry_point(name)
     plugin = _instance(point, "method")
     _check(name, plugin, point)
     return plugin
+
+
+def broken(name: str) -> str:
+    """Return, in words, why an installed method cannot be used; "" if it can."""
+    try:
+        load(name)
+    except PluginError as error:
+        return str(error)
+    return ""
 
 
 def rooms(group: str = PLUGINS) -> list[Any]:
@@ -207,6 +222,13 @@ def _distribution(point: EntryPoint) -> str:
 def _check(name: str, plugin: Any, point: EntryPoint) -> None:
     """Refuse a plugin that lacks what the core reads, naming it and the rule."""
     where = f"The method {name!r} ({point.value} from {_distribution(point)})"
+    if not callable(getattr(plugin, "edit", None)):
+        others = {"protocols": PLUGINS, "evaluate": PLUGINS, "locate": PLUGINS, "models": MODELS}
+        hook = next((hook for hook in others if hasattr(plugin, hook)), None)
+        raise PluginError(
+            f"{where} has no `edit` hook."
+            + (f" What has `{hook}` alone belongs into {others[hook]!r}." if hook else "")
+        )
     if getattr(plugin, "name", None) != name:
         raise PluginError(
             f"{where} must have name = {name!r}, not {getattr(plugin, 'name', None)!r}."
@@ -214,8 +236,6 @@ def _check(name: str, plugin: Any, point: EntryPoint) -> None:
     config = getattr(plugin, "config", None)
     if not (isinstance(config, type) and issubclass(config, MethodConfig)):
         raise PluginError(f"{where} must have `config`, a subclass of errata.MethodConfig.")
-    if not callable(getattr(plugin, "edit", None)):
-        raise PluginError(f"{where} has no `edit` hook.")
     if not registered([plugin]).hook.edit.get_hookimpls():
         raise PluginError(
             f"{where} has no hook: no @hookimpl stands above its `edit`. Write `from errata import "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from typing import Any
 
@@ -21,9 +22,9 @@ from errata.datasets import (
     statements,
     zsre,
 )
-from errata.datasets.reader import DatasetReader, per_record
+from errata.datasets.reader import DatasetReader, checked, per_record
 from errata.errors import PluginError, UnknownNameError
-from errata.model.installed import entry_points
+from errata.model.installed import entry_points, in_other_groups
 
 GROUP = "errata.datasets"
 """Entry points in which other packages offer a `DatasetReader`, or a function of one record."""
@@ -186,9 +187,8 @@ class Readers(Mapping[str, DatasetReader]):
         if name in points:
             return _loaded(points[name])
         if name not in own:
-            raise UnknownNameError(
-                "dataset", name, [*own, *points], "`errata datasets` shows what they are."
-            )
+            hint = f"`errata datasets` shows what they are.{in_other_groups(name, GROUP)}"
+            raise UnknownNameError("dataset", name, [*own, *points], hint)
         return own[name]
 
     def __contains__(self, name: object) -> bool:
@@ -220,14 +220,14 @@ def _loaded(point: EntryPoint) -> DatasetReader:
     where = f"The dataset {point.name!r} ({point.value} from {_package(point)})"
     try:
         found = point.load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a module that exits would end errata
         raise PluginError(
             f"{where} could not be loaded: {type(error).__name__}: {error}"
         ) from error
     if isinstance(found, DatasetReader):
         if found.name != point.name:
             raise PluginError(f"{where} must have name={point.name!r}, not {found.name!r}.")
-        return found
+        return replace(found, read=checked(found.read, where))
     if not callable(found):
         raise PluginError(
             f"{where} must be an errata.datasets.DatasetReader or a function of one record, not "

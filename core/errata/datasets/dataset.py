@@ -14,7 +14,7 @@ from typing import Any
 from errata.datasets.catalogue import READERS
 from errata.datasets.reader import DatasetReader, Item
 from errata.datasets.source import Source, open_source
-from errata.edits.request import Probe, Request
+from errata.edits.request import Probe, Request, warn_of_white_space
 from errata.errors import ConfigError, DatasetError, UnknownNameError
 
 log = logging.getLogger("errata")
@@ -110,7 +110,7 @@ def load(
     source = _source(reader, path, split)
     read = partial(reader.read, source, **options)
     found = _Contents()
-    for item in _part(read(), start, limit):
+    for item in _each_once(_part(read(), start, limit), source.name):
         if isinstance(item, DatasetError):
             if not skip_bad:
                 raise _with_advice(item)
@@ -120,6 +120,7 @@ def load(
         raise ConfigError(f"start is {start}, and {source.name} has no more cases than that.")
     if not found.size:
         raise _empty(found, source)
+    warn_of_white_space(source.taken_notes())
     if found.problems:
         log.warning(
             "%s: %d left out as bad; the first: %s",
@@ -187,7 +188,29 @@ def _requests(
     read: Callable[[], Iterator[Item]], start: int, limit: int | None
 ) -> Iterator[Request]:
     # Bad records have been counted, logged or refused when the dataset was loaded.
-    return (item for item in _part(read(), start, limit) if isinstance(item, Request))
+    items = _each_once(_part(read(), start, limit))
+    return (item for item in items if isinstance(item, Request))
+
+
+def _each_once(items: Iterable[Item], name: str = "") -> Iterator[Item]:
+    """Yield items; an error in the place of a request that stands twice in one case."""
+    case: str | None = None
+    seen: set[Request] = set()
+    for item in items:
+        if not isinstance(item, Request) or item.case_id is None:
+            yield item
+            continue
+        if item.case_id != case:
+            case, seen = item.case_id, set()
+        if item in seen:
+            yield DatasetError(
+                f"the case {case!r} has the same request twice ({item.text!r} → {item.wish!r}): "
+                "give each change once",
+                file=name,
+            )
+            continue
+        seen.add(item)
+        yield item
 
 
 def _part(items: Iterator[Item], start: int, limit: int | None) -> Iterator[Item]:
@@ -230,7 +253,7 @@ def _digest(source: Source, others: list[str | Path]) -> str:
 
 
 def _with_advice(error: DatasetError) -> DatasetError:
-    problem = f"{error.problem}; skip_bad leaves such records out and counts them"
+    problem = f"{error.problem}; skip_bad=True leaves such records out and counts them"
     return DatasetError(problem, file=error.file, index=error.index, field=error.field)
 
 

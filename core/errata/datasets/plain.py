@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from errata.datasets.reader import per_record
 from errata.datasets.record import Record
 from errata.edits.request import Request
-from errata.errors import RequestError
+
+LISTS = tuple(name for name, field in Request.model_fields.items() if field.default == ())
+"""Fields of a request that hold several texts or probes."""
 
 
-def parse(record: Record) -> Request:
-    """Return the request that a record is; the subject's place may be left to find."""
+def parse(record: Record) -> dict[str, Any]:
+    """Return the fields of the request that a record is; the subject's place may be to find."""
     if not isinstance(record.data, dict):
         raise record.bad("", "is not an object with the fields of a request")
     # Tables have a column for every field of any row: null is one that this row has not.
     fields = {key: value for key, value in record.data.items() if value is not None}
-    try:
-        return Request.parse(fields)
-    except RequestError as error:
-        raise record.bad("", str(error)) from None
+    if record.cells:
+        fields.update(_structured(record))
+    return fields
+
+
+def _structured(record: Record) -> dict[str, Any]:
+    """Return those of a table's cells that hold more than a text; one text is a list of one."""
+    lists = {name: [part.data for part in record.parts(name)] for name in LISTS if record.has(name)}
+    objects = {name: record.get(name) for name in ("relation_view", "chat") if record.has(name)}
+    return {**lists, **objects}
 
 
 read = per_record(parse)

@@ -10,8 +10,9 @@ from pydantic import ValidationError
 
 from errata.datasets.record import Record
 from errata.datasets.source import Source
-from errata.edits.request import Probe, Request
-from errata.errors import DatasetError, RequestError
+from errata.edits.request import Probe, Request, parse_noting
+from errata.errors import DatasetError, PluginError, RequestError, blaming
+from errata.model.display import shortened
 
 Item = Request | Probe | DatasetError
 """What reading yields: a request; a probe of the dataset as a whole; a record that is bad.
@@ -22,6 +23,7 @@ Read = Callable[..., Iterator[Item]]
 """`read(source, **options)`."""
 Parse = Callable[..., Request | Mapping[str, Any] | Iterable[Request | Probe]]
 """`parse(record, **options)`: one record as a request, as fields of one, or as several."""
+_END = object()
 
 
 @dataclass(frozen=True)
@@ -62,15 +64,51 @@ def per_record(parse: Parse) -> Read:
 
 
 def parsed(record: Record, parse: Parse, **options: Any) -> list[Item]:
-    """Return what a record gives: all of it, or the error that says what is wrong."""
+    """Return what a record gives: all of it, or the error that says what is wrong with it.
+
+    Raises `PluginError`, naming function and record, where `parse` itself fails or returns
+    something else.
+    """
+    name = f"{getattr(parse, '__module__', '?')}.{getattr(parse, '__qualname__', parse)}"
     try:
-        made = parse(record, **options)
-        if isinstance(made, Request):
-            return [made]
-        if isinstance(made, Mapping):
-            return [Request.parse(made)]
-        return list(made)
+        with blaming(f"The reader {name} failed at {record.where}"):
+            made = parse(record, **options)
+            several = not isinstance(made, (Request, Mapping)) and isinstance(made, Iterable)
+            items = list(made) if several else [made]
+        return [
+            _item(item, f"The reader {name} returned", record.where, record.note) for item in items
+        ]
     except DatasetError as error:
         return [error]
     except (RequestError, ValidationError) as error:
         return [record.bad("", str(error))]
+
+
+def checked(read: Read, called: str) -> Read:
+    """Return another package's `read` whose mistakes become a `PluginError` that names it."""
+
+    def reading(source: Source, **options: Any) -> Iterator[Item]:
+        with blaming(f"{called} failed"):
+            items = iter(read(source, **options))
+        while True:
+            with blaming(f"{called} failed"):
+                item = next(items, _END)
+            if item is _END:
+                return
+            yield _item(item, f"{called} gives", source.name, source.note)
+
+    return reading
+
+
+def _item(made: Any, gives: str, where: str, note: Callable[[str], None]) -> Item:
+    if isinstance(made, (Request, Probe, DatasetError)):
+        return made
+    if isinstance(made, Mapping):
+        request, tidied = parse_noting(made)
+        for text in tidied:
+            note(f"{text} in {where}")
+        return request
+    raise PluginError(
+        f"{gives} {shortened(repr(made), 60)} for {where}: it must be a Request, the fields of "
+        "one, or several requests."
+    )

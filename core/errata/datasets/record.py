@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import ValidationError
 
+from errata.datasets.cells import decoded, is_json
 from errata.edits.request import Probe, Request
 from errata.edits.subjects import subject_place
 from errata.errors import DatasetError
@@ -27,6 +28,15 @@ class Record:
     index: int
     at: str = ""
     """Field of the file's record that this one is a part of."""
+    cells: bool = False
+    """Whether its values are cells of text, in which a list or an object is JSON."""
+    note: Callable[[str], None] = field(default=lambda text: None, repr=False, compare=False)
+    """What to tell of texts that lose white space."""
+
+    @property
+    def where(self) -> str:
+        """The file and the record's place in it, as errors name them."""
+        return f"{self.file}, record {self.index} (counted from 0)"
 
     def bad(self, field: str, problem: str) -> DatasetError:
         """Return the error for a field of this record."""
@@ -34,10 +44,14 @@ class Record:
         return DatasetError(problem, file=self.file, index=self.index, field=path)
 
     def get(self, field: str) -> Any:
-        """Return what a field holds, None where it is missing; "" is the record itself."""
+        """Return what a field holds, None where it is missing; "" is the record itself.
+
+        A table's cell that is a list or an object in JSON is returned as such.
+        """
         found = self.data
         for key in field.split(".") if field else ():
             found = found.get(key) if isinstance(found, Mapping) else None
+            found = decoded(found) if self.cells else found
         return found
 
     def has(self, *fields: str) -> bool:
@@ -57,6 +71,8 @@ class Record:
     def text(self, field: str) -> str:
         """Return a text without outer white space; raise where it is missing or empty."""
         found = self.required(field)
+        if self.cells:  # a text may look like JSON
+            found = self.data.get(field, found)
         if isinstance(found, (int, float)) and not isinstance(found, bool):
             return str(found)
         if not isinstance(found, str):
@@ -96,6 +112,8 @@ class Record:
         found = self.get(field)
         if found is None:
             return
+        if self.cells and isinstance(found, str) and is_json(found):
+            raise self.bad(field, "begins as a list or an object in JSON does, and is none")
         if not isinstance(found, list):
             yield self.part(found, field)
             return
@@ -105,7 +123,7 @@ class Record:
     def part(self, data: Any, field: str) -> Record:
         """Return a value of this record as a record whose errors name its place."""
         at = ".".join(name for name in (self.at, field) if name)
-        return Record(data, self.file, self.index, at)
+        return Record(data, self.file, self.index, at, note=self.note)
 
     def place(self, prompt_field: str, subject: str) -> tuple[str, str]:
         """Return the prompt as a template, and the subject as it stands in the prompt.

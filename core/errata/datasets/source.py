@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from errata.datasets import streams
+from errata.datasets.cells import DELIMITERS, read_cells, suffix_of
 from errata.datasets.record import Record
 from errata.errors import DatasetError, MissingExtraError
 from errata.model.storage import file_sha256
 
 log = logging.getLogger("errata")
 
-TABLES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
-FILES = (".json", ".jsonl", ".gz", ".txt", *TABLES)
+TABLES = {".parquet": "parquet", ".arrow": "arrow"}
+"""Files that the `datasets` library reads, and what it calls them."""
+FILES = (".json", ".jsonl", ".gz", ".txt", *DELIMITERS, *TABLES)
 _HUB = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*?)(@(?P<revision>[\w.-]+))?(/(?P<file>.+))?")
 
 
@@ -40,12 +42,23 @@ class Source:
         self.path = path
         self.split = split
         self._remarks: set[str] = set()
+        self._notes: list[str] | None = []
 
     def remark(self, text: str) -> None:
         """Warn of something about the source; once, however often it is read."""
         if text not in self._remarks:
             self._remarks.add(text)
             log.warning("%s: %s", self.name, text)
+
+    def note(self, text: str) -> None:
+        """Take note of a text that lost white space, in the first reading."""
+        if self._notes is not None:
+            self._notes.append(text)
+
+    def taken_notes(self) -> list[str]:
+        """Return what the first reading has noted; later ones note nothing."""
+        notes, self._notes = self._notes, None
+        return notes or []
 
     def records(self) -> Iterator[Record]:
         """Yield every record. Raises `DatasetError` where the source is damaged or gone."""
@@ -56,11 +69,14 @@ class Source:
         raise NotImplementedError
 
 
-class JsonFile(Source):
-    """A JSON array or JSON lines, plain or gzip, as it was published.
+class LocalFile(Source):
+    """A file that errata reads itself; `split` picks the records whose own field "split" says so.
 
-    `split` picks the records whose own field "split" says so.
+    Attributes:
+        cells: whether its values are the cells of a table of text.
     """
+
+    cells = False
 
     def __init__(self, name: str, path: Path, split: str | None = None) -> None:
         super().__init__(name, path, split)
@@ -71,14 +87,33 @@ class JsonFile(Source):
         """Yield every record, reading the file once more."""
         if _state(self._path) != self._state:
             raise DatasetError("the file has changed since it was loaded", file=self.name)
-        for index, data in enumerate(streams.read_json(self._path, self.name)):
-            record = Record(data, self.name, index)
+        for index, data in enumerate(self._values()):
+            record = Record(data, self.name, index, cells=self.cells, note=self.note)
             if self.split is None or is_of_split(record, self.split):
                 yield record
 
     def digest(self) -> str:
         """Return the SHA-256 of the file's bytes."""
         return file_sha256(self._path)
+
+    def _values(self) -> Iterator[Any]:
+        raise NotImplementedError
+
+
+class JsonFile(LocalFile):
+    """A JSON array or JSON lines, plain or gzip, as it was published."""
+
+    def _values(self) -> Iterator[Any]:
+        return streams.read_json(self._path, self.name)
+
+
+class TextTable(LocalFile):
+    """A CSV or TSV file, plain or gzip: every cell is text."""
+
+    cells = True
+
+    def _values(self) -> Iterator[Any]:
+        return read_cells(self._path, self.name)
 
 
 class GivenRecords(Source):
@@ -94,7 +129,7 @@ class GivenRecords(Source):
     def records(self) -> Iterator[Record]:
         """Yield every record."""
         for index, data in enumerate(self._given):
-            record = Record(data, self.name, index)
+            record = Record(data, self.name, index, note=self.note)
             if self.split is None or is_of_split(record, self.split):
                 yield record
 
@@ -105,7 +140,7 @@ class GivenRecords(Source):
 
 
 class TabularSource(Source):
-    """Rows read by the `datasets` library: CSV, Parquet or Arrow files, a folder, or a hub id."""
+    """Rows read by the `datasets` library: Parquet or Arrow files, a folder, or a hub id."""
 
     def __init__(self, name: str, path: Path | None, split: str | None = None) -> None:
         super().__init__(name, path, split)
@@ -117,7 +152,7 @@ class TabularSource(Source):
         with _explained(self.name, hub=self.path is None):
             for index, row in enumerate(self._open()):
                 rows.update(json.dumps(row, sort_keys=True, default=str).encode())
-                yield Record(row, self.name, index)
+                yield Record(row, self.name, index, note=self.note)
         self._rows = rows
 
     def digest(self) -> str:
@@ -138,10 +173,9 @@ class TabularSource(Source):
         if self.path is None:
             return self._one(load(self.name, split=self.split))
         if self.path.is_file():
-            kind = TABLES[self.path.suffix.lower()]
-            options = {"sep": "\t"} if self.path.suffix.lower() == ".tsv" else {}
+            kind = TABLES[suffix_of(self.path)]
             # One file is one split, whatever its name says.
-            return load(kind, data_files=str(self.path), split="train", streaming=True, **options)
+            return load(kind, data_files=str(self.path), split="train", streaming=True)
         if (self.path / "state.json").exists() or (self.path / "dataset_dict.json").exists():
             return self._one(datasets.load_from_disk(str(self.path)))
         return self._one(load(str(self.path), split=self.split, streaming=True))
@@ -185,10 +219,7 @@ def open_source(path: str | Path | Iterable[Any], split: str | None = None) -> S
     if local.is_dir():
         return TabularSource(given, local, split)
     if local.exists():
-        kind = TabularSource if local.suffix.lower() in TABLES else JsonFile
-        if kind is TabularSource and split is not None:
-            raise DatasetError(f"a single table has no split {split!r}: leave it out", file=given)
-        return kind(given, local, split)
+        return _of_file(given, local, split)
     match = _HUB.fullmatch(given)
     if isinstance(path, Path) or match is None or not _may_be_hub(given, match):
         raise DatasetError(
@@ -203,7 +234,19 @@ def open_source(path: str | Path | Iterable[Any], split: str | None = None) -> S
                 file=given,
             )
         return TabularSource(given, None, split)
-    return JsonFile(given, _download(given, match), split)
+    return _of_file(given, _download(given, match), split)
+
+
+def _of_file(given: str, path: Path, split: str | None) -> Source:
+    """Return the source for one file, by what its name ends with."""
+    suffix = suffix_of(path)
+    if suffix in DELIMITERS:
+        return TextTable(given, path, split)
+    if suffix not in TABLES:
+        return JsonFile(given, path, split)
+    if split is not None:
+        raise DatasetError(f"a single table has no split {split!r}: leave it out", file=given)
+    return TabularSource(given, path)
 
 
 def is_of_split(record: Record, split: str) -> bool:

@@ -49,7 +49,7 @@ def read_numbered(path: Path, name: str = "") -> Iterator[tuple[int, Any]]:
             object; says where.
     """
     name = name or str(path)
-    with _open(path, name) as handle:
+    with opened(path, name) as handle:
         window = _DecodedText(handle, name)
         first = window.peek()
         if not first:
@@ -68,7 +68,11 @@ def read_numbered(path: Path, name: str = "") -> Iterator[tuple[int, Any]]:
 
 
 @contextmanager
-def _open(path: Path, name: str) -> Iterator[IO[bytes]]:
+def opened(path: Path, name: str) -> Iterator[IO[bytes]]:
+    """Open a file for reading bytes, unpacked where it is gzip.
+
+    Raises `DatasetError` where it cannot be read, or is a Git LFS pointer and not the data.
+    """
     try:
         with path.open("rb") as handle:
             head = handle.read(len(_POINTER))

@@ -26,6 +26,14 @@ def entry_points(group: str, *, disabled: bool = False) -> list[EntryPoint]:
     return [point for point in found if disabled or point.name not in blocked]
 
 
+def in_other_groups(name: str, group: str) -> str:
+    """Return, for a message, in which groups of errata's but one a name stands; "" if in none."""
+    others = (point.group for point in metadata.entry_points(name=name))
+    found = sorted({other for other in others if other.startswith("errata.")} - {group})
+    said = f" A package offers {name!r} in the group {', '.join(found)} of entry points, not in"
+    return f"{said} {group}." if found else ""
+
+
 @lru_cache(maxsize=64)
 def _read(group: str, _: tuple[tuple[str, int], ...]) -> tuple[EntryPoint, ...]:
     return tuple(metadata.entry_points(group=group))
