@@ -66,7 +66,8 @@ def prepare(
     else:
         encode = tokens.encode_masked if task == "masked" else tokens.encode_targets
         batch = encode(tokenizer, prompts, targets, device=device)
-    check_length(model, max(value.shape[1] for value in batch.inputs.values()))
+    longest = max(value.shape[1] for value in batch.inputs.values())
+    check_length(model, longest, "Shorten it; max_tokens of an edit's request cuts its prompts.")
     if task == "classify" and isinstance(model.config.pad_token_id, int):
         # A decoder's classifier looks for the last token that is no padding by its id.
         padded = batch.attention_mask == 0
@@ -115,13 +116,12 @@ def _finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or bool(torch.isfinite(wide(tensor)).all())
 
 
-def check_length(model: Model, length: int) -> None:
+def check_length(model: Model, length: int, advice: str = "Shorten it.") -> None:
     """Raise `RequestError` when a text has more tokens than the model reads at once."""
     limit = model.anatomy.context
     if limit is not None and length > limit:
         raise RequestError(
-            f"A text of {length} tokens was given; {model.name} takes at most {limit}. "
-            "Shorten it; a request may have its prompts cut by max_tokens."
+            f"A text of {length} tokens was given; {model.name} takes at most {limit}. {advice}"
         )
 
 
