@@ -317,7 +317,7 @@ def _add_errors(app: FastAPI) -> None:
         return JSONResponse(error_body(said, "invalid_request_error"), 400)
 
 
-_UNREADABLE: Mapping[type[BaseException] | None, str] = {
+_UNREADABLE: Mapping[type[Any], str] = {
     UnicodeDecodeError: "The body is no JSON: it is not UTF-8.",
     RecursionError: "The body is nested too deeply.",
 }
