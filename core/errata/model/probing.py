@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 OUT_NAMES = frozenset({"o_proj", "out_proj", "c_proj", "out_lin", "dense", "wo", "o"})
+DOWN_NAMES = frozenset(
+    {"down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h", "lin2", "w2", "wo", "output_linear"}
+)
+"""What MLPs call their out projection: it decides where one is as wide as the hidden states."""
 CROSS = ("cross", "encdec", "encoder_attn")
 CLASSIFIER_HEADS = ("score", "classifier", "classification_head")
 """What sequence classifiers call the module from hidden states to class scores."""
@@ -249,13 +253,19 @@ def _mlp(
     names: list[str], shapes: dict[str, tuple[int, int]], hidden: int | None
 ) -> tuple[str, list[str]]:
     """Tell the out projection (D → d) from the in projections (d → D, or d → 2 D fused)."""
-    outs = [n for n in names if shapes[n][0] == hidden and shapes[n][1] != hidden]
+    outs = [
+        n
+        for n in names
+        if shapes[n][0] == hidden
+        and (shapes[n][1] != hidden or n.rpartition(".")[2].lower() in DOWN_NAMES)
+    ]
     if len(outs) != 1:
         raise _Unclear(
             f"{len(outs)} candidates for mlp_out among {', '.join(names) or 'no projections'}"
         )
     width = shapes[outs[0]][1]
-    ins = [n for n in names if shapes[n] in ((width, hidden), (2 * width, hidden))]
+    fit = ((width, hidden), (2 * width, hidden))
+    ins = [n for n in names if n != outs[0] and shapes[n] in fit]
     if len(ins) + 1 != len(names) or not ins:
         raise _Unclear(f"no clear mlp_in among {', '.join(names)}")
     return outs[0], ins
