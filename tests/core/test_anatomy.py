@@ -244,6 +244,24 @@ def test_other_families_are_probed():
 
 
 @pytest.mark.parametrize(
+    ("family", "changes", "out"),
+    [
+        ("llama", {"intermediate_size": HIDDEN}, "mlp.down_proj"),
+        ("gpt2", {"n_inner": HIDDEN}, "mlp.c_proj"),
+        ("opt", {"ffn_dim": HIDDEN}, "fc2"),
+        (
+            "qwen2_moe", {"shared_expert_intermediate_size": HIDDEN},
+            "mlp.shared_expert.down_proj",
+        ),
+    ],
+)  # fmt: skip
+def test_an_mlp_as_wide_as_the_hidden_states_is_told_by_its_names(family, changes, out):
+    anatomy = Anatomy.of(build(family, **changes)[0], {})
+    assert anatomy.mlp_out(1) == f"{anatomy.block(1)}.{out}"
+    assert anatomy.mlp_out(1) not in anatomy.mlp_in(1)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"mlp_out": "mlp.down_proj"}, r"gpt2\.mlp_out.*it has: .*mlp\.c_proj"),
