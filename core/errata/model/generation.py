@@ -243,10 +243,8 @@ class _Run:
     ) -> None:
         self._model, self._stop, self._ends = model, stop, ends
         self._two = model.task == "seq2seq"
-        side = "right" if self._two else "left"
-        self._batch = tokens.encode(
-            model.tokenizer, prompts, padding_side=side, device=model.device
-        )
+        side, device = "right" if self._two else "left", model.device
+        self._batch = tokens.encode(model.tokenizer, prompts, padding_side=side, device=device)
         self._width = self._batch.input_ids.shape[1]
         check_length(model, self._width)
         self._started = decoder_prefix(model) if self._two else []

@@ -39,7 +39,7 @@ OUT_NAMES = frozenset({"o_proj", "out_proj", "c_proj", "out_lin", "dense", "wo",
 DOWN_NAMES = frozenset(
     {"down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h", "lin2", "w2", "wo", "output_linear"}
 )
-"""What MLPs call their out projection: it decides where one is as wide as the hidden states."""
+"""What MLPs call their out projection: it decides where widths do not."""
 CROSS = ("cross", "encdec", "encoder_attn")
 CLASSIFIER_HEADS = ("score", "classifier", "classification_head")
 """What sequence classifiers call the module from hidden states to class scores."""
@@ -173,10 +173,13 @@ def _block(
         and not any(n.startswith(f"{path}.") for path in experts)
         and not any(n.rpartition(".")[0] == _around(path) for path in experts)  # a router, a gate
     ]
+    problem = "keeps several residual streams (AltUp)" if hasattr(block, "altup") else ""
     if not rest and not experts and mixers:
+        problem = f"has no MLP beside its recurrence ({mixers[0]})"
+    if problem:
         raise AnatomyError(
-            f"A {type(block).__name__} has no MLP beside its recurrence ({mixers[0]}): errata "
-            "edits transformers, and models of which some layers are recurrent."
+            f"A {type(block).__name__} {problem}: errata edits models with one residual stream and "
+            "an MLP in each block, whatever mixes the tokens before it."
         )
     parts: dict[str, dict[str, Any]] = {}
     problems = []
@@ -259,6 +262,10 @@ def _mlp(
         if shapes[n][0] == hidden
         and (shapes[n][1] != hidden or n.rpartition(".")[2].lower() in DOWN_NAMES)
     ]
+    if len(outs) > 1:  # Gemma 4 has embeddings of each layer projected beside its MLP
+        outs = [n for n in outs if n.rpartition(".")[2].lower() in DOWN_NAMES]
+        homes = {n.rpartition(".")[0] for n in outs}
+        names = [n for n in names if n.rpartition(".")[0] in homes]
     if len(outs) != 1:
         raise _Unclear(
             f"{len(outs)} candidates for mlp_out among {', '.join(names) or 'no projections'}"
@@ -312,7 +319,7 @@ def _is_norm(name: str, module: nn.Module) -> bool:
 def _ends(module: nn.Module, blocks: str, ends: dict[str, Any]) -> None:
     """Add what is outside the blocks to `ends`: embeddings, final norm, head."""
     names = {id(part): name for name, part in module.named_modules()}
-    embedding = module.get_input_embeddings()  # type: ignore[operator]
+    embedding = _first_of(module, module.get_input_embeddings())  # type: ignore[operator]
     if id(embedding) not in names:
         raise _Unclear("no token embedding")
     ends["embedding"] = names[id(embedding)]
@@ -341,10 +348,18 @@ def _ends(module: nn.Module, blocks: str, ends: dict[str, Any]) -> None:
         for place, (n, m) in enumerate(siblings)
         if _is_norm(n, m) and ("emb" not in n.lower() or place > after)  # LFM2 calls it so
     ]
+    if len(norms) > 1:  # Gemma 4 norms a narrower embedding of each layer
+        norms = [n for n in norms if "per_layer" not in n]
     if len(norms) > 1:
         raise _Unclear(f"{len(norms)} candidates for final_norm ({', '.join(norms)})")
     if norms:
         ends["final_norm"] = f"{parent}.{norms[0]}" if parent else norms[0]
+
+
+def _first_of(module: nn.Module, embedding: Any) -> nn.Module:
+    """Return the first embedding with its weight: Marian has one in each stack, and one outside."""
+    same = (part for part in module.modules() if isinstance(part, nn.Embedding))
+    return next((part for part in same if part.weight is embedding.weight), embedding)
 
 
 def _head(module: nn.Module, names: dict[int, str], blocks: str) -> str:

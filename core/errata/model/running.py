@@ -55,6 +55,7 @@ def prepare(
     if targets is None or task == "classify":
         start = decoder_prefix(model) if task == "seq2seq" else ()
         batch = tokens.encode_next(tokenizer, prompts, task, device=device, decoder_start=start)
+        _check_ends(model, batch, prompts)
         if targets is not None:
             classes = [class_index(model, target) for target in targets]
             batch = replace(batch, labels=batch.labels.new_tensor(classes))
@@ -123,6 +124,20 @@ def check_length(model: Model, length: int, advice: str = "Shorten it.") -> None
         raise RequestError(
             f"A text of {length} tokens was given; {model.name} takes at most {limit}. {advice}"
         )
+
+
+def _check_ends(model: Model, batch: PreparedPrompts, prompts: Sequence[str]) -> None:
+    """Raise `RequestError` where an encoder-decoder's classifier does not find a text's end."""
+    if model.task != "classify" or model.anatomy.kind != "encoder-decoder":
+        return
+    end, token = model.config.eos_token_id, model.tokenizer.eos_token
+    counts = [batch.tokens(row).count(end) for row in range(len(batch))]
+    for prompt, count in zip(prompts, counts, strict=True):
+        if count < 1 or count != counts[0]:
+            raise RequestError(
+                f"The text {prompt!r} has {count} of the token {token!r}, at which {model.name} "
+                "reads the class: each needs one, and those read together equally many."
+            )
 
 
 def class_index(model: Model, target: str) -> int:

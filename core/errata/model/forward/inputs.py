@@ -23,10 +23,13 @@ def takes_positions(model: Model) -> bool:
 def pads(model: Model) -> bool:
     """Say whether rows of different length may run together.
 
-    A decoder's sequence classifier finds the end of a padded row by the padding's id; without one
-    it takes one row at a time.
+    A decoder's sequence classifier finds the end of a padded row by the padding's id, and one with
+    an encoder by the end token's, which must be another; without that they take one row at a time.
     """
-    return model.task != "classify" or isinstance(model.config.pad_token_id, int)
+    if model.task != "classify":
+        return True
+    padding, end = model.config.pad_token_id, model.config.eos_token_id
+    return isinstance(padding, int) and (model.anatomy.encoder is None or padding != end)
 
 
 def accepted(module: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
