@@ -38,6 +38,12 @@ _LLAMA4 = {
     "head_dim": 8, "moe_layers": [1],
 }  # fmt: skip
 
+_GEMMA4 = {
+    **_TEXT, "head_dim": 8, "global_head_dim": 8, "hidden_size_per_layer_input": 8,
+    "num_kv_shared_layers": 0, "vocab_size_per_layer_input": 600,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+}  # fmt: skip
+
 MORE: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "mixtral": (
         "MixtralConfig", "MixtralForCausalLM",
@@ -82,6 +88,11 @@ MORE: dict[str, tuple[str, str, dict[str, Any], str]] = {
         {"text_config": {**_TEXT, "head_dim": 8}, "vision_config": _VISION,
          "mm_tokens_per_image": 4, "image_token_index": 8, "boi_token_index": 9,
          "eoi_token_index": 10}, "sentencepiece",
+    ),
+    "gemma4_text": ("Gemma4TextConfig", "Gemma4ForCausalLM", _GEMMA4, "sentencepiece"),
+    "gemma4": (
+        "Gemma4Config", "Gemma4ForConditionalGeneration",
+        {"text_config": _GEMMA4, "vision_config": _VISION, "audio_config": None}, "sentencepiece",
     ),
     "mistral3": (
         "Mistral3Config", "Mistral3ForConditionalGeneration",

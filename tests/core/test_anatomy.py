@@ -244,6 +244,24 @@ def test_other_families_are_probed():
 
 
 @pytest.mark.parametrize(
+    ("family", "changes", "out"),
+    [
+        ("llama", {"intermediate_size": HIDDEN}, "mlp.down_proj"),
+        ("gpt2", {"n_inner": HIDDEN}, "mlp.c_proj"),
+        ("opt", {"ffn_dim": HIDDEN}, "fc2"),
+        (
+            "qwen2_moe", {"shared_expert_intermediate_size": HIDDEN},
+            "mlp.shared_expert.down_proj",
+        ),
+    ],
+)  # fmt: skip
+def test_an_mlp_as_wide_as_the_hidden_states_is_told_by_its_names(family, changes, out):
+    anatomy = Anatomy.of(build(family, **changes)[0], {})
+    assert anatomy.mlp_out(1) == f"{anatomy.block(1)}.{out}"
+    assert anatomy.mlp_out(1) not in anatomy.mlp_in(1)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"mlp_out": "mlp.down_proj"}, r"gpt2\.mlp_out.*it has: .*mlp\.c_proj"),
@@ -340,3 +358,32 @@ def test_a_task_is_never_guessed(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(ConfigError, match="of no class"):
         load_model(tmp_path, architectures=architectures())
+
+
+def test_what_is_made_for_translation_opens_and_what_does_not_say_is_refused(
+    tmp_path: Path,
+) -> None:
+    words = {"vocab_size": 60, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+    shape = {"d_model": HIDDEN, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": MLP,
+             "decoder_ffn_dim": MLP, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+             "forced_eos_token_id": None}  # fmt: skip
+    _, tokenizer = build("gpt2")
+    marian = transformers.MarianMTModel(
+        transformers.MarianConfig(**shape, **{**words, "vocab_size": len(tokenizer)})
+    )
+    model = load_model(marian, tokenizer, architectures=architectures())
+    assert (model.task, model.device.type) == ("seq2seq", "cpu")
+    assert model.anatomy.weight(model.anatomy.embedding_name) in model.parameters
+    with pytest.raises(ConfigError, match=r"^The model given is GPT2Model: what it is made for"):
+        load_model(build("gpt2")[0].transformer, tokenizer, architectures=architectures())
+
+
+def test_a_model_of_several_residual_streams_is_refused() -> None:
+    config = transformers.Gemma3nTextConfig(
+        hidden_size=HIDDEN, intermediate_size=MLP, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, vocab_size=60, vocab_size_per_layer_input=60,
+        hidden_size_per_layer_input=8, num_kv_shared_layers=0, activation_sparsity_pattern=None,
+        layer_types=["full_attention"] * 2, pad_token_id=0,
+    )  # fmt: skip
+    with pytest.raises(AnatomyError, match="several residual streams"):
+        Anatomy.of(transformers.Gemma3nForCausalLM(config), architectures())

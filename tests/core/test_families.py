@@ -108,7 +108,7 @@ def test_parts_do_what_their_names_say(editor: Editor) -> None:
         handle.remove()
     last = returned[anatomy.block(-1)]
     torch.testing.assert_close(given[anatomy.head_name], anatomy.final_norm(module)(last))
-    if anatomy.model_type.startswith(("gemma3", "falcon_h1")):
+    if anatomy.model_type.startswith(("gemma3", "gemma4", "falcon_h1")):
         return  # a norm after the MLP, or a second mixer beside attention
     for layer in layers:
         change = returned[anatomy.block(layer)] - given[anatomy.block(layer)]
@@ -166,7 +166,7 @@ def test_a_method_without_an_mlp_to_write_to_is_refused_by_name(experts: Editor)
         except CapabilityError:
             refused.add(method)
     assert refused >= {"rome", "memit", "emmet", "alphaedit", "pmet", "kn"}
-    with pytest.raises(CapabilityError, match="rome writes into the down projection") as caught:
+    with pytest.raises(CapabilityError, match="rome edits at the projections of an MLP") as caught:
         experts.edit(FACT, method="rome")
     named = str(caught.value).rpartition("need none: ")[2].rstrip(".").split(", ")
     assert {"ft", "grace", "lora", "adalora"} <= set(named)
@@ -260,21 +260,20 @@ def test_the_advice_for_an_unknown_family_leads_to_an_edit(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     tokenizer = build_tokenizer("bytes")
-    module = transformers.GraniteForCausalLM(
-        transformers.GraniteConfig(
-            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32,
-            vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=0, eos_token_id=0,
+    module = transformers.CTRLLMHeadModel(
+        transformers.CTRLConfig(
+            n_embd=32, n_layer=2, n_head=4, dff=32, n_positions=128, vocab_size=len(tokenizer),
+            pad_token_id=0, bos_token_id=0, eos_token_id=0,
         )
     )  # fmt: skip
-    with pytest.raises(AnatomyError, match=r"mlp_out among mlp\.gate_proj") as caught:
+    with pytest.raises(AnatomyError, match=r"mlp_out among ffn\.0, ffn\.2") as caught:
         Editor(module, tokenizer, artifacts=tmp_path / "cache")
     text = str(caught.value)
     stanza = text[text.index("architectures:") :]
     for field, value in {
-        "mlp": "mlp", "mlp_in": "[mlp.gate_proj, mlp.up_proj]", "mlp_out": "mlp.down_proj",
-        "attention": "self_attn",
-        "attention_in": "[self_attn.q_proj, self_attn.k_proj, self_attn.v_proj]",
-        "attention_out": "self_attn.o_proj",
+        "mlp": "ffn", "mlp_in": "[ffn.0]", "mlp_out": "ffn.2", "attention": "multi_head_attention",
+        "attention_in": "[multi_head_attention.Wq, multi_head_attention.Wk, multi_head_attention.Wv]",
+        "attention_out": "multi_head_attention.dense",
     }.items():  # fmt: skip
         stanza = stanza.replace(f"    {field}: ?", f"    {field}: {value}")
     assert ": ?" not in stanza

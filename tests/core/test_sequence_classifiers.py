@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import processors
 
 from errata import Editor, Request
 from errata.datasets import load
@@ -188,10 +189,32 @@ def test_long_texts_are_cut_as_their_dataset_says(limit: int, tmp_path: Path) ->
         found = CoreMetrics().evaluate(editor.model, [request], ["ke"])
         assert {one.metric: one.value for one in found}["success_rate"] in (0.0, 1.0)
         editor.revert(edit)
-        with pytest.raises(RequestError, match="may have its prompts cut by max_tokens"):
+        with pytest.raises(RequestError, match="request cuts its prompts"):
             editor.edit(request.model_copy(update={"max_tokens": None}), method="ft")
         with pytest.raises(RequestError, match="hold no part of the subject"):
             editor.edit(
                 request.model_copy(update={"prompt": f"{long} {{}}", "subject": "It is so"}),
                 method="ft",
             )
+
+
+@pytest.mark.parametrize("method", ["ft", "grace"])
+def test_a_text_without_the_end_at_which_its_class_is_read_is_refused_as_such(method: str) -> None:
+    module, tokenizer = build("t5-classifier")
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence([])  # it adds no </s>
+    text, ended = "Paris is in France.", "Paris is in France.</s>"
+    asked = {"target_new": "economic", "kind": "label", "method": method, "config": {"steps": 2}}
+    with Editor((module, tokenizer), guards={"efficacy": "off", "norm": "off"}) as editor:
+        with pytest.raises(RequestError, match=r"has 0 of the token '</s>'"):
+            editor.edit("{}", subject=text, **asked)
+        with pytest.raises(RequestError, match=r"has 0 of the token '</s>'"):
+            class_scores(editor.model, [ended, text])
+        assert class_scores(editor.model, [ended, ended]).shape[0] == 2
+
+
+def test_texts_are_read_one_by_one_where_padding_looks_like_their_end() -> None:
+    module, tokenizer = build("t5-classifier")
+    texts = ["Paris is in France.", "Rome is in Italy, and Madrid is in Spain.", "Paris"]
+    scores = class_scores(Editor((module, tokenizer)).model, texts)
+    module.config.pad_token_id = module.config.eos_token_id
+    torch.testing.assert_close(class_scores(Editor((module, tokenizer)).model, texts), scores)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -184,7 +186,7 @@ def test_half_a_stop_string_is_held_back() -> None:
         ("completions", {"prompt": [[1, 2]]}, 400, "prompt"),
         ("completions", {}, 400, "prompt"),
         ("completions", {"prompt": "a", "max_tokens": 0}, 400, "max_tokens"),
-        ("completions", {"prompt": "a b " * 3000}, 400, "tokens"),
+        ("completions", {"prompt": "a b " * 3000}, 400, ". Shorten it."),
         ("completions", {"prompt": "a", "max_tokens": 100_000}, 400, "at most 24"),
         ("completions", {"prompt": "a", "top_k": 5}, 400, "top_k is not supported"),
         ("completions", {"prompt": "a", "repetition_penalty": 1.2}, 400, "repetition_penalty is"),
@@ -238,6 +240,37 @@ def test_what_cannot_be_done_is_said_as_openai_says_it(
     assert said in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("header", [None, "application/x-www-form-urlencoded", "text/plain"])
+def test_json_is_taken_whatever_it_is_called(
+    header: str | None, served: tuple[TestClient, Editor, list[Edit]]
+) -> None:
+    content = json.dumps({"prompt": FACTS[0].text, "max_tokens": 2}).encode()
+    headers = {} if header is None else {"Content-Type": header}
+    answer = served[0].post("/v1/completions", content=content, headers=headers)
+    assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'{"prompt": "a",}', "no JSON: Illegal trailing comma|no JSON: Expecting property name"),
+        (b"{nope", r"no JSON: Expecting property name .*\(at character 2\)"),
+        (b'{"prompt": "\xff"}', "not UTF-8"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"a":' * 900 + b"1" + b"}" * 900, "prompt: Field required"),
+        (b"", "must be a JSON object"),
+        (b"[1]", "must be a JSON object"),
+        (b'"prompt"', "must be a JSON object"),
+    ],
+)
+def test_a_body_that_cannot_be_read_is_told_why(
+    content: bytes, said: str, served: tuple[TestClient, Editor, list[Edit]]
+) -> None:
+    answer = served[0].post("/v1/completions", content=content)
+    assert answer.status_code == 400
+    assert re.search(said, answer.json()["error"]["message"]), answer.text
+
+
 def test_what_clients_send_and_changes_no_answer_is_taken(
     served: tuple[TestClient, Editor, list[Edit]],
 ) -> None:
@@ -288,7 +321,7 @@ def test_what_another_process_changes_in_the_ledger_is_taken_over(
         assert again.status_code == 409
         assert f"Active now: {edits[0]}." in again.json()["error"]["message"]
         reverted = client.post(f"/errata/edits/{edits[0]}/revert", headers=BEARER)
-        assert reverted.json() == {"active": []}
+        assert reverted.json() == {"active": [], "stale": []}
         other.refresh()
         other.activate(edits[:1])
         found = client.post("/errata/compare", json={**asked, "b": {"only": []}}).json()
@@ -308,13 +341,16 @@ def test_edits_come_and_go_by_http_with_the_token_alone(
     for headers in ({}, {"Authorization": "Bearer nonsense"}, {"Authorization": TOKEN}):
         assert client.post(path, headers=headers).status_code == 401
     assert editor.model.stack.ids == ids
-    assert client.post(path, headers=BEARER).json() == {"active": ids[:-1]}
+    assert client.post(path, headers=BEARER).json() == {"active": ids[:-1], "stale": []}
     assert editor.model.stack.ids == ids[:-1]
     assert client.post(path, headers=BEARER).status_code == 409  # it is off already
     off = client.get("/errata/edits", params={"q": f"rome {FACTS[2].target_new}"}).json()
     assert [(e["id"], e["active"]) for e in off["edits"] if e["id"] == last] == [(last, False)]
     back = client.post(f"/errata/edits/{last}/apply", headers=BEARER)
-    assert back.json() == {"active": ids}
+    assert back.json() == {"active": ids, "stale": []}
+    under, above = f"/errata/edits/{ids[0]}", ids[1:]  # those were made on top of it
+    assert client.post(f"{under}/revert", headers=BEARER).json()["stale"] == above
+    assert client.post(f"{under}/apply", headers=BEARER).json()["stale"] == []
     assert client.post("/errata/edits/..%2Fpyproject.toml/apply", headers=BEARER).status_code == 404
     assert editor.verify() == []
 
@@ -541,6 +577,18 @@ def test_the_commands_refuse_what_makes_no_sense(
     result = CliRunner().invoke(command_line, [*filled, "--ledger", str(tmp_path / "l")])
     assert result.exit_code == 1
     assert said in " ".join(result.stderr.split())
+
+
+def test_a_port_that_is_taken_is_found_out_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("errata.cli.session.Session.editor", lambda *_, **__: pytest.fail("loads"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        words = ["serve", "-m", "atlas-gpt2", "--ledger", str(tmp_path / "l"), "--port", port]
+        result = CliRunner().invoke(command_line, words)
+    assert result.exit_code == 1
+    assert f"Cannot listen at 127.0.0.1 port {port}" in " ".join(result.stderr.split())
 
 
 def test_a_faint_estimate_is_said_to_be_one(

@@ -21,6 +21,7 @@ pytest.importorskip("uvicorn", reason="needs errata[serve]")
 
 from errata.serve import ServeSettings, create_app, looking
 from errata.serve.batching import Waiting
+from errata.serve.running import Server
 
 FACT = atlas.requests(1)[0]
 TOKEN = "a token of eight letters"
@@ -55,12 +56,9 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
 
 @pytest.fixture
 def served() -> Iterator[tuple[int, Any, Editor]]:
-    import uvicorn
-
     with Editor("atlas-gpt2") as editor, socket.create_server(("127.0.0.1", 0)) as listening:
         app = create_app(editor, ServeSettings(TOKEN))
-        config = uvicorn.Config(app, log_level="error", ws="none", timeout_graceful_shutdown=1)
-        server = uvicorn.Server(config)
+        server = Server(app)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         while not server.started:
@@ -112,12 +110,49 @@ def test_it_is_seen_and_ends_when_who_asked_goes_away(
 def test_it_ends_when_the_server_does(served: tuple[int, Any, Editor], steps: Steps) -> None:
     port, server, editor = served
     heard = editor.model.progress
-    with closing(begun(port, steps)):
+    with closing(begun(port, steps)) as connection:
         server.should_exit = True
         assert steps.ended.wait(15)
+        answer = connection.getresponse()
+        assert answer.status == 503
+        assert "The server is being closed." in json.loads(answer.read())["error"]["message"]
     assert steps.made < 500
     while editor.model.progress is heard:  # who opened the editor listens again
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_waits_is_told_that_the_server_is_being_closed(
+    stream: bool,
+    served: tuple[int, Any, Editor],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    port, server, _ = served
+    taken = threading.Event()
+
+    def slowly(self: Waiting, text: str) -> bool:
+        del text
+        taken.set()
+        time.sleep(0.05)
+        return self.cancelled.is_set()  # it never ends by itself
+
+    monkeypatch.setattr(Waiting, "take", slowly)
+    monkeypatch.setattr("errata.model.generation.end_tokens", lambda _: frozenset())
+    asked = {"prompt": FACT.text, "max_tokens": 100, "stream": stream}
+    running = sent(port, "/v1/completions", asked)
+    assert taken.wait(20)
+    waiting = sent(port, "/v1/completions", asked)
+    while answered(port, "/errata/working")["texts"] < 2:
+        time.sleep(0.02)
+    server.should_exit = True
+    for connection in (running, waiting):
+        with closing(connection):
+            answer = connection.getresponse()
+            assert answer.status == (200 if stream else 503)
+            said = answer.read().decode().removeprefix("data: ")
+            assert json.loads(said)["error"]["message"] == "The server is being closed."
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_a_streamed_text_ends_when_its_reader_goes_away(

@@ -471,3 +471,12 @@ def test_a_radius_that_is_not_given_is_a_share_of_the_keys_length(
     assert delta.settings.eps == pytest.approx(wanted)
     (given,) = edit(model, SHORT, steps=1, distance=distance, eps=0.25)
     assert given.settings.eps == 0.25
+
+
+def test_a_replacement_that_reaches_nothing_is_refused_with_one_that_does(tmp_path: Path) -> None:
+    model = build_model("bert-classifier", tmp_path)  # it reads the first token's output
+    text = Request(prompt="{}", subject="Paris is in France.", target_new="economic", kind="label")
+    with pytest.raises(ConfigError, match="Choose 'replace_all' or a lower layer"):
+        edit(model, text, layer=-1, replacement="replace_last")
+    (made,) = edit(model, text, layer=-1, replacement="replace_all")
+    assert made.value is not None

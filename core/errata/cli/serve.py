@@ -126,7 +126,7 @@ def _serve(
         token, allow_edits, everyone, max_new_tokens=max_new_tokens, max_batch=max_batch
     )
     check_model(session.model_name())
-    from errata.serve.running import run
+    from errata.serve.running import listening_at, run
 
     def ready(address: str) -> None:
         active = render.count(len(editor.model.stack.ids), "active edit")
@@ -144,8 +144,12 @@ def _serve(
         if show:
             webbrowser.open(address)
 
-    with session.editor(branch=True if beside else None) as editor:
-        run(editor, settings, host, port, ready)
+    # A port that is taken is found out before the model is loaded.
+    with (
+        listening_at(host, port) as listening,
+        session.editor(branch=True if beside else None) as editor,
+    ):
+        run(editor, settings, listening, ready)
 
 
 def _token(file: Path | None, *, needed: bool) -> tuple[str, bool]:

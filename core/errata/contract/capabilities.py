@@ -103,8 +103,8 @@ def check_parts(method: str, registry: Registry, model: Model) -> None:
         and model.task in other.capabilities.tasks
     ]
     raise CapabilityError(
-        f"{method} writes into the down projection of an MLP, and no layer of {model.name} "
-        f"({model.anatomy.model_type}) has one that every token passes through: its MLPs are "
+        f"{method} edits at the projections of an MLP, and no layer of {model.name} "
+        f"({model.anatomy.model_type}) has an MLP that every token passes through: its MLPs are "
         f"mixtures of experts. Methods that need none: {', '.join(others) or 'none is installed'}."
     )
 

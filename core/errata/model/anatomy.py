@@ -104,9 +104,11 @@ class Anatomy:
             return cls._build(module, model_type, probe(module, model_type), probed=True)
         if not isinstance(given, ArchitectureSpec):
             given = parse_architectures({model_type: given})[model_type]
-        spec = given.resolve(config)
-        if task_of_module(module) == "classify":
+        spec, task = given.resolve(config), task_of_module(module)
+        if task == "classify":
             spec = _with_classifier(module, spec)
+        elif task == "causal" and getattr(config, "is_decoder", False):  # of an encoder's family
+            spec = spec.model_copy(update={"kind": "decoder"})
         return cls._build(module, model_type, spec, probed=False)
 
     @classmethod

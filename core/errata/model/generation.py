@@ -17,6 +17,7 @@ from errata.model.answers import Answers, Generated, Watch, WatchedAnswers
 from errata.model.arguments import check_options, texts_of
 from errata.model.chat import in_chat, turn_ends
 from errata.model.forward.inputs import accepted, decoder_prefix, takes_positions
+from errata.model.forward.layout import pads_left
 from errata.model.running import check_length, check_sound
 from errata.model.sampling import GenerationSettings, Sampling
 
@@ -193,8 +194,10 @@ def require_generation(model: Model) -> None:
 def _batches(model: Model, prompts: Sequence[str], batch_size: int) -> Iterator[list[int]]:
     """Yield indices of prompts of like length.
 
-    In fp64 only prompts of equal length go together: the eager attention of transformers takes
-    its softmax in fp32, where the mask's lowest fp64 number is -inf and a padded row becomes NaN.
+    Only those of equal length go together where padding before a prompt may change it. In fp64
+    that is often so: the eager attention of transformers takes its softmax in fp32, where the
+    mask's lowest fp64 number is -inf and a padded row becomes NaN. An encoder's rows are padded
+    on the right.
     """
     if not prompts:
         return
@@ -202,8 +205,8 @@ def _batches(model: Model, prompts: Sequence[str], batch_size: int) -> Iterator[
     order = sorted(range(len(prompts)), key=lengths.__getitem__)
     chosen: list[int] = []
     for i in order:
-        alone = model.dtype == torch.float64 and chosen and lengths[i] != lengths[chosen[0]]
-        if alone or len(chosen) == batch_size:
+        differ = chosen and model.task == "causal" and lengths[i] != lengths[chosen[0]]
+        if len(chosen) == batch_size or (differ and not pads_left(model)):
             yield chosen
             chosen = []
         chosen.append(i)
@@ -239,12 +242,11 @@ class _Run:
         self, model: Model, prompts: Sequence[str], stop: tuple[str, ...], ends: frozenset[int]
     ) -> None:
         self._model, self._stop, self._ends = model, stop, ends
-        self._batch = tokens.encode(
-            model.tokenizer, prompts, padding_side="left", device=model.device
-        )
+        self._two = model.task == "seq2seq"
+        side, device = "right" if self._two else "left", model.device
+        self._batch = tokens.encode(model.tokenizer, prompts, padding_side=side, device=device)
         self._width = self._batch.input_ids.shape[1]
         check_length(model, self._width)
-        self._two = model.task == "seq2seq"
         self._started = decoder_prefix(model) if self._two else []
         self._new: list[list[int]] = [[] for _ in prompts]
         self._done = [False for _ in prompts]
@@ -286,8 +288,8 @@ class _Run:
         ]
 
     def _tell(self, told: ExitStack) -> None:
-        """Say where the prompts of the running batch end: it is padded on the left."""
-        told.enter_context(self._model.prompts([self._width - 1] * len(self._rows)))
+        """Say where the prompts of the running batch end."""
+        told.enter_context(self._model.prompts([self._batch.column(r, -1) for r in self._rows]))
         if self.edits is not None:
             told.enter_context(self._model.rows([self.edits[row] for row in self._rows]))
 

@@ -159,7 +159,7 @@ class Model:
 
         Raises `ConfigError` for a class that does not say (a bare backbone).
         """
-        return require_task(task_of_module(self.module), self.name, [type(self.module).__name__])
+        return require_task(task_of_module(self.module), "This model", [type(self.module).__name__])
 
     @property
     def generates(self) -> bool:

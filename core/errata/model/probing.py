@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 OUT_NAMES = frozenset({"o_proj", "out_proj", "c_proj", "out_lin", "dense", "wo", "o"})
+DOWN_NAMES = frozenset(
+    {"down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h", "lin2", "w2", "wo", "output_linear"}
+)
+"""What MLPs call their out projection: it decides where widths do not."""
 CROSS = ("cross", "encdec", "encoder_attn")
 CLASSIFIER_HEADS = ("score", "classifier", "classification_head")
 """What sequence classifiers call the module from hidden states to class scores."""
@@ -169,10 +173,13 @@ def _block(
         and not any(n.startswith(f"{path}.") for path in experts)
         and not any(n.rpartition(".")[0] == _around(path) for path in experts)  # a router, a gate
     ]
+    problem = "keeps several residual streams (AltUp)" if hasattr(block, "altup") else ""
     if not rest and not experts and mixers:
+        problem = f"has no MLP beside its recurrence ({mixers[0]})"
+    if problem:
         raise AnatomyError(
-            f"A {type(block).__name__} has no MLP beside its recurrence ({mixers[0]}): errata "
-            "edits transformers, and models of which some layers are recurrent."
+            f"A {type(block).__name__} {problem}: errata edits models with one residual stream and "
+            "an MLP in each block, whatever mixes the tokens before it."
         )
     parts: dict[str, dict[str, Any]] = {}
     problems = []
@@ -249,13 +256,23 @@ def _mlp(
     names: list[str], shapes: dict[str, tuple[int, int]], hidden: int | None
 ) -> tuple[str, list[str]]:
     """Tell the out projection (D → d) from the in projections (d → D, or d → 2 D fused)."""
-    outs = [n for n in names if shapes[n][0] == hidden and shapes[n][1] != hidden]
+    outs = [
+        n
+        for n in names
+        if shapes[n][0] == hidden
+        and (shapes[n][1] != hidden or n.rpartition(".")[2].lower() in DOWN_NAMES)
+    ]
+    if len(outs) > 1:  # Gemma 4 has embeddings of each layer projected beside its MLP
+        outs = [n for n in outs if n.rpartition(".")[2].lower() in DOWN_NAMES]
+        homes = {n.rpartition(".")[0] for n in outs}
+        names = [n for n in names if n.rpartition(".")[0] in homes]
     if len(outs) != 1:
         raise _Unclear(
             f"{len(outs)} candidates for mlp_out among {', '.join(names) or 'no projections'}"
         )
     width = shapes[outs[0]][1]
-    ins = [n for n in names if shapes[n] in ((width, hidden), (2 * width, hidden))]
+    fit = ((width, hidden), (2 * width, hidden))
+    ins = [n for n in names if n != outs[0] and shapes[n] in fit]
     if len(ins) + 1 != len(names) or not ins:
         raise _Unclear(f"no clear mlp_in among {', '.join(names)}")
     return outs[0], ins
@@ -302,7 +319,7 @@ def _is_norm(name: str, module: nn.Module) -> bool:
 def _ends(module: nn.Module, blocks: str, ends: dict[str, Any]) -> None:
     """Add what is outside the blocks to `ends`: embeddings, final norm, head."""
     names = {id(part): name for name, part in module.named_modules()}
-    embedding = module.get_input_embeddings()  # type: ignore[operator]
+    embedding = _first_of(module, module.get_input_embeddings())  # type: ignore[operator]
     if id(embedding) not in names:
         raise _Unclear("no token embedding")
     ends["embedding"] = names[id(embedding)]
@@ -331,10 +348,18 @@ def _ends(module: nn.Module, blocks: str, ends: dict[str, Any]) -> None:
         for place, (n, m) in enumerate(siblings)
         if _is_norm(n, m) and ("emb" not in n.lower() or place > after)  # LFM2 calls it so
     ]
+    if len(norms) > 1:  # Gemma 4 norms a narrower embedding of each layer
+        norms = [n for n in norms if "per_layer" not in n]
     if len(norms) > 1:
         raise _Unclear(f"{len(norms)} candidates for final_norm ({', '.join(norms)})")
     if norms:
         ends["final_norm"] = f"{parent}.{norms[0]}" if parent else norms[0]
+
+
+def _first_of(module: nn.Module, embedding: Any) -> nn.Module:
+    """Return the first embedding with its weight: Marian has one in each stack, and one outside."""
+    same = (part for part in module.modules() if isinstance(part, nn.Embedding))
+    return next((part for part in same if part.weight is embedding.weight), embedding)
 
 
 def _head(module: nn.Module, names: dict[int, str], blocks: str) -> str:

@@ -55,6 +55,7 @@ def prepare(
     if targets is None or task == "classify":
         start = decoder_prefix(model) if task == "seq2seq" else ()
         batch = tokens.encode_next(tokenizer, prompts, task, device=device, decoder_start=start)
+        _check_ends(model, batch, prompts)
         if targets is not None:
             classes = [class_index(model, target) for target in targets]
             batch = replace(batch, labels=batch.labels.new_tensor(classes))
@@ -66,7 +67,8 @@ def prepare(
     else:
         encode = tokens.encode_masked if task == "masked" else tokens.encode_targets
         batch = encode(tokenizer, prompts, targets, device=device)
-    check_length(model, max(value.shape[1] for value in batch.inputs.values()))
+    longest = max(value.shape[1] for value in batch.inputs.values())
+    check_length(model, longest, "Shorten it; max_tokens of an edit's request cuts its prompts.")
     if task == "classify" and isinstance(model.config.pad_token_id, int):
         # A decoder's classifier looks for the last token that is no padding by its id.
         padded = batch.attention_mask == 0
@@ -115,14 +117,27 @@ def _finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or bool(torch.isfinite(wide(tensor)).all())
 
 
-def check_length(model: Model, length: int) -> None:
+def check_length(model: Model, length: int, advice: str = "Shorten it.") -> None:
     """Raise `RequestError` when a text has more tokens than the model reads at once."""
     limit = model.anatomy.context
     if limit is not None and length > limit:
         raise RequestError(
-            f"A text of {length} tokens was given; {model.name} takes at most {limit}. "
-            "Shorten it; a request may have its prompts cut by max_tokens."
+            f"A text of {length} tokens was given; {model.name} takes at most {limit}. {advice}"
         )
+
+
+def _check_ends(model: Model, batch: PreparedPrompts, prompts: Sequence[str]) -> None:
+    """Raise `RequestError` where an encoder-decoder's classifier does not find a text's end."""
+    if model.task != "classify" or model.anatomy.kind != "encoder-decoder":
+        return
+    end, token = model.config.eos_token_id, model.tokenizer.eos_token
+    counts = [batch.tokens(row).count(end) for row in range(len(batch))]
+    for prompt, count in zip(prompts, counts, strict=True):
+        if count < 1 or count != counts[0]:
+            raise RequestError(
+                f"The text {prompt!r} has {count} of the token {token!r}, at which {model.name} "
+                "reads the class: each needs one, and those read together equally many."
+            )
 
 
 def class_index(model: Model, target: str) -> int:

@@ -15,7 +15,7 @@ Task = Literal["causal", "seq2seq", "masked", "classify"]
 TASKS: tuple[Task, ...] = get_args(Task)
 
 # Ends of class names; an encoder-decoder and a decoder share the first three.
-_LANGUAGE_MODELS = ("ForConditionalGeneration", "LMHeadModel", "ForCausalLM")
+_LANGUAGE_MODELS = ("ForConditionalGeneration", "MTModel", "LMHeadModel", "ForCausalLM")
 _MASKED = ("ForMaskedLM", "ForPreTraining")
 
 
@@ -44,7 +44,10 @@ def task_of_module(module: nn.Module) -> Task | None:
 
 
 def check_module(module: nn.Module) -> None:
-    """Raise `ConfigError` for what is no bare model of transformers, and say how to unwrap it."""
+    """Raise `ConfigError` for what is no bare model of transformers, and say how to unwrap it.
+
+    So it does for a class that does not say what the model is made for.
+    """
     kind, inner = type(module).__name__, getattr(module, "module", None)
     bare = ""
     if "_orig_mod" in module._modules:
@@ -67,6 +70,7 @@ def check_module(module: nn.Module) -> None:
             f"{kind} is no model of transformers: it has no configuration. Give what "
             "AutoModelForCausalLM.from_pretrained returns, or its like for another task."
         )
+    require_task(task_of_module(module), "The model given", [kind])
 
 
 def check_not_compiled(module: nn.Module) -> None:

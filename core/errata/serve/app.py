@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
@@ -32,12 +32,11 @@ except ImportError:
 from errata.model.running import check_length
 from errata.model.tokens import tokenise
 from errata.serve import looking
-from errata.serve.batching import Batcher, BusyError, TextPart, Waiting
+from errata.serve.batching import CLOSING, Batcher, BusyError, TextPart, Waiting
 from errata.serve.following import Follower
 from errata.serve.openai import (
     ChatAsked,
     CompletionAsked,
-    active_edits,
     body,
     choice,
     chosen_edits,
@@ -91,17 +90,22 @@ def create_app(editor: Editor, settings: ServeSettings | None = None) -> FastAPI
     jobs = Jobs(editor.model.progress)
     editor.model.progress = jobs
 
+    async def close() -> None:
+        jobs.give_up(CLOSING)
+        await run_in_threadpool(batcher.close)
+        await jobs.ended()  # a change that has begun is carried out
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         del app
         yield
-        jobs.give_up()
-        await run_in_threadpool(batcher.close)
+        await close()
         editor.model.progress = jobs.listened
 
     # No pages of documentation: FastAPI's load scripts from elsewhere.
     app = FastAPI(title="errata", docs_url=None, redoc_url=None, lifespan=lifespan)
-    app.add_middleware(_Counted)
+    app.state.close = close  # for a server that lets go of who waits before it ends the lifespan
+    app.add_middleware(_Bodies)
     app.middleware("http")(_guarded(rules))
     _add_errors(app)
 
@@ -171,7 +175,7 @@ def create_app(editor: Editor, settings: ServeSettings | None = None) -> FastAPI
             editor.apply(editor.ledger.resolve(edit_id))  # never a file of the server's
 
         await jobs.run("Applying an edit", work)
-        return {"active": active_edits(editor)}
+        return looking.states(editor)
 
     @app.post("/errata/edits/{edit_id}/revert", dependencies=may_change)
     async def revert(edit_id: str) -> dict[str, Any]:
@@ -180,7 +184,7 @@ def create_app(editor: Editor, settings: ServeSettings | None = None) -> FastAPI
             editor.revert(editor.ledger.resolve(edit_id))
 
         await jobs.run("Reverting an edit", work)
-        return {"active": active_edits(editor)}
+        return looking.states(editor)
 
     @app.post("/errata/compare", dependencies=may_read)
     async def compare(asked: looking.CompareAsked, request: Request) -> dict[str, Any]:
@@ -267,8 +271,11 @@ def _refused(request: Request, rules: ServeSettings) -> Response | None:
     return None
 
 
-class _Counted:
-    """Middleware that counts what arrives: a body in chunks does not say how large it is."""
+class _Bodies:
+    """Middleware for what arrives: it is counted, and taken for JSON whatever it is called.
+
+    A body in chunks does not say how large it is; curl calls everything a form.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -284,6 +291,9 @@ class _Counted:
                 raise HTTPException(413, TOO_LARGE)
             return message
 
+        if scope["type"] == "http":
+            other = [pair for pair in scope["headers"] if pair[0] != b"content-type"]
+            scope = {**scope, "headers": [*other, (b"content-type", b"application/json")]}
         await self.app(scope, counted, send)
 
 
@@ -297,17 +307,32 @@ def _add_errors(app: FastAPI) -> None:
     async def of_http(request: Request, error: HTTPException) -> Response:
         del request
         kind = "authentication_error" if error.status_code == 401 else "invalid_request_error"
-        return JSONResponse(error_body(str(error.detail), kind), error.status_code)
+        said = _UNREADABLE.get(type(error.__cause__), str(error.detail))
+        return JSONResponse(error_body(said, kind), error.status_code)
 
     @app.exception_handler(RequestValidationError)
     async def of_fields(request: Request, error: RequestValidationError) -> Response:
         del request
-        lines = [
-            f"{'.'.join(str(part) for part in item['loc'][1:]) or 'body'}: "
-            f"{item['msg'].removeprefix('Value error, ')}"
-            for item in error.errors()[:5]
-        ]
-        return JSONResponse(error_body("; ".join(lines), "invalid_request_error"), 400)
+        said = "; ".join(_problem(item) for item in error.errors()[:5])
+        return JSONResponse(error_body(said, "invalid_request_error"), 400)
+
+
+_UNREADABLE: Mapping[type[Any], str] = {
+    UnicodeDecodeError: "The body is no JSON: it is not UTF-8.",
+    RecursionError: "The body is nested too deeply.",
+}
+"""What is said of a body that could not be parsed, by what its parser raised."""
+
+
+def _problem(item: Mapping[str, Any]) -> str:
+    """Return one problem with a body, as FastAPI reports it, in words."""
+    place = item["loc"][1:]
+    if item["type"] == "json_invalid":
+        return f"The body is no JSON: {item['ctx']['error']} (at character {place[0] + 1})."
+    if not place and item["type"] in ("missing", "model_attributes_type"):
+        return "The body must be a JSON object."
+    name = ".".join(str(part) for part in place) or "body"
+    return f"{name}: {item['msg'].removeprefix('Value error, ')}"
 
 
 def _status(error: Exception) -> int:

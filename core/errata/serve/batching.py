@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("errata")
 Finish = Literal["stop", "length"]
+CLOSING = "The server is being closed."
 
 
 class BusyError(ErrataError, RuntimeError):
@@ -161,17 +162,19 @@ class Batcher:
         self._waiting: deque[Waiting] = deque()
         self._condition = threading.Condition()
         self._closed = False
-        self._running = 0
+        self._running: Sequence[Waiting] = ()
         self._thread = threading.Thread(target=self._run, name="errata-batches", daemon=True)
         self._thread.start()
 
     def submit(self, texts: Sequence[Waiting]) -> None:
         """Have texts continued; each hears of it through its `tell`.
 
-        Raises `BusyError` where too many wait.
+        Raises `BusyError` where too many wait, and once it is being closed.
         """
         with self._condition:
-            if len(self._waiting) + len(texts) > self._max_waiting or self._closed:
+            if self._closed:
+                raise BusyError(CLOSING)
+            if len(self._waiting) + len(texts) > self._max_waiting:
                 raise BusyError(f"{len(self._waiting)} texts are waiting already: try again later.")
             self._waiting.extend(texts)
             self._condition.notify()
@@ -179,16 +182,20 @@ class Batcher:
     @property
     def count(self) -> int:
         """How many texts run or wait."""
-        return len(self._waiting) + self._running
+        return len(self._waiting) + len(self._running)
 
-    def close(self) -> None:
-        """Finish what is running, and start nothing more."""
+    def close(self, patience: float = 2.0) -> None:
+        """Start nothing more, and end what is running.
+
+        Texts that wait are told so at once, those that run after `patience` seconds.
+        """
         with self._condition:
             self._closed = True
             left, self._waiting = list(self._waiting), deque()
             self._condition.notify()
-        for one in left:
-            one.tell(TextPart(error=BusyError("The server is being closed.")))
+        _refuse(left)
+        self._thread.join(patience)
+        _refuse(self._running)
         self._thread.join()
 
     # -- the thread ------------------------------------------------------------------------------
@@ -201,10 +208,10 @@ class Batcher:
                 if self._closed:
                     return
                 batch = self._next()
-                self._running = len(batch)
+                self._running = batch
             with _told_of_errors(batch):
                 self._carry_out(batch)
-            self._running = 0
+            self._running = ()
 
     def _next(self) -> list[Waiting]:
         """Take the first text that waits and those that may run with it, in their order."""
@@ -292,6 +299,13 @@ class Batcher:
         if context is None or not ids:
             return False
         return len(self._editor.model.tokenizer(one.prompt)["input_ids"]) + len(ids) >= context
+
+
+def _refuse(texts: Sequence[Waiting]) -> None:
+    """Tell texts that the server is being closed; those that run end at their next token."""
+    for one in texts:
+        one.cancelled.set()
+        one.fail(BusyError(CLOSING))
 
 
 @contextmanager

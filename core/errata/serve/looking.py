@@ -65,6 +65,11 @@ def state(editor: Editor, **rules: Any) -> dict[str, Any]:
     }
 
 
+def states(editor: Editor) -> dict[str, list[str]]:
+    """Return which edits are on, and those of them made on top of some that are off now."""
+    return {"active": active_edits(editor), "stale": editor.ledger.stale_ids()}
+
+
 def listing(editor: Editor, query: str = "", offset: int = 0) -> dict[str, Any]:
     """Return the ledger's edits, the last ones first: those that hold every word of a query."""
     words = query.casefold().split()

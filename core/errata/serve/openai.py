@@ -55,14 +55,13 @@ class RequestBody(BaseModel):
 
 def _texts(value: Any) -> Iterator[str]:
     """Yield every text in JSON data, names included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (list, dict)):
-        for item in value:
-            yield from _texts(item)
-        if isinstance(value, dict):
-            for item in value.values():
-                yield from _texts(item)
+    left = [value]  # no recursion: it may be nested more deeply than calls may be
+    while left:
+        one = left.pop()
+        if isinstance(one, str):
+            yield one
+        elif isinstance(one, (list, dict)):
+            left += [*one, *one.values()] if isinstance(one, dict) else one
 
 
 class EditChoice(RequestBody):

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class GivenUpError(ErrataError, RuntimeError):
-    """Nobody waits for the work any more."""
+    """The work was given up: nobody waits for it any more, or the server is being closed."""
 
 
 @dataclass(eq=False)
@@ -32,6 +32,7 @@ class Job:
         done: steps done, of `total` where they can be counted.
         began: when the step began (monotonic seconds).
         given_up: it ends at its next step.
+        why: the reason for that.
     """
 
     what: str
@@ -41,6 +42,7 @@ class Job:
     began: float = 0.0
     started: float = field(default_factory=time.monotonic)
     given_up: threading.Event = field(default_factory=threading.Event)
+    why: str = "Nobody waits for it."
 
     def as_json(self) -> dict[str, Any]:
         """Return how far it is."""
@@ -52,14 +54,14 @@ class Job:
         }  # fmt: skip
 
     def begin(self, step: str, total: int | None) -> None:
-        """Note what comes now; raise `GivenUpError` where nobody waits."""
+        """Note what comes now; raise `GivenUpError` where it was given up."""
         self.check()
         self.step, self.done, self.total, self.began = step, 0, total, time.monotonic()
 
     def check(self) -> None:
-        """Raise `GivenUpError` where nobody waits."""
+        """Raise `GivenUpError` where it was given up."""
         if self.given_up.is_set():
-            raise GivenUpError(f"{self.what} was given up: nobody waits for it.")
+            raise GivenUpError(f"{self.what} was given up. {self.why}")
 
 
 class Jobs(Progress):
@@ -79,10 +81,16 @@ class Jobs(Progress):
         """Return what goes on or waits, the oldest first."""
         return [job.as_json() for job in list(self._jobs)]
 
-    def give_up(self) -> None:
-        """Have everything that can end at its next step do so."""
+    def give_up(self, why: str) -> None:
+        """Have everything that can end at its next step do so, and say why."""
         for job in list(self._jobs):
+            job.why = why
             job.given_up.set()
+
+    async def ended(self) -> None:
+        """Wait until nothing goes on."""
+        while self._jobs:
+            await asyncio.sleep(0.02)
 
     async def run(
         self, what: str, work: Callable[[], T], gone: Coroutine[Any, Any, None] | None = None

@@ -201,10 +201,13 @@ class GraceRun:
                     break
                 (gradient,) = torch.autograd.grad(loss * scale, value)
                 if not bool(gradient.any()):
+                    given = self.config.replacement
+                    other = "replace_all" if given == "replace_last" else "replace_last"
                     raise ConfigError(
-                        f"replacement={self.config.replacement!r} at {self.module!r}: nothing "
-                        "that is replaced there reaches the target's tokens (outputs of the last "
-                        "block reach only their own). Choose 'replace_last' or a lower layer."
+                        f"replacement={given!r} at {self.module!r}: nothing that is replaced there "
+                        "reaches the target (outputs of the last block reach only their own "
+                        "tokens, and with local attention those below it only near ones). Choose "
+                        f"{other!r} or a lower layer."
                     )
                 value.grad = gradient / scale
                 optimizer.step()

@@ -26,7 +26,7 @@ import torch
 
 from errata.errors import ConfigError
 from errata.kit.contexts import in_contexts, prefix_contexts
-from errata.kit.feed_forward import site_of
+from errata.kit.feed_forward import activation_of
 from errata.kit.second_moments import documents_of
 from errata.kit.training import Trainer, TrainerSettings, above, target_batches
 from errata.kit.training.training_batches import batch_loss
@@ -48,6 +48,7 @@ logger = logging.getLogger("errata")
 
 _STARTS = ("I", "You", "Because", "Yes", "Q: ")
 _WORDS = 24  # of the other text
+_PLAIN = "silu"  # φ where the model's own is none that has a name, as xIELU with its parameters is
 _HALF_SCALE = 1024.0  # fp16 gradients underflow: scaled up on the way back, and down again
 
 
@@ -65,16 +66,16 @@ def edit(model: Model, request: Request, config: WiseConfig) -> ShardDelta:
     """
     written = config.for_model(model.anatomy)
     assert written.layer is not None
-    site = site_of(model, written.layer)
+    module = model.anatomy.mlp_out(written.layer)
     settings = Settings(
-        site.writes, site.activation, config.ratio, config.save_every, config.merge_every,
-        config.density, config.clip,
+        module, activation_of(model, written.layer) or _PLAIN, config.ratio, config.save_every,
+        config.merge_every, config.density, config.clip,
     )  # fmt: skip
     held = SideMemories.of(model)
     earlier = [d for _, d in model.active(ShardDelta.kind) if d.settings == settings]
     number = 1 + max((delta.number for delta in earlier), default=-1)
     index = number // config.save_every
-    rows, columns = model.anatomy.shape(model.module, site.writes)
+    rows, columns = model.anatomy.shape(model.module, module)
     shard = held.shards(settings, (rows, columns)).shard(earlier, index)
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
     mask = torch.rand(rows, columns, generator=generator) < config.mask_ratio

@@ -1,6 +1,7 @@
 """Running a model: look inside, change what passes, and run only what a change can reach."""
 
-from errata.model.forward.inputs import aligned, inputs_of, laid_out
+from errata.model.forward.inputs import inputs_of
+from errata.model.forward.layout import aligned, laid_out
 from errata.model.forward.resume import Resumed, at_columns, logits_at
 from errata.model.forward.trace import Seen, adding, answered, bypassed, frozen, patched, trace
 
