@@ -269,10 +269,10 @@ def test_the_advice_for_an_unknown_family_leads_to_an_edit(
     with pytest.raises(AnatomyError, match=r"mlp_out among ffn\.0, ffn\.2") as caught:
         Editor(module, tokenizer, artifacts=tmp_path / "cache")
     text = str(caught.value)
-    stanza = text[text.index("architectures:") :]
+    stanza, names = text[text.index("architectures:") :], ("Wq", "Wk", "Wv")
     for field, value in {
         "mlp": "ffn", "mlp_in": "[ffn.0]", "mlp_out": "ffn.2", "attention": "multi_head_attention",
-        "attention_in": "[multi_head_attention.Wq, multi_head_attention.Wk, multi_head_attention.Wv]",
+        "attention_in": f"[{', '.join(f'multi_head_attention.{name}' for name in names)}]",
         "attention_out": "multi_head_attention.dense",
     }.items():  # fmt: skip
         stanza = stanza.replace(f"    {field}: ?", f"    {field}: {value}")
