@@ -8,7 +8,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from errata.contract.measurement import Measurement, wilson
@@ -92,6 +92,7 @@ def test_the_rounding_of_floats_makes_no_difference() -> None:
     assert "difference +0 " in str(compare(shares([0.15] * 8), shares([(0.1 + 0.2) / 2] * 8)))
 
 
+@settings(max_examples=20, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 10), st.integers(0, 10)), min_size=1, max_size=40))
 def test_shares_in_tenths_are_ranked_like_whole_numbers(counts: list[tuple[int, int]]) -> None:
     # 0.4 - 0.3 and 0.3 - 0.2 are not one float, and are a tie all the same.
