@@ -125,7 +125,7 @@ def test_tables_for_a_paper_are_whole_and_escaped(tmp_path: Path) -> None:
     lines = [entry(label, case, v) for label, cases in values.items() for case, v in cases.items()]
     text = errata.bench.report.read(runs.write(tmp_path / "run", about, lines)).latex()
     assert text.startswith("% Made by `errata report`\n")
-    assert r"\caption{a\_b \& 100\%, facts \textperiodcentered{} single, generation." in text
+    assert r"\caption{On a\_b \& 100\%: facts \textperiodcentered{} single, generation." in text
     assert "\n & ES $\\uparrow$ \\\\\n\\midrule\nbase & -- \\\\\n" in text
     assert r"one & \textbf{1.000} {\scriptsize (0.342--1.000)} \\" in text
     assert r"two & 0.500 {\scriptsize (0.095--0.905)} \\" in text

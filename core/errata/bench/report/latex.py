@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from errata.bench.report import formatting
@@ -27,6 +28,8 @@ _SPECIAL = {
     "…": r"\dots{}",
 }
 _ARROWS = {"higher": r" $\uparrow$", "lower": r" $\downarrow$", "": ""}
+SIDE_BY_SIDE = 8
+"""Metrics that stand beside each other."""
 HEAD = """% Made by `errata report`
 % It needs \\usepackage{booktabs}. Each table stands alone: copy what the paper shows.
 """
@@ -44,26 +47,30 @@ def text(plain: str) -> str:
 
 
 def _table(part: Part, table: MetricTable) -> str:
-    """Return one table: a line per column of the report, metrics side by side, n in the caption."""
+    """Return one table, with n in the caption.
+
+    A line per column of the report, metrics side by side; or the other way round where so many
+    metrics are wider than a page.
+    """
     metrics = [f"{text(row.metric)}{_ARROWS[row.direction]}" for row in table.rows]
-    lines = [
-        " & ".join([_name(table, head), *(_cell(row.cells[place]) for row in table.rows)])
-        for place, head in enumerate(table.heads)
-    ]
-    sizes = "; ".join(f"{text(row.metric)} {text(row.n)}" for row in table.rows)
+    columns = [_name(table, head) for head in table.heads]
+    cells = [[_cell(row.cells[place]) for row in table.rows] for place in range(len(columns))]
+    if len(metrics) > SIDE_BY_SIDE:
+        metrics, columns, cells = columns, metrics, [list(row) for row in zip(*cells, strict=True)]
+    lines = [" & ".join([name, *row]) for name, row in zip(columns, cells, strict=True)]
     said = [
-        f"{text(part.section.model)}, {text(part.section.title)}, {text(table.protocol)}",
+        f"On {text(part.section.model)}: {text(part.section.title)}, {text(table.protocol)}",
         *([text(formatting.ends(table))] if formatting.ends(table) else []),
         *_legend(table),
-        f"n: {sizes}",
+        _sizes(table),
     ]
     label = re.sub(r"[^A-Za-z0-9]+", "-", f"{part.section.title} {table.protocol}").strip("-")
     body = " \\\\\n".join(lines)
     return f"""\\begin{{table}}
 \\centering
-\\caption{{{". ".join(said)}.}}
+\\caption{{{". ".join(one[:1].upper() + one[1:] for one in said)}.}}
 \\label{{tab:{label.lower()}}}
-\\begin{{tabular}}{{l{"r" * len(table.rows)}}}
+\\begin{{tabular}}{{l{"r" * len(metrics)}}}
 \\toprule
 {" & ".join(["", *metrics])} \\\\
 \\midrule
@@ -72,6 +79,17 @@ def _table(part: Part, table: MetricTable) -> str:
 \\end{{tabular}}
 \\end{{table}}
 """
+
+
+def _sizes(table: MetricTable) -> str:
+    """Return the number of cases: the most frequent one, and which metrics have another."""
+    usual, _ = Counter(row.n for row in table.rows).most_common(1)[0]
+    others: dict[str, list[str]] = {}
+    for row in table.rows:
+        if row.n != usual:
+            others.setdefault(row.n, []).append(row.metric)
+    rest = "; ".join(f"{n} for {', '.join(metrics)}" for n, metrics in others.items())
+    return f"$n$ = {text(usual)}" + (text(f", but {rest}") if rest else "")
 
 
 def _name(table: MetricTable, head: ColumnHead) -> str:
