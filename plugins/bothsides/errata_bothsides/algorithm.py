@@ -5,9 +5,11 @@ R (d, N), C (D, D), Δ (d, D). One problem per layer:
 
     Δ = R (Kᵀ C⁻¹ K + λ I)⁻¹ Kᵀ C⁻¹        R = [r … r, 0 … 0]
 
-with the keys of the edit, in every context a key of its own, and those that must stay. On the
-entity's side r is δ. On the relation's side r is what is still missing, z − h, divided by the
-number of layers that are left, as in MEMIT (Meng et al. 2023, equation 20).
+with the keys of the edit and those that must stay. On the entity's side nothing is kept; the key
+is the mean over contexts, and r is δ, as in ROME (Meng et al. 2022). On the relation's side every
+context has a key of its own, since beside keys that stay a mean would cancel the edit; r is what
+is still missing, z − h, divided by the number of layers that are left, as in MEMIT (Meng et al.
+2023, equation 20).
 """
 
 from __future__ import annotations
@@ -37,6 +39,11 @@ if TYPE_CHECKING:
     from errata.kit.value_loss import Evaluation
     from errata.model import Model
     from errata_bothsides.config import BothSidesConfig
+
+RELATION_CONTEXTS = 2
+"""Contexts that the relation's prompts stand in, each with keys of its own."""
+KEPT_CONTEXTS = 3
+"""Contexts of the entity's prompts that must stay."""
 
 
 def contexts_of(model: Model, config: BothSidesConfig) -> tuple[str, ...]:
@@ -116,7 +123,7 @@ def both_sides(
     early, *late = layers_of(model, config)
     asked = [RelationPrompt.of(fact) for fact in facts]
     staying = [
-        Staying.beside(model, fact, prompt, contexts, config)
+        Staying.beside(model, fact, prompt, contexts[:KEPT_CONTEXTS], config)
         for fact, prompt in zip(facts, asked, strict=True)
     ]
 
@@ -125,12 +132,13 @@ def both_sides(
     kl_prompt = config.kl_prompt if config.kl_factor else None
     settings = settings_of(early, config, steps, config.clamp, kl_prompt)
     (values,) = optimise_shared(model, [facts], contexts, settings, SideObjective(config))
+    # One key averaged over the contexts, as ROME's: nothing is kept here that it could cancel.
     entity = side(
         early,
-        torch.cat([value.keys for value in values]),
-        torch.stack([value.delta for value in values for _ in value.keys]),
+        torch.stack([value.keys.mean(0) for value in values]),
+        torch.stack([value.delta for value in values]),
         C[early],
-        config,
+        config.slack / len(contexts),
     )
 
     # The relation's side, with the entity's in place: at each new object, the relation is said.
@@ -141,15 +149,16 @@ def both_sides(
         ]
         for prompt, fact in zip(asked, facts, strict=True)
     ]
+    near = contexts[:RELATION_CONTEXTS]
     clamp = config.relation_clamp or config.clamp
     settings = settings_of(late[-1], config, config.steps, clamp)
     with written(model, [entity.update]):
-        found = optimise_shared(model, questions, contexts[:2], settings, SideObjective(config))
+        found = optimise_shared(model, questions, near, settings, SideObjective(config))
         kept = [
             kept_keys(model, prompts, value, C[late[-1]], late, config)
             for prompts, (value, *_) in zip(staying, found, strict=True)
         ]
-    prompts = each_context(model, [q for group in questions for q in group], contexts[:2])
+    prompts = each_context(model, [q for group in questions for q in group], near)
     δ = at_block(prompts, late[-1], [value for group in found for value in group])
     relation: list[Side] = []
     z: Columns | None = None
@@ -160,7 +169,7 @@ def both_sides(
         z = h + δ if z is None else z
         R = prompts.before_norm(layer, (z - h) / layers_left, below)
         stay = [keys[layer] for keys in kept]
-        relation.append(side(layer, K.flat.T, R.flat.T, C[layer], config, stay))
+        relation.append(side(layer, K.flat.T, R.flat.T, C[layer], config.slack, stay))
     return [entity, *relation]
 
 
@@ -203,7 +212,7 @@ def side(
     keys: Tensor,
     residuals: Tensor,
     C: NormalMatrix,
-    config: BothSidesConfig,
+    slack: float,
     kept: Sequence[Tensor] = (),
 ) -> Side:
     """Return the change of one layer: residuals (N, d) at keys (N, D), nothing at those kept."""
@@ -212,7 +221,7 @@ def side(
     K = Columns.of(torch.cat([keys.float().cpu(), *kept]))
     R = Columns.of(torch.cat([residuals, nothing]).float().cpu())
     C_inv = inverse(C)
-    λ = config.slack * float(k.T @ C_inv @ k)
+    λ = slack * float(k.T @ C_inv @ k)
     Δ = R @ inverse(K.T @ C_inv @ K + λ * I) @ K.T @ C_inv
     return Side(LayerUpdate(layer, K, R, Δ, R), λ)
 

@@ -101,7 +101,7 @@ class BothSidesConfig(MethodConfig):
         default=None, description='Contexts with one {}, the first "{}"; none: generated'
     )
     context_lengths: tuple[tuple[int, int], ...] = Field(
-        default=((5, 3), (10, 3)), description="Generated contexts: (tokens, how many)"
+        default=((5, 10), (10, 10)), description="Generated contexts: (tokens, how many)"
     )
 
     @field_validator("wordings")
