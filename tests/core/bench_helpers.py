@@ -163,10 +163,10 @@ def short(**changes: Any) -> dict[str, Any]:
 
 
 def values(directory: Path) -> dict[str, dict[str, Any]]:
-    """Return the lines of a run by key, without timings and the random names of edits."""
+    """Return the lines of a run by key, without timings, tracebacks and the random names of edits."""
     found = {}
     for line in bench.load(directory):
-        kept = {k: v for k, v in line.items() if k not in ("seconds", "finished")}
+        kept = {k: v for k, v in line.items() if k not in ("seconds", "finished", "traceback")}
         if kept.get("edit"):
             kept["edit"] = {
                 **{k: v for k, v in kept["edit"].items() if k != "seconds"},
