@@ -163,7 +163,7 @@ def short(**changes: Any) -> dict[str, Any]:
 
 
 def values(directory: Path) -> dict[str, dict[str, Any]]:
-    """Return the lines of a run by key, without timings, tracebacks and the random names of edits."""
+    """Return the lines of a run by key, without timings, tracebacks and edits' random names."""
     found = {}
     for line in bench.load(directory):
         kept = {k: v for k, v in line.items() if k not in ("seconds", "finished", "traceback")}
