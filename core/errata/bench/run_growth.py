@@ -115,11 +115,11 @@ def differences(there: Any, here: Any, where: str = "") -> Iterator[str]:
     if isinstance(there, Mapping) and isinstance(here, Mapping):
         for key in dict.fromkeys([*there, *here]):
             place = f"{where}.{key}" if where else str(key)
-            if isinstance(there.get(key, here.get(key)), Mapping) and (there.keys() ^ here.keys()):
-                if key not in there or key not in here:
-                    yield f"{place}: {'there' if key in there else 'here'} only"
-                    continue
-            yield from differences(there.get(key), here.get(key), place)
+            known = key in there
+            if known != (key in here) and isinstance((there if known else here)[key], Mapping):
+                yield f"{place}: {'there' if known else 'here'} only"
+            else:
+                yield from differences(there.get(key), here.get(key), place)
     elif there != here:
         yield f"{where}: {_values(there, here)}{_note(where)}"
 

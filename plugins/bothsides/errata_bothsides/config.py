@@ -51,7 +51,8 @@ class BothSidesConfig(MethodConfig):
         default=0.1,
         ge=0,
         description="λ in units of what the edit's own key weighs, kᵀ C⁻¹ k: how much a miss is "
-        "tolerated, at the keys of the edit and at those that must stay",
+        "tolerated, at the keys of the edit and at those that must stay; divided by the number of "
+        "contexts at the entity's side, where one key stands for all of them",
     )
     alike: int = Field(
         default=8,
