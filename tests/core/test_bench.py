@@ -21,20 +21,13 @@ from errata.errors import (
     UnknownNameError,
 )
 from errata.evaluate import Answer, Measurement
-from tests.core.bench_helpers import SUBJECTS, install, short, values
+from tests.core.bench_helpers import SUBJECTS, short, values
 from tests.helpers import ROOT
 
 Lines = dict[str, dict[str, Any]]
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return install(tmp_path_factory.mktemp("site"))
-
-
-@pytest.fixture(autouse=True)
-def installed(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(site)
+pytestmark = pytest.mark.usefixtures("installed")
 
 
 def run(folder: Path, **changes: Any) -> Lines:

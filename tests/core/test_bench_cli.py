@@ -23,21 +23,15 @@ from typer.testing import CliRunner
 from errata import bench
 from errata.cli import bench as command
 from errata.contract import plugins
-from tests.core.bench_helpers import SUBJECTS, install, short
+from tests.core.bench_helpers import SUBJECTS, short
 from tests.helpers import ROOT
 
 Run = Callable[..., Any]
 EXAMPLES = sorted((ROOT / "examples" / "bench").glob("*.yaml"))
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return install(tmp_path_factory.mktemp("site"))
-
-
 @pytest.fixture
-def run(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.syspath_prepend(site)
+def run(installed: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.chdir(tmp_path)
     app = typer.Typer()
     command.add(app)

@@ -33,19 +33,13 @@ from errata.errors import (
     StorageError,
     UnknownNameError,
 )
-from tests.core.bench_helpers import SUBJECTS, install, short, values
+from tests.core.bench_helpers import SUBJECTS, short, values
 
 STREAM = short(regime="sequential", limit=2, checkpoints=[1])
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return install(tmp_path_factory.mktemp("site"))
-
-
 @pytest.fixture(autouse=True)
-def installed(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(site)
+def one_thread(installed: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 

@@ -20,7 +20,7 @@ from errata.bench.results import ResultsFile
 from errata.datasets import atlas
 from errata.edits.ledger import Ledger
 from errata.errors import ConfigError, IntegrityError, LedgerBusyError, StorageError
-from tests.core.bench_helpers import SUBJECTS, Runner, install, runner, short, values
+from tests.core.bench_helpers import SUBJECTS, Runner, runner, short, values
 
 STREAM = short(
     regime="sequential",
@@ -31,14 +31,7 @@ STREAM = short(
 )
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return install(tmp_path_factory.mktemp("site"))
-
-
-@pytest.fixture(autouse=True)
-def installed(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(site)
+pytestmark = pytest.mark.usefixtures("installed")
 
 
 @pytest.fixture(scope="module")

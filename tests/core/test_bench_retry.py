@@ -10,17 +10,9 @@ import pytest
 from errata import bench
 from errata.bench.results import ResultsFile
 from errata.errors import StorageError
-from tests.core.bench_helpers import SUBJECTS, install, short, values
+from tests.core.bench_helpers import SUBJECTS, short, values
 
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return install(tmp_path_factory.mktemp("site"))
-
-
-@pytest.fixture(autouse=True)
-def installed(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(site)
+pytestmark = pytest.mark.usefixtures("installed")
 
 
 @pytest.fixture
