@@ -14,6 +14,7 @@ from errata import Editor, bench
 from errata.cli.app import app
 from errata.datasets import atlas, load
 from errata.errors import PluginError, UnknownNameError
+from errata.evaluate import Baseline
 from tests.helpers import ROOT
 
 PAGE = (ROOT / "docs" / "protocols.md").read_text(encoding="utf-8")
@@ -42,7 +43,7 @@ def test_the_pages_protocol_is_measured_by_its_name(
     monkeypatch.chdir(tmp_path)
     run = bench.run(
         {
-            "model": "atlas-gpt2", "methods": "ice", "datasets": "atlas", "limit": 2,
+            "model": "atlas-gpt2", "methods": "rome", "datasets": "atlas", "limit": 2,
             "protocols": "brevity", "settings": {"max_new_tokens": 4},
         },
         tmp_path / "run",
@@ -52,11 +53,18 @@ def test_the_pages_protocol_is_measured_by_its_name(
         for line in run.cases()
     }
     cases = [request.case_id for request in atlas.requests(2)]
-    assert found.keys() == {(who, case) for who in ("base", "ice") for case in cases}
-    assert all(found["ice", case] == ["words", "more_words"] for case in cases)
+    assert found.keys() == {(who, case) for who in ("base", "rome") for case in cases}
+    assert all(found["rome", case] == ["words", "more_words"] for case in cases)
+    assert all(found["base", case] == ["words"] for case in cases)
     with Editor("atlas-gpt2") as editor:
         (measured,) = editor.evaluate(atlas.requests(2), "brevity", max_new_tokens=4)
-    assert (measured.metric, measured.n, measured.unit) == ("words", 2, "words")
+        assert (measured.metric, measured.n, measured.unit) == ("words", 2, "words")
+        editor.edit(atlas.requests(1)[0], method="rome")  # asking the base takes it off and on
+        again = editor.evaluate(atlas.requests(2), "brevity", max_new_tokens=4)
+        assert [one.metric for one in again] == ["words", "more_words"]
+        assert editor.verify() == []
+        (kept,) = Baseline.capture(editor.model, atlas.requests(2), ["brevity"]).measurements
+        assert kept.metric == "words"
     assert "at most 4 new tokens" in measured.protocol
     with pytest.raises(UnknownNameError, match=r"in the group errata\.plugins of entry points"):
         load("brevity", "some.jsonl")

@@ -14,6 +14,7 @@ from errata.cli.app import app
 from errata.contract import plugins
 from errata.contract.manager import Manager
 from errata.errors import PluginError
+from errata.evaluate import Measurement, Protocol
 from tests.families import build
 
 PLUGIN = '''
@@ -322,3 +323,54 @@ def test_an_evaluation_that_returns_no_measurements_or_changes_the_model_is_name
         with pytest.raises(PluginError, match=rf"(?s){said}"):
             editor.evaluate([{"prompt": "{} is", "subject": "Ada", "target_new": "in"}])
         assert editor.verify() == []
+
+
+class Brings:
+    """An observer whose protocol measures as it is told to."""
+
+    def __init__(self, measure: Any) -> None:
+        self.measure = measure
+
+    @hookimpl
+    def protocols(self) -> list[Protocol]:
+        return [Protocol("own", "what the test says", "this file", self.measure)]
+
+
+def measured_in_the_hook(reader: Any) -> list[Measurement]:
+    return [Measurement.mean("ones", [1.0], "own: one", case_ids=["0"])]
+
+
+class Twice(Brings):
+    """Measures in `evaluate` what its protocol measures already."""
+
+    @hookimpl
+    def evaluate(self, protocols: Any) -> list[Measurement]:
+        return measured_in_the_hook(None) if "own" in protocols else []
+
+
+@pytest.mark.parametrize(
+    ("observer", "said"),
+    [
+        (Brings(lambda reader: {"accuracy": 1.0}), "protocol 'own'.*returned something else"),
+        (Brings(lambda reader: [0.5]), "protocol 'own'.*returned something else"),
+        (Brings(lambda reader: {}["nothing"]), "protocol 'own'.*failed: KeyError"),
+        (
+            Brings(lambda reader: [reader.model.module.lm_head.weight.data.add_(1.0)][:0]),
+            "protocol 'own'.*wte",
+        ),
+        (Twice(measured_in_the_hook), "'ones'.*measured twice"),
+    ],
+)
+def test_a_protocols_measure_is_held_to_the_contract(observer: Any, said: str, toys: None) -> None:
+    module, tokenizer = build("gpt2")
+    with Editor(module, tokenizer, observers=[observer]) as editor:
+        with pytest.raises(PluginError, match=rf"(?s){said}"):
+            editor.evaluate([{"prompt": "{} is", "subject": "Ada", "target_new": "in"}], "own")
+        assert editor.verify() == []
+
+
+def test_a_protocol_without_a_measure_is_measured_by_its_plugins_hook(toys: None) -> None:
+    module, tokenizer = build("gpt2")
+    with Editor(module, tokenizer, observers=[Twice(None)]) as editor:
+        asked = {"prompt": "{} is", "subject": "Ada", "target_new": "in"}
+        assert [one.metric for one in editor.evaluate([asked], "own")] == ["ones"]

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from errata.bench.records import versions
 from errata.bench.run_spec import Case, case_name
 from errata.errors import IntegrityError, StorageError
-from errata.evaluate import PROTOCOLS, Baseline, Measurement, Reader, TargetScore
+from errata.evaluate import Baseline, Measurement, Reader, TargetScore
+from errata.evaluate.baseline import installed_protocols
 from errata.evaluate.pooling import harmonic_mean, one_value
 from errata.evaluate.reader import KnownAnswers
 from errata.model.storage import make_folder, write_bytes
@@ -145,19 +146,19 @@ def measure_unedited(
     settings: MeasureSettings,
     memory: KnownAnswers,
 ) -> list[Measurement]:
-    """Measure the model with every edit off by any protocols, the core's and others.
+    """Measure the model with every edit off by any protocols.
 
     What it answers is added to `memory`; what is known there is not asked again.
     """
     model = editor.model
-    core = {protocol.name: protocol for protocol in PROTOCOLS}
+    known = installed_protocols()
     reader = Reader(model, requests, settings, memory, of_base=True)
     base = Baseline(model.fingerprint, settings, memory)
     found: list[Measurement] = []
     with reader.state():
         for name in protocols:
-            if name in core:
-                found += core[name].measure(reader)
+            if name in known and known[name].measure:
+                found += known[name].ask(reader)
             else:
                 found += editor.evaluate(requests, [name], baseline=base)
     probes = [p for r in requests for p in (*r.neighbourhood, *r.locality) if not p.answers]

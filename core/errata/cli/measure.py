@@ -288,8 +288,9 @@ def evaluate(
 
 def _why_missing(protocol: str) -> str:
     """Return why a protocol has no number: what the requests lack."""
-    from errata.evaluate import PROTOCOLS
+    from errata.evaluate.baseline import installed_protocols
 
-    needs = {known.name: known.needs for known in PROTOCOLS}.get(protocol)
+    known = installed_protocols()
+    needs = known[protocol].needs if protocol in known else ""
     lack = f"none has {needs}" if needs else "they have no prompt for it"
     return f"{protocol}: nothing to measure in these requests; {lack}"

@@ -75,17 +75,17 @@ class Specification:
         self,
         model: Model,
         requests: Sequence[Request],
-        protocols: Sequence[str],
+        protocols: Mapping[str, Protocol],
         settings: Mapping[str, Any],
     ) -> Sequence[Measurement] | None:
-        """Measure the model as it stands, for those protocols that this plugin knows.
+        """Measure the model as it stands, for those protocols by name that this plugin knows.
 
-        `settings` are the keyword arguments that the caller gave to `Editor.evaluate`.
+        For what has no `measure`. `settings`: the keyword arguments of `Editor.evaluate`.
         """
 
     @hookspec
     def protocols(self) -> Sequence[Protocol] | None:
-        """Return the protocols that the plugin's `evaluate` measures, so that they have names."""
+        """Return the protocols that the plugin brings. Each is measured by its `measure`."""
 
     @hookspec
     def apply(self, model: Model, edits: Sequence[Edit]) -> None:

@@ -168,15 +168,17 @@ class Manager:
 
         Raises:
             ImpureMethodError: a plugin that is not errata's own changed the model.
-            PluginError: one returned something else than measurements.
+            PluginError: one returned something else than measurements, or what another measures.
         """
-        asked = [i.plugin for i in self._pm.hook.evaluate.get_hookimpls()]
-        strangers = [plugin for plugin in asked if not is_own(plugin)]
+        measuring = [i.plugin for i in self._pm.hook.evaluate.get_hookimpls()]
+        strangers = [plugin for plugin in measuring if not is_own(plugin)]
         name = called(strangers[0]) if strangers else ""
         with pure(model, name, "evaluate") if strangers else nullcontext():
             with self._calling("evaluate"):
+                known = self.protocols()
+                asked = {name: known[name] for name in protocols if name in known}
                 results = self._pm.hook.evaluate(
-                    model=model, requests=requests, protocols=protocols, settings=settings
+                    model=model, requests=requests, protocols=asked, settings=settings
                 )
         found = [item for result in reversed(results) for item in _listed(result)]
         if not all(isinstance(result, (list, tuple)) for result in results) or not all(
@@ -186,6 +188,7 @@ class Manager:
                 f"{' or '.join(map(called, strangers))} returned something else than a list of "
                 "Measurement (errata.contract.measurement) from `evaluate`."
             )
+        _check_once(results)
         if not found and protocols and "baseline" not in settings:
             # A run that has a baseline measures case by case, and says itself what is missing.
             logger.warning("Nothing was measured. %s", self._lacking(protocols))
@@ -245,6 +248,19 @@ class Manager:
         """Tell the plugins that edits are taken off the model, as one change."""
         with self._calling("revert"):
             self._pm.hook.revert(model=model, edits=edits)
+
+
+def _check_once(results: Sequence[Sequence[Measurement]]) -> None:
+    """Raise `PluginError` where two plugins measured the same."""
+    seen: set[tuple[str, str]] = set()
+    for result in results:
+        mine = {(item.protocol, item.metric) for item in result}
+        for protocol, metric in mine & seen:
+            raise PluginError(
+                f"{metric!r} ({protocol}) was measured twice. A protocol with a `measure` needs no "
+                "`evaluate` hook."
+            )
+        seen |= mine
 
 
 def _listed(result: Any) -> list[Any]:

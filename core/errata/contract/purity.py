@@ -46,7 +46,10 @@ class Snapshot:
         names = []
         for name, tensor in {**self._model.parameters, **self._model.buffers}.items():
             version, bits, requires_grad = self._tensors[name]
-            if tensor._version != version or not torch.equal(hashed(tensor), bits):
+            if not torch.equal(hashed(tensor), bits) or (
+                # Who asks the base takes every edit off and puts it on again.
+                tensor._version != version and self._model.stack.differing([name])
+            ):
                 names.append(name)
             elif tensor.requires_grad != requires_grad:
                 names.append(f"{name} (requires_grad)")

@@ -12,18 +12,25 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter
 
+from errata.contract import plugins
+from errata.contract.manager import Manager
 from errata.contract.measurement import Measurement
 from errata.edits.outputs import BASELINE, write_file
 from errata.errors import ConfigError, FingerprintError, IntegrityError
-from errata.evaluate.protocols import PROTOCOLS
 from errata.evaluate.reader import KnownAnswers, MeasureSettings, Reader
 from errata.model.arguments import check_name, texts_of
 from errata.model.storage import parse_json
 
 if TYPE_CHECKING:
+    from errata.contract.protocol import Protocol
     from errata.edits.request import Request
     from errata.evaluate.classifiers import SentimentClassifier, TopicClassifier
     from errata.model.model import Model
+
+
+def installed_protocols() -> dict[str, Protocol]:
+    """Return every protocol by name: errata's own, and those of installed packages."""
+    return Manager("", plugins.rooms()).protocols()
 
 
 @dataclass(frozen=True)
@@ -55,22 +62,22 @@ class Baseline:
         Args:
             model: the model, edited or not.
             requests: whose prompts are answered.
-            protocols: what is measured, of the core's protocols.
+            protocols: what is measured, errata's own and those of installed packages.
             **settings: fields of `MeasureSettings`.
 
         Raises:
-            UnknownNameError: the core has no such protocol.
+            UnknownNameError: there is no such protocol.
         """
-        names = [protocol.name for protocol in PROTOCOLS]
+        known = installed_protocols()
         asked_for = texts_of(protocols, "protocols")
         for name in asked_for:
-            check_name("protocol", name, names)
+            check_name("protocol", name, known)
         asked = MeasureSettings(**settings)
         memory = KnownAnswers()
         reader = Reader(model, requests, asked, memory, of_base=True)
-        wanted = [protocol for protocol in PROTOCOLS if protocol.name in asked_for]
+        wanted = [protocol for name, protocol in known.items() if name in asked_for]
         with reader.state():
-            found = [item for protocol in wanted for item in protocol.measure(reader)]
+            found = [item for protocol in wanted for item in protocol.ask(reader)]
         return cls(model.fingerprint, asked, memory, tuple(found))
 
     def save(self, path: Path | str) -> Path:

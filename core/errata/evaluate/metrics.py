@@ -50,17 +50,17 @@ class CoreMetrics:
         self,
         model: Model,
         requests: Sequence[Request],
-        protocols: Sequence[str],
+        protocols: Mapping[str, Protocol],
         settings: Mapping[str, Any],
     ) -> list[Measurement]:
         """Measure with the settings of one call: `baseline`, or fields of `MeasureSettings`."""
         asked = CoreMetrics(**settings) if settings else self
-        return asked.evaluate(model, requests, protocols)
+        return asked.evaluate(model, requests, list(protocols.values()))
 
     def evaluate(
-        self, model: Model, requests: Sequence[Request], protocols: Sequence[str]
+        self, model: Model, requests: Sequence[Request], protocols: Sequence[str | Protocol]
     ) -> list[Measurement]:
-        """Measure the model as it stands, for each known protocol in the order asked for.
+        """Measure the model as it stands by protocols, errata's by name, in the order asked for.
 
         Metrics without a prompt in the requests are left out, never reported as 0.
         """
@@ -70,7 +70,8 @@ class CoreMetrics:
             memory = self.baseline.memory
         reader = Reader(model, requests, self.settings, memory)
         known = {protocol.name: protocol for protocol in PROTOCOLS}
-        wanted = [known[name] for name in dict.fromkeys(protocols) if name in known]
+        asked = dict.fromkeys(known.get(p) if isinstance(p, str) else p for p in protocols)
+        wanted = [protocol for protocol in asked if protocol and protocol.measure]
         if not reader.generates and wanted:
             logger.warning(
                 "%s is an encoder: it generates no text, so only teacher-forced numbers are "
@@ -78,4 +79,4 @@ class CoreMetrics:
                 model.name,
             )
         each = model.progress.track(wanted, "Measuring", len(wanted))
-        return [measurement for protocol in each for measurement in protocol.measure(reader)]
+        return [measurement for protocol in each for measurement in protocol.ask(reader)]
