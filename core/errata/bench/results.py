@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from errata.errors import ConfigError, IntegrityError, LedgerBusyError, StorageError
 from errata.model.storage import make_folder, write_bytes
@@ -251,28 +252,18 @@ def locked(path: Path, wait: float = 0.0) -> Iterator[None]:
     Raises:
         LedgerBusyError: another process has it.
     """
+    lock = FileLock(path)
     try:
-        import fcntl
-    except ImportError:  # Windows: no lock, the user must not start a run twice
-        yield
-        return
+        lock.acquire(timeout=wait)
+    except Timeout:
+        raise LedgerBusyError(
+            f"Another process is at work in {path.parent}: wait for it, stop it, or write to "
+            "another folder."
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(f"Cannot write {path}: {reason}.") from error
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise StorageError(f"Cannot write {path}: {error.strerror or error}.") from error
-    try:
-        deadline = time.monotonic() + wait
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                if time.monotonic() >= deadline:
-                    raise LedgerBusyError(
-                        f"Another process is at work in {path.parent}: wait for it, stop it, or "
-                        "write to another folder."
-                    ) from None
-                time.sleep(0.05)
         yield
     finally:
-        os.close(handle)
+        lock.release()
