@@ -227,7 +227,9 @@ class Counting:
         return (yield)
 
 
-def test_what_was_made_on_top_of_a_reverted_edit_is_stale_until_rebased(tmp_path: Path) -> None:
+def test_what_was_made_on_top_of_a_reverted_edit_is_stale_until_rebased(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     observer = Counting()
     with open_editor(tmp_path, observers=[observer]) as editor:
         one, two, three = (
@@ -235,7 +237,9 @@ def test_what_was_made_on_top_of_a_reverted_edit_is_stale_until_rebased(tmp_path
             for name in ("Ada", "Alan", "Grace")
         )
         assert not any(entry.stale for entry in editor.log())
+        assert "Stale" not in caplog.text
         editor.revert(one)
+        assert f"Stale: {two.id}, {three.id}. Computed on top of edits that are off" in caplog.text
         assert [entry.edit.id for entry in editor.log() if entry.stale] == [two.id, three.id]
         observer.seen.clear()
         new = editor.rebase()

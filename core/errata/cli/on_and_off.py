@@ -85,10 +85,6 @@ def revert(
         taken = editor.revert(*wanted, restore=restore) if wanted else []
         back = [edit for edit in editor.model.stack.entries if edit.id not in before]
         _changed(session, editor, {"reverted": taken, **({"restored": back} if restore else {})})
-        stale = len(editor.ledger.stale_ids())
-        if stale:
-            note = "made on top of edits that are off now; see: errata rebase"
-            session.say(f"{stale} stale: {note}", "warn")
 
 
 def apply(

@@ -13,6 +13,7 @@ from errata.edits.fingerprint import check_fingerprint
 from errata.edits.ledger.model_note import model_of, remember_model
 from errata.edits.ledger.schema import VERIFIED
 from errata.errors import ErrataError, IntegrityError, PluginError, StorageError
+from errata.model.display import shortened
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -119,6 +120,7 @@ class Transactions:
         What comes off needs no delta: an edit whose file is lost can be taken off, too.
         """
         self._check(on)
+        before = set(self._ledger.stale_ids())
         with self.all_or_nothing([edit.id for edit in (*off, *on)]):
             gone = {edit.id for edit in off}
             kept = [edit for edit in self._stack.entries if edit.id not in gone]
@@ -130,6 +132,11 @@ class Transactions:
             with self._ledger.transaction():
                 self._ledger.deactivate(gone)
                 self._ledger.activate([edit.id for edit in on])
+        if stale := [name for name in self._ledger.stale_ids() if name not in before]:
+            logger.warning(
+                "Stale: %s. Computed on top of edits that are off; `rebase` computes them again.",
+                shortened(", ".join(stale)),
+            )
 
     def reconcile(self) -> dict[str, str]:
         """Make the model what the ledger says, as far as each edit can be put on.
