@@ -42,7 +42,7 @@ def editing(model: Model, **config: Any) -> tuple[KnowledgeEditor, list[Signals]
 
 
 def answered(kl: float) -> Answered:
-    return Answered(torch.ones(2), torch.ones(2).bool(), torch.tensor(kl), 1.0)
+    return Answered(torch.ones(2), torch.ones(2).bool(), torch.tensor(kl), torch.tensor(kl), 1.0)
 
 
 def test_the_change_is_the_gated_gradient_and_a_row(tmp_path: Path) -> None:

@@ -69,6 +69,12 @@ class MendConfig(NetworkConfig):
     )
     c_edit: float = Field(default=0.1, gt=0, description="Weight of the edit in the loss")
     c_loc: float = Field(default=1.0, ge=0, description="Weight of locality in the loss")
+    c_reverse: float = Field(
+        default=0.0,
+        ge=0,
+        description="Weight of KL(P' ‖ P) in the loss: of what the edited model says where nothing "
+        "should change, and the base does not; 0, as published",
+    )
 
     def for_model(self, anatomy: Anatomy) -> Self:
         """Return the configuration with layers and modules written out: the last blocks' MLPs."""

@@ -9,7 +9,10 @@ For each matrix W_k of one shape (m × n), with x the input and δ the gradient 
 U starts at zero, so that g starts as the identity. Matrices of one shape share U, V, b and the
 statistics; s_k, t_k and η_k are each one's own. The loss of an edit is
 
-    c_edit · −log P'(o | x')  +  c_loc · KL(P ‖ P')
+    c_edit · −log P'(o | x')  +  c_loc · KL(P ‖ P')  +  c_reverse · KL(P' ‖ P)
+
+The last term is errata's own, 0 as published: KL(P ‖ P') weighs by what the base says, so that a
+new object that rises from nothing among neighbours hardly counts there.
 
 Against the authors' code: the rectifier passes gradient at zero (as `clamp` does there); statistics
 are those of all training requests, taken before the first step, instead of running along; each edit
@@ -191,9 +194,10 @@ class MendNetwork(EditingNetwork):
         return found
 
     def objective(self, answered: Answered) -> Tensor:
-        """Return c_edit · NLL + c_loc · KL."""
+        """Return c_edit · NLL + c_loc · KL(P ‖ P') + c_reverse · KL(P' ‖ P)."""
         config = self._config
-        return config.c_edit * answered.edit.mean() + config.c_loc * answered.locality
+        stays = config.c_loc * answered.locality + config.c_reverse * answered.reverse
+        return config.c_edit * answered.edit.mean() + stays
 
     def optimisers(self) -> list[torch.optim.Optimizer]:
         """Return one Adam for the networks and one for the rates."""

@@ -51,6 +51,8 @@ class Answered:
         holds: (B,) whether each of its tokens is the most probable one.
         locality: KL divergence (nats) of the edited from the unedited model, mean over the
             answers' tokens of each locality row, then over the rows.
+        reverse: the same the other way round, KL(P' ‖ P): of what the edited model says there and
+            the unedited one does not.
         kept: share of those rows whose most probable tokens (or class) stay the base's.
         spread: (B,) mean negative log-probability of all tokens (nats), for label smoothing.
     """
@@ -58,6 +60,7 @@ class Answered:
     edit: Tensor
     holds: Tensor
     locality: Tensor
+    reverse: Tensor
     kept: float
     spread: Tensor | None = None
 
@@ -272,23 +275,28 @@ class Lesson:
         missed = (read.said.argmax(-1) != read.labels).float()
         wrong = zero.index_add(0, read.owners, missed)
         spread = zero.index_add(0, read.owners, -read.said.mean(-1)) / count
-        divergence, kept = self._moved(factors, drawn.stays)
-        return Answered(edit, wrong == 0, divergence, kept, spread)
+        return Answered(edit, wrong == 0, *self._moved(factors, drawn.stays), spread)
 
-    def _moved(self, factors: Mapping[str, Factors], stays: Sequence[int]) -> tuple[Tensor, float]:
-        """Return the divergence of rows that must stay, and the share of them that did."""
+    def _moved(
+        self, factors: Mapping[str, Factors], stays: Sequence[int]
+    ) -> tuple[Tensor, Tensor, float]:
+        """Return both divergences of rows that must stay, and the share of them that did."""
         if self._stays is None or self._base is None or not stays:
-            return torch.zeros((), device=self._device), 1.0
+            nothing = torch.zeros((), device=self._device)
+            return nothing, nothing, 1.0
         rows = torch.tensor(stays)
         read = self._stays.read(rows, factors)
         before = self._base[read.places.cpu()].to(read.said.device).float()
         row = torch.searchsorted(rows.to(read.rows.device), read.rows)
         zero = read.said.new_zeros(len(rows))
-        kl = functional.kl_div(read.said, before, log_target=True, reduction="none").sum(-1)
-        each = zero.index_add(0, row, kl) / torch.bincount(row, minlength=len(rows))
+        count = torch.bincount(row, minlength=len(rows))
+        divergences = []
+        for now, then in ((read.said, before), (before, read.said)):
+            kl = functional.kl_div(now, then, log_target=True, reduction="none").sum(-1)
+            divergences.append((zero.index_add(0, row, kl) / count).mean())
         differ = (read.said.argmax(-1) != before.argmax(-1)).float()
         moved = zero.index_add(0, row, differ)
-        return each.mean(), float((moved == 0).float().mean())
+        return divergences[0], divergences[1], float((moved == 0).float().mean())
 
 
 def locality_of(
