@@ -141,7 +141,16 @@ class Measured:
         self.probes = {
             "similar_subject": [asked(s, case.target_new) for s in subjects],
             "similar_object": [asked(case.subject, o) for o in objects],
-            "same_relation": [asked(r.subject, str(r.target_true)) for r in same[:HARD]],
+            # Of other facts of r, those about other objects; and those about the new one, of which
+            # r holds in truth.
+            "same_relation": [
+                asked(r.subject, str(r.target_true))
+                for r in same
+                if r.target_true != case.target_new
+            ][:HARD],
+            "same_object": [
+                asked(r.subject, case.target_new) for r in same if r.target_true == case.target_new
+            ][:HARD],
             "far_subject": [asked(r.subject, case.target_new) for r in others[:HARD]],
             "far_object": [
                 asked(case.subject, str(r.target_true)) for r in others[HARD : 2 * HARD]
