@@ -168,6 +168,37 @@ def test_doctor_loads_every_group_and_a_name_is_left_out_on_request(
             Editor("atlas-gpt2")
 
 
+def test_a_name_that_two_packages_claim_stops_nothing_else(
+    odd: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = odd.parent / "site" / "errata_rival-2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: errata-rival\nVersion: 2\n")
+    (info / "entry_points.txt").write_text("[errata.methods]\nice = errata_rival:Ice\n")
+    both = (
+        "Two packages provide a method named 'ice'",
+        "errata_rival:Ice",
+        "errata_in_context:Ice",
+    )
+    listed = run("methods", "--json")
+    names = [row["name"] for row in json.loads(listed.stdout)["methods"]]
+    assert "ice" not in names
+    assert {"grace", "rome"} <= set(names)
+    asked = [listed, run("methods", "ice"), run(*FACT, "--method", "ice")]
+    for result in asked:
+        said = " ".join(result.stderr.split())
+        assert all(part in said for part in both), said
+    assert [result.exit_code for result in asked] == [0, 1, 1]
+    assert any(both[0] in text for text in json.loads(run("doctor", "--json").stdout)["problems"])
+    with Editor("atlas-gpt2") as editor:
+        fact = {"prompt": "The capital of {} is", "subject": "Mirevia", "target_new": "Velmont"}
+        with pytest.raises(PluginError, match=r"(?s)Two packages.*'ice'"):
+            editor.edit(fact, method="ice")
+        editor.edit(fact, method="grace")
+    monkeypatch.setenv("ERRATA_DISABLE", "ice")
+    assert "Two packages" not in run("methods").stderr
+
+
 @pytest.mark.parametrize(("group", "hook"), [("plugins", "protocols"), ("models", "models")])
 def test_doctor_asks_what_every_command_asks(
     group: str, hook: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

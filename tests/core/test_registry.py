@@ -344,9 +344,10 @@ def test_two_packages_with_one_name_are_both_named(
     (info / "entry_points.txt").write_text("[errata.methods]\nrome = rival:Rome\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(PluginError, match=r"(?s)rome.*rival|rival.*rome"):
-        plugins.installed()
-    monkeypatch.setenv(plugins.DISABLE, "rome")
+        plugins.load("rome")
     assert "rome" not in plugins.installed()
+    monkeypatch.setenv(plugins.DISABLE, "rome")
+    assert plugins.contested() == {}
 
 
 def test_in_a_shared_namespace_each_folder_speaks_for_its_own(

@@ -13,7 +13,7 @@ from errata.bench.records import versions
 from errata.bench.run_spec import Case, case_name
 from errata.errors import IntegrityError, StorageError
 from errata.evaluate import Baseline, Measurement, Reader, TargetScore
-from errata.evaluate.baseline import installed_protocols
+from errata.evaluate.asking import installed_protocols, measured
 from errata.evaluate.pooling import harmonic_mean, one_value
 from errata.evaluate.reader import KnownAnswers
 from errata.model.storage import make_folder, write_bytes
@@ -158,7 +158,7 @@ def measure_unedited(
     with reader.state():
         for name in protocols:
             if name in known and known[name].measure:
-                found += known[name].ask(reader)
+                found += measured(known[name], reader)
             else:
                 found += editor.evaluate(requests, [name], baseline=base)
     probes = [p for r in requests for p in (*r.neighbourhood, *r.locality) if not p.answers]

@@ -166,13 +166,9 @@ def _devices(problems: list[str]) -> list[str]:
 
 
 def _methods(problems: list[str]) -> list[dict[str, Any]]:
-    try:
-        points = plugins.installed()
-    except ErrataError as error:
-        problems.append(str(error))
-        return []
+    problems += plugins.contested().values()
     rows: list[dict[str, Any]] = []
-    for name in points:
+    for name in plugins.installed():
         row: dict[str, Any] = {"name": name, "from": plugins.version(name), "loads": True}
         try:
             plugins.load(name)

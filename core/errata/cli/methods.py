@@ -81,6 +81,8 @@ def methods(
     if name is None:
         _list(session, points, registry)
         return
+    if name not in points and name in registry.broken:
+        raise ConfigError(registry.broken[name])
     if name not in points and name not in _described(registry):
         raise UnknownNameError("method", name, points)
     if name not in points:

@@ -25,20 +25,35 @@ from errata.model.installed import DISABLE, entry_points, in_other_groups
 def installed() -> dict[str, EntryPoint]:
     """Return the entry point of every installed method, by name, loading none of them.
 
-    Raises:
-        PluginError: two distributions claim one name; both are named.
+    A name that two distributions claim is left out; `contested` says which.
     """
-    found: dict[str, EntryPoint] = {}
-    for point in entry_points(METHODS):
-        other = found.setdefault(point.name, point)
-        if other is point:  # reading metadata for a distribution's name takes milliseconds
-            continue
-        if other.value != point.value or _distribution(other) != _distribution(point):
-            raise PluginError(
-                f"Two packages provide a method named {point.name!r}: {_distribution(other)} "
-                f"({other.value}) and {_distribution(point)} ({point.value}). Uninstall one, or "
-                f"set {DISABLE}={point.name} to ignore the name."
+    return {name: points[0] for name, points in _claims().items() if len(points) == 1}
+
+
+def contested() -> dict[str, str]:
+    """Return the names that two distributions claim, each with both and the way out in words."""
+    found = {}
+    for name, points in _claims().items():
+        if len(points) > 1:
+            both = " and ".join(f"{_distribution(point)} ({point.value})" for point in points)
+            found[name] = (
+                f"Two packages provide a method named {name!r}: {both}. It cannot be used. "
+                f"Uninstall one, or set {DISABLE}={name} to ignore the name."
             )
+    return found
+
+
+def _claims() -> dict[str, list[EntryPoint]]:
+    """Return the entry points of each name; the same one, found twice, counts once."""
+    found: dict[str, list[EntryPoint]] = {}
+    for point in entry_points(METHODS):
+        claims = found.setdefault(point.name, [])
+        # Reading metadata for a distribution's name takes milliseconds: only where it matters.
+        if not any(
+            point.value == other.value and _distribution(point) == _distribution(other)
+            for other in claims
+        ):
+            claims.append(point)
     return dict(sorted(found.items()))
 
 
@@ -81,9 +96,16 @@ def registry_files() -> list[RegistryFile]:
 
 
 def entry_point(name: str) -> EntryPoint:
-    """Return the entry point of an installed method; raise `UnknownNameError` if there is none."""
+    """Return the entry point of an installed method.
+
+    Raises:
+        UnknownNameError: there is none.
+        PluginError: two packages provide it; both are named.
+    """
     points = installed()
     if name not in points:
+        if name in (both := contested()):
+            raise PluginError(both[name])
         hint = f"`errata methods` shows them all.{in_other_groups(name, METHODS)}"
         raise UnknownNameError("method", name, points, hint)
     return points[name]
@@ -94,7 +116,7 @@ def load(name: str) -> Any:
 
     Raises:
         UnknownNameError: not installed; the message suggests and lists.
-        PluginError: it is installed but broken; the message quotes the cause.
+        PluginError: it is installed but broken, or twice; the message quotes the cause.
     """
     point = entry_point(name)
     plugin = _instance(point, "method")

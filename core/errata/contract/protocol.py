@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from errata.contract.measurement import Measurement
-from errata.errors import ErrataError, PluginError
+if TYPE_CHECKING:
+    from errata.contract.measurement import Measurement
 
 
 @dataclass(frozen=True)
@@ -30,36 +30,3 @@ class Protocol:
     origin: str
     measure: Callable[[Any], list[Measurement]] | None = None
     needs: str = ""
-
-    def ask(self, reader: Any) -> list[Measurement]:
-        """Return what `measure` makes of a reader; other packages' is held to the contract.
-
-        Raises:
-            ImpureMethodError: it changed the model.
-            PluginError: it failed, or returned something else than measurements.
-        """
-        from errata.contract.purity import pure  # needs torch
-
-        measure = self.measure
-        if measure is None:
-            return []
-        if measure.__module__.partition(".")[0] == "errata":
-            return measure(reader)
-        whose = f"The protocol {self.name!r} of {measure.__module__}"
-        with pure(reader.model, f"protocol {self.name!r}", "measure"):
-            try:
-                found = measure(reader)
-            except ErrataError:
-                raise
-            except Exception as error:
-                raise PluginError(
-                    f"{whose} failed: {type(error).__name__}: {error} (the traceback shows where)."
-                ) from error
-        if not isinstance(found, (list, tuple)) or not all(
-            isinstance(one, Measurement) for one in found
-        ):
-            raise PluginError(
-                f"{whose} returned something else than a list of Measurement "
-                "(errata.contract.measurement)."
-            )
-        return list(found)

@@ -60,8 +60,8 @@ class Registry:
         incomplete: those that are installed or listed, and not described in full.
         architectures: stanzas by model_type.
         layers: what was merged, in order.
-        broken: methods whose package has a registry file that is not right and was left out, by
-            name, each with what is wrong and the way out.
+        broken: methods that cannot be used, by name, each with what is wrong and the way out: their
+            package's registry file is not right and was left out, or two packages provide them.
     """
 
     methods: Mapping[str, MethodEntry]
@@ -74,8 +74,8 @@ class Registry:
     def load(cls, project: Path | None = None) -> Registry:
         """Read and merge all layers, those of installed plugins among them.
 
-        A plugin's file that is not right is left out with a warning; `method` then raises for the
-        methods of its package.
+        A plugin's file that is not right is left out with a warning, and so is a name that two
+        packages claim; `method` then raises for what this concerns.
 
         Args:
             project: folder whose `registry.yaml` is the project layer; the current one if None.
@@ -94,14 +94,15 @@ class Registry:
         if local.is_file() and local.resolve() != shipped.resolve():
             others.append(Layer(str(local), read_yaml(local), "project"))
         installed, files = plugins.installed(), plugins.registry_files()
+        broken = plugins.contested()
         try:
-            layers = [first, *map(_layer, files), *others]
-            return cls.merge(layers, installed)
+            merged = cls.merge([first, *map(_layer, files), *others], installed)
         except ConfigError:
-            sound, broken = _sound(first, files, installed)
-            for text in dict.fromkeys(broken.values()):
-                _warn(text)
-            return replace(cls.merge([*sound, *others], installed), broken=broken)
+            sound, odd = _sound(first, files, installed)
+            merged, broken = cls.merge([*sound, *others], installed), {**broken, **odd}
+        for text in dict.fromkeys(broken.values()):
+            _warn(text)
+        return replace(merged, broken=broken)
 
     @classmethod
     def merge(cls, layers: Sequence[Layer], installed: Collection[str] = ()) -> Registry:
@@ -117,6 +118,8 @@ class Registry:
             ConfigError: no registry file describes it in full, or its package's is not right; says
                 what is missing or wrong.
         """
+        if name in self.broken:
+            raise ConfigError(self.broken[name])
         if name in self.methods:
             return self.methods[name]
         if name in self.incomplete:

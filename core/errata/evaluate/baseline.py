@@ -12,25 +12,18 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter
 
-from errata.contract import plugins
-from errata.contract.manager import Manager
 from errata.contract.measurement import Measurement
 from errata.edits.outputs import BASELINE, write_file
 from errata.errors import ConfigError, FingerprintError, IntegrityError
+from errata.evaluate.asking import installed_protocols, measured
 from errata.evaluate.reader import KnownAnswers, MeasureSettings, Reader
 from errata.model.arguments import check_name, texts_of
 from errata.model.storage import parse_json
 
 if TYPE_CHECKING:
-    from errata.contract.protocol import Protocol
     from errata.edits.request import Request
     from errata.evaluate.classifiers import SentimentClassifier, TopicClassifier
     from errata.model.model import Model
-
-
-def installed_protocols() -> dict[str, Protocol]:
-    """Return every protocol by name: errata's own, and those of installed packages."""
-    return Manager("", plugins.rooms()).protocols()
 
 
 @dataclass(frozen=True)
@@ -77,7 +70,7 @@ class Baseline:
         reader = Reader(model, requests, asked, memory, of_base=True)
         wanted = [protocol for name, protocol in known.items() if name in asked_for]
         with reader.state():
-            found = [item for protocol in wanted for item in protocol.ask(reader)]
+            found = [item for protocol in wanted for item in measured(protocol, reader)]
         return cls(model.fingerprint, asked, memory, tuple(found))
 
     def save(self, path: Path | str) -> Path:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from errata.contract.hooks import hookimpl
 from errata.errors import ConfigError
+from errata.evaluate.asking import measured
 from errata.evaluate.baseline import Baseline
 from errata.evaluate.protocols import PROTOCOLS
 from errata.evaluate.reader import MeasureSettings, Reader
@@ -79,4 +80,4 @@ class CoreMetrics:
                 model.name,
             )
         each = model.progress.track(wanted, "Measuring", len(wanted))
-        return [measurement for protocol in each for measurement in protocol.ask(reader)]
+        return [measurement for protocol in each for measurement in measured(protocol, reader)]
