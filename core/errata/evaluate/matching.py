@@ -7,12 +7,15 @@ import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from errata.evaluate.sentences import CLOSING, FULL_STOPS, OPENING, SEMICOLONS, STOPS, spaced
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NORMALISATION = "NFKC, case folded, white space collapsed"
-_ENDED = re.compile(r"[\"'”’)\]]*\s*(?:$|[.!?;]+[\"'”’)\]]*(?:\s|$))")
-_OPENING = "\"'“‘(["
+_CLOSED = rf"(?:\s?[»›]|[{re.escape(CLOSING)}])*"
+_ENDED = re.compile(rf"{_CLOSED}\s*(?:$|[.!?;{STOPS}{SEMICOLONS}]+{_CLOSED}(?:\s|$))")
+_OPENED = re.compile(rf"(?:[«‹]\s|[{re.escape(OPENING)}])*")
 _ABBREVIATION = re.compile(
     r"(?:^|[\s(\"'“‘\[])(?:[^\W\d_]|\S*\.\S*[^\s.]|bros|co|corp|dr|etc|gen|gov|inc|jr|ltd|mt|mr|mrs|"
     r"ms|no|prof|rev|sen|sr|st|vol|vs)\.$"
@@ -33,8 +36,9 @@ def normalise(text: str) -> str:
 def exact_match(text: str, answers: Sequence[str]) -> bool:
     """Return whether a generation gives an answer and then stops.
 
-    It stops at its end, at a line break, or at sentence-ending punctuation (. ! ? ;), so a full
-    stop inside the answer ("St. Louis") does not cut it short. The stop of an abbreviation is the
+    It stops at its end, at a line break, or at sentence-ending punctuation (. ! ? ; before white
+    space, and the stops of other scripts, such as 。), so a full stop inside the answer
+    ("St. Louis") does not cut it short. The stop of an abbreviation is the
     answer's own ("U.S."): a sentence ends there only where the next one begins with a word that
     begins sentences ("It", "The" …), or nothing follows. Quotes and brackets may stand before the
     answer, beside those that it has itself. Any of the aliases counts.
@@ -43,13 +47,16 @@ def exact_match(text: str, answers: Sequence[str]) -> bool:
     (True, False)
     >>> exact_match(" U.S. It is", ["U.S."]), exact_match(" U.S. Open", ["U.S."])
     (True, False)
+    >>> exact_match("巴黎。它在", ["巴黎"]), exact_match("巴黎人", ["巴黎"])
+    (True, False)
     """
-    said = (text.strip().splitlines() or [""])[0]
+    said = spaced((text.strip().splitlines() or [""])[0])
     line = normalise(said)
-    marks = len(line) - len(line.lstrip(_OPENING))
+    opened = _OPENED.match(line)
+    marks = opened.end() if opened else 0
     for answer in answers:
-        whole = normalise(answer)
-        wanted = whole.rstrip(".")
+        whole = normalise(spaced(answer))
+        wanted = whole.rstrip("." + FULL_STOPS)
         stopped = whole if _ABBREVIATION.search(whole) else ""
         for start in range(marks + 1) if wanted else ():
             if stopped and line.startswith(stopped, start):
@@ -92,12 +99,12 @@ def _ended_after_stop(line: str, at: int, said: str) -> bool:
     """Return whether a sentence ends with the stop before a place of a normalised line."""
     if _ENDED.match(line, at):
         return True
-    rest = line[at:].lstrip("\"'”’)]")
+    rest = line[at:].lstrip(CLOSING)
     if not rest[:1].isspace():
         return False
     # Only the text itself says which words are capitalised; both have the same words.
     words = unicodedata.normalize("NFKC", said).split()
-    following = words[len(line[:at].split())].lstrip(_OPENING)
+    following = words[len(line[:at].split())].lstrip(OPENING)
     return following[:1].isupper() and following.casefold().rstrip(",") in _STARTERS
 
 
