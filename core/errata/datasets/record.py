@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,8 +21,8 @@ from errata.model.value_problems import problem_of
 class Record:
     """A record and where it stands, so that whatever is wrong with it can be named.
 
-    Fields are named with dots ("requested_rewrite.target_new.str"). A field that is null counts as
-    missing: tables write null where a record lacks a column.
+    Fields are named with dots ("requested_rewrite.target_new.str"). A field that is null or NaN
+    counts as missing: so tables write a record that lacks a column.
     """
 
     data: Any
@@ -52,7 +54,7 @@ class Record:
         for key in field.split(".") if field else ():
             found = found.get(key) if isinstance(found, Mapping) else None
             found = decoded(found) if self.cells else found
-        return found
+        return None if is_missing(found) else found
 
     def has(self, *fields: str) -> bool:
         """Say whether all these fields are there."""
@@ -69,12 +71,15 @@ class Record:
         return found
 
     def text(self, field: str) -> str:
-        """Return a text without outer white space; raise where it is missing or empty."""
+        """Return a text without outer white space; raise where it is missing or empty.
+
+        A number is its digits; a whole one has no decimal point, whatever its column makes it.
+        """
         found = self.required(field)
         if self.cells:  # a text may look like JSON
             found = self.data.get(field, found)
-        if isinstance(found, (int, float)) and not isinstance(found, bool):
-            return str(found)
+        if is_number(found):
+            return as_text(found)
         if not isinstance(found, str):
             raise self.bad(field, f"is {_kind(found)}, not a text")
         if not found.strip():
@@ -146,18 +151,43 @@ class Record:
             raise self.bad(field, f"not a valid request: {problem_of(first)}") from None
 
     def _flat(self, value: Any, field: str) -> Iterator[str]:
-        if value is None:
+        if is_missing(value):
             return
         if isinstance(value, str):
             if value.strip():
                 yield value.strip()
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            yield str(value)
+        elif is_number(value):
+            yield as_text(value)
         elif isinstance(value, list):
             for item in value:
                 yield from self._flat(item, field)
         else:
             raise self.bad(field, f"holds {_kind(value)} where a text is expected")
+
+
+def is_missing(value: Any) -> bool:
+    """Return whether a value says that there is none: null, NaN, and what pandas has for them."""
+    if value is None:
+        return True
+    if isinstance(value, numbers.Real):
+        return value != value  # NaN alone
+    return type(value).__name__ in ("NAType", "NaTType")
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is a finite number; true and false are none."""
+    finite = not isinstance(value, float) or math.isfinite(value)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and finite
+
+
+def as_text(number: Any) -> str:
+    """Return the digits of a number.
+
+    >>> as_text(3.0), as_text(2.5)
+    ('3', '2.5')
+    """
+    # A column of whole numbers becomes one of floats where a value is missing.
+    return str(int(number)) if number == int(number) else str(number)
 
 
 def probes(prompts: Iterable[str], answers: tuple[str, ...], kind: str = "") -> tuple[Probe, ...]:
@@ -171,5 +201,7 @@ def without(aliases: Iterable[str], target: str) -> tuple[str, ...]:
 
 
 def _kind(value: Any) -> str:
+    if isinstance(value, float) and math.isinf(value):
+        return "infinite"
     names = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
-    return names.get(type(value), "null" if value is None else f"a {type(value).__name__}")
+    return names.get(type(value), "null" if is_missing(value) else f"a {type(value).__name__}")
