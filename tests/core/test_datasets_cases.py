@@ -50,6 +50,25 @@ def test_no_answer_is_invented_for_a_locality_prompt(name: str) -> None:
     )
 
 
+def test_a_record_without_an_id_is_no_case_of_another_record() -> None:
+    bare = {"prompt": "The town of Bo is", "subject": "Bo", "target_new": "Rome"}
+    other = {"prompt": "The tongue of Ada is", "subject": "Ada", "target_new": "English"}
+    mixed = load("counterfact", [bare, {**other, "case_id": 0}])
+    assert [request.case_id for request in mixed] == [None, "0"]
+    assert mixed.case_count == 2
+
+
+def test_the_edits_of_a_chain_are_one_case_without_an_id_too() -> None:
+    file = ROOT / "tests" / "data" / "datasets" / "mquake.json"
+    records = json.loads(file.read_text())
+    for one in records:
+        del one["case_id"]
+    data = load("mquake", records)
+    assert data.case_count == len(records) < len(data)
+    assert all(len({request.case_id for request in case}) == 1 for case in data.cases())
+    assert all(p.group == r.case_id for r in data for p in r.portability if p.type == "multi_hop")
+
+
 def test_the_same_request_twice_in_one_case_is_a_bad_record(tmp_path: Path) -> None:
     fact = {"prompt": "The capital of {} is", "subject": "Vesland", "target_new": "Sudport"}
     other = {**fact, "target_new": "Norhaven"}

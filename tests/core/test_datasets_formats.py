@@ -82,7 +82,7 @@ def test_counterfact_takes_reference_texts_from_the_authors_snippets(
 def test_counterfact_flat() -> None:
     first, second = sample("counterfact", "counterfact_flat.json")
     assert (first.prompt, first.subject) == ("The mother tongue of {} is", "Berta Quill")
-    assert (first.target_new, first.target_true, first.case_id) == ("Tessian", "Orlish", "0")
+    assert (first.target_new, first.target_true, first.case_id) == ("Tessian", "Orlish", None)
     assert first.paraphrases == ("Berta Quill spoke the language",)
     assert first.neighbourhood == (
         Probe(prompt="The mother tongue of Jon Marl is", answers=("Orlish",)),

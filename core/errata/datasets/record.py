@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -39,6 +41,12 @@ class Record:
     def where(self) -> str:
         """The file and the record's place in it, as errors name them."""
         return f"{self.file}, record {self.index} (counted from 0)"
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what the record holds."""
+        text = json.dumps(self.data, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def bad(self, field: str, problem: str) -> DatasetError:
         """Return the error for a field of this record."""
