@@ -155,6 +155,40 @@ def test_what_a_user_gets_wrong_is_named(
     assert says in " ".join(run(app, *words, code=1).output.split())
 
 
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ("one prompt", ["--severed", "--screen", "--dataset atlas", "--data x", "--file x",
+                        "--limit 2", "--skip-bad", "--held-out 2"]),
+        ("--average", ["--by gradient", "--method kn", "-s Bo", "-t x", "--held-out 2"]),
+        ("--sweep", ["--by gradient", "-s Bo", "-t x", "--corrupt relation", "--relation x",
+                     "--window 3", "--severed", "--screen"]),
+        ("--similar", ["--method kn", "-s Bo", "-t x", "--severed", "--screen", "--held-out 2"]),
+    ],
+)  # fmt: skip
+def test_no_option_is_dropped_in_silence(app: typer.Typer, mode: str, options: list[str]) -> None:
+    words = {
+        "one prompt": PROMPT, "--average": ("--average", "--dataset", "atlas"),
+        "--sweep": ("--sweep", "--dataset", "atlas"),
+        "--similar": ("--similar", "chains", "--dataset", "atlas"),
+    }  # fmt: skip
+    for option in options:
+        said = run(app, "locate", *words[mode], *MODEL, *option.split(), code=1).output
+        assert f"not with {mode}" in " ".join(said.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ((*PROMPT, "--relation", "capital"), "give --corrupt relation, too"),
+        ((*PROMPT, "--relation", "capital", "--corrupt", "subject"), "give --corrupt relation"),
+        (("--average", "--file", "x", "--data", "y"), "--data is the file of --dataset"),
+    ],
+)
+def test_options_that_need_others(app: typer.Typer, words: tuple[str, ...], says: str) -> None:
+    assert says in " ".join(run(app, "locate", *words, *MODEL, code=1).output.split())
+
+
 def test_diff_compares_states(app: typer.Typer, tmp_path: Path) -> None:
     with Editor("atlas-gpt2", ledger="errata-ledger", guards={"efficacy": "off"}) as editor:
         first, second = (
