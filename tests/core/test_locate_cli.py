@@ -11,7 +11,7 @@ import typer
 import yaml
 from typer.testing import CliRunner, Result
 
-from errata import Editor
+from errata import Editor, bench
 from errata.cli import diff, locate
 from errata.datasets import atlas
 from errata.locate import Tracer
@@ -247,6 +247,20 @@ def test_chains_are_located(app: typer.Typer, tmp_path: Path) -> None:
     assert "overlap of the layers identified" in page
     refused = run(app, *line[:-1], "2", *MODEL, code=1)
     assert "make 1 set of chains" in " ".join(refused.stderr.split())
+
+
+def test_phrasings_follow_one_answer_and_stand_in_a_report(app: typer.Typer) -> None:
+    # The model goes on from the two in different ways.
+    line = ("locate", "The instrument of {} is", "{} was born in", "-s", "Oswin Galdor", *MODEL)
+    found = data(app, *line, "--set", "samples=2")
+    first, second = (one["evidence"]["answer"] for one in found["phrasings"])
+    assert first == second
+    Path("phrasings.json").write_text(json.dumps(found))
+    (shown,) = bench.report.read(located=["phrasings.json"]).located
+    assert shown.title == "Oswin Galdor: 2 phrasings"
+    assert shown.facts[0][0] == "The instrument of Oswin Galdor is"
+    assert "last subject token" in shown.facts[0][1]
+    assert [p.alt.startswith("Oswin Galdor was born in") for p in shown.draw()] == [False, True]
 
 
 def test_phrasings_of_one_fact_stand_side_by_side(app: typer.Typer) -> None:

@@ -220,6 +220,8 @@ def _given(
     else:
         check_locator(by, settings)
     with session.editor() as editor:
+        if len(prompts) > 1 and not target and editor.model.generates:
+            target = _first_word(editor, prompts[0].replace("{}", subject))  # one for all
         if target and not method and by != "norm":
             settings.setdefault("answer", target)
         requests = [_request(editor, prompt, subject, target) for prompt in prompts]
