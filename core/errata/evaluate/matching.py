@@ -20,6 +20,7 @@ _ABBREVIATION = re.compile(
     r"(?:^|[\s(\"'“‘\[])(?:[^\W\d_]|\S*\.\S*[^\s.]|bros|co|corp|dr|etc|gen|gov|inc|jr|ltd|mt|mr|mrs|"
     r"ms|no|prof|rev|sen|sr|st|vol|vs)\.$"
 )
+_MORE_OF_A_NAME = re.compile(r"(?<=\w)(?:\+\+|[+#])(?![\w+#])")  # C++, C#
 _STARTERS = frozenset(
     "a after also although an and as at before but by during for from he her his how however i if "
     "in it its most on one our she since some that the their there these they this those though "
@@ -72,17 +73,16 @@ def contained_match(text: str, answers: Sequence[str]) -> bool:
 
     >>> contained_match("It lies in Maryland.", ["Mary"]), contained_match("in Mary.", ["Mary"])
     (False, True)
+    >>> contained_match("19,000 people", ["19"]), contained_match("C++", ["C"])
+    (False, False)
     """
     whole = normalise(text)
-    for answer in answers:
-        wanted = normalise(answer)
-        if not wanted:
-            continue
-        # A border is needed only next to letters of scripts that put spaces between words.
-        left = r"(?<!\w)" if _spaced(wanted[0]) else ""
-        right = r"(?!\w)" if _spaced(wanted[-1]) else ""
-        if re.search(left + re.escape(wanted) + right, whole):
-            return True
+    for wanted in filter(None, map(normalise, answers)):
+        at = whole.find(wanted)
+        while at >= 0:
+            if not (_goes_on(whole, at) or _goes_on(whole, at + len(wanted))):
+                return True
+            at = whole.find(wanted, at + 1)
     return False
 
 
@@ -108,7 +108,37 @@ def _ended_after_stop(line: str, at: int, said: str) -> bool:
     return following[:1].isupper() and following.casefold().rstrip(",") in _STARTERS
 
 
+def _goes_on(text: str, at: int) -> bool:
+    """Return whether a word or a number goes on over a place of a normalised text."""
+    if not 0 < at < len(text):
+        return False
+    if _MORE_OF_A_NAME.match(text, at) or _in_number(text, at):
+        return True
+    start = at - 1
+    while start and _is_mark(text[start]):  # what the mark stands on says which script it is
+        start -= 1
+    if _is_mark(text[at]):
+        return text[start].isalnum()
+    return _spaced(text[start]) and _spaced(text[at])
+
+
+def _in_number(text: str, at: int) -> bool:
+    """Return whether a place lies in a number: 19|,000, 1.|5, 1|万."""
+    if text[at] in ".,":
+        return text[at - 1].isdecimal() and text[at + 1 : at + 2].isdecimal()
+    if text[at - 1] in ".,":
+        return text[at].isdecimal() and text[at - 2 : at - 1].isdecimal()
+    return text[at - 1].isdecimal() and text[at].isnumeric()
+
+
+def _is_mark(character: str) -> bool:
+    """Return whether a character is combined with the one before it."""
+    return unicodedata.category(character)[0] == "M" or character in "\u200c\u200d"
+
+
 def _spaced(character: str) -> bool:
+    """Return whether a character is of a word, in a script that puts spaces between words."""
     code = ord(character)
     thai_to_burmese = 0x0E00 <= code <= 0x109F
-    return character.isalnum() and code < 0x2E80 and not thai_to_burmese
+    of_word = character.isalnum() or character == "_"
+    return of_word and code < 0x2E80 and not thai_to_burmese
