@@ -641,6 +641,14 @@ def test_requests_of_different_edits_are_different_cases(
     assert "0" in exact["case_ids"]  # the first keeps what its file calls it
 
 
+def test_a_table_in_the_place_of_a_request_file_is_told(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "f.csv"
+    file.write_text("prompt,subject,target_new\nBo is in,Bo,Oslo\n")
+    for words in (("evaluate", "--model", "x"), ("edit", "--method", "nudge", "--model", "x")):
+        said = run(*words, "--file", file, code=1).stderr
+        assert f"--dataset jsonl={file}" in "".join(said.split("\n")).replace("  ", " ")
+
+
 def test_what_a_dataset_says_twice_is_edited_once(
     run: Run, checkpoint: Path, tmp_path: Path
 ) -> None:

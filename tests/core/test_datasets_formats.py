@@ -408,6 +408,16 @@ def test_calibration(tmp_path: Path) -> None:
         sample("calibration", "pararel")
     with pytest.raises(DatasetError, match="no such file"):
         sample("calibration", "pararel", templates=str(tmp_path / "none"))
+    for field, says in (
+        ({"wrong": []}, "no relation has a right template and a wrong one"),
+        ({"relation": "P999"}, "its templates are of P999"),
+    ):
+        lines = [{**json.loads(line), **field} for line in file.read_text().splitlines()]
+        bad = tmp_path / "bad.jsonl"
+        bad.write_text("\n".join(map(json.dumps, lines)))
+        with pytest.raises(DatasetError, match=says) as caught:
+            sample("calibration", "pararel", templates=str(bad))
+        assert caught.value.file == str(bad)
 
 
 def test_lama() -> None:

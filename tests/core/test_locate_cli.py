@@ -198,6 +198,8 @@ def test_diff_compares_states(app: typer.Typer, tmp_path: Path) -> None:
     assert (found["before"], found["after"]) == ("base", "now")
     assert found["changes"]
     assert found["pictures"][0] == "d.png"
+    page = run(app, "diff", *MODEL, "--top", "1000").output
+    assert "in the first 128 singular directions" in " ".join(page.split())  # W has no more
     one = data(app, "diff", "base", first.id, *MODEL)
     assert {c["name"] for c in one["changes"]} == set(first.delta.parameters)
     added = data(app, "diff", first.id[:6], f"{first.id},{second.id}", *MODEL)

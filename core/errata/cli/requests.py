@@ -51,6 +51,11 @@ def read_requests(file: Path, skip_bad: bool = False) -> list[Request]:
 
     Raises `RequestError` naming what is wrong as file:line; with `skip_bad` a warning says it.
     """
+    from errata.datasets.cells import DELIMITERS, suffix_of
+    from errata.datasets.source import TABLES
+
+    if suffix_of(file) in (*DELIMITERS, *TABLES):
+        raise RequestError(f"{file} is a table: --dataset jsonl={file} reads it.")
     if str(file) != "-":
         return _requests_of(file, str(file), skip_bad)
     with tempfile.TemporaryDirectory() as scratch:

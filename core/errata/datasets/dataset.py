@@ -110,12 +110,12 @@ def load(
     source = _source(reader, path, split)
     read = partial(reader.read, source, **options)
     found = _Contents()
-    for item in _each_once(_part(read(), start, limit), source.name):
+    for item in _sound(_part(read(), start, limit), source.name):
         if isinstance(item, DatasetError):
             if not skip_bad:
                 raise _with_advice(item)
             log.info("Left out: %s", item)
-        found.add(item, source.name)
+        found.add(item)
     if start and not found.size and not found.problems:
         raise ConfigError(f"start is {start}, and {source.name} has no more cases than that.")
     if not found.size:
@@ -160,10 +160,9 @@ class _Contents:
         self.size = 0
         self.cases = 0
         self._last: str | None = None
-        self._seen: set[str] = set()
 
-    def add(self, item: Item, name: str) -> None:
-        """Count an item; raise where a case comes back after others."""
+    def add(self, item: Item) -> None:
+        """Count an item."""
         if isinstance(item, DatasetError):
             self.problems.append(item)
         elif isinstance(item, Probe):
@@ -173,44 +172,52 @@ class _Contents:
             new = item.case_id is None or item.case_id != self._last
             self.cases += new
             self._last = item.case_id
-            if not new or item.case_id is None:
-                return
-            if item.case_id in self._seen:
-                raise DatasetError(
-                    f"the case_id {item.case_id!r} comes back after other cases: requests that "
-                    "are edited together must be neighbours, and other cases need other ids",
-                    file=name,
-                )
-            self._seen.add(item.case_id)
 
 
 def _requests(
     read: Callable[[], Iterator[Item]], start: int, limit: int | None
 ) -> Iterator[Request]:
     # Bad records have been counted, logged or refused when the dataset was loaded.
-    items = _each_once(_part(read(), start, limit))
+    items = _sound(_part(read(), start, limit))
     return (item for item in items if isinstance(item, Request))
 
 
-def _each_once(items: Iterable[Item], name: str = "") -> Iterator[Item]:
-    """Yield items; an error in the place of a request that stands twice in one case."""
+def _sound(items: Iterable[Item], name: str = "") -> Iterator[Item]:
+    """Yield items; an error in the place of a request that its case or other cases rule out.
+
+    That is one that stands twice in its case, or whose case comes back after others.
+    """
     case: str | None = None
-    seen: set[Request] = set()
+    cases: dict[str, int] = {}
+    places: dict[Request, int] = {}
+    place = -1
     for item in items:
+        place += not isinstance(item, Probe)
         if not isinstance(item, Request) or item.case_id is None:
+            case = None if isinstance(item, Request) else case
             yield item
             continue
         if item.case_id != case:
-            case, seen = item.case_id, set()
-        if item in seen:
+            if item.case_id in cases:
+                yield DatasetError(
+                    f"the case_id {item.case_id!r} comes back after other cases: request {place} "
+                    f"({item.text!r}) has it, as request {cases[item.case_id]} (counted from 0). "
+                    "Requests that are edited together must be neighbours, and other cases need "
+                    "other ids",
+                    file=name,
+                )
+                continue
+            case, places = item.case_id, {}
+            cases[case] = place
+        first = places.setdefault(item, place)
+        if first == place:
+            yield item
+        else:
             yield DatasetError(
-                f"the case {case!r} has the same request twice ({item.text!r} → {item.wish!r}): "
-                "give each change once",
+                f"the case {case!r} has the same request twice, as requests {first} and {place} "
+                f"(counted from 0; {item.text!r} → {item.wish!r}): give each change once",
                 file=name,
             )
-            continue
-        seen.add(item)
-        yield item
 
 
 def _part(items: Iterator[Item], start: int, limit: int | None) -> Iterator[Item]:

@@ -74,8 +74,12 @@ class Record:
         if found is None:
             if not isinstance(self.data, Mapping):
                 raise self.bad("", f"is {_kind(self.data)}, not an object with fields")
-            here = ", ".join(map(str, list(self.data)[:12])) or "none"
-            raise self.bad(field, f"missing (the record has the fields {here})")
+            parent = field.rpartition(".")[0]
+            while not isinstance(self.get(parent), Mapping):  # the record itself is one
+                parent = parent.rpartition(".")[0]
+            here = ", ".join(map(str, list(self.get(parent))[:12])) or "none"
+            what = repr(parent) if parent else "the record"
+            raise self.bad(field, f"missing ({what} has the fields {here})")
         return found
 
     def text(self, field: str) -> str:
