@@ -444,6 +444,7 @@ def test_cases_without_ids_are_named_by_their_places_in_the_file(tmp_path: Path)
 
     assert names(facts) == ["0", "1", "2", "3"]
     assert names(facts, start=1) == ["1", "2", "3"]
+    assert names([facts[0], {}, *facts[1:]], skip_bad=True, start=1) == ["2", "3", "4"]
     assert names(facts, distinct_subjects=True) == ["0", "1", "3"]
     assert names(facts, chat=True) == ["0", "1", "2", "3"]  # another run finds the case
     mixed = names([facts[0], {**facts[1], "case_id": 0}])

@@ -316,10 +316,9 @@ def selected_cases(dataset: Dataset, spec: DatasetSpec, limit: int | None) -> li
     Those of a published format whose file gives them no ids have their places in it for ids: a run
     with another seed, method or form of asking finds the same case under the same name.
     """
-    numbered = enumerate(dataset.cases(None if spec.distinct_subjects else limit), spec.start)
     seen: set[str] = set()
     found: list[tuple[int, Case]] = []
-    for place, case in numbered:
+    for place, case in dataset.placed_cases(None if spec.distinct_subjects else limit):
         subjects = {request.subject for request in case}
         if not (spec.distinct_subjects and subjects & seen):
             found.append((place, _asked_as(spec, case)))

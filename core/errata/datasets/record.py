@@ -188,8 +188,8 @@ def is_missing(value: Any) -> bool:
 
 def is_number(value: Any) -> bool:
     """Return whether a value is a finite number; true and false are none."""
-    finite = not isinstance(value, float) or math.isfinite(value)
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and finite
+    real = type(value) is not bool and isinstance(value, numbers.Real)
+    return real and abs(value) < math.inf
 
 
 def as_text(number: Any) -> str:
