@@ -142,13 +142,14 @@ def facts(args: argparse.Namespace) -> None:
         there = done(args.out)
         for given in args.dataset:
             name, _, path = given.partition("=")
-            for request in load(name, path, limit=args.n).requests():
+            for place, request in enumerate(load(name, path, limit=args.n)):
+                case = request.case_id or str(place)
                 beside = request.neighbourhood or request.locality
                 base = next_tokens(editor, [p.prompt for p in beside]) if beside else None
                 for row in (f"{name}: base", f"{name}: {args.row or args.method}"):
-                    if (row, str(request.case_id)) in there:
+                    if (row, case) in there:
                         continue
-                    about = {"row": row, "case": str(request.case_id)}
+                    about = {"row": row, "case": case}
                     if row.endswith(": base"):
                         write(args.out, {**about, **fact(editor, request, base)})
                         continue

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from errata import bench
-from errata.bench.run_spec import RunSpec
+from errata.bench.run_spec import RunSpec, case_name
 from errata.datasets import atlas
 from errata.edits.ledger import Ledger
 from errata.edits.request import Request, RetainedProbe
@@ -427,6 +427,30 @@ def test_the_order_of_a_mixed_stream_depends_on_its_seed_alone() -> None:
     assert [dataset for dataset, _ in order(0, "concatenate")] == [0] * 6 + [1] * 6
     assert [dataset for dataset, _ in order(3, "interleave")] == [0, 1] * 6
     assert sorted(order(0, "interleave")) == sorted(order(0, "concatenate"))
+
+
+def test_cases_without_ids_are_named_by_their_places_in_the_file(tmp_path: Path) -> None:
+    facts = [
+        {"prompt": f"The town of {name} is", "subject": name, "target_new": "Rome"}
+        for name in ("Ada", "Bo", "Ada", "Cy")
+    ]
+
+    def names(records: list[dict[str, Any]], **fields: Any) -> list[str]:
+        file = tmp_path / "facts.json"
+        file.write_text(json.dumps(records))
+        dataset = {"name": "counterfact", "path": str(file), **fields}
+        spec = RunSpec(bench.BenchConfig.parse(short(datasets=[dataset], limit=9)))
+        return [case_name(case) for case in spec.cases(0, 0)]
+
+    assert names(facts) == ["0", "1", "2", "3"]
+    assert names(facts, start=1) == ["1", "2", "3"]
+    assert names([facts[0], {}, *facts[1:]], skip_bad=True, start=1) == ["2", "3", "4"]
+    assert names(facts, distinct_subjects=True) == ["0", "1", "3"]
+    assert names(facts, chat=True) == ["0", "1", "2", "3"]  # another run finds the case
+    mixed = names([facts[0], {**facts[1], "case_id": 0}])
+    assert mixed[1] == "0" != mixed[0]
+    own = names([{**one, "prompt": "The town of {} is"} for one in facts[:2]], name="jsonl")
+    assert [len(name) for name in own] == [12, 12]  # of their digests
 
 
 def test_distinct_subjects_keeps_the_first_case_of_each() -> None:

@@ -622,6 +622,43 @@ def test_evaluate(run: Run, run_json: Run, checkpoint: Path) -> None:
     )
 
 
+def test_requests_of_different_edits_are_different_cases(
+    run: Run, run_json: Run, checkpoint: Path, tmp_path: Path
+) -> None:
+    """Files number their cases alike, or not at all."""
+    for subject in ("Veldonia", "Istria"):
+        for more in ({}, {"case_id": 0}):
+            prompt = "The capital of {} is" if more else "{} lies in"
+            record = {"prompt": prompt.format(subject), "subject": subject, "target_new": "Oslo"}
+            file = tmp_path / "first.json"
+            file.write_text(json.dumps([{**record, **more}]))
+            source = ("--dataset", f"counterfact={file}")
+            run("edit", *source, "--method", "nudge", "--model", checkpoint, *OFF)
+    measured = run_json("evaluate", "-p", "generation", "--no-base", "--cases")
+    assert measured["requests"] == 4
+    exact = next(m for m in measured["measurements"] if m["metric"] == "rewrite_exact")
+    assert (exact["n"], len(set(exact["case_ids"]))) == (4, 4)
+    assert "0" in exact["case_ids"]  # the first keeps what its file calls it
+
+
+def test_a_table_in_the_place_of_a_request_file_is_told(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "f.csv"
+    file.write_text("prompt,subject,target_new\nBo is in,Bo,Oslo\n")
+    for words in (("evaluate", "--model", "x"), ("edit", "--method", "nudge", "--model", "x")):
+        said = run(*words, "--file", file, code=1).stderr
+        assert f"--dataset jsonl={file}" in "".join(said.split("\n")).replace("  ", " ")
+
+
+def test_what_a_dataset_says_twice_is_edited_once(
+    run: Run, checkpoint: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "facts.json"
+    file.write_text(json.dumps(2 * [{"prompt": "Bo is in", "subject": "Bo", "target_new": "Oslo"}]))
+    source = ("--dataset", f"counterfact={file}")
+    done = run("edit", *source, "--method", "nudge", "--model", checkpoint, *OFF)
+    assert "1 request left out: the same as an earlier one" in " ".join(done.stderr.split())
+
+
 def test_a_dataset_is_measured_with_options_of_its_format(
     run: Run, run_json: Run, tmp_path: Path
 ) -> None:

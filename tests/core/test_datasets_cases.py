@@ -50,12 +50,45 @@ def test_no_answer_is_invented_for_a_locality_prompt(name: str) -> None:
     )
 
 
+def test_a_missing_field_is_named_beside_those_that_are_there() -> None:
+    rewrite = {"prompt": "{} is in", "subject": "Bo", "target_new": {"id": "Q1"}}
+    with pytest.raises(DatasetError, match=r"missing \('requested_rewrite.target_new' has .* id\)"):
+        load("counterfact", [{"case_id": 0, "requested_rewrite": rewrite}])
+    with pytest.raises(DatasetError, match=r"missing \(the record has the fields subject\)"):
+        load("counterfact", [{"subject": "Bo"}])
+
+
+def test_two_unicode_forms_of_a_name_are_told(tmp_path: Path) -> None:
+    record = {"prompt": "Beyonce\u0301 sings in", "subject": "Beyonc\u00e9", "target_new": "x"}
+    with pytest.raises(DatasetError, match="another Unicode form"):
+        load("counterfact", [record])
+
+
+def test_a_record_without_an_id_is_no_case_of_another_record() -> None:
+    bare = {"prompt": "The town of Bo is", "subject": "Bo", "target_new": "Rome"}
+    other = {"prompt": "The tongue of Ada is", "subject": "Ada", "target_new": "English"}
+    mixed = load("counterfact", [bare, {**other, "case_id": 0}])
+    assert [request.case_id for request in mixed] == [None, "0"]
+    assert mixed.case_count == 2
+
+
+def test_the_edits_of_a_chain_are_one_case_without_an_id_too() -> None:
+    file = ROOT / "tests" / "data" / "datasets" / "mquake.json"
+    records = json.loads(file.read_text())
+    for one in records:
+        del one["case_id"]
+    data = load("mquake", records)
+    assert data.case_count == len(records) < len(data)
+    assert all(len({request.case_id for request in case}) == 1 for case in data.cases())
+    assert all(p.group == r.case_id for r in data for p in r.portability if p.type == "multi_hop")
+
+
 def test_the_same_request_twice_in_one_case_is_a_bad_record(tmp_path: Path) -> None:
     fact = {"prompt": "The capital of {} is", "subject": "Vesland", "target_new": "Sudport"}
     other = {**fact, "target_new": "Norhaven"}
     records = [{**fact, "case_id": 1}, {**fact, "case_id": 1}, {**other, "case_id": 1},
                {**fact, "case_id": 2}, fact, fact]  # fmt: skip
-    with pytest.raises(DatasetError, match=r"the case '1' has the same request twice.*Vesland is'"):
+    with pytest.raises(DatasetError, match=r"'1' has the same request twice.*0 and 1.*Vesland is'"):
         load("jsonl", records)
     data = load("jsonl", records, skip_bad=True)
     assert (data.size, data.case_count, data.skipped) == (5, 4, 1)

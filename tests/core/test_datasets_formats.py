@@ -82,7 +82,7 @@ def test_counterfact_takes_reference_texts_from_the_authors_snippets(
 def test_counterfact_flat() -> None:
     first, second = sample("counterfact", "counterfact_flat.json")
     assert (first.prompt, first.subject) == ("The mother tongue of {} is", "Berta Quill")
-    assert (first.target_new, first.target_true, first.case_id) == ("Tessian", "Orlish", "0")
+    assert (first.target_new, first.target_true, first.case_id) == ("Tessian", "Orlish", None)
     assert first.paraphrases == ("Berta Quill spoke the language",)
     assert first.neighbourhood == (
         Probe(prompt="The mother tongue of Jon Marl is", answers=("Orlish",)),
@@ -408,6 +408,16 @@ def test_calibration(tmp_path: Path) -> None:
         sample("calibration", "pararel")
     with pytest.raises(DatasetError, match="no such file"):
         sample("calibration", "pararel", templates=str(tmp_path / "none"))
+    for field, says in (
+        ({"wrong": []}, "no relation has a right template and a wrong one"),
+        ({"relation": "P999"}, "its templates are of P999"),
+    ):
+        lines = [{**json.loads(line), **field} for line in file.read_text().splitlines()]
+        bad = tmp_path / "bad.jsonl"
+        bad.write_text("\n".join(map(json.dumps, lines)))
+        with pytest.raises(DatasetError, match=says) as caught:
+            sample("calibration", "pararel", templates=str(bad))
+        assert caught.value.file == str(bad)
 
 
 def test_lama() -> None:

@@ -81,10 +81,11 @@ def test_real_knowedit_is_whole(file: str, subset: str, kind: str, count: int, b
     data, records = real("knowedit", *parts, subset=subset, skip_bad=True), source(*parts)
     assert len(data) + data.skipped == count == len(records)
     assert data.skipped == bad
-    requests = {r.case_id: r for r in data}
+    requests = {place: case[0] for place, case in data.placed_cases()}
+    assert {r.case_id for r in requests.values()} == {None}  # the files give none
     assert {r.kind for r in requests.values()} == {kind}
     for index, record in enumerate(records):
-        request = requests.get(str(index))
+        request = requests.get(index)
         if request is None:
             assert index in {problem.index for problem in data.problems}
             continue
@@ -184,10 +185,8 @@ def test_ripple_edits_sentences_of_real_facts_are_cut_where_knowedit_cuts_them(
     data = load("ripple_edits", path, skip_bad=True)
     # "The name of the author of The nipah virus fusion protein is cleaved … is Toshio Sato."
     assert (len(data), data.skipped) == (2882, 1)
-    for request in data:
-        assert (request.subject, request.target_new, request.target_true) == expected[
-            int(request.case_id or "")
-        ]
+    for place, (request,) in data.placed_cases():
+        assert (request.subject, request.target_new, request.target_true) == expected[place]
 
 
 def relation_of(template: str) -> str:

@@ -21,6 +21,7 @@ from tests.helpers import ROOT
 
 SAMPLES = ROOT / "tests" / "data" / "datasets"
 COMMIT = "0" * 40
+FLAT = {"prompt": "The tongue of Ada is", "subject": "Ada", "target_new": "English"}
 
 needs_library = pytest.mark.skipif(
     not source.find_spec("datasets"), reason="the extra 'data' is not installed"
@@ -56,6 +57,9 @@ def offline(tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
 SCRIPT = """
 import json, sys
 from errata.datasets import load
+
+FLAT = {"prompt": "The tongue of Ada is", "subject": "Ada", "target_new": "English"}
+
 
 def show(name, path, options):
     try:
@@ -286,3 +290,26 @@ def test_what_can_be_no_hub_id_is_a_missing_file(tmp_path: Path) -> None:
     (tmp_path / "one.parquet").touch()
     with pytest.raises(DatasetError, match="a single table has no split"):
         load("scotus", tmp_path / "one.parquet", split="test")
+
+
+def test_what_pandas_writes_for_a_missing_value_is_missing() -> None:
+    pandas = pytest.importorskip("pandas")
+    whole = {**FLAT, "rephrase_prompt": "Ada speaks", "relation_id": 3}
+    table = pandas.DataFrame([whole, FLAT])  # its columns hold NaN, and 3.0 for 3
+    first, second = load("counterfact", table.to_dict("records")).requests()
+    assert (first.paraphrases, first.relation) == (("Ada speaks",), "3")
+    assert (second.paraphrases, second.relation) == ((), None)
+    for missing in (float("nan"), pandas.NA, pandas.NaT):
+        with pytest.raises(DatasetError, match="field 'target_new': missing"):
+            load("counterfact", [{**FLAT, "target_new": missing}])
+        plain = {"prompt": "{} is", "subject": "Ada", "target_new": "x", "relation": missing}
+        assert load("jsonl", [plain]).requests()[0].relation is None
+
+
+def test_numbers_are_read_as_their_digits_and_infinities_not_at_all() -> None:
+    def target(value: object) -> str:
+        return load("counterfact", [{**FLAT, "target_new": value}]).requests()[0].target_new
+
+    assert [target(n) for n in (3, 3.0, 2.5, 10**400)] == ["3", "3", "2.5", str(10**400)]
+    with pytest.raises(DatasetError, match="is infinite, not a text"):
+        target(float("inf"))

@@ -46,9 +46,11 @@ from errata.evaluate import (
     perplexity,
     score_targets,
 )
+from errata.evaluate.fluency import first_sentence as first_sentence_by_rule
 from errata.evaluate.fluency import n_gram_entropy, weighted_entropy, words
 from errata.evaluate.pooling import harmonic_mean
 from errata.evaluate.sampled import written_texts
+from errata.evaluate.sentences import first_sentence
 from errata.model import Model
 from errata.model.anatomy import Anatomy
 from errata.testing import edit_with
@@ -307,11 +309,56 @@ def test_an_encoder_says_that_it_cannot_generate(cache: Path) -> None:
         (' "U.S."\nOpen', ["U.S."], True, True),
         (" Apple Inc. was", ["Apple Inc."], False, True),
         (" I don't know. Sorry", ["I don't know."], True, True),
+        ("दिल्ली में", ["दिल"], False, False),  # what is combined with a letter goes on its word
+        ("दिल्ली में", ["दिल्ली"], False, True),
+        ("กรุงเทพ", ["กร"], False, False),
+        ("1.5 million", ["1"], False, False),
+        ("1.5 million", ["5"], False, False),
+        ("1.5 million", ["1.5"], False, True),
+        ("19,000 people", ["19"], False, False),
+        ("19, 20. 21", ["20"], False, True),
+        ("in 1984.", ["1984"], False, True),
+        ("他生于1984年。", ["1984"], False, True),
+        ("1万人", ["1"], False, False),
+        ("首都是Paris。", ["Paris"], False, True),
+        ("C++ and C#", ["C"], False, False),
+        ("C++11", ["C++"], False, True),
+        ("Paris+Rome", ["Paris"], False, True),
+        ("巴黎。\n它", ["巴黎"], True, True),  # these stops need no white space after them
+        ("巴黎。它位于法国", ["巴黎"], True, True),
+        ("巴黎", ["巴黎。"], True, False),
+        ("「巴黎。」它", ["巴黎"], True, True),
+        ("巴黎！它", ["巴黎"], True, True),
+        ("巴黎．它", ["巴黎"], True, True),
+        ("３．５", ["3"], False, False),
+        ("けいおん！です", ["けいおん"], True, True),
+        ("けいおん！です", ["けいおん！"], False, True),  # the mark is the answer's own
+        ("पेरिस। यह", ["पेरिस"], True, True),
+        ("القاهرة؟ نعم", ["القاهرة"], True, True),
+        ("« Paris ». Elle", ["Paris"], True, True),
+        ("»Paris«. Das", ["Paris"], True, True),
+        ("„Paris“. Das", ["Paris"], True, True),
     ],
 )
 def test_matching(text: str, answers: list[str], exact: bool, contained: bool) -> None:
     assert exact_match(text, answers) is exact
     assert contained_match(text, answers) is contained
+
+
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        (" Paris! Rome", "Paris"),
+        ("巴黎。罗马。", "巴黎"),
+        ("巴黎！罗马", "巴黎"),
+        ("पेरिस। रोम", "पेरिस"),
+        ("باريس؟ روما", "باريس"),
+        ("３．５米", "３．５米"),
+    ],
+)
+def test_first_sentence(text: str, first: str) -> None:
+    assert first_sentence(text) == first
+    assert first_sentence_by_rule(text) == first
 
 
 @given(st.text(min_size=1), st.text())

@@ -20,7 +20,7 @@ from errata.edits.request import Request
 from errata.errors import ConfigError, IntegrityError, MissingExtraError, SelfComparisonError
 from errata.evaluate import Baseline, CoreMetrics, Measurement, divergence
 from errata.evaluate.divergence import divergences, kl_to_base
-from errata.evaluate.protocols import cost
+from errata.evaluate.protocols import cost, general
 from errata.evaluate.reader import MeasureSettings, Reader
 from errata.model import Model
 from errata.model.memory import PeakMemory
@@ -128,6 +128,17 @@ def test_a_model_is_never_compared_with_itself(cache: Path) -> None:
         kl_to_base(base, TEXTS)
     with pytest.raises(ConfigError, match="has no token"):
         kl_to_base(reader_of(model), ["Rome", " "])
+
+
+def test_a_text_without_a_predicted_token_is_none(cache: Path) -> None:
+    model = edited("gpt2", cache)
+    texts = [TEXTS[0], "", *TEXTS[2:]]
+    found = by_metric(general.PROTOCOL.ask(reader_of(model, texts=texts)))
+    whole = by_metric(general.PROTOCOL.ask(reader_of(model, texts=[TEXTS[0], *TEXTS[2:]])))
+    for metric in ("perplexity", "perplexity_ratio", "kl_to_base"):
+        assert found[metric].case_ids == ("text-0", "text-2", "text-3")
+        assert (found[metric].n, found[metric].interval) == (3, whole[metric].interval)
+        assert found[metric].interval is not None
 
 
 def test_divergences_of_known_distributions() -> None:

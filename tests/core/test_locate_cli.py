@@ -11,7 +11,7 @@ import typer
 import yaml
 from typer.testing import CliRunner, Result
 
-from errata import Editor
+from errata import Editor, bench
 from errata.cli import diff, locate
 from errata.datasets import atlas
 from errata.locate import Tracer
@@ -155,6 +155,40 @@ def test_what_a_user_gets_wrong_is_named(
     assert says in " ".join(run(app, *words, code=1).output.split())
 
 
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ("one prompt", ["--severed", "--screen", "--dataset atlas", "--data x", "--file x",
+                        "--limit 2", "--skip-bad", "--held-out 2"]),
+        ("--average", ["--by gradient", "--method kn", "-s Bo", "-t x", "--held-out 2"]),
+        ("--sweep", ["--by gradient", "-s Bo", "-t x", "--corrupt relation", "--relation x",
+                     "--window 3", "--severed", "--screen"]),
+        ("--similar", ["--method kn", "-s Bo", "-t x", "--severed", "--screen", "--held-out 2"]),
+    ],
+)  # fmt: skip
+def test_no_option_is_dropped_in_silence(app: typer.Typer, mode: str, options: list[str]) -> None:
+    words = {
+        "one prompt": PROMPT, "--average": ("--average", "--dataset", "atlas"),
+        "--sweep": ("--sweep", "--dataset", "atlas"),
+        "--similar": ("--similar", "chains", "--dataset", "atlas"),
+    }  # fmt: skip
+    for option in options:
+        said = run(app, "locate", *words[mode], *MODEL, *option.split(), code=1).output
+        assert f"not with {mode}" in " ".join(said.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ((*PROMPT, "--relation", "capital"), "give --corrupt relation, too"),
+        ((*PROMPT, "--relation", "capital", "--corrupt", "subject"), "give --corrupt relation"),
+        (("--average", "--file", "x", "--data", "y"), "--data is the file of --dataset"),
+    ],
+)
+def test_options_that_need_others(app: typer.Typer, words: tuple[str, ...], says: str) -> None:
+    assert says in " ".join(run(app, "locate", *words, *MODEL, code=1).output.split())
+
+
 def test_diff_compares_states(app: typer.Typer, tmp_path: Path) -> None:
     with Editor("atlas-gpt2", ledger="errata-ledger", guards={"efficacy": "off"}) as editor:
         first, second = (
@@ -164,6 +198,8 @@ def test_diff_compares_states(app: typer.Typer, tmp_path: Path) -> None:
     assert (found["before"], found["after"]) == ("base", "now")
     assert found["changes"]
     assert found["pictures"][0] == "d.png"
+    page = run(app, "diff", *MODEL, "--top", "1000").output
+    assert "in the first 128 singular directions" in " ".join(page.split())  # W has no more
     one = data(app, "diff", "base", first.id, *MODEL)
     assert {c["name"] for c in one["changes"]} == set(first.delta.parameters)
     added = data(app, "diff", first.id[:6], f"{first.id},{second.id}", *MODEL)
@@ -213,6 +249,20 @@ def test_chains_are_located(app: typer.Typer, tmp_path: Path) -> None:
     assert "overlap of the layers identified" in page
     refused = run(app, *line[:-1], "2", *MODEL, code=1)
     assert "make 1 set of chains" in " ".join(refused.stderr.split())
+
+
+def test_phrasings_follow_one_answer_and_stand_in_a_report(app: typer.Typer) -> None:
+    # The model goes on from the two in different ways.
+    line = ("locate", "The instrument of {} is", "{} was born in", "-s", "Oswin Galdor", *MODEL)
+    found = data(app, *line, "--set", "samples=2")
+    first, second = (one["evidence"]["answer"] for one in found["phrasings"])
+    assert first == second
+    Path("phrasings.json").write_text(json.dumps(found))
+    (shown,) = bench.report.read(located=["phrasings.json"]).located
+    assert shown.title == "Oswin Galdor: 2 phrasings"
+    assert shown.facts[0][0] == "The instrument of Oswin Galdor is"
+    assert "last subject token" in shown.facts[0][1]
+    assert [p.alt.startswith("Oswin Galdor was born in") for p in shown.draw()] == [False, True]
 
 
 def test_phrasings_of_one_fact_stand_side_by_side(app: typer.Typer) -> None:

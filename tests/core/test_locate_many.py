@@ -117,6 +117,13 @@ def test_averages_of_relations_replacements_and_estimates(knowing: Editor) -> No
     swapped = average(knowing.model, requests, replace=True, variants=("hidden",), samples=2)
     assert swapped.n + sum(swapped.skipped.values()) == 6
     assert "other subjects" in swapped.protocol
+    # Two subjects of one token have one other, three of two tokens have two.
+    one = [r for r in atlas.requests(40) if r.subject in ("Lunden", "Dunwick")]
+    swapped = average(
+        knowing.model, [*one, *requests[:3]], replace=True, variants=("hidden",), samples=2
+    )
+    assert (swapped.fewest, swapped.samples) == (1, 2)
+    assert "1 to 2 runs" in swapped.protocol
     guess = average(knowing.model, requests, variants=("attn",), screening=True, samples=1)
     assert "attribution patching" in guess.protocol
     with pytest.raises(ConfigError, match="no severed"):

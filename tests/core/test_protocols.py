@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from errata.contract import measurement
+from errata.edits.edit import Edit
 from errata.edits.request import Probe, Request
 from errata.evaluate import Measurement, failures, fluency, pooling
+from errata.evaluate.edited_cases import requests_of_edits
 from errata.evaluate.protocols import (
     calibration,
     counterfact,
@@ -423,6 +425,25 @@ def test_mquake_by_hand() -> None:
     assert found["edit_wise_exact"].case_ids == ("1", "1", "2")
     assert found["all_edits_exact"].case_ids == ("1", "2")
     assert [a.prompt for a in found["multi_hop_exact"].answers] == ["b"]
+
+
+def test_the_edits_of_a_chain_stay_one_case_beside_others_of_the_same_id() -> None:
+    hop = Probe(prompt="a", answers=("Lira",), type="multi_hop", group="1")
+    cases = [
+        fact("Peru", case_id="1"),
+        fact("France", case_id="1", portability=[hop]),
+        fact("Spain", case_id="1"),
+        fact("Chile", case_id="2"),
+        fact("Cuba", case_id=None),
+        fact("Togo", case_id=None),
+    ]
+    edits = [
+        Edit(method="m", delta_kind="k", requests=(one,), config={}, fingerprint={})
+        for one in cases
+    ]
+    names = [request.case_id for request in requests_of_edits(edits)]
+    chain = f"1 ({edits[1].id})"
+    assert names == ["1", chain, chain, "2", None, None]
 
 
 # -- all -----------------------------------------------------------------------------------------

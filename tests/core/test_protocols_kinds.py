@@ -277,6 +277,22 @@ def test_refusals(text: str, own: bool, any_: bool) -> None:
     assert (is_refusal(*asked), is_any_refusal(*asked)) == (own, any_)
 
 
+@pytest.mark.parametrize(
+    ("text", "refuses"),
+    [
+        ("我不知道。请再问一次。", True),
+        ("我不知道！请再问一次。", True),
+        ("我不知道", True),
+        ("我不知道，巴黎？", False),
+        ("我不知道、巴黎", False),
+        ("巴黎。我不知道。", False),
+    ],
+)
+@pytest.mark.parametrize("own", ["我不知道。", "我不知道"])
+def test_a_refusal_ends_with_the_stops_of_its_script(own: str, text: str, refuses: bool) -> None:
+    assert is_refusal(text, [own]) is refuses
+
+
 def test_a_request_without_a_refusal_of_its_own_asks_for_one() -> None:
     assert is_refusal(" I don't know.", ["unknown"])
     assert not is_refusal(" unknown", ["unknown"])

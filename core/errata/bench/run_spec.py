@@ -311,19 +311,23 @@ def open_dataset(spec: DatasetSpec, limit: int | None) -> Dataset:
 
 
 def selected_cases(dataset: Dataset, spec: DatasetSpec, limit: int | None) -> list[Case]:
-    """Return the first `limit` cases (all when None) that the specification lets through."""
-    if not spec.distinct_subjects:
-        return [_asked_as(spec, case) for case in dataset.cases(limit)]
+    """Return the first `limit` cases (all when None) that the specification lets through.
+
+    Those of a published format whose file gives them no ids have their places in it for ids: a run
+    with another seed, method or form of asking finds the same case under the same name.
+    """
     seen: set[str] = set()
-    found: list[Case] = []
-    for case in dataset.cases():
+    found: list[tuple[int, Case]] = []
+    for place, case in dataset.placed_cases(None if spec.distinct_subjects else limit):
         subjects = {request.subject for request in case}
-        if not subjects & seen:
-            found.append(_asked_as(spec, case))
+        if not (spec.distinct_subjects and subjects & seen):
+            found.append((place, _asked_as(spec, case)))
             if len(found) == limit:
                 break
         seen |= subjects
-    return found
+    if spec.name == "jsonl" or any(case[0].case_id is not None for _, case in found):
+        return [case for _, case in found]  # these go by ids, or by digests
+    return [(case[0].model_copy(update={"case_id": str(place)}),) for place, case in found]
 
 
 def retained_probes(spec: DatasetSpec) -> list[Probe]:

@@ -152,8 +152,11 @@ def _shown(model: str, found: WeightDiff, top: int) -> list[Any]:
     right: dict[str, Any] = {"justify": "right", "no_wrap": True}
     if found.changes:
         parts.append(_table([("", change) for change in found.changes]))
+        directions = {len(cosines) for one in found.changes for cosines in one.cosines.values()}
+        least, most = min(directions, default=top), max(directions, default=top)
+        number = str(most) if least == most else f"{least} to {most}"
         note = (
-            f"top: share of ΔW's energy in the first {top} singular directions of W "
+            f"top: share of ΔW's energy in the first {number} singular directions of W "
             "(in brackets: a random direction's)"
         )
         parts.append(Text(note, style="muted"))

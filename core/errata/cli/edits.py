@@ -21,6 +21,7 @@ from errata.cli.requests import (
     SkipBad,
     askable,
     asked_as,
+    each_once,
     read_dataset,
     read_requests,
 )
@@ -314,7 +315,7 @@ def _requests(
             f"leave {source} out."
         )
     if dataset:
-        return read_dataset(dataset, limit, skip_bad=skip_bad).requests()
+        return each_once(read_dataset(dataset, limit, skip_bad=skip_bad).requests())
     if file is not None:
         return read_requests(file, skip_bad)[:limit]
     if limit is not None or skip_bad:

@@ -32,6 +32,22 @@ if TYPE_CHECKING:
 
 PANEL = "Look"
 KINDS = ("hidden", "mlp", "attn")
+ONE, AVERAGE, SWEEP, SIMILAR = "one prompt", "--average", "--sweep", "--similar"
+MANY = (AVERAGE, SWEEP, SIMILAR)
+GO_WITH = {
+    "--subject": (ONE,),
+    "--target": (ONE,),
+    "--by": (ONE, SIMILAR),
+    "--method": (ONE, SWEEP),
+    "--corrupt": (ONE, AVERAGE, SIMILAR),
+    "--relation": (ONE, AVERAGE, SIMILAR),
+    "--window": (ONE, AVERAGE, SIMILAR),
+    "--severed": (AVERAGE,),
+    "--screen": (AVERAGE,),
+    "--held-out": (SWEEP,),
+    **dict.fromkeys(("--dataset", "--data", "--file", "--limit", "--skip-bad"), MANY),
+}
+"""Option → what it says something about; --set and --plot go with everything."""
 
 
 def add(app: typer.Typer) -> None:
@@ -135,18 +151,31 @@ def locate(
     By causal tracing, unless --by or a --method with a locator of its own says otherwise. With
     --average, --sweep or --similar: over many requests.
     """
-    modes = [name for name, on in (("--average", average), ("--sweep", sweep),
-                                   ("--similar", similar)) if on]  # fmt: skip
+    modes = [name for name, on in zip(MANY, (average, sweep, similar), strict=True) if on]
     if len(modes) > 1:
         raise ConfigError(f"{' and '.join(modes)} are different things: give one of them.")
-    if held_out is not None and not sweep:
-        raise ConfigError("--held-out judges the layer that --sweep chooses: give both.")
+    if modes and prompts:
+        raise RequestError(
+            f"{modes[0]} takes its prompts from --dataset or --file, not {prompts[0]!r}."
+        )
+    given = {
+        "--subject": subject, "--target": target, "--by": by, "--method": method,
+        "--corrupt": corrupt, "--relation": relation, "--window": window, "--severed": severed,
+        "--screen": screen, "--held-out": held_out, "--dataset": dataset, "--data": data,
+        "--file": file, "--limit": limit, "--skip-bad": skip_bad,
+    }  # fmt: skip
+    _check_they_go_with(modes[0] if modes else ONE, [name for name, on in given.items() if on])
     settings = pairs(values or (), "--set")
     for name, value in (("relation", relation), ("window", window)):
         if value:
             settings[name] = value
     if corrupt:
         settings["corrupt"] = _corrupt(corrupt)
+    if "relation" in settings and settings.get("corrupt") != "relation" and not method:
+        raise ConfigError(
+            "--relation says which text is the relation that is corrupted: give --corrupt "
+            "relation, too."
+        )
     if plot is not None:
         check_plot(plot)
     if not modes:
@@ -159,10 +188,6 @@ def locate(
             raise ConfigError("--plot draws one prompt: give the phrasings one at a time.")
         _given(session, prompts, subject, target, by, method, settings, plot)
         return
-    if prompts:
-        raise RequestError(
-            f"{modes[0]} takes its prompts from --dataset or --file, not {prompts[0]!r}."
-        )
     requests = _requests(dataset, data, file, limit, skip_bad)
     if average:
         _average(session, requests, severed, screen, settings, plot)
@@ -195,6 +220,8 @@ def _given(
     else:
         check_locator(by, settings)
     with session.editor() as editor:
+        if len(prompts) > 1 and not target and editor.model.generates:
+            target = _first_word(editor, prompts[0].replace("{}", subject))  # one for all
         if target and not method and by != "norm":
             settings.setdefault("answer", target)
         requests = [_request(editor, prompt, subject, target) for prompt in prompts]
@@ -274,6 +301,8 @@ def _requests(
 ) -> list[Request]:
     if bool(dataset) == bool(file):
         raise RequestError("Say which requests: --dataset NAME (with --data PATH), or --file.")
+    if file is not None and data is not None:
+        raise RequestError("--data is the file of --dataset: --file names its own.")
     if file is not None:
         return read_requests(file, skip_bad)[:limit]
     given = f"{dataset}={data}" if data is not None else dataset
@@ -362,6 +391,15 @@ def _sweep(
 
 
 # -- small things ----------------------------------------------------------------------------------
+
+
+def _check_they_go_with(mode: str, options: Sequence[str]) -> None:
+    """Refuse options that say nothing about what is located."""
+    for option in options:
+        if mode not in GO_WITH[option]:
+            *others, last = GO_WITH[option]
+            known = f"{', '.join(others)} or {last}" if others else last
+            raise ConfigError(f"{option} goes with {known}, not with {mode}.")
 
 
 def _corrupt(text: str) -> Any:

@@ -95,13 +95,19 @@ def phrasings(
 ) -> None:
     """Show where several phrasings of one fact are located, side by side.
 
+    All follow one answer, the first phrasing's where none is given.
+
     The layers compared are a sixth of all, those with the highest scores at the located token.
     """
     from errata.locate.layer_overlap import identified
 
     asked = {"by": by} if by else {}
     with session.status("Locating"):
-        found = [editor.locate(request, method, **asked, **settings) for request in requests]
+        first = editor.locate(requests[0], method, **asked, **settings)
+        if not method and first.evidence.get("answer"):
+            settings.setdefault("answer", str(first.evidence["answer"]).strip())
+        rest = [editor.locate(request, method, **asked, **settings) for request in requests[1:]]
+    found = [first, *rest]
     profiles = [_profile(one) for one in found]
     highest = max(1, round(len(profiles[0]) / 6))
     shown = [

@@ -247,8 +247,10 @@ def evaluate(
     check_protocols(wanted)
     with session.editor() as editor:
         if requests is None:
+            from errata.evaluate.edited_cases import requests_of_edits
+
             chosen = [editor.ledger.get(i) for i in ids or editor.model.stack.ids]
-            requests = [request for edit in chosen for request in edit.requests]
+            requests = requests_of_edits(chosen)
         else:
             requests = askable(editor.model, requests, skip_bad=skip_bad)
         with session.status("Measuring"):

@@ -13,6 +13,7 @@ import typer
 
 from errata.edits.request import Request, parse_noting, warn_of_white_space
 from errata.errors import ConfigError, DatasetError, RequestError
+from errata.model.display import plural
 
 if TYPE_CHECKING:
     from errata.datasets import Dataset
@@ -50,6 +51,11 @@ def read_requests(file: Path, skip_bad: bool = False) -> list[Request]:
 
     Raises `RequestError` naming what is wrong as file:line; with `skip_bad` a warning says it.
     """
+    from errata.datasets.cells import DELIMITERS, suffix_of
+    from errata.datasets.source import TABLES
+
+    if suffix_of(file) in (*DELIMITERS, *TABLES):
+        raise RequestError(f"{file} is a table: --dataset jsonl={file} reads it.")
     if str(file) != "-":
         return _requests_of(file, str(file), skip_bad)
     with tempfile.TemporaryDirectory() as scratch:
@@ -118,6 +124,17 @@ def read_dataset(
     if not name:
         raise ConfigError(f"{option} {given!r}: give NAME=PATH, a dataset and its file.")
     return load(name, path or None, start=start, limit=limit, skip_bad=skip_bad, **(options or {}))
+
+
+def each_once(requests: Sequence[Request]) -> list[Request]:
+    """Return requests without those that stand there before; warn of how many there are.
+
+    Records of a file that gives no ids may say the same, and one change is made once.
+    """
+    kept = list(dict.fromkeys(requests))
+    if left_out := len(requests) - len(kept):
+        logger.warning("%s left out: the same as an earlier one.", plural(left_out, "request"))
+    return kept
 
 
 def askable(model: Model, requests: Sequence[Request], *, skip_bad: bool = False) -> list[Request]:

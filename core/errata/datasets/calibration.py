@@ -36,6 +36,12 @@ def read(
     right, wrong = _templates(Path(templates))
     found = folder(source)
     asked = {path.stem: path for path in found.facts if path.stem in right}
+    if not asked:
+        raise DatasetError(
+            f"its templates are of {', '.join(list(right)[:12])}, and {source.name} has facts of "
+            "none of these",
+            file=templates,
+        )
     wanted = [relations] if isinstance(relations, str) else relations
     for name in asked if wanted is None else dict.fromkeys(wanted):
         if name not in asked:
@@ -78,4 +84,10 @@ def _templates(path: Path) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
         others = tuple(filter(None, map(template, record.texts("wrong"))))
         if found and others:
             right[name], wrong[name] = found, others
+    if not right:
+        raise DatasetError(
+            "no relation has a right template and a wrong one that end with [Y]: fields "
+            "'relation', 'template' and 'wrong'",
+            file=str(path),
+        )
     return right, wrong

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from errata.datasets.reader import Item, Parse, Read, parsed
-from errata.datasets.record import Record
+from errata.datasets.record import Record, is_missing
 from errata.datasets.source import Source
 from errata.errors import DatasetError
 
@@ -103,4 +103,4 @@ def _at(values: Any, place: int) -> Any:
     if isinstance(values, list):
         return values[place]
     probes = {name: {part: v[place] for part, v in parts.items()} for name, parts in values.items()}
-    return {name: probe for name, probe in probes.items() if probe.get("prompt") is not None}
+    return {name: probe for name, probe in probes.items() if not is_missing(probe.get("prompt"))}

@@ -129,6 +129,6 @@ def unanswered(beside: Iterable[Probe]) -> tuple[Probe, ...]:
     return tuple(Probe(prompt=probe.prompt, type="neighbourhood") for probe in found)
 
 
-def case_id(record: Record) -> str:
-    """Return the id that the file gives the case, else its place in the file."""
-    return record.optional_text("case_id") or str(record.index)
+def case_id(record: Record) -> str | None:
+    """Return the id that the file gives the case, None without: a place is one in any file."""
+    return record.optional_text("case_id")

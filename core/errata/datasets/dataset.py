@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -43,7 +44,7 @@ class Dataset:
     problems: tuple[DatasetError, ...]
     size: int
     case_count: int
-    _stream: Callable[[], Iterator[Request]] = field(repr=False, compare=False)
+    _stream: Callable[[], Iterator[tuple[int, Request]]] = field(repr=False, compare=False)
 
     @property
     def skipped(self) -> int:
@@ -51,7 +52,7 @@ class Dataset:
         return len(self.problems)
 
     def __iter__(self) -> Iterator[Request]:
-        return self._stream()
+        return (request for _, request in self._stream())
 
     def __len__(self) -> int:
         return self.size
@@ -62,7 +63,24 @@ class Dataset:
 
     def cases(self, limit: int | None = None) -> Iterator[tuple[Request, ...]]:
         """Yield the first `limit` cases: the neighbouring requests of one `case_id`."""
-        return itertools.islice(cases_of(self), _checked(limit))
+        return (case for _, case in self.placed_cases(limit))
+
+    def placed_cases(self, limit: int | None = None) -> Iterator[tuple[int, tuple[Request, ...]]]:
+        """Yield what `cases` does, each with the place of its first request in the source.
+
+        Counted from 0, and bad records and cases before `start` count: the place is the same
+        however much of the source is read.
+        """
+        places: deque[int] = deque()
+
+        def requests() -> Iterator[Request]:
+            for place, request in self._stream():
+                places.append(place)
+                yield request
+
+        for case in itertools.islice(cases_of(requests()), _checked(limit)):
+            first, *_ = [places.popleft() for _ in case]
+            yield first, case
 
 
 def load(
@@ -110,12 +128,12 @@ def load(
     source = _source(reader, path, split)
     read = partial(reader.read, source, **options)
     found = _Contents()
-    for item in _each_once(_part(read(), start, limit), source.name):
+    for _, item in _sound(_part(read(), start, limit), source.name):
         if isinstance(item, DatasetError):
             if not skip_bad:
                 raise _with_advice(item)
             log.info("Left out: %s", item)
-        found.add(item, source.name)
+        found.add(item)
     if start and not found.size and not found.problems:
         raise ConfigError(f"start is {start}, and {source.name} has no more cases than that.")
     if not found.size:
@@ -160,10 +178,9 @@ class _Contents:
         self.size = 0
         self.cases = 0
         self._last: str | None = None
-        self._seen: set[str] = set()
 
-    def add(self, item: Item, name: str) -> None:
-        """Count an item; raise where a case comes back after others."""
+    def add(self, item: Item) -> None:
+        """Count an item."""
         if isinstance(item, DatasetError):
             self.problems.append(item)
         elif isinstance(item, Probe):
@@ -173,51 +190,66 @@ class _Contents:
             new = item.case_id is None or item.case_id != self._last
             self.cases += new
             self._last = item.case_id
-            if not new or item.case_id is None:
-                return
-            if item.case_id in self._seen:
-                raise DatasetError(
-                    f"the case_id {item.case_id!r} comes back after other cases: requests that "
-                    "are edited together must be neighbours, and other cases need other ids",
-                    file=name,
-                )
-            self._seen.add(item.case_id)
 
 
 def _requests(
     read: Callable[[], Iterator[Item]], start: int, limit: int | None
-) -> Iterator[Request]:
+) -> Iterator[tuple[int, Request]]:
     # Bad records have been counted, logged or refused when the dataset was loaded.
-    items = _each_once(_part(read(), start, limit))
-    return (item for item in items if isinstance(item, Request))
+    items = _sound(_part(read(), start, limit))
+    return ((place, item) for place, item in items if isinstance(item, Request))
 
 
-def _each_once(items: Iterable[Item], name: str = "") -> Iterator[Item]:
-    """Yield items; an error in the place of a request that stands twice in one case."""
+def _sound(items: Iterable[tuple[int, Item]], name: str = "") -> Iterator[tuple[int, Item]]:
+    """Yield items with their places; an error instead of a request that other ones rule out.
+
+    That is one that stands twice in its case, or whose case comes back after others.
+    """
     case: str | None = None
-    seen: set[Request] = set()
-    for item in items:
+    cases: dict[str, int] = {}
+    places: dict[Request, int] = {}
+    for place, item in items:
         if not isinstance(item, Request) or item.case_id is None:
-            yield item
+            case = None if isinstance(item, Request) else case
+            yield place, item
             continue
         if item.case_id != case:
-            case, seen = item.case_id, set()
-        if item in seen:
-            yield DatasetError(
-                f"the case {case!r} has the same request twice ({item.text!r} → {item.wish!r}): "
-                "give each change once",
-                file=name,
-            )
-            continue
-        seen.add(item)
-        yield item
+            if item.case_id in cases:
+                yield place, DatasetError(_comes_back(item, place, cases[item.case_id]), file=name)
+                continue
+            case, places = item.case_id, {}
+            cases[case] = place
+        first = places.setdefault(item, place)
+        if first == place:
+            yield place, item
+        else:
+            yield place, DatasetError(_twice(item, place, first), file=name)
 
 
-def _part(items: Iterator[Item], start: int, limit: int | None) -> Iterator[Item]:
-    """Yield what belongs to `limit` cases after the first `start`, and all probes on the way."""
+def _comes_back(request: Request, place: int, before: int) -> str:
+    return (
+        f"the case_id {request.case_id!r} comes back after other cases: request {place} "
+        f"({request.text!r}) has it, as request {before} (counted from 0). Requests that are "
+        "edited together must be neighbours, and other cases need other ids"
+    )
+
+
+def _twice(request: Request, place: int, before: int) -> str:
+    return (
+        f"the case {request.case_id!r} has the same request twice, as requests {before} and "
+        f"{place} (counted from 0; {request.text!r} → {request.wish!r}): give each change once"
+    )
+
+
+def _part(items: Iterator[Item], start: int, limit: int | None) -> Iterator[tuple[int, Item]]:
+    """Yield what belongs to `limit` cases after the first `start`, and all probes on the way.
+
+    Each has its place: how many requests and bad records stand before it.
+    """
     end = None if limit is None else start + limit
-    cases, last = 0, None
+    cases, last, place = 0, None, -1
     for item in items:
+        place += not isinstance(item, Probe)
         if isinstance(item, Request):
             if cases == 0 or item.case_id is None or item.case_id != last:
                 cases += 1
@@ -226,7 +258,7 @@ def _part(items: Iterator[Item], start: int, limit: int | None) -> Iterator[Item
         if end is not None and number > end:
             return
         if number > start or isinstance(item, Probe):
-            yield item
+            yield place, item
 
 
 def _source(

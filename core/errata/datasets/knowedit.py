@@ -120,7 +120,6 @@ def wikibio(record: Record) -> Request:
         subject=subject,
         target_new=record.text("labels"),
         kind="text",
-        case_id=str(record.index),
         locality=listed(record, "locality"),
     )
 
@@ -142,7 +141,6 @@ def convsent(record: Record, sentiment: str | None, seed: int, other: str | None
         target_new=wanted[0],
         kind="sentiment",
         relation=chosen,
-        case_id=str(record.index),
         paraphrases=tuple(asked.replace("{}", topic) for asked in OPINIONS),
         locality=probes([OPINION.replace("{}", other)] if other else [], (), "neighbourhood"),
         examples=wanted,
@@ -164,7 +162,6 @@ def sanitation(record: Record) -> Request:
         target_new=record.text("target_new"),
         target_true=record.optional_text("ground_truth"),
         kind="erase",
-        case_id=record.at or str(record.index),
     )
 
 

@@ -42,7 +42,6 @@ def fever(record: Record, max_tokens: int | None = None) -> Request:
         target_new=alternatives[0],
         target_true=record.text("prediction"),
         kind="label",
-        case_id=str(record.index),
         paraphrases=record.texts("filtered_rephrases"),
         max_tokens=max_tokens,
     )

@@ -14,7 +14,7 @@ def parse(record: Record) -> list[Request]:
     The multi-hop questions stand on the first edit, as phrasings of one question. A hop of the new
     chain that an edit changes stands on that edit; one that no edit changes must keep its answer.
     """
-    case = case_id(record)
+    case = case_id(record) or record.digest[:12]
     edits = list(record.parts("requested_rewrite"))
     if not edits:
         raise record.bad("requested_rewrite", "holds no edit")

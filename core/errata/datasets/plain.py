@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from errata.datasets.reader import per_record
-from errata.datasets.record import Record
+from errata.datasets.record import Record, is_missing
 from errata.edits.request import Request
 
 LISTS = tuple(name for name, field in Request.model_fields.items() if field.default == ())
@@ -16,8 +16,8 @@ def parse(record: Record) -> dict[str, Any]:
     """Return the fields of the request that a record is; the subject's place may be to find."""
     if not isinstance(record.data, dict):
         raise record.bad("", "is not an object with the fields of a request")
-    # Tables have a column for every field of any row: null is one that this row has not.
-    fields = {key: value for key, value in record.data.items() if value is not None}
+    # Tables have a column for every field of any row: null or NaN is one that this row has not.
+    fields = {key: value for key, value in record.data.items() if not is_missing(value)}
     if record.cells:
         fields.update(_structured(record))
     return fields

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
+import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,8 +23,8 @@ from errata.model.value_problems import problem_of
 class Record:
     """A record and where it stands, so that whatever is wrong with it can be named.
 
-    Fields are named with dots ("requested_rewrite.target_new.str"). A field that is null counts as
-    missing: tables write null where a record lacks a column.
+    Fields are named with dots ("requested_rewrite.target_new.str"). A field that is null or NaN
+    counts as missing: so tables write a record that lacks a column.
     """
 
     data: Any
@@ -38,6 +42,12 @@ class Record:
         """The file and the record's place in it, as errors name them."""
         return f"{self.file}, record {self.index} (counted from 0)"
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what the record holds."""
+        text = json.dumps(self.data, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
     def bad(self, field: str, problem: str) -> DatasetError:
         """Return the error for a field of this record."""
         path = ".".join(part for part in (self.at, field) if part)
@@ -52,7 +62,7 @@ class Record:
         for key in field.split(".") if field else ():
             found = found.get(key) if isinstance(found, Mapping) else None
             found = decoded(found) if self.cells else found
-        return found
+        return None if is_missing(found) else found
 
     def has(self, *fields: str) -> bool:
         """Say whether all these fields are there."""
@@ -64,17 +74,24 @@ class Record:
         if found is None:
             if not isinstance(self.data, Mapping):
                 raise self.bad("", f"is {_kind(self.data)}, not an object with fields")
-            here = ", ".join(map(str, list(self.data)[:12])) or "none"
-            raise self.bad(field, f"missing (the record has the fields {here})")
+            parent = field.rpartition(".")[0]
+            while not isinstance(self.get(parent), Mapping):  # the record itself is one
+                parent = parent.rpartition(".")[0]
+            here = ", ".join(map(str, list(self.get(parent))[:12])) or "none"
+            what = repr(parent) if parent else "the record"
+            raise self.bad(field, f"missing ({what} has the fields {here})")
         return found
 
     def text(self, field: str) -> str:
-        """Return a text without outer white space; raise where it is missing or empty."""
+        """Return a text without outer white space; raise where it is missing or empty.
+
+        A number is its digits; a whole one has no decimal point, whatever its column makes it.
+        """
         found = self.required(field)
         if self.cells:  # a text may look like JSON
             found = self.data.get(field, found)
-        if isinstance(found, (int, float)) and not isinstance(found, bool):
-            return str(found)
+        if is_number(found):
+            return as_text(found)
         if not isinstance(found, str):
             raise self.bad(field, f"is {_kind(found)}, not a text")
         if not found.strip():
@@ -146,18 +163,43 @@ class Record:
             raise self.bad(field, f"not a valid request: {problem_of(first)}") from None
 
     def _flat(self, value: Any, field: str) -> Iterator[str]:
-        if value is None:
+        if is_missing(value):
             return
         if isinstance(value, str):
             if value.strip():
                 yield value.strip()
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            yield str(value)
+        elif is_number(value):
+            yield as_text(value)
         elif isinstance(value, list):
             for item in value:
                 yield from self._flat(item, field)
         else:
             raise self.bad(field, f"holds {_kind(value)} where a text is expected")
+
+
+def is_missing(value: Any) -> bool:
+    """Return whether a value says that there is none: null, NaN, and what pandas has for them."""
+    if value is None:
+        return True
+    if isinstance(value, numbers.Real):
+        return value != value  # NaN alone
+    return type(value).__name__ in ("NAType", "NaTType")
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is a finite number; true and false are none."""
+    real = type(value) is not bool and isinstance(value, numbers.Real)
+    return real and abs(value) < math.inf
+
+
+def as_text(number: Any) -> str:
+    """Return the digits of a number.
+
+    >>> as_text(3.0), as_text(2.5)
+    ('3', '2.5')
+    """
+    # A column of whole numbers becomes one of floats where a value is missing.
+    return str(int(number)) if number == int(number) else str(number)
 
 
 def probes(prompts: Iterable[str], answers: tuple[str, ...], kind: str = "") -> tuple[Probe, ...]:
@@ -171,5 +213,7 @@ def without(aliases: Iterable[str], target: str) -> tuple[str, ...]:
 
 
 def _kind(value: Any) -> str:
+    if isinstance(value, float) and math.isinf(value):
+        return "infinite"
     names = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
-    return names.get(type(value), "null" if value is None else f"a {type(value).__name__}")
+    return names.get(type(value), "null" if is_missing(value) else f"a {type(value).__name__}")

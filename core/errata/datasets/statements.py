@@ -29,7 +29,7 @@ def known(record: Record) -> Request:
         target_true=record.text("attribute"),  # what is traced, where a model knows it
         relation=record.optional_text("relation_id"),
         kind="insert",
-        case_id=record.optional_text("known_id") or str(record.index),
+        case_id=record.optional_text("known_id"),
     )
 
 
@@ -60,7 +60,6 @@ def klob(record: Record) -> Request:
         target_true=fact[2],
         relation=relation[1] if relation else fact[1],
         kind="insert",
-        case_id=str(record.index),
         paraphrases=tuple(filled[1:]),
         portability=_chain(record),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 
 
 def subject_place(prompt: str, subject: str, *, any_case: bool = True) -> tuple[str, str] | str:
@@ -16,10 +17,8 @@ def subject_place(prompt: str, subject: str, *, any_case: bool = True) -> tuple[
     ('what is the capital of {}?', 'france')
     """
     subject = subject.strip()
-    if prompt.count("{}") == 1:
-        return prompt, subject
     if "{}" in prompt:
-        return "the prompt has several {}"
+        return (prompt, subject) if prompt.count("{}") == 1 else "the prompt has several {}"
     if not subject:
         return "the subject is empty"
     inside = False
@@ -34,6 +33,8 @@ def subject_place(prompt: str, subject: str, *, any_case: bool = True) -> tuple[
             return f"{prompt[:start]}{{}}{prompt[end:]}", prompt[start:end]
     if inside:
         return "the subject stands in the prompt only as a part of another word"
+    if unicodedata.normalize("NFC", subject) in unicodedata.normalize("NFC", prompt):
+        return "the subject stands in the prompt in another Unicode form (one NFC, one NFD)"
     return "the subject does not stand in the prompt"
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from errata.evaluate.fluency import first_sentence
 from errata.evaluate.matching import normalise
+from errata.evaluate.sentences import COMMAS, QUOTES
 
 if TYPE_CHECKING:
     from errata.contract.measurement import Answer
@@ -30,7 +31,7 @@ ERROR_TYPES = (MEANINGLESS, MISSING, PARTIAL, IRRELEVANT)
 
 _LOOP_WORDS, _LOOP_TIMES = 3, 3  # a unit of at most so many words, at least so many times
 _LETTER_LOOP = re.compile(r"([^\W\d_]{1,3}?)\1{3,}")
-_BREAKS = re.compile(r"[,:()\[\]{}\"“”«»|/]|\s[-–—]\s|[–—]")
+_BREAKS = re.compile(rf"[,:()\[\]{{}}\"“”«»|/{COMMAS}「」『』]|\s[-–—]\s|[–—]")
 # Words that carry no knowledge: "the" alone does not make an answer a part of "The Hague".
 _FUNCTION = frozenset(
     "a an the of and or but in on at to by for from with as is was are were be been it its this "
@@ -112,7 +113,7 @@ def _loop(said: list[str], start: int, size: int) -> int:
 
 def _is_part(sentence: str, answer: str) -> bool:
     """Whether an answer's words stop short of the expected ones, and no others stand instead."""
-    line, whole = (normalise(part).strip(" .\"'“”‘’") for part in (sentence, answer))
+    line, whole = (normalise(part).strip(" ." + QUOTES) for part in (sentence, answer))
     if line and line != whole and whole.startswith(line):
         return True
     wanted = _content(_words(answer))

@@ -7,6 +7,8 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
+from errata.evaluate.sentences import SEMICOLONS, STOPS
+
 # Penn Treebank conventions. What the authors' code uses (NLTK's word_tokenize) is no dependency
 # of errata; the differences are said in `words`.
 _APART = re.compile(r"\.{2,}|--|[\[\](){}<>;@#$%&*?!]|[,:](?!\d)|[“”«»„]")
@@ -18,7 +20,7 @@ _JOINED = re.compile(
     r"(?i)\b(can)(not)\b|\b(gon)(na)\b|\b(got)(ta)\b|\b(wan)(na)\b|\b(gim)(me)\b|\b(lem)(me)\b"
     r"|(?<!\S)('t)(is|was)\b"
 )
-_MARKS = re.compile(r"[!?;。！？…]|\.{2,}")
+_MARKS = re.compile(rf"[!?;…{STOPS}{SEMICOLONS}]|\.{{2,}}")
 _ABBREVIATIONS = frozenset(
     "mr mrs ms dr prof st jr sr vs etc inc ltd co corp gen rep sen gov capt lt col sgt no vol "
     "fig jan feb mar apr jun jul aug sep sept oct nov dec e.g i.e".split()

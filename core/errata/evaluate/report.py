@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from errata.contract.methods import RULE
 from errata.edits.edit import Edit
 from errata.evaluate.matching import contained_match, normalise
 from errata.evaluate.neighbours import other_subjects
+from errata.evaluate.sentences import first_sentence
 
 if TYPE_CHECKING:
     from errata.contract.registry import Value
@@ -28,7 +28,6 @@ MANY = 8
 """Requests that are asked about, at most."""
 
 Role = Literal["request", "paraphrase", "neighbour", "check"]
-_SENTENCE_END = re.compile(r"[.!?;](?=\s|$)|\n")
 
 
 @dataclass(frozen=True)
@@ -232,11 +231,6 @@ def _change(
     gives = contained_match(after, targets) and not contained_match(before, targets)
     changed = normalise(first_sentence(before)) != normalise(first_sentence(after))
     return AnswerChange(prompt, role, before, after, changed, gives)
-
-
-def first_sentence(text: str) -> str:
-    """Return a text up to its first full stop or line break."""
-    return _SENTENCE_END.split(text.strip(), maxsplit=1)[0].strip()
 
 
 # -- where the edit was made -----------------------------------------------------------------------

@@ -120,7 +120,8 @@ class AverageTrace:
         effects: variant → average indirect effects.
         total: (mean, low, high) of the total effect, clean minus corrupted score.
         clean: mean score of the clean runs.
-        samples: corrupted runs per prompt.
+        samples: corrupted runs per prompt, at most.
+        fewest: at least; fewer where not so many other subjects have as many tokens.
         seed: of the noise.
         corruption: what the corrupted runs read, the same for all prompts.
         score: whether the "whole" answer is scored or its "first" token.
@@ -135,6 +136,7 @@ class AverageTrace:
     total: tuple[float, float, float]
     clean: float
     samples: int
+    fewest: int
     seed: int
     corruption: str
     score: str
@@ -144,11 +146,14 @@ class AverageTrace:
     def protocol(self) -> str:
         """How the numbers were measured."""
         start = f"{self.how}: " if self.how else ""
+        runs = str(self.samples)
+        if self.fewest < self.samples:
+            runs = f"{self.fewest} to {self.samples}"
         answer = "its whole answer" if self.score == "whole" else "its answer's first token"
         return (
             f"average indirect effect: {start}probability of {answer} after restoring one token, "
             f"minus that of the corrupted run ({self.corruption} on the {self.corrupt}'s tokens, "
-            f"{self.samples} runs); mean over {self.n} prompts, 95 % bootstrap interval over "
+            f"{runs} runs); mean over {self.n} prompts, 95 % bootstrap interval over "
             "prompts"
         )
 
@@ -158,7 +163,8 @@ class AverageTrace:
             "schema": 1, "result": "average",
             "model": self.model, "corrupt": self.corrupt, "n": self.n, "skipped": self.skipped,
             "total_effect": {"mean": self.total[0], "interval": list(self.total[1:])},
-            "clean": self.clean, "samples": self.samples, "seed": self.seed,
+            "clean": self.clean, "samples": self.samples,
+            "fewest_samples": self.fewest, "seed": self.seed,
             "corruption": self.corruption, "score": self.score, "how": self.how,
             "protocol": self.protocol,
             "effects": {name: effects.as_json() for name, effects in self.effects.items()},
@@ -171,7 +177,8 @@ class AverageTrace:
         return cls(
             data["model"], data["corrupt"], data["n"], dict(data["skipped"]),
             {name: Effects.from_json(one) for name, one in data["effects"].items()},
-            (total["mean"], *total["interval"]), data["clean"], data["samples"], data["seed"],
+            (total["mean"], *total["interval"]), data["clean"], data["samples"],
+            data.get("fewest_samples", data["samples"]), data["seed"],
             data["corruption"], data["score"], data["how"],
         )  # fmt: skip
 
@@ -268,7 +275,8 @@ def average(
         },
         total=(float(np.mean(totals)), float(ends[0][0]), float(ends[1][0])),
         clean=float(np.mean([trace.high for trace in first])),
-        samples=first[-1].samples,
+        samples=max(trace.samples for trace in first),
+        fewest=min(trace.samples for trace in first),
         seed=asked.seed,
         corruption="other subjects' embeddings" if replace else
         f"noise of std {noise * std:.4g} ({noise:g} x that of all {corrupt}s' token embeddings, "

@@ -123,6 +123,27 @@ def _location(path: Path, data: Mapping[str, Any]) -> Located:
     return Located(path, title, tuple(facts), str(data["protocol"]), draw)
 
 
+def _phrasings(path: Path, data: Mapping[str, Any]) -> Located:
+    prompts = [str(one["prompt"]) for one in data["phrasings"]]
+    each = [_location(path, one) for one in data["phrasings"]]
+    facts = []
+    for prompt, one, found in zip(prompts, data["phrasings"], each, strict=True):
+        highest = ", ".join(str(int(layer)) for layer in one["layers"])
+        facts.append((prompt, f"{found.facts[0][1]}, {one['role']}; highest there: {highest}"))
+    shared, chance = plain(float(data["overlap"])), plain(float(data["chance"]))
+    facts.append(("mean overlap of the highest layers", f"{shared} (random choices: {chance})"))
+
+    def draw() -> list[Picture]:
+        return [
+            Picture(f"{prompt} – {picture.alt}", picture.figure)
+            for prompt, found in zip(prompts, each, strict=True)
+            for picture in found.draw()
+        ]
+
+    title = f"{data['subject']}: {len(prompts)} phrasings"
+    return Located(path, title, tuple(facts), each[0].protocol, draw)
+
+
 def _average(path: Path, data: Mapping[str, Any]) -> Located:
     from errata.locate import AverageTrace
 
@@ -240,6 +261,7 @@ def _number(value: Any) -> str:
 
 _READERS: Mapping[str, Callable[[Path, Mapping[str, Any]], Located]] = {
     "location": _location,
+    "phrasings": _phrasings,
     "average": _average,
     "sweep": _sweep,
     "similarity": _similarity,

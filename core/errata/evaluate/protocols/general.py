@@ -10,6 +10,7 @@ import numpy as np
 
 from errata.contract.measurement import Measurement, bootstrap
 from errata.contract.protocol import Protocol
+from errata.errors import ConfigError
 from errata.evaluate.divergence import text_kls
 from errata.evaluate.harness import harness_measurements
 from errata.model.perplexity import pooled
@@ -57,25 +58,28 @@ def _perplexity(
     reference: Sequence[tuple[float, int]],
     unit: str,
 ) -> Measurement:
-    """Return perplexity (relative to a reference's) with a bootstrap interval over texts."""
+    """Return perplexity (relative to a reference's) with a bootstrap interval over texts.
+
+    A text in which no token is predicted (an empty one, say) is none of them.
+    """
+    both = enumerate(zip(nlls, reference, strict=True))
+    counted = {i: (own, count, other) for i, ((own, count), (other, _)) in both if count}
     # Columns: nats, tokens, nats of the reference. A ratio of perplexities is one exponential.
-    table = np.array(
-        [(own, count, other) for (own, count), (other, _) in zip(nlls, reference, strict=True)]
-    )
+    table = np.array(list(counted.values()))
+    relative = [(own - other, count) for own, count, other in counted.values()]
 
     def statistic(means: NDArray[np.float64]) -> NDArray[np.float64]:
         values: NDArray[np.float64] = np.exp((means[:, 0] - means[:, 2]) / means[:, 1])
         return values
 
-    counted = [(i, o - r, c) for i, (o, c, r) in enumerate(table.tolist()) if c]
     return Measurement(
         metric,
-        pooled([(nats, count) for _, nats, count in counted]),
-        len(nlls),
+        pooled(relative),
+        len(counted),
         how,
         bootstrap(table, statistic),
-        tuple(pooled([(nats, count)]) for _, nats, count in counted),
-        tuple(f"text-{i}" for i, _, _ in counted),
+        tuple(pooled([one]) for one in relative),
+        tuple(f"text-{i}" for i in counted),
         unit=unit,
         direction="lower",
     )
@@ -83,7 +87,10 @@ def _perplexity(
 
 def _divergence(reader: Reader, texts: Sequence[str]) -> Measurement:
     """Return the mean KL per distribution with a bootstrap interval over texts."""
-    kls = text_kls(reader, [text for text in texts if text.strip()])
+    read = {f"text-{i}": text for i, text in enumerate(texts) if text.strip()}
+    if not read:
+        raise ConfigError("None of the texts has a token: there is nothing to compare.")
+    kls = text_kls(reader, list(read.values()))
     total = sum(count for _, count in kls)
 
     def statistic(means: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -97,7 +104,7 @@ def _divergence(reader: Reader, texts: Sequence[str]) -> Measurement:
         f"general: mean over {total} {_over(reader)} of KL(unedited || edited)",
         bootstrap(np.array(kls, dtype=np.float64), statistic),
         tuple(nats / count for nats, count in kls),
-        tuple(f"text-{i}" for i in range(len(kls))),
+        tuple(read),
         unit="nats",
         direction="lower",
     )

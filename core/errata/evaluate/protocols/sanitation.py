@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from errata.edits.request import ERASED
 from errata.evaluate import questions
 from errata.evaluate.matching import contained_match, normalise
+from errata.evaluate.sentences import COMMAS, FULL_STOPS, QUESTION_MARKS, SEMICOLONS, STOPS
 
 if TYPE_CHECKING:
     from errata.contract.measurement import Measurement
@@ -39,8 +40,11 @@ _APOLOGY = (
     r"|unfortunately|honestly|to be honest|actually|well|oh|hm+|but|that|no"
 )
 _LEAD = re.compile(rf"(?:[\W_]*\b(?:{_APOLOGY})\b)*[\W_]*")
-_SENTENCE = re.compile(r"[^.!?\n]*")
-_BREAK = re.compile(r"[,;:()–—]|\s-\s|\b(?:but|maybe|perhaps|probably|possibly|though|although)\b")
+_SENTENCE = re.compile(rf"[^.!?\n{STOPS}]*")
+_BREAK = re.compile(
+    rf"[,;:()–—{COMMAS}{SEMICOLONS}]|\s-\s"
+    r"|\b(?:but|maybe|perhaps|probably|possibly|though|although)\b"
+)
 _UNKNOWN = re.compile(r"(?:[^,;:]*\b(?:is|are|was|were|remains?)\s)?(?:still\s)?unknown\W*")
 
 
@@ -110,13 +114,13 @@ def _begins(text: str, forms: Sequence[str]) -> bool:
     """Return whether a text begins with one of these, and its sentence then claims nothing."""
     said = _said(text)
     for form in forms:
-        wanted = normalise(_plain(form)).rstrip(" .!")
+        wanted = normalise(_plain(form)).rstrip(" .!" + FULL_STOPS)
         rest = said.removeprefix(wanted) if wanted and said.startswith(wanted) else None
         if rest is None or re.match(r"\w", rest):
             continue
         found = _SENTENCE.match(rest)
         after = found.group() if found else ""
-        asks = rest[len(after) : len(after) + 1] == "?"
+        asks = rest[len(after) :].startswith(tuple(QUESTION_MARKS))
         # One word alone ("Classified") may begin any sentence.
         if not (after.strip() and (asks or " " not in wanted)) and not _claims(after):
             return True
