@@ -12,8 +12,8 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 
 from errata import Editor, Request
 from errata.edits.edit import Edit
-from errata.edits.export import export_peft
 from errata.edits.outcome import Efficacy, Outcome, RelativeNorm
+from errata.ship.hugging_face import export_peft
 from tests.core.test_shipping import edit_of, logits, low_rank
 from tests.families import build, build_model
 

@@ -11,8 +11,8 @@ from peft import PeftModel
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 
-from errata.edits.export import export_peft
 from errata.edits.factors import changes
+from errata.ship.hugging_face import export_peft
 from errata.testing import edit_with
 from tests.core.test_shipping import edit_of, logits, low_rank
 from tests.families import build_model

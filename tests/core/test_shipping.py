@@ -17,11 +17,11 @@ from errata.edits.delta import AdapterDelta, Delta
 from errata.edits.delta.dense import DenseDelta
 from errata.edits.delta.low_rank import Factor, LowRankDelta
 from errata.edits.edit import Edit
-from errata.edits.export import export_peft, merge_checkpoint
 from errata.edits.factors import compressed
 from errata.edits.formats import EXPORTS, MERGES, names, writer
 from errata.errors import CapabilityError, ConfigError, PluginError, UnknownNameError
 from errata.model import Model
+from errata.ship.hugging_face import export_peft, merge_checkpoint
 from errata.testing import edit_with
 from tests.core.test_adapter import adalora, lora
 from tests.families import build_model

@@ -9,10 +9,10 @@ import pytest
 import torch
 from peft import PeftModel
 
-from errata.edits.export import export_peft
 from errata.errors import CapabilityError, ConfigError
 from errata.model.running import prepare, run
 from errata.model.scoring import score_targets
+from errata.ship.hugging_face import export_peft
 from errata.testing import edit_with
 from errata_melo import MeloConfig
 from errata_melo.database import EditedPoint, VectorDatabase

@@ -10,6 +10,7 @@ import typer
 from rich.text import Text
 
 from errata.cli import render
+from errata.cli.carried_out import left_over
 from errata.cli.check_facts import check_view, fact_guard
 from errata.cli.checks import check_guards, check_kinds, check_model, check_settings
 from errata.cli.easyedit import configured
@@ -28,7 +29,6 @@ from errata.cli.requests import (
 from errata.cli.session import MODEL, NO_EFFECT, REFUSED, UNTRUE, Session, command
 from errata.contract.stanzas import STREAM_BATCH
 from errata.contract.yaml_file import parse_yaml
-from errata.edits.carried_out import left_over
 from errata.edits.clashes import last_of_each
 from errata.edits.request import KINDS, OPERATIONS, Request
 from errata.errors import ConfigError, RequestError

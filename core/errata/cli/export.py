@@ -189,8 +189,8 @@ def merge(
     The tokenizer is included, and in a folder a model card; transformers or llama.cpp loads it
     without errata. Edits that act while the model runs (a codebook) cannot be merged.
     """
-    from errata.edits.export import check_mergeable
     from errata.model.loading import auto_class
+    from errata.ship.hugging_face import check_mergeable
 
     options = given(base=base, type=type)
     writer(MERGES, format, options)

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errata.edits.export import merged_state
 from errata.errors import CapabilityError
 from errata.model.arguments import check_name
 from errata.ship.gguf_adapter import base_weight, stored_weight
@@ -22,6 +21,7 @@ from errata.ship.gguf_file import (
     write_gguf,
 )
 from errata.ship.gguf_tokenizer import add_tokenizer
+from errata.ship.hugging_face import merged_state
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errata.edits.model_card import CARD_FILE, base_of, model_card
 from errata.errors import ConfigError, ErrataError, LedgerError, StorageError
 from errata.model.arguments import check_name
 from errata.model.display import shortened
+from errata.ship.model_card import CARD_FILE, base_of, model_card
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
