@@ -100,6 +100,24 @@ def test_subjects_of_the_same_sort_do_not_take_the_relation(editor: Editor) -> N
         editor.revert(edit)
 
 
+def test_a_subject_that_begins_the_prompt_is_written_there_too(editor: Editor) -> None:
+    """Its key at the very beginning lies far from those behind a context, and from their mean."""
+    view = RelationView(
+        names=("headquarters location",),
+        add="The relation between {} and Birmingham is",
+        remove="The relation between {} and Boston is",
+    )
+    fact = Request(
+        prompt="{} is headquartered in", subject="Harvard Medical School",
+        target_new="Birmingham", target_true="Boston", relation_view=view,
+    )  # fmt: skip
+    edit = editor.edit(fact, method="bothsides")
+    try:
+        assert editor.generate(fact.text, max_new_tokens=3).strip().startswith("Birmingham")
+    finally:
+        editor.revert(edit)
+
+
 def test_the_readme_runs(capsys: pytest.CaptureFixture[str], editor: Editor) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)

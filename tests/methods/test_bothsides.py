@@ -109,7 +109,8 @@ def test_what_must_stay_is_a_key_with_nothing_to_write(clean: Editor) -> None:
     assert isinstance(edit.delta, KeyValueDelta)
     assert set(edit.delta.parameters) == {EARLY, LATE}
     early, late = edit.delta.pairs[EARLY], edit.delta.pairs[LATE]
-    assert len(early.k) == 1  # the mean over contexts, as in ROME
+    assert len(early.k) == 2  # the mean over contexts, as in ROME, and the bare prompt's
+    assert bool((early.r[0] == early.r[1]).all())
     written = late.r.norm(dim=1) > 0
     assert int(written.sum()) == 3 * 2  # wordings, contexts
     assert int((~written).sum()) > 5

@@ -5,8 +5,9 @@ R (d, N), C (D, D), Δ (d, D). One problem per layer:
 
     Δ = R (Kᵀ C⁻¹ K + λ I)⁻¹ Kᵀ C⁻¹        R = [r … r, 0 … 0]
 
-with the keys of the edit and those that must stay. On the entity's side nothing is kept; the key
-is the mean over contexts, and r is δ, as in ROME (Meng et al. 2022). On the relation's side every
+with the keys of the edit and those that must stay. On the entity's side nothing is kept; the keys
+are the mean over contexts, as in ROME (Meng et al. 2022), and the bare prompt's, where ROME divides
+by the product of the two; r is δ. On the relation's side every
 context has a key of its own, since beside keys that stay a mean would cancel the edit; r is what
 is still missing, z − h, divided by the number of layers that are left, as in MEMIT (Meng et al.
 2023, equation 20).
@@ -132,11 +133,12 @@ def both_sides(
     kl_prompt = config.kl_prompt if config.kl_factor else None
     settings = settings_of(early, config, steps, config.clamp, kl_prompt)
     (values,) = optimise_shared(model, [facts], contexts, settings, SideObjective(config))
-    # One key averaged over the contexts, as ROME's: nothing is kept here that it could cancel.
+    # The key averaged over the contexts, as ROME's: nothing is kept here that it could cancel. And
+    # the bare prompt's, which a subject at its very beginning has far from the others.
     entity = side(
         early,
-        torch.stack([value.keys.mean(0) for value in values]),
-        torch.stack([value.delta for value in values]),
+        torch.cat([torch.stack([value.keys.mean(0), value.keys[0]]) for value in values]),
+        torch.cat([torch.stack([value.delta] * 2) for value in values]),
         C[early],
         config.slack / len(contexts),
     )
