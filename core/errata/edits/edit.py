@@ -115,7 +115,7 @@ class Edit(Described, BaseModel):
         yield "", repr(self.id)
         yield "", self.method
         first = self.requests[0]
-        yield "", f"{shortened(first.text)!r} → {shortened(first.target_new, 40)!r}"
+        yield "", f"{shortened(first.text)!r} → {shortened(first.wish, 40)!r}"
         if len(self.requests) > 1:
             yield "requests", str(len(self.requests))
         for name in ("layer", "layers"):
