@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from errata import Request
-from errata.edits.edit import requests_of
+from errata.edits.cases import requests_of
 from errata.edits.request import parse_arguments, parse_requests
 from errata.errors import ErrataError, RequestError
 
