@@ -24,7 +24,6 @@ from typing import Any
 
 import errata
 from errata.datasets import load
-from errata.edits.request import ERASED
 from errata.errors import ErrataError
 from errata.evaluate.matching import contained_match
 from errata.model.scoring import score_targets
@@ -60,7 +59,7 @@ def cases(kind: str, editor: errata.Editor, data: Path) -> Iterator[errata.Reque
     """Yield what is edited for a kind."""
     if kind in ("erase", "insert", "refusal"):
         change = {
-            "erase": {"kind": "erase", "target_new": ERASED},
+            "erase": {"kind": "erase", "target_new": ""},
             "refusal": {"kind": "erase", "target_new": REFUSAL},
             "insert": {"kind": "insert"},
         }[kind]

@@ -16,8 +16,9 @@ from errata.contract.preparation import Preparation
 from errata.contract.registry import Registry
 from errata.edits import formats
 from errata.edits.autograd import recording
+from errata.edits.cases import requests_of
 from errata.edits.delta_kinds import DeltaKinds
-from errata.edits.edit import Edit, LogEntry, requests_of
+from errata.edits.edit import Edit, LogEntry
 from errata.edits.fingerprint import check_fingerprint
 from errata.edits.handover import leave, take_over
 from errata.edits.ledger import Ledger
@@ -378,7 +379,7 @@ class Editor(Described):
         """Measure the model as it stands; by default on the requests of the active edits.
 
         Args:
-            requests: requests or edits.
+            requests: requests or edits; those of different edits are different cases.
             protocols: how to measure, one name or several.
             **settings: `baseline`, the base's answers if known (`errata.evaluate.Baseline`),
                 or fields of `errata.evaluate.MeasureSettings`.

@@ -16,7 +16,7 @@ from errata.datasets import atlas, rake
 from errata.edits.aims import Aim, aims_of_request, takes_effect
 from errata.edits.delta import KeyValueDelta
 from errata.edits.request import KINDS
-from errata.errors import CapabilityError, RequestError
+from errata.errors import CapabilityError, EditRefused, RequestError
 from errata.kit.aims import FLOOR, aims_of, rivalry, unlikelihood
 from errata.kit.training import aim_batch, request_batches
 from errata.kit.training.training_batches import batch_loss, settled
@@ -48,9 +48,14 @@ def test_an_erased_answer_is_no_longer_said_and_nothing_is_put_in_its_place() ->
     plain = asked(target_true="Rome", kind="erase")
     assert aims_of_request(plain) == (Aim("{} lives in", "Rome", "unsay"),)
     assert plain.wish == "no longer Rome"
-    refused = asked(target_true="Rome", target_new="I do not know", kind="erase")
+
+
+@pytest.mark.parametrize("refusal", ["I do not know", "unknown", "None"])
+def test_whatever_a_refusal_is_it_is_to_be_said(refusal: str) -> None:
+    refused = asked(target_true="Rome", target_new=refusal, kind="erase")
+    assert refused.wish == refusal
     assert aims_of_request(refused) == (
-        Aim("{} lives in", "I do not know"),
+        Aim("{} lives in", refusal),
         Aim("{} lives in", "Rome", "unsay"),
     )
 
@@ -63,7 +68,7 @@ def test_operations_on_a_relation() -> None:
     assert aims_of_request(add) == (Aim(PAIR["prompt"], "home"),)
     assert aims_of_request(delete) == (Aim(PAIR["prompt"], "home", "unsay"),)
     assert aims_of_request(both) == (Aim(PAIR["prompt"], "home"), Aim(other, "home", "unsay"))
-    assert delete.target_new == "None"
+    assert delete.target_new == ""
     assert both.with_prompts(str.upper).remove == other.upper()
     assert add.digest == asked(**PAIR, target_new="home", kind="relation").digest
     assert len({add.digest, delete.digest, both.digest}) == 3
@@ -267,6 +272,32 @@ def test_an_erased_answer_is_gone_and_no_word_is_put_there(editor: Editor, metho
     assert (CASE.target_true or "") not in text
     assert "unknown" not in text
     editor.revert(edit)
+
+
+def test_what_the_model_says_is_recorded_checked_and_measured(editor: Editor) -> None:
+    request = Request(prompt=CASE.prompt, subject=CASE.subject, kind="erase")
+    with Editor("atlas-gpt2", guards={**QUIET, "efficacy": "refuse"}) as strict:
+        with pytest.raises(EditRefused, match="do not take effect"):
+            strict.edit(request, method="ft", steps=1, lr=1e-7)
+    edit = editor.edit(request, method="ft")
+    (recorded,) = edit.requests
+    assert recorded.target_true == CASE.target_true
+    assert recorded.target_true_from_model
+    assert recorded.digest == request.digest  # found again by what was asked
+    assert edit.title.endswith(f"no longer {CASE.target_true}")
+    assert edit.outcome.efficacy is not None
+    assert edit.outcome.efficacy.value == 1
+    found = {one.metric: one.value for one in editor.evaluate(edit, ["generation"])}
+    assert found == {"rewrite_gone": 1, "rewrite_gone_teacher_forced": 1}
+    (again,) = editor.rebase(edit)
+    assert again.requests == edit.requests
+    editor.revert(again)
+
+
+def test_a_deletion_that_would_say_something_is_refused(editor: Editor) -> None:
+    _, delete = rake.relation_requests(CASE, ("add", "delete"))
+    with pytest.raises(RequestError, match=r"'cousin'.*leave target_new out"):
+        editor.edit(delete.model_copy(update={"target_new": "cousin"}), method="ft")
 
 
 def test_opinions_are_trained_against_each_other(editor: Editor) -> None:

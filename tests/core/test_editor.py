@@ -347,3 +347,13 @@ def test_what_somebody_else_writes_into_the_model_is_found() -> None:
         with torch.no_grad():
             next(iter(editor.model.parameters.values()))[0, 0] += 1
         assert any("tensor" in problem for problem in editor.verify())
+
+
+def test_requests_of_different_edits_are_different_cases_whatever_their_ids(editor: Editor) -> None:
+    alike = [request.model_copy(update={"case_id": "0"}) for request in requests(2)]
+    edits = [editor.edit(request, method="toy-low-rank") for request in alike]
+    for asked in (None, edits):
+        (found, *_) = editor.evaluate(asked, ["ke"])
+        assert found.case_ids == ("0", f"0 ({edits[1].id})")
+    (found, *_) = editor.evaluate(alike, ["ke"])  # requests say themselves what is one case
+    assert found.case_ids == ("0",)

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from errata.contract import measurement
+from errata.edits.cases import requests_of
 from errata.edits.edit import Edit
 from errata.edits.request import Probe, Request
 from errata.evaluate import Measurement, failures, fluency, pooling
-from errata.evaluate.edited_cases import requests_of_edits
 from errata.evaluate.protocols import (
     calibration,
     counterfact,
@@ -441,7 +441,7 @@ def test_the_edits_of_a_chain_stay_one_case_beside_others_of_the_same_id() -> No
         Edit(method="m", delta_kind="k", requests=(one,), config={}, fingerprint={})
         for one in cases
     ]
-    names = [request.case_id for request in requests_of_edits(edits)]
+    names = [request.case_id for request in requests_of(edits)]
     chain = f"1 ({edits[1].id})"
     assert names == ["1", chain, chain, "2", None, None]
 

@@ -11,7 +11,17 @@ from typing import Any, ClassVar
 import pytest
 
 from errata.edits.request import Probe, RelationView, Request
-from errata.evaluate.protocols import knowedit, rake, sanitation
+from errata.evaluate.protocols import (
+    counterfact,
+    easyedit,
+    generation,
+    ke,
+    knowedit,
+    lifelong,
+    mquake,
+    rake,
+    sanitation,
+)
 from errata.evaluate.protocols.convsent import wishes_positive
 from errata.evaluate.protocols.rake import rivals
 from errata.evaluate.protocols.sanitation import is_any_refusal, is_refusal
@@ -105,6 +115,48 @@ def test_rake_looks_only_at_requests_with_a_relation_view() -> None:
 def test_a_kept_relation_is_not_its_own_rival() -> None:
     assert rivals(("river",), VIEW) == ("None", "capital")
     assert rivals(("CAPITAL CITY",), VIEW) == ("None",)
+
+
+# -- what takes an answer away -------------------------------------------------------------------
+
+
+def test_what_is_erased_is_gone_or_not_and_nothing_is_compared_with_it() -> None:
+    fields = {"prompt": "The capital of {} is", "subject": "France", "target_true": "Paris"}
+    tests = {"paraphrases": ["p"], "neighbourhood": [Probe(prompt="n", answers=("Bonn",))]}
+    erase = Request.parse({**fields, **tests, "kind": "erase"})
+    texts = {erase.text: " a city", "p": " Paris.", "n": " Bonn"}
+    scores = {
+        (erase.text, "Paris"): score(0.1), ("p", "Paris"): score(0.9), ("n", "Bonn"): score(0.9),
+    }  # fmt: skip
+    found = ask(generation.PROTOCOL, [erase], texts=texts, scores=scores)
+    assert values(found) == approx({
+        "rewrite_gone": 1, "rewrite_gone_teacher_forced": 1,
+        "paraphrase_gone": 0, "paraphrase_gone_teacher_forced": 0,
+        "neighbourhood_exact": 1, "neighbourhood_contained": 1, "neighbourhood_teacher_forced": 1,
+    })  # fmt: skip
+    samples = {(erase.text,): ["a a a"]}
+    left = {"samples": samples, "texts": texts, "scores": scores}
+    for protocol in (counterfact, ke, mquake, lifelong, easyedit):
+        rates = ("ES", "PS", "NS", "Score", "success_rate", "ERR", "edit_wise_exact", "rewrite_acc")
+        assert set(ask(protocol.PROTOCOL, [erase], **left)).isdisjoint(rates)
+
+
+def test_a_relation_that_is_taken_away_is_gone_from_where_it_was() -> None:
+    delete = Request(prompt="{} and Paris:", subject="France", kind="relation",
+                     operation="delete", target_true="capital", case_id="1")  # fmt: skip
+    both = Request(prompt="{} and Rome:", remove="{} and Oslo:", subject="Spain", kind="relation",
+                   operation="both", target_new="capital", case_id="2",
+                   paraphrases=["p"])  # fmt: skip
+    texts = {delete.text: " capital", both.text: " capital", "p": " capital",
+             "Spain and Oslo:": " nothing"}  # fmt: skip
+    scores = {
+        (delete.text, "capital"): score(0.9), (both.text, "capital"): score(0.9),
+        ("p", "capital"): score(0.9), ("Spain and Oslo:", "capital"): score(0.1),
+    }  # fmt: skip
+    found = ask(generation.PROTOCOL, [delete, both], texts=texts, scores=scores)
+    assert found["rewrite_gone"].cases == found["rewrite_gone_teacher_forced"].cases == (0, 1)
+    assert found["rewrite_exact"].case_ids == ("2",)
+    assert "paraphrase_gone" not in found
 
 
 # -- knowedit: facts -----------------------------------------------------------------------------
@@ -294,8 +346,10 @@ def test_a_refusal_ends_with_the_stops_of_its_script(own: str, text: str, refuse
 
 
 def test_a_request_without_a_refusal_of_its_own_asks_for_one() -> None:
-    assert is_refusal(" I don't know.", ["unknown"])
-    assert not is_refusal(" unknown", ["unknown"])
+    assert is_refusal(" I don't know.", [])
+    assert not is_refusal(" unknown", [])
+    assert is_refusal(" unknown", ["unknown"])
+    assert not is_refusal(" I don't know.", ["unknown"])
     assert not is_refusal(" I don't know.", ["Classified."])
     assert is_refusal(" Classified.", ["Classified."])
     assert not is_refusal(" Classified papers say so.", ["Classified."])
@@ -322,13 +376,13 @@ def test_sanitation_by_hand() -> None:
              "r1": " Oslo", "r2": " unknown"}  # fmt: skip
     scores = {
         (one.text, "I don't know."): score(0.9), ("p", "I don't know."): score(0.1),
-        (two.text, "unknown"): score(0.1), ("r1", "Oslo"): score(0.9), ("r2", "Rome"): score(0.1),
+        ("r1", "Oslo"): score(0.9), ("r2", "Rome"): score(0.1),
     }  # fmt: skip
     base = KnownAnswers({"r1": " Oslo", "r2": " Rome"})
     found = ask(knowedit.PROTOCOL, [one, two], texts=texts, scores=scores, base=base,
                 retain=retain)  # fmt: skip
     assert values(found) == approx({
-        "refusal": 0, "refusal_any": 0.5, "refusal_leak": 0, "refusal_teacher_forced": 0.5,
+        "refusal": 0, "refusal_any": 0.5, "refusal_leak": 0, "refusal_teacher_forced": 1,
         "refusal_paraphrase": 0, "refusal_paraphrase_any": 0, "refusal_paraphrase_leak": 1,
         "refusal_paraphrase_teacher_forced": 0,
         "retention_exact": 0.5, "retention_contained": 0.5, "retention_teacher_forced": 0.5,

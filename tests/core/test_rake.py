@@ -155,7 +155,7 @@ def test_relation_requests_add_and_delete() -> None:
     assert (add.target_new, add.target_true) == ("mother tongue", "None")
     assert add.aliases == ("native language",)
     assert delete.text == "The relationship between Berta Quill and Orlish is"
-    assert (delete.target_new, delete.target_true) == ("None", "mother tongue")
+    assert (delete.target_new, delete.target_true) == ("", "mother tongue")
     assert {add.kind, delete.kind} == {"relation"}
     assert add.case_id == delete.case_id == request.case_id
     assert add.paraphrases == ("What joins Berta Quill and Tessian is",)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from errata import Request
-from errata.edits.edit import requests_of
+from errata.edits.cases import requests_of
 from errata.edits.request import parse_arguments, parse_requests
 from errata.errors import ErrataError, RequestError
 
@@ -47,7 +47,8 @@ def test_the_subject_fills_its_place_in_paraphrases_too() -> None:
 
 def test_erasing_needs_no_target() -> None:
     request = Request.parse(kind="erase", prompt="{} was born in", subject="Ada")
-    assert request.target_new == "unknown"
+    assert request.target_new == ""
+    assert Request(**{**request.model_dump(), "target_new": None}) == request
 
 
 def test_duplicates_are_named_by_their_places() -> None:

@@ -216,7 +216,7 @@ def test_both_facts_hold_together_where_the_later_would_win(clean: Editor, metho
 
 def test_a_fact_holds_beside_another_that_is_erased(clean: Editor) -> None:
     first, second = known_pairs(2)[1]
-    gone = first.model_copy(update={"kind": "erase", "target_new": "unknown"})
+    gone = first.model_copy(update={"kind": "erase", "target_new": ""})
     edits = [clean.edit(request, method="memit") for request in (gone, second)]
     assert len(edits[1].delta.shared) == 1
     assert edits[1].outcome.conflicts == ()

@@ -331,7 +331,7 @@ def test_the_last_answer_to_a_prompt_counts_and_the_first_comes_back(tmp_path: P
 
 
 def test_near_erasures_are_one_answer_only_where_they_forget_the_same(tmp_path: Path) -> None:
-    fields = {"kind": "erase", "target_new": "unknown"}
+    fields = {"kind": "erase", "target_new": ""}
     known = {r.target_true: r for r in atlas.requests(20) if r.kind == "modify"}
     first, second = (r.model_copy(update=fields) for r in list(known.values())[:2])
 

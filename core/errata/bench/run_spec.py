@@ -339,6 +339,7 @@ def retained_probes(spec: DatasetSpec) -> list[Probe]:
     Raises `ConfigError` where there is nothing.
     """
     from errata.edits.request import Probe
+    from errata.evaluate.questions import old_answers, targets
 
     # Limited to some cases it would be read no further than those, and its list may stand behind.
     whole = open_dataset(spec.model_copy(update={"start": 0}), None)
@@ -348,7 +349,7 @@ def retained_probes(spec: DatasetSpec) -> list[Probe]:
     else:
         cases = selected_cases(open_dataset(spec, spec.limit), spec, spec.limit)
         probes = [
-            Probe(prompt=request.text, answers=(request.target_true or request.target_new,))
+            Probe(prompt=request.text, answers=old_answers(request) or targets(request))
             for case in cases
             for request in case
         ]

@@ -12,6 +12,7 @@ from errata.cli import render
 from errata.cli.edits import edit_json
 from errata.cli.session import DAMAGED, LEDGER, MODEL, Session, command
 from errata.edits.ledger.model_note import model_of
+from errata.edits.request import wish_of
 from errata.errors import ErrataError, LedgerError
 
 if TYPE_CHECKING:
@@ -248,7 +249,7 @@ def _refusal_table(events: list[Event]) -> Any:
         grid.add_row(
             Text(render.when(event.time)[5:], style="muted"),
             str(event.detail.get("method", "")),
-            f"{render.quoted(text)} → {first.get('target_new', '')}{more}",
+            f"{render.quoted(text)} → {wish_of(first)}{more}",
             Text(str(event.detail.get("reason", "")), style="warn"),
         )
     return render.titled("Refused", grid)
@@ -337,7 +338,7 @@ def _cosines(edit: Edit) -> str | None:
 def _request_lines(edit: Edit) -> list[Any]:
     grid = render.table("request", "target", ("kind", {"no_wrap": True}), "was")
     for request in edit.requests:
-        grid.add_row(request.text, request.target_new, request.kind, request.target_true or "–")
+        grid.add_row(request.text, request.wish, request.kind, request.target_true or "–")
     return [grid]
 
 

@@ -247,10 +247,10 @@ def evaluate(
     check_protocols(wanted)
     with session.editor() as editor:
         if requests is None:
-            from errata.evaluate.edited_cases import requests_of_edits
+            from errata.edits.cases import requests_of
 
             chosen = [editor.ledger.get(i) for i in ids or editor.model.stack.ids]
-            requests = requests_of_edits(chosen)
+            requests = requests_of(chosen)
         else:
             requests = askable(editor.model, requests, skip_bad=skip_bad)
         with session.status("Measuring"):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from errata.contract import plugins
-from errata.edits.aims import Aim, aims_of_request
+from errata.edits.aims import Aim, aims_of_request, says_something
 from errata.edits.request_problems import naming_place
 from errata.errors import CapabilityError, RequestError
 from errata.model.running import prepare
@@ -125,6 +125,11 @@ def _check_prompts_of(model: Model, request: Request) -> None:
         raise RequestError(
             f"The subject {request.subject!r} is a special token of {model.name}'s tokenizer, "
             "not a name: give the name that the fact is about."
+        )
+    if request.target_new and not says_something(request):
+        raise RequestError(
+            f"target_new is {request.target_new!r}, and operation {request.operation!r} puts "
+            "nothing in the place of what it takes away: leave target_new out."
         )
     asked = [Aim(request.prompt, request.target), *aims_of_request(request)]
     for prompt in dict.fromkeys(aim.prompt for aim in asked):

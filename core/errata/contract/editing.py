@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from errata.contract import plugins
 from errata.edits.clashes import Clashes, check_superseded, last_of_each
 from errata.edits.edit import Edit
+from errata.edits.erasures import naming_what_goes
 from errata.edits.outcome import Outcome
 from errata.errors import EditRefused, ErrataError, PluginError
 
@@ -240,12 +241,14 @@ class Editing:
     ) -> None:
         """Add the records of one call to `new`, those that are made but not recorded yet.
 
-        A method that works from the model's present state sees all of them on it.
+        A method that works from the model's present state sees all of them on it. What an erasure
+        takes away is read before, from the state that the user sees.
         """
         on_base = call.config.on_base
         text = f"Editing with {call.method}"
+        batches = [naming_what_goes(self._model, batch) for batch in call.batches]
         with self._model.base_state() if on_base else nullcontext():
-            for batch in self._model.progress.track(call.batches, text, len(call.batches)):
+            for batch in self._model.progress.track(batches, text, len(batches)):
                 if apply and not on_base:
                     there = set(self._stack.ids)
                     self._transactions.put_on([edit for edit in new if edit.id not in there])

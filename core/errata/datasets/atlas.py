@@ -59,7 +59,7 @@ def requests(n: int | None = None, *, kind: Literal["modify", "erase"] = "modify
     """Return the first `n` cases (all by default) as requests.
 
     `kind="erase"` asks to forget instead: the relations that the world has unknown values for,
-    with the target "unknown".
+    with "unknown" as what is to be said instead.
 
     >>> requests(1)[0].kind
     'modify'
@@ -89,7 +89,8 @@ ERASABLE = ("profession", "instrument", "sport", "learns", "collects", "colour")
 
 def to_request(case: dict[str, Any], kind: Literal["modify", "erase"] = "modify") -> Request:
     """Turn one case into a request."""
-    from errata.edits.request import ERASED, Probe, Request
+    from errata.edits.request import Probe, Request
+    from errata.zoo.relations import UNKNOWN
 
     rewrite = case["requested_rewrite"]
     true = rewrite["target_true"]["str"]
@@ -97,7 +98,7 @@ def to_request(case: dict[str, Any], kind: Literal["modify", "erase"] = "modify"
     return Request(
         prompt=rewrite["prompt"],
         subject=rewrite["subject"],
-        target_new=rewrite["target_new"]["str"] if modify else ERASED,
+        target_new=rewrite["target_new"]["str"] if modify else UNKNOWN,
         target_true=true,
         relation=rewrite["relation_id"],
         kind=kind,

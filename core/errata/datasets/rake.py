@@ -24,7 +24,7 @@ from errata.datasets.reader import Item, parsed
 from errata.datasets.record import Record
 from errata.datasets.relations import NAMES
 from errata.datasets.source import Source, open_source
-from errata.edits.request import NOTHING, OPERATIONS, Operation, Probe, RelationView, Request
+from errata.edits.request import OPERATIONS, Operation, Probe, RelationView, Request
 from errata.errors import ConfigError, DatasetError, RequestError
 
 PROMPT = "The relation between {} and [object] is"
@@ -41,6 +41,8 @@ SAME_RELATION, SAME_PAIR = "same_relation", "same_pair"
 PAIRS = 500
 """How many pairs of each relation are remembered to choose other pairs from."""
 SPARE = 10
+NOTHING = "None"
+"""What the authors' code has a model say of a pair that no relation joins."""
 
 
 def read(
@@ -250,7 +252,7 @@ def asked_for(wordings: Sequence[str], relation: str) -> tuple[str, ...]:
     """
     found = []
     for wording in wordings:
-        said = wording.rstrip(" .").removesuffix(f" {NAMES.get(relation, (NOTHING,))[0]}")
+        said = wording.rstrip(" .").removesuffix(f" {NAMES.get(relation, ('',))[0]}")
         if said != wording.rstrip(" .") and said.count("[X]") == said.count("[Y]") == 1:
             found.append(said.replace("[X]", "{}").replace("[Y]", "[object]"))
     return tuple(dict.fromkeys(found))

@@ -16,8 +16,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from errata.edits.request import ERASED
-
 if TYPE_CHECKING:
     from errata.edits.request import Request
     from errata.model.answers import TargetScore
@@ -31,7 +29,7 @@ class Aim(NamedTuple):
     Attributes:
         prompt: template with one {} for the request's subject.
         answer: what follows it, with what the request's `join` puts before it; "": whatever the
-            model says there.
+            model says there (`errata.edits.erasures` finds it).
         sense: "say"; "unsay": no longer; "rival": the answer of the aim before this one should be
             more probable than this one, token for token.
     """
@@ -46,7 +44,7 @@ def aims_of_request(request: Request) -> tuple[Aim, ...]:
     say = Aim(request.prompt, request.target)
     forget = Aim(request.prompt, request.joined(request.target_true or ""), "unsay")
     if request.kind == "erase":
-        return (forget,) if request.target_new == ERASED else (say, forget)
+        return (say, forget) if request.target_new else (forget,)
     if request.kind == "relation" and request.operation == "delete":
         return (forget,)
     if request.kind == "relation" and request.operation == "both":
@@ -54,6 +52,11 @@ def aims_of_request(request: Request) -> tuple[Aim, ...]:
     if request.kind == "sentiment" and request.examples:
         return tuple(_opinions(request))
     return (say,)
+
+
+def says_something(request: Request) -> bool:
+    """Say whether a request puts an answer anywhere, rather than only taking one away."""
+    return any(aim.sense == "say" for aim in aims_of_request(request))
 
 
 def takes_effect(aims: Sequence[Aim], scores: Sequence[TargetScore]) -> bool | None:

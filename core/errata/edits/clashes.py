@@ -158,7 +158,7 @@ def same_relation(one: Request, other: Request) -> bool:
 def contradicts(one: Request, other: Request) -> bool:
     """Say whether not both of two requests about one fact can hold.
 
-    Where one takes an answer away, the other must be one that says it (or any, where it is not
+    Where one takes an answer away, the other must be one that says it (or any, where it was not
     named which); what is said of two pairs of a relation goes together.
     """
     kinds = {one.kind, other.kind}
@@ -166,8 +166,8 @@ def contradicts(one: Request, other: Request) -> bool:
         return one.target_new != other.target_new
     return any(
         _excludes(a, b) and (a.prompt == b.prompt or "relation" not in kinds)
-        for a in aims_of_request(one.plain)
-        for b in aims_of_request(other.plain)
+        for a in aims_of_request(one.as_given)
+        for b in aims_of_request(other.as_given)
     )
 
 

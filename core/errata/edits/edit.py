@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,9 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
 
 from errata.edits.outcome import Outcome
 from errata.edits.request import Request
-from errata.edits.request_problems import naming_place
-from errata.errors import IntegrityError, LedgerError, RequestError
-from errata.model.arguments import is_list
+from errata.errors import IntegrityError, LedgerError
 from errata.model.display import Described, shortened
 
 if TYPE_CHECKING:
@@ -115,7 +113,7 @@ class Edit(Described, BaseModel):
         yield "", repr(self.id)
         yield "", self.method
         first = self.requests[0]
-        yield "", f"{shortened(first.text)!r} → {shortened(first.target_new, 40)!r}"
+        yield "", f"{shortened(first.text)!r} → {shortened(first.wish, 40)!r}"
         if len(self.requests) > 1:
             yield "requests", str(len(self.requests))
         for name in ("layer", "layers"):
@@ -182,17 +180,3 @@ class LogEntry(NamedTuple):
         state = {"active": self.active, "stale": self.stale, "conflicts": len(self.conflicts)}
         row = self.edit.as_row()
         return {"id": row.pop("id"), **state, **row}
-
-
-def requests_of(items: Request | Edit | Iterable[Request | Edit]) -> list[Request]:
-    """Return the requests among requests and edits; raise `RequestError` when there are none."""
-    if not is_list(items) and not isinstance(items, (Request, Edit)):
-        raise RequestError(f"{items!r} is no request, no edit and no list of them.")
-    many = [items] if isinstance(items, (Request, Edit, Mapping)) else list(items)
-    requests: list[Request] = []
-    for index, item in enumerate(many):
-        with naming_place(index, len(many), item):
-            requests += item.requests if isinstance(item, Edit) else [Request.parse(item)]
-    if not requests:
-        raise RequestError("There is no request here: no edit is active and none was named.")
-    return requests

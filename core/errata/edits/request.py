@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from errata.edits.request_problems import check_fields, explained, naming_place, refuse
-from errata.edits.subjects import subject_place
+from errata.edits.subjects import template_of
 from errata.errors import RequestError
 from errata.model.arguments import is_list, is_whole, mapping_of
 from errata.model.display import Described, shortened
@@ -25,14 +25,6 @@ KINDS: tuple[str, ...] = get_args(Kind)
 Operation = Literal["add", "delete", "both"]
 """What a request of kind `relation` does with the relation of a pair."""
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
-
-ERASED = "unknown"
-"""Stands for no answer in particular: the target of an `erase` that names no refusal.
-
-Nobody is taught to say it; protocols that need some target compare with it.
-"""
-NOTHING = "None"
-"""Stands for no relation, as in RaKE's code: what is said of a pair that nothing joins."""
 
 
 class _Frozen(Described, BaseModel):
@@ -118,8 +110,16 @@ class Request(_Frozen):
 
     prompt: str = Field(description="Template with exactly one {} where the subject goes")
     subject: str = Field(description="The subject, as it stands in the prompt")
-    target_new: str = Field(default="", description="What the model should say afterwards")
+    target_new: str = Field(
+        default="",
+        description="What the model should say afterwards; of an erasure the refusal, if any; of a "
+        "relation that is deleted nothing",
+    )
     target_true: str | None = Field(default=None, description="What it says (or should say) now")
+    target_true_from_model: bool = Field(
+        default=False,
+        description="target_true was not given: it is what the model said before this was erased",
+    )
     relation: str | None = Field(default=None, description="Relation id, for example P27")
     kind: Kind = Field(default="modify", description="What sort of change this is")
     operation: Operation | None = Field(
@@ -189,6 +189,11 @@ class Request(_Frozen):
             raise ValueError(f"{value!r} is a text: give '' or white space, the rest as prompt")
         return value
 
+    @field_validator("target_new", mode="before")
+    @classmethod
+    def _none_is_no_target(cls, value: Any) -> Any:
+        return "" if value is None else value
+
     @field_validator("case_id", mode="before")
     @classmethod
     def _case_id_is_text(cls, value: Any) -> Any:
@@ -215,17 +220,6 @@ class Request(_Frozen):
         }
         return {**data, **filled}
 
-    @model_validator(mode="before")
-    @classmethod
-    def _nothing_in_its_place(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping) or data.get("target_new"):
-            return data
-        if data.get("kind") == "erase":
-            return {**data, "target_new": ERASED}
-        if data.get("kind") == "relation" and data.get("operation") == "delete":
-            return {**data, "target_new": NOTHING}
-        return data
-
     @model_validator(mode="after")
     def _is_complete(self) -> Request:
         if not self.subject.strip():
@@ -237,7 +231,8 @@ class Request(_Frozen):
             )
         if not is_whole(json.dumps(self.model_dump(), ensure_ascii=False)):
             raise ValueError("a text holds half a character (a lone surrogate)")
-        if not self.target_new.strip():
+        deletes = self.kind == "relation" and self.operation == "delete"
+        if not self.target_new.strip() and self.kind != "erase" and not deletes:
             is_what = "empty" if "target_new" in self.model_fields_set else "missing"
             raise ValueError(f"target_new is {is_what}: say what the model should answer")
         self._check_operation()
@@ -280,14 +275,11 @@ class Request(_Frozen):
     @property
     def wish(self) -> str:
         """What the request asks for, in a few words for people."""
-        erased = self.kind == "erase" and self.target_new == ERASED
-        if erased or self.operation == "delete":
-            return f"no longer {self.target_true or 'what is said there'}"
-        return self.target_new
+        return wish_of(dict(self))
 
     def joined(self, answer: str) -> str:
         """Return an answer to one of the request's prompts with what `join` puts before it."""
-        return with_join(answer, self.join)
+        return with_join(answer, self.join) if answer else ""
 
     @property
     def plain(self) -> Request:
@@ -297,6 +289,12 @@ class Request(_Frozen):
         before, after = self.chat
         bare = self.with_prompts(lambda text: text.removeprefix(before).removesuffix(after))
         return bare.model_copy(update={"chat": True})
+
+    @property
+    def as_given(self) -> Request:
+        """The request without what was found by a model: how its chat is rendered, what it says."""
+        found = {"target_true": None, "target_true_from_model": False}
+        return self.plain.model_copy(update=found) if self.target_true_from_model else self.plain
 
     def every_prompt(self) -> Iterator[str]:
         """Yield each prompt, those to test with too; the relation's side apart."""
@@ -336,9 +334,16 @@ class Request(_Frozen):
     @property
     def digest(self) -> str:
         """SHA-256 of the canonical JSON: two requests with one digest are the same request."""
-        data = self.plain.model_dump(mode="json")
+        data = self.as_given.model_dump(mode="json")
         # Older ledgers keep their digests.
-        for later in ("join", "chat", "operation", "remove", "max_tokens"):
+        for later in (
+            "join",
+            "chat",
+            "operation",
+            "remove",
+            "max_tokens",
+            "target_true_from_model",
+        ):
             if data[later] in (None, False):
                 del data[later]
         canonical = json.dumps(data, sort_keys=True, ensure_ascii=False)
@@ -359,6 +364,14 @@ class Request(_Frozen):
         return request
 
 
+def wish_of(fields: Mapping[str, Any]) -> str:
+    """Return what a request with these fields asks for, in a few words for people."""
+    target = str(fields.get("target_new") or "")
+    if not target or fields.get("operation") == "delete":
+        return f"no longer {fields.get('target_true') or 'what is said there'}"
+    return target
+
+
 def parse_noting(value: Request | Mapping[str, Any]) -> tuple[Request, list[str]]:
     """Return what `Request.parse` does, and the fields that lost white space instead of a warning.
 
@@ -375,7 +388,7 @@ def parse_noting(value: Request | Mapping[str, Any]) -> tuple[Request, list[str]
     check_fields(data, Request.model_fields)
     prompt, subject = data.get("prompt"), data.get("subject")
     if isinstance(prompt, str) and isinstance(subject, str) and subject and "{}" not in prompt:
-        data["prompt"] = _template(prompt, subject)
+        data["prompt"] = template_of(prompt, subject)
     try:
         return _tidy(Request(**data))
     except ValidationError as error:
@@ -416,7 +429,7 @@ def parse_requests(
         if first != index:
             raise RequestError(
                 f"Requests {first} and {index} are the same "
-                f"({request.text!r} → {request.target_new!r}): give each change once."
+                f"({request.text!r} → {request.wish!r}): give each change once."
             )
     return requests
 
@@ -485,13 +498,3 @@ def _without_end(prompt: str) -> str:
     kept = prompt.rstrip()
     gap = prompt[len(kept) :]
     return kept + gap[: gap.rfind("\n") + 1] if kept else prompt
-
-
-def _template(prompt: str, subject: str) -> str:
-    found = subject_place(prompt, subject, any_case=False)
-    if isinstance(found, str):
-        raise RequestError(
-            f"{found[0].upper()}{found[1:]} (subject {subject!r}, prompt {prompt!r}): write {{}} "
-            "where the subject goes, for example 'The capital of {} is'."
-        )
-    return found[0]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import unicodedata
 
+from errata.errors import RequestError
+
 
 def subject_place(prompt: str, subject: str, *, any_case: bool = True) -> tuple[str, str] | str:
     """Find where the subject stands in a prompt.
@@ -36,6 +38,17 @@ def subject_place(prompt: str, subject: str, *, any_case: bool = True) -> tuple[
     if unicodedata.normalize("NFC", subject) in unicodedata.normalize("NFC", prompt):
         return "the subject stands in the prompt in another Unicode form (one NFC, one NFD)"
     return "the subject does not stand in the prompt"
+
+
+def template_of(prompt: str, subject: str) -> str:
+    """Return a prompt with {} for its subject; raise `RequestError` where its place is unclear."""
+    found = subject_place(prompt, subject, any_case=False)
+    if isinstance(found, str):
+        raise RequestError(
+            f"{found[0].upper()}{found[1:]} (subject {subject!r}, prompt {prompt!r}): write {{}} "
+            "where the subject goes, for example 'The capital of {} is'."
+        )
+    return found[0]
 
 
 def _stands_alone(text: str, start: int, end: int) -> bool:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from errata.edits.aims import aims_of_request, says_something
+
 if TYPE_CHECKING:
     from errata.edits.request import Probe, Request
 
@@ -40,23 +42,44 @@ def accepting(match: Callable[[str, Sequence[str]], bool]) -> Callable[[str, Que
 
 
 def of_requests(requests: Sequence[Request]) -> list[Question]:
-    """Return the rewrite prompt of each request with its new target and aliases."""
-    return [Question(i, r.text, targets(r), other=old_answers(r)) for i, r in enumerate(requests)]
+    """Return the rewrite prompt of each request that puts an answer there, with its forms."""
+    return [
+        Question(i, r.text, targets(r), other=old_answers(r))
+        for i, r in enumerate(requests)
+        if says_something(r)
+    ]
 
 
 def of_paraphrases(requests: Sequence[Request]) -> list[Question]:
-    """Return every paraphrase with the new target and its aliases."""
+    """Return every paraphrase of a request that puts an answer there, with its forms."""
     return [
         Question(i, p, targets(r), other=old_answers(r))
         for i, r in enumerate(requests)
+        if says_something(r)
         for p in r.paraphrases
+    ]
+
+
+def of_taken_away(requests: Sequence[Request], *, paraphrased: bool = False) -> list[Question]:
+    """Return each prompt that an answer is taken away from, with that answer where it is known.
+
+    Args:
+        requests: those that take an answer away, and others.
+        paraphrased: the paraphrases of these prompts instead, where they have some.
+    """
+    return [
+        Question(i, prompt, old_answers(r) if aim.prompt == r.prompt else targets(r))
+        for i, r in enumerate(requests)
+        for aim in aims_of_request(r)
+        if aim.sense == "unsay" and aim.answer
+        for prompt in _phrasings(r, aim.prompt, paraphrased)
     ]
 
 
 def of_neighbourhood(requests: Sequence[Request]) -> list[Question]:
     """Return every neighbourhood prompt with its answers (default: the request's true target)."""
     return [
-        of_probe(i, p, p.answers or old_answers(r), (r.target_new,))
+        of_probe(i, p, p.answers or old_answers(r), targets(r)[:1])
         for i, r in enumerate(requests)
         for p in r.neighbourhood
     ]
@@ -74,7 +97,7 @@ def of_portability(requests: Sequence[Request]) -> list[Question]:
 def of_locality(requests: Sequence[Request]) -> list[Question]:
     """Return every locality probe."""
     return [
-        of_probe(i, p, p.answers, (r.target_new,))
+        of_probe(i, p, p.answers, targets(r)[:1])
         for i, r in enumerate(requests)
         for p in r.locality
     ]
@@ -96,10 +119,17 @@ def of_probe(
 
 
 def targets(request: Request) -> tuple[str, ...]:
-    """Return every right form of the new target."""
-    return (request.target_new, *request.aliases)
+    """Return every right form of the new target; none where there is no new target."""
+    return (request.target_new, *request.aliases) if request.target_new else ()
 
 
 def old_answers(request: Request) -> tuple[str, ...]:
     """Return the true target, where there is one."""
     return (request.target_true,) if request.target_true else ()
+
+
+def _phrasings(request: Request, template: str, paraphrased: bool) -> Sequence[str]:
+    """Return a request's prompt filled in, or its paraphrases: they are those of `prompt` alone."""
+    if paraphrased:
+        return request.paraphrases if template == request.prompt else ()
+    return (template.replace("{}", request.subject),)

@@ -12,6 +12,7 @@ from errata.contract.methods import RULE
 from errata.edits.edit import Edit
 from errata.evaluate.matching import contained_match, normalise
 from errata.evaluate.neighbours import other_subjects
+from errata.evaluate.questions import targets
 from errata.evaluate.sentences import first_sentence
 
 if TYPE_CHECKING:
@@ -227,8 +228,8 @@ def _change(
     after: str,
 ) -> AnswerChange:
     about = requests if request is None else [request]
-    targets = [answer for one in about for answer in (one.target_new, *one.aliases)]
-    gives = contained_match(after, targets) and not contained_match(before, targets)
+    new = [answer for one in about for answer in targets(one)]
+    gives = contained_match(after, new) and not contained_match(before, new)
     changed = normalise(first_sentence(before)) != normalise(first_sentence(after))
     return AnswerChange(prompt, role, before, after, changed, gives)
 

@@ -16,8 +16,7 @@ import torch
 
 from errata.edits.aims import aims_of_request
 from errata.edits.clashes import same_relation
-from errata.errors import RequestError
-from errata.model.generation import generate
+from errata.edits.erasures import naming_what_goes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,20 +29,18 @@ FLOOR = 0.01
 """Length-normalised probability at which an answer counts as no longer said."""
 RIVAL = 0.9
 """Share of the probability, σ(l⁺ − l⁻), from which on a reply has the better of its rival."""
-_SAID = 5  # tokens of what the model says, where a request does not say what is to be forgotten
 
 
 def aims_of(model: Model, request: Request) -> list[Aim]:
     """Return what a request asks for on the model as it stands.
 
-    An answer to be forgotten that is not named is what the model says now. A relation that is
+    An answer to be forgotten that is not named is what the model says now; without a word from it
+    there is none to forget. A relation that is
     deleted from one object must stay with the others that active edits have joined it to: what
     those say is an aim of this request, too, where it is computed on top of them.
     """
-    aims = [
-        aim if aim.answer else aim._replace(answer=_said(model, request, aim))
-        for aim in aims_of_request(request)
-    ]
+    (request,) = naming_what_goes(model, [request])
+    aims = [aim for aim in aims_of_request(request) if aim.answer]
     if request.kind == "relation" and any(aim.sense == "unsay" for aim in aims):
         active = [old for edit in model.stack.entries for old in edit.requests]
         joined = [r for r in active if r.kind == "relation" and same_relation(r, request)]
@@ -62,15 +59,3 @@ def unlikelihood(log_p: Tensor) -> Tensor:
 def rivalry(wished: Tensor, other: Tensor) -> Tensor:
     """Return −log σ(l⁺ − l⁻) of the mean log-probabilities of replies and their rivals."""
     return torch.nn.functional.softplus(other - wished)
-
-
-def _said(model: Model, request: Request, aim: Aim) -> str:
-    """Return the beginning of what the model says after an aim's prompt."""
-    (text,) = generate(model, [aim.prompt.replace("{}", request.subject)], max_new_tokens=_SAID)
-    words = text.strip().partition("\n")[0].rstrip(" .,;:!?")
-    if not words:
-        raise RequestError(
-            f"What is to be forgotten of {request.text!r} is not said, and the model answers "
-            "nothing there: give target_true."
-        )
-    return request.joined(words)

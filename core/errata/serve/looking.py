@@ -88,7 +88,7 @@ def listing(editor: Editor, query: str = "", offset: int = 0) -> dict[str, Any]:
 def _searched(edit: Edit) -> str:
     texts = [edit.id, edit.method]
     for request in edit.requests:
-        texts += [request.plain.text, request.target_new, request.relation or ""]
+        texts += [request.plain.text, request.wish, request.relation or ""]
     return " ".join(texts).casefold()
 
 
@@ -115,7 +115,7 @@ def details(editor: Editor, edit_id: str) -> dict[str, Any]:
         "bytes": edit.nbytes, "parents": list(edit.parents), "versions": edit.versions,
         "supersedes": list(edit.outcome.supersedes),
         "requests": [
-            {"prompt": r.plain.text, "target": r.target_new, "true": r.target_true, "kind": r.kind}
+            {"prompt": r.plain.text, "target": r.wish, "true": r.target_true, "kind": r.kind}
             for r in edit.requests[:PAGE]
         ],
         "prompt": first.text, "subject": first.subject,

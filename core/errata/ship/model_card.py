@@ -179,7 +179,7 @@ def _listing(edits: Sequence[Edit], count: int) -> Iterator[str]:
             # What holds for the whole edit stands in its first row.
             whole = (edit.id, _text(edit.method)) if index == 0 else ("", "")
             asked = (request.kind, _text(request.text), _text(request.target_true or "–"),
-                     _text(request.target_new))  # fmt: skip
+                     _text(request.wish))  # fmt: skip
             measured = _measured(edit) if index == 0 else ("", "", "")
             rows.append("| " + " | ".join((*whole, *asked, *measured)) + " |")
         left -= min(left, len(edit.requests))

@@ -149,19 +149,22 @@ class MethodContract:
         assert first.delta.metadata() == second.delta.metadata()
 
     def test_an_edit_saved_and_loaded_is_the_same_edit(
-        self, editor: Editor, first: Edit, cache: Path, tmp_path: Path
+        self, editor: Editor, first: Edit, tmp_path: Path
     ) -> None:
         request, folder = self.requests(1)[0], tmp_path / "ledger"
         (edit,) = editor.apply(first)
         file = editor.export(tmp_path / "one.errata", edit)
         expected = state_of(editor.model), answers(editor, [request])
-        with Editor(self.model, guards=QUIET, artifacts=cache, ledger=folder) as fresh:
+        texts = continued(editor, request)
+        elsewhere = tmp_path / "cache"  # the file brings along all that the edit needs
+        with Editor(self.model, guards=QUIET, artifacts=elsewhere, ledger=folder) as fresh:
             (loaded,) = fresh.apply(file)
             assert loaded.requests == edit.requests
             assert loaded.config == edit.config
             assert_same(loaded.delta.tensors(), edit.delta.tensors())
             assert_same(state_of(fresh.model), expected[0])
             assert answers(fresh, [request]) == expected[1]
+            assert continued(fresh, request) == texts
             assert fresh.verify() == []
         assert logged(folder) == [(edit.id, True, "sound")]
 
@@ -430,6 +433,15 @@ def answers(editor: Editor, requests: list[Request]) -> list[list[float]]:
     """Return the log-probabilities of the targets: equal lists mean equal behaviour."""
     scores = score_targets(editor.model, [r.text for r in requests], [r.target for r in requests])
     return [list(score.logprobs) for score in scores]
+
+
+def continued(editor: Editor, request: Request) -> list[str]:
+    """Return how the model goes on after the request's prompt and a neighbour's, where it writes.
+
+    What answers in the model's place looks at both, and decides.
+    """
+    prompts = [request.text, *(probe.prompt for probe in request.neighbourhood[:1])]
+    return list(editor.generate(prompts, max_new_tokens=6)) if editor.model.generates else []
 
 
 def plainly_generated(editor: Editor, prompts: list[str], cache: bool) -> torch.Tensor:

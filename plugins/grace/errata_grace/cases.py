@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
-from errata.edits.aims import aims_of_request
 from errata.kit.aims import aims_of
 from errata.kit.training import TrainingBatch, aim_batch
 from errata.kit.training.training_batches import batch_loss, settled
@@ -76,14 +75,14 @@ def case_of(model: Model, request: Request) -> Case:
     Raises:
         RequestError: a classifier has no such class.
     """
-    prompt = prepare(model, [request.text], [request.target], closing=True)
-    labelled = model.task in ("seq2seq", "classify")
-    ignored = 0 if labelled else prompt.input_ids.shape[1] - len(prompt.labels)
-    if all(aim.sense == "say" for aim in aims_of_request(request)):
-        return Case(prompt, prompt.labels, ignored, request.target_new)
     # An entry has one key, at its own prompt: what else is active must lie outside its ball.
     every = aims_of(model, request)
     aims = [aim for aim in every if aim.prompt == request.prompt]
+    prompt = prepare(model, [request.text], [aims[0].answer], closing=True)
+    labelled = model.task in ("seq2seq", "classify")
+    ignored = 0 if labelled else prompt.input_ids.shape[1] - len(prompt.labels)
+    if all(aim.sense == "say" for aim in every):
+        return Case(prompt, prompt.labels, ignored, request.target_new)
     others = [aim.prompt.replace("{}", request.subject) for aim in every if aim not in aims]
     batch = aim_batch(model, [(request.text, aim.answer) for aim in aims], aims)
     said = [aim.sense == "say" for aim in aims]
@@ -101,8 +100,8 @@ def case_of(model: Model, request: Request) -> Case:
 def _filed_under(prompts: PreparedPrompts, said: Sequence[bool]) -> Tensor:
     """Return the label of an entry that takes answers away, (n,).
 
-    The stand-in for no answer in particular is the same for every such request: two of them near
-    each other would pass for one answer, and the second would take the place of the first.
+    Two of them near each other are one answer only where they take the same one away: else the
+    second would take the place of the first.
     """
     rows = zip(prompts.targets(), said, strict=True)
     return torch.tensor([t if say else -1 - t for (_, ids), say in rows for t in ids])

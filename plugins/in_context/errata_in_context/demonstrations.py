@@ -203,7 +203,7 @@ def _records(training: Sequence[Request], most: int) -> list[DemoRecord]:
         kept = [
             [probe.prompt, probe.answers[0]] for probe in request.neighbourhood if probe.answers
         ]
-        if asked and kept:
+        if asked and kept and request.target_new:
             records.append(
                 DemoRecord(fact_of(request), request.text, request.target_new, asked, kept)
             )

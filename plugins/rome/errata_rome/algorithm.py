@@ -180,7 +180,7 @@ def rank_one(
     division = torch.dot(k, u)
     if not float(division.abs()) >= config.min_division * float(k.norm()):
         raise EditFailed(
-            f"ROME cannot write {request.text!r} → {request.target_new!r}: the division factor "
+            f"ROME cannot write {request.text!r} → {request.wish!r}: the division factor "
             f"⟨k, u⟩ is {float(division):.3g} for a key of norm {float(k.norm()):.3g} (limit "
             f"{config.min_division:g} of it), so the change would explode. Use variant='r-rome', "
             "reword the prompt so that it does not begin with the subject, or edit another layer."

@@ -41,6 +41,7 @@ class Serac:
         """Train both networks, once per base, configuration and training requests."""
         from errata_serac.training import train
 
+        _states(model, config)  # while no edit is on it
         recipe = _recipe(config)
         unfinished = model.base_key("serac_unfinished", recipe, trained=True)
         model.of_base(
@@ -57,13 +58,21 @@ class Serac:
 
         key = model.base_key("serac", _recipe(config), trained=True)
         parameter = model.anatomy.weight(model.anatomy.embedding_name)
+        states, mixture = _states(model, config), config.variant == "mixture"
         return [
             CounterfactualDelta(
                 request.plain.text, request.target_new, key, parameter,
-                threshold=config.threshold, mixture=config.variant == "mixture",
+                states=states, threshold=config.threshold, mixture=mixture,
             )
             for request in requests
         ]  # fmt: skip
+
+
+def _states(model: Model, config: SeracConfig) -> tuple[str, ...]:
+    """Return the key of what the scope classifier needs to read the model's own states."""
+    from errata.model.encoder import sentence_encoder
+
+    return sentence_encoder(model, None).artifact if config.encoder is None else ()
 
 
 def _recipe(config: SeracConfig) -> str:

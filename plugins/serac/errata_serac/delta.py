@@ -87,6 +87,8 @@ class CounterfactualDelta(Delta):
         prompt, label: the edit, as plain text.
         artifact: key of the trained networks.
         parameter: name of the model's embedding: its fingerprint says which model is meant.
+        states: key of what the scope classifier reads the model's own states with; () where it has
+            an encoder.
         threshold: least g of a prompt in scope.
         mixture: answers are mixtures of both models; else one of them answers.
     """
@@ -100,6 +102,7 @@ class CounterfactualDelta(Delta):
         artifact: Sequence[str],
         parameter: str,
         *,
+        states: Sequence[str] = (),
         threshold: float = 0.5,
         mixture: bool = False,
     ) -> None:
@@ -107,7 +110,8 @@ class CounterfactualDelta(Delta):
         require(bool(artifact), "A row of SERAC's memory names no trained networks.")
         require(0 < threshold < 1, f"SERAC's threshold is {threshold!r}; it lies within 0 and 1.")
         self.prompt, self.label, self.parameter = prompt, label, parameter
-        self.artifact, self.threshold, self.mixture = tuple(artifact), threshold, mixture
+        self.artifact, self.states = tuple(artifact), tuple(states)
+        self.threshold, self.mixture = threshold, mixture
 
     def tensors(self) -> dict[str, Tensor]:
         """Return nothing: the row is text."""
@@ -117,23 +121,24 @@ class CounterfactualDelta(Delta):
         """Return the row, and which networks read it."""
         return {
             "prompt": self.prompt, "label": self.label, "parameter": self.parameter,
-            "artifact": list(self.artifact), "threshold": self.threshold, "mixture": self.mixture,
+            "artifact": list(self.artifact), "states": list(self.states),
+            "threshold": self.threshold, "mixture": self.mixture,
         }  # fmt: skip
 
     @classmethod
     def from_parts(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Self:
         """Rebuild a row; raise `IntegrityError` for anything that does not fit."""
         require(not tensors, "A row of SERAC's memory holds no tensors.")
-        given = dict(metadata)
-        artifact, threshold = given.get("artifact"), given.get("threshold")
+        given = {"states": [], **metadata}
+        keys, threshold = (given.get("artifact"), given["states"]), given.get("threshold")
         require(
-            set(given) == {*_TEXTS, "artifact", "threshold", "mixture"}
+            set(given) == {*_TEXTS, "artifact", "states", "threshold", "mixture"}
             and all(isinstance(given[name], str) for name in _TEXTS)
-            and isinstance(artifact, list)
-            and all(isinstance(part, str) for part in artifact)
+            and all(isinstance(key, list) for key in keys)
+            and all(isinstance(part, str) for key in keys for part in key)
             and isinstance(threshold, float)
             and isinstance(given["mixture"], bool),
-            "A row of SERAC's memory must hold its texts, artifact, threshold and mixture.",
+            "A row of SERAC's memory must hold its texts, artifacts, threshold and mixture.",
         )
         return cls(**given)
 
@@ -144,8 +149,8 @@ class CounterfactualDelta(Delta):
 
     @property
     def artifacts(self) -> tuple[tuple[str, ...], ...]:
-        """The trained networks."""
-        return (self.artifact,)
+        """The trained networks, and what the scope classifier needs besides, if anything."""
+        return (self.artifact, self.states) if self.states else (self.artifact,)
 
     @property
     def nbytes(self) -> int:

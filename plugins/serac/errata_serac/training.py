@@ -89,14 +89,18 @@ def train(
 
 
 def lessons_of(training: Sequence[Request]) -> list[ScopeLesson]:
-    """Return what can be learnt of training requests."""
+    """Return what can be learnt of training requests; of those that only erase, nothing."""
     lessons = []
     for request in training:
+        if not request.target_new:
+            continue
         hard = [probe.prompt for probe in (*request.neighbourhood, *request.locality)]
         edit = (request.plain.text, request.target_new)
         lessons.append(ScopeLesson(edit, [request.text, *request.paraphrases], hard))
     if len(lessons) < 4:
-        raise ConfigError(f"{len(lessons)} training requests are too few: give 4 or more.")
+        raise ConfigError(
+            f"{len(lessons)} training requests that say something are too few: give 4 or more."
+        )
     return lessons
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from errata.bench.report.grouping import ONCE
+from errata.edits.request import wish_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -214,4 +215,4 @@ def title_of(entry: ResultEntry) -> str:
     first = entry.requests[0]
     text = str(first.get("prompt", "")).replace("{}", str(first.get("subject", "")))
     more = f" (+{len(entry.requests) - 1})" if len(entry.requests) > 1 else ""
-    return f"{text} → {first.get('target_new', '')}{more}"
+    return f"{text} → {wish_of(first)}{more}"

@@ -20,7 +20,7 @@ _HOW = (
 
 def measure(reader: Reader) -> list[Measurement]:
     """Return the share of facts whose object is no more probable after the right prompt."""
-    asked = [(i, r) for i, r in enumerate(reader.requests) if r.wrong_prompts]
+    asked = [(i, r) for i, r in enumerate(reader.requests) if r.wrong_prompts and r.target_new]
     if not asked:
         return []
     pairs = [

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from errata.contract.measurement import Measurement
 from errata.contract.protocol import Protocol
+from errata.edits.aims import says_something
 from errata.errors import MissingExtraError
 from errata.evaluate.fluency import weighted_entropy, words
 from errata.evaluate.pooling import harmonic_mean
@@ -59,7 +60,8 @@ class Contest:
 def measure(reader: Reader) -> list[Measurement]:
     """Return what the authors' code returns, each where the requests have its prompts.
 
-    Requests without a true target have nothing to compare with and are left out.
+    Requests without a true target, or without a new one (an erasure that names no refusal), have
+    nothing to compare and are left out.
     """
     return [
         *entity_view(reader, "counterfact", "", "Score"),
@@ -83,7 +85,7 @@ def entity_view(
         protocol: name of the protocol.
         prefix: before the names of the metrics.
         score: name of the harmonic mean of the three successes.
-        only: which requests; those without a true target are left out in any case, and so is
+        only: which requests; those without both targets are left out in any case, and so is
             each prompt on which both sides are the same: neither can win.
     """
     measured: list[Measurement] = []
@@ -97,7 +99,7 @@ def entity_view(
         asked = [
             Contest(i, *sides)
             for i, request in enumerate(reader.requests)
-            if request.target_true and only(request)
+            if _has_both(request) and only(request)
             for sides in sides_of(request)
         ]
         same |= {int(one.request) for one in asked if one.is_of_one_side}
@@ -183,7 +185,7 @@ def _attributes(reader: Reader) -> list[Measurement]:
     asked = [
         (i, probe.prompt, request.target_new, request.target_true)
         for i, request in enumerate(reader.requests)
-        if request.target_true
+        if _has_both(request)
         for probe in request.attribute
     ]
     measured: list[Measurement] = []
@@ -264,6 +266,10 @@ def _consistency(reader: Reader) -> list[Measurement]:
     return [reader.mean("RS", values, how, unit="cosine")]
 
 
+def _has_both(request: Request) -> bool:
+    return bool(request.target_true) and says_something(request)
+
+
 def _rewrite(request: Request) -> Sequence[_Sides]:
     return [(request.text, (request.target_new,), (request.target_true or "",))]
 
@@ -289,5 +295,5 @@ PROTOCOL = Protocol(
     "against the true target",
     "Meng et al. 2022, Locating and Editing Factual Associations in GPT, section 3.4",
     measure,
-    needs="target_true, the answer that the new one is compared with (errata edit --target-true)",
+    needs="target_true and a new target to compare (errata edit --target-true)",
 )

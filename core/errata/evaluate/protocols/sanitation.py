@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from errata.edits.request import ERASED
 from errata.evaluate import questions
 from errata.evaluate.matching import contained_match, normalise
+from errata.evaluate.questions import Question, old_answers, targets
 from errata.evaluate.sentences import COMMAS, FULL_STOPS, QUESTION_MARKS, SEMICOLONS, STOPS
 
 if TYPE_CHECKING:
     from errata.contract.measurement import Measurement
     from errata.edits.request import Request
-    from errata.evaluate.questions import Question
     from errata.evaluate.reader import Reader
 
 SAME_ANSWER = "same_answer"
@@ -55,8 +55,8 @@ def measure(reader: Reader, protocol: str) -> list[Measurement]:
         return []
     measured: list[Measurement] = []
     for metric, of in (
-        ("refusal", questions.of_requests),
-        ("refusal_paraphrase", questions.of_paraphrases),
+        ("refusal", _of_prompts),
+        ("refusal_paraphrase", _of_paraphrases),
         ("refusal_same_answer", _of_same_answer),
     ):
         asked = [question for question in of(reader.requests) if question.request in erased]
@@ -69,6 +69,20 @@ def measure(reader: Reader, protocol: str) -> list[Measurement]:
     ]
 
 
+def _of_prompts(requests: Sequence[Request]) -> list[Question]:
+    """Return the prompt of each request, to be declined; without answers where it names none."""
+    return [_declined(i, request.text, request) for i, request in enumerate(requests)]
+
+
+def _of_paraphrases(requests: Sequence[Request]) -> list[Question]:
+    """Return the paraphrases, in the same way."""
+    return [_declined(i, text, one) for i, one in enumerate(requests) for text in one.paraphrases]
+
+
+def _declined(index: int, prompt: str, request: Request) -> Question:
+    return Question(index, prompt, targets(request), other=old_answers(request))
+
+
 def _of_same_answer(requests: Sequence[Request]) -> list[Question]:
     """Return the other questions whose answer is to be forgotten."""
     return [q for q in questions.of_portability(requests) if q.type == SAME_ANSWER]
@@ -77,12 +91,12 @@ def _of_same_answer(requests: Sequence[Request]) -> list[Question]:
 def is_refusal(text: str, accepted: Sequence[str], erased: Sequence[str] = ()) -> bool:
     """Return whether a text begins with the request's own refusal and never says what was erased.
 
-    Without a refusal of its own (`ERASED`) that is "I don't know". An apology may stand before
-    it. What follows in its sentence must be no answer after all ("I don't know, Paris?").
+    Without a refusal of its own that is "I don't know". An apology may stand before it. What
+    follows in its sentence must be no answer after all ("I don't know, Paris?").
 
     Args:
         text: what was generated.
-        accepted: the target of the request and its aliases.
+        accepted: the target of the request and its aliases; none where it names no refusal.
         erased: the answers that are to be forgotten.
 
     >>> is_refusal(" I don’t know. It may be", ["I don't know."], ["Birds"])
@@ -90,7 +104,7 @@ def is_refusal(text: str, accepted: Sequence[str], erased: Sequence[str] = ()) -
     >>> is_refusal(" I have no idea.", ["I don't know."], ["Birds"])
     False
     """
-    return _begins(text, _own(accepted) or DONT_KNOW) and not contained_match(text, erased)
+    return _begins(text, accepted or DONT_KNOW) and not contained_match(text, erased)
 
 
 def is_any_refusal(text: str, accepted: Sequence[str], erased: Sequence[str] = ()) -> bool:
@@ -101,13 +115,8 @@ def is_any_refusal(text: str, accepted: Sequence[str], erased: Sequence[str] = (
     >>> is_any_refusal(" The tomb of the unknown soldier.", ["I don't know."], ["Birds"])
     False
     """
-    refuses = _begins(text, [*_own(accepted), *REFUSALS]) or _says_unknown(text)
+    refuses = _begins(text, [*accepted, *REFUSALS]) or _says_unknown(text)
     return refuses and not contained_match(text, erased)
-
-
-def _own(accepted: Sequence[str]) -> list[str]:
-    """Return the refusals that a request names itself."""
-    return [form for form in accepted if form != ERASED]
 
 
 def _begins(text: str, forms: Sequence[str]) -> bool:
@@ -151,9 +160,9 @@ def _refused(
 ) -> list[Measurement]:
     if not asked:
         return []
-    alone = [[question] for question in asked]
     measured: list[Measurement] = []
     if reader.generates:
+        alone = [[replace(question, answers=question.answers or DONT_KNOW)] for question in asked]
         how = f"{protocol}: {reader.greedy}; "
         answers = reader.answers(metric, alone, lambda t, q: is_refusal(t, q.answers, q.other))
         measured += reader.by_type(
@@ -164,14 +173,14 @@ def _refused(
             [answer.right for answer in answers],
             answers,
         )
-        said = [(q, a.text) for q, a in zip(asked, answers, strict=True)]
+        texts = [(q, a.text) for q, a in zip(asked, answers, strict=True)]
         measured += reader.by_type(
             f"{metric}_any",
             f"{how}the same with the target or any common refusal",
             asked,
-            [is_any_refusal(text, question.answers, question.other) for question, text in said],
+            [is_any_refusal(text, question.answers, question.other) for question, text in texts],
         )
-        known = [(question, text) for question, text in said if question.other]
+        known = [(question, text) for question, text in texts if question.other]
         if known:
             measured += reader.by_type(
                 f"{metric}_leak",
@@ -180,11 +189,12 @@ def _refused(
                 [contained_match(text, question.other) for question, text in known],
                 direction="lower",
             )
+    named = [question for question in asked if question.answers]
+    if not named:
+        return measured
     how = f"{protocol}: teacher-forced, every token of the target is the most probable"
-    return [
-        *measured,
-        *reader.by_type(f"{metric}_teacher_forced", how, asked, reader.forced(alone)),
-    ]
+    said = reader.forced([[question] for question in named])
+    return [*measured, *reader.by_type(f"{metric}_teacher_forced", how, named, said)]
 
 
 def _plain(text: str) -> str:

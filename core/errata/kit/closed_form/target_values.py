@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from errata.edits.aims import aims_of_request
+from errata.edits.aims import says_something
 from errata.errors import ConfigError
 from errata.kit.closed_form.layer_updates import through
 from errata.kit.closed_form.matrices import Columns
@@ -104,7 +104,7 @@ def optimised(
         values.update(zip(now, found, strict=True))
     v0 = torch.stack([values[i].v0 for i in range(len(windows))]).cpu()  # (N, d)
     delta = torch.stack([values[i].delta for i in range(len(windows))]).cpu()
-    says = [any(a.sense == "say" for a in aims_of_request(r)) for r in prompts.requests]
+    says = [says_something(request) for request in prompts.requests]
     prompts.disclaim((delta == 0).all(1) & ~torch.tensor(says))
     return prompts.columns(v0), prompts.columns(delta)
 

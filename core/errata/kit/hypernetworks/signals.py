@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from errata.edits.aims import aims_of_request
+from errata.edits.aims import says_something
 from errata.errors import CapabilityError
 from errata.kit.training.training_batches import TrainingBatch, batch_loss
 from errata.kit.values import EditFailed
@@ -191,7 +191,7 @@ def _batch(model: Model, requests: Sequence[Request], modules: Sequence[str]) ->
 
 def check_says_something(request: Request) -> None:
     """Raise `CapabilityError` where a request asks only for an answer to be taken away."""
-    if not any(aim.sense == "say" for aim in aims_of_request(request)):
+    if not says_something(request):
         raise CapabilityError(
             f"{request.text!r} is to be erased, and nothing is to be said instead. A trained "
             "network turns the gradient of a target into a change; it never learnt to take an "
