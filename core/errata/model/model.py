@@ -24,7 +24,7 @@ from errata.model.call import Call
 from errata.model.pristine import Pristine
 from errata.model.progress import Progress
 from errata.model.structure import hooked_by_others
-from errata.model.task import Task, require_task, task_of_module
+from errata.model.task import WRITES_NOTHING, Task, require_task, task_of_module
 from errata.model.tokens import tokenizer_for
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ class Model:
     @property
     def generates(self) -> bool:
         """Whether it can continue a text at all."""
-        return self.task in ("causal", "seq2seq")
+        return self.task not in WRITES_NOTHING
 
     @property
     def device(self) -> torch.device:
