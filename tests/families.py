@@ -318,14 +318,14 @@ _LLAMA_SPECIAL = {
 
 
 def _unigram() -> tuple[Tokenizer, dict[str, str]]:
-    """SentencePiece unigram with a closing </s>, as T5 uses it."""
+    """SentencePiece unigram with a closing </s>, as T5 uses it, without T5's sentinels."""
     core = Tokenizer(models.Unigram())
     core.normalizer = normalizers.NFKC()
     core.pre_tokenizer = pre_tokenizers.Metaspace()
     core.decoder = decoders.Metaspace()
     trainer = trainers.UnigramTrainer(
         vocab_size=260,
-        special_tokens=["<pad>", "</s>", "<unk>", "<extra_id_0>"],
+        special_tokens=["<pad>", "</s>", "<unk>", "<spare>"],
         unk_token="<unk>",
         show_progress=False,
     )
@@ -333,7 +333,7 @@ def _unigram() -> tuple[Tokenizer, dict[str, str]]:
     core.post_processor = _template(core, "$A </s>", "</s>")
     return core, {
         "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>",
-        "additional_special_tokens": ["<extra_id_0>"],  # type: ignore[dict-item]
+        "additional_special_tokens": ["<spare>"],  # type: ignore[dict-item]
     }  # fmt: skip
 
 

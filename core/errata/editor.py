@@ -19,7 +19,6 @@ from errata.edits.autograd import recording
 from errata.edits.cases import requests_of
 from errata.edits.delta_kinds import DeltaKinds
 from errata.edits.edit import Edit, LogEntry
-from errata.edits.fingerprint import check_fingerprint
 from errata.edits.handover import leave, take_over
 from errata.edits.ledger import Ledger
 from errata.edits.rendering import rendered
@@ -147,12 +146,13 @@ class Editor(Described):
         self._transactions = Transactions(
             self.model, self._stack, self.ledger, self._methods.observe
         )
+        self.damaged = self._transactions.damaged
         self._editing = Editing(
             self.model, self._stack, self.ledger, self._methods, guarding, self._transactions
         )
         try:
             claim(self, self.model.parameters.values())
-            self.damaged = self._transactions.reconcile()
+            self._transactions.reconcile()
         except BaseException:
             self.close()
             raise
@@ -305,22 +305,22 @@ class Editor(Described):
             names = [name for edit in wanted for name in edit.outcome.supersedes]
             back = [self._get(name) for name in dict.fromkeys(names) if name in known]
             self._transactions.exchange(wanted, back)
-            for edit in wanted:
-                self.damaged.pop(edit.id, None)
         return wanted
 
     def apply(self, target: EditLike | Path) -> list[Edit]:
         """Put a recorded edit, or every edit of an exported file, (back) on the model.
 
-        A file's edits are taken into the ledger and put on as one: all of it, or nothing.
+        A file's edits are taken into the ledger, and those that are not on the model put on as
+        one: all, or nothing. Where one is there and damaged, the file brings what it lacks.
         """
         with self._changing("apply"):
             if isinstance(target, Path) or (isinstance(target, str) and names_file(target)):
                 ids: list[str] = []
                 with self._transactions.all_or_nothing(ids), self.ledger.transaction():
-                    wanted = [self._get(edit.id) for edit in self.import_(target)]
+                    taken = self._transactions.import_(path_of(target, "path"))
+                    wanted = [e for e in taken if e.id not in self._stack.ids] or taken
                     ids += [edit.id for edit in wanted]
-                    return self._put_on(wanted)
+                    return self._put_on([self._get(edit) for edit in wanted])
             return self._put_on([self._get(target)])
 
     @contextmanager
@@ -356,7 +356,7 @@ class Editor(Described):
         """Take over what another process wrote to the same ledger."""
         with self._changing("refresh"):
             self.ledger.refresh()
-            self.damaged = self._transactions.reconcile()
+            self._transactions.reconcile()
 
     # -- looking and measuring -------------------------------------------------------------------
 
@@ -432,7 +432,8 @@ class Editor(Described):
         with self._stack.changing():
             chosen = [self._get(edit) for edit in edits or self._stack.ids]
             if not chosen:
-                raise LedgerError("There is nothing to export: no edit is active; name one.")
+                bad = "".join(f" {name} is damaged: {why}" for name, why in self.damaged.items())
+                raise LedgerError(f"There is nothing to export: no edit is active; name one.{bad}")
             if format == formats.OWN:
                 ids, artifacts = [edit.id for edit in chosen], self.model.artifacts
                 return self.ledger.export(ids, target, artifacts, overwrite=overwrite)
@@ -441,16 +442,13 @@ class Editor(Described):
     def import_(self, path: str | Path) -> list[Edit]:
         """Take the edits of an exported file into the ledger, inactive.
 
+        Active edits that were damaged, and get what they lack by it, are put on the model.
         Raises `FingerprintError` for another model's edits, `IntegrityError` for a damaged file.
         """
         with self._changing("import"):
-            carried: dict[str, bytes] = {}
-            pairs = self.ledger.read_export(path_of(path, "path"), carried)
-            for edit, delta in pairs:
-                check_fingerprint(self.model, edit.bind(delta), carried)
-            with self.ledger.transaction():
-                records = self._transactions.import_(Path(path), pairs)
-                self.model.artifacts.take(carried)
+            records = self._transactions.import_(path_of(path, "path"))
+            if self.damaged:
+                self._transactions.reconcile()
             return records
 
     def merge(

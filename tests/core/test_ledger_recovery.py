@@ -272,11 +272,11 @@ def test_edits_whose_files_are_gone_or_cut_off_are_not_shown_as_on(tmp_path: Pat
         blobs = [edit.blob for edit in ledger.edits()]
     paths = [folder / "blobs" / blob[:2] / f"{blob}.safetensors" for blob in blobs]
     run = CliRunner()
-    assert "without a sound file" not in run.invoke(app, ["log", "--ledger", str(folder)]).output
+    assert "damaged or missing" not in run.invoke(app, ["log", "--ledger", str(folder)]).output
     paths[0].unlink()
     os.truncate(paths[2], paths[2].stat().st_size - 1)
     log = run.invoke(app, ["log", "--ledger", str(folder)]).output
-    for word in ("missing", "damaged", "off", "2 edits without a sound file"):
+    for word in ("missing", "damaged", "off", "2 edits damaged or missing"):
         assert word in " ".join(log.split())
     data = json.loads(run.invoke(app, ["log", "--ledger", str(folder), "--json"]).stdout)
     assert [edit["file"] for edit in data["edits"]] == ["missing", "sound", "damaged"]
@@ -293,7 +293,7 @@ def test_a_delta_that_counts_its_texts_as_well_is_sound_in_the_log(tmp_path: Pat
         edit = editor.edit(request, method="ice")
     assert edit.nbytes > sum(t.numel() * t.element_size() for t in edit.delta.tensors().values())
     log = ["log", "--ledger", str(folder)]
-    assert "without a sound file" not in run.invoke(app, log).output
+    assert "damaged or missing" not in run.invoke(app, log).output
     assert json.loads(run.invoke(app, [*log, "--json"]).stdout)["edits"][0]["file"] == "sound"
     file = folder / "blobs" / edit.blob[:2] / f"{edit.blob}.safetensors"
     for damage in (file.read_bytes()[:-1], b"{" * 40, b""):

@@ -11,14 +11,15 @@ from tokenizers import processors
 from errata import Editor, Request
 from errata.datasets import load
 from errata.edits.request import Probe
-from errata.errors import CapabilityError, RequestError
-from errata.evaluate import CoreMetrics, generate
+from errata.errors import CapabilityError, ConfigError, RequestError
+from errata.evaluate import CoreMetrics, edit_report, generate
+from errata.kit.auto_layers import auto_layers
 from errata.kit.training import Trainer, TrainerSettings, target_batches, text_batches
 from errata.kit.training.trainer import Above
 from errata.locate.traced_prompt import traced_prompt
 from errata.model import Model
 from errata.model.forward import Resumed, logits_at
-from errata.model.next_token import class_scores
+from errata.model.next_token import class_scores, predicted_classes
 from errata.model.perplexity import perplexity
 from errata.model.running import prepare
 from errata.model.scoring import score_targets
@@ -218,3 +219,54 @@ def test_texts_are_read_one_by_one_where_padding_looks_like_their_end() -> None:
     scores = class_scores(Editor((module, tokenizer)).model, texts)
     module.config.pad_token_id = module.config.eos_token_id
     torch.testing.assert_close(class_scores(Editor((module, tokenizer)).model, texts), scores)
+
+
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_an_edit_s_report_shows_classes_and_advises_no_sweep(family: str, tmp_path: Path) -> None:
+    options = {"guards": {"efficacy": "off", "norm": "off"}, "artifacts": tmp_path}
+    with Editor(build(family), **options) as editor:
+        before = predicted_classes(editor.model, [REQUEST.text, TEXTS[0]])
+        edit = editor.edit(REQUEST, method="ft", steps=12, lr=0.05)
+        after = predicted_classes(editor.model, [REQUEST.text, TEXTS[0]])
+        report = edit_report(editor, edit, checks=[TEXTS[0]])
+        (own,), (asked,) = report.of("request"), report.of("check")
+        assert [own.before, asked.before] == before
+        assert [own.after, asked.after] == after
+        assert own.gives_target == (after[0] == "economic" != before[0])
+        assert own.changed == (before[0] != after[0])
+        assert "class" in report.protocol
+        assert report.layer is not None
+        assert (report.layer.chosen_by, report.layer.advice) == ("rule", "")
+        with pytest.raises(ConfigError, match=r"none of a sequence classifier.*name the layer"):
+            auto_layers(editor.model, "ft")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("target_true", "medical"),
+        ("neighbourhood", (Probe(prompt=TEXTS[1], answers=("other", "medical")),)),
+        ("portability", (Probe(prompt=TEXTS[1], answers=("medical",)),)),
+    ],
+)
+def test_answers_that_are_no_class_are_refused_before_anything_is_edited(
+    field: str, value: object
+) -> None:
+    wanted = rf"{field}: The class 'medical' .* has criminal, economic, other"
+    with Editor(build("bert-classifier")) as editor:
+        with pytest.raises(RequestError, match=wanted):
+            editor.edit(REQUEST.model_copy(update={field: value}), method="ft")
+        assert not editor.log()
+
+
+def test_a_class_is_changed_in_classifiers_alone() -> None:
+    with Editor(build("gpt2")) as editor, pytest.raises(RequestError, match="kind 'label'"):
+        editor.edit(REQUEST, method="ft")
+
+
+def test_measuring_says_what_sort_of_model_generates_no_text(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = build_model("llama-classifier", tmp_path)
+    CoreMetrics().evaluate(model, [REQUEST], ["generation"])
+    assert "is a sequence classifier: it generates no text" in caplog.text

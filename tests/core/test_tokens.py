@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from errata.errors import ConfigError, RequestError, UnknownNameError
 from errata.model.joining import join
 from errata.model.prompts import IGNORED, TokenError
+from errata.model.task import TASKS
 from errata.model.tokens import (
     encode,
     encode_masked,
@@ -22,6 +23,7 @@ from errata.model.tokens import (
     subject_position,
     subject_span,
     tokenise,
+    tokenizer_for,
 )
 from tests.families import DECODERS, STYLES, build, build_tokenizer, sampled
 from tests.helpers import shared_path
@@ -207,7 +209,7 @@ def test_a_slow_tokenizer_is_refused():
 
 @pytest.mark.parametrize("style", ALL)
 def test_special_tokens_are_those_of_a_prompt(style):
-    tokenizer = _tokenizer(style)
+    tokenizer = tokenizer_for(_tokenizer(style), "causal" if style in CAUSAL else "seq2seq")
     ids = encode(tokenizer, ["Paris is in"]).input_ids[0].tolist()
     added = [i for i in ids if i in tokenizer.all_special_ids]
     full = tokenizer("Paris is in", add_special_tokens=True)["input_ids"]
@@ -216,6 +218,20 @@ def test_special_tokens_are_those_of_a_prompt(style):
     else:
         assert ids == full
     assert encode(tokenizer, ["Paris is in"], keep_end=True).input_ids[0].tolist() == full
+
+
+@pytest.mark.parametrize("style", ["wordpiece", "roberta", "unigram", "real-t5"])
+def test_whether_a_prompt_ends_is_the_tasks_to_say(style):
+    """Whatever tokens the tokenizer knows: a mask, T5's sentinels, or neither."""
+    full = _tokenizer(style)("Paris is in")["input_ids"]
+    for task in TASKS:
+        tokenizer = tokenizer_for(_tokenizer(style), task)
+        ids = encode(tokenizer, ["Paris is in"]).input_ids[0].tolist()
+        assert ids == (full[:-1] if task == "causal" else full)
+        (row,) = tokenise(tokenizer, ["Paris is in"])
+        assert row.ids == ids
+        if task != "masked":
+            assert encode_next(tokenizer, ["Paris is in"], task).tokens(0) == ids
 
 
 def test_a_closing_token_in_the_text_stays():

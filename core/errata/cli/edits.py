@@ -32,6 +32,7 @@ from errata.contract.yaml_file import parse_yaml
 from errata.edits.clashes import last_of_each
 from errata.edits.request import KINDS, OPERATIONS, Request
 from errata.errors import ConfigError, RequestError
+from errata.model.task import WRITES_NOTHING
 
 if TYPE_CHECKING:
     from errata.editor import Editor
@@ -235,6 +236,12 @@ def edit(
     with session.editor(
         create=not dry_run, durable=not dry_run, writes=not dry_run, guards=guards
     ) as editor:
+        if ask and editor.model.task == "masked":
+            raise ConfigError(
+                f"--ask shows what the model writes, and {editor.model.name} is "
+                f"{WRITES_NOTHING['masked']}: it generates no text. Leave --ask out; errata "
+                "evaluate measures."
+            )
         if dry_run:
             _copy_active(session, editor)
         told = last_of_each(requests) if supersede else requests

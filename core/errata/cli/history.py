@@ -77,8 +77,8 @@ def log(
     """List the edits of the ledger, and which are on the model.
 
     In their order, with the edits on the model that each conflicts with (the same fact, another
-    target) or overlaps (nearly the same key). An edit whose file is missing or cut off is shown
-    so, not as on. Loads no model.
+    target) or overlaps (nearly the same key). An edit whose file is missing or cut off, or that
+    lacks a trained network it needs, is shown so, not as on. Loads no model.
 
     With --recover, edits whose file is there and whose record was lost (with the database, or
     its write-ahead file) are recorded again, after those that are there and off the model: a
@@ -134,21 +134,32 @@ def log(
         note = "computed on top of edits that are off; errata rebase computes them again"
         session.show(Text(f"\n{len(stale)} stale: {note}", style="warn"))
     if lost := [edit for edit in shown if files[edit.id] != SOUND]:
-        note = "cannot be on the model until its file is put back; errata revert ID retires it"
+        note = (
+            "cannot be on the model until its file, or the artifact it needs, is put back (errata "
+            "apply FILE brings both, where it was exported); errata revert ID retires it"
+        )
         session.show(
             Text(
-                f"\n{render.count(len(lost), 'edit')} without a sound file: each {note}",
+                f"\n{render.count(len(lost), 'edit')} damaged or missing: each {note}",
                 style="bad",
             )
         )
 
 
 def _files(session: Session, edits: Sequence[Edit]) -> dict[str, str]:
-    """Return edit id → how its file looks: "sound", "missing" or "damaged"."""
-    from errata.edits.ledger.files import DeltaFiles
+    """Return edit id → how its file looks: "sound", "missing" or "damaged".
 
-    files = DeltaFiles(session.ledger)
-    return {edit.id: files.look(edit.blob) for edit in edits}
+    It counts as damaged where an artifact that the edit needs is not there as it was.
+    """
+    from errata.edits.ledger.files import DeltaFiles
+    from errata.model.artifacts import Artifacts
+
+    files, artifacts = DeltaFiles(session.ledger), Artifacts()
+    needed = {item for edit in edits for item in edit.artifacts.items()}
+    lost = {item for item in needed if artifacts.digest(item[0]) != item[1]}
+    found = {edit.id: files.look(edit.blob) for edit in edits}
+    damaged = [e.id for e in edits if not lost.isdisjoint(e.artifacts.items())]
+    return found | {name: "damaged" for name in damaged if found[name] == SOUND}
 
 
 def _recover(session: Session) -> None:

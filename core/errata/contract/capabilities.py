@@ -9,7 +9,7 @@ from errata.contract import plugins
 from errata.edits.aims import Aim, aims_of_request, says_something
 from errata.edits.request_problems import naming_place
 from errata.errors import CapabilityError, RequestError
-from errata.model.running import prepare
+from errata.model.running import class_index, prepare
 from errata.model.tokens import subject_span
 
 if TYPE_CHECKING:
@@ -120,6 +120,25 @@ def check_prompts(model: Model, requests: Sequence[Request]) -> None:
             _check_prompts_of(model, request)
 
 
+def _check_classes(model: Model, request: Request) -> None:
+    """Raise `RequestError` where a request's answers are not the model's: classes or texts."""
+    if model.task != "classify":
+        if request.kind == "label":
+            raise RequestError(
+                f"{request.text!r} is of kind 'label', which changes a class; {model.name} is no "
+                f"sequence classifier ({type(model.module).__name__})."
+            )
+        return
+    named = [("target_true", answer) for answer in (request.target_true,) if answer is not None]
+    for field in ("neighbourhood", "locality", "portability", "attribute"):
+        named += [(field, answer) for probe in getattr(request, field) for answer in probe.answers]
+    for field, answer in named:
+        try:
+            class_index(model, answer)
+        except RequestError as error:
+            raise RequestError(f"{field}: {error}") from None
+
+
 def _check_prompts_of(model: Model, request: Request) -> None:
     if request.subject.strip() in set(model.tokenizer.all_special_tokens):
         raise RequestError(
@@ -131,6 +150,7 @@ def _check_prompts_of(model: Model, request: Request) -> None:
             f"target_new is {request.target_new!r}, and operation {request.operation!r} puts "
             "nothing in the place of what it takes away: leave target_new out."
         )
+    _check_classes(model, request)
     asked = [Aim(request.prompt, request.target), *aims_of_request(request)]
     for prompt in dict.fromkeys(aim.prompt for aim in asked):
         subject_span(model.tokenizer, prompt, request.subject)

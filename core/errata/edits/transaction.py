@@ -18,7 +18,6 @@ from errata.model.display import shortened
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from errata.edits.delta import Delta
     from errata.edits.edit import Edit
     from errata.edits.ledger import Ledger
     from errata.edits.stack import Stack
@@ -41,6 +40,9 @@ class Transactions:
         stack: the edits on it.
         ledger: where edits are recorded.
         observe: hears of every change.
+
+    Attributes:
+        damaged: id → reason of active edits that could not be put on the model.
     """
 
     def __init__(self, model: Model, stack: Stack, ledger: Ledger, observe: Observe) -> None:
@@ -48,6 +50,7 @@ class Transactions:
         self._stack = stack
         self._ledger = ledger
         self._observe = observe
+        self.damaged: dict[str, str] = {}
         self._named = False  # whether the ledger was told what opens the model
 
     @contextmanager
@@ -102,11 +105,19 @@ class Transactions:
             self._stack.set([complete.get(edit.id, edit) for edit in self._stack.entries])
         return bound
 
-    def import_(self, path: Path, pairs: Sequence[tuple[Edit, Delta]]) -> list[Edit]:
-        """Store the edits of an exported file, which were checked; return them."""
+    def import_(self, path: Path) -> list[Edit]:
+        """Store the edits of an exported file and the artifacts that it carries; return them.
+
+        Raises `FingerprintError` for another model's edits, `IntegrityError` for a damaged file.
+        """
+        carried: dict[str, bytes] = {}
+        pairs = self._ledger.read_export(path, carried)
+        for edit, delta in pairs:
+            check_fingerprint(self._model, edit.bind(delta), carried)
         with self._ledger.transaction():
             records = self._ledger.import_(path, pairs)
             self._name_model()
+            self._model.artifacts.take(carried)
         return records
 
     def _name_model(self) -> None:
@@ -117,7 +128,8 @@ class Transactions:
     def exchange(self, off: Sequence[Edit], on: Sequence[Edit]) -> None:
         """Take recorded edits off and put others on, as one change.
 
-        What comes off needs no delta: an edit whose file is lost can be taken off, too.
+        What comes off needs no delta: an edit whose file is lost can be taken off, too. One that
+        the ledger has as active and that was damaged can be put on once it is not any more.
         """
         self._check(on)
         before = set(self._ledger.stale_ids())
@@ -131,19 +143,20 @@ class Transactions:
                 self._observe("apply", on)
             with self._ledger.transaction():
                 self._ledger.deactivate(gone)
-                self._ledger.activate([edit.id for edit in on])
+                self._ledger.activate([e.id for e in on if not self._ledger.is_active(e.id)])
+            for edit in (*off, *on):
+                self.damaged.pop(edit.id, None)
         if stale := [name for name in self._ledger.stale_ids() if name not in before]:
             logger.warning(
                 "Stale: %s. Computed on top of edits that are off; `rebase` computes them again.",
                 shortened(", ".join(stale)),
             )
 
-    def reconcile(self) -> dict[str, str]:
+    def reconcile(self) -> None:
         """Make the model what the ledger says, as far as each edit can be put on.
 
-        Returns:
-            id → reason of the active edits that are not on the model: those whose file or artifact
-            is lost or damaged, and those whose kind does not load or fails.
+        `damaged` then has the others: those whose file or artifact is lost or damaged, and those
+        whose kind does not load or fails.
 
         Raises:
             FingerprintError: an edit was made for another model.
@@ -164,7 +177,8 @@ class Transactions:
         for edit_id, why in damaged.items():
             text = "Edit %s is not on the model (reverting it retires it): %s"
             logger.warning(text, edit_id, why, extra=VERIFIED)
-        return damaged
+        self.damaged.clear()
+        self.damaged.update(damaged)
 
     def _put_on_each(self, kept: Sequence[Edit], new: Sequence[Edit]) -> dict[str, str]:
         """Put `new` on beside `kept`; return id → reason of those that cannot be.

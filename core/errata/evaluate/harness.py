@@ -20,6 +20,7 @@ from errata.errors import ConfigError, MissingExtraError
 from errata.model.active_edits import ask
 from errata.model.joining import with_join
 from errata.model.sampling import GenerationSettings, Sampling
+from errata.model.task import WRITES_NOTHING
 
 if TYPE_CHECKING:
     from errata.contract.measurement import Direction
@@ -64,7 +65,7 @@ def harness_measurements(reader: Reader, tasks: Sequence[str], protocol: str) ->
             )
     lm_eval = _harness()
     if not reader.generates:
-        what = "a sequence classifier" if model.task == "classify" else "an encoder"
+        what = WRITES_NOTHING[model.task]
         raise ConfigError(
             f"{model.name} is {what}: the lm-evaluation-harness measures models that continue "
             "texts. Leave harness_tasks out."

@@ -14,6 +14,7 @@ from errata.evaluate.baseline import Baseline
 from errata.evaluate.protocols import PROTOCOLS
 from errata.evaluate.reader import MeasureSettings, Reader
 from errata.model.arguments import check_name
+from errata.model.task import WRITES_NOTHING
 
 if TYPE_CHECKING:
     from errata.contract.measurement import Measurement
@@ -75,9 +76,9 @@ class CoreMetrics:
         wanted = [protocol for protocol in asked if protocol and protocol.measure]
         if not reader.generates and wanted:
             logger.warning(
-                "%s is an encoder: it generates no text, so only teacher-forced numbers are "
-                "measured.",
+                "%s is %s: it generates no text, so only teacher-forced numbers are measured.",
                 model.name,
+                WRITES_NOTHING[model.task],
             )
         each = model.progress.track(wanted, "Measuring", len(wanted))
         return [measurement for protocol in each for measurement in measured(protocol, reader)]

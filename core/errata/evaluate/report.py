@@ -14,17 +14,20 @@ from errata.evaluate.matching import contained_match, normalise
 from errata.evaluate.neighbours import other_subjects
 from errata.evaluate.questions import targets
 from errata.evaluate.sentences import first_sentence
+from errata.model.next_token import class_named, predicted_classes
 
 if TYPE_CHECKING:
     from errata.contract.registry import Value
     from errata.editor import Editor
     from errata.edits.request import Request
+    from errata.model.model import Model
 
 TOKENS = 8
 PROTOCOL = (
     f"generated: greedy, natural stop, at most {TOKENS} new tokens; compared up to the first "
     "full stop"
 )
+CLASSES = "the most probable class"
 MANY = 8
 """Requests that are asked about, at most."""
 
@@ -36,11 +39,11 @@ class AnswerChange:
     """What the model says to one prompt without and with the edits.
 
     Attributes:
-        prompt: the prompt.
+        prompt: the prompt, or a classifier's text.
         role: "request": the fact itself; "paraphrase": the same in other words; "neighbour": other
             subjects, which should keep their answers; "check": a prompt that the caller named.
-        before, after: the texts.
-        changed: the first sentences differ.
+        before, after: the texts, or the names of the classes.
+        changed: the first sentences, or the classes, differ.
         gives_target: afterwards the new answer is given, and it was not before.
     """
 
@@ -61,7 +64,8 @@ class LayerChoice:
         chosen_by: "rule": the method's rule of thumb, no preset fits the model; "preset": one of
             the registry; "sweep": a sweep of this model; "argument": the caller; "default".
         source: what the registry says about it, or the rule's name.
-        advice: the command that finds a better layer by evidence, after a rule's choice; else "".
+        advice: the command that finds a better layer by evidence, after a rule's choice; "" else,
+            and for a classifier, which cannot be swept.
     """
 
     layers: tuple[int, ...]
@@ -78,7 +82,7 @@ class EditReport:
         ids: of the edits.
         layer: where they were made; None where the method has no layer.
         answers: the requests' own prompts first, then paraphrases, neighbours, checks.
-        protocol: how the texts were made and compared.
+        protocol: how the answers were found and compared.
     """
 
     ids: tuple[str, ...]
@@ -118,7 +122,8 @@ def edit_report(
 
     Neighbours are those of the requests; for a request without any, other subjects of the same
     kind in the same prompt ("The capital of Germany is"). A handful of greedy answers is a glance,
-    not a measurement: `Editor.evaluate` measures.
+    not a measurement: `Editor.evaluate` measures. A classifier is asked for classes; an encoder
+    writes nothing, and no answers are shown.
 
     >>> report = edit_report(editor, edit)  # doctest: +SKIP
     >>> [(one.prompt, one.before, one.after) for one in report.disturbed]  # doctest: +SKIP
@@ -134,14 +139,15 @@ def edit_report(
     layer = _layer_choice(editor, made[0], given) if made else None
     requests = [request for edit in made for request in edit.requests][:MANY]
     asked: list[tuple[Role, str, Request | None]] = []
-    if editor.model.generates and requests:
+    if editor.model.task != "masked" and requests:
         asked = _prompts(editor, requests, checks, neighbours)
     before, after = _texts(editor, made, [prompt for _, prompt, _ in asked])
     answers = tuple(
-        _change(role, prompt, request, requests, old, new)
+        _change(editor.model, role, prompt, request, requests, old, new)
         for (role, prompt, request), old, new in zip(asked, before, after, strict=True)
     )
-    return EditReport(tuple(edit.id for edit in made), layer, answers)
+    protocol = CLASSES if editor.model.task == "classify" else PROTOCOL
+    return EditReport(tuple(edit.id for edit in made), layer, answers, protocol)
 
 
 # -- which prompts ---------------------------------------------------------------------------------
@@ -202,7 +208,10 @@ def _texts(
     found = []
     for wanted in (without, [*(n for n in active if n not in ids), *ids]):
         with _only(editor, wanted):
-            texts = editor.generate(list(prompts), max_new_tokens=TOKENS)
+            if editor.model.task == "classify":
+                texts = predicted_classes(editor.model, prompts)
+            else:
+                texts = editor.generate(list(prompts), max_new_tokens=TOKENS)
         found.append([text.strip() for text in texts])
     return found[0], found[1]
 
@@ -220,6 +229,7 @@ def _only(editor: Editor, ids: Sequence[str]) -> Iterator[None]:
 
 
 def _change(
+    model: Model,
     role: Role,
     prompt: str,
     request: Request | None,
@@ -228,6 +238,11 @@ def _change(
     after: str,
 ) -> AnswerChange:
     about = requests if request is None else [request]
+    if model.task == "classify":
+        wanted = {class_named(model, one.target_new) for one in about}
+        return AnswerChange(
+            prompt, role, before, after, before != after, after in wanted and before not in wanted
+        )
     new = [answer for one in about for answer in targets(one)]
     gives = contained_match(after, new) and not contained_match(before, new)
     changed = normalise(first_sentence(before)) != normalise(first_sentence(after))
@@ -257,7 +272,10 @@ def _layer_choice(
     if value.source.startswith("auto:"):
         return LayerChoice(layers, "sweep", value.source)
     if value.layer == RULE:
-        return LayerChoice(layers, "rule", value.source, _sweep_command(editor, edit.method))
+        # What a sweep compares is said, token by token; a classifier says nothing.
+        sweeps = editor.model.task != "classify"
+        advice = _sweep_command(editor, edit.method) if sweeps else ""
+        return LayerChoice(layers, "rule", value.source, advice)
     return LayerChoice(layers, _by(value), value.source)
 
 

@@ -78,6 +78,11 @@ def auto_layers(
             chosen = _chosen(found, count)
             model.progress.note(chosen.why)
             return chosen
+    if model.task == "classify":
+        raise ConfigError(
+            f"{option or 'layer'} 'auto' takes the layer from a sweep, and there are none of a "
+            f"sequence classifier such as {model.name}: name the layer."
+        )
     which = f" --set option={option}" if option and option not in MAIN else ""
     raise ConfigError(
         f"{option or 'layer'} 'auto' takes the layer from a sweep, and none of {methods[0]} was "

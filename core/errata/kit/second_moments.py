@@ -311,8 +311,7 @@ class _Pass:
         """Tokenise documents and split those that are too long."""
         anatomy = self.model.anatomy
         limit = min(anatomy.context or _CONTEXT, _LONGEST)
-        closed = anatomy.kind != "decoder"
-        for row in tokenise(self.model.tokenizer, window, keep_end=closed):
+        for row in tokenise(self.model.tokenizer, window):
             head, tail = row.ids[: row.begin], row.ids[row.stop :]
             body = row.ids[row.begin : row.stop]
             step = max(limit - len(head) - len(tail), 1)

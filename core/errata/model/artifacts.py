@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,10 +13,12 @@ from errata.errors import IntegrityError
 from errata.model.arguments import path_of
 from errata.model.scratch import default_directory
 from errata.model.storage import (
+    canonical,
+    from_bytes,
     make_folder,
     read_bytes,
-    read_tensors,
     sha256,
+    to_bytes,
     write_bytes,
     write_tensors,
 )
@@ -21,13 +26,18 @@ from errata.model.storage import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+logger = logging.getLogger("errata")
+
+_SEAL = "sha256"  # of a file's tensors and all else in its metadata
+
 
 class Artifacts:
     """A folder of safetensors files, each named by a key that says what it belongs to.
 
     A key is a tuple of strings, for instance ("second_moment", fingerprint, layer, text hash,
-    tokens); it becomes a path and is repeated inside the file, so a file that was moved or
-    damaged is recomputed instead of believed. Pass `directory=None` to use the default folder.
+    tokens); it becomes a path and is repeated inside the file, beside the SHA-256 of all else in
+    it, so a file that was moved or damaged is recomputed instead of believed. Pass
+    `directory=None` to use the default folder.
     """
 
     def __init__(self, directory: Path | str | None = None) -> None:
@@ -41,15 +51,23 @@ class Artifacts:
         return self.directory.joinpath(*safe[:-1], safe[-1] + ".safetensors")
 
     def load(self, key: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Return (tensors, metadata) of a key, or None when absent or not readable as written."""
+        """Return (tensors, metadata) of a key; None where there is none, or it is damaged.
+
+        Of a damaged file a warning says what to do.
+        """
         path = self.path(key)
         if not path.is_file():
             return None
         try:
-            tensors, metadata = read_tensors(path)
-        except IntegrityError:
-            return None
-        if metadata.get("key") != list(key):
+            tensors, metadata = _checked(read_bytes(path), str(path))
+            if metadata.get("key") != list(key):
+                raise IntegrityError(f"{path} was moved there: it is filed under another name.")
+        except IntegrityError as error:
+            logger.warning(
+                "%s It is not used. What is computed from the model is computed again; a network "
+                "has to be trained again on its requests (errata prepare), or comes with an edit "
+                "that is imported from its exported file.", error
+            )  # fmt: skip
             return None
         return tensors, metadata
 
@@ -62,7 +80,9 @@ class Artifacts:
         """
         path = self.path(key)
         make_folder(path.parent)
-        write_tensors(path, tensors, {**metadata, "key": list(key)})
+        about = {**metadata, "key": list(key)}
+        seal = _seal(to_bytes(tensors, about), about)
+        write_tensors(path, tensors, {**about, _SEAL: seal})
         return path
 
     # -- as files, for edits that need them ------------------------------------------------------
@@ -80,11 +100,22 @@ class Artifacts:
         """Return a file's bytes; raise `StorageError` when it cannot be read."""
         return read_bytes(self._inside(name))
 
+    def sound(self, name: str) -> bool:
+        """Say whether a file is there and, as far as it can tell, what was written."""
+        path = self._inside(name)
+        if not path.is_file():
+            return False
+        try:
+            _checked(read_bytes(path), str(path))
+        except IntegrityError:
+            return False
+        return True
+
     def take(self, files: Mapping[str, bytes]) -> None:
-        """Store files by name that came from elsewhere, but for those that are there already."""
+        """Store files by name that came from elsewhere, but for those that are here and sound."""
         for name, data in files.items():
             path = self._inside(name)
-            if not path.is_file():
+            if not self.sound(name):
                 make_folder(path.parent)
                 write_bytes(path, data)
 
@@ -95,3 +126,23 @@ class Artifacts:
         ):
             raise IntegrityError(f"{name!r} is no name of an artifact.")
         return self.directory.joinpath(*parts)
+
+
+def _checked(data: bytes, source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return (tensors, metadata) of a file; raise `IntegrityError` unless it is as it was written.
+
+    (One of an errata that sealed none is believed.)
+    """
+    tensors, metadata = from_bytes(data, source)
+    seal = metadata.pop(_SEAL, None)
+    if seal is not None and seal != _seal(data, metadata):
+        raise IntegrityError(f"{source} is damaged: its content does not have its SHA-256.")
+    return tensors, metadata
+
+
+def _seal(data: bytes, metadata: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of metadata and of what comes after the header of a safetensors file."""
+    (length,) = struct.unpack("<Q", data[:8])
+    found = hashlib.sha256(canonical(metadata).encode())
+    found.update(memoryview(data)[8 + length :])
+    return found.hexdigest()

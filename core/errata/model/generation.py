@@ -20,6 +20,7 @@ from errata.model.forward.inputs import accepted, decoder_prefix, takes_position
 from errata.model.forward.layout import pads_left
 from errata.model.running import check_length, check_sound
 from errata.model.sampling import GenerationSettings, Sampling
+from errata.model.task import WRITES_NOTHING
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -181,13 +182,13 @@ def _told(watch: Watch, chosen: Sequence[int], row: int, token: int, text: str) 
 def require_generation(model: Model) -> None:
     """Raise `CapabilityError` for a model that cannot continue a text."""
     if not model.generates:
-        what, how = {
-            "masked": ("an encoder", "Measure it with the teacher-forced protocol 'counterfact'"),
-            "classify": ("a sequence classifier", "Score its classes, with the protocol 'ke'"),
+        how = {
+            "masked": "Measure it with the teacher-forced protocol 'counterfact'",
+            "classify": "Score its classes, with the protocol 'ke'",
         }[model.task]
         raise CapabilityError(
-            f"{model.name} is {what} ({model.anatomy.model_type}) and cannot continue a text. "
-            f"{how}."
+            f"{model.name} is {WRITES_NOTHING[model.task]} ({model.anatomy.model_type}) and cannot "
+            f"continue a text. {how}."
         )
 
 

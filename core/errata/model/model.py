@@ -24,7 +24,8 @@ from errata.model.call import Call
 from errata.model.pristine import Pristine
 from errata.model.progress import Progress
 from errata.model.structure import hooked_by_others
-from errata.model.task import Task, require_task, task_of_module
+from errata.model.task import WRITES_NOTHING, Task, require_task, task_of_module
+from errata.model.tokens import tokenizer_for
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,7 +74,7 @@ class Model:
     Attributes:
         module: the Hugging Face module, in eval mode. Plugins read it, hook it (and take the
             hooks off again), and never write to it.
-        tokenizer: its tokenizer, a fast one.
+        tokenizer: a copy of its tokenizer, a fast one, that reads prompts as its task wants them.
         anatomy: where the parts are (`errata.model.anatomy.Anatomy`).
         parameters: name → Parameter, resolved before anything was attached; tied weights once.
         pristine: the base tensors.
@@ -118,7 +119,7 @@ class Model:
     ) -> None:
         module.eval()
         self.module = module
-        self.tokenizer = tokenizer
+        self.tokenizer = tokenizer_for(tokenizer, task_of_module(module))
         self.anatomy = anatomy
         self.name = name
         self.parameters: dict[str, nn.Parameter] = dict(module.named_parameters())
@@ -164,7 +165,7 @@ class Model:
     @property
     def generates(self) -> bool:
         """Whether it can continue a text at all."""
-        return self.task in ("causal", "seq2seq")
+        return self.task not in WRITES_NOTHING
 
     @property
     def device(self) -> torch.device:

@@ -9,7 +9,7 @@ import torch
 
 from errata.errors import CapabilityError, RequestError
 from errata.model.active_edits import ask
-from errata.model.running import prepare, run, wide
+from errata.model.running import class_index, prepare, run, wide
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,9 +59,21 @@ def predicted_classes(model: Model, prompts: Sequence[str], batch_size: int = 32
 
     Raises as `class_scores` does.
     """
-    names = {int(key): str(name) for key, name in (model.config.id2label or {}).items()}
     found = class_scores(model, prompts, batch_size).argmax(-1).tolist()
-    return [names.get(index, str(index)) for index in found]
+    return [_class_name(model, index) for index in found]
+
+
+def class_named(model: Model, target: str) -> str:
+    """Return the name of the class that a target gives by its name or its number.
+
+    Raises `RequestError` for what is no class of the model.
+    """
+    return _class_name(model, class_index(model, target))
+
+
+def _class_name(model: Model, index: int) -> str:
+    names = {int(key): str(name) for key, name in (model.config.id2label or {}).items()}
+    return names.get(index, str(index))
 
 
 def _table(model: Model, lines: Sequence[Tensor]) -> Tensor:

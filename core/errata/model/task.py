@@ -14,6 +14,9 @@ Task = Literal["causal", "seq2seq", "masked", "classify"]
 
 TASKS: tuple[Task, ...] = get_args(Task)
 
+WRITES_NOTHING: dict[str, str] = {"masked": "an encoder", "classify": "a sequence classifier"}
+"""What a model is called whose task is not to generate text."""
+
 # Ends of class names; an encoder-decoder and a decoder share the first three.
 _LANGUAGE_MODELS = ("ForConditionalGeneration", "MTModel", "LMHeadModel", "ForCausalLM")
 _MASKED = ("ForMaskedLM", "ForPreTraining")

@@ -15,6 +15,7 @@ tokenizers, and what is done about it:
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -40,6 +41,7 @@ POSITIONS = ("last", "first", "first_after_last", "last_of_prompt")
 _SPACE_MARKS = "▁Ġ"
 EMBEDDED = "embedded"
 """Attribute of a prepared tokenizer: how many tokens, from id 0, the model has embeddings for."""
+_CLOSES = "closes"
 
 
 class TokenisedText(NamedTuple):
@@ -68,6 +70,17 @@ def require_fast(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
+def tokenizer_for(tokenizer: PreTrainedTokenizerBase, task: Task | None) -> PreTrainedTokenizerBase:
+    """Return a copy of a tokenizer that reads prompts as a model made for this task does.
+
+    Its prompts keep a closing EOS or [SEP] that the tokenizer adds, as the model was trained,
+    unless it is a decoder that goes on from the prompt ("causal"), or it is not known (None).
+    """
+    prepared = copy.copy(tokenizer)
+    setattr(prepared, _CLOSES, task not in ("causal", None))
+    return prepared
+
+
 def encode(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
@@ -83,8 +96,8 @@ def encode(
         texts: at least one; nothing is truncated.
         padding_side: "right" or "left".
         device: where the batch goes.
-        keep_end: keep a closing EOS or [SEP] that the tokenizer adds. By default only where a
-            prompt has one: masked language models and T5. A decoder's prompt goes on.
+        keep_end: keep a closing EOS or [SEP] that the tokenizer adds. By default as the task of
+            the tokenizer's model has it (`tokenizer_for`); without a model it is left out.
 
     Raises:
         TokenError: no texts, or one that gives no token.
@@ -304,7 +317,7 @@ def encode_next(
     if task == "masked":
         mask, mask_id = mask_token(tokenizer)
         texts = [text if mask in text else join(text, mask) for text in texts]
-    batch = encode(tokenizer, texts, device=device, keep_end=None if task == "causal" else True)
+    batch = encode(tokenizer, texts, device=device, keep_end=task != "causal")
     ends = [length - 1 for length in batch.lengths]
     inputs, columns, ahead = batch.inputs(positions=task == "causal"), ends, 0
     if task == "causal":
@@ -382,7 +395,7 @@ def tokenise(
     if isinstance(texts, str) or not texts:
         raise TokenError(f"Expected a list of at least one text, got {texts!r}.")
     if keep_end is None:
-        keep_end = _prompts_have_an_end(tokenizer)
+        keep_end = getattr(tokenizer, _CLOSES, False)
     encoded = tokenizer(list(texts), padding=False, truncation=False, verbose=False)
     rows = []
     known = getattr(tokenizer, EMBEDDED, None)
@@ -408,13 +421,6 @@ def tokenise(
     return rows
 
 
-def _prompts_have_an_end(tokenizer: PreTrainedTokenizerBase) -> bool:
-    if tokenizer.mask_token is not None:
-        return True
-    sentinel = tokenizer.convert_tokens_to_ids("<extra_id_0>")  # T5's span mark
-    return sentinel is not None and sentinel != tokenizer.unk_token_id
-
-
 def _subject(
     tokenizer: PreTrainedTokenizerBase, template: str, subject: str
 ) -> tuple[TokenisedText, int, int]:
@@ -427,7 +433,7 @@ def _subject(
         raise TokenError("The subject is empty.")
     before, _, after = template.partition("{}")
     text = before + subject + after
-    (row,) = tokenise(tokenizer, [text], keep_end=None)
+    (row,) = tokenise(tokenizer, [text])
     start = len(before) + len(subject) - len(subject.lstrip())
     return row, *_overlap(tokenizer, row, start, start + len(subject.strip()), text)
 

@@ -102,6 +102,11 @@ def read_export(
     return _unpack(read_whole(Path(path)), kinds, str(path), {} if carried is None else carried)
 
 
+def file_of(edit: Edit, parts: content.Parts) -> bytes:
+    """Return the bytes of the file that a ledger keeps of an edit, by its record there."""
+    return content.encode(parts, parse_json(record_text(edit.model_copy(update={"blob": ""}))))
+
+
 def same(edit: Edit, parts: content.Parts, other: Edit, other_parts: content.Parts) -> bool:
     """Say whether two edits are one: all but the place, the file's hash and what was measured."""
     local = {"sequence": 0, "blob": "", "outcome": Outcome()}

@@ -17,7 +17,7 @@ from errata.edits.ledger.schema import KINDS, NOTE_KIND, Event, Row, edit_of, re
 from errata.errors import IntegrityError, LedgerError, PluginError, StorageError, UnknownNameError
 from errata.model.artifacts import Artifacts
 from errata.model.scratch import sweep
-from errata.model.storage import make_folder, parse_json, sha256
+from errata.model.storage import make_folder, sha256
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -405,9 +405,9 @@ class Ledger:
     ) -> list[Edit]:
         """Record the edits of an exported file, all or none, and return their records.
 
-        An edit that is here already with the same content is left as it is, active or not. One
-        with the same id and other content raises `IntegrityError`. `pairs` is what the file holds,
-        where it was read already.
+        An edit that is here already with the same content is left as it is, active or not; a file
+        that it had and lost is written again. One with the same id and other content raises
+        `IntegrityError`. `pairs` is what the file holds, where it was read already.
         """
         pairs = self.read_export(path) if pairs is None else pairs
         detail = {"imported": Path(path).name}
@@ -418,7 +418,8 @@ class Ledger:
                     records.append(self._insert(edit, delta, active, detail))
                     continue
                 here = self.get(edit.id)
-                if not exchange.same(here, self._parts(here), edit, content.take(delta)):
+                parts = content.take(delta)
+                if not exchange.same(here, self._parts(here, parts), edit, parts):
                     raise IntegrityError(
                         f"{path} has an edit {edit.id} that differs from the one of this id in the "
                         f"ledger {self.where}. Nothing was imported."
@@ -464,8 +465,7 @@ class Ledger:
         filled = edit.model_copy(update={"sequence": sequence, "blob": "", "nbytes": delta.nbytes})
         if blob is None:
             # The file is complete, and synced before the record that names it is committed.
-            record = parse_json(record_text(filled))
-            blob = self._database.files.write(content.encode(content.take(delta), record))
+            blob = self._database.files.write(exchange.file_of(filled, content.take(delta)))
         filled = filled.model_copy(update={"blob": blob})
         text = record_text(filled)
         digest = sha256(text.encode())
@@ -490,6 +490,10 @@ class Ledger:
             self._records[edit.id] = (row[4], edit)
         return edit
 
-    def _parts(self, edit: Edit) -> content.Parts:
-        source = f"The delta of edit {edit.id}"
-        return content.decode(self._database.files.read(edit.blob, source), edit.delta_kind, source)
+    def _parts(self, edit: Edit, known: content.Parts | None = None) -> content.Parts:
+        """Return what an edit's file holds; a lost one is written again if it held `known`."""
+        source, files = f"The delta of edit {edit.id}", self._database.files
+        data = b"" if known is None else exchange.file_of(edit, known)
+        if sha256(data) == edit.blob:
+            files.write(data)
+        return content.decode(files.read(edit.blob, source), edit.delta_kind, source)

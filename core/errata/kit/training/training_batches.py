@@ -27,6 +27,7 @@ from errata.kit.aims import FLOOR, RIVAL, aims_of, rivalry, unlikelihood
 from errata.model.forward.inputs import takes_positions
 from errata.model.prompts import PreparedPrompts, pad
 from errata.model.running import prepare, wide
+from errata.model.task import WRITES_NOTHING
 from errata.model.tokens import tokenise
 
 if TYPE_CHECKING:
@@ -139,12 +140,12 @@ def aim_batch(
     """
     if loss not in get_args(Loss):
         raise UnknownNameError("loss", loss, get_args(Loss))
-    if model.task in ("masked", "classify") and (loss == "prompt_last" or end):
+    if model.task in WRITES_NOTHING and (loss == "prompt_last" or end):
         what = "the loss 'prompt_last'" if loss == "prompt_last" else "an end token"
-        kind = "a sequence classifier" if model.task == "classify" else "an encoder"
         raise CapabilityError(
-            f"{model.name} is {kind} ({model.anatomy.model_type}), which does not write from left "
-            f"to right: {what} means nothing for it. Use loss='target' without an end token."
+            f"{model.name} is {WRITES_NOTHING[model.task]} ({model.anatomy.model_type}), which "
+            f"does not write from left to right: {what} means nothing for it. Use loss='target' "
+            "without an end token."
         )
     closing = _end_token(model) if end else ""
     senses = [aim.sense for aim in aims] or ["say"] * len(pairs)
