@@ -134,8 +134,9 @@ class CounterfactualDelta(Delta):
         require(
             set(given) == {*_TEXTS, "artifact", "states", "threshold", "mixture"}
             and all(isinstance(given[name], str) for name in _TEXTS)
-            and all(isinstance(key, list) for key in keys)
-            and all(isinstance(part, str) for key in keys for part in key or ())
+            and all(
+                isinstance(key, list) and all(isinstance(part, str) for part in key) for key in keys
+            )
             and isinstance(threshold, float)
             and isinstance(given["mixture"], bool),
             "A row of SERAC's memory must hold its texts, artifacts, threshold and mixture.",
