@@ -1,4 +1,4 @@
-"""An edit that lost its file, or the artifact that it needs, gets it back from its exported file."""
+"""An edit that lost its file, or an artifact that it needs, gets it back from an export."""
 
 from __future__ import annotations
 
