@@ -310,15 +310,16 @@ class Editor(Described):
     def apply(self, target: EditLike | Path) -> list[Edit]:
         """Put a recorded edit, or every edit of an exported file, (back) on the model.
 
-        A file's edits are taken into the ledger, and those that are not on the model put on as
-        one: all, or nothing. Where one is there and damaged, the file brings what it lacks.
+        A file's edits are taken into the ledger and put on as one: all of it, or nothing. To an
+        active edit that is damaged it brings what is lacking; what else of it is on stays on.
         """
         with self._changing("apply"):
             if isinstance(target, Path) or (isinstance(target, str) and names_file(target)):
                 ids: list[str] = []
                 with self._transactions.all_or_nothing(ids), self.ledger.transaction():
                     taken = self._transactions.import_(path_of(target, "path"))
-                    wanted = [e for e in taken if e.id not in self._stack.ids] or taken
+                    heals = any(edit.id in self.damaged for edit in taken)
+                    wanted = [e for e in taken if not (heals and e.id in self._stack.ids)]
                     ids += [edit.id for edit in wanted]
                     return self._put_on([self._get(edit) for edit in wanted])
             return self._put_on([self._get(target)])

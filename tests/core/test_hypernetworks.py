@@ -286,6 +286,33 @@ def test_every_sort_of_model_is_edited_and_comes_back(family: str, tmp_path: Pat
             assert all(torch.equal(now[name], tensor) for name, tensor in before.items())
 
 
+def test_a_network_of_other_settings_and_one_that_is_damaged_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    training, edited = cases()
+    (one, *_), options = edited, {"guards": QUIET, "artifacts": tmp_path}
+    with Editor(*build("gpt2"), training=training, **options) as editor:
+        made = editor.edit(one, method="mend", config=MEND)
+    (name,) = made.made_with
+    with Editor(*build("gpt2"), **options) as editor:
+        other = {**MEND, "steps": 3, "lr": 0.5}
+        with pytest.raises(ConfigError, match=r"none were given") as refused:
+            editor.edit(one, method="mend", config=other)
+        assert "steps 2 (here 3)" in str(refused.value)
+        assert "(here 0.5)" in str(refused.value)
+        assert "batch_size" not in str(refused.value)
+        assert editor.edit(one, method="mend", config=MEND).made_with == made.made_with
+    data = bytearray((tmp_path / name).read_bytes())
+    data[-2] ^= 4
+    (tmp_path / name).write_bytes(data)
+    with (
+        Editor(*build("gpt2"), **options) as editor,
+        pytest.raises(ConfigError, match=r"lost or damaged.*errata prepare mend --training"),
+    ):
+        editor.edit(one, method="mend", config=MEND)
+    assert f"{tmp_path / name} is damaged" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("method", "parts"), [("mend", ("",)), ("mend", ("transformer.h.2.mlp",)), ("ke", ("",))]
 )

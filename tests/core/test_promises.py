@@ -21,6 +21,7 @@ from errata.errors import (
     PluginError,
     RequestError,
 )
+from errata.model.storage import write_tensors
 from errata.model.structure import Structure
 from errata.testing import state_of
 from errata.testing.contract import assert_same
@@ -352,7 +353,11 @@ def test_an_export_carries_the_artifacts_that_its_edits_need(tmp_path: Path) -> 
         assert_same(state_of(other.model), expected)
         (name,) = edit.artifacts
         assert other.model.artifacts.digest(name) == edit.artifacts[name]
-    (tmp_path / "there" / name).write_bytes(b"another")
+    (tmp_path / "there" / name).write_bytes(b"damaged")
+    with open_editor(artifacts=tmp_path / "there") as other:
+        other.apply(file)
+        assert other.model.artifacts.digest(name) == edit.artifacts[name]
+    write_tensors(tmp_path / "there" / name, {"another": torch.zeros(1)}, {})
     with open_editor(artifacts=tmp_path / "there") as other:
         with pytest.raises(IntegrityError, match="artifact"):
             other.apply(file)

@@ -15,6 +15,7 @@ from errata.edits.request import Probe, Request
 from errata.errors import ConfigError, IntegrityError
 from errata.model import Model
 from errata.model.generation import generate
+from errata.model.progress import Progress
 from errata.model.running import prepare, run
 from errata.model.scoring import score_targets
 from errata.testing import edit_with
@@ -145,8 +146,12 @@ def test_a_training_that_was_killed_goes_on_to_the_same_bits(
         patch.setattr(training.SeracTraining, "loss", dies)
         with pytest.raises(KeyboardInterrupt):
             training.train(killed, TRAINING, config, ("run", "1"))
+    lines: list[str] = []
+    killed.progress = Progress(lines.append)
     found, told = training.train(killed, TRAINING, config, ("run", "1"))
     assert told == about
+    assert lines[0] == "SERAC: going on after batch 4"
+    assert all(f"SERAC, batch {n}: validation loss {v:.4f}" in lines for n, v in about["curve"][1:])
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
 
@@ -220,6 +225,8 @@ def test_what_is_no_row_and_what_lacks_its_networks_is_refused(model: Model) -> 
         Networks.of(model, ("serac", "nowhere"))
     with pytest.raises(ConfigError, match="too few"):
         training.lessons_of(TRAINING[:2])
+    with pytest.raises(ConfigError, match=r"lost or damaged.*errata prepare serac"):
+        training.train(model, [], SeracConfig(**SMALL), ("run", "none"))
 
 
 def test_the_largest_g_claims_a_prompt_whichever_training_it_is_of(model: Model) -> None:

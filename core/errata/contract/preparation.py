@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from errata.contract.manager import Manager
     from errata.model.model import Model
 
+_NAMED = 4  # settings that differ, in a message
 _DIGITS = 12  # of a fact's digest: 100,000 facts collide with a chance of 2e-5
 
 
@@ -120,13 +121,17 @@ class Preparation:
                 f"{method} has to be trained first, on requests that are not those to be "
                 "edited, and none were given: Editor(…, training=requests), or "
                 f"`errata prepare {method} --training NAME=PATH` once."
+                + _otherwise_trained(model, method, config)
             )
         given = _Trained(training.digest, training.facts) if training else None
         trained = given or former or _Trained()
         with model.base_state(), _training(model, trained.on):
             manager.prepare(model, model.corpus or (), training, config)
         if given is not None:
-            about = {"digest": given.on, "n": len(training), "facts": sorted(given.facts)}
+            about = {
+                "digest": given.on, "n": len(training), "facts": sorted(given.facts),
+                "config": _prepares(config),
+            }  # fmt: skip
             model.artifacts.save(_note(model, key), {"n": torch.tensor(len(training))}, about)
         self._trained[key] = trained
         self._prepared.add(key)
@@ -147,6 +152,7 @@ class Preparation:
                 f"{method} has not been trained{on} with these hyper-parameters, and another "
                 f"method asks for its edits: run `errata prepare {method} --training NAME=PATH` "
                 "(in Python, prepare it with the editor that edits) first."
+                + ("" if former else _otherwise_trained(model, method, config))
             )
         self._trained[key] = former
 
@@ -192,8 +198,37 @@ def _noted(model: Model, key: tuple[str, str]) -> _Trained | None:
 
 def _recipe(config: MethodConfig) -> str:
     """Return a digest of those hyper-parameters that a preparation depends on."""
-    data: dict[str, Any] = config.model_dump(mode="json", include=config.prepares)
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(_prepares(config), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _prepares(config: MethodConfig) -> dict[str, Any]:
+    """Return those hyper-parameters that a preparation depends on."""
+    return config.model_dump(mode="json", include=config.prepares)
+
+
+def _otherwise_trained(model: Model, method: str, config: MethodConfig) -> str:
+    """Say with which settings a method was trained for this model, where it was; "" elsewhere."""
+    wanted = _prepares(config)
+    others: list[list[str]] = []
+    for key in model.artifacts.under(("trained", model.fingerprint, method)):
+        stored = model.artifacts.load(key)
+        former = stored[1].get("config") if stored else None
+        if isinstance(former, dict):
+            others.append(
+                [
+                    f"{name} {former.get(name)!r} (here {value!r})"
+                    for name, value in wanted.items()
+                    if former.get(name) != value
+                ]
+            )
+    if not others:
+        return ""
+    nearest = min(others, key=len)
+    more = f" and {len(nearest) - _NAMED} more" if len(nearest) > _NAMED else ""
+    return (
+        f" For this model it was trained with other settings: {', '.join(nearest[:_NAMED])}{more}. "
+        "Give the same (--set NAME=VALUE), and that training is used."
+    )
 
 
 def _facts(request: Request) -> list[str]:

@@ -85,6 +85,11 @@ class Artifacts:
         write_tensors(path, tensors, {**about, _SEAL: seal})
         return path
 
+    def under(self, key: tuple[str, ...]) -> list[tuple[str, ...]]:
+        """Return the keys that begin with this one and have one part more, as files name them."""
+        folder = self.path((*key, "_")).parent
+        return [(*key, path.stem) for path in sorted(folder.glob("*.safetensors"))]
+
     # -- as files, for edits that need them ------------------------------------------------------
 
     def name(self, key: tuple[str, ...]) -> str:

@@ -13,7 +13,6 @@ trained is saved with Adam's moments now and then: a run that was killed goes on
 
 from __future__ import annotations
 
-import logging
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,8 +36,6 @@ if TYPE_CHECKING:
     from errata.model import Model
     from errata_serac.config import SeracConfig
     from errata_serac.scope import Edit
-
-logger = logging.getLogger("errata")
 
 _SAVED_EVERY = 50
 """Batches between two saves of an unfinished run."""
@@ -76,6 +73,11 @@ def train(
     Raises `ConfigError` for too few requests, and where all ask the same: then nothing is outside
     an edit's scope.
     """
+    if not training:
+        raise ConfigError(
+            "SERAC's networks for this model and configuration are lost or damaged. Train them "
+            "again on their requests: `errata prepare serac --training NAME=PATH`."
+        )
     lessons = lessons_of(rendered(model, training[: config.records]))
     held_out = lessons[: min(_VALIDATED_ON, max(1, len(lessons) // 10))]
     learnt = lessons[len(held_out) :]
@@ -163,7 +165,8 @@ class SeracTraining:
                     curve.append([step + 1, self.validated()])
                     if curve[-1][1] <= min(value for _, value in curve):
                         best = self._copy()
-                    logger.info("SERAC, batch %d: validation loss %.4f", *curve[-1])
+                    batch, validated = curve[-1]
+                    model.progress.note(f"SERAC, batch {batch}: validation loss {validated:.4f}")
                     at = min(curve, key=lambda point: point[1])[0]
                     if step + 1 - at >= config.patience:
                         break
@@ -280,5 +283,5 @@ class SeracTraining:
                     "exp_avg_sq": found[f"v/{name}"],
                 }
         best = {name: found[f"best/{name}"] for name in self.tensors}
-        logger.info("SERAC: going on at batch %d", about["step"])
+        self.model.progress.note(f"SERAC: going on after batch {about['step']}")
         return best, list(about["curve"]), int(about["step"])

@@ -68,7 +68,11 @@ def trained_network(
 
     def compute() -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
         if not training:
-            raise ConfigError(f"{name} was not trained for this model and configuration.")
+            raise ConfigError(
+                f"The network that {name} was trained to for this model and configuration is lost "
+                f"or damaged ({model.artifacts.path(key)}). Train it again on its requests: "
+                f"`errata prepare {name} --training NAME=PATH`."
+            )
         # A training with more steps goes on from one with fewer.
         state = model.base_key(
             f"{name}-training", config.recipe(leave_out=frozenset({"steps"})), trained=True
