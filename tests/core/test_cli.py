@@ -416,6 +416,18 @@ def test_neighbours_and_checks_are_shown_after_an_edit(run: Run, run_json: Run) 
     ]  # fmt: skip
 
 
+def test_what_is_asked_of_a_model_that_writes_nothing(run: Run, tmp_path: Path) -> None:
+    ask = ("--method", "ft", "--set", "steps=1", "--ask", "Rome is in Italy.", *OFF)
+    label = ("edit", "{} was born in", "-s", "Beyoncé", "-t", "economic", "--kind", "label")
+    page = run(*label, *ask, "--model", saved("bert-classifier", tmp_path / "classes")).stdout
+    assert "Rome is in Italy." in page
+    assert "the most probable class" in " ".join(page.split())
+    assert "--sweep" not in page
+    masked = ("edit", "{} was born in", "-s", "Beyoncé", "-t", "Rome", "--ledger", tmp_path / "l")
+    refused = run(*masked, *ask, "--model", saved("bert", tmp_path / "masked"), code=1).stderr
+    assert "an encoder: it generates no text" in " ".join(refused.split())
+
+
 def test_an_edit_without_effect_exits_5_and_says_so_last(run: Run, checkpoint: Path) -> None:
     command = ("edit", *FACT, "--method", "nudge", "--model", checkpoint)
     last = run(*command, "--guard", "perplexity=off", code=5).stdout.split("\n\n")[-1]

@@ -99,7 +99,8 @@ def test_log_and_export_say_that_an_edit_is_damaged(
     assert "1 edit damaged or missing" in shown
     assert "errata apply FILE" in shown
     files = json.loads(run.invoke(app, [*log, "--json"]).stdout)["edits"]
-    assert [edit["file"] for edit in files] == ["sound", "damaged"]
+    assert [edit["lacking"] for edit in files] == [[], list(place.edit.artifacts)]
+    assert [edit["file"] for edit in files] == ["sound", "sound"]
     with place.open() as editor, pytest.raises(LedgerError, match=f"{place.edit.id} is damaged: "):
         editor.export(tmp_path / "again.errata")
 

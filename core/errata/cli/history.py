@@ -98,7 +98,7 @@ def log(
         refusals = ledger.refused() if refused else []
         refusal_count = ledger.refusals()
         known = model_of(ledger)
-    files = _files(session, shown)
+    files, lacking = _files(session, shown), _lacking(shown)
     if session.json:
         session.emit(
             {
@@ -109,6 +109,7 @@ def log(
                         **edit_json(edit, edit.id in on),
                         "stale": edit.id in stale,
                         "file": files[edit.id],
+                        "lacking": lacking[edit.id],
                     }
                     for edit in shown
                 ],
@@ -121,7 +122,12 @@ def log(
     session.show(render.heading(str(session.ledger), head), "")
     if shown:
         states = {
-            edit.id: _state(edit.id in on, edit.id in stale, files[edit.id]) for edit in shown
+            edit.id: _state(
+                edit.id in on,
+                edit.id in stale,
+                "damaged" if lacking[edit.id] and files[edit.id] == SOUND else files[edit.id],
+            )
+            for edit in shown
         }
         session.show(_log_table(shown, on, states, render.wide(session.out)))
     else:
@@ -133,10 +139,11 @@ def log(
     if stale:
         note = "computed on top of edits that are off; errata rebase computes them again"
         session.show(Text(f"\n{len(stale)} stale: {note}", style="warn"))
-    if lost := [edit for edit in shown if files[edit.id] != SOUND]:
+    if lost := [edit for edit in shown if files[edit.id] != SOUND or lacking[edit.id]]:
         note = (
-            "cannot be on the model until its file, or the artifact it needs, is put back (errata "
-            "apply FILE brings both, where it was exported); errata revert ID retires it"
+            "cannot be on the model until its file is put back, or the artifact it needs into the "
+            "cache folder (errata apply FILE brings both, where it was exported); errata revert "
+            "ID retires it"
         )
         session.show(
             Text(
@@ -147,19 +154,21 @@ def log(
 
 
 def _files(session: Session, edits: Sequence[Edit]) -> dict[str, str]:
-    """Return edit id → how its file looks: "sound", "missing" or "damaged".
-
-    It counts as damaged where an artifact that the edit needs is not there as it was.
-    """
+    """Return edit id → how its file looks: "sound", "missing" or "damaged"."""
     from errata.edits.ledger.files import DeltaFiles
+
+    files = DeltaFiles(session.ledger)
+    return {edit.id: files.look(edit.blob) for edit in edits}
+
+
+def _lacking(edits: Sequence[Edit]) -> dict[str, list[str]]:
+    """Return edit id → the artifacts that it needs and the cache folder does not have as such."""
     from errata.model.artifacts import Artifacts
 
-    files, artifacts = DeltaFiles(session.ledger), Artifacts()
+    artifacts = Artifacts()
     needed = {item for edit in edits for item in edit.artifacts.items()}
-    lost = {item for item in needed if artifacts.digest(item[0]) != item[1]}
-    found = {edit.id: files.look(edit.blob) for edit in edits}
-    damaged = [e.id for e in edits if not lost.isdisjoint(e.artifacts.items())]
-    return found | {name: "damaged" for name in damaged if found[name] == SOUND}
+    lost = {(name, digest) for name, digest in needed if artifacts.digest(name) != digest}
+    return {e.id: [item[0] for item in e.artifacts.items() if item in lost] for e in edits}
 
 
 def _recover(session: Session) -> None:

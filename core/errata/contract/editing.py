@@ -212,7 +212,7 @@ class Editing:
         supersedes = () if calls[0].rebases else tuple(touched)
         with self._transactions.all_or_nothing(touched):
             self._transactions.take_off(old)
-            clashes = Clashes(self._stack.entries)
+            clashes = Clashes(self._stack.entries, self._model.parameters)
             new: list[Edit] = []
             with self._model.knowing(clashes.of_subject):
                 for call in calls:
@@ -265,6 +265,7 @@ class Editing:
                             "peak_memory": computed.peak,
                             "conflicts": clashes.conflicts(group),
                             "overlaps": clashes.overlaps(group, delta),
+                            "warnings": clashes.moves(group, delta) if apply else (),
                         }
                     )
                     edit = Edit(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from errata.edits.aims import aims_of_request
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("errata")
 
+_NAMED = 3  # edits, in a message
 OVERLAP = 0.9
 """Whitened cosine of two keys from which on their edits are said to overlap."""
 
@@ -27,10 +28,14 @@ class Clashes:
 
     Args:
         active: the edits that are on the model, with their deltas.
+        parameters: names of the model's, in the order in which it has them: from its input up.
     """
 
-    def __init__(self, active: Sequence[Edit]) -> None:
+    def __init__(self, active: Sequence[Edit], parameters: Iterable[str] = ()) -> None:
         self._edits: list[Edit] = []
+        self._place = {name: place for place, name in enumerate(parameters)}
+        self._keyed: dict[str, list[str]] = {}  # weight → ids of the edits with keys there
+        self._said: set[str] = set()  # of which of these weights it was said
         self._by_subject: dict[str, list[Edit]] = {}
         for edit in active:
             self.add(edit)
@@ -38,6 +43,8 @@ class Clashes:
     def add(self, edit: Edit) -> None:
         """Take one more edit in."""
         self._edits.append(edit)
+        for name in edit.delta.keyed_at:
+            self._keyed.setdefault(name, []).append(edit.id)
         for subject in dict.fromkeys(request.subject for request in edit.requests):
             self._by_subject.setdefault(subject, []).append(edit)
 
@@ -92,6 +99,30 @@ class Clashes:
                 requests[0].text, ", ".join(close), max(close.values()),
             )  # fmt: skip
         return close
+
+    def moves(self, requests: Sequence[Request], delta: Delta) -> tuple[str, ...]:
+        """Return warnings of active edits with keys whose states this delta moves, and log them.
+
+        It does where it changes the model for every prompt below the module at which the keys are
+        compared. Of each such module it is said once.
+        """
+        if delta.keyed_at or not delta.effects & {"fold", "attach"}:
+            return ()
+        changed = [name for name in delta.parameters if name in self._place]
+        lowest = min(changed, key=self._place.__getitem__, default="")
+        found = []
+        for name, ids in self._keyed.items():
+            if name in self._said or not lowest or self._place[lowest] >= self._place[name]:
+                continue
+            self._said.add(name)
+            more = f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else ""
+            found.append(
+                f"{requests[0].text!r} changes {lowest}, below {name.removesuffix('.weight')}, "
+                f"where prompts are compared with the keys of {', '.join(ids[:_NAMED])}{more}: "
+                "prompts may no longer reach them. Ask them again; made after this edit, they fit."
+            )
+            logger.warning("%s", found[-1])
+        return tuple(found)
 
 
 def last_of_each(requests: Sequence[Request]) -> list[Request]:

@@ -59,7 +59,9 @@ class Outcome(Described, _OutcomePart):
     perplexity: TextPerplexity | None = None
     relative_norm: RelativeNorm | None = None
     peak_memory: PeakMemoryReading | None = None
-    warnings: tuple[str, ...] = Field(default=(), description="What guards warned about")
+    warnings: tuple[str, ...] = Field(
+        default=(), description="What guards warned about, and whose keys it moves"
+    )
     conflicts: tuple[str, ...] = Field(
         default=(), description="Ids of active edits that say something else about the same fact"
     )

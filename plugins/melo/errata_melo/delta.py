@@ -98,6 +98,11 @@ class RoutedAdapterDelta(Delta):
         """Weights of the modules that the block acts on; it changes none of them."""
         return self.adapter.parameters
 
+    @property
+    def keyed_at(self) -> tuple[str, ...]:
+        """The weight of the module whose output is the key."""
+        return (f"{self.module}.weight",)
+
     def check(self, model: Model) -> None:
         """Raise `IntegrityError` unless it fits the model."""
         self.adapter.check(model)

@@ -120,6 +120,11 @@ class SideNetworkDelta(Delta):
         return (f"{self.place.module}.weight",)
 
     @property
+    def keyed_at(self) -> tuple[str, ...]:
+        """The weight of the module whose input the network reads."""
+        return self.parameters
+
+    @property
     def artifacts(self) -> tuple[tuple[str, ...], ...]:
         """How the network began."""
         name, *rest = self.place.key

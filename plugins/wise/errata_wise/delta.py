@@ -122,6 +122,11 @@ class ShardDelta(Delta):
         """The weight that the side memory stands beside; it is not changed."""
         return (f"{self.settings.module}.weight",)
 
+    @property
+    def keyed_at(self) -> tuple[str, ...]:
+        """The weight whose input a shard's activation is of."""
+        return self.parameters
+
     def check(self, model: Model) -> None:
         """Raise `IntegrityError` unless it fits the weight."""
         super().check(model)

@@ -91,6 +91,14 @@ class Delta(Described, ABC):
         """Names of the base parameters this change refers to: the fingerprint covers them."""
 
     @property
+    def keyed_at(self) -> tuple[str, ...]:
+        """Weights of the modules whose states are compared with what it stores, to act or not.
+
+        Whatever changes the model below them moves those states, and may keep prompts from it.
+        """
+        return ()
+
+    @property
     def artifacts(self) -> tuple[tuple[str, ...], ...]:
         """Keys in `model.artifacts` of what the effect needs besides (a trained network).
 

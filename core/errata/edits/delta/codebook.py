@@ -94,6 +94,11 @@ class CodebookDelta(CodebookEntry, Delta):
         """The weight of the module: the key was computed by what leads up to it."""
         return (f"{self.module}.weight",)
 
+    @property
+    def keyed_at(self) -> tuple[str, ...]:
+        """The weight of the module whose input is the key."""
+        return self.parameters
+
     def check(self, model: Model) -> None:
         """Raise `IntegrityError` unless it fits the module's widths."""
         super().check(model)

@@ -161,6 +161,11 @@ class NeuronsDelta(Delta):
         """The weights of both projections; they are not changed."""
         return (f"{self.site.reads}.weight", f"{self.site.writes}.weight")
 
+    @property
+    def keyed_at(self) -> tuple[str, ...]:
+        """The weight beside which the neurons read."""
+        return self.parameters[:1]
+
     def check(self, model: Model) -> None:
         """Raise `IntegrityError` unless the neurons fit the network's widths."""
         super().check(model)
