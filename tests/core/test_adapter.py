@@ -4,6 +4,7 @@ import itertools
 import json
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,7 +38,7 @@ def model_of(family: str, dtype: torch.dtype = torch.float32) -> Model:
                         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
                         bos_token_id=0, eos_token_id=0, pad_token_id=0)
         )  # fmt: skip
-    return Stack.on(Model(module.to(dtype), None, None))  # type: ignore[arg-type]
+    return Stack.on(Model(module.to(dtype), SimpleNamespace(), None))  # type: ignore[arg-type]
 
 
 def targets(model: Model) -> list[str]:

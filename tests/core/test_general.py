@@ -19,6 +19,7 @@ from errata.edits.edit import Edit
 from errata.edits.request import Request
 from errata.errors import ConfigError, IntegrityError, MissingExtraError, SelfComparisonError
 from errata.evaluate import Baseline, CoreMetrics, Measurement, divergence
+from errata.evaluate.asking import measured
 from errata.evaluate.divergence import divergences, kl_to_base
 from errata.evaluate.protocols import cost, general
 from errata.evaluate.reader import MeasureSettings, Reader
@@ -133,8 +134,8 @@ def test_a_model_is_never_compared_with_itself(cache: Path) -> None:
 def test_a_text_without_a_predicted_token_is_none(cache: Path) -> None:
     model = edited("gpt2", cache)
     texts = [TEXTS[0], "", *TEXTS[2:]]
-    found = by_metric(general.PROTOCOL.ask(reader_of(model, texts=texts)))
-    whole = by_metric(general.PROTOCOL.ask(reader_of(model, texts=[TEXTS[0], *TEXTS[2:]])))
+    found = by_metric(measured(general.PROTOCOL, reader_of(model, texts=texts)))
+    whole = by_metric(measured(general.PROTOCOL, reader_of(model, texts=[TEXTS[0], *TEXTS[2:]])))
     for metric in ("perplexity", "perplexity_ratio", "kl_to_base"):
         assert found[metric].case_ids == ("text-0", "text-2", "text-3")
         assert (found[metric].n, found[metric].interval) == (3, whole[metric].interval)

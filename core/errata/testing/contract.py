@@ -166,7 +166,7 @@ class MethodContract:
             assert answers(fresh, [request]) == expected[1]
             assert continued(fresh, request) == texts
             assert fresh.verify() == []
-        assert logged(folder) == [(edit.id, True, "sound")]
+        assert logged(folder, elsewhere) == [(edit.id, True, "sound")]
 
     def test_an_edit_is_stored_as_the_registry_declares(self, first: Edit) -> None:
         assert first.delta_kind in (self.entry.delta_kind, *self.other_kinds)
@@ -405,12 +405,13 @@ class MethodContract:
             assert answers(editor, prompts) == answers(fresh, prompts)
 
 
-def logged(ledger: Path) -> list[tuple[str, bool, str]]:
+def logged(ledger: Path, artifacts: Path) -> list[tuple[str, bool, str]]:
     """Return what `errata log` says of the edits in a folder: id, whether active, how the file is.
 
-    The file is "sound", "missing" or "damaged".
+    The file is "sound", "missing" or "damaged". `artifacts`: the cache that it looks into.
     """
-    said = CliRunner().invoke(app, ["log", "--ledger", str(ledger), "--json"])
+    command = ["log", "--ledger", str(ledger), "--json"]
+    said = CliRunner().invoke(app, command, env={"ERRATA_CACHE": str(artifacts)})
     assert said.exit_code == 0, said.output
     edits = json.loads(said.stdout)["edits"]
     return [(edit["id"], edit["active"], edit["file"]) for edit in edits]
