@@ -162,7 +162,7 @@ def test_two_facts_of_one_subject_share_a_value_and_come_out_alone(clean: Editor
     first, second = (clean.edit(r, method="bothsides") for r in (one, two))
     assert len(second.delta.shared) == 1
     early = next(iter(second.delta.shared.values())).pairs[EARLY]
-    assert len(early.k) == 2  # a key of each fact
+    assert len(early.k) == 4  # two keys of each fact
     clean.revert(first)
     assert_same(state_of(clean.model), wanted)
 
