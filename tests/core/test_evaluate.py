@@ -50,9 +50,9 @@ from errata.evaluate.fluency import first_sentence as first_sentence_by_rule
 from errata.evaluate.fluency import n_gram_entropy, weighted_entropy, words
 from errata.evaluate.pooling import harmonic_mean
 from errata.evaluate.sampled import written_texts
-from errata.evaluate.sentences import first_sentence
 from errata.model import Model
 from errata.model.anatomy import Anatomy
+from errata.model.sentences import first_sentence
 from errata.testing import edit_with
 from tests.families import DECODERS, FAMILIES, architectures, build_model, sampled
 from tests.helpers import GOLDEN

@@ -13,10 +13,10 @@ import torch
 from errata.check.fact_file import FactTest, digest_of
 from errata.edits.outputs import OwnSign, write_file
 from errata.errors import ConfigError, IntegrityError
-from errata.evaluate.sentences import first_sentence
 from errata.model.chat import in_chat
 from errata.model.generation import generate
 from errata.model.scoring import score_targets
+from errata.model.sentences import first_sentence
 from errata.model.storage import parse_json
 
 if TYPE_CHECKING:

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 
 from errata.errors import RequestError
 from errata.model.generation import generate
+from errata.model.sentences import COMMAS, SEMICOLONS, STOPS
 
 if TYPE_CHECKING:
     from errata.edits.request import Request
     from errata.model.model import Model
 
 _SAID = 5  # tokens of what the model says
-_BREAK = re.compile(r"\n|[.!?;:,](?=\s|$)|[。！？；：，、]")
+_BREAK = re.compile(rf"\n|[.!?;:,](?=\s|$)|[{STOPS}{SEMICOLONS}{COMMAS}：]")
 
 
 def naming_what_goes(model: Model, requests: Sequence[Request]) -> list[Request]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from errata.evaluate.fluency import first_sentence
 from errata.evaluate.matching import normalise
-from errata.evaluate.sentences import COMMAS, QUOTES
+from errata.model.sentences import COMMAS, QUOTES
 
 if TYPE_CHECKING:
     from errata.contract.measurement import Answer

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from errata.evaluate.sentences import SEMICOLONS, STOPS
+from errata.model.sentences import SEMICOLONS, STOPS
 
 # Penn Treebank conventions. What the authors' code uses (NLTK's word_tokenize) is no dependency
 # of errata; the differences are said in `words`.

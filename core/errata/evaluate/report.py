@@ -13,8 +13,8 @@ from errata.edits.edit import Edit
 from errata.evaluate.matching import contained_match, normalise
 from errata.evaluate.neighbours import other_subjects
 from errata.evaluate.questions import targets
-from errata.evaluate.sentences import first_sentence
 from errata.model.next_token import class_named, predicted_classes
+from errata.model.sentences import first_sentence
 
 if TYPE_CHECKING:
     from errata.contract.registry import Value
