@@ -196,8 +196,9 @@ class MendNetwork(EditingNetwork):
     def objective(self, answered: Answered) -> Tensor:
         """Return c_edit · NLL + c_loc · KL(P ‖ P') + c_reverse · KL(P' ‖ P)."""
         config = self._config
-        stays = config.c_loc * answered.locality + config.c_reverse * answered.reverse
-        return config.c_edit * answered.edit.mean() + stays
+        loss = config.c_edit * answered.edit.mean() + config.c_loc * answered.locality
+        # As published there is no such term, and nothing to differentiate.
+        return loss + config.c_reverse * answered.reverse if config.c_reverse else loss
 
     def optimisers(self) -> list[torch.optim.Optimizer]:
         """Return one Adam for the networks and one for the rates."""
