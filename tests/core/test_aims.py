@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import runpy
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from errata import Editor, Request
+from errata import Editor, Request, bench
 from errata.datasets import atlas, rake
 from errata.edits.aims import Aim, aims_of_request, takes_effect
 from errata.edits.delta import KeyValueDelta
@@ -292,6 +293,32 @@ def test_what_the_model_says_is_recorded_checked_and_measured(editor: Editor) ->
     (again,) = editor.rebase(edit)
     assert again.requests == edit.requests
     editor.revert(again)
+
+
+@pytest.mark.parametrize("regime", ["single", "sequential"])
+def test_a_run_measures_what_the_model_said_of_erasures_that_name_nothing(
+    tmp_path: Path, regime: str
+) -> None:
+    facts = [
+        {"prompt": one.prompt, "subject": one.subject, "kind": "erase", "case_id": str(number)}
+        for number, one in enumerate(atlas.requests(2))
+    ]
+    file = tmp_path / "erasures.jsonl"
+    file.write_text("\n".join(map(json.dumps, facts)))
+    dataset = {"name": "jsonl", "path": str(file), "label": "facts"}
+    config = {
+        "model": "atlas-gpt2", "datasets": [dataset], "methods": ["ft"], "regime": regime,
+        "protocols": ["generation"], "guards": QUIET,
+    }  # fmt: skip
+    lines = [line for line in bench.run(config, tmp_path / "run") if line["kind"] == "case"]
+    found = {
+        (line["variant"], line["stage"]): next(
+            one["value"] for one in line["measurements"] if one["metric"] == "rewrite_gone"
+        )
+        for line in lines
+    }
+    assert set(found.values()) == {0.0, 1.0}
+    assert {gone for (variant, _), gone in found.items() if variant == "base"} == {0.0}
 
 
 def test_a_deletion_that_would_say_something_is_refused(editor: Editor) -> None:

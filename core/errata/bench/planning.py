@@ -173,8 +173,11 @@ def _column(
 ) -> PlannedColumn:
     keys = [key for unit in units for key in keys_of(spec, unit)]
     states = sum("|state" in key for key in keys)
-    items = [(item, unit.seed, unit.variant) for unit in units for item in unit.items]
-    edited = [spec.edited(item, seed, variant) for item, seed, variant in items]
+    edited = [
+        spec.edited(spec.case(item, unit.seed), item.dataset, unit.variant)
+        for unit in units
+        for item in unit.items
+    ]
     left = [key for unit in left_over(spec, units, kinds) for key in keys_of(spec, unit)
             if key not in unit.done]  # fmt: skip
     to_edit = [key for key in left if "|checkpoint|" not in key and "|state" not in key]
@@ -186,7 +189,7 @@ def _column(
     return PlannedColumn(
         label=label,
         method=BASE if is_base else next(v.method for v in spec.config.methods if v.label == label),
-        cases=len(items),
+        cases=len(edited),
         edits=0 if is_base else sum(map(len, edited)),
         measured=len(keys) - states,
         states=states,
@@ -260,7 +263,7 @@ def _check_kinds(spec: RunSpec, variant: int, label: str, can: Capabilities) -> 
         found = kinds.setdefault(spec.title(number), set())
         for seed in spec.config.seeds:
             for item in spec.stream(number, seed):
-                case = spec.edited(item, seed, variant)
+                case = spec.edited(spec.case(item, seed), number, variant)
                 if _fits(can, case):
                     return
                 found.update(request.kind for request in case)

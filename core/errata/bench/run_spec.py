@@ -91,14 +91,13 @@ class RunSpec:
         """Return one case."""
         return self.cases(item.dataset, seed)[item.number]
 
-    def edited(self, item: Item, seed: int, variant: int) -> Case:
+    def edited(self, case: Case, dataset: int, variant: int) -> Case:
         """Return the requests that a case is edited with; it is measured with its own.
 
         On the relation's side adding and deleting are one request where the method can do both at
         once, else one each.
         """
-        case = self.case(item, seed)
-        if self.config.datasets[item.dataset].view == "entity":
+        if self.config.datasets[dataset].view == "entity":
             return case
         from errata.datasets.rake import relation_requests
 

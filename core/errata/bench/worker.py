@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,8 @@ from errata.bench.work_units import WorkUnit, key_of, state_of_batch
 from errata.contract import plugins
 from errata.contract.capabilities import check_capabilities, check_prompts
 from errata.editor import Editor
-from errata.errors import IntegrityError
+from errata.edits.erasures import naming_what_goes
+from errata.errors import IntegrityError, RequestError
 from errata.evaluate import Baseline
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class Worker:
         self.memory = lru_cache(maxsize=256)(self._memory)
         self._editor: Editor | None = None
         self._held = 0  # bytes of deltas in a ledger in memory
+        self._named: dict[tuple[Item, int], Case] = {}
 
     @property
     def editor(self) -> Editor:
@@ -85,6 +87,21 @@ class Worker:
             progress=self._progress,
             trust_remote_code=self.spec.trusted,
         )
+
+    def case(self, item: Item, seed: int) -> Case:
+        """Return a case as it is edited and measured: its erasures name what the base says.
+
+        Where the base says nothing there, a case stays as it was given, and its edit fails.
+        """
+        case = self.spec.case(item, seed)
+        if not any(request.kind == "erase" and not request.target_true for request in case):
+            return case
+        key = (item, seed)
+        if key not in self._named:
+            with suppress(RequestError), self.editor.model.base_state():
+                case = tuple(naming_what_goes(self.editor.model, case))
+            self._named[key] = case
+        return self._named[key]
 
     def close(self) -> None:
         """Let go of the model; raise `IntegrityError` unless it is bit for bit the base again."""
@@ -150,7 +167,7 @@ class Worker:
         spec, (dataset, seed) = self.spec, (unit.dataset, unit.seed)
         protocols, settings = spec.protocols(dataset), spec.settings(dataset, seed)
         items = [item for item in unit.items if self._key(unit, item) not in unit.given_up]
-        cases = [spec.case(item, seed) for item in items]
+        cases = [self.case(item, seed) for item in items]
         together = not unit.careful and measuring.told_apart_by_name(cases)
         groups = [list(range(len(cases)))] if together else [[i] for i in range(len(cases))]
         kept: list[KnownAnswers] = []
@@ -196,7 +213,7 @@ class Worker:
             known, baseline = self.baseline(seed, items), self.baseline(seed, items)
             found = measuring.measure_state(
                 self.editor,
-                spec.cases(dataset, seed),
+                [self.case(item, seed) for item in items],
                 spec.whole(dataset),
                 spec.beside(dataset),
                 baseline,
@@ -248,7 +265,7 @@ class Worker:
         yield from self._given_up(unit)
         good: list[tuple[Item, Case]] = []
         for item in unit.items:
-            case = spec.case(item, unit.seed)
+            case = self.case(item, unit.seed)
             problem = self.problem(unit, item)
             if self._key(unit, item) in unit.given_up:
                 continue
@@ -303,7 +320,7 @@ class Worker:
         """Edit the model with cases together."""
         outcome = edit_case(
             self.editor,
-            [request for item in items for request in self.spec.edited(item, seed, variant)],
+            [request for item in items for request in self._edited(item, seed, variant)],
             method=self.spec.config.methods[variant].method,
             config=self.spec.overrides(variant, seed),
             before=before,
@@ -318,7 +335,7 @@ class Worker:
         """Measure cases of one dataset together on the model as it stands; yield their lines."""
         spec = self.spec
         items = [item for _, item, _ in wanted]
-        cases = [spec.case(item, unit.seed) for item in items]
+        cases = [self.case(item, unit.seed) for item in items]
         protocols = spec.protocols(items[0].dataset)
         if len(cases) > 1 and (unit.careful or not measuring.told_apart_by_name(cases)):
             for one in wanted:
@@ -353,7 +370,7 @@ class Worker:
         try:
             found = measuring.measure_state(
                 self.editor,
-                [spec.case(item, unit.seed) for item in items],
+                [self.case(item, unit.seed) for item in items],
                 spec.whole(place.dataset),
                 spec.beside(place.dataset),
                 self.baseline(unit.seed, items, whole=True),
@@ -366,10 +383,13 @@ class Worker:
 
     # -- small things ----------------------------------------------------------------------------
 
+    def _edited(self, item: Item, seed: int, variant: int) -> Case:
+        return self.spec.edited(self.case(item, seed), item.dataset, variant)
+
     def problem(self, unit: WorkUnit, item: Item) -> str:
         """Return why a case cannot be carried out, before anything is computed; "" if it can."""
         method = self.spec.config.methods[unit.variant].method
-        case = self.spec.edited(item, unit.seed, unit.variant)
+        case = self._edited(item, unit.seed, unit.variant)
         entry = self.editor.registry.method(method)
         try:
             check_capabilities(method, entry, case, self.editor.model, None)
