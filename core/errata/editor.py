@@ -282,8 +282,8 @@ class Editor(Described):
 
     def log(self) -> ResultTable[LogEntry]:
         """Return every edit of the ledger in order, and whether it is on the model now."""
-        active = set(self._stack.ids)
-        return ResultTable(LogEntry.of(edit, active, self.damaged) for edit in self.ledger.edits())
+        active, stale = set(self._stack.ids), set(self.ledger.stale_ids())
+        return ResultTable(LogEntry.of(edit, active, stale) for edit in self.ledger.edits())
 
     def revert(self, *edits: EditLike, restore: bool = False) -> list[Edit]:
         """Take edits off the model, in any order; the others stay exactly as they are.

@@ -192,7 +192,7 @@ def test_one_request_gives_an_edit_and_many_give_a_list(editor: Editor) -> None:
         *(e.id for e in many),
         joint[0].id,
     ]
-    assert many[1].parents == (one.id,)
+    assert many[1].on_top_of == one.id
 
 
 def test_disabled_and_only_are_exact_and_end(editor: Editor) -> None:

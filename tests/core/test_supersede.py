@@ -248,7 +248,7 @@ def test_what_was_made_on_top_of_a_reverted_edit_is_stale_until_rebased(
         assert [edit.requests for edit in new] == [two.requests, three.requests]
         assert [edit.outcome.rebases for edit in new] == [two.id, three.id]
         assert [edit.config for edit in new] == [two.config, three.config]
-        assert [edit.parents for edit in new] == [(), (new[0].id,)]
+        assert [edit.on_top_of for edit in new] == [None, new[0].id]
         assert not any(entry.stale for entry in editor.log())
         assert {event.edit_id for event in editor.ledger.events() if event.kind == "rebase"} == {
             two.id, three.id,
@@ -264,15 +264,26 @@ def test_what_was_made_on_top_of_a_reverted_edit_is_stale_until_rebased(
         assert_same(state_of(fresh.model), state)
 
 
-def test_the_ids_that_records_repeat_are_kept_once(tmp_path: Path) -> None:
+def test_records_of_a_sequence_do_not_grow_with_its_length(tmp_path: Path) -> None:
     with open_editor(tmp_path) as editor:
-        for name in ("Ada", "Alan", "Grace", "Kurt"):
-            editor.edit(lives(name, "Rome"), method="toy-low-rank")
-    with open_editor(tmp_path) as editor:
-        _, two, three, four = editor.model.stack.entries
-        assert [len(edit.parents) for edit in (two, three, four)] == [1, 2, 3]
-        assert two.parents[0] is three.parents[0] is four.parents[0]
-        assert three.parents[1] is four.parents[1]
+        edits = [editor.edit(lives(f"Ada{n}", "Rome"), method="toy-low-rank") for n in range(20)]
+        assert {edit.parents for edit in edits} == {()}
+        assert [edit.on_top_of for edit in edits[1:]] == [edit.id for edit in edits[:-1]]
+        sizes = [len(edit.model_dump_json()) for edit in edits]
+        assert max(sizes[1:]) - min(sizes[1:]) < 100
+        editor.revert(edits[5])
+        assert editor.ledger.stale_ids() == [edit.id for edit in edits[6:]]
+        later = [editor.edit(lives(f"Bob{n}", "Rome"), method="toy-low-rank") for n in range(3)]
+        # The stale ones are named: what they were computed on is not all there.
+        assert later[0].on_top_of == edits[4].id
+        assert later[0].parents == tuple(edit.id for edit in edits[6:])
+        assert (later[2].on_top_of, later[2].parents) == (later[1].id, ())
+        assert not {edit.id for edit in later} & set(editor.ledger.stale_ids())
+        editor.revert(edits[2])
+        assert editor.ledger.stale_ids() == [edit.id for edit in (*edits[3:5], *edits[6:], *later)]
+        editor.apply(edits[2])
+        editor.apply(edits[5])
+        assert editor.ledger.stale_ids() == [], "made while it was off, and it is on again"
 
 
 def test_putting_the_lower_edit_back_makes_it_fresh_again(editor: Editor) -> None:
@@ -307,7 +318,7 @@ def test_what_was_made_on_top_of_an_edit_that_cannot_be_read_is_not_stale(tmp_pa
 def test_edits_of_the_base_never_go_stale(editor: Editor) -> None:
     one = editor.edit(lives("Ada", "Rome"), method="toy-low-rank")
     two = editor.edit(lives("Alan", "Rome"), method="toy-key-value")
-    assert two.parents == ()
+    assert (two.on_top_of, two.parents) == (None, ())
     editor.revert(one)
     assert not any(entry.stale for entry in editor.log())
     with open_editor() as fresh:  # it was computed as if nothing had been active

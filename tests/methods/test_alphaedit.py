@@ -184,7 +184,7 @@ def test_batches_of_one_call_know_each_other(tmp_path: Path) -> None:
     settings = {**TINY, "layers": (1,), "history": "none"}
     with Editor(module, tokenizer, artifacts=tmp_path, guards=quiet, corpus=SENTENCES) as editor:
         first, second = editor.edit(REQUESTS[:2], method="alphaedit", config=settings, batch_size=1)
-        assert second.parents == (first.id,)
+        assert second.on_top_of == first.id
         one_by_one = [edit.delta.tensors() for edit in (first, second)]
         editor.revert(first, second)
         again = [

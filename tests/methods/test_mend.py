@@ -125,6 +125,6 @@ def test_edits_do_not_depend_on_their_order_or_on_each_other(editor: Editor) -> 
     for name, tensor in first[0].delta.tensors().items():
         difference = (second.delta.tensors()[name] - tensor).norm()
         assert difference <= 1e-3 * tensor.norm()
-    assert first[0].parents == ()
+    assert first[0].on_top_of is None
     editor.revert(*first)
     assert editor.verify() == []

@@ -287,7 +287,7 @@ def show(
         edit = ledger.get(name)
         told = _of_delta(ledger, edit)
         is_on = ledger.is_active(edit.id)
-        stale = edit.is_stale(set(ledger.active_ids()))
+        stale = edit.id in ledger.stale_ids()
         events = [event for event in ledger.events() if event.edit_id == edit.id]
     file = _files(session, [edit])[edit.id]
     if session.json:
@@ -309,7 +309,7 @@ def show(
                 *told,
                 ("made", f"{render.when(edit.created)}, in {render.seconds(edit.seconds)}"),
                 ("made with", ", ".join(_networks(edit)) or None),
-                ("on top of", ", ".join(edit.parents) or "the base"),
+                ("on top of", _below(edit)),
                 ("conflicts", ", ".join(edit.outcome.conflicts) or None),
                 ("overlaps", _cosines(edit)),
                 ("supersedes", ", ".join(edit.outcome.supersedes) or None),
@@ -338,6 +338,12 @@ def show(
 def _networks(edit: Edit) -> list[str]:
     """Return the trained networks that computed an edit, with the beginning of their digests."""
     return [f"{name} (SHA-256 {digest[:16]}…)" for name, digest in edit.made_with.items()]
+
+
+def _below(edit: Edit) -> str:
+    """Return what an edit was computed on top of, in words."""
+    first = [f"{edit.on_top_of} and what that is on top of"] if edit.on_top_of else []
+    return ", ".join([*first, *edit.parents]) or "the base"
 
 
 def _of_delta(ledger: Ledger, edit: Edit) -> list[tuple[str, str]]:

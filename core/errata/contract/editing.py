@@ -13,6 +13,7 @@ from errata.edits.clashes import Clashes, check_superseded, last_of_each
 from errata.edits.edit import Edit
 from errata.edits.erasures import naming_what_goes
 from errata.edits.outcome import Outcome
+from errata.edits.staleness import computed_on, stale_ids
 from errata.errors import EditRefused, ErrataError, PluginError
 
 if TYPE_CHECKING:
@@ -147,12 +148,12 @@ class Editing:
         An edit that is active in the ledger and cannot be read, because its plugin or its file is
         missing, was not taken off: what was made on top of it is not stale.
         """
-        firm, found = set(self._ledger.active_ids()), []
-        for edit in self._stack.entries:
-            if edit.is_stale(firm):
-                found.append(edit)
-                firm.discard(edit.id)
-        return found
+        entries, there = self._stack.entries, set(self._ledger.active_ids())
+        found: set[str] = set()
+        while more := set(stale_ids(entries, there)) - found:
+            found |= more
+            there -= more
+        return [edit for edit in entries if edit.id in found]
 
     def replay(self, old: Sequence[Edit]) -> list[Edit]:
         """Take edits (in ledger order) off, and compute them again one by one on what is left."""
@@ -252,7 +253,7 @@ class Editing:
                 if apply and not on_base:
                     there = set(self._stack.ids)
                     self._transactions.put_on([edit for edit in new if edit.id not in there])
-                parents = () if on_base else tuple(self._stack.ids)
+                below = (None, ()) if on_base else computed_on(self._stack.entries)
                 if call.solved is None:
                     computed = self._methods.compute(call.method, call.config, batch)
                 else:
@@ -275,7 +276,8 @@ class Editing:
                         requests=tuple(group),
                         config=call.config.model_dump(mode="json"),
                         fingerprint=self._model.fingerprint_of(delta.parameters),
-                        parents=parents,
+                        on_top_of=below[0],
+                        parents=below[1],
                         versions=dict(plugins.library_versions(call.method)),
                         seconds=computed.seconds,
                         artifacts=self._artifacts(call.method, delta),

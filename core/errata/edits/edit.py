@@ -57,9 +57,12 @@ class Edit(Described, BaseModel):
     fingerprint: dict[str, str] = Field(
         description="SHA-256 of the base's configuration and of each parameter it refers to"
     )
-    parents: tuple[str, ...] = Field(
-        default=(), description="Ids active when it was computed, if it depends on what is active"
+    on_top_of: str | None = Field(
+        default=None,
+        description="Id of an edit that was active when it was computed, as all was that this one "
+        "was computed on; none where it does not depend on what is active",
     )
+    parents: tuple[str, ...] = Field(default=(), description="Ids of the others that were active")
     versions: dict[str, str] = Field(default_factory=dict, description="Libraries and the method")
     blob: str = Field(default="", description="SHA-256 of the stored delta")
     nbytes: int = Field(default=0, ge=0, description="Bytes that the delta takes")
@@ -133,16 +136,6 @@ class Edit(Described, BaseModel):
             "created": self.created,
         }  # fmt: skip
 
-    def is_stale(self, active: Collection[str], unread: Collection[str] = ()) -> bool:
-        """Say whether it is active, but was computed on top of an edit that is not.
-
-        `unread`: ids of edits that were not taken off, though they are not among the active ones:
-        they cannot be read.
-        """
-        if self.id not in active:
-            return False
-        return any(parent not in active and parent not in unread for parent in self.parents)
-
     @property
     def title(self) -> str:
         """One line for people: the first request and how many more there are."""
@@ -169,11 +162,11 @@ class LogEntry(NamedTuple):
     stale: bool = False
 
     @classmethod
-    def of(cls, edit: Edit, active: Collection[str], unread: Collection[str] = ()) -> LogEntry:
-        """Return the line of an edit, given the ids that are active, and those `is_stale` says."""
+    def of(cls, edit: Edit, active: Collection[str], stale: Collection[str]) -> LogEntry:
+        """Return the line of an edit, given the ids of those that are active, and stale."""
         outcome, on = edit.outcome, edit.id in active
         overlaps = tuple(outcome.overlaps)
-        return cls(edit, on, outcome.conflicts, overlaps, edit.is_stale(active, unread))
+        return cls(edit, on, outcome.conflicts, overlaps, on and edit.id in stale)
 
     def as_row(self) -> dict[str, Any]:
         """Return what a table shows of it."""

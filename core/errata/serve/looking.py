@@ -73,7 +73,7 @@ def states(editor: Editor) -> dict[str, list[str]]:
 def listing(editor: Editor, query: str = "", offset: int = 0) -> dict[str, Any]:
     """Return the ledger's edits, the last ones first: those that hold every word of a query."""
     words = query.casefold().split()
-    active = set(active_edits(editor))
+    active, stale = set(active_edits(editor)), set(editor.ledger.stale_ids())
     found = [
         edit
         for edit in reversed(list(editor.ledger.edits()))
@@ -81,7 +81,7 @@ def listing(editor: Editor, query: str = "", offset: int = 0) -> dict[str, Any]:
     ]
     return {
         "total": len(found),
-        "edits": [_row(LogEntry.of(edit, active)) for edit in found[offset : offset + PAGE]],
+        "edits": [_row(LogEntry.of(edit, active, stale)) for edit in found[offset : offset + PAGE]],
     }
 
 
@@ -107,12 +107,13 @@ def _row(entry: LogEntry) -> dict[str, Any]:
 def details(editor: Editor, edit_id: str) -> dict[str, Any]:
     """Return all of one edit's record."""
     edit = editor.ledger.get(edit_id)
-    row = _row(LogEntry.of(edit, set(active_edits(editor))))
+    row = _row(LogEntry.of(edit, set(active_edits(editor)), set(editor.ledger.stale_ids())))
     first = edit.requests[0].plain
     return {
         **row,
         "kind": edit.delta_kind, "config": edit.config, "seconds": edit.seconds,
-        "bytes": edit.nbytes, "parents": list(edit.parents), "versions": edit.versions,
+        "bytes": edit.nbytes, "versions": edit.versions,
+        "on_top_of": edit.on_top_of, "parents": list(edit.parents),
         "supersedes": list(edit.outcome.supersedes),
         "requests": [
             {"prompt": r.plain.text, "target": r.wish, "true": r.target_true, "kind": r.kind}

@@ -14,6 +14,7 @@ from errata.edits.ledger.files import PRIVATE_FOLDER, make_private, refuse_lost_
 from errata.edits.ledger.names import resolve
 from errata.edits.ledger.recovery import lost_edits, lost_text, set_damaged_aside, warn_of_lost
 from errata.edits.ledger.schema import KINDS, NOTE_KIND, Event, Row, edit_of, record_text
+from errata.edits.staleness import stale_ids
 from errata.errors import IntegrityError, LedgerError, PluginError, StorageError, UnknownNameError
 from errata.model.artifacts import Artifacts
 from errata.model.scratch import sweep
@@ -215,11 +216,11 @@ class Ledger:
         return [row[0] for row in self._database.rows(query)]
 
     def stale_ids(self) -> list[str]:
-        """Return the ids of the stale edits (`Edit.is_stale`) in ledger order."""
-        active = set(self.active_ids())
-        # Most records name no parents; their canonical JSON tells without reading it whole.
-        rows = self._rows("active AND instr(record, '\"parents\":[]') = 0 ORDER BY sequence")
-        return [row[1] for row in rows if self._record(row).is_stale(active)]
+        """Return the ids of active edits that were computed on top of one that is not, in order."""
+        # Most records name nothing below them; their canonical JSON tells without reading it whole.
+        below = 'instr(record, \'"parents":[]\') = 0 OR instr(record, \'"on_top_of":"\') > 0'
+        rows = self._rows(f"active AND ({below}) ORDER BY sequence")
+        return stale_ids(map(self._record, rows), self.active_ids())
 
     def is_active(self, name: str) -> bool:
         """Say whether an edit is active."""

@@ -197,7 +197,7 @@ async function unfold(edit, place, button) {
   const said = Object.entries(found.config).filter(([, value]) => value != null)
     .map(([name, value]) => `${name} ${typeof value === "string" ? value : JSON.stringify(value)}`).join(", ");
   const pairs = [["config", said], ["stored as", `${found.kind}, ${found.bytes} bytes`],
-    ["computed in", `${found.seconds.toFixed(2)} s`], ["made on top of", found.parents.join(", ")], ["supersedes", found.supersedes.join(", ")],
+    ["computed in", `${found.seconds.toFixed(2)} s`], ["made on top of", [found.on_top_of, ...found.parents].filter(Boolean).join(", ")], ["supersedes", found.supersedes.join(", ")],
     ["overlaps with", found.overlaps.join(", ")]].filter(([, value]) => value);
   const answers = el("div", {});
   const go = (view, fields) => {
