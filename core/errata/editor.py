@@ -290,7 +290,8 @@ class Editor(Described):
 
         Args:
             *edits: which.
-            restore: put back on what these edits had superseded.
+            restore: put back on what these edits had superseded; not where another active edit
+                is about the same fact.
 
         Raises `UnknownNameError` for an id that is not in the ledger and `LedgerError` for one that
         is not active.
@@ -301,9 +302,7 @@ class Editor(Described):
                 raise LedgerError("Say which edit to revert: revert(edit) or revert('id').")
             active = set(self.ledger.active_ids())
             self._require({e.id for e in wanted} <= active, wanted, "not active")
-            known = set(self.ledger.ids()) - active if restore else set()
-            names = [name for edit in wanted for name in edit.outcome.supersedes]
-            back = [self._get(name) for name in dict.fromkeys(names) if name in known]
+            back = self._editing.restored(wanted) if restore else []
             self._transactions.exchange(wanted, back)
         return wanted
 

@@ -95,8 +95,12 @@ class Transactions:
             if replaced:
                 self._ledger.deactivate(replaced)
             stored = self._ledger.commit_many([(edit, edit.delta, active) for edit in new])
+            instead: dict[str | None, list[str]] = {}
+            for edit in stored:
+                for name in (*edit.outcome.supersedes, edit.outcome.rebases):
+                    instead.setdefault(name, []).append(edit.id)
             for name, why in (replaced or {}).items():
-                self._ledger.note(why, {"by": [edit.id for edit in stored]}, name)
+                self._ledger.note(why, {"by": instead.get(name, [])}, name)
             self._name_model()
         self._named = True
         bound = [one.bind(edit.delta) for one, edit in zip(stored, new, strict=True)]

@@ -21,13 +21,13 @@ from errata.edits.ledger.schema import (
     translated,
 )
 from errata.errors import ErrataError, IntegrityError, StorageError
+from errata.model.display import first_few
 
 if TYPE_CHECKING:
     from errata.edits.delta import Delta
     from errata.edits.edit import Edit
 
 logger = logging.getLogger("errata")
-SHOWN = 3
 MAGIC, APPLICATION_AT = b"SQLite format 3\0", slice(68, 72)
 """How a database begins, and where its header says whose it is."""
 
@@ -106,8 +106,7 @@ def unreported_text(left: Sequence[str], where: str) -> str:
 
 
 def _names(digests: Sequence[str]) -> str:
-    names = ", ".join(f"{digest[:12]}….safetensors" for digest in digests[:SHOWN])
-    return names + (f" and {len(digests) - SHOWN} more" if len(digests) > SHOWN else "")
+    return first_few(f"{digest[:12]}….safetensors" for digest in digests)
 
 
 def warn_of_lost(lost: Sequence[str], where: str) -> None:
