@@ -217,7 +217,7 @@ class Editor(Described):
             EditRefused: a guard said no. LedgerError, StorageError: nothing was recorded.
             IntegrityError: other code changed the model, which an edit would overwrite.
         """
-        single, asked, overrides = parse_arguments(request, config or {}, fields)
+        single, asked, overrides = parse_arguments(request, config or {}, fields, supersede)
         requests = rendered(self.model, self._editing.asked(asked, supersede=supersede))
         check_name("commit", commit, ("call", "batch"))
         check_name("on_refused", on_refused, ("raise", "skip"))
