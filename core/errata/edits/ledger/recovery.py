@@ -100,8 +100,9 @@ def unreported_text(left: Sequence[str], where: str) -> str:
     """Say which files a killed process left, and what can be done with them."""
     return (
         f"{len(left)} of the files in the blobs of {where} are of edits that no call reported as "
-        f"done ({_names(left)}): their process was killed before, or is at work. They do no harm. "
-        f"Delete them with {DISCARD}; or take the edits in, off the model, with {RECOVER}."
+        f"done ({_names(left)}): their process was killed before, or is at work, or the disk "
+        f"refused the record. They do no harm. Delete them with {DISCARD}; or take the edits in, "
+        f"off the model, with {RECOVER}."
     )
 
 
