@@ -29,6 +29,7 @@ from errata.errors import (
     LedgerError,
     StorageError,
 )
+from errata.model.display import first_few
 from errata.model.storage import canonical
 
 BATCH = 500  # SQLite limits how many variables a statement has
@@ -308,7 +309,7 @@ class Database:
         if missed and checked:
             said = {"edit": "new edits", "apply": "applied", "revert": "reverted"}
             lists = {kind: [str(row[1]) for row in missed if row[0] == kind] for kind in said}
-            changes = "; ".join(f"{said[k]}: {', '.join(ids)}" for k, ids in lists.items() if ids)
+            changes = "; ".join(f"{said[k]}: {first_few(ids)}" for k, ids in lists.items() if ids)
             raise LedgerChangedError(
                 f"Another process changed the ledger {self.where} since it was last read here "
                 f"({changes}). Nothing was written: refresh, and try again."
