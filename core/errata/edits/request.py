@@ -14,7 +14,7 @@ from errata.edits.request_problems import check_fields, explained, naming_place,
 from errata.edits.subjects import template_of
 from errata.errors import RequestError
 from errata.model.arguments import is_list, is_whole, mapping_of
-from errata.model.display import Described, shortened
+from errata.model.display import Described, first_few, shortened
 from errata.model.joining import with_join
 
 logger = logging.getLogger("errata")
@@ -398,10 +398,9 @@ def parse_noting(value: Request | Mapping[str, Any]) -> tuple[Request, list[str]
 def warn_of_white_space(notes: Sequence[str]) -> None:
     """Say where white space was taken off, in one warning."""
     if notes:
-        more = f" and {len(notes) - 1} more" if len(notes) > 1 else ""
         logger.warning(
-            "White space was taken off: at the ends of %s%s. What stands between a prompt and its "
-            "answer is errata's to find; `join` says it where that is wrong.", notes[0], more,
+            "White space was taken off: at the ends of %s. What stands between a prompt and its "
+            "answer is errata's to find; `join` says it where that is wrong.", first_few(notes, 1),
         )  # fmt: skip
 
 
