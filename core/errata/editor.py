@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,7 +30,7 @@ from errata.kit.auto_layers import resolve_auto_layers
 from errata.model.access import claim, release
 from errata.model.arguments import check_name, folder_of, names_file, path_of, texts_of
 from errata.model.artifacts import Artifacts
-from errata.model.display import Described, ResultTable, plural
+from errata.model.display import Described, ResultTable, first_few, plural
 from errata.model.generation import generate_with
 from errata.model.loading import check_placement, load_model
 from errata.model.progress import Progress
@@ -217,7 +217,7 @@ class Editor(Described):
             EditRefused: a guard said no. LedgerError, StorageError: nothing was recorded.
             IntegrityError: other code changed the model, which an edit would overwrite.
         """
-        single, asked, overrides = parse_arguments(request, config or {}, fields)
+        single, asked, overrides = parse_arguments(request, config or {}, fields, supersede)
         requests = rendered(self.model, self._editing.asked(asked, supersede=supersede))
         check_name("commit", commit, ("call", "batch"))
         check_name("on_refused", on_refused, ("raise", "skip"))
@@ -290,7 +290,8 @@ class Editor(Described):
 
         Args:
             *edits: which.
-            restore: put back on what these edits had superseded.
+            restore: put back on what these edits had superseded; not where another active edit
+                is about the same fact.
 
         Raises `UnknownNameError` for an id that is not in the ledger and `LedgerError` for one that
         is not active.
@@ -299,30 +300,25 @@ class Editor(Described):
             wanted = [self._record(edit) for edit in edits]
             if not wanted:
                 raise LedgerError("Say which edit to revert: revert(edit) or revert('id').")
-            active = set(self.ledger.active_ids())
-            self._require({e.id for e in wanted} <= active, wanted, "not active")
-            known = set(self.ledger.ids()) - active if restore else set()
-            names = [name for edit in wanted for name in edit.outcome.supersedes]
-            back = [self._get(name) for name in dict.fromkeys(names) if name in known]
+            self._require(wanted, self.ledger.active_ids())
+            back = self._editing.restored(wanted) if restore else []
             self._transactions.exchange(wanted, back)
         return wanted
 
     def apply(self, target: EditLike | Path) -> list[Edit]:
-        """Put a recorded edit, or every edit of an exported file, (back) on the model.
+        """Put a recorded edit, or an exported file's edits that are off, on the model; return them.
 
         A file's edits are taken into the ledger and put on as one: all of it, or nothing. To an
         active edit that is damaged it brings what is lacking; what else of it is on stays on.
+        Raises `LedgerError` for the id of an active edit.
         """
         with self._changing("apply"):
             if isinstance(target, Path) or (isinstance(target, str) and names_file(target)):
-                ids: list[str] = []
-                with self._transactions.all_or_nothing(ids), self.ledger.transaction():
-                    taken = self._transactions.import_(path_of(target, "path"))
-                    heals = any(edit.id in self.damaged for edit in taken)
-                    wanted = [e for e in taken if not (heals and e.id in self._stack.ids)]
-                    ids += [edit.id for edit in wanted]
-                    return self._put_on([self._get(edit) for edit in wanted])
-            return self._put_on([self._get(target)])
+                return self._transactions.apply_file(path_of(target, "path"))
+            wanted = [self._get(target)]
+            self._require(wanted, self._stack.ids, active=False)
+            self._transactions.exchange([], wanted)
+            return wanted
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -476,14 +472,8 @@ class Editor(Described):
     def _active(self, edits: Sequence[EditLike]) -> list[Edit]:
         """Return these edits in ledger order; raise `LedgerError` unless they are active."""
         wanted = sorted((self._get(e) for e in edits), key=lambda edit: edit.sequence)
-        self._require({edit.id for edit in wanted} <= set(self._stack.ids), wanted, "not active")
+        self._require(wanted, self._stack.ids)
         return wanted
-
-    def _put_on(self, wanted: Sequence[Edit]) -> list[Edit]:
-        active = set(self._stack.ids)
-        self._require(not {e.id for e in wanted} & active, wanted, "already active")
-        self._transactions.exchange([], wanted)
-        return list(wanted)
 
     @contextmanager
     def _changing(self, what: str) -> Iterator[None]:
@@ -491,8 +481,10 @@ class Editor(Described):
             self._stack.check_free(what)
             yield
 
-    def _require(self, condition: bool, edits: Sequence[Edit], what: str) -> None:
-        if not condition:
+    def _require(self, edits: Sequence[Edit], on: Collection[str], *, active: bool = True) -> None:
+        """Raise `LedgerError` for edits not among those `on`; unless `active`, for those among."""
+        on_it = set(on)
+        if wrong := [edit.id for edit in edits if (edit.id in on_it) is not active]:
             with self.ledger.transaction():  # raises where another process changed the ledger
-                names, on = ", ".join(edit.id for edit in edits), ", ".join(self._stack.ids)
-                raise LedgerError(f"{names}: {what}. Active now: {on or 'none'}.")
+                state, there = "not" if active else "already", first_few(self._stack.ids) or "none"
+                raise LedgerError(f"{first_few(wrong)}: {state} active. Active now: {there}.")

@@ -71,8 +71,7 @@ def test_the_exported_file_brings_back_what_an_active_edit_lost(
         done = getattr(editor, by)(place.file)
         assert place.edit.id in [edit.id for edit in done]
         place.check(editor)
-        with pytest.raises(LedgerError, match="already active"):
-            editor.apply(place.file)
+        assert editor.apply(place.file) == [], "all of it is on"
     with place.open() as editor:
         place.check(editor)
 
@@ -123,3 +122,35 @@ def test_a_flipped_byte_in_a_cached_file_is_noticed_and_named(
         data[place_of_byte] ^= 1
         path.write_bytes(data)
         assert artifacts.load(key) is not None
+
+
+def test_an_export_that_has_grown_is_applied_by_what_is_new_in_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    facts = [{**FACT, "relation": f"r{number}"} for number in range(4)]
+    file = tmp_path / "all.errata"
+    with Editor("atlas-gpt2", guards=QUIET) as source, Editor("atlas-gpt2", guards=QUIET) as other:
+        for number, size in enumerate((1, 4)):
+            source.edit(facts[number:size], method="ft", steps=1)
+            source.export(file, overwrite=True)
+            done = other.apply(file)
+            assert [edit.id for edit in done] == source.model.stack.ids[number:]
+            assert other.model.stack.ids == source.model.stack.ids
+        assert "all.errata: 1 of 4 edits were on the model already" in caplog.text
+        other.revert(source.model.stack.ids[0])
+        assert [edit.id for edit in other.apply(file)] == source.model.stack.ids[:1]
+        assert other.apply(file) == []
+        with pytest.raises(LedgerError, match=f"^{source.model.stack.ids[0]}: already active"):
+            other.apply(source.model.stack.ids[0])
+        assert other.verify() == []
+
+
+def test_what_is_refused_is_named_alone_and_not_all_that_is_on() -> None:
+    with Editor("atlas-gpt2", guards=QUIET) as editor:
+        ids = [
+            editor.edit({**FACT, "relation": f"r{k}"}, method="ft", steps=1).id for k in range(6)
+        ]
+        editor.revert(ids[0])
+        told = f"^{ids[0]}: not active. Active now: {', '.join(ids[1:4])} and 2 more.$"
+        with pytest.raises(LedgerError, match=told):
+            editor.revert(*ids)

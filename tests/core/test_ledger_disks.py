@@ -147,12 +147,19 @@ def test_a_disk_that_fills_up_before_the_commit_keeps_no_file(folder: Path) -> N
 
 
 @pytest.mark.parametrize("by_itself", [True, False])
-@pytest.mark.parametrize(("why", "certain"), [
-    ("database or disk is full", True),
-    ("disk I/O error", False),  # a failed sync: pages of the change may be read at the next start
+@pytest.mark.parametrize(("why", "refused", "certain"), [
+    ("database or disk is full", ("COMMIT", "PRAGMA wal_checkpoint"), True),
+    ("disk I/O error", ("COMMIT",), True),
+    # A failed sync: pages of the change may be read at the next start.
+    ("disk I/O error", ("COMMIT", "PRAGMA wal_checkpoint"), False),
 ])  # fmt: skip
 def test_a_commit_that_fails_keeps_the_file_only_where_it_may_be_recorded(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, why: str, certain: bool, by_itself: bool
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    why: str,
+    refused: tuple[str, ...],
+    certain: bool,
+    by_itself: bool,
 ) -> None:
     with open_(folder) as ledger:
         before = content_of(ledger)
@@ -160,8 +167,8 @@ def test_a_commit_that_fails_keeps_the_file_only_where_it_may_be_recorded(
         original = database.rows
 
         def fail(query: str, *values: Any) -> Any:
-            if query == "COMMIT":
-                if by_itself:  # as SQLite does on some errors
+            if query.startswith(refused):
+                if by_itself and query == "COMMIT":  # as SQLite does on some errors
                     original("ROLLBACK")
                 with translated("here"):
                     raise sqlite3.OperationalError(why)
@@ -169,11 +176,32 @@ def test_a_commit_that_fails_keeps_the_file_only_where_it_may_be_recorded(
 
         with monkeypatch.context() as patch:
             patch.setattr(database, "rows", fail)
-            with pytest.raises(StorageError, match=why):
+            with pytest.raises(StorageError, match=why) as raised:
                 ledger.commit(small_edit(), small_delta(79))
+        assert ("Nothing was written" in str(raised.value)) is certain
+        assert ("may have been written, or not" in str(raised.value)) is not certain
         assert content_of(ledger) == before
-        assert len(ledger.lost()) == (0 if certain else 1)
+        assert ledger.verify() == [], "no edit was reported that is not there"
+        assert len(ledger.unreported()) == (0 if certain else 1)
         ledger.commit(small_edit(), small_delta(79))
+
+
+def test_an_interrupt_right_before_the_change_is_stored_keeps_no_file(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with unchanged(folder) as ledger:
+        original = ledger._database.rows
+
+        def interrupt(query: str, *values: Any) -> Any:
+            if query == "COMMIT":
+                raise KeyboardInterrupt
+            return original(query, *values)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ledger._database, "rows", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                ledger.commit(small_edit(), small_delta(80))
+        assert ledger.verify() == []
 
 
 def test_an_interrupt_in_the_middle_of_a_change(

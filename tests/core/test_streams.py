@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from errata import Editor, Request
 from errata.cli.app import app
-from errata.errors import EditRefused
+from errata.errors import EditRefused, RequestError
 from tests.families import build, saved
 
 pytestmark = pytest.mark.usefixtures("toys")
@@ -107,6 +107,55 @@ def test_going_on_does_not_bring_a_superseded_answer_back(
         report = run(*command, "--resume")
         assert (report["edits"], report["skipped"], report["repeated"]) == ([], 2, 1)
         assert active() == ["Lima", "Oslo"]
+
+
+def test_a_fact_that_returns_to_an_earlier_answer_has_its_last_one(
+    run: Run, active: Callable[[], list[str]], tmp_path: Path
+) -> None:
+    file = write(tmp_path / "r.jsonl", ("Ada", "Rome"), ("Ada", "Oslo"), ("Ada", "Rome"))
+    how = ("--method", "toy-low-rank", "--supersede")
+    for source in (
+        ("--file", file),
+        ("--file", file, "--skip-bad"),
+        ("--dataset", f"jsonl={file}"),
+    ):
+        run("edit", "--file", write(tmp_path / "other.jsonl", ("Ada", "Lima")), *how)
+        assert run("edit", *source, *how)["repeated"] == 2
+        assert active() == ["Rome"]
+    asked = [lives("Ada", "Rome"), lives("Ada", "Oslo"), lives("Ada", "Rome")]
+    with open_editor() as editor:
+        (made,) = editor.edit(asked, method="toy-low-rank", supersede=True)
+        assert made.requests[0].target_new == "Rome"
+        with pytest.raises(RequestError, match="Requests 0 and 2 are the same"):
+            editor.edit(asked, method="toy-low-rank")
+
+
+def test_the_file_given_last_holds_also_where_it_was_given_before(
+    run: Run, active: Callable[[], list[str]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rome = write(tmp_path / "rome.jsonl", ("Ada", "Rome"), ("Alan", "Lima"))
+    oslo = write(tmp_path / "oslo.jsonl", ("Ada", "Oslo"))
+    how = ("--method", "toy-low-rank", "--supersede", "--resume")
+    for file, answers in ((rome, ["Rome", "Lima"]), (oslo, ["Lima", "Oslo"])) * 2:
+        run("edit", "--file", file, *how)
+        assert sorted(active()) == sorted(answers)
+        assert run("edit", "--file", file, *how)["edits"] == [], "it is so already"
+    assert "1 request made again: carried out before, and superseded since" in caplog.text
+
+
+def test_without_supersede_what_was_superseded_is_left_out_and_said_so(
+    checkpoint: Path, run: Run, active: Callable[[], list[str]], tmp_path: Path
+) -> None:
+    rome, oslo = (write(tmp_path / f"{n}.jsonl", ("Ada", n)) for n in ("Rome", "Oslo"))
+    run("edit", "--file", rome, "--method", "toy-low-rank")
+    run("edit", "--file", oslo, "--method", "toy-low-rank", "--supersede")
+    command = ["edit", "--file", str(rome), "--method", "toy-low-rank", "--resume"]
+    report = run(*command)
+    assert (report["edits"], report["skipped"], report["superseded"]) == ([], 1, 1)
+    shown = CliRunner().invoke(app, [*command, "--model", str(checkpoint), *OFF])
+    assert "an active edit carries out every request" not in shown.stdout
+    assert "1 request left out: carried out before" in " ".join(shown.stderr.split())
+    assert active() == ["Oslo"]
 
 
 def test_what_took_an_edits_place_counts_and_a_reverted_one_does_not(

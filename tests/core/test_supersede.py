@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from errata import Editor, Request, hookimpl
+from errata.edits.edit import new_id
+from errata.edits.outcome import Outcome
 from errata.errors import (
     ConfigError,
     EditRefused,
@@ -66,6 +68,78 @@ def test_a_new_answer_takes_the_old_one_off(tmp_path: Path) -> None:
     with open_editor(tmp_path) as again:
         assert again.verify() == []
         assert again.ledger.events()[-1].kind == "revert"
+
+
+PEOPLE = ("Ada", "Alan", "Grace")
+
+
+@pytest.mark.parametrize("method", ["toy-low-rank", "toy-key-value"])
+def test_each_edit_of_a_call_supersedes_what_is_about_its_own_fact(
+    editor: Editor, method: str
+) -> None:
+    old = editor.edit([lives(name, "Rome") for name in PEOPLE], method=method)
+    new = editor.edit([lives(name, "Oslo") for name in PEOPLE], method=method, supersede=True)
+    assert [edit.outcome.supersedes for edit in new] == [(edit.id,) for edit in old]
+    notes = [event for event in editor.ledger.events() if event.kind == "supersede"]
+    assert {e.edit_id: e.detail["by"] for e in notes} == {
+        one.id: [other.id] for one, other in zip(old, new, strict=True)
+    }
+    editor.revert(new[0], restore=True)
+    assert editor.model.stack.ids == [old[0].id, new[1].id, new[2].id]
+    assert editor.verify() == []
+
+
+def of_an_older_ledger(path: Path) -> tuple[list[str], list[str]]:
+    """Record edits as earlier versions did: each names all that its call superseded."""
+    with open_editor(path) as editor:
+        old = editor.edit([lives(name, "Rome") for name in PEOPLE], method="toy-low-rank")
+        ids = tuple(edit.id for edit in old)
+        editor.revert(*ids)
+        editor.edit([lives(name, "Oslo") for name in PEOPLE], method="toy-low-rank")
+        new = [e.bind(e.delta, id=new_id(), outcome=Outcome(supersedes=ids)) for e in
+               editor.model.stack.entries]  # fmt: skip
+        editor.revert(*editor.model.stack.ids)
+        editor.ledger.commit_many([(edit, edit.delta, True) for edit in new])
+        for name in ids:
+            editor.ledger.note("supersede", {"by": [edit.id for edit in new]}, name)
+    return list(ids), [edit.id for edit in new]
+
+
+def test_of_an_older_ledger_only_what_is_about_the_same_fact_comes_back(tmp_path: Path) -> None:
+    old, new = of_an_older_ledger(tmp_path)
+    with open_editor(tmp_path) as editor:
+        editor.revert(new[1], restore=True)
+        assert editor.model.stack.ids == [old[1], new[0], new[2]]
+
+
+def test_what_another_active_edit_is_about_stays_off(
+    editor: Editor, caplog: pytest.LogCaptureFixture
+) -> None:
+    both = editor.edit([lives("Ada", "Rome"), lives("Alan", "Rome")], method="toy-dense")[0]
+    asked = [lives("Ada", "Oslo"), lives("Alan", "Oslo")]
+    one, two = editor.edit(asked, method="toy-low-rank", supersede=True)
+    assert one.outcome.supersedes == two.outcome.supersedes == (both.id,)
+    editor.revert(one, restore=True)
+    assert editor.model.stack.ids == [two.id]
+    assert f"Not put back: {both.id}. Another active edit is about the same fact" in caplog.text
+    editor.apply(one)
+    editor.revert(one, two, restore=True)
+    assert editor.model.stack.ids == [both.id]
+
+
+def test_an_edit_made_again_restores_what_the_one_before_it_had_superseded(
+    editor: Editor, caplog: pytest.LogCaptureFixture
+) -> None:
+    old = editor.edit(lives("Ada", "Rome"), method="toy-low-rank")
+    new = editor.edit(lives("Ada", "Oslo"), method="toy-low-rank", supersede=True)
+    (once,) = editor.rebase(new)
+    (twice,) = editor.rebase(once)
+    editor.revert(twice, restore=True)
+    assert editor.model.stack.ids == [old.id]
+    assert "put back" not in caplog.text
+    editor.revert(old, restore=True)
+    assert editor.model.stack.ids == []
+    assert f"Nothing was put back: {old.id} superseded no edit" in caplog.text
 
 
 def test_reverting_alone_leaves_what_was_superseded_off(editor: Editor) -> None:

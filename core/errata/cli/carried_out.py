@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from errata.edits.aims import aims_of_request
 from errata.edits.clashes import same_fact
 
 if TYPE_CHECKING:
+    from errata.edits.edit import Edit
     from errata.edits.ledger import Ledger
     from errata.edits.request import Request
 
@@ -17,12 +20,12 @@ REPLACING = ("supersede", "rebase", "resolve")
 
 def left_over(
     ledger: Ledger, requests: Sequence[Request], active: Collection[str]
-) -> list[Request]:
-    """Return the requests, in order, that no active edit carries out.
+) -> tuple[list[Request], list[Request]]:
+    """Return the requests, in order, that no active edit carries out; and which were superseded.
 
     An edit that was taken off for another (superseded, computed or solved again) counts as long as
-    what took its place is active, itself or through further such steps. One that was reverted
-    does not count.
+    what took its place is active, itself or through further such steps, and says the same. Where
+    that says something else, the request is superseded. An edit that was reverted does not count.
 
     Args:
         ledger: where the edits are recorded.
@@ -32,43 +35,64 @@ def left_over(
     made = ledger.find(request.digest for request in requests)
     off = [r for r in requests if set(active).isdisjoint(made.get(r.digest, ()))]
     if not any(made.get(request.digest) for request in off):
-        return off
+        return off, []
     instead = _replacements(ledger)
-    return [r for r in off if not _replaced(ledger, r, made.get(r.digest, ()), active, instead)]
+    read = functools.cache(ledger.get)
+    left, superseded = [], []
+    for request in off:
+        said = _said_instead(request, made.get(request.digest, ()), active, instead, read)
+        if not any(_says_the_same(request, other) for other in said):
+            left.append(request)
+            if said:
+                superseded.append(request)
+    return left, superseded
 
 
-def _replacements(ledger: Ledger) -> Mapping[str, Sequence[str]]:
+def _replacements(ledger: Ledger) -> Mapping[str, Collection[str]]:
     """Return id → ids of what it was taken off for, of edits not put on again since."""
-    found: dict[str, Sequence[str]] = {}
+    known = set(ledger.ids())
+    found: dict[str, Collection[str]] = {}
     for event in ledger.events():
         if event.edit_id is None:
             continue
         if event.kind == "apply":
             found.pop(event.edit_id, None)
         elif event.kind in REPLACING:
-            found[event.edit_id] = event.detail.get("by", ())
+            found[event.edit_id] = known.intersection(event.detail.get("by", ()))
     return found
 
 
-def _replaced(
-    ledger: Ledger,
+def _said_instead(
     request: Request,
     made: Sequence[str],
     active: Collection[str],
-    instead: Mapping[str, Sequence[str]],
-) -> bool:
-    """Say whether an active edit took the place of one of those that were `made` of a request."""
-    known = set(ledger.ids())
+    instead: Mapping[str, Collection[str]],
+    read: Callable[[str], Edit],
+) -> list[Request]:
+    """Return what active edits say of its fact in place of those that were `made` of a request."""
+    found: list[Request] = []
     waiting = [(name, request) for name in made]
     seen = set(waiting)
     while waiting:
         name, asked = waiting.pop()
-        for other in known.intersection(instead.get(name, ())):
-            # An event names all edits of its call; those about another fact replaced others.
-            about = [new for new in ledger.get(other).requests if same_fact(asked, new)]
-            if about and other in active:
-                return True
+        for other in instead.get(name, ()):
+            # Older events name all edits of their call; those about another fact replaced others.
+            about = [new for new in read(other).requests if same_fact(asked, new)]
+            if other in active:
+                found += about
             more = {(other, new) for new in about} - seen
             seen |= more
             waiting += more
-    return False
+    return found
+
+
+def _says_the_same(one: Request, other: Request) -> bool:
+    """Say whether two requests about one fact want the same of it, in whatever words they ask."""
+    wanted, there = (
+        {
+            (aim.sense, aim.answer.strip(), aim.prompt if request.kind == "relation" else "")
+            for aim in aims_of_request(request.as_given)
+        }
+        for request in (one, other)
+    )
+    return wanted == there

@@ -13,6 +13,7 @@ from errata.cli import render
 from errata.cli.locate import beside, check_plot, say_pictures
 from errata.cli.session import MODEL, Session, command
 from errata.errors import ConfigError, LedgerError, UnknownNameError
+from errata.model.display import first_few
 
 if TYPE_CHECKING:
     from errata.editor import Editor
@@ -164,7 +165,7 @@ def _shown(model: str, found: WeightDiff, top: int) -> list[Any]:
         parts.append(Text("no weight differs", style="muted"))
     if found.runtime:
         parts.append(
-            Text(f"at run time, no weight changed: {_listed(found.runtime)}", style="muted")
+            Text(f"at run time, no weight changed: {first_few(found.runtime, 6)}", style="muted")
         )
     if found.groups:
         rows = [(label, change) for label, changes in found.groups.items() for change in changes]
@@ -185,11 +186,6 @@ def _shown(model: str, found: WeightDiff, top: int) -> list[Any]:
         note = "alike: mean squared cosine of the principal angles between the two spaces"
         parts += ["", grid, Text(note, style="muted")]
     return parts
-
-
-def _listed(ids: Sequence[str]) -> str:
-    more = f" and {len(ids) - 6} more" if len(ids) > 6 else ""
-    return ", ".join(ids[:6]) + more
 
 
 def _table(rows: Sequence[tuple[str, WeightChange]]) -> Any:

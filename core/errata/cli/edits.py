@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,11 +33,14 @@ from errata.contract.yaml_file import parse_yaml
 from errata.edits.clashes import last_of_each
 from errata.edits.request import KINDS, OPERATIONS, Request
 from errata.errors import ConfigError, RequestError
+from errata.model.display import plural
 from errata.model.task import WRITES_NOTHING
 
 if TYPE_CHECKING:
     from errata.editor import Editor
     from errata.edits.edit import Edit
+
+logger = logging.getLogger("errata")
 
 PANEL = "Edit"
 ANSWER_TOKENS = 8
@@ -217,7 +221,7 @@ def edit(
         "examples": example or None, "counterexamples": counterexample or None,
         "paraphrases": paraphrase or None,
     }  # fmt: skip
-    requests = asked_as(_requests(given, file, dataset, limit, skip_bad), join, chat)
+    requests = asked_as(_requests(given, file, dataset, limit, skip_bad, supersede), join, chat)
     overrides = pairs(values or (), "--set")
     origins: dict[str, str] = {}
     if config is not None:
@@ -245,7 +249,9 @@ def edit(
         if dry_run:
             _copy_active(session, editor)
         told = last_of_each(requests) if supersede else requests
-        wanted = _left_over(session, editor, told) if resume else told
+        wanted, passed = told, 0
+        if resume:
+            wanted, passed = _left_over(session, editor, told, supersede)
         if len(requests) > 1:  # of one the editor says it
             wanted = askable(editor.model, wanted, skip_bad=skip_bad)
         how = {
@@ -258,8 +264,12 @@ def edit(
             "commit": "batch" if (file is not None or dataset) and not refuse else "call",
             "on_refused": "skip" if skip_refused else "raise",
         }
+        if not wanted:
+            why = "" if passed else ": an active edit carries out every request"
+            session.show(f"Nothing left to do{why}.")
         report = _run(session, editor, wanted, method, how, ask or (), recorded=not dry_run)
         report["skipped"] = len(told) - len(wanted)
+        report["superseded"] = passed
         report["repeated"] = len(requests) - len(told)
         report["dry_run"] = dry_run
         found = None if facts is None else facts.report or facts.ask(editor.model)
@@ -311,6 +321,7 @@ def _requests(
     dataset: str,
     limit: int | None,
     skip_bad: bool,
+    supersede: bool,
 ) -> list[Request]:
     fields = {key: value for key, value in given.items() if value is not None}
     if file is not None and dataset:
@@ -322,9 +333,11 @@ def _requests(
             f"leave {source} out."
         )
     if dataset:
-        return each_once(read_dataset(dataset, limit, skip_bad=skip_bad).requests())
+        read = read_dataset(dataset, limit, skip_bad=skip_bad).requests()
+        # Of requests on one fact the last is made: which may be the same as an earlier one.
+        return list(read) if supersede else each_once(read)
     if file is not None:
-        return read_requests(file, skip_bad)[:limit]
+        return read_requests(file, skip_bad, repeated=supersede)[:limit]
     if limit is not None or skip_bad:
         option = "--skip-bad" if limit is None else "--limit"
         raise RequestError(f"{option} goes with --file or --dataset.")
@@ -336,13 +349,30 @@ def _requests(
     return [Request.parse(fields)]
 
 
-def _left_over(session: Session, editor: Editor, requests: Sequence[Request]) -> list[Request]:
-    """Return the requests that no active edit carries out."""
+def _left_over(
+    session: Session, editor: Editor, requests: Sequence[Request], supersede: bool
+) -> tuple[list[Request], int]:
+    """Return the requests to make, and how many are left out because they were superseded.
+
+    What was superseded is made again where it may supersede in turn: what is given last holds.
+    """
     active = set(editor.model.stack.ids)
     if editor.ledger.path is not None or not session.has_ledger():
-        return left_over(editor.ledger, requests, active)
-    with session.read_ledger() as ledger:  # a dry run's own knows of the active edits alone
-        return left_over(ledger, requests, active)
+        left, superseded = left_over(editor.ledger, requests, active)
+    else:
+        with session.read_ledger() as ledger:  # a dry run's own knows of the active edits alone
+            left, superseded = left_over(ledger, requests, active)
+    if not superseded:
+        return left, 0
+    count = plural(len(superseded), "request")
+    if supersede:
+        text = "%s made again: carried out before, and superseded since by edits that come off now."
+        logger.warning(text, count)
+        return left, 0
+    text = "%s left out: carried out before, and superseded since (--supersede makes them again)."
+    logger.warning(text, count)
+    gone = set(superseded)
+    return [request for request in left if request not in gone], len(superseded)
 
 
 def _copy_active(session: Session, editor: Editor) -> None:
@@ -382,8 +412,6 @@ def _run(
     session.show(*edit_view(edits, found, bool(how["apply"]), kept))
     if refused:
         session.show(Text(f"{len(refused)} refused; see: errata log --refused", style="warn"))
-    if not requests:
-        session.show("Nothing left to do: an active edit carries out every request.")
     if idle:
         session.show(idle_view(idle, edits, recorded))
     return {

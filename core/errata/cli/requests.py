@@ -46,10 +46,11 @@ Chat = Annotated[
 ]
 
 
-def read_requests(file: Path, skip_bad: bool = False) -> list[Request]:
+def read_requests(file: Path, skip_bad: bool = False, repeated: bool = False) -> list[Request]:
     """Read requests in errata's own schema: a JSON array, or one object a line; - is stdin.
 
     Raises `RequestError` naming what is wrong as file:line; with `skip_bad` a warning says it.
+    Unless requests may be `repeated`, it is wrong that one is the same as an earlier one.
     """
     from errata.datasets.cells import DELIMITERS, suffix_of
     from errata.datasets.source import TABLES
@@ -57,14 +58,14 @@ def read_requests(file: Path, skip_bad: bool = False) -> list[Request]:
     if suffix_of(file) in (*DELIMITERS, *TABLES):
         raise RequestError(f"{file} is a table: --dataset jsonl={file} reads it.")
     if str(file) != "-":
-        return _requests_of(file, str(file), skip_bad)
+        return _requests_of(file, str(file), skip_bad, repeated)
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / "stdin"
         copy.write_bytes(sys.stdin.buffer.read())
-        return _requests_of(copy, "stdin", skip_bad)
+        return _requests_of(copy, "stdin", skip_bad, repeated)
 
 
-def _requests_of(file: Path, name: str, skip_bad: bool) -> list[Request]:
+def _requests_of(file: Path, name: str, skip_bad: bool, repeated: bool) -> list[Request]:
     from errata.datasets.streams import read_numbered
 
     found: list[Request] = []
@@ -76,7 +77,7 @@ def _requests_of(file: Path, name: str, skip_bad: bool) -> list[Request]:
             try:
                 request, noted = _request(data, f"{name}:{line}")
                 first = seen.setdefault(request.digest, line)
-                if first != line:
+                if first != line and not repeated:
                     raise RequestError(f"{name}:{line}: the same request as in line {first}.")
             except RequestError as error:
                 if not skip_bad:

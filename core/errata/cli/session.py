@@ -33,6 +33,7 @@ from errata.errors import (
     PluginError,
     UnknownNameError,
 )
+from errata.model.display import first_few
 
 if TYPE_CHECKING:
     from typing import TextIO
@@ -222,9 +223,8 @@ class Session:
         wrong = [name for name in found if active is not None and (name in on) is not active]
         if wrong:
             state = "not active" if active else "already active"
-            raise LedgerError(
-                f"{', '.join(wrong)}: {state}. Active now: {', '.join(on) or 'none'}."
-            )
+            there = first_few(on) or "none"
+            raise LedgerError(f"{first_few(wrong)}: {state}. Active now: {there}.")
 
     def remembered(self) -> dict[str, Any]:
         """Return what the ledger says about its model: name and dtype; empty if nothing."""

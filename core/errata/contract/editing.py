@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -9,12 +10,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from errata.contract import plugins
-from errata.edits.clashes import Clashes, check_superseded, last_of_each
+from errata.edits.clashes import Clashes, check_superseded, last_of_each, share_a_fact
 from errata.edits.edit import Edit
 from errata.edits.erasures import naming_what_goes
 from errata.edits.outcome import Outcome
 from errata.edits.staleness import computed_on, stale_ids
 from errata.errors import EditRefused, ErrataError, PluginError
+from errata.model.display import first_few
 
 if TYPE_CHECKING:
     from errata.contract.config import MethodConfig
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
     from errata.model.model import Model
 
 logger = logging.getLogger("errata")
+
+SUPERSEDED = "supersede"
+"""Why an edit came off: for one about the same fact."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ class Editing:
         requests = [request for batch in call.batches for request in batch]
         old = self._superseded(requests) if supersede else []
         check_superseded(old, requests)
-        replaced = {edit.id: "supersede" for edit in old}
+        replaced = {edit.id: SUPERSEDED for edit in old}
         return self._carry_out([call], old, replaced, apply)
 
     def make_each(
@@ -184,7 +189,40 @@ class Editing:
             calls.append(EditCall(edit.method, config, [list(edit.requests)], edit.id, edit))
         return self._carry_out(calls, old, {edit.id: "resolve" for edit in old}, True)
 
+    def restored(self, edits: Sequence[Edit]) -> list[Edit]:
+        """Return what edits had superseded and is off now, to change places with them.
+
+        Warns of what stays off because another active edit is about the same fact, and where
+        nothing is left.
+        """
+        ids = {edit.id for edit in edits}
+        others = Clashes([edit for edit in self._stack.entries if edit.id not in ids])
+        off = [old for old in self._superseded_by(edits) if not self._ledger.is_active(old.id)]
+        claimed = [old.id for old in off if others.about(old.requests, same_target=True)]
+        if claimed:
+            text = "Not put back: %s. Another active edit is about the same fact."
+            logger.warning(text, first_few(claimed))
+        elif not off:
+            text = "Nothing was put back: %s superseded no edit that is off now."
+            logger.warning(text, first_few([edit.id for edit in edits]))
+        return [self._ledger.bound(old) for old in off if old.id not in claimed]
+
     # -- how -------------------------------------------------------------------------------------
+
+    def _superseded_by(self, edits: Sequence[Edit]) -> list[Edit]:
+        """Return the records of what edits superseded, or what they were computed again from."""
+        known = set(self._ledger.ids())
+        read = functools.cache(self._ledger.get)
+        found: dict[str, Edit] = {}
+        for edit in edits:
+            line = {edit.id: edit}
+            while (before := edit.outcome.rebases) in known and before not in line:
+                edit = line[before] = read(before)
+            for each in line.values():
+                # Older records name all that their call superseded, whatever it is about.
+                there = [read(name) for name in each.outcome.supersedes if name in known]
+                found |= {old.id: old for old in there if share_a_fact(old, each)}
+        return list(found.values())
 
     def _superseded(self, requests: Sequence[Request]) -> list[Edit]:
         return Clashes(self._stack.entries).about(requests, same_target=True)
@@ -210,15 +248,14 @@ class Editing:
             asked = () if old else [r for call in calls for part in call.batches for r in part]
             said = self._guards.prepare(self._model, asked)
         touched = [edit.id for edit in old]
-        supersedes = () if calls[0].rebases else tuple(touched)
+        superseded = Clashes([edit for edit in old if replaced[edit.id] == SUPERSEDED])
         with self._transactions.all_or_nothing(touched):
             self._transactions.take_off(old)
             clashes = Clashes(self._stack.entries, self._model.parameters)
             new: list[Edit] = []
             with self._model.knowing(clashes.of_subject):
                 for call in calls:
-                    about = Outcome(supersedes=supersedes, rebases=call.rebases)
-                    self._compute(call, about, clashes, touched, new, apply)
+                    self._compute(call, superseded, clashes, touched, new, apply)
             if apply:
                 # What was not needed on the model in between is folded here, all at once.
                 missing = [edit for edit in new if edit.id not in self._stack.ids]
@@ -234,7 +271,7 @@ class Editing:
     def _compute(
         self,
         call: EditCall,
-        about: Outcome,
+        superseded: Clashes,
         clashes: Clashes,
         touched: list[str],
         new: list[Edit],
@@ -261,13 +298,14 @@ class Editing:
                 self._apart = len(computed.deltas) == len(batch)
                 groups = [[request] for request in batch] if self._apart else [list(batch)]
                 for delta, group in zip(computed.deltas, groups, strict=True):
-                    outcome = about.model_copy(
-                        update={
-                            "peak_memory": computed.peak,
-                            "conflicts": clashes.conflicts(group),
-                            "overlaps": clashes.overlaps(group, delta),
-                            "warnings": clashes.moves(group, delta) if apply else (),
-                        }
+                    replaces = superseded.about(group, same_target=True)
+                    outcome = Outcome(
+                        peak_memory=computed.peak,
+                        conflicts=clashes.conflicts(group),
+                        overlaps=clashes.overlaps(group, delta),
+                        warnings=clashes.moves(group, delta) if apply else (),
+                        supersedes=tuple(edit.id for edit in replaces),
+                        rebases=call.rebases,
                     )
                     edit = Edit(
                         sequence=self._ledger.next_sequence + len(new),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from errata.edits.aims import aims_of_request
 from errata.errors import LedgerError
-from errata.model.display import plural
+from errata.model.display import first_few, plural
 
 if TYPE_CHECKING:
     from errata.edits.aims import Aim
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("errata")
 
-_NAMED = 3  # edits, in a message
 OVERLAP = 0.9
 """Whitened cosine of two keys from which on their edits are said to overlap."""
 
@@ -73,7 +72,7 @@ class Clashes:
         if ids:
             logger.warning(
                 "%r says something else than %s about the same fact; both are active.",
-                requests[0].text, ", ".join(ids),
+                requests[0].text, first_few(ids),
             )  # fmt: skip
         return ids
 
@@ -96,7 +95,7 @@ class Clashes:
             logger.warning(
                 "%r has nearly the key of %s (whitened cosine up to %.2f): what is written for one "
                 "is read for the other.",
-                requests[0].text, ", ".join(close), max(close.values()),
+                requests[0].text, first_few(close), max(close.values()),
             )  # fmt: skip
         return close
 
@@ -115,10 +114,9 @@ class Clashes:
             if name in self._said or not lowest or self._place[lowest] >= self._place[name]:
                 continue
             self._said.add(name)
-            more = f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else ""
             found.append(
                 f"{requests[0].text!r} changes {lowest}, below {name.removesuffix('.weight')}, "
-                f"where prompts are compared with the keys of {', '.join(ids[:_NAMED])}{more}: "
+                f"where prompts are compared with the keys of {first_few(ids)}: "
                 "prompts may no longer reach them. Ask them again; made after this edit, they fit."
             )
             logger.warning("%s", found[-1])
@@ -175,6 +173,11 @@ def same_fact(one: Request, other: Request) -> bool:
     if one.relation and other.relation and one.kind in _FACTS and other.kind in _FACTS:
         return one.relation == other.relation
     return not _prompts(one).isdisjoint(_prompts(other))
+
+
+def share_a_fact(one: Edit, other: Edit) -> bool:
+    """Say whether two edits have requests about one fact."""
+    return any(same_fact(a, b) for a in one.requests for b in other.requests)
 
 
 def same_relation(one: Request, other: Request) -> bool:

@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from errata.errors import ConfigError, IntegrityError
+from errata.model.display import first_few
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from errata.model.model import Model
-
-NAMED = 3
-"""How many tensors a message names."""
 
 
 class Mark(NamedTuple):
@@ -85,10 +83,9 @@ class LastWritten:
                 found.append(f"{name} ({why})")
         if not found:
             return
-        more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
         raise IntegrityError(
             f"Other code changed the model since errata last wrote to it: "
-            f"{', '.join(found[:NAMED])}{more}. Edits start from the base and are taken off by "
+            f"{first_few(found)}. Edits start from the base and are taken off by "
             "writing it again, which that change would not survive: nothing was overwritten. "
             "Undo it (`editor.model.stack.restore()` writes base and edits again), or close this "
             "editor and open a new one, which takes the model as it stands for its base."

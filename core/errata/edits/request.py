@@ -14,7 +14,7 @@ from errata.edits.request_problems import check_fields, explained, naming_place,
 from errata.edits.subjects import template_of
 from errata.errors import RequestError
 from errata.model.arguments import is_list, is_whole, mapping_of
-from errata.model.display import Described, shortened
+from errata.model.display import Described, first_few, shortened
 from errata.model.joining import with_join
 
 logger = logging.getLogger("errata")
@@ -398,17 +398,17 @@ def parse_noting(value: Request | Mapping[str, Any]) -> tuple[Request, list[str]
 def warn_of_white_space(notes: Sequence[str]) -> None:
     """Say where white space was taken off, in one warning."""
     if notes:
-        more = f" and {len(notes) - 1} more" if len(notes) > 1 else ""
         logger.warning(
-            "White space was taken off: at the ends of %s%s. What stands between a prompt and its "
-            "answer is errata's to find; `join` says it where that is wrong.", notes[0], more,
+            "White space was taken off: at the ends of %s. What stands between a prompt and its "
+            "answer is errata's to find; `join` says it where that is wrong.", first_few(notes, 1),
         )  # fmt: skip
 
 
 def parse_requests(
     value: Request | Mapping[str, Any] | Iterable[Request | Mapping[str, Any]],
+    repeated: bool = False,
 ) -> list[Request]:
-    """Return requests from one or many; refuse an empty list and exact duplicates.
+    """Return requests from one or many; refuse an empty list, and unless `repeated` duplicates.
 
     Errors say which of several requests they are about.
     """
@@ -424,9 +424,8 @@ def parse_requests(
         raise RequestError("No requests were given: pass at least one.")
     warn_of_white_space([note for _, notes in parsed for note in notes])
     seen: dict[str, int] = {}
-    for index, request in enumerate(requests):
-        first = seen.setdefault(request.digest, index)
-        if first != index:
+    for index, request in enumerate(() if repeated else requests):
+        if (first := seen.setdefault(request.digest, index)) != index:
             raise RequestError(
                 f"Requests {first} and {index} are the same "
                 f"({request.text!r} → {request.wish!r}): give each change once."
@@ -435,7 +434,7 @@ def parse_requests(
 
 
 def parse_arguments(
-    request: Any, config: Mapping[str, Any], fields: Mapping[str, Any]
+    request: Any, config: Mapping[str, Any], fields: Mapping[str, Any], repeated: bool = False
 ) -> tuple[bool, list[Request], dict[str, Any]]:
     """Tell request fields from hyper-parameters among keyword arguments.
 
@@ -456,7 +455,7 @@ def parse_arguments(
         raise RequestError(
             f"{', '.join(mine)} given beside whole requests: put them into the requests."
         )
-    return isinstance(request, (Request, Mapping)), parse_requests(request), overrides
+    return isinstance(request, (Request, Mapping)), parse_requests(request, repeated), overrides
 
 
 def _asked(probes: Iterable[Probe], change: Callable[[str], str]) -> tuple[Probe, ...]:

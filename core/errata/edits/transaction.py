@@ -13,7 +13,7 @@ from errata.edits.fingerprint import check_fingerprint
 from errata.edits.ledger.model_note import model_of, remember_model
 from errata.edits.ledger.schema import VERIFIED
 from errata.errors import ErrataError, IntegrityError, PluginError, StorageError
-from errata.model.display import shortened
+from errata.model.display import plural, shortened
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -95,8 +95,12 @@ class Transactions:
             if replaced:
                 self._ledger.deactivate(replaced)
             stored = self._ledger.commit_many([(edit, edit.delta, active) for edit in new])
+            instead: dict[str | None, list[str]] = {}
+            for edit in stored:
+                for name in (*edit.outcome.supersedes, edit.outcome.rebases):
+                    instead.setdefault(name, []).append(edit.id)
             for name, why in (replaced or {}).items():
-                self._ledger.note(why, {"by": [edit.id for edit in stored]}, name)
+                self._ledger.note(why, {"by": instead.get(name, [])}, name)
             self._name_model()
         self._named = True
         bound = [one.bind(edit.delta) for one, edit in zip(stored, new, strict=True)]
@@ -119,6 +123,23 @@ class Transactions:
             self._name_model()
             self._model.artifacts.take(carried)
         return records
+
+    def apply_file(self, path: Path) -> list[Edit]:
+        """Store the edits of an exported file and put on those that are off, as one; return these.
+
+        Says how many are on already. Raises as `import_` does.
+        """
+        ids: list[str] = []
+        with self.all_or_nothing(ids), self._ledger.transaction():
+            taken = self.import_(path)
+            on = set(self._stack.ids)
+            wanted = [self._ledger.bound(edit) for edit in taken if edit.id not in on]
+            ids += [edit.id for edit in wanted]
+            self.exchange([], wanted)
+        if there := len(taken) - len(wanted):
+            text = "%s: %d of %s were on the model already."
+            logger.warning(text, path, there, plural(len(taken), "edit"))
+        return wanted
 
     def _name_model(self) -> None:
         """Tell the ledger what opens the model, with the first edit that it gets from here."""

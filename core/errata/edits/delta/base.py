@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from errata.errors import IntegrityError
-from errata.model.display import Described, shortened
+from errata.model.display import Described, first_few, shortened
 from errata.model.running import wide
 
 if TYPE_CHECKING:
@@ -63,9 +63,8 @@ class Delta(Described, ABC):
 
     def _facts(self) -> Iterable[tuple[str, str]]:
         yield "kind", self.kind
-        if names := self.parameters:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            yield "on", shortened(names[0]) + more
+        if self.parameters:
+            yield "on", first_few(map(shortened, self.parameters), 1)
         yield "", f"{self.nbytes:,} bytes"
 
     # -- storage -------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from errata.errors import (
     LedgerError,
     StorageError,
 )
+from errata.model.display import first_few
 from errata.model.storage import canonical
 
 BATCH = 500  # SQLite limits how many variables a statement has
@@ -192,12 +193,8 @@ class Database:
                 # From here on the record may be on disk even when an error is reported or Ctrl-C
                 # arrives, so its files stay unless it cannot be, and the database says what is so.
                 try:
-                    self.rows("COMMIT")
+                    self._commit(connection)
                     self._check_place()
-                except ErrataError as error:
-                    if _never_written(error):
-                        self._give_up(connection)
-                    raise
                 finally:
                     self._roll_back(connection)
                     if seen and self._link(self._last) == self._tip:
@@ -231,18 +228,50 @@ class Database:
             raise
         self.rows("RELEASE inner_change")
 
+    def _commit(self, connection: sqlite3.Connection) -> None:
+        """Record the change; take it back where the disk refuses it, if it can be."""
+        try:
+            self.rows("COMMIT")
+        except ErrataError as error:
+            if not (_never_written(error) or self._empty_log(connection)):
+                self.files.leave_unreported()
+                raise StorageError(
+                    f"The disk refused the ledger {self.where}: {error.__cause__}. The change may "
+                    "have been written, or not: check free space and permissions, and open the "
+                    "ledger again to see."
+                ) from error
+            self._give_up(connection)
+            raise
+        except BaseException:
+            if connection.in_transaction:  # an interrupt that came before
+                self._give_up(connection)
+            raise
+
+    def _empty_log(self, connection: sqlite3.Connection) -> bool:
+        """Empty the write-ahead file of a change whose COMMIT failed; say whether it is empty.
+
+        The pages of the change may stand there whole, and SQLite would take them for recorded when
+        it opens the ledger after a crash.
+        """
+        self._roll_back(connection)
+        with suppress(ErrataError):
+            return not self.rows("PRAGMA wal_checkpoint(TRUNCATE)")[0][0]
+        return False
+
     def _give_up(self, connection: sqlite3.Connection) -> None:
         """Take back a change that is not recorded, and the files that it wrote.
 
         A file left would be offered as an edit whose record was lost.
         """
-        if not connection.in_transaction and self.files.written:
-            # SQLite has rolled back by itself (a full disk), and the lock is gone with that.
-            with suppress(sqlite3.Error, ErrataError):
-                connection.execute("BEGIN IMMEDIATE")
-                self.files.discard(kept=self.recorded())
-        elif connection.in_transaction:
+        if connection.in_transaction:
             self.files.discard()  # before the lock goes: another may write the same file
+        elif self.files.written:
+            # It was rolled back before (by SQLite, on a full disk): the lock is gone with that.
+            try:
+                self.rows("BEGIN IMMEDIATE")
+                self.files.discard(kept=self.recorded())
+            except ErrataError:
+                self.files.leave_unreported()
         self._roll_back(connection)
 
     def recorded(self) -> set[str]:
@@ -280,7 +309,7 @@ class Database:
         if missed and checked:
             said = {"edit": "new edits", "apply": "applied", "revert": "reverted"}
             lists = {kind: [str(row[1]) for row in missed if row[0] == kind] for kind in said}
-            changes = "; ".join(f"{said[k]}: {', '.join(ids)}" for k, ids in lists.items() if ids)
+            changes = "; ".join(f"{said[k]}: {first_few(ids)}" for k, ids in lists.items() if ids)
             raise LedgerChangedError(
                 f"Another process changed the ledger {self.where} since it was last read here "
                 f"({changes}). Nothing was written: refresh, and try again."
@@ -307,7 +336,7 @@ def _never_written(error: ErrataError) -> bool:
     """Say whether an error of COMMIT means that nothing of the change is on disk.
 
     Space runs out before the last page, the one that makes a change count, is whole. Any other
-    error may come after it: a failed sync leaves pages that are read when SQLite opens next.
+    error may come after it, a failed sync for instance.
     """
     text = str(error.__cause__).lower()
     return "full" in text or "no transaction" in text

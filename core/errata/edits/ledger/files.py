@@ -113,6 +113,10 @@ class DeltaFiles:
             with suppress(OSError):
                 begun.unlink(missing_ok=True)
 
+    def leave_unreported(self) -> None:
+        """Keep what the transaction in progress wrote, and listed: it may be recorded, or not."""
+        self._begun = None
+
     @property
     def written(self) -> int:
         """How many new files the transaction in progress has."""

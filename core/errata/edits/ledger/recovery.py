@@ -21,13 +21,13 @@ from errata.edits.ledger.schema import (
     translated,
 )
 from errata.errors import ErrataError, IntegrityError, StorageError
+from errata.model.display import first_few
 
 if TYPE_CHECKING:
     from errata.edits.delta import Delta
     from errata.edits.edit import Edit
 
 logger = logging.getLogger("errata")
-SHOWN = 3
 MAGIC, APPLICATION_AT = b"SQLite format 3\0", slice(68, 72)
 """How a database begins, and where its header says whose it is."""
 
@@ -100,14 +100,14 @@ def unreported_text(left: Sequence[str], where: str) -> str:
     """Say which files a killed process left, and what can be done with them."""
     return (
         f"{len(left)} of the files in the blobs of {where} are of edits that no call reported as "
-        f"done ({_names(left)}): their process was killed before, or is at work. They do no harm. "
-        f"Delete them with {DISCARD}; or take the edits in, off the model, with {RECOVER}."
+        f"done ({_names(left)}): their process was killed before, or is at work, or the disk "
+        f"refused the record. They do no harm. Delete them with {DISCARD}; or take the edits in, "
+        f"off the model, with {RECOVER}."
     )
 
 
 def _names(digests: Sequence[str]) -> str:
-    names = ", ".join(f"{digest[:12]}….safetensors" for digest in digests[:SHOWN])
-    return names + (f" and {len(digests) - SHOWN} more" if len(digests) > SHOWN else "")
+    return first_few(f"{digest[:12]}….safetensors" for digest in digests)
 
 
 def warn_of_lost(lost: Sequence[str], where: str) -> None:

@@ -329,7 +329,8 @@ class Ledger:
     def unreported(self) -> list[str]:
         """Return the SHA-256 of the files that changes wrote and did not come to record.
 
-        Their process was killed before any edit of the change was reported as done, or is at it.
+        Their process was killed before any edit of the change was reported as done, or is at it,
+        or the disk refused the record.
         """
         return self._database.without_record(reported=False)
 
