@@ -216,8 +216,8 @@ class Ledger:
         return [row[0] for row in self._database.rows(query)]
 
     def stale_ids(self) -> list[str]:
-        """Return the ids of active edits that were computed on top of one that is not, in order."""
-        # Most records name nothing below them; their canonical JSON tells without reading it whole.
+        """Return the ids of active edits computed on top of one that is not, in order."""
+        # Their canonical JSON tells, unread, which name something below.
         below = 'instr(record, \'"parents":[]\') = 0 OR instr(record, \'"on_top_of":"\') > 0'
         rows = self._rows(f"active AND ({below}) ORDER BY sequence")
         return stale_ids(map(self._record, rows), self.active_ids())
@@ -329,8 +329,7 @@ class Ledger:
     def unreported(self) -> list[str]:
         """Return the SHA-256 of the files that changes wrote and did not come to record.
 
-        Their process was killed before any edit of the change was reported as done, or is at it,
-        or the disk refused the record.
+        Their process was killed or refused before any edit was reported as done, or is at it.
         """
         return self._database.without_record(reported=False)
 
