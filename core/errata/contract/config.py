@@ -69,10 +69,11 @@ class MethodConfig(NumbersAreNumbers):
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
         """Refuse what would silently mean nothing: raise `PluginError`."""
-        if "on_base" in cls.model_fields:
+        # A method would always be true. The name is a string: of this class it is known to be none.
+        if "on_base" in cls.model_fields or callable(getattr(cls, "on_base")):  # noqa: B009
             raise PluginError(
-                f"{cls.__name__}: on_base is no hyper-parameter but a property. Write `@property` "
-                "and `def on_base(self) -> bool`."
+                f"{cls.__name__}: on_base is no hyper-parameter and no method but a property. "
+                "Write `@property` and `def on_base(self) -> bool`."
             )
         named = {
             what: set(getattr(cls, what) or ()) for what in ("prepares", "resolves", "derived")

@@ -13,8 +13,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
+from importlib.metadata import EntryPoint
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
 
@@ -23,6 +24,7 @@ from errata.contract.config import MethodConfig
 from errata.contract.layers import Incomplete, Layer, merge_architectures, merge_methods
 from errata.contract.stanzas import MethodEntry, Preset
 from errata.contract.yaml_file import read_yaml
+from errata.edits.delta_kinds import GROUP, DeltaKinds
 from errata.errors import ConfigError, UnknownNameError
 from errata.model.display import shortened
 from errata.model.installed import DISABLE
@@ -61,7 +63,8 @@ class Registry:
         architectures: stanzas by model_type.
         layers: what was merged, in order.
         broken: methods that cannot be used, by name, each with what is wrong and the way out: their
-            package's registry file is not right and was left out, or two packages provide them.
+            package's registry file is not right and was left out, it declares a kind of delta that
+            there is not, or two packages provide them.
     """
 
     methods: Mapping[str, MethodEntry]
@@ -100,6 +103,7 @@ class Registry:
         except ConfigError:
             sound, odd = _sound(first, files, installed)
             merged, broken = cls.merge([*sound, *others], installed), {**broken, **odd}
+        broken = {**_kindless(merged.methods, installed), **broken}
         for text in dict.fromkeys(broken.values()):
             _warn(text)
         return replace(merged, broken=broken)
@@ -172,6 +176,7 @@ class Registry:
         given = named(overrides or {}, config, name, origins, "the arguments")
         usual = config.model_fields["variant"].default if "variant" in config.model_fields else None
         for preset in self.presets(name):
+            _check_variant(preset, config, name)
             variant = given.get("variant", values.get("variant", usual))
             if preset.fits({**facts, "variant": variant}):
                 mine = named(preset.values, config, name, {}, preset.layer)
@@ -254,6 +259,35 @@ def _sound(
         else:
             sound.append(layer)
     return sound, broken
+
+
+def _kindless(
+    methods: Mapping[str, MethodEntry], installed: Mapping[str, EntryPoint]
+) -> dict[str, str]:
+    """Return the installed methods whose edits no ledger could hold, and why."""
+    kinds = DeltaKinds()
+    found = {}
+    for name in sorted(methods.keys() & installed.keys()):
+        if (kind := methods[name].delta_kind) not in kinds:
+            hint = f"A kind of one's own is an entry point in the group {GROUP!r}."
+            problem = UnknownNameError("delta kind", kind, kinds, hint)
+            found[name] = f"{name} cannot be used, by what its registry file declares: {problem}"
+    return found
+
+
+def _check_variant(preset: Preset, config: type[MethodConfig], method: str) -> None:
+    """Raise `ConfigError` for a preset that is for a variant which a method does not have."""
+    if "variant" not in preset.match:
+        return
+    wanted, field = preset.match["variant"], config.model_fields.get("variant")
+    known = get_args(field.annotation) if field else ()
+    for variant in wanted if isinstance(wanted, tuple) else (wanted,):
+        if field is None or (get_origin(field.annotation) is Literal and variant not in known):
+            has = f"Its variants: {', '.join(known)}." if known else "It has no `variant`."
+            raise ConfigError(
+                f"{method}: a preset in {preset.layer} is for the variant {variant!r}, and would "
+                f"never apply. {has}"
+            )
 
 
 @cache

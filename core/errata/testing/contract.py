@@ -439,8 +439,8 @@ def encoder_of(editor: Editor, method: str) -> str | None:
 
 def absent(*names: str | None) -> str:
     """Return a pretrained model among these that would have to be fetched; "" if there is none."""
-    models = [name for name in names if name in PRETRAINED and not PRETRAINED[name].is_present]
-    return models[0] if models else ""
+    known = (name for name in names if name and name in PRETRAINED)
+    return next((name for name in known if not PRETRAINED[name].is_present), "")
 
 
 def first_words(editor: Editor, prompts: list[str]) -> list[str]:
