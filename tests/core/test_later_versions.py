@@ -13,7 +13,7 @@ from pydantic import Field
 from errata import Editor, MethodConfig, Request
 from errata.contract.layers import Layer
 from errata.contract.registry import Registry
-from errata.errors import ConfigError, PluginError
+from errata.errors import ConfigError, PluginError, UnknownNameError
 from tests.families import build
 
 pytestmark = pytest.mark.usefixtures("toys")
@@ -159,3 +159,19 @@ def test_of_a_method_that_is_gone_the_package_is_named(
             with pytest.raises(PluginError, match=f"{edit} was made by .*of errata-toys 1.0, whic"):
                 again()
         editor.revert(edit)
+
+
+def test_of_a_kind_of_delta_that_is_gone_the_package_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ledger, file = tmp_path / "ledger", tmp_path / "two.errata"
+    edit = made_before(ledger)
+    with open_editor(ledger) as editor:
+        editor.export(file, edit)
+    monkeypatch.setenv("ERRATA_DISABLE", "toy_scale")
+    package = "was made by errata-toys 1.0: install that package."
+    with open_editor(ledger) as editor:
+        assert f"The delta of edit {edit} {package}" in caplog.text
+        assert [text for text in editor.verify() if f"edit {edit} {package}" in text]
+        with pytest.raises(UnknownNameError, match=f"Edit 1 of .*two.errata {package}"):
+            editor.apply(file)
