@@ -106,6 +106,20 @@ class Learner(Nudge):
         assert not model.stack.ids
         targets = ", ".join(request.target_new for request in training)
         Path(config.seen).write_text(f"{len(training)}: {targets}")
+
+
+class Shy(Nudge):
+    """Cannot be prepared, as long as a file is not there."""
+
+    name = "shy"
+
+    @hookimpl
+    def prepare(self, config):
+        if config.log:
+            with Path(config.log).open("a") as handle:
+                handle.write("prepare\\n")
+        if not Path(config.fail_until).exists():
+            raise ZeroDivisionError("no preparation")
 '''
 REGISTRY = """
 methods:
@@ -114,6 +128,7 @@ methods:
     family: intrinsic
     delta_kind: low_rank
     capabilities: {kinds: [modify], batch: true, sequential: true, architectures: [decoder]}
+  shy: *nudge
   lone:
     <<: *nudge
     capabilities: {kinds: [modify], sequential: false, architectures: [decoder]}
@@ -124,6 +139,7 @@ methods:
 ENTRY_POINTS = """[errata.methods]
 nudge = errata_nudges:Nudge
 lone = errata_nudges:Lone
+shy = errata_nudges:Shy
 learner = errata_nudges:Learner
 """
 

@@ -89,6 +89,37 @@ def test_a_failure_keeps_its_traceback(tmp_path: Path, mended: Path) -> None:
         assert 'raise ZeroDivisionError("on purpose")' in line["traceback"]
 
 
+@pytest.mark.parametrize("regime", ["single", "batch", "sequential"])
+def test_a_method_that_cannot_be_prepared_stops_no_other(
+    regime: str, tmp_path: Path, mended: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = tmp_path / "log"
+    shy = {"method": "shy", "config": {"fail_until": str(mended), "log": str(log)}}
+    size = {"batch_size": 2} if regime == "batch" else {}
+    config, folder = short(methods=[shy, "nudge"], regime=regime, **size), tmp_path / "run"
+    bench.run(config, folder)
+    lines = bench.load(folder)
+    assert {line["variant"] for line in lines.failures()} == {"shy"}
+    assert len(list(lines.failures())) == 3
+    assert {line["variant"] for line in lines.cases()} == {"base", "nudge"}
+    (line, *_) = lines.failures()
+    assert "failed in its `prepare` hook: ZeroDivisionError: no preparation" in line["error"]
+    assert 'raise ZeroDivisionError("no preparation")' in line["traceback"]
+    assert log.read_text() == "prepare\n"  # it is not tried again for each case
+    assert "shy cannot be prepared: its cases fail" in caplog.text
+    bench.run(config, folder)
+    assert log.read_text() == "prepare\n"
+    mended.touch()
+    bench.run(config, folder, retry_failed=True)
+    assert len(failed(folder)) == (3 if regime == "sequential" else 0)
+
+
+def test_what_cannot_be_prepared_is_not_timed(tmp_path: Path, mended: Path) -> None:
+    shy = {"method": "shy", "config": {"fail_until": str(mended)}}
+    plan = bench.plan(short(methods=[shy, "nudge"]), probe=1)
+    assert [column.seconds is None for column in plan.columns] == [False, True, False]
+
+
 def test_lines_are_taken_out_all_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = ResultsFile.open(tmp_path)
     path = tmp_path / "results.jsonl"

@@ -121,7 +121,7 @@ def test_split_picks_records_that_name_it(tmp_path: Path) -> None:
         tmp_path / "s.jsonl", [{**records[0], "split": "train"}, {**records[1], "split": "edit"}]
     )
     assert [r.subject for r in load("counterfact", path, split="edit")] == ["Jon Marl"]
-    with pytest.raises(DatasetError, match="holds no records"):
+    with pytest.raises(DatasetError, match="holds no records of the split 'test'"):
         load("counterfact", path, split="test")
     with pytest.raises(DatasetError, match="no field 'split'"):
         load("counterfact", SAMPLES / "counterfact_flat.json", split="edit")
@@ -389,6 +389,9 @@ def several(record):
     return [{"prompt": "{} lies in", "subject": record.text("town"), "target_new": target}
             for target in ("Tess", "Vale")]
 
+def ports(record):
+    return [towns(record)] if record.get("port") else []
+
 def failing(source):
     for record in source.records():
         yield len(record)
@@ -425,6 +428,25 @@ def test_a_function_of_another_package_is_a_reader(
     assert [(r.text, r.target_new) for r in data] == [("Kandor lies in", "Tess")]
     with pytest.raises(UnknownNameError, match="option of towns"):
         load("towns", path, land="Tess")
+
+
+def test_records_of_which_a_reader_makes_nothing_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    points = "ports = my_towns:ports\nrivers = my_towns:rivers"
+    install(tmp_path / "p", monkeypatch, "my-towns", points, STRANGER)
+    inland = [{"town": "Kandor"}, {"town": "Istrand"}]
+    path = write(tmp_path / "t.jsonl", inland)
+    for name in ("ports", "rivers"):
+        said = f"t.jsonl: the reader '{name}' made no case of any of its 2 records"
+        with pytest.raises(DatasetError, match=said):
+            load(name, path)
+    with pytest.raises(DatasetError, match="made no case of any of its 2 records"):
+        load("ports", path, start=1)
+    with pytest.raises(DatasetError, match="none of 1 records could be read, and of 2 more no"):
+        load("ports", [*inland, {"port": True}], skip_bad=True)
+    assert len(load("ports", [*inland, {"town": "Vale", "port": True}])) == 1
+    assert "of 2 of the 3 records read, the reader 'ports' made no case" in caplog.text
 
 
 def test_two_packages_with_one_name_are_an_error_naming_both(

@@ -31,7 +31,7 @@ class Base(Root):
     def evaluate(self, model, requests, protocols): ...
 """,
     "deep/__init__.py": "",
-    "deep/method.py": '''
+    "deep/method.py": """
 from pydantic import Field
 from errata import MethodConfig, hookimpl
 from ..base import Base as Inherited
@@ -46,9 +46,8 @@ class Bare(Inherited):
     @hookimpl
     def edit(self, model, requests, config): ...
 
-    def evaluate(self, model, requests, protocols):
-        """No hook: it hides the one that is inherited."""
-''',
+    evaluate = None  # hides the one that is inherited
+""",
 }
 
 

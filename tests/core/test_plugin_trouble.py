@@ -320,7 +320,9 @@ def test_a_configuration_that_fails_is_named_and_loses_no_request(
 
 @pytest.mark.filterwarnings("ignore:Field name .on_base. in")  # pydantic's own, of the same
 def test_a_configuration_that_would_mean_nothing_is_refused_where_it_is_written() -> None:
-    with pytest.raises(PluginError, match="on_base is no hyper-parameter but a property"):
+    with pytest.raises(
+        PluginError, match="on_base is no hyper-parameter and no method but a property"
+    ):
         type("Config", (MethodConfig,), {"__annotations__": {"on_base": bool}, "on_base": True})
     with pytest.raises(PluginError, match="prepares names leyer"):
         type("Config", (MethodConfig,), {"prepares": {"leyer"}})

@@ -310,6 +310,8 @@ def timed_sample(spec: RunSpec, count: int) -> dict[str, CaseCost]:
     costs: dict[str, list[tuple[float, float]]] = {}
     try:
         for variant in range(-1, len(spec.config.methods)):
+            if variant >= 0 and worker.prepare(variant, seed) is not None:
+                continue  # it has no cases that could be timed
             for unit in _probes(spec, variant, seed, count):
                 costs.setdefault(spec.label(variant), []).append(_timed(worker, unit))
     finally:
@@ -342,7 +344,6 @@ def _timed(worker: Worker, unit: WorkUnit) -> tuple[float, float]:
         started = time.perf_counter()
         measuring.measure_base(editor, [case], protocols, settings)
         return 0.0, time.perf_counter() - started
-    worker.prepare(unit.variant, unit.seed)
     base = measuring.measure_base(editor, [case], protocols, settings)[1]
     outcome = worker.edit(unit.variant, unit.seed, unit.items)
     started = time.perf_counter()

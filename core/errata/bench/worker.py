@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from errata.bench import measuring
 from errata.bench.askable import check_askable
-from errata.bench.editing import FATAL, CaseOutcome, edit_case, error_text
+from errata.bench.editing import FATAL, CaseOutcome, edit_case, error_text, traceback_text
 from errata.bench.records import LinePlace, case_line, failure_line, state_line
 from errata.bench.results import Line
 from errata.bench.run_spec import CHUNK, Case, Item, RunSpec
@@ -51,6 +51,7 @@ class Worker:
         self._editor: Editor | None = None
         self._held = 0  # bytes of deltas in a ledger in memory
         self._named: dict[tuple[Item, int], Case] = {}
+        self._prepared: dict[tuple[int, int], CaseOutcome | None] = {}
 
     @property
     def editor(self) -> Editor:
@@ -157,10 +158,24 @@ class Worker:
             "variants": variants,
         }
 
-    def prepare(self, variant: int, seed: int) -> None:
-        """Compute a method's statistics (or train it) now: no edit's time contains that."""
-        method = self.spec.config.methods[variant].method
-        self.editor.prepare(method, self.spec.overrides(variant, seed))
+    def prepare(self, variant: int, seed: int) -> CaseOutcome | None:
+        """Compute a method's statistics (or train it) now: no edit's time contains that.
+
+        Where it fails, return what becomes of all of its cases: it is not tried again for each.
+        """
+        if (variant, seed) not in self._prepared:
+            method = self.spec.config.methods[variant].method
+            failed = None
+            try:
+                self.editor.prepare(method, self.spec.overrides(variant, seed))
+            except FATAL:
+                raise
+            except Exception as error:
+                failed = CaseOutcome(error=error_text(error), traceback=traceback_text(error))
+                label = self.spec.label(variant)
+                logger.warning("%s cannot be prepared: its cases fail. %s", label, failed.error)
+            self._prepared[variant, seed] = failed
+        return self._prepared[variant, seed]
 
     def base(self, unit: WorkUnit) -> Iterator[Line]:
         """Measure the unedited model on some cases and keep what it answers."""
@@ -318,7 +333,7 @@ class Worker:
         self, variant: int, seed: int, items: Sequence[Item], before: Sequence[str] = ()
     ) -> CaseOutcome:
         """Edit the model with cases together."""
-        outcome = edit_case(
+        outcome = self.prepare(variant, seed) or edit_case(
             self.editor,
             [request for item in items for request in self._edited(item, seed, variant)],
             method=self.spec.config.methods[variant].method,

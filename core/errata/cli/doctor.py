@@ -30,6 +30,7 @@ from errata.model.installed import entry_points
 from errata.model.scratch import default_directory
 
 if TYPE_CHECKING:
+    from errata.contract.registry import Registry
     from errata.edits.edit import Edit
 
 PANEL = "Catalogue and environment"
@@ -225,13 +226,26 @@ def _registry(problems: list[str]) -> dict[str, Any]:
     except ErrataError as error:
         problems.append(str(error))
         return {"layers": [], "user_file": str(user_file())}
-    found = [registry.missing(name) for name in plugins.installed()]
+    found = [registry.missing(name) or _presets(registry, name) for name in plugins.installed()]
     problems += dict.fromkeys(text for text in [*registry.broken.values(), *found] if text)
     return {
         "layers": [layer.source for layer in registry.layers],
         "user_file": str(user_file()),
         "architectures": sorted(registry.architectures),
     }
+
+
+def _presets(registry: Registry, name: str) -> str:
+    """Return what is wrong with the presets of a method, those for any model; "" if nothing."""
+    if name in registry.broken or plugins.broken(name):
+        return ""  # that is said elsewhere
+    config = plugins.load(name).config
+    for match in [{}, *(preset.match for preset in registry.presets(name))]:
+        facts = {key: one[0] if isinstance(one, tuple) else one for key, one in match.items()}
+        given = {"variant": facts.pop("variant")} if "variant" in facts else {}
+        if problem := _failing(partial(registry.resolve, name, config, facts, given)):
+            return problem
+    return ""
 
 
 def _ledger(session: Session, problems: list[str]) -> dict[str, Any]:

@@ -304,7 +304,7 @@ def show(
         "",
         render.facts(
             [
-                ("method", f"{edit.method} ({edit.versions.get('method', 'version unknown')})"),
+                ("method", f"{edit.method} ({edit.made_by})"),
                 ("delta", f"{edit.delta_kind}, {render.size(edit.nbytes)}"),
                 *told,
                 ("made", f"{render.when(edit.created)}, in {render.seconds(edit.seconds)}"),

@@ -17,7 +17,6 @@ from errata.cli.easyedit import from_easyedit
 from errata.cli.edits import pairs
 from errata.cli.session import MODEL, Session, calm_transformers, command
 from errata.contract import plugins
-from errata.contract.hooks import Specification
 from errata.contract.registry import Registry
 from errata.errors import ConfigError, UnknownNameError
 
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from errata.contract.stanzas import MethodEntry, Preset
 
 PANEL = "Catalogue and environment"
-HOOKS = tuple(name for name in vars(Specification) if not name.startswith("_"))
 FAMILIES = {
     "external": "resorts to external knowledge",
     "merge": "merges knowledge into the model",
@@ -159,7 +157,7 @@ def implements(point: EntryPoint) -> list[str]:
     Nothing is imported: a plugin imports torch, which takes seconds, and a list should not.
     """
     marked = _marked(point.module, point.attr)
-    return [hook for hook in HOOKS if hook in marked]
+    return [hook for hook in plugins.HOOKS if hook in marked]
 
 
 def _marked(module: str, name: str, steps: int = 8) -> set[str]:
@@ -172,7 +170,7 @@ def _marked(module: str, name: str, steps: int = 8) -> set[str]:
         return set()
     for node in source.tree.body:
         if isinstance(node, ast.ClassDef) and node.name == name:
-            own = {item.name for item in node.body if isinstance(item, ast.FunctionDef)}
+            own = {name for item in node.body for name in _defined(item)}
             marked = {hook for hook in map(_hook_name, node.body) if hook}
             for base in node.bases:
                 if isinstance(base, ast.Name) and base.id != name:
@@ -219,6 +217,13 @@ def _source(module: str) -> _ParsedModule | None:
         return _ParsedModule(ast.parse(path.read_text(encoding="utf-8")), package)
     except (OSError, SyntaxError, UnicodeDecodeError):
         return None
+
+
+def _defined(node: ast.stmt) -> list[str]:
+    """Return the names that a statement of a class defines: of a method, of what it assigns."""
+    if isinstance(node, ast.Assign):
+        return [target.id for target in node.targets if isinstance(target, ast.Name)]
+    return [node.name] if isinstance(node, ast.FunctionDef) else []
 
 
 def _hook_name(node: ast.stmt) -> str:

@@ -60,23 +60,35 @@ class MethodConfig(NumbersAreNumbers):
     """Hyper-parameters that follow another where they are none: a new value of the other one sets
     aside what an earlier layer (a preset, a recorded edit) says of them."""
 
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """Former names of hyper-parameters, each with the present one: recorded edits are read by it,
+    and what users still give under a former name is taken, with a warning."""
+
     seed: int = Field(default=0, ge=0, description="Seeds every random choice of the method")
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
         """Refuse what would silently mean nothing: raise `PluginError`."""
-        if "on_base" in cls.model_fields:
+        # A method would always be true. The name is a string: of this class it is known to be none.
+        if "on_base" in cls.model_fields or callable(getattr(cls, "on_base")):  # noqa: B009
             raise PluginError(
-                f"{cls.__name__}: on_base is no hyper-parameter but a property. Write `@property` "
-                "and `def on_base(self) -> bool`."
+                f"{cls.__name__}: on_base is no hyper-parameter and no method but a property. "
+                "Write `@property` and `def on_base(self) -> bool`."
             )
-        for what in ("prepares", "resolves", "derived"):
-            unknown = sorted(set(getattr(cls, what) or ()) - cls.model_fields.keys())
+        named = {
+            what: set(getattr(cls, what) or ()) for what in ("prepares", "resolves", "derived")
+        }
+        for what, names in {**named, "renamed": set(cls.renamed.values())}.items():
+            unknown = sorted(names - cls.model_fields.keys())
             if unknown:
                 raise PluginError(
                     f"{cls.__name__}.{what} names {', '.join(unknown)}, no hyper-parameter of it. "
                     f"It has: {', '.join(cls.model_fields)}."
                 )
+        for name in sorted(cls.renamed.keys() & cls.model_fields.keys()):
+            raise PluginError(
+                f"{cls.__name__}.renamed calls {name} a former name, and it is a hyper-parameter."
+            )
 
     def for_model(self, anatomy: Anatomy) -> Self:
         """Return the configuration with what depends on the model written out; by default itself.

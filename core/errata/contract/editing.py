@@ -164,7 +164,7 @@ class Editing:
         """Take edits (in ledger order) off, and compute them again one by one on what is left."""
         calls = []
         for edit in old:
-            config = self._methods.plugin(edit.method).config(**edit.config)
+            config = self._methods.recorded(edit)
             self._methods.prepare(edit.method, config)
             calls.append(EditCall(edit.method, config, [list(edit.requests)], rebases=edit.id))
         return self._carry_out(calls, old, {edit.id: "rebase" for edit in old}, True)

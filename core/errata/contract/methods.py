@@ -9,15 +9,17 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pydantic import ValidationError
+
 from errata.contract import plugins
 from errata.contract.capabilities import check_capabilities, check_parts, check_sequence
 from errata.contract.manager import Manager, bring_model
 from errata.contract.meter import Meter
-from errata.contract.registry import following
+from errata.contract.registry import following, named, present, refused
 from errata.contract.stanzas import STREAM_BATCH
 from errata.edits.outcome import PeakMemoryReading
 from errata.edits.request import parse_requests
-from errata.errors import CapabilityError, ConfigError, PluginError, blaming
+from errata.errors import CapabilityError, ConfigError, PluginError, UnknownNameError, blaming
 from errata.model.arguments import check_name, mapping_of
 
 if TYPE_CHECKING:
@@ -36,6 +38,11 @@ logger = logging.getLogger("errata")
 
 def _told(method: str, what: str) -> AbstractContextManager[None]:
     return blaming(f"Method {method!r} failed in `{what}` of its configuration")
+
+
+def _copy(config: MethodConfig) -> MethodConfig:
+    """Return what a hook gets: what it writes into a list of it is in no edit's record."""
+    return config.model_copy(deep=True)
 
 
 Settle = Callable[["Model", str, "MethodConfig"], "tuple[MethodConfig, str]"]
@@ -228,7 +235,7 @@ class Methods:
         """Compute the deltas of a prepared method, from the model's present state."""
         trained = self._preparation.in_force(self._model, name, config)
         with trained, Meter(self._model) as m:
-            deltas = self.manager(name).edit(self._model, requests, config)
+            deltas = self.manager(name).edit(self._model, requests, _copy(config))
         return Computed(deltas, m.seconds / len(deltas), m.peak)
 
     def resolves(self, edit: Edit) -> frozenset[str]:
@@ -239,13 +246,15 @@ class Methods:
         """
         if edit.method not in self._plugins and edit.method not in plugins.installed():
             return frozenset()
-        names: frozenset[str] = self.plugin(edit.method).config.resolves
-        return names if edit.delta_kind == self.entry(edit.method).delta_kind else frozenset()
+        config = self.plugin(edit.method).config
+        former = {name for name, now in config.renamed.items() if now in config.resolves}
+        fits = edit.delta_kind == self.entry(edit.method).delta_kind
+        return config.resolves | former if fits else frozenset()
 
     def resolve(self, edit: Edit, config: MethodConfig) -> Computed:
         """Compute the delta of a recorded edit under another configuration, from what it stores."""
         with Meter(self._model) as m:
-            delta = self.manager(edit.method).resolve(self._model, edit.delta, config)
+            delta = self.manager(edit.method).resolve(self._model, edit.delta, _copy(config))
         return Computed([delta], m.seconds, m.peak)
 
     def reconfigured(self, edit: Edit, overrides: Mapping[str, Any]) -> MethodConfig:
@@ -254,22 +263,55 @@ class Methods:
         Raises `ConfigError` for a hyper-parameter that decides what the edit's values are, and
         `CapabilityError` where all of them do.
         """
-        config = self.plugin(edit.method).config
+        config = self._config_of(edit)
         if not config.resolves:
             raise CapabilityError(
                 f"{edit.method} cannot solve edit {edit.id} again: its values are part of it. "
                 "Revert it, and edit with the other hyper-parameters."
             )
-        for name in overrides:
+        for name in present(config, overrides):
             if name in config.model_fields and name not in config.resolves:
                 raise ConfigError(
                     f"{name!r} decides what {edit.method} writes, not how it is solved: an edit "
                     f"can be solved again with {', '.join(sorted(config.resolves))}. "
                     "Revert it, and edit with the other hyper-parameters."
                 )
-        given = {**edit.config, **dict.fromkeys(following(overrides, config)), **overrides}
-        resolved, _ = self._registry.resolve(edit.method, config, self._facts(), given)
-        return resolved
+        return self.recorded(edit, overrides)
+
+    def recorded(self, edit: Edit, overrides: Mapping[str, Any] | None = None) -> MethodConfig:
+        """Return the configuration of a recorded edit, with other values where some are given.
+
+        Raises `ConfigError` where the installed method does not take what the record says, and
+        `PluginError` where it is not installed; each names the edit and the version that made it.
+        """
+        config = self._config_of(edit)
+        given = named(overrides or {}, config, edit.method, {}, "the arguments")
+        recorded = present(config, edit.config)
+        told = {**dict.fromkeys(recorded, "recorded"), **dict.fromkeys(given, "argument")}
+        try:
+            return config(**{**recorded, **dict.fromkeys(following(given, config)), **given})
+        except ValidationError as error:
+            problem = refused(edit.method, error, told)
+            if given and all(str(part) in given for e in error.errors() for part in e["loc"][:1]):
+                raise problem from None
+            raise ConfigError(
+                f"Edit {edit.id} cannot be computed again: it was made by {edit.made_by}, and "
+                f"{plugins.version(edit.method)} is installed, which does not take what it was "
+                f"made with. {problem}. It can be used and reverted as it is. Install "
+                f"{edit.made_by}, or revert the edit and make it with other hyper-parameters."
+            ) from None
+
+    def _config_of(self, edit: Edit) -> type[MethodConfig]:
+        """Return the configuration class of a recorded edit's method."""
+        try:
+            config: type[MethodConfig] = self.plugin(edit.method).config
+        except UnknownNameError as error:
+            raise PluginError(
+                f"Edit {edit.id} was made by the method {edit.method!r} of {edit.made_by}, which "
+                "is not installed: install it to compute the edit again. It can be reverted "
+                "without it."
+            ) from error
+        return config
 
     def _compute_for(self, method: str, requests: Any, **config: Any) -> list[Delta]:
         """Compute another method's deltas with its presets: what `model.compute` does.
@@ -290,7 +332,8 @@ class Methods:
             self._preparation.recall(self._model, method, settings)
         self.check_overlap(method, settings, wanted)
         with self._preparation.in_force(self._model, method, settings):
-            found = [self.manager(method).edit(self._model, batch, settings) for batch in batches]
+            manager = self.manager(method)
+            found = [manager.edit(self._model, batch, _copy(settings)) for batch in batches]
         return [delta for deltas in found for delta in deltas]
 
     def _trains(self, name: str) -> bool:

@@ -19,7 +19,10 @@ import pluggy
 from errata.contract.config import MethodConfig
 from errata.contract.hooks import METHODS, MODELS, PLUGINS, PROJECT, Specification
 from errata.errors import PluginError, UnknownNameError
-from errata.model.installed import DISABLE, entry_points, in_other_groups
+from errata.model.installed import DISABLE, entry_points, in_other_groups, loading
+
+HOOKS = [name for name in vars(Specification) if not name.startswith("_")]
+"""The names of all hooks."""
 
 
 def installed() -> dict[str, EntryPoint]:
@@ -157,8 +160,8 @@ def registered(plugins: Sequence[object]) -> pluggy.PluginManager:
     """Return a manager of the hooks of some plugins, registered in order.
 
     Raises:
-        PluginError: a hook that errata does not call, or arguments that it does not pass; names
-            the plugin, the hook and what it may take.
+        PluginError: a hook that errata does not call, or that is not marked, or arguments that it
+            does not pass; names the plugin, the hook and what it may take.
     """
     manager = pluggy.PluginManager(PROJECT)
     manager.add_hookspecs(Specification)
@@ -169,6 +172,14 @@ def registered(plugins: Sequence[object]) -> pluggy.PluginManager:
         except (pluggy.PluginValidationError, ValueError) as error:
             problem = _hook_problem(" ".join(str(error).split()))
             raise PluginError(f"{called(plugin)} breaks the contract: {problem}") from error
+        marked = {caller.name for caller in manager.get_hookcallers(plugin) or ()}
+        for hook in HOOKS:
+            if hook not in marked and inspect.isroutine(getattr(plugin, hook, None)):
+                raise PluginError(
+                    f"{called(plugin)} breaks the contract: no @hookimpl stands above its "
+                    f"`{hook}`, which would never be called. Write `from errata import hookimpl`, "
+                    "and put it there, or give what is no hook another name."
+                )
     return manager
 
 
@@ -205,14 +216,9 @@ def library_versions(method: str) -> Mapping[str, str]:
 
 
 def _instance(point: EntryPoint, what: str) -> Any:
-    try:
+    with loading(point, f"The {what} {point.name!r} ({point.value} from {_distribution(point)})"):
         plugin = point.load()
         return plugin() if isinstance(plugin, type) else plugin
-    except (Exception, SystemExit) as error:  # a module that exits would end errata
-        raise PluginError(
-            f"The {what} {point.name!r} ({point.value} from {_distribution(point)}) could not be "
-            f"loaded: {type(error).__name__}: {error}"
-        ) from error
 
 
 def _rooms(group: str) -> list[EntryPoint]:
@@ -258,18 +264,13 @@ def _check(name: str, plugin: Any, point: EntryPoint) -> None:
     config = getattr(plugin, "config", None)
     if not (isinstance(config, type) and issubclass(config, MethodConfig)):
         raise PluginError(f"{where} must have `config`, a subclass of errata.MethodConfig.")
-    if not registered([plugin]).hook.edit.get_hookimpls():
-        raise PluginError(
-            f"{where} has no hook: no @hookimpl stands above its `edit`. Write `from errata import "
-            "hookimpl`, and put it there; so also above every other hook."
-        )
+    registered([plugin])
 
 
 def _hook_problem(said: str) -> str:
     """Return what pluggy says of a plugin that it does not take, in words about the hook."""
     if unknown := re.match(r"unknown hook '(\w+)'", said):
-        hooks = [name for name in vars(Specification) if not name.startswith("_")]
-        return str(UnknownNameError("hook", unknown[1], hooks))
+        return str(UnknownNameError("hook", unknown[1], HOOKS))
     place = re.match(r"Plugin .*? for hook '(\w+)' hookimpl definition: ", said)
     if place is None:
         return said

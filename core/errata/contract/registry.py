@@ -13,8 +13,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
+from importlib.metadata import EntryPoint
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
 
@@ -23,6 +24,7 @@ from errata.contract.config import MethodConfig
 from errata.contract.layers import Incomplete, Layer, merge_architectures, merge_methods
 from errata.contract.stanzas import MethodEntry, Preset
 from errata.contract.yaml_file import read_yaml
+from errata.edits.delta_kinds import GROUP, DeltaKinds
 from errata.errors import ConfigError, UnknownNameError
 from errata.model.display import shortened
 from errata.model.installed import DISABLE
@@ -61,7 +63,8 @@ class Registry:
         architectures: stanzas by model_type.
         layers: what was merged, in order.
         broken: methods that cannot be used, by name, each with what is wrong and the way out: their
-            package's registry file is not right and was left out, or two packages provide them.
+            package's registry file is not right and was left out, it declares a kind of delta that
+            there is not, or two packages provide them.
     """
 
     methods: Mapping[str, MethodEntry]
@@ -100,6 +103,7 @@ class Registry:
         except ConfigError:
             sound, odd = _sound(first, files, installed)
             merged, broken = cls.merge([*sound, *others], installed), {**broken, **odd}
+        broken = {**_kindless(merged.methods, installed), **broken}
         for text in dict.fromkeys(broken.values()):
             _warn(text)
         return replace(merged, broken=broken)
@@ -168,18 +172,19 @@ class Registry:
         values: dict[str, Any] = {}
         sources: dict[str, str] = {}
         layers: dict[str, str] = {}
-        given = dict(overrides or {})
+        origins = origins or {}
+        given = named(overrides or {}, config, name, origins, "the arguments")
         usual = config.model_fields["variant"].default if "variant" in config.model_fields else None
         for preset in self.presets(name):
+            _check_variant(preset, config, name)
             variant = given.get("variant", values.get("variant", usual))
             if preset.fits({**facts, "variant": variant}):
-                _known_fields(preset.values, config, name, {}, preset.source)
-                for key in following(preset.values, config):
+                mine = named(preset.values, config, name, {}, preset.layer)
+                for key in following(mine, config):
                     values.pop(key, None)
-                values.update(preset.values)
-                sources.update(dict.fromkeys(preset.values, preset.source))
-                layers.update(dict.fromkeys(preset.values, preset.layer))
-        _known_fields(given, config, name, origins or {}, "the arguments")
+                values.update(mine)
+                sources.update(dict.fromkeys(mine, preset.source))
+                layers.update(dict.fromkeys(mine, preset.layer))
         for key in following(given, config):
             values.pop(key, None)
         values.update(given)
@@ -190,13 +195,7 @@ class Registry:
         try:
             resolved = config(**values)
         except ValidationError as error:
-            told = {**sources, **(origins or {})}
-            problems = "; ".join(
-                f"{'.'.join(place) or name} = {shortened(repr(value))} "
-                f"({told.get(place[0] if place else '', 'default')}): {said}"
-                for place, value, said in problems_by_place(error)
-            )
-            raise ConfigError(f"Bad hyper-parameters for {name}: {problems}") from None
+            raise refused(name, error, {**sources, **present(config, origins)}) from None
         for key in resolved.model_fields_set - set(sources):  # the class itself fills them in
             sources[key] = layers[key] = f"variant {getattr(resolved, 'variant', name)}"
         table = [
@@ -215,6 +214,21 @@ class Registry:
 def following(later: Mapping[str, Any], config: type[MethodConfig]) -> list[str]:
     """Return the hyper-parameters that are to follow another one, which a later layer gives."""
     return [name for name, other in config.derived.items() if other in later and name not in later]
+
+
+def present(config: type[MethodConfig], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values by the present names of their hyper-parameters, not all of them known."""
+    return {config.renamed.get(name, name): value for name, value in values.items()}
+
+
+def refused(method: str, error: ValidationError, told: Mapping[str, str]) -> ConfigError:
+    """Return what a configuration does not take; `told` says where each value is from, by name."""
+    problems = "; ".join(
+        f"{'.'.join(place) or method} = {shortened(repr(value))} "
+        f"({told.get(place[0] if place else '', 'default')}): {said}"
+        for place, value, said in problems_by_place(error)
+    )
+    return ConfigError(f"Bad hyper-parameters for {method}: {problems}")
 
 
 def _layer(file: plugins.RegistryFile) -> Layer:
@@ -247,6 +261,35 @@ def _sound(
     return sound, broken
 
 
+def _kindless(
+    methods: Mapping[str, MethodEntry], installed: Mapping[str, EntryPoint]
+) -> dict[str, str]:
+    """Return the installed methods whose edits no ledger could hold, and why."""
+    kinds = DeltaKinds()
+    found = {}
+    for name in sorted(methods.keys() & installed.keys()):
+        if (kind := methods[name].delta_kind) not in kinds:
+            hint = f"A kind of one's own is an entry point in the group {GROUP!r}."
+            problem = UnknownNameError("delta kind", kind, kinds, hint)
+            found[name] = f"{name} cannot be used, by what its registry file declares: {problem}"
+    return found
+
+
+def _check_variant(preset: Preset, config: type[MethodConfig], method: str) -> None:
+    """Raise `ConfigError` for a preset that is for a variant which a method does not have."""
+    if "variant" not in preset.match:
+        return
+    wanted, field = preset.match["variant"], config.model_fields.get("variant")
+    known = get_args(field.annotation) if field else ()
+    for variant in wanted if isinstance(wanted, tuple) else (wanted,):
+        if field is None or (get_origin(field.annotation) is Literal and variant not in known):
+            has = f"Its variants: {', '.join(known)}." if known else "It has no `variant`."
+            raise ConfigError(
+                f"{method}: a preset in {preset.layer} is for the variant {variant!r}, and would "
+                f"never apply. {has}"
+            )
+
+
 @cache
 def _warn(text: str) -> None:
     """Warn once in a process: the registry is read many times."""
@@ -259,18 +302,32 @@ def user_file() -> Path:
     return Path(base) / "errata" / "registry.yaml"
 
 
-def _known_fields(
+def named(
     values: Mapping[str, Any],
     config: type[MethodConfig],
     method: str,
     origins: Mapping[str, str],
     usual: str,
-) -> None:
+) -> dict[str, Any]:
+    """Return values by the present names of their hyper-parameters; warn of former names.
+
+    Raises `ConfigError` for a hyper-parameter that there is not, or that is given by two names;
+    `origins` says what messages call the place that a value is from, `usual` that of the others.
+    """
     for key in values:
-        if key not in config.model_fields:
+        if now := config.renamed.get(key):
+            place = f"given in {origins.get(key, usual)}"
+            if now in values:
+                raise ConfigError(
+                    f"{method}: {key!r} ({place}) is the former name of {now!r}, which is given as "
+                    f"well. Give {now!r} alone."
+                )
+            _warn(f"{method}: {key!r} ({place}) is called {now!r} now. Write {now!r} instead.")
+        elif key not in config.model_fields:
             close = difflib.get_close_matches(key, config.model_fields, n=1, cutoff=0.5)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ConfigError(
                 f"{method} has no hyper-parameter {key!r} (given in "
                 f"{origins.get(key, usual)}).{hint} It has: {', '.join(config.model_fields)}."
             )
+    return present(config, values)

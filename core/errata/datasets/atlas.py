@@ -33,8 +33,7 @@ class Shipped(Source):
     def __init__(self) -> None:
         super().__init__("atlas", None)
 
-    def records(self) -> Iterator[Record]:
-        """Yield every case."""
+    def _records(self) -> Iterator[Record]:
         for index, case in enumerate(cases()):
             yield Record(case, self.name, index)
 

@@ -24,7 +24,7 @@ from errata.datasets import (
 )
 from errata.datasets.reader import DatasetReader, checked, per_record
 from errata.errors import PluginError, UnknownNameError
-from errata.model.installed import entry_points, in_other_groups
+from errata.model.installed import entry_points, in_other_groups, loading
 
 GROUP = "errata.datasets"
 """Entry points in which other packages offer a `DatasetReader`, or a function of one record."""
@@ -218,12 +218,8 @@ READERS: Mapping[str, DatasetReader] = Readers()
 
 def _loaded(point: EntryPoint) -> DatasetReader:
     where = f"The dataset {point.name!r} ({point.value} from {_package(point)})"
-    try:
+    with loading(point, where):
         found = point.load()
-    except (Exception, SystemExit) as error:  # a module that exits would end errata
-        raise PluginError(
-            f"{where} could not be loaded: {type(error).__name__}: {error}"
-        ) from error
     if isinstance(found, DatasetReader):
         if found.name != point.name:
             raise PluginError(f"{where} must have name={point.name!r}, not {found.name!r}.")

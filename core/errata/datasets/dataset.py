@@ -17,6 +17,7 @@ from errata.datasets.reader import DatasetReader, Item
 from errata.datasets.source import Source, open_source
 from errata.edits.request import Probe, Request, warn_of_white_space
 from errata.errors import ConfigError, DatasetError, UnknownNameError
+from errata.model.display import plural
 
 log = logging.getLogger("errata")
 
@@ -134,10 +135,16 @@ def load(
                 raise _with_advice(item)
             log.info("Left out: %s", item)
         found.add(item)
-    if start and not found.size and not found.problems:
+    silent = source.seen > 0 and source.mute == source.seen
+    if start and not found.size and not found.problems and not silent:
         raise ConfigError(f"start is {start}, and {source.name} has no more cases than that.")
     if not found.size:
-        raise _empty(found, source)
+        raise _empty(found, source, name)
+    if source.mute:
+        log.warning(
+            "%s: of %d of the %s read, the reader %r made no case.",
+            source.name, source.mute, plural(source.seen, "record"), name,
+        )  # fmt: skip
     warn_of_white_space(source.taken_notes())
     if found.problems:
         log.warning(
@@ -289,13 +296,17 @@ def _with_advice(error: DatasetError) -> DatasetError:
     return DatasetError(problem, file=error.file, index=error.index, field=error.field)
 
 
-def _empty(found: _Contents, source: Source) -> DatasetError:
+def _empty(found: _Contents, source: Source, reader: str) -> DatasetError:
     if found.problems:
-        return DatasetError(
-            f"none of {len(found.problems)} records could be read; the first: {found.problems[0]}",
-            file=source.name,
-        )
-    return DatasetError("holds no records", file=source.name)
+        more = f", and of {source.mute} more no case was made" if source.mute else ""
+        bad = len(found.problems)
+        why = f"none of {bad} records could be read{more}; the first: {found.problems[0]}"
+    elif source.seen:
+        count = plural(source.seen, "record")
+        why = f"the reader {reader!r} made no case of any of its {count}"
+    else:
+        why = "holds no records" + (f" of the split {source.split!r}" if source.split else "")
+    return DatasetError(why, file=source.name)
 
 
 def _checked(limit: int | None) -> int | None:

@@ -58,7 +58,9 @@ def per_record(parse: Parse) -> Read:
 
     def read(source: Source, **options: Any) -> Iterator[Item]:
         for record in source.records():
-            yield from parsed(record, parse, **options)
+            items = parsed(record, parse, **options)
+            source.mute += not items
+            yield from items
 
     return read
 

@@ -35,7 +35,11 @@ class Source:
         name: path or hub id, as given.
         path: where it is on this machine; None for a table of the hub.
         split: part to read ("train", "test" …); None for all there is.
+        seen: how many records the last reading has yielded.
+        mute: of how many of these the reader made nothing.
     """
+
+    seen = mute = 0
 
     def __init__(self, name: str, path: Path | None, split: str | None = None) -> None:
         self.name = name
@@ -62,6 +66,12 @@ class Source:
 
     def records(self) -> Iterator[Record]:
         """Yield every record. Raises `DatasetError` where the source is damaged or gone."""
+        self.seen = self.mute = 0
+        for record in self._records():
+            self.seen += 1
+            yield record
+
+    def _records(self) -> Iterator[Record]:
         raise NotImplementedError
 
     def digest(self) -> str:
@@ -83,7 +93,7 @@ class LocalFile(Source):
         self._path = path
         self._state = _state(path)
 
-    def records(self) -> Iterator[Record]:
+    def _records(self) -> Iterator[Record]:
         """Yield every record, reading the file once more."""
         if _state(self._path) != self._state:
             raise DatasetError("the file has changed since it was loaded", file=self.name)
@@ -126,8 +136,7 @@ class GivenRecords(Source):
         super().__init__("the records given", None, split)
         self._given = [given] if isinstance(given, Mapping) else list(given)
 
-    def records(self) -> Iterator[Record]:
-        """Yield every record."""
+    def _records(self) -> Iterator[Record]:
         for index, data in enumerate(self._given):
             record = Record(data, self.name, index, note=self.note)
             if self.split is None or is_of_split(record, self.split):
@@ -146,8 +155,7 @@ class TabularSource(Source):
         super().__init__(name, path, split)
         self._rows = hashlib.sha256()
 
-    def records(self) -> Iterator[Record]:
-        """Yield every row."""
+    def _records(self) -> Iterator[Record]:
         rows = hashlib.sha256()
         with _explained(self.name, hub=self.path is None):
             for index, row in enumerate(self._open()):

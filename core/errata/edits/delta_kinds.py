@@ -7,7 +7,7 @@ from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING
 
 from errata.errors import PluginError
-from errata.model.installed import DISABLE, entry_points
+from errata.model.installed import DISABLE, entry_points, loading
 
 if TYPE_CHECKING:
     from errata.edits.delta.base import Delta
@@ -52,13 +52,8 @@ def _load(kind: str, points: list[EntryPoint]) -> type[Delta]:
             f"Several packages provide a delta kind {kind!r}: {', '.join(values)}. Uninstall all "
             f"but one, or set {DISABLE}={kind} to ignore the name."
         )
-    try:
+    with loading(points[0], f"The delta kind {kind!r} ({values[0]})"):
         found = points[0].load()
-    except (Exception, SystemExit) as error:  # a module that exits would end errata
-        raise PluginError(
-            f"The delta kind {kind!r} ({values[0]}) could not be loaded: "
-            f"{type(error).__name__}: {error}"
-        ) from error
     # Imported here: naming the kinds, as the ledger does, must not load torch.
     from errata.edits.delta.base import Delta
 

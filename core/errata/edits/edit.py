@@ -112,6 +112,11 @@ class Edit(Described, BaseModel):
             raise LedgerError(f"The delta of edit {self.id} is not loaded: ask `ledger.delta(id)`.")
         return delta
 
+    @property
+    def made_by(self) -> str:
+        """The package that brought its method, with the version: "errata-rome 0.1.0"."""
+        return self.versions.get("method") or f"an unknown version of {self.method}"
+
     def _facts(self) -> Iterable[tuple[str, str]]:
         yield "", repr(self.id)
         yield "", self.method

@@ -15,7 +15,7 @@ from typing import Any
 
 from errata.errors import PluginError
 from errata.model.arguments import check_name
-from errata.model.installed import entry_points
+from errata.model.installed import entry_points, loading
 
 EXPORTS, MERGES = "errata.exports", "errata.merges"
 OWN = "errata"
@@ -59,13 +59,8 @@ def _load(group: str, name: str) -> Callable[..., Path]:
             f"Several packages provide the format {name!r} of {group!r}: {', '.join(values)}. "
             "Uninstall all but one."
         )
-    try:
+    with loading(points[0], f"The format {name!r} ({values[0]})"):
         function = points[0].load()
-    except Exception as error:
-        raise PluginError(
-            f"The format {name!r} ({values[0]}) could not be loaded: "
-            f"{type(error).__name__}: {error}"
-        ) from error
     if not callable(function):
         raise PluginError(f"The format {name!r} ({values[0]}) must be a function.")
     return function  # type: ignore[no-any-return]

@@ -265,7 +265,9 @@ def _layer_choice(
     if "variant" in edit.config:
         chosen.setdefault("variant", edit.config["variant"])
     values = editor.configure(edit.method, chosen)[1]
-    value = next(one for one in values if one.name == name)
+    value = next((one for one in values if one.name == name), None)
+    if value is None:  # an installed version calls it otherwise
+        return None
     usual = [value.value] if isinstance(value.value, int) else list(value.value or ())
     if usual != list(layers):
         return LayerChoice(layers, "argument", "argument")

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib import metadata
 from importlib.metadata import EntryPoint
+
+from errata.errors import PluginError, cause
 
 DISABLE = "ERRATA_DISABLE"
 """Environment variable with names of entry points, comma separated, as if not installed."""
@@ -32,6 +36,38 @@ def in_other_groups(name: str, group: str) -> str:
     found = sorted({other for other in others if other.startswith("errata.")} - {group})
     said = f" A package offers {name!r} in the group {', '.join(found)} of entry points, not in"
     return f"{said} {group}." if found else ""
+
+
+@contextmanager
+def loading(point: EntryPoint, what: str) -> Iterator[None]:
+    """Say what could not be loaded where an installed package raises, or ends the process.
+
+    Raises `PluginError`. Where the package asks for another errata than this one, it says so.
+    """
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        raise PluginError(
+            f"{what} could not be loaded: {type(error).__name__}: {error}{_other_errata(point)}"
+        ) from cause(error)
+
+
+def _other_errata(point: EntryPoint) -> str:
+    """Return which errata the package of an entry point requires where it is not the one here."""
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    if (package := point.dist) is None:
+        return ""
+    for line in package.requires or ():
+        try:
+            wanted, here = Requirement(line), metadata.version("errata")
+        except (InvalidRequirement, metadata.PackageNotFoundError):
+            continue
+        meant = wanted.name.lower() == "errata" and (not wanted.marker or wanted.marker.evaluate())
+        if meant and not wanted.specifier.contains(here, prereleases=True):
+            asked = f"{package.name} {package.version} requires errata{wanted.specifier}"
+            return f" ({asked}, and errata {here} is installed: upgrade one of them)"
+    return ""
 
 
 @lru_cache(maxsize=64)

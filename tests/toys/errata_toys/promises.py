@@ -119,6 +119,18 @@ class ToySolved(ToyScale):
         return ScaleDelta(delta.name, torch.tensor(config.size))
 
 
+class ToyTranslator(ToyLowRank):
+    """Declares encoder-decoders alone."""
+
+    name = "toy-translator"
+
+
+class ToyLabel(ToyLowRank):
+    """Declares classes of sequence classifiers alone."""
+
+    name = "toy-label"
+
+
 class ToyMisfit(ToyLowRank):
     """Returns a delta of a wrong shape, or for a parameter that is not there."""
 

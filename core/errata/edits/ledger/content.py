@@ -62,9 +62,12 @@ def checked(kind: str, metadata: Any, tensors: Mapping[str, Tensor], source: str
     return Parts(kind, metadata, tensors)
 
 
-def build(parts: Parts, kinds: Mapping[str, type[Delta]], source: str) -> Delta:
-    """Return a delta from its parts, or raise `IntegrityError` for anything that does not fit."""
-    check_kind(parts.kind, kinds)
+def build(parts: Parts, kinds: Mapping[str, type[Delta]], source: str, made_by: str) -> Delta:
+    """Return a delta from its parts, or raise `IntegrityError` for anything that does not fit.
+
+    Raises `UnknownNameError` for a kind that is not installed; it says by what it was `made_by`.
+    """
+    check_kind(parts.kind, kinds, f"{source} was made by {made_by}: install that package.")
     try:
         return kinds[parts.kind].from_parts(dict(parts.tensors), parts.metadata)
     except ErrataError:
@@ -75,12 +78,14 @@ def build(parts: Parts, kinds: Mapping[str, type[Delta]], source: str) -> Delta:
         ) from error
 
 
-def check_kind(kind: str, kinds: Mapping[str, type[Delta]]) -> None:
-    """Raise `UnknownNameError` unless the kind is one that can be built."""
+def check_kind(
+    kind: str,
+    kinds: Mapping[str, type[Delta]],
+    hint: str = "Install the method that brings this kind.",
+) -> None:
+    """Raise `UnknownNameError`, which ends with the hint, unless the kind can be built."""
     if kind not in kinds:
-        raise UnknownNameError(
-            "delta kind", kind, kinds, "Install the method that brings this kind."
-        )
+        raise UnknownNameError("delta kind", kind, kinds, hint)
 
 
 def digest(parts: Parts) -> str:

@@ -143,7 +143,8 @@ def _read(files: DeltaFiles, digest: str, kinds: Mapping[str, type[Delta]]) -> t
             "the database alone."
         )
     edit = parse_record({**record, "blob": digest}, f"The record in {source.lower()}")
-    delta = content.build(content.decode(data, edit.delta_kind, source), kinds, source)
+    parts = content.decode(data, edit.delta_kind, source)
+    delta = content.build(parts, kinds, source, edit.made_by)
     if delta.nbytes != edit.nbytes:
         raise IntegrityError(
             f"{source} has {delta.nbytes} bytes of tensors; its record says {edit.nbytes}."

@@ -247,9 +247,8 @@ class Ledger:
 
     def bound(self, edit: Edit) -> Edit:
         """Return a record with its delta; raises as `delta` does."""
-        return edit.bind(
-            content.build(self._parts(edit), self.kinds, f"The delta of edit {edit.id}")
-        )
+        source = f"The delta of edit {edit.id}"
+        return edit.bind(content.build(self._parts(edit), self.kinds, source, edit.made_by))
 
     def read_active(self, known: Collection[str] = ()) -> tuple[list[Edit], dict[str, str]]:
         """Read the active edits with their deltas, all but those `known` already.
