@@ -16,8 +16,9 @@ from errata.contract.plugins import called, is_own, registered
 from errata.contract.purity import pure
 from errata.contract.registry import Registry
 from errata.edits.delta import Delta
+from errata.edits.delta_kinds import DeltaKinds
 from errata.edits.own_copy import own_copy
-from errata.errors import CapabilityError, ErrataError, IntegrityError, PluginError, cause
+from errata.errors import CapabilityError, ErrataError, IntegrityError, PluginError, blaming, cause
 from errata.model.arguments import check_name
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class Manager:
 
     def __init__(self, method: str, plugins: Sequence[object]) -> None:
         self.method = method
+        self._kinds = DeltaKinds()
         self._pm = registered(plugins)
 
     @contextmanager
@@ -148,14 +150,14 @@ class Manager:
         return self._checked(found, model)
 
     def _checked(self, delta: Delta, model: Model) -> Delta:
-        """Return a delta that fits the model, with tensors of its own."""
-        try:
-            delta.check(model)
-            return own_copy(delta, model)
-        except (IntegrityError, RuntimeError, TypeError, AttributeError) as error:
-            raise PluginError(
-                f"Method {self.method!r} returned a delta that does not fit the model: {error}"
-            ) from error
+        """Return a delta that fits the model and can be recorded, with tensors of its own."""
+        said = f"Method {self.method!r} returned a delta that cannot be used"
+        with blaming(said):
+            try:
+                delta.check(model)
+                return own_copy(delta, self._kinds)
+            except (IntegrityError, PluginError) as error:
+                raise PluginError(f"{said}: {error}") from error
 
     def evaluate(
         self,
