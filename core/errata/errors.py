@@ -85,18 +85,32 @@ class PluginError(ErrataError, RuntimeError):
 
 
 class ImpureMethodError(PluginError):
-    """A plugin changed the model, its tokenizer or the process; `changed` names what it touched."""
+    """A plugin changed the model, its tokenizer or the process; `changed` names what it touched.
 
-    def __init__(self, method: str, changed: Iterable[str], hook: str = "edit") -> None:
+    `left` names what of it could not be put back.
+    """
+
+    def __init__(
+        self, method: str, changed: Iterable[str], hook: str = "edit", left: Iterable[str] = ()
+    ) -> None:
         self.method = method
-        self.changed = list(changed)
-        shown = ", ".join(self.changed[:5]) + (" …" if len(self.changed) > 5 else "")
+        self.changed, self.left = list(changed), list(left)
         who = method if " " in method else f"Method {method!r}"
-        super().__init__(
-            f"{who} changed the model in its `{hook}` hook: {shown}. A hook computes, returns or "
-            "keeps what it found, and leaves the model and global random generators alone; all of "
-            "it has been put back and nothing was recorded."
+        after = (
+            f"nothing was recorded, but {_few(self.left)} could not be put back: open the model "
+            "again."
+            if self.left
+            else "all of it has been put back and nothing was recorded."
         )
+        super().__init__(
+            f"{who} changed in its `{hook}` hook: {_few(self.changed)}. A hook computes, returns "
+            "or keeps what it found, and leaves the model, its tokenizer and the process (global "
+            f"random generators, torch's settings) alone; {after}"
+        )
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
 
 
 class SelfComparisonError(ErrataError, RuntimeError):

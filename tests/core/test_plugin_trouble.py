@@ -15,6 +15,7 @@ from errata.contract import plugins
 from errata.contract.manager import Manager
 from errata.errors import PluginError
 from errata.evaluate import Measurement, Protocol
+from errata.model.process import ProcessState
 from tests.families import build
 
 PLUGIN = '''
@@ -405,3 +406,27 @@ def test_a_protocol_without_a_measure_is_measured_by_its_plugins_hook(toys: None
     with Editor(module, tokenizer, observers=[Twice(None)]) as editor:
         asked = {"prompt": "{} is", "subject": "Ada", "target_new": "in"}
         assert [one.metric for one in editor.evaluate([asked], "own")] == ["ones"]
+
+
+def test_importing_a_plugin_sets_nothing_for_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    package, info = tmp_path / "errata_seeds", tmp_path / "errata_seeds-1.dist-info"
+    for folder in (package, info):
+        folder.mkdir()
+    (package / "__init__.py").write_text(
+        "import torch\ntorch.manual_seed(3)\ntorch.set_default_dtype(torch.float64)\n"
+        "from errata import MethodConfig, hookimpl\nclass M:\n    name = 'seeds'\n"
+        "    config = MethodConfig\n    @hookimpl\n    def edit(self): return None\n"
+    )
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: errata-seeds\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[errata.methods]\nseeds = errata_seeds:M\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    before = ProcessState()
+    with caplog.at_level("WARNING", "errata"):
+        plugins.load("seeds")
+    assert before.changed() == []
+    assert (
+        "Importing errata_seeds:M (from errata-seeds) changed torch's default dtype" in caplog.text
+    )
+    assert "global random state of torch" in caplog.text

@@ -1,11 +1,10 @@
-"""What becomes of the delta that a hook returns: it is copied, and has to be one that can be read."""
+"""What becomes of the delta that a hook returns: it is copied, and has to be readable again."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-import torch
 
 from errata import Editor, Request
 from errata.errors import PluginError

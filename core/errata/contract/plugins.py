@@ -20,6 +20,7 @@ from errata.contract.config import MethodConfig
 from errata.contract.hooks import METHODS, MODELS, PLUGINS, PROJECT, Specification
 from errata.errors import PluginError, UnknownNameError
 from errata.model.installed import DISABLE, entry_points, in_other_groups
+from errata.model.process import undisturbed
 
 
 def installed() -> dict[str, EntryPoint]:
@@ -119,7 +120,8 @@ def load(name: str) -> Any:
         PluginError: it is installed but broken, or twice; the message quotes the cause.
     """
     point = entry_point(name)
-    plugin = _instance(point, "method")
+    with undisturbed(f"{point.value} (from {_distribution(point)})"):
+        plugin = _instance(point, "method")
     _check(name, plugin, point)
     return plugin
 
@@ -221,7 +223,8 @@ def _rooms(group: str) -> list[EntryPoint]:
 
 def _room(point: EntryPoint) -> Any:
     try:
-        return _instance(point, "plugin")
+        with undisturbed(f"{point.value} (from {_distribution(point)})"):
+            return _instance(point, "plugin")
     except PluginError as error:  # every command asks it, so there has to be a way without it
         raise PluginError(f"{error}. {DISABLE}={point.name} leaves it out.") from error.__cause__
 

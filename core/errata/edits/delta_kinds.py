@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from errata.errors import PluginError
 from errata.model.installed import DISABLE, entry_points
+from errata.model.process import undisturbed
 
 if TYPE_CHECKING:
     from errata.edits.delta.base import Delta
@@ -32,7 +33,8 @@ class DeltaKinds(Mapping[str, "type[Delta]"]):
 
     def __getitem__(self, kind: str) -> type[Delta]:
         if kind not in self._loaded:
-            self._loaded[kind] = _load(kind, self._points[kind])
+            with undisturbed(self._points[kind][0].value):
+                self._loaded[kind] = _load(kind, self._points[kind])
         return self._loaded[kind]
 
     def __contains__(self, kind: object) -> bool:

@@ -49,6 +49,14 @@ _SAMPLE = (
 )
 
 
+def sample_tokens(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Return the tokens of a text by which tokenizers are told apart, with and without specials."""
+    return [
+        tokenizer(_SAMPLE, add_special_tokens=special, verbose=False).input_ids
+        for special in (True, False)
+    ]
+
+
 def _lasting(config: Any) -> Any:
     """Return a configuration without the volatile entries, its own or those of its parts'."""
     if isinstance(config, dict):
@@ -398,11 +406,8 @@ class Model:
 
     @cached_property
     def _own_fingerprint(self) -> str:
-        tokens = [
-            self.tokenizer(_SAMPLE, add_special_tokens=special, verbose=False).input_ids
-            for special in (True, False)
-        ]
-        whole = f"{self.config_digest}:{self.pristine.digest_all()}:{json.dumps(tokens)}"
+        tokens = json.dumps(sample_tokens(self.tokenizer))
+        whole = f"{self.config_digest}:{self.pristine.digest_all()}:{tokens}"
         return hashlib.sha256(whole.encode()).hexdigest()
 
     def fingerprint_of(self, names: Sequence[str]) -> dict[str, str]:
