@@ -12,6 +12,8 @@ from typing import Any
 
 LONGEST_NAME = 200
 """Characters of a wrong name that a message repeats."""
+LONGEST_TOLD = 300
+"""Characters that a message repeats of what foreign code says."""
 
 
 class ErrataError(Exception):
@@ -178,6 +180,13 @@ def cause(error: BaseException) -> BaseException:
     return RuntimeError(f"StopIteration({error.value!r})").with_traceback(error.__traceback__)
 
 
+def in_short(error: BaseException) -> str:
+    """Return what foreign code raised, on one line: its type, and how what it says begins."""
+    said = " ".join(str(error).split())
+    said = said if len(said) <= LONGEST_TOLD else f"{said[:LONGEST_TOLD]}…"
+    return f"{type(error).__name__}: {said}".removesuffix(": ")
+
+
 @contextmanager
 def blaming(what: str) -> Iterator[None]:
     """Say what failed ("Method 'x' failed in `y`") where it raises no error of errata's.
@@ -189,6 +198,6 @@ def blaming(what: str) -> Iterator[None]:
     except ErrataError:
         raise
     except Exception as error:
-        raise PluginError(
-            f"{what}: {type(error).__name__}: {error} (the traceback shows where)."
-        ) from cause(error)
+        raise PluginError(f"{what}: {in_short(error)} (the traceback shows where).") from cause(
+            error
+        )

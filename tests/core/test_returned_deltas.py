@@ -68,3 +68,16 @@ def test_a_number_of_numpy_s_is_stored_as_the_number_that_it_is() -> None:
         edit = editor.edit(ONE, method="toy-stored", how="number")
         assert edit.delta.metadata()["held"] == 2.0
         assert type(edit.delta.metadata()["held"]) is float
+
+
+def test_a_kind_that_fails_to_fold_is_named_in_one_line() -> None:
+    with open_editor() as editor:
+        before = state_of(editor.model)
+        with pytest.raises(PluginError) as caught:
+            editor.edit(ONE, method="toy-stored", how="breaks")
+        said = str(caught.value)
+        assert "'toy_picky' (errata_toys.promises) failed in `fold`: ZeroDivisionError" in said
+        assert "in the fold xxx" in said
+        assert len(said) < 500
+        assert editor.log() == []
+        assert_same(state_of(editor.model), before)

@@ -6,7 +6,7 @@ import copy
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -117,13 +117,7 @@ def pure(model: Model, method: str, hook: str) -> Iterator[None]:
         raise ImpureMethodError(method, changed, hook, left)
 
 
-class _Watched(Protocol):
-    def changed(self) -> list[str]: ...
-
-    def restore(self) -> None: ...
-
-
-def _put_back(watched: Sequence[_Watched]) -> tuple[list[str], list[str]]:
+def _put_back(watched: Sequence[Any]) -> tuple[list[str], list[str]]:
     """Put everything back; return what was changed, and what is not as it was even now."""
     changed: list[str] = []
     left: list[str] = []
@@ -219,11 +213,11 @@ class _Tokenizer:
     def _told(self) -> dict[str, Any]:
         core = getattr(self._tokenizer, "backend_tokenizer", None)
         steps = {name: _state(getattr(core, name)) for name in STEPS if core is not None}
-        added = {i: repr(token) for i, token in self._tokenizer.added_tokens_decoder.items()}
+        added = getattr(self._tokenizer, "added_tokens_decoder", {})
         return {
             **{name.lstrip("_"): repr(value) for name, value in self._plain().items()},
             **{name.replace("_", " "): state for name, state in steps.items()},
-            "vocabulary": (len(self._tokenizer), added, core is self._core),
+            "vocabulary": (len(self._tokenizer), repr(added), core is self._core),
             _SAMPLED: _sampled(self._tokenizer),
         }
 

@@ -65,18 +65,17 @@ def _settings() -> dict[str, Setting]:
     """
     known: dict[str, Setting] = {}
     if (torch := sys.modules.get("torch")) is not None:
-        cudnn = torch.backends.cudnn
         known |= {
-            "torch's default device": (torch.get_default_device, _set_device),
+            "torch's default device": (
+                torch.get_default_device,
+                lambda was: torch.set_default_device(None if was.type == "cpu" else was),
+            ),
             "torch's default dtype": (torch.get_default_dtype, torch.set_default_dtype),
             "torch's precision of float32 products": (
                 torch.get_float32_matmul_precision, torch.set_float32_matmul_precision,
             ),
             "torch's deterministic algorithms": (
                 torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode,
-            ),
-            "torch's choice of cuDNN's algorithms": (
-                lambda: (cudnn.deterministic, cudnn.benchmark), _set_cudnn,
             ),
             "torch's number of threads": (torch.get_num_threads, torch.set_num_threads),
             "torch's recording of gradients": (torch.is_grad_enabled, torch.set_grad_enabled),
@@ -93,9 +92,10 @@ def _settings() -> dict[str, Setting]:
             )  # fmt: skip
     known["global random state of random"] = random.getstate, random.setstate
     if (numpy := sys.modules.get("numpy")) is not None:
-        generator = numpy.random
-        known["global random state of numpy"] = generator.get_state, generator.set_state
-    known["the level up to which nothing is logged"] = _level, logging.disable
+        known["global random state of numpy"] = numpy.random.get_state, numpy.random.set_state
+    known["the level up to which nothing is logged"] = (
+        lambda: logging.root.manager.disable, logging.disable,
+    )  # fmt: skip
     known["the working directory"] = os.getcwd, os.chdir
     return known
 
@@ -106,20 +106,6 @@ def _value(read: Callable[[], Any]) -> Any:
     except (RuntimeError, OSError):
         # A folder that is gone, or precisions that were set through torch's older and newer names.
         return None
-
-
-def _level() -> int:
-    return logging.root.manager.disable
-
-
-def _set_device(device: Any) -> None:
-    torch = sys.modules["torch"]
-    torch.set_default_device(None if device.type == "cpu" else device)
-
-
-def _set_cudnn(flags: tuple[bool, bool]) -> None:
-    cudnn = sys.modules["torch"].backends.cudnn
-    cudnn.deterministic, cudnn.benchmark = flags
 
 
 def _equal(one: Any, other: Any) -> bool:
