@@ -12,6 +12,8 @@ from typing import Any
 
 LONGEST_NAME = 200
 """Characters of a wrong name that a message repeats."""
+LONGEST_TOLD = 300
+"""Characters that a message repeats of what foreign code says."""
 
 
 class ErrataError(Exception):
@@ -85,18 +87,32 @@ class PluginError(ErrataError, RuntimeError):
 
 
 class ImpureMethodError(PluginError):
-    """A plugin changed the model, its tokenizer or the process; `changed` names what it touched."""
+    """A plugin changed the model, its tokenizer or the process; `changed` names what it touched.
 
-    def __init__(self, method: str, changed: Iterable[str], hook: str = "edit") -> None:
+    `left` names what of it could not be put back.
+    """
+
+    def __init__(
+        self, method: str, changed: Iterable[str], hook: str = "edit", left: Iterable[str] = ()
+    ) -> None:
         self.method = method
-        self.changed = list(changed)
-        shown = ", ".join(self.changed[:5]) + (" …" if len(self.changed) > 5 else "")
+        self.changed, self.left = list(changed), list(left)
         who = method if " " in method else f"Method {method!r}"
-        super().__init__(
-            f"{who} changed the model in its `{hook}` hook: {shown}. A hook computes, returns or "
-            "keeps what it found, and leaves the model and global random generators alone; all of "
-            "it has been put back and nothing was recorded."
+        after = (
+            f"nothing was recorded, but {_few(self.left)} could not be put back: open the model "
+            "again."
+            if self.left
+            else "all of it has been put back and nothing was recorded."
         )
+        super().__init__(
+            f"{who} changed in its `{hook}` hook: {_few(self.changed)}. A hook computes, returns "
+            "or keeps what it found, and leaves the model, its tokenizer and the process (global "
+            f"random generators, torch's settings) alone; {after}"
+        )
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
 
 
 class SelfComparisonError(ErrataError, RuntimeError):
@@ -164,6 +180,13 @@ def cause(error: BaseException) -> BaseException:
     return RuntimeError(f"StopIteration({error.value!r})").with_traceback(error.__traceback__)
 
 
+def in_short(error: BaseException) -> str:
+    """Return what foreign code raised, on one line: its type, and how what it says begins."""
+    said = " ".join(str(error).split())
+    said = said if len(said) <= LONGEST_TOLD else f"{said[:LONGEST_TOLD]}…"
+    return f"{type(error).__name__}: {said}".removesuffix(": ")
+
+
 @contextmanager
 def blaming(what: str) -> Iterator[None]:
     """Say what failed ("Method 'x' failed in `y`") where it raises no error of errata's.
@@ -175,6 +198,6 @@ def blaming(what: str) -> Iterator[None]:
     except ErrataError:
         raise
     except Exception as error:
-        raise PluginError(
-            f"{what}: {type(error).__name__}: {error} (the traceback shows where)."
-        ) from cause(error)
+        raise PluginError(f"{what}: {in_short(error)} (the traceback shows where).") from cause(
+            error
+        )

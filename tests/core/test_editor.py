@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from errata import Editor, Request, hookimpl
+from errata.contract.purity import Snapshot
 from errata.errors import (
     CapabilityError,
     ConfigError,
@@ -22,6 +23,7 @@ from errata.errors import (
     UnknownNameError,
 )
 from errata.model import storage
+from errata.model.process import ProcessState
 from errata.testing import perturbed, state_of
 from errata.testing.contract import assert_same
 from tests.families import build
@@ -111,8 +113,22 @@ def test_a_mistake_is_one_clear_error_and_changes_nothing(
         ("attribute", "attributes"),
         ("config", "the model's config"),
         ("generation_config", "the model's generation_config"),
-        ("side", "the tokenizer's sides"),
+        ("half", "torch.float16"),
+        ("transposed", "mlp.c_proj.weight (torch"),
+        ("epsilon", "attributes: eps"),
+        ("side", "the tokenizer's padding_side"),
+        ("normalizer", "the tokenizer's normalizer"),
+        ("step", "the tokenizer's pre tokenizer"),
+        ("special", "the tokenizer's special_tokens_map"),
+        ("template", "the tokenizer's chat_template"),
+        ("length", "the tokenizer's model_max_length"),
         ("dtype", "torch's default dtype"),
+        ("device", "torch's default device"),
+        ("precision", "torch's precision of float32"),
+        ("anomaly", "torch's anomaly detection"),
+        ("gradients", "torch's recording of gradients"),
+        ("folder", "the working directory"),
+        ("logging", "nothing is logged"),
     ],
 )
 def test_a_method_that_touches_the_model_is_caught_by_name_and_undone(
@@ -122,13 +138,16 @@ def test_a_method_that_touches_the_model_is_caught_by_name_and_undone(
     modules = dict(editor.model.module.named_modules())
     config = editor.model.module.config.to_dict()
     generating = editor.model.module.generation_config.to_dict()
-    side = editor.model.tokenizer.padding_side
+    process, before_it = ProcessState(), Snapshot(editor.model)
+    words = editor.model.tokenizer("Rome lies IN Italy", padding=True), editor.generate("Rome")
     with pytest.raises(ImpureMethodError) as caught:
         editor.edit(requests(1), method="toy-impure", how=how)
     assert editor.model.module.config.to_dict() == config
     assert editor.model.module.generation_config.to_dict() == generating
-    assert editor.model.tokenizer.padding_side == side
-    assert torch.get_default_dtype() == torch.float32
+    assert process.changed() == before_it.changed() == caught.value.left == []
+    assert "all of it has been put back" in str(caught.value)
+    after = editor.model.tokenizer("Rome lies IN Italy", padding=True), editor.generate("Rome")
+    assert after == words
     assert named in " ".join(caught.value.changed)
     assert_same(state_of(editor.model), before)
     assert dict(editor.model.module.named_modules()) == modules
@@ -139,6 +158,13 @@ def test_a_method_that_touches_the_model_is_caught_by_name_and_undone(
     assert editor.log() == []
     editor.edit(requests(1), method="toy-low-rank")  # and it goes on working
     assert editor.verify() == []
+
+
+def test_what_cannot_be_put_back_is_named(editor: Editor) -> None:
+    with pytest.raises(ImpureMethodError, match="could not be put back: open the model again") as e:
+        editor.edit(requests(1), method="toy-impure", how="tokens")
+    assert e.value.left == ["the tokenizer's vocabulary"]
+    assert editor.log() == []
 
 
 def test_the_gradients_of_a_model_that_was_just_trained_are_its_owner_s(editor: Editor) -> None:

@@ -6,15 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
+import torch
+from pydantic import Field
 from typer.testing import CliRunner
 
 from errata import Editor, MethodConfig, hookimpl
 from errata.cli.app import app
 from errata.contract import plugins
-from errata.contract.manager import Manager
-from errata.errors import PluginError
+from errata.contract.manager import Manager, _warn
+from errata.errors import ErrataError, PluginError
 from errata.evaluate import Measurement, Protocol
+from errata.model.process import ProcessState
 from tests.families import build
 
 PLUGIN = '''
@@ -407,3 +411,162 @@ def test_a_protocol_without_a_measure_is_measured_by_its_plugins_hook(toys: None
     with Editor(module, tokenizer, observers=[Twice(None)]) as editor:
         asked = {"prompt": "{} is", "subject": "Ada", "target_new": "in"}
         assert [one.metric for one in editor.evaluate([asked], "own")] == ["ones"]
+
+
+def test_importing_a_plugin_sets_nothing_for_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    package, info = tmp_path / "errata_seeds", tmp_path / "errata_seeds-1.dist-info"
+    for folder in (package, info):
+        folder.mkdir()
+    (package / "__init__.py").write_text(
+        "import torch\ntorch.manual_seed(3)\ntorch.set_default_dtype(torch.float64)\n"
+        "from errata import MethodConfig, hookimpl\nclass M:\n    name = 'seeds'\n"
+        "    config = MethodConfig\n    @hookimpl\n    def edit(self): return None\n"
+    )
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: errata-seeds\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[errata.methods]\nseeds = errata_seeds:M\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    before = ProcessState()
+    with caplog.at_level("WARNING", "errata"):
+        plugins.load("seeds")
+    assert before.changed() == []
+    assert (
+        "Importing errata_seeds:M (from errata-seeds) changed torch's default dtype" in caplog.text
+    )
+    assert "global random state of torch" in caplog.text
+
+
+class Offers:
+    """A plugin that offers what it is told to."""
+
+    def __init__(self, given: Any) -> None:
+        self.given = given
+
+    @hookimpl
+    def protocols(self) -> Any:
+        return self.given
+
+
+OWN = Protocol("own", "what the test says", "this file")
+
+
+@pytest.mark.parametrize("given", [{"own": OWN}, [OWN, "own"], 5, OWN])
+def test_what_is_no_list_of_protocols_is_left_out_alone(
+    given: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    _warn.cache_clear()
+    manager = Manager("", [Offers(given), Offers([OWN])])
+    assert manager.protocols() == {"own": OWN}
+    said = (
+        f"Offers returned {type(given).__name__} from its `protocols` hook; it must return a list"
+    )
+    assert said in caplog.text
+    assert [said in text for text in manager.broken("protocols")] == [True]
+
+
+def test_a_protocol_that_two_plugins_bring_is_refused_and_stops_no_other() -> None:
+    class Rival(Offers):
+        pass
+
+    other = Protocol("other", "another", "this file")
+    both = Protocol("own", "the same name", "elsewhere")
+    manager = Manager("", [Offers([OWN, other]), Rival([both, other])])
+    assert manager.protocols() == {"other": other}
+    manager.check_protocols(["other"])
+    with pytest.raises(PluginError, match=r"protocol 'own'.*Offers and .*Rival.*ERRATA_DISABLE"):
+        manager.check_protocols(["own"])
+
+
+def test_models_that_are_no_functions_by_name_are_left_out() -> None:
+    class Models:
+        @hookimpl
+        def models(self) -> Any:
+            return ["x"]
+
+    manager = Manager("", [Models()])
+    assert manager.models() == {}
+    assert "Models returned list from its `models` hook" in manager.broken("models")[0]
+
+
+class Prepares:
+    """An observer that computes something of the base."""
+
+    def __init__(self, key: Any, found: Any) -> None:
+        self.key, self.found = key, found
+
+    @hookimpl
+    def prepare(self, model: Any) -> None:
+        model.of_base("own", self.key, compute=lambda: self.found)
+
+
+@pytest.mark.parametrize(
+    ("key", "found", "said"),
+    [
+        ("a", ({"t": torch.ones(1)}, {"x": object()}), "'own' cannot be kept.*object is no JSON"),
+        ("b", ({"t": torch.ones(1)}, {"x": float("nan")}), "'own' cannot be kept.*JSON compliant"),
+        ("c", ({"t": 5}, {}), "'own' cannot be kept.*plain JSON.*int"),
+        ("d", torch.ones(3), "'own' cannot be kept.*tensors by name"),
+        (1, ({}, {}), "the key of what belongs to the base must be texts"),
+    ],
+)
+def test_what_a_hook_computes_of_the_base_and_cannot_be_kept_is_blamed_on_it(
+    key: Any, found: Any, said: str, toys: None, tmp_path: Path
+) -> None:
+    module, tokenizer = build("gpt2")
+    observers = [Prepares(key, found)]
+    with Editor(module, tokenizer, artifacts=tmp_path, observers=observers) as editor:
+        with pytest.raises(PluginError, match=rf"Prepares failed in its `prepare` hook: .*{said}"):
+            editor.prepare("toy-low-rank")
+
+
+def test_what_a_hook_computes_of_the_base_is_kept_as_it_was(toys: None, tmp_path: Path) -> None:
+    module, tokenizer = build("gpt2")
+    buffer = torch.ones(3)
+    found = {"t": buffer}, {"n": numpy.float32(1), "pair": (1, 2)}
+    with Editor(module, tokenizer, artifacts=tmp_path, observers=[Prepares("e", found)]) as editor:
+        editor.prepare("toy-low-rank")
+        buffer.zero_()
+        tensors, about = editor.model.of_base("own", "e", compute=lambda: ({}, {}))
+    assert tensors["t"].tolist() == [1, 1, 1]
+    assert about == {"n": 1.0, "pair": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        (Field(description="a block"), "layer = nothing .*has none, and must be given"),
+        (Field(default_factory=lambda: torch.zeros(2)), "cannot be recorded as JSON.*Tensor"),
+    ],
+)
+def test_hyper_parameters_that_nobody_gives_or_records_are_named(
+    field: Any, said: str, toys: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = type(
+        "Config",
+        (MethodConfig,),
+        {
+            "__annotations__": {"layer": Any, "size": float},
+            "__module__": __name__,
+            "layer": field,
+            "size": 1.0,
+        },
+    )
+    module, tokenizer = build("gpt2")
+    with Editor(module, tokenizer) as editor:
+        monkeypatch.setattr(editor._methods.plugin("toy-low-rank"), "config", config)
+        with pytest.raises(ErrataError, match=rf"toy-low-rank.*{said}"):
+            editor.edit("{} is", subject="Ada", target_new="in", method="toy-low-rank")
+
+
+def test_a_hook_that_says_much_is_quoted_in_one_line(toys: None) -> None:
+    class Talkative:
+        @hookimpl
+        def prepare(self) -> None:
+            raise ValueError("my\nlong\nmessage " + "x" * 3000)
+
+    module, tokenizer = build("gpt2")
+    with Editor(module, tokenizer, observers=[Talkative()]) as editor:
+        with pytest.raises(PluginError, match=r"^[^\n]*ValueError: my long message x+…") as caught:
+            editor.prepare("toy-low-rank")
+        assert len(str(caught.value)) < 500

@@ -182,15 +182,11 @@ def _methods(problems: list[str]) -> list[dict[str, Any]]:
 
 def _others(problems: list[str]) -> dict[str, list[str]]:
     """Return what else is installed, names by group of entry points, having loaded all of it."""
-    from errata.contract.manager import Manager, known_models
     from errata.datasets.catalogue import GROUP as DATASETS
     from errata.datasets.catalogue import READERS
     from errata.edits.delta_kinds import GROUP as KINDS
     from errata.edits.delta_kinds import DeltaKinds
     from errata.edits.formats import EXPORTS, MERGES, writer
-
-    def known_protocols() -> object:
-        return Manager("", plugins.rooms()).protocols()
 
     loaders: dict[str, Callable[[str], object]] = {
         KINDS: DeltaKinds().__getitem__,
@@ -202,9 +198,19 @@ def _others(problems: list[str]) -> dict[str, list[str]]:
     for group, load in loaders.items():
         trouble += [text for name in found[group] if (text := _failing(partial(load, name)))]
     if not trouble:
-        trouble += filter(None, (_failing(known_models), _failing(known_protocols)))
+        trouble += [*_broken(PLUGINS, "protocols"), *_broken(MODELS, "models")]
     problems += dict.fromkeys(trouble)
     return found
+
+
+def _broken(group: str, hook: str) -> list[str]:
+    """Return, in words, what plugins of a group offer in a hook and cannot be used."""
+    from errata.contract.manager import Manager
+
+    try:
+        return Manager("", plugins.rooms(group)).broken(hook)
+    except ErrataError as error:
+        return [str(error)]
 
 
 def _failing(call: Callable[[], object]) -> str:

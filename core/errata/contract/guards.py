@@ -13,6 +13,7 @@ import torch
 from pydantic import ConfigDict, Field, ValidationError
 
 from errata.edits.aims import aims_of_request, takes_effect
+from errata.edits.delta.attaching import calling
 from errata.edits.outcome import Efficacy, Outcome, RelativeNorm, TextPerplexity
 from errata.errors import ConfigError, EditRefused, UnknownNameError
 from errata.model.answers import TargetScore
@@ -118,7 +119,8 @@ class Guards:
         if self.policy.finite != "off" and (name := edit.delta.not_finite()) is not None:
             reason = f"the {edit.delta.kind} delta's tensor {name!r} has NaN or infinite entries"
             outcome = self._failed(self.policy.finite, reason, {"finite": False}, outcome)
-        norms = edit.delta.norms(model) if self.policy.norm != "off" else {}
+        with calling(type(edit.delta), "norms"):
+            norms = edit.delta.norms(model) if self.policy.norm != "off" else {}
         if norms:
             name, worst = max(norms.items(), key=lambda item: item[1])
             norm = RelativeNorm(value=worst, parameter=name)

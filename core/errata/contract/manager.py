@@ -6,6 +6,7 @@ import logging
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,22 +14,38 @@ from errata.contract import plugins
 from errata.contract.hooks import MODELS, PLUGINS
 from errata.contract.measurement import Measurement
 from errata.contract.plugins import called, is_own, registered
+from errata.contract.protocol import Protocol
 from errata.contract.purity import pure
 from errata.contract.registry import Registry
 from errata.edits.delta import Delta
+from errata.edits.delta_kinds import DeltaKinds
 from errata.edits.own_copy import own_copy
-from errata.errors import CapabilityError, ErrataError, IntegrityError, PluginError, cause
+from errata.errors import (
+    CapabilityError,
+    ErrataError,
+    IntegrityError,
+    PluginError,
+    blaming,
+    cause,
+    in_short,
+)
 from errata.model.arguments import check_name
+from errata.model.installed import DISABLE
 
 if TYPE_CHECKING:
     from errata.contract.location import Location
-    from errata.contract.protocol import Protocol
     from errata.edits.edit import Edit
     from errata.edits.request import Request
     from errata.model.model import Model
     from errata.model.progress import Progress
 
 logger = logging.getLogger("errata")
+
+
+_WANTED = {
+    "protocols": "a list of Protocol (errata.evaluate)",
+    "models": "a dict of functions by the names of the models",
+}
 
 
 def known_models() -> dict[str, Callable[[Progress | None], Path]]:
@@ -52,6 +69,7 @@ class Manager:
 
     def __init__(self, method: str, plugins: Sequence[object]) -> None:
         self.method = method
+        self._kinds = DeltaKinds()
         self._pm = registered(plugins)
 
     @contextmanager
@@ -69,11 +87,9 @@ class Manager:
             plugin = self._failing(hook, error)
             if plugin is not None and is_own(plugin):
                 raise
-            what = type(error).__name__
+            what = in_short(error)
             if isinstance(error, SystemExit):
                 what = f"sys.exit({error.code!r}), which no hook may call"
-            elif str(error):
-                what = f"{what}: {error}"
             name = f"Method {self.method!r}" if self.method else "A plugin"
             raise PluginError(
                 f"{name if plugin is None else called(plugin)} failed in its `{hook}` hook: "
@@ -148,14 +164,14 @@ class Manager:
         return self._checked(found, model)
 
     def _checked(self, delta: Delta, model: Model) -> Delta:
-        """Return a delta that fits the model, with tensors of its own."""
-        try:
-            delta.check(model)
-            return own_copy(delta, model)
-        except (IntegrityError, RuntimeError, TypeError, AttributeError) as error:
-            raise PluginError(
-                f"Method {self.method!r} returned a delta that does not fit the model: {error}"
-            ) from error
+        """Return a delta that fits the model and can be recorded, with tensors of its own."""
+        said = f"Method {self.method!r} returned a delta that cannot be used"
+        with blaming(said):
+            try:
+                delta.check(model)
+                return own_copy(delta, self._kinds)
+            except (IntegrityError, PluginError) as error:
+                raise PluginError(f"{said}: {error}") from error
 
     def evaluate(
         self,
@@ -199,27 +215,22 @@ class Manager:
         known = self.protocols()
         needs = {name: known[name].needs if name in known else "" for name in protocols}
         return " ".join(
-            f"{name}: no request has {lack}."
-            if lack
-            else f"{name}: no request has a prompt for it."
-            for name, lack in needs.items()
+            f"{name}: no request has {lack or 'a prompt for it'}." for name, lack in needs.items()
         )
 
     def protocols(self) -> dict[str, Protocol]:
-        """Return every protocol by name; raise `PluginError` when two plugins claim one."""
-        found: dict[str, Protocol] = {}
-        with self._calling("protocols"):
-            results = self._pm.hook.protocols()
-        for result in reversed(results):
-            for protocol in result:
-                if found.setdefault(protocol.name, protocol) is not protocol:
-                    raise PluginError(f"Two plugins claim the protocol {protocol.name!r}.")
-        return found
+        """Return every protocol by name that can be used; warn of what cannot."""
+        return self._offered("protocols")[0]
 
     def check_protocols(self, names: Sequence[str]) -> None:
-        """Raise `UnknownNameError` for a protocol that no plugin measures."""
-        known = self.protocols()
+        """Raise `UnknownNameError` for a protocol that no plugin measures.
+
+        `PluginError` for one that two plugins claim, naming both.
+        """
+        known, broken = self._offered("protocols")
         for name in names:
+            if name in broken:
+                raise PluginError(broken[name])
             if name not in known:
                 methods = Registry.load().methods
                 odd = filter(
@@ -229,15 +240,46 @@ class Manager:
                 check_name("protocol", name, known, " ".join([hint, *odd]))
 
     def models(self) -> dict[str, Callable[[Progress | None], Path]]:
-        """Return every model that a plugin brings, by name; raise `PluginError` for two."""
-        found: dict[str, Callable[[Progress | None], Path]] = {}
-        with self._calling("models"):
-            results = self._pm.hook.models()
-        for result in reversed(results):
-            for name, bring in result.items():
-                if found.setdefault(name, bring) is not bring:
-                    raise PluginError(f"Two plugins bring a model named {name!r}.")
-        return found
+        """Return every model by name that a plugin brings and can be used; warn of what cannot."""
+        return self._offered("models")[0]
+
+    def broken(self, hook: str) -> list[str]:
+        """Return, in words, what of the things that plugins offer in a hook cannot be used."""
+        return list(self._offered(hook)[1].values())
+
+    def _offered(self, hook: str) -> tuple[dict[str, Any], dict[str, str]]:
+        """Return what plugins offer in a hook by name, and why what of it is left out; warn of it.
+
+        The keys of the second are the names that two plugins claim, and plugins that offer nothing.
+        """
+        implementations = getattr(self._pm.hook, hook).get_hookimpls()
+        offering = [i.plugin for i in implementations if not (i.wrapper or i.hookwrapper)]
+        claims: dict[str, list[tuple[str, Any]]] = {}
+        broken: dict[str, str] = {}
+        for plugin in offering:
+            others = [other for other in offering if other is not plugin]
+            with self._calling(hook):
+                for result in self._pm.subset_hook_caller(hook, others)():
+                    things = _by_name(hook, result)
+                    if things is None:
+                        broken[called(plugin)] = (
+                            f"{called(plugin)} returned {type(result).__name__} from its `{hook}` "
+                            f"hook; it must return {_WANTED[hook]}. What it offers is left out."
+                        )
+                    for name, thing in things or ():
+                        found = claims.setdefault(name, [])
+                        if all(thing is not other for _, other in found):
+                            found.append((called(plugin).removeprefix("The plugin "), thing))
+        for name, found in claims.items():
+            if len(found) > 1:
+                broken[name] = (
+                    f"Two plugins bring the {hook.removesuffix('s')} {name!r}: "
+                    f"{' and '.join(who for who, _ in found)}. It cannot be used. Uninstall one, "
+                    f"or leave one out: {DISABLE} takes the name of its entry point."
+                )
+        for text in broken.values():
+            _warn(text)
+        return {n: found[0][1] for n, found in claims.items() if n not in broken}, broken
 
     def apply(self, model: Model, edits: Sequence[Edit]) -> None:
         """Tell the plugins that edits are put on the model, as one change."""
@@ -248,6 +290,22 @@ class Manager:
         """Tell the plugins that edits are taken off the model, as one change."""
         with self._calling("revert"):
             self._pm.hook.revert(model=model, edits=edits)
+
+
+def _by_name(hook: str, result: Any) -> list[tuple[str, Any]] | None:
+    """Return the things that a hook returned with their names; None where they are none."""
+    if hook == "models":
+        sound = isinstance(result, Mapping) and all(map(callable, result.values()))
+        return list(result.items()) if sound else None
+    if not isinstance(result, (list, tuple)) or any(not isinstance(o, Protocol) for o in result):
+        return None
+    return [(one.name, one) for one in result]
+
+
+@cache
+def _warn(text: str) -> None:
+    """Warn once in a process: every command asks."""
+    logger.warning("%s", text)
 
 
 def _check_once(results: Sequence[Sequence[Measurement]]) -> None:

@@ -154,6 +154,8 @@ class Methods:
         check_parts(name, self._registry, self._model)
         overrides = mapping_of(overrides, "config")
         resolved, values = self._registry.resolve(name, config, self._facts(), overrides)
+        with blaming(f"Method {name!r} has hyper-parameters that cannot be recorded as JSON"):
+            resolved.model_dump(mode="json")
         settled, why = self._settle(self._model, name, resolved)
         with _told(name, "for_model"):
             written = settled.for_model(self._model.anatomy)

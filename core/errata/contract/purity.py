@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import copy
-import random
-import sys
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from errata.edits.last_written import hashed
-from errata.errors import ImpureMethodError
+from errata.errors import ImpureMethodError, IntegrityError
+from errata.model.model import sample_tokens
+from errata.model.process import ProcessState
 from errata.model.structure import Structure
 
 if TYPE_CHECKING:
     from errata.model.model import Model
+
+logger = logging.getLogger("errata")
 
 
 class Snapshot:
@@ -30,6 +33,8 @@ class Snapshot:
         self._structure = Structure(model.module)
         live = {**model.parameters, **model.buffers}
         self._tensors = {n: (t._version, hashed(t), t.requires_grad) for n, t in live.items()}
+        # What `.half()` or `.to(device)` takes the place of; no copy of its values.
+        self._data = {n: t.data for n, t in live.items()}
         # A model that was trained a moment ago still has gradients: they are its owner's.
         self._gradients = {n: t.grad.clone() for n, t in live.items() if t.grad is not None}
 
@@ -46,7 +51,9 @@ class Snapshot:
         names = []
         for name, tensor in {**self._model.parameters, **self._model.buffers}.items():
             version, bits, requires_grad = self._tensors[name]
-            if not torch.equal(hashed(tensor), bits) or (
+            if _form(tensor) != _form(self._data[name]):
+                names.append(f"{name} ({tensor.dtype}, {tensor.device})")
+            elif not torch.equal(hashed(tensor), bits) or (
                 # Who asks the base takes every edit off and puts it on again.
                 tensor._version != version and self._model.stack.differing([name])
             ):
@@ -61,6 +68,9 @@ class Snapshot:
         """Bring everything back: modules, hooks, flags, and every tensor from the base."""
         self._structure.restore()
         for name, tensor in {**self._model.parameters, **self._model.buffers}.items():
+            former = self._data[name]
+            if (_form(tensor), tensor.data_ptr()) != (_form(former), former.data_ptr()):
+                tensor.data = former
             if not self._same_gradient(name, tensor.grad):
                 tensor.grad = self._gradients.get(name)
             if tensor.is_leaf:
@@ -74,6 +84,10 @@ class Snapshot:
         return torch.equal(hashed(former), hashed(gradient))
 
 
+def _form(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+
+
 @contextmanager
 def pure(model: Model, method: str, hook: str) -> Iterator[None]:
     """Refuse and undo whatever a hook does in the block to the model or to the process.
@@ -84,120 +98,139 @@ def pure(model: Model, method: str, hook: str) -> Iterator[None]:
         hook: which of its hooks.
 
     Raises:
-        ImpureMethodError: something is not as it was; it has been put back.
+        ImpureMethodError: something is not as it was; it has been put back, or is named as left.
         IntegrityError: other code had changed the model's parameters before.
     """
-    before, randomness, settings = Snapshot(model), _RandomState(), _Surroundings(model)
+    before = Snapshot(model)
     before.check()
+    # Put back in this order: on another default device no tensor could be compared.
+    watched = (ProcessState(), _Tokenizer(model), _Configs(model), before)
     try:
         yield
     except BaseException:
-        if before.changed():
-            before.restore()
-        randomness.restore()
-        settings.restore()
+        if left := _put_back(watched)[1]:
+            text = "What %s changed in its `%s` hook before it failed could not be put back: %s."
+            logger.warning(text, method, hook, ", ".join(left))
         raise
-    changed = before.changed()
+    changed, left = _put_back(watched)
     if changed:
-        before.restore()
-    beside = [*randomness.changed(), *settings.changed()]
-    if beside:
-        randomness.restore()
-        settings.restore()
-    if changed or beside:
-        raise ImpureMethodError(method, [*changed, *beside], hook)
+        raise ImpureMethodError(method, changed, hook, left)
 
 
-class _Surroundings:
-    """What else decides what a model says: its configuration, its tokenizer, how torch computes."""
+def _put_back(watched: Sequence[Any]) -> tuple[list[str], list[str]]:
+    """Put everything back; return what was changed, and what is not as it was even now."""
+    changed: list[str] = []
+    left: list[str] = []
+    for one in watched:
+        if now := one.changed():
+            changed = [*now, *changed]  # the model's before the process's
+            try:
+                one.restore()
+            except IntegrityError as error:
+                logger.warning("%s", error)
+            left += one.changed()
+    return changed, left
+
+
+class _Configs:
+    """The configurations of a model."""
 
     def __init__(self, model: Model) -> None:
-        self._module, self._tokenizer = model.module, model.tokenizer
-        self._configs = {
+        self._module = model.module
+        self._was = {
             name: (config, copy.deepcopy(vars(config)))
             for name in ("config", "generation_config")
             if (config := getattr(model.module, name, None)) is not None
         }
-        self._sides = (self._tokenizer.padding_side, self._tokenizer.truncation_side)
-        self._words = len(self._tokenizer)
-        self._torch = _torch_settings()
 
     def changed(self) -> list[str]:
-        """Name what is not as it was."""
-        names = [
-            f"the model's {name}"
-            for name, (config, was) in self._configs.items()
-            if getattr(self._module, name, None) is not config or vars(config) != was
-        ]
-        if (self._tokenizer.padding_side, self._tokenizer.truncation_side) != self._sides:
-            names.append("the tokenizer's sides")
-        if len(self._tokenizer) != self._words:
-            names.append("the tokenizer's vocabulary (load it again: tokens cannot be taken out)")
-        return names + [
-            f"torch's {n}" for n, now in _torch_settings().items() if now != self._torch[n]
-        ]
-
-    def restore(self) -> None:
-        """Put everything back but tokens that were added."""
-        for name, (config, was) in self._configs.items():
-            if vars(config) != was:
-                vars(config).clear()
-                vars(config).update(was)
-            setattr(self._module, name, config)
-        self._tokenizer.padding_side, self._tokenizer.truncation_side = self._sides
-        if _torch_settings() != self._torch:
-            torch.set_default_dtype(self._torch["default dtype"])
-            torch.use_deterministic_algorithms(self._torch["deterministic algorithms"])
-            torch.set_num_threads(self._torch["number of threads"])
-
-
-def _torch_settings() -> dict[str, Any]:
-    return {
-        "default dtype": torch.get_default_dtype(),
-        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
-        "number of threads": torch.get_num_threads(),
-    }
-
-
-class _RandomState:
-    """The state of the process's global random generators."""
-
-    def __init__(self) -> None:
-        self._state = _generators()
-
-    def changed(self) -> list[str]:
-        """Name the generators that were drawn from or seeded."""
-        now = _generators()
+        """Name those that are not as they were."""
         return [
-            f"global random state of {name}"
-            for name, state in self._state.items()
-            if not _equal(state, now[name])
+            f"the model's {name}"
+            for name, (config, was) in self._was.items()
+            if getattr(self._module, name, None) is not config or vars(config) != was
         ]
 
     def restore(self) -> None:
         """Put them back."""
-        random.setstate(self._state["random"])
-        torch.random.set_rng_state(self._state["torch"])
-        if "numpy" in self._state:
-            sys.modules["numpy"].random.set_state(self._state["numpy"])
-        if "torch.cuda" in self._state:
-            torch.cuda.set_rng_state_all(self._state["torch.cuda"])
+        for name, (config, was) in self._was.items():
+            if vars(config) != was:
+                vars(config).clear()
+                vars(config).update(was)
+            setattr(self._module, name, config)
 
 
-def _generators() -> dict[str, Any]:
-    found: dict[str, Any] = {"random": random.getstate(), "torch": torch.random.get_rng_state()}
-    if "numpy" in sys.modules:
-        found["numpy"] = sys.modules["numpy"].random.get_state()
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        found["torch.cuda"] = torch.cuda.get_rng_state_all()
-    return found
+STEPS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+"""What the Rust part of a tokenizer does around its vocabulary. (Truncation and padding are set by
+every call, and are left out; so is the vocabulary, which takes as long to read as an edit.)"""
+_TOLD = ("_special_tokens_map", "_extra_special_tokens", "chat_template")
+_PLAIN = (bool, int, float, str, type(None))
+_SAMPLED = "tokens of a text"
 
 
-def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(_equal, one, other))
-    if hasattr(one, "tobytes"):
-        return bool(one.tobytes() == other.tobytes())
-    return bool(one == other)
+class _Tokenizer:
+    """What decides the tokens of a text: a tokenizer's settings, special tokens and steps.
+
+    What is compared takes microseconds; what else may have changed shows in the tokens of a sample.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._tokenizer = model.tokenizer
+        self._core = getattr(model.tokenizer, "backend_tokenizer", None)
+        self._settings = self._plain()
+        self._steps = {name: getattr(self._core, name) for name in STEPS if self._core is not None}
+        self._was = self._told()
+
+    def changed(self) -> list[str]:
+        """Name what is not as it was."""
+        now = self._told()
+        found = [name for name, told in self._was.items() if now.get(name) != told]
+        if len(found) > 1:  # the sample's tokens follow from the rest
+            found = [name for name in found if name != _SAMPLED]
+        return [f"the tokenizer's {name}" for name in found + sorted(now.keys() - self._was.keys())]
+
+    def restore(self) -> None:
+        """Put everything back but tokens that were added, which cannot be taken out."""
+        own = vars(self._tokenizer)
+        for name in self._plain().keys() - self._settings.keys():
+            del own[name]
+        own.update(copy.deepcopy(self._settings))
+        if self._core is not None:
+            own["_tokenizer"] = self._core
+            for name, step in self._steps.items():
+                if _state(step) != (was := self._was[name.replace("_", " ")]):
+                    step.__setstate__(was)  # it was changed in place
+                setattr(self._core, name, step)
+
+    def _plain(self) -> dict[str, Any]:
+        """Return a copy of those attributes that are settings, not caches or tables."""
+        return {
+            name: copy.deepcopy(value)
+            for name, value in vars(self._tokenizer).items()
+            if name in _TOLD or isinstance(value, _PLAIN)
+        }
+
+    def _told(self) -> dict[str, Any]:
+        core = getattr(self._tokenizer, "backend_tokenizer", None)
+        steps = {name: _state(getattr(core, name)) for name in STEPS if core is not None}
+        added = getattr(self._tokenizer, "added_tokens_decoder", {})
+        return {
+            **{name.lstrip("_"): repr(value) for name, value in self._plain().items()},
+            **{name.replace("_", " "): state for name, state in steps.items()},
+            "vocabulary": (len(self._tokenizer), repr(added), core is self._core),
+            _SAMPLED: _sampled(self._tokenizer),
+        }
+
+
+def _state(step: Any) -> Any:
+    try:
+        return None if step is None else step.__getstate__()
+    except Exception:  # written in Python: it has none
+        return type(step)
+
+
+def _sampled(tokenizer: Any) -> Any:
+    try:
+        return sample_tokens(tokenizer)
+    except Exception as error:  # a hook made it useless
+        return type(error)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from errata.edits.delta.attaching import calling, fold_kind
 from errata.errors import CapabilityError, ConfigError
 from errata.model.running import wide
 
@@ -181,7 +182,8 @@ def _exact(
     parts: list[tuple[Tensor, Tensor]] = []
     for kind in sorted(kinds):
         deltas = kinds[kind]
-        pair = type(deltas[0]).joint_factors(name, deltas)
+        with calling(type(deltas[0]), "joint_factors"):
+            pair = type(deltas[0]).joint_factors(name, deltas)
         if pair is None:
             pair = _decomposed(model, name, deltas, transposed)
         parts.append((wide(pair[0].to(device)), wide(pair[1].to(device))))
@@ -200,7 +202,7 @@ def _decomposed(
         )
     base = model.pristine[name].to(model.parameters[name].device)
     whole = base.double()
-    kind.fold(name, whole, deltas)
+    fold_kind(kind, name, whole, deltas)
     difference = whole - base.double()
     if transposed:
         difference = difference.T

@@ -12,7 +12,7 @@ import torch
 
 from errata.edits import side_branch
 from errata.edits.autograd import recording
-from errata.edits.delta.attaching import attach_kind, keep_from_saving, responding, rewritten
+from errata.edits.delta import attaching
 from errata.edits.last_written import LastWritten
 from errata.errors import CapabilityError, IntegrityError, LedgerError, UnknownNameError
 from errata.model.display import Described, plural
@@ -288,7 +288,7 @@ class Stack(Described):
         """Return the prompts as the active edits want them to be read, kind by kind."""
         texts = list(prompts)
         for kind, deltas in self._acting("rewrite", self._entries):
-            texts = rewritten(kind, self._model, deltas, texts)
+            texts = attaching.rewritten(kind, self._model, deltas, texts)
         return texts
 
     def respond(self, prompts: Sequence[str]) -> list[Answers | None]:
@@ -298,7 +298,7 @@ class Stack(Described):
         """
         found: list[Answers | None] = [None] * len(prompts)
         for kind, deltas in self._acting("respond", self._entries):
-            for row, answers in enumerate(responding(kind, self._model, deltas, prompts)):
+            for row, answers in enumerate(attaching.responding(kind, self._model, deltas, prompts)):
                 found[row] = answers if found[row] is None else found[row]
         return found
 
@@ -366,7 +366,7 @@ class Stack(Described):
         # On the parameter's own device: folding a 7B model's matrices on the CPU takes seconds.
         accumulator = wide(base.to(live.device, copy=True))
         for kind in sorted(kinds):
-            type(kinds[kind][0]).fold(name, accumulator, kinds[kind])
+            attaching.fold_kind(type(kinds[kind][0]), name, accumulator, kinds[kind])
         folded = accumulator.to(base.dtype)  # the one rounding; may overflow in fp16
         sound = torch.isfinite(wide(folded)) | ~torch.isfinite(wide(base)).to(live.device)
         if not bool(sound.all()):
@@ -386,9 +386,9 @@ class Stack(Described):
                 self._undo.append(side_branch.attach(self._model, beside))
             # "adapter" sorts before "codebook": hooks then see the module with adapters in it.
             for kind, deltas in acting:
-                self._undo.append(attach_kind(kind, self._model, deltas))
+                self._undo.append(attaching.attach_kind(kind, self._model, deltas))
             hung = [e.id for e in entries if self._model.branch or "attach" in e.delta.effects]
-            self._undo.append(keep_from_saving(self._model.module, hung))
+            self._undo.append(attaching.keep_from_saving(self._model.module, hung))
         except BaseException:
             try:
                 self._detach()

@@ -8,7 +8,7 @@ from errata.contract import plugins
 from errata.contract.manager import Manager
 from errata.contract.measurement import Measurement
 from errata.contract.purity import pure
-from errata.errors import ErrataError, PluginError
+from errata.errors import PluginError, blaming
 
 if TYPE_CHECKING:
     from errata.contract.protocol import Protocol
@@ -34,14 +34,8 @@ def measured(protocol: Protocol, reader: Reader) -> list[Measurement]:
         return measure(reader)
     whose = f"The protocol {protocol.name!r} of {measure.__module__}"
     with pure(reader.model, f"protocol {protocol.name!r}", "measure"):
-        try:
+        with blaming(f"{whose} failed"):
             found = measure(reader)
-        except ErrataError:
-            raise
-        except Exception as error:
-            raise PluginError(
-                f"{whose} failed: {type(error).__name__}: {error} (the traceback shows where)."
-            ) from error
     if not isinstance(found, (list, tuple)) or not all(
         isinstance(item, Measurement) for item in found
     ):

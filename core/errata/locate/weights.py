@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from errata.edits.delta.attaching import fold_kind
 from errata.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -287,7 +288,7 @@ def _folded(model: Model, name: str, entries: Sequence[Edit]) -> Tensor:
         if entry.delta.folds and name in entry.delta.parameters:
             kinds.setdefault(entry.delta.kind, []).append(entry.delta)
     for kind in sorted(kinds):
-        type(kinds[kind][0]).fold(name, change, kinds[kind])
+        fold_kind(type(kinds[kind][0]), name, change, kinds[kind])
     return change
 
 

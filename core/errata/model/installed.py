@@ -10,7 +10,8 @@ from functools import lru_cache
 from importlib import metadata
 from importlib.metadata import EntryPoint
 
-from errata.errors import PluginError, cause
+from errata.errors import PluginError, cause, in_short
+from errata.model.process import undisturbed
 
 DISABLE = "ERRATA_DISABLE"
 """Environment variable with names of entry points, comma separated, as if not installed."""
@@ -43,12 +44,15 @@ def loading(point: EntryPoint, what: str) -> Iterator[None]:
     """Say what could not be loaded where an installed package raises, or ends the process.
 
     Raises `PluginError`. Where the package asks for another errata than this one, it says so.
+    What importing it changes in the process is put back.
     """
+    package = f" (from {point.dist.name})" if point.dist else ""
     try:
-        yield
+        with undisturbed(f"{point.value}{package}"):
+            yield
     except (Exception, SystemExit) as error:
         raise PluginError(
-            f"{what} could not be loaded: {type(error).__name__}: {error}{_other_errata(point)}"
+            f"{what} could not be loaded: {in_short(error)}{_other_errata(point)}"
         ) from cause(error)
 
 

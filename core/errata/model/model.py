@@ -23,6 +23,7 @@ from errata.model.artifacts import Artifacts
 from errata.model.call import Call
 from errata.model.pristine import Pristine
 from errata.model.progress import Progress
+from errata.model.storage import canonical, parse_json
 from errata.model.structure import hooked_by_others
 from errata.model.task import WRITES_NOTHING, Task, require_task, task_of_module
 from errata.model.tokens import tokenizer_for
@@ -47,6 +48,30 @@ _SAMPLE = (
     "The quick brown Fox, born in 1987, jumps over  the lazy dog's $3.50 café;\n\tÅngström wrote "
     "“Überraschung” (naïve?) to MARIE_CURIE@example.org: 東京, Москва, القاهرة, दिल्ली 🙂"
 )
+
+
+def _kept(computed: Any, key: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return what was computed of a base, as a file gives it back, and copies of its tensors.
+
+    Raises `TypeError` where it cannot be kept: in a hook, that is the plugin's mistake.
+    """
+    try:
+        tensors, metadata = computed
+        copied = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        return copied, parse_json(canonical(dict(metadata)))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise TypeError(
+            f"what was computed for {key[0]!r} cannot be kept: it must be tensors by name and "
+            f"plain JSON ({error})"
+        ) from error
+
+
+def sample_tokens(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Return the tokens of a text by which tokenizers are told apart, with and without specials."""
+    return [
+        tokenizer(_SAMPLE, add_special_tokens=special, verbose=False).input_ids
+        for special in (True, False)
+    ]
 
 
 def _lasting(config: Any) -> Any:
@@ -316,6 +341,8 @@ class Model:
             ConfigError: it is not there yet, and edits are active: it belongs to the base.
             IntegrityError: it is not there yet, and other code changed the model.
         """
+        if not all(isinstance(part, str) for part in key):
+            raise TypeError(f"the key of what belongs to the base must be texts, not {key!r}")
         whole = self.base_key(*key, trained=trained)
         if whole not in self.memo:
             stored = self.artifacts.load(whole)
@@ -327,9 +354,8 @@ class Model:
                         "call `prepare` first, which takes them off meanwhile."
                     )
                 self.stack.check_unchanged()  # it would be kept, and read in later processes
-                tensors, metadata = compute()
-                self.artifacts.save(whole, tensors, metadata)
-                stored = dict(tensors), dict(metadata)
+                stored = _kept(compute(), key)
+                self.artifacts.save(whole, *stored)
             self.memo[whole] = stored
         self._of_base[whole] = None
         found: tuple[Mapping[str, Tensor], Mapping[str, Any]] = self.memo[whole]
@@ -398,11 +424,8 @@ class Model:
 
     @cached_property
     def _own_fingerprint(self) -> str:
-        tokens = [
-            self.tokenizer(_SAMPLE, add_special_tokens=special, verbose=False).input_ids
-            for special in (True, False)
-        ]
-        whole = f"{self.config_digest}:{self.pristine.digest_all()}:{json.dumps(tokens)}"
+        tokens = json.dumps(sample_tokens(self.tokenizer))
+        whole = f"{self.config_digest}:{self.pristine.digest_all()}:{tokens}"
         return hashlib.sha256(whole.encode()).hexdigest()
 
     def fingerprint_of(self, names: Sequence[str]) -> dict[str, str]:

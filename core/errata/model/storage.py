@@ -26,11 +26,22 @@ MAX_HEADER = 32 * 2**20  # bytes; an honest header of 10,000 tensors has about 1
 
 
 def canonical(value: Any) -> str:
-    """Return JSON text, the same for equal values; raise `IntegrityError` for NaN and non-JSON."""
+    """Return JSON text, the same for equal values; raise `IntegrityError` for NaN and non-JSON.
+
+    A number of numpy's or torch's counts as the plain one that it holds.
+    """
     try:
-        return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return json.dumps(
+            value, sort_keys=True, separators=(",", ":"), allow_nan=False, default=_plain
+        )
     except (TypeError, ValueError, RecursionError) as error:
         raise IntegrityError(f"Not storable as JSON: {error}") from None
+
+
+def _plain(value: Any) -> Any:
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        return value.item()
+    raise TypeError(f"an object of type {type(value).__name__} is no JSON")
 
 
 def parse_json(text: str | bytes, source: str = "data") -> Any:

@@ -17,6 +17,7 @@ GLOBAL_HOOK_TABLES = (
     "_global_backward_hooks", "_global_backward_pre_hooks",
 )  # fmt: skip
 ABSENT = object()
+_PRESENT = object()
 _OURS = ("errata", "transformers", "accelerate", "torch")  # whose hooks leave the numbers alone
 _ORDINARY = frozenset(vars(nn.Module()))
 
@@ -26,7 +27,9 @@ class Trait(NamedTuple):
 
     `what` is "module", "class", "training flag", "parameter", "buffer" (saved with the model),
     "cache" (a buffer that is not), "method" (one that the object has for itself), "attribute", or
-    the table of a hook, whose number is the name then.
+    the table of a hook, whose number is the name then. Of an attribute that is a switch or a float,
+    such as a norm's epsilon, the value counts; of others only that they are there: a model notes
+    in them what it likes while it runs.
     """
 
     path: str
@@ -65,7 +68,7 @@ class Structure:
         return {
             trait: now.get(trait, ABSENT)
             for trait in {**self.traits, **now}
-            if now.get(trait, ABSENT) is not self.traits.get(trait, ABSENT)
+            if not _same(now.get(trait, ABSENT), self.traits.get(trait, ABSENT))
         }
 
     def changed(self) -> list[str]:
@@ -96,7 +99,7 @@ class Structure:
             _put(module._parameters, trait.name, former)
         elif trait.what in ("buffer", "cache"):
             _put(module._buffers, trait.name, former)
-        elif trait.what == "method" or former is ABSENT:
+        elif former is not _PRESENT:
             _put(vars(module), trait.name, former)
 
 
@@ -152,7 +155,12 @@ def _traits(root: nn.Module) -> Iterator[tuple[Trait, Any]]:
             if callable(getattr(type(module), name, None)):
                 yield Trait(path, "method", name), own[name]
             else:
-                yield Trait(path, "attribute", name), True
+                plain = type(own[name]) in (bool, float) and not name.startswith("_")
+                yield Trait(path, "attribute", name), own[name] if plain else _PRESENT
+
+
+def _same(one: Any, other: Any) -> bool:
+    return one is other or (type(one) is float and type(other) is float and one == other)
 
 
 def _put(table: Any, name: Any, value: Any) -> None:

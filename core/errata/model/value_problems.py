@@ -80,11 +80,17 @@ def problems_by_place(error: ValidationError) -> Iterator[tuple[tuple[str, ...],
     for item in error.errors():
         whole = tuple(map(str, item["loc"]))
         place = whole[:1] + tuple(part for part in whole[1:] if not _BRANCH.match(part))
-        found.setdefault(place, (item.get("input"), []))[1].append(problem_of(item, given=False))
-    for place, (value, said) in found.items():
-        wanted = [text.removeprefix("must be ") for text in said]
-        several = len(said) > 1 and all(text.startswith("must be ") for text in said)
-        yield place, value, f"must be {' or '.join(wanted)}" if several else "; ".join(said)
+        missing = item["type"] == "missing"
+        said = "has none, and must be given" if missing else problem_of(item, given=False)
+        found.setdefault(place, (_NOTHING if missing else item.get("input"), []))[1].append(said)
+    for place, (value, told) in found.items():
+        wanted = [text.removeprefix("must be ") for text in told]
+        several = len(told) > 1 and all(text.startswith("must be ") for text in told)
+        yield place, value, f"must be {' or '.join(wanted)}" if several else "; ".join(told)
+
+
+_NOTHING = type("Nothing", (), {"__repr__": lambda _: "nothing"})()
+"""Stands for a value that is missing."""
 
 
 _BRANCH = re.compile(r"(int|float|str|bool|constrained-\w+)$|\w+(-\w+)?\[|function-")

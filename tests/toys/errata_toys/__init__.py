@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
+from tokenizers.normalizers import Lowercase
 from torch import Tensor
 
 from errata import MethodConfig, hookimpl
@@ -326,6 +329,61 @@ class ToyImpureConfig(ToyConfig):
     how: str = Field(default="inplace", description="Which way of touching the model to show")
 
 
+def swap_module(model: Any, parameter: Any, config: ToyConfig) -> None:
+    path = model.anatomy.mlp(config.layer)
+    parent, _, child = path.rpartition(".")
+    setattr(model.module.get_submodule(parent), child, torch.nn.Identity())
+
+
+def change_in_place(model: Any, parameter: Any, config: ToyConfig) -> None:
+    with torch.no_grad():
+        parameter.add_(1.0)
+
+
+def other_side(model: Any, parameter: Any, config: ToyConfig) -> None:
+    sides = {"left": "right", "right": "left"}
+    model.tokenizer.padding_side = sides[model.tokenizer.padding_side]
+
+
+def first_norm(model: Any) -> Any:
+    return next(m for m in model.module.modules() if isinstance(m, torch.nn.LayerNorm))
+
+
+TOUCHES: dict[str, Callable[[Any, Any, ToyConfig], Any]] = {
+    "inplace": change_in_place,
+    "data": lambda m, p, c: p.data[0, 0].add_(1.0),
+    "buffer": lambda m, p, c: next(iter(m.buffers.values())).data.flatten()[:1].add_(1),
+    "half": lambda m, p, c: m.module.half(),
+    "transposed": lambda m, p, c: setattr(p, "data", p.data.T),
+    "hook": lambda m, p, c: m.module.register_forward_hook(lambda *args: None),
+    "train": lambda m, p, c: m.module.train(),
+    "requires_grad": lambda m, p, c: p.requires_grad_(not p.requires_grad),
+    "grad": lambda m, p, c: setattr(p, "grad", torch.zeros_like(p)),
+    "module": swap_module,
+    "attribute": lambda m, p, c: setattr(m.module, "left_behind", 1),
+    "epsilon": lambda m, p, c: setattr(first_norm(m), "eps", 0.5),
+    "config": lambda m, p, c: m.module.config.update({"use_cache": not m.module.config.use_cache}),
+    "generation_config": lambda m, p, c: m.module.generation_config.update(max_new_tokens=3),
+    "side": other_side,
+    "normalizer": lambda m, p, c: setattr(m.tokenizer.backend_tokenizer, "normalizer", Lowercase()),
+    "step": lambda m, p, c: setattr(
+        m.tokenizer.backend_tokenizer.pre_tokenizer, "add_prefix_space", True
+    ),
+    "special": lambda m, p, c: setattr(m.tokenizer, "pad_token", "the"),
+    "template": lambda m, p, c: setattr(m.tokenizer, "chat_template", "{{ 1 }}"),
+    "length": lambda m, p, c: setattr(m.tokenizer, "model_max_length", 3),
+    "dtype": lambda m, p, c: torch.set_default_dtype(torch.float64),
+    "device": lambda m, p, c: torch.set_default_device("meta"),
+    "precision": lambda m, p, c: torch.set_float32_matmul_precision("medium"),
+    "anomaly": lambda m, p, c: torch.autograd.set_detect_anomaly(True),
+    "gradients": lambda m, p, c: torch.set_grad_enabled(False),
+    "folder": lambda m, p, c: os.chdir(os.sep),
+    "logging": lambda m, p, c: logging.disable(logging.CRITICAL),
+    "tokens": lambda m, p, c: m.tokenizer.add_tokens(["<strange>"]),
+}
+"""Ways of changing a model or the process, given the model, a weight and the configuration."""
+
+
 class ToyImpure(ToyLowRank):
     """Changes the model while computing, in every way one can think of."""
 
@@ -335,39 +393,8 @@ class ToyImpure(ToyLowRank):
     @hookimpl
     def edit(self, model, requests, config):
         parameter = model.parameter(weight_name(model, config))
-        module = model.module
         deltas = super().edit(model, requests, config)
-        if config.how == "inplace":
-            with torch.no_grad():
-                parameter.add_(1.0)
-        elif config.how == "data":
-            parameter.data[0, 0] += 1.0
-        elif config.how == "buffer":
-            buffer = next(iter(model.buffers.values()))
-            buffer.data.flatten()[:1] += 1
-        elif config.how == "hook":
-            module.register_forward_hook(lambda *args: None)
-        elif config.how == "train":
-            module.train()
-        elif config.how == "requires_grad":
-            parameter.requires_grad_(not parameter.requires_grad)
-        elif config.how == "grad":
-            parameter.grad = torch.zeros_like(parameter)
-        elif config.how == "module":
-            path = model.anatomy.mlp(config.layer)
-            parent, _, child = path.rpartition(".")
-            setattr(module.get_submodule(parent), child, torch.nn.Identity())
-        elif config.how == "attribute":
-            module.left_behind = 1
-        elif config.how == "config":
-            module.config.use_cache = not module.config.use_cache
-        elif config.how == "generation_config":
-            module.generation_config.max_new_tokens = 3
-        elif config.how == "side":
-            sides = {"left": "right", "right": "left"}
-            model.tokenizer.padding_side = sides[model.tokenizer.padding_side]
-        elif config.how == "dtype":
-            torch.set_default_dtype(torch.float64)
+        TOUCHES[config.how](model, parameter, config)
         return deltas
 
 

@@ -245,3 +245,97 @@ class ToyBig(ToyLowRank):
         name = weight_name(model, config)
         shape = model.parameter(name).shape
         return DenseDelta({name: 50 * torch.randn(shape, generator=noise)})
+
+
+class ToyReuses(ToyLowRank):
+    """Returns one and the same buffer each time, and writes into it at the next call."""
+
+    name = "toy-reuses"
+    buffers: ClassVar[dict[str, Tensor]] = {}
+
+    @hookimpl
+    def edit(self, model, requests, config):
+        name = weight_name(model, config)
+        shape = model.parameter(name).shape
+        buffer = self.buffers.setdefault(name, torch.empty(shape))
+        buffer.normal_(generator=generator(requests[0], config))
+        return DenseDelta({name: buffer})
+
+
+class ReadAsAnother(LowRankDelta):
+    """A delta of a kind that is read as another class."""
+
+
+class UnknownDelta(LeakyDelta):
+    """A kind that no entry point names."""
+
+    kind: ClassVar[str] = "toy_unknown"
+
+
+class IdleDelta(Delta):
+    """A kind that does nothing."""
+
+    kind: ClassVar[str] = "toy_idle"
+    parameters = ()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    @classmethod
+    def from_parts(cls, tensors, metadata):
+        return cls()
+
+
+class PickyDelta(Delta):
+    """A kind that stores what it is told to, and may not be built from it, or fail to fold."""
+
+    kind: ClassVar[str] = "toy_picky"
+
+    def __init__(self, name: str, held: Any) -> None:
+        self.name, self.held = name, held
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"one": self.held if isinstance(self.held, Tensor) else torch.ones(1)}
+
+    def metadata(self) -> dict[str, Any]:
+        return {"name": self.name, "held": [] if isinstance(self.held, Tensor) else self.held}
+
+    @classmethod
+    def from_parts(cls, tensors, metadata):
+        if metadata["held"] == "lost":
+            raise KeyError("held")
+        return cls(metadata["name"], metadata["held"])
+
+    @classmethod
+    def fold(cls, name, accumulator, deltas):
+        if any(delta.held == "breaks" for delta in deltas):
+            raise ZeroDivisionError("in the\nfold " + 500 * "x")
+
+
+class ToyStored(ToyLowRank):
+    """Returns a delta that the ledger cannot record, or could not read again."""
+
+    name = "toy-stored"
+
+    class config(ToyConfig):
+        how: str = Field(default="unknown", description="What is wrong")
+
+    @hookimpl
+    def edit(self, model, requests, config):
+        name = weight_name(model, config)
+        if config.how == "idle":
+            return IdleDelta()
+        if config.how == "unknown":
+            return UnknownDelta(name)
+        if config.how == "another":
+            (delta,) = super().edit(model, requests, config)
+            return ReadAsAnother(delta.factors)
+        held = {
+            "object": object(), "nan": float("nan"), "meta": torch.ones(1, device="meta"),
+            "sparse": torch.ones(1).to_sparse(), "number": torch.tensor(2.0).numpy()[()],
+        }.get(config.how, config.how)  # fmt: skip
+        return PickyDelta(name, held)

@@ -12,10 +12,16 @@ from errata.model.answers import Answers
 from errata.model.structure import Structure
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from errata.edits.delta.base import Delta, Undo
     from errata.model.model import Model
+
+
+def calling(kind: type[Delta], what: str) -> AbstractContextManager[None]:
+    """Say which kind failed in a call of one of its methods, where it is none of errata's own."""
+    own = kind.__module__.partition(".")[0] == "errata"
+    return nullcontext() if own else blaming(f"{_name(kind)} failed in `{what}`")
 
 
 def attach_kind(kind: type[Delta], model: Model, deltas: Sequence[tuple[str, Delta]]) -> Undo:
@@ -66,7 +72,7 @@ def rewritten(
     kind: type[Delta], model: Model, deltas: Sequence[tuple[str, Delta]], prompts: Sequence[str]
 ) -> list[str]:
     """Return prompts as a kind wants them to be read; raise `PluginError` for anything else."""
-    with _called(kind, "rewrite"):
+    with calling(kind, "rewrite"):
         texts = kind.rewrite(model, deltas, prompts)
     _check_count(kind, "rewrite", texts, prompts)
     if not all(isinstance(text, str) for text in texts):
@@ -78,7 +84,7 @@ def responding(
     kind: type[Delta], model: Model, deltas: Sequence[tuple[str, Delta]], prompts: Sequence[str]
 ) -> list[Answers | None]:
     """Return who answers each prompt for a kind; raise `PluginError` for anything else."""
-    with _called(kind, "respond"):
+    with calling(kind, "respond"):
         found = kind.respond(model, deltas, prompts)
     _check_count(kind, "respond", found, prompts)
     for one in found:
@@ -90,8 +96,14 @@ def responding(
     return list(found)
 
 
+def fold_kind(kind: type[Delta], name: str, accumulator: Tensor, deltas: Sequence[Delta]) -> None:
+    """Add all deltas of one kind to an accumulator, in place."""
+    with calling(kind, "fold"):
+        kind.fold(name, accumulator, deltas)
+
+
 def _attached(kind: type[Delta], model: Model, deltas: Sequence[tuple[str, Delta]]) -> Undo:
-    with _called(kind, "attach"):
+    with calling(kind, "attach"):
         undo = kind.attach(model, deltas)
     if not callable(undo):
         raise PluginError(
@@ -100,16 +112,10 @@ def _attached(kind: type[Delta], model: Model, deltas: Sequence[tuple[str, Delta
         )
 
     def undone() -> None:
-        with _called(kind, "the undo that its attach returned"):
+        with calling(kind, "the undo that its attach returned"):
             undo()
 
     return undone
-
-
-def _called(kind: type[Delta], what: str) -> AbstractContextManager[None]:
-    """Say which kind failed, where it is none of errata's own."""
-    own = kind.__module__.partition(".")[0] == "errata"
-    return nullcontext() if own else blaming(f"{_name(kind)} failed in `{what}`")
 
 
 def _name(kind: type[Delta]) -> str:
