@@ -114,7 +114,7 @@ def test_results_are_lists_that_show_themselves_as_tables(model: Model) -> None:
     assert len(str(many).splitlines()) == SHOWN + 2
     assert "5 more" in str(many)
     edit = whole_edit(model)
-    log = ResultTable([LogEntry.of(edit, {edit.id})])
+    log = ResultTable([LogEntry.of(edit, {edit.id}, ())])
     assert max(map(len, str(log).splitlines())) < 500
     assert "yes" in str(log)
     assert str(ResultTable[Measurement]()) == "[]"

@@ -472,7 +472,7 @@ def test_a_file_brings_no_artifact_that_its_edits_do_not_need(
 
 
 @pytest.mark.parametrize("ledger", [None, "ledger"])
-@pytest.mark.parametrize("when", ["overflow", "observer", "already on"])
+@pytest.mark.parametrize("when", ["overflow", "observer"])
 def test_a_file_is_applied_whole_or_not_at_all(
     when: str, ledger: str | None, tmp_path: Path
 ) -> None:
@@ -493,13 +493,7 @@ def test_a_file_is_applied_whole_or_not_at_all(
         else:
             both = [parts("dense", torch.float32), second]
         file = file_of(tmp_path, editor, *both, names=(WEIGHT,))
-        if when == "already on":
-            first = editor.import_(file)[0]
-            editor.apply(first)
-            before = state_of(editor.model)
-        wrong: type[Exception] = {"overflow": IntegrityError, "observer": PluginError}.get(
-            when, LedgerError
-        )
+        wrong = {"overflow": IntegrityError, "observer": PluginError}[when]
         said = [(entry.edit.id, entry.active) for entry in editor.log()]
         with pytest.raises(wrong):
             editor.apply(file)

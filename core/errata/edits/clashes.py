@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from errata.edits.aims import aims_of_request
-from errata.edits.delta.attaching import calling
 from errata.errors import LedgerError
 from errata.model.display import first_few, plural
 
@@ -86,6 +85,9 @@ class Clashes:
         """
         known = {edit.id for edit in self.about(requests)}
         others = [e for e in self._edits if e.delta.kind == delta.kind and e.id not in known]
+        # Imported here: who only reads a ledger needs no torch.
+        from errata.edits.delta.attaching import calling
+
         with calling(type(delta), "cosines"):
             cosines = delta.cosines([edit.delta for edit in others])
         close = {
