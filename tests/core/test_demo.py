@@ -61,7 +61,7 @@ def test_each_method_edits_one_fact_on_top_of_the_others(report: dict[str, Any])
     edits = report["edits"]
     assert [edit["method"] for edit in edits] == report["asked"]
     ids = [edit["id"] for edit in edits]
-    assert [edit["parents"] for edit in edits] == [ids[:n] for n in range(len(ids))]
+    assert [edit["on_top_of"] for edit in edits] == [None, *ids][: len(ids)]
     for edit, fact in zip(edits, report["facts"], strict=True):
         (request,) = edit["requests"]
         assert (request["subject"], request["target_new"]) == (fact["subject"], fact["target_new"])
