@@ -14,6 +14,7 @@ from errata.cli.session import DAMAGED, LEDGER, MODEL, Session, command
 from errata.edits.ledger.model_note import model_of
 from errata.edits.request import wish_of
 from errata.errors import ErrataError, LedgerError
+from errata.model.display import first_few
 
 if TYPE_CHECKING:
     from errata.edits.edit import Edit
@@ -343,7 +344,7 @@ def _networks(edit: Edit) -> list[str]:
 def _below(edit: Edit) -> str:
     """Return what an edit was computed on top of, in words."""
     first = [f"{edit.on_top_of} and what that is on top of"] if edit.on_top_of else []
-    return ", ".join([*first, *edit.parents]) or "the base"
+    return first_few([*first, *edit.parents]) or "the base"
 
 
 def _of_delta(ledger: Ledger, edit: Edit) -> list[tuple[str, str]]:
