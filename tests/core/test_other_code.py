@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from errata import Editor, Request, hookimpl
+from errata import Editor, MethodConfig, Request, hookimpl
 from errata.contract.guards import Guards
 from errata.contract.manager import Manager
 from errata.edits.delta import DenseDelta, Rows, SparseRowsDelta
@@ -146,10 +146,10 @@ def test_what_leaves_the_weights_as_they_were_is_no_change(branch: bool) -> None
 def test_a_hook_is_not_called_on_weights_that_other_code_changed(tmp_path: Path) -> None:
     model = build_model("gpt2", tmp_path)
     manager = Manager("aliasing", [Aliasing(ALIASES["data"])])
-    manager.edit(model, [ADA], None)
+    manager.edit(model, [ADA], MethodConfig())
     by_data(ELSEWHERE)(model.module)
     with pytest.raises(IntegrityError, match="Other code changed"):
-        manager.edit(model, [ADA], None)
+        manager.edit(model, [ADA], MethodConfig())
 
 
 # -- what a plugin returns -------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def test_a_delta_that_is_the_models_memory_does_not_change_with_the_model(
 ) -> None:
     model = build_model("gpt2", tmp_path)
     base = state_of(model)
-    (delta,) = Manager("aliasing", [Aliasing(ALIASES[how])]).edit(model, [ADA], None)
+    (delta,) = Manager("aliasing", [Aliasing(ALIASES[how])]).edit(model, [ADA], MethodConfig())
     assert not any(tensor.requires_grad for tensor in delta.tensors().values())
     recorded = {name: tensor.clone() for name, tensor in delta.tensors().items()}
     model.stack.set([edit_with(1, "one", delta)])

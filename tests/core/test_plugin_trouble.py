@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from errata import Editor, MethodConfig, hookimpl
 from errata.cli.app import app
 from errata.contract import plugins
-from errata.contract.manager import Manager, _warn
+from errata.contract.manager import Manager
+from errata.contract.registry import warn_once
 from errata.errors import ErrataError, PluginError
 from errata.evaluate import Measurement, Protocol
 from errata.model.process import ProcessState
@@ -455,7 +456,7 @@ OWN = Protocol("own", "what the test says", "this file")
 def test_what_is_no_list_of_protocols_is_left_out_alone(
     given: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    _warn.cache_clear()
+    warn_once.cache_clear()
     manager = Manager("", [Offers(given), Offers([OWN])])
     assert manager.protocols() == {"own": OWN}
     said = (

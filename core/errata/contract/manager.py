@@ -6,7 +6,6 @@ import logging
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from errata.contract.measurement import Measurement
 from errata.contract.plugins import called, is_own, registered
 from errata.contract.protocol import Protocol
 from errata.contract.purity import pure
-from errata.contract.registry import Registry
+from errata.contract.registry import Registry, warn_once
 from errata.edits.delta import Delta
 from errata.edits.delta_kinds import DeltaKinds
 from errata.edits.own_copy import own_copy
@@ -33,6 +32,7 @@ from errata.model.arguments import check_name
 from errata.model.installed import DISABLE
 
 if TYPE_CHECKING:
+    from errata.contract.config import MethodConfig
     from errata.contract.location import Location
     from errata.edits.edit import Edit
     from errata.edits.request import Request
@@ -112,14 +112,16 @@ class Manager:
         return found
 
     def prepare(
-        self, model: Model, corpus: Sequence[str], training: Sequence[Request], config: Any
+        self, model: Model, corpus: Sequence[str], training: Sequence[Request], config: MethodConfig
     ) -> None:
         """Let the method compute what belongs to the base."""
         if self._pm.hook.prepare.get_hookimpls():
             with pure(model, self.method, "prepare"), self._calling("prepare"):
-                self._pm.hook.prepare(model=model, corpus=corpus, training=training, config=config)
+                self._pm.hook.prepare(
+                    model=model, corpus=corpus, training=training, config=_own(config)
+                )
 
-    def edit(self, model: Model, requests: Sequence[Request], config: Any) -> list[Delta]:
+    def edit(self, model: Model, requests: Sequence[Request], config: MethodConfig) -> list[Delta]:
         """Compute deltas: one for all requests, or one per request in their order.
 
         Raises:
@@ -127,7 +129,7 @@ class Manager:
             PluginError: it returned no deltas, too many, or one that does not fit the model.
         """
         with pure(model, self.method, "edit"), self._calling("edit"):
-            result = self._pm.hook.edit(model=model, requests=list(requests), config=config)
+            result = self._pm.hook.edit(model=model, requests=list(requests), config=_own(config))
         deltas = [result] if isinstance(result, Delta) else _listed(result)
         if not deltas or not all(isinstance(delta, Delta) for delta in deltas):
             raise PluginError(
@@ -141,7 +143,7 @@ class Manager:
             )
         return [self._checked(delta, model) for delta in deltas]
 
-    def resolve(self, model: Model, delta: Delta, config: Any) -> Delta:
+    def resolve(self, model: Model, delta: Delta, config: MethodConfig) -> Delta:
         """Compute a recorded edit's delta under another configuration, from what it stores.
 
         Raises:
@@ -150,7 +152,7 @@ class Manager:
             PluginError: it returned something else than a delta that fits the model.
         """
         with pure(model, self.method, "resolve"), self._calling("resolve"):
-            found = self._pm.hook.resolve(model=model, delta=delta, config=config)
+            found = self._pm.hook.resolve(model=model, delta=delta, config=_own(config))
         if found is None:
             raise CapabilityError(
                 f"{self.method} cannot solve an edit that is stored as {delta.kind!r} again: its "
@@ -278,7 +280,7 @@ class Manager:
                     f"or leave one out: {DISABLE} takes the name of its entry point."
                 )
         for text in broken.values():
-            _warn(text)
+            warn_once(text)
         return {n: found[0][1] for n, found in claims.items() if n not in broken}, broken
 
     def apply(self, model: Model, edits: Sequence[Edit]) -> None:
@@ -302,10 +304,9 @@ def _by_name(hook: str, result: Any) -> list[tuple[str, Any]] | None:
     return [(one.name, one) for one in result]
 
 
-@cache
-def _warn(text: str) -> None:
-    """Warn once in a process: every command asks."""
-    logger.warning("%s", text)
+def _own(config: MethodConfig) -> MethodConfig:
+    """Return the configuration that a hook gets: what it writes into a list of it is no record."""
+    return config.model_copy(deep=True)
 
 
 def _check_once(results: Sequence[Sequence[Measurement]]) -> None:

@@ -40,11 +40,6 @@ def _told(method: str, what: str) -> AbstractContextManager[None]:
     return blaming(f"Method {method!r} failed in `{what}` of its configuration")
 
 
-def _copy(config: MethodConfig) -> MethodConfig:
-    """Return what a hook gets: what it writes into a list of it is in no edit's record."""
-    return config.model_copy(deep=True)
-
-
 Settle = Callable[["Model", str, "MethodConfig"], "tuple[MethodConfig, str]"]
 """Replaces layers that are "auto" by those of a sweep; returns the configuration and why."""
 
@@ -237,7 +232,7 @@ class Methods:
         """Compute the deltas of a prepared method, from the model's present state."""
         trained = self._preparation.in_force(self._model, name, config)
         with trained, Meter(self._model) as m:
-            deltas = self.manager(name).edit(self._model, requests, _copy(config))
+            deltas = self.manager(name).edit(self._model, requests, config)
         return Computed(deltas, m.seconds / len(deltas), m.peak)
 
     def resolves(self, edit: Edit) -> frozenset[str]:
@@ -256,7 +251,7 @@ class Methods:
     def resolve(self, edit: Edit, config: MethodConfig) -> Computed:
         """Compute the delta of a recorded edit under another configuration, from what it stores."""
         with Meter(self._model) as m:
-            delta = self.manager(edit.method).resolve(self._model, edit.delta, _copy(config))
+            delta = self.manager(edit.method).resolve(self._model, edit.delta, config)
         return Computed([delta], m.seconds, m.peak)
 
     def reconfigured(self, edit: Edit, overrides: Mapping[str, Any]) -> MethodConfig:
@@ -334,8 +329,7 @@ class Methods:
             self._preparation.recall(self._model, method, settings)
         self.check_overlap(method, settings, wanted)
         with self._preparation.in_force(self._model, method, settings):
-            manager = self.manager(method)
-            found = [manager.edit(self._model, batch, _copy(settings)) for batch in batches]
+            found = [self.manager(method).edit(self._model, batch, settings) for batch in batches]
         return [delta for deltas in found for delta in deltas]
 
     def _trains(self, name: str) -> bool:

@@ -126,7 +126,7 @@ class Preparation:
         given = _Trained(training.digest, training.facts) if training else None
         trained = given or former or _Trained()
         with model.base_state(), _training(model, trained.on):
-            manager.prepare(model, model.corpus or (), training, config.model_copy(deep=True))
+            manager.prepare(model, model.corpus or (), training, config)
         if given is not None:
             about = {
                 "digest": given.on, "n": len(training), "facts": sorted(given.facts),

@@ -105,7 +105,7 @@ class Registry:
             merged, broken = cls.merge([*sound, *others], installed), {**broken, **odd}
         broken = {**_kindless(merged.methods, installed), **broken}
         for text in dict.fromkeys(broken.values()):
-            _warn(text)
+            warn_once(text)
         return replace(merged, broken=broken)
 
     @classmethod
@@ -291,8 +291,8 @@ def _check_variant(preset: Preset, config: type[MethodConfig], method: str) -> N
 
 
 @cache
-def _warn(text: str) -> None:
-    """Warn once in a process: the registry is read many times."""
+def warn_once(text: str) -> None:
+    """Warn once in a process: every command reads the registry, and asks what plugins offer."""
     logger.warning("%s", text)
 
 
@@ -322,7 +322,7 @@ def named(
                     f"{method}: {key!r} ({place}) is the former name of {now!r}, which is given as "
                     f"well. Give {now!r} alone."
                 )
-            _warn(f"{method}: {key!r} ({place}) is called {now!r} now. Write {now!r} instead.")
+            warn_once(f"{method}: {key!r} ({place}) is called {now!r} now. Write {now!r} instead.")
         elif key not in config.model_fields:
             close = difflib.get_close_matches(key, config.model_fields, n=1, cutoff=0.5)
             hint = f" Did you mean {close[0]!r}?" if close else ""

@@ -46,10 +46,10 @@ def computed_on(active: Sequence[Edit]) -> tuple[str | None, tuple[str, ...]]:
     records = {edit.id: edit for edit in active}
     stale = set(stale_ids(active, records))
     firm = [edit for edit in active if edit.id not in stale]
-    # The latest that stands on others covers most; what is stale would bring in what is off.
-    standing = [edit for edit in firm if edit.on_top_of or edit.parents]
     if not firm:
         return None, tuple(records)
+    # The latest that stands on others covers most; what is stale would bring in what is off.
+    standing = [edit for edit in firm if edit.on_top_of or edit.parents]
     top = below = (standing or firm)[-1]
     covered = {top.id, *top.parents}
     while below.on_top_of:

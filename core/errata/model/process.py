@@ -51,9 +51,8 @@ def undisturbed(what: str) -> Iterator[None]:
     try:
         yield
     finally:
-        changed = before.changed()
-        before.restore()
-        if changed:
+        if changed := before.changed():
+            before.restore()
             text = "Importing %s changed %s. It was put back: a plugin sets nothing for others."
             logger.warning(text, what, ", ".join(changed))
 
