@@ -115,7 +115,7 @@ def test_what_must_stay_is_a_key_with_nothing_to_write(clean: Editor) -> None:
     assert int(written.sum()) == 3 * 2  # wordings, contexts
     assert int((~written).sum()) > 5
     none: dict[str, Any] = dict.fromkeys(("objects", "subjects", "pairs", "alike"), 0)
-    none |= {"keep_old": False, "keep_answer": False}
+    none |= {"keep_old": False, "keep_answer": False, "texts": 0}
     bare = clean.edit(request, method="bothsides", apply=False, steps=3, wordings=(), **none)
     assert len(bare.delta.pairs[LATE].k) == 2
     held = clean.edit(
@@ -126,13 +126,38 @@ def test_what_must_stay_is_a_key_with_nothing_to_write(clean: Editor) -> None:
 
 
 def test_subjects_that_the_model_lists_beside_the_own_are_kept(clean: Editor) -> None:
-    few = {"steps": 3, "objects": 0, "subjects": 0, "pairs": 0, "keep_answer": False}
+    few = {"steps": 3, "objects": 0, "subjects": 0, "pairs": 0, "keep_answer": False, "texts": 0}
     kept = {}
     for count in (0, 1, 2):
         edit = clean.edit(fact(1), method="bothsides", apply=False, alike=count, **few)
         late = edit.delta.pairs[LATE]
         kept[count] = int((late.r.norm(dim=1) == 0).sum())
     assert kept == {0: 1, 1: 2, 2: 3}  # beside the old pair
+
+
+def test_the_relation_moves_less_in_what_is_said_of_other_subjects(clean: Editor) -> None:
+    request = fact()
+    prompts = [request.prompt.format(name) for name in ("Paris", "Mozart", "Egypt")]
+    said = clean.generate(prompts, max_new_tokens=6)
+    down = clean.model.module.get_submodule(LATE.removesuffix(".weight"))
+    keys: list[torch.Tensor] = []
+    reading = down.register_forward_pre_hook(lambda _, args: keys.append(args[0].flatten(0, -2)[1:]))
+    for prompt, more in zip(prompts, said, strict=True):
+        with torch.no_grad():
+            clean.model.module(**clean.model.tokenizer(prompt + more, return_tensors="pt"))
+    reading.remove()
+    base = [down(key).detach() for key in keys]
+    moved, kept = {}, {}
+    for count in (0, 8):
+        edit = clean.edit(request, method="bothsides", texts=count, text_tokens=20)
+        now = [down(key).detach() for key in keys]
+        moved[count] = sum(float((a - b).norm()) for a, b in zip(now, base, strict=True))
+        late = edit.delta.pairs[LATE]
+        kept[count] = int((late.r.norm(dim=1) == 0).sum())
+        assert clean.generate(request.text, max_new_tokens=4).strip().startswith(request.target_new)
+        clean.revert(edit)
+    assert moved[8] < 0.9 * moved[0], moved
+    assert kept[8] == kept[0] + 20
 
 
 def test_what_the_relation_needs_is_spread_over_blocks(clean: Editor) -> None:

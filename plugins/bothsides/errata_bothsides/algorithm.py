@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from errata.edits.delta import KeyValueDelta, KeyValues
+from errata.kit.closed_form.kept_positions import keys_of_text
 from errata.kit.closed_form.layer_updates import LayerUpdate, Prompts, spread, through, written
-from errata.kit.closed_form.matrices import Columns, I, NormalMatrix, inverse
+from errata.kit.closed_form.matrices import Columns, I, NormalMatrix, Product, inverse
 from errata.kit.contexts import in_contexts, prefix_contexts
 from errata.kit.metric import Whitening
 from errata.kit.second_moments import second_moments
@@ -160,6 +161,8 @@ def both_sides(
             kept_keys(model, prompts, value, C[late[-1]], late, config)
             for prompts, (value, *_) in zip(staying, found, strict=True)
         ]
+        said = [text for one in staying for text in one.texts]
+        texts = text_keys(model, said, late) if said else {}
     prompts = each_context(model, [q for group in questions for q in group], near)
     δ = at_block(prompts, late[-1], [value for group in found for value in group])
     relation: list[Side] = []
@@ -171,7 +174,11 @@ def both_sides(
         z = h + δ if z is None else z
         R = prompts.before_norm(layer, (z - h) / layers_left, below)
         stay = [keys[layer] for keys in kept]
-        relation.append(side(layer, K.flat.T, R.flat.T, C[layer], config.slack, stay))
+        one = side(layer, K.flat.T, R.flat.T, C[layer], config.slack, stay)
+        if layer in texts:  # and once more, with what it changes most in them kept
+            stay.append(most_changed(one.update.Δ, texts[layer], config.text_tokens))
+            one = side(layer, K.flat.T, R.flat.T, C[layer], config.slack, stay)
+        relation.append(one)
     return [entity, *relation]
 
 
@@ -273,6 +280,22 @@ def keys_of(
     """Return the keys (N, D) of requests at the relation's layers, at one of their tokens."""
     found = Prompts(model, requests, ("{}",), token).keys(layers)
     return {layer: K.flat.T.float() for layer, K in found.items()}
+
+
+def text_keys(model: Model, texts: Sequence[str], layers: Sequence[int]) -> dict[int, Tensor]:
+    """Return the keys (N, D) of every token of texts, but for the first of each.
+
+    A text's first token has the same key in all of them, far from every other.
+    """
+    found = [keys_of_text(model, text, layers) for text in texts]
+    return {layer: torch.cat([keys[layer][1:].float() for keys in found]) for layer in layers}
+
+
+def most_changed(Δ: Product, keys: Tensor, count: int) -> Tensor:
+    """Return those of keys (N, D) whose outputs Δ changes most."""
+    change = Δ.left @ (Δ.right @ Columns.of(keys))
+    most = change.flat.norm(dim=0).argsort(descending=True)[:count]
+    return keys[most.cpu()]
 
 
 def closeness(keys: Tensor, key: Tensor, C: NormalMatrix) -> Tensor:

@@ -67,6 +67,18 @@ class BothSidesConfig(MethodConfig):
         default=8, ge=0, description="Other subjects for the object whose relation must stay"
     )
     pairs: int = Field(default=8, ge=0, description="Other pairs of the relation that must stay")
+    texts: int = Field(
+        default=12,
+        ge=0,
+        description="Other subjects whose texts must stay: the entity's prompt and what the "
+        "unedited model says next",
+    )
+    text_tokens: int = Field(
+        default=32,
+        ge=1,
+        description="Tokens of these texts that are kept in each block: those that the edit would "
+        "change most",
+    )
     keep_answer: bool = Field(
         default=True,
         description="The entity's prompts and objects behind them must stay as they were",

@@ -40,6 +40,7 @@ _ALIKE = (
 _LISTS = 4  # drawn, each of so many tokens
 _LIST_TOKENS = 20
 _LONGEST = 5  # words of a name
+_SAID = 8  # tokens that the model goes on with after a prompt
 
 
 @dataclass(frozen=True)
@@ -152,11 +153,14 @@ class Staying:
         objects: more prompts that are kept at the place of the object: the old pair, and the
             entity's prompts with an object behind them.
         ends: entity's prompts, kept at their last token.
+        texts: entity's prompts of other subjects and what the model says next, kept at the tokens
+            that the edit would change most.
     """
 
     pairs: dict[str, list[Request]]
     objects: list[Request]
     ends: list[Request]
+    texts: list[str]
 
     @classmethod
     def beside(
@@ -189,7 +193,9 @@ class Staying:
         if config.keep_answer:
             objects += answers(model, request, words, contexts)
             ends = entity_prompts(model, request, contexts)
-        return cls(pairs, objects, ends)
+        others = [*alike, *names][: config.texts]
+        texts = texts_of(model, request, others) if others else []
+        return cls(pairs, objects, ends, texts)
 
 
 def names_beside(request: Request) -> list[str]:
@@ -226,6 +232,20 @@ def entity_prompts(model: Model, request: Request, contexts: Sequence[str]) -> l
     own = [request.model_copy(update={"prompt": t, "chat": False}) for t in templates]
     names = names_beside(request)[:_OTHERS]
     return [*own, *(request.model_copy(update={"subject": name}) for name in names)]
+
+
+def texts_of(model: Model, request: Request, names: Sequence[str]) -> list[str]:
+    """Return the entity's prompt of each subject with what the model says next.
+
+    Those that would be longer than what the model reads at once are left out.
+    """
+    (template,) = in_contexts(model, request, ("{}",))
+    asked = [template.replace("{}", name) for name in names]
+    room = (model.anatomy.context or math.inf) - _SAID
+    rows = tokenise(model.tokenizer, asked)
+    asked = [text for text, row in zip(asked, rows, strict=True) if len(row.ids) <= room]
+    said = generate(model, asked, max_new_tokens=_SAID) if asked else []
+    return [text + more for text, more in zip(asked, said, strict=True)]
 
 
 def _answered(text: str, target: str) -> Request:

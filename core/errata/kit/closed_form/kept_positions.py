@@ -43,7 +43,6 @@ def kept_positions(
         layers: whose down projections are given the keys.
         window: most tokens of a window.
     """
-    paths = {layer: model.anatomy.reader.mlp_out(layer) for layer in layers}
     found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     owners: list[int] = []
     windows = [one for one in windows_of(model, requests, window) if one.number is not None]
@@ -54,15 +53,25 @@ def kept_positions(
             (template,) = in_contexts(model, part, ("{}",))
             place = subject_position(model.tokenizer, template, part.subject, "last_of_prompt")
             written.append(place)
-        batch = encode(model.tokenizer, [join(parts[-1].text, parts[-1].target)])
-        inputs = inputs_of(model, {**batch.inputs(positions=False), "use_cache": False})
-        with trace(model.module, tuple(paths.values()), inputs=True, stop=True) as seen:
-            model.module(**inputs)
-        for layer, path in paths.items():
-            keys = seen[path].input
-            assert keys is not None
-            keys = keys.reshape(-1, keys.shape[-1])
+        everywhere = keys_of_text(model, join(parts[-1].text, parts[-1].target), layers)
+        for layer, keys in everywhere.items():
             others = [i for i in range(len(keys)) if i not in written]
-            found[layer].append(keys[others].double().cpu())
+            found[layer].append(keys[others].double())
         owners += [owner] * len(others)
     return {layer: KeptKeys(torch.cat(some).T, owners) for layer, some in found.items() if some}
+
+
+@torch.no_grad()
+def keys_of_text(model: Model, text: str, layers: Sequence[int]) -> dict[int, Tensor]:
+    """Return for each layer the keys (N, D) of all tokens of a text that a decoder reads."""
+    paths = {layer: model.anatomy.reader.mlp_out(layer) for layer in layers}
+    batch = encode(model.tokenizer, [text])
+    inputs = inputs_of(model, {**batch.inputs(positions=False), "use_cache": False})
+    with trace(model.module, tuple(paths.values()), inputs=True, stop=True) as seen:
+        model.module(**inputs)
+    found = {}
+    for layer, path in paths.items():
+        keys = seen[path].input
+        assert keys is not None
+        found[layer] = keys.reshape(-1, keys.shape[-1]).cpu()
+    return found
