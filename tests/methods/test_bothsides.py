@@ -141,9 +141,7 @@ def test_the_relation_moves_less_in_what_is_said_of_other_subjects(clean: Editor
     said = clean.generate(prompts, max_new_tokens=6)
     down = clean.model.module.get_submodule(LATE.removesuffix(".weight"))
     keys: list[torch.Tensor] = []
-    reading = down.register_forward_pre_hook(
-        lambda _, args: keys.append(args[0].flatten(0, -2)[1:])
-    )
+    read = down.register_forward_pre_hook(lambda _, args: keys.append(args[0].flatten(0, -2)[1:]))
     for prompt, more in zip(prompts, said, strict=True):
         with torch.no_grad():
             clean.model.module(**clean.model.tokenizer(prompt + more, return_tensors="pt"))
