@@ -164,7 +164,7 @@ class EditRefused(ErrataError, RuntimeError):
         self.reason = reason
         self.measured = dict(measured)
         super().__init__(
-            f"Edit refused: {reason}. Nothing was applied; the refusal is in the ledger. "
+            f"Edit refused: {reason}. Nothing was applied. "
             "Loosen the guard with guards={...: 'warn'} if you accept it."
         )
 

@@ -56,10 +56,7 @@ def user_turn(model: Model, prompt: str) -> tuple[str, str, str]:
     Of a chat of several turns, or with a system message, they are those of the last turn. A prompt
     that is not rendered by the model's chat template is words alone.
     """
-    key = ("user's turn",)
-    if key not in model.memo:
-        model.memo[key] = _user_marks(model.tokenizer)
-    opening, after = model.memo[key]
+    opening, after = model.remembered("user's turn", lambda: _user_marks(model.tokenizer))
     if not after or not prompt.endswith(after):
         return "", prompt, ""
     end = len(prompt) - len(after)

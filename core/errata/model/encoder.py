@@ -60,11 +60,10 @@ def sentence_encoder(model: Model, name: str | None) -> SentenceEncoder:
     Raises:
         UnknownNameError, ConfigError, StorageError: it cannot be opened or fetched.
     """
-    key = ("sentence encoder", name)
-    if key not in model.memo:
-        model.memo[key] = OwnStates(model) if name is None else ForeignEncoder.open(model, name)
-    found: SentenceEncoder = model.memo[key]
-    return found
+    return model.remembered(
+        ("sentence encoder", name),
+        lambda: OwnStates(model) if name is None else ForeignEncoder.open(model, name),
+    )
 
 
 class ForeignEncoder:

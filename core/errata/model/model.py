@@ -114,7 +114,7 @@ class Model:
         call: what the running forward calls are about; every thread has its own.
         trained_on: digest of the training requests of the method whose hook is running; None for
             a method that is not trained.
-        memo: artifacts that were read already, so that they are read (and factored) once.
+        memory: what `remembered` keeps, by key; it lives as long as the model.
         compute: `compute(method, requests, **config)` returns another method's deltas as its
             `edit` would, with its presets; for methods that build on methods.
         edits_about: `edits_about(subject)` returns the edits about a subject that are active, also
@@ -122,7 +122,6 @@ class Model:
             running call has made.
         bring: returns the folder of a model that plugins bring by name (the zoo's), fetched where
             it is not here; any other name as it is.
-        runtimes: what delta kinds keep between attachments, by kind; theirs alone.
         branch: weight edits run beside the weights (y = W x + U Vᵀ x) instead of in them.
     """
 
@@ -160,11 +159,10 @@ class Model:
         # Nothing can be folded into quantised weights.
         quantised = any(not p.is_floating_point() for p in self.parameters.values())
         self.branch = quantised if branch is None else branch
-        self.runtimes: dict[str, Any] = {}
-        self._of_base: dict[tuple[str, ...], None] = {}
+        self._of_base: dict[tuple[str, ...], Any] = {}
         self._hooked: tuple[list[str], str] = ([], "")
         self.trained_on: str | None = None
-        self.memo: dict[Any, Any] = {}
+        self.memory: dict[object, Any] = {}
         self.compute: Callable[..., list[Any]] = _compute_nothing
         self.edits_about: Callable[[str], Sequence[Any]] = _no_edits
         self.bring: Callable[[str], str] = str
@@ -228,10 +226,8 @@ class Model:
         base = self.pristine[name]
         if base.is_floating_point():
             return float(base.float().norm())
-        key = ("weight_norm", name)
-        if key not in self.memo:
-            self.memo[key] = self._quantised_norm(name.removesuffix(".weight"))
-        return float(self.memo[key])
+        path = name.removesuffix(".weight")
+        return self.remembered(("weight norm", path), lambda: self._quantised_norm(path))
 
     @torch.no_grad()
     def _quantised_norm(self, path: str, chunk: int = 1024) -> float:
@@ -317,6 +313,13 @@ class Model:
         finally:
             self.call.row_edits = former
 
+    def remembered(self, key: object, make: Callable[[], Kept]) -> Kept:
+        """Return what was made under this key for the model; the first time, make it."""
+        if key not in self.memory:
+            self.memory[key] = make()
+        found: Kept = self.memory[key]
+        return found
+
     # -- what belongs to the base ----------------------------------------------------------------
 
     def of_base(
@@ -344,7 +347,7 @@ class Model:
         if not all(isinstance(part, str) for part in key):
             raise TypeError(f"the key of what belongs to the base must be texts, not {key!r}")
         whole = self.base_key(*key, trained=trained)
-        if whole not in self.memo:
+        if whole not in self._of_base:
             stored = self.artifacts.load(whole)
             if stored is None or (sound is not None and not sound(*stored)):
                 if as_it_stands and self.stack.ids:
@@ -356,18 +359,13 @@ class Model:
                 self.stack.check_unchanged()  # it would be kept, and read in later processes
                 stored = _kept(compute(), key)
                 self.artifacts.save(whole, *stored)
-            self.memo[whole] = stored
-        self._of_base[whole] = None
-        found: tuple[Mapping[str, Tensor], Mapping[str, Any]] = self.memo[whole]
+            self._of_base[whole] = stored
+        found: tuple[Mapping[str, Tensor], Mapping[str, Any]] = self._of_base[whole]
         return found
 
-    def told_of_base(self) -> list[tuple[str, dict[str, int | float]]]:
-        """Return what was asked of `of_base` so far: its name and the numbers kept with it."""
-        return [
-            (key[0], {n: v for n, v in self.memo[key][1].items() if type(v) in (int, float)})
-            for key in self._of_base
-            if key in self.memo
-        ]
+    def told_of_base(self) -> list[tuple[str, Mapping[str, Any]]]:
+        """Return what was asked of `of_base` so far: its name and the JSON kept with it."""
+        return [(key[0], about) for key, (_, about) in self._of_base.items()]
 
     def base_key(self, *key: str, trained: bool = False) -> tuple[str, ...]:
         """Return the artifact key under which `of_base` keeps something; deltas name it.
@@ -392,19 +390,6 @@ class Model:
         config = json.loads(self.config.to_json_string(use_diff=False))
         kept = _lasting(config)
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
-
-    def runtime(self, kind: str, wanted: type[Kept], make: Callable[[], Kept]) -> Kept:
-        """Return what a delta kind keeps between attachments; made where there is none yet.
-
-        Args:
-            kind: the kind.
-            wanted: its class.
-            make: makes it.
-        """
-        found = self.runtimes.get(kind)
-        if not isinstance(found, wanted):
-            found = self.runtimes[kind] = make()
-        return found
 
     @property
     def fingerprint(self) -> str:

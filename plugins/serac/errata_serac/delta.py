@@ -49,20 +49,20 @@ class Networks:
 
         Raises `IntegrityError` where it is not there or not what it should be.
         """
-        there = ("serac networks", *key)
-        if there not in model.memo:
-            stored = model.artifacts.load(key)
-            if stored is None:
-                raise IntegrityError(
-                    "SERAC's networks are not among the artifacts, or damaged: prepare them again "
-                    "on the same training requests, or import the edits with their artifacts."
-                )
-            tensors, about = stored
-            config = SeracConfig(**about["config"])
-            scope = loaded(model, config, _part(tensors, "scope/"), about["start"])
-            model.memo[there] = cls(model, scope, _part(tensors, "lora/"), config)
-        found: Networks = model.memo[there]
-        return found
+        return model.remembered((cls, *key), lambda: cls._read(model, key))
+
+    @classmethod
+    def _read(cls, model: Model, key: tuple[str, ...]) -> Networks:
+        stored = model.artifacts.load(key)
+        if stored is None:
+            raise IntegrityError(
+                "SERAC's networks are not among the artifacts, or damaged: prepare them again "
+                "on the same training requests, or import the edits with their artifacts."
+            )
+        tensors, about = stored
+        config = SeracConfig(**about["config"])
+        scope = loaded(model, config, _part(tensors, "scope/"), about["start"])
+        return cls(model, scope, _part(tensors, "lora/"), config)
 
     @torch.no_grad()
     def log_g(self, edits: Sequence[CounterfactualDelta], said: str) -> list[float]:

@@ -33,8 +33,8 @@ def attach_kind(kind: type[Delta], model: Model, deltas: Sequence[tuple[str, Del
     Raises:
         PluginError: `attach` returned no undo, or one that leaves something behind.
     """
-    tried = ("comes off", kind)
-    if tried in model.memo:
+    tried: set[type[Delta]] = model.remembered("kinds that come off", set)
+    if kind in tried:
         return _attached(kind, model, deltas)
     before = Structure(model.module)
     _attached(kind, model, deltas)()
@@ -45,7 +45,7 @@ def attach_kind(kind: type[Delta], model: Model, deltas: Sequence[tuple[str, Del
             f"undo that its `attach` returned {', '.join(left[:5])} is not as it was. "
             "The undo must leave the module exactly as `attach` found it."
         )
-    model.memo[tried] = True
+    tried.add(kind)
     return _attached(kind, model, deltas)
 
 
