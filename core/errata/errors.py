@@ -158,7 +158,16 @@ class MissingExtraError(ErrataError, ImportError):
 
 
 class EditRefused(ErrataError, RuntimeError):
-    """An edit that a guard refused; `measured` holds what it saw. The model is as it was."""
+    """An edit that a guard refused. The model is as it was.
+
+    Attributes:
+        reason: what was wrong.
+        measured: what the guard saw.
+        recorded: the refusal is in the ledger: those of `Editor.edit` are, those of computing
+            recorded edits again are not.
+    """
+
+    recorded = False
 
     def __init__(self, reason: str, measured: Mapping[str, Any]) -> None:
         self.reason = reason

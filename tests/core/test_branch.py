@@ -16,7 +16,7 @@ from errata.edits.edit import Edit
 from errata.errors import CapabilityError, ConfigError, UnknownNameError
 from errata.model import Model
 from errata.testing import edit_with
-from tests.families import build_model
+from tests.families import build_model, take_off
 
 TOKENS = torch.tensor([[5, 9, 3, 12, 7], [8, 2, 14, 6, 4], [11, 3, 9, 1, 2]])
 FAMILIES = ["gpt2", "llama", "gptj", "opt"]
@@ -79,7 +79,7 @@ def test_taking_edits_off_a_branch_leaves_no_trace(family: str, cache: Path) -> 
     wanted = logits(model)
     model.stack.set(entries)
     for entry in (entries[0], entries[2]):
-        model.stack.remove(entry.id)
+        take_off(model.stack, entry.id)
     assert torch.equal(logits(model), wanted)
     model.stack.set([])
     assert torch.equal(logits(model), base)

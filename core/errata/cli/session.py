@@ -346,9 +346,10 @@ class Session:
         label, message = "Error: ", in_options(str(error))
         if isinstance(error, EditRefused):
             label = "Refused: "
+            kept = "; the refusal is in the ledger (errata log --refused)" * error.recorded
             message = (
-                f"{error.reason}. Nothing of it is on the model; the refusal is in the ledger "
-                f"(errata log --refused). Accept it {_accepting(error)}."
+                f"{error.reason}. Nothing of it is on the model{kept}. "
+                f"Accept it {_accepting(error)}."
             )
         elif not isinstance(error, (ErrataError, OSError)):
             label = f"Unexpected {type(error).__name__}: "

@@ -139,6 +139,7 @@ class Editing:
                     reason=error.reason,
                     measured=error.measured,
                 )
+                error.recorded = True
                 if not skip_refused:
                     raise
                 logger.warning("%s", error)

@@ -243,13 +243,13 @@ def ratio_of_means(means: NDArray[np.float64]) -> NDArray[np.float64]:
     return ratios
 
 
-def wilson(successes: float, n: int, z: float = Z95) -> tuple[float, float]:
+def wilson(successes: float, n: int) -> tuple[float, float]:
     """Return Wilson's score interval of a proportion.
 
     >>> tuple(round(end, 3) for end in wilson(9, 10))
     (0.596, 0.982)
     """
-    share = successes / n
+    share, z = successes / n, Z95
     scale = 1 / (1 + z**2 / n)
     centre = share + z**2 / (2 * n)
     half = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
@@ -262,17 +262,12 @@ def wilson(successes: float, n: int, z: float = Z95) -> tuple[float, float]:
 def bootstrap(
     cases: NDArray[np.float64],
     statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]],
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
 ) -> tuple[float, float] | None:
     """Return the 95 % percentile interval of a statistic of column means, over resampled cases.
 
     Args:
         cases: (n, k): k values per case, resampled together.
-        statistic: column means (resamples, k) → (resamples,).
-        resamples: how many.
-        seed: of a local generator; the global ones are not touched.
+        statistic: column means (`RESAMPLES`, k) → (`RESAMPLES`,).
 
     Returns:
         None with fewer than two cases, where something is not finite, and where every draw gives
@@ -281,9 +276,9 @@ def bootstrap(
     n = len(cases)
     if n < 2 or not bool(np.isfinite(cases).all()):
         return None
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)  # of its own: the global ones are not touched
     drawn: list[NDArray[np.float64]] = []
-    left = resamples
+    left = RESAMPLES
     while left:
         rows = min(left, max(1, _CHUNK // n))
         index = generator.integers(0, n, size=(rows, n))

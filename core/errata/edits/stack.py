@@ -131,14 +131,6 @@ class Stack(Described):
             self._move(wanted, former, force=True)
             raise
 
-    def add(self, edit: Edit) -> None:
-        """Make one more edit active."""
-        self.set([*self._entries, edit])
-
-    def remove(self, edit_id: str) -> None:
-        """Take one edit off, wherever it is in the order."""
-        self.set([e for e in self._entries if e.id != edit_id])
-
     @contextmanager
     def temporarily(self, entries: Sequence[Edit]) -> Iterator[None]:
         """Make exactly these edits active for the block; the former ones come back after it.

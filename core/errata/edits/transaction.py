@@ -94,7 +94,7 @@ class Transactions:
         with self._ledger.transaction():
             if replaced:
                 self._ledger.deactivate(replaced)
-            stored = self._ledger.commit_many([(edit, edit.delta, active) for edit in new])
+            stored = self._ledger.commit([(edit, edit.delta, active) for edit in new])
             instead: dict[str | None, list[str]] = {}
             for edit in stored:
                 for name in (*edit.outcome.supersedes, edit.outcome.rebases):

@@ -60,7 +60,6 @@ class Anatomy:
         context: most tokens the model reads at once: as many as it has learned positions for or,
             where positions are computed, was trained on; None where its configuration does not say.
         encoder: the encoder's stack of an encoder-decoder.
-        probed: True when found in the module graph and not in the registry.
     """
 
     model_type: str
@@ -73,7 +72,6 @@ class Anatomy:
     head_name: str | None
     context: int | None = None
     encoder: Anatomy | None = None
-    probed: bool = False
 
     @classmethod
     def of(
@@ -101,7 +99,7 @@ class Anatomy:
             )
         given = architectures.get(model_type)
         if given is None:
-            return cls._build(module, model_type, probe(module, model_type), probed=True)
+            return cls._build(module, model_type, probe(module, model_type))
         if not isinstance(given, ArchitectureSpec):
             given = parse_architectures({model_type: given})[model_type]
         spec, task = given.resolve(config), task_of_module(module)
@@ -109,18 +107,16 @@ class Anatomy:
             spec = _with_classifier(module, spec)
         elif task == "causal" and getattr(config, "is_decoder", False):  # of an encoder's family
             spec = spec.model_copy(update={"kind": "decoder"})
-        return cls._build(module, model_type, spec, probed=False)
+        return cls._build(module, model_type, spec)
 
     @classmethod
-    def _build(
-        cls, module: nn.Module, model_type: str, spec: ArchitectureSpec, probed: bool
-    ) -> Anatomy:
+    def _build(cls, module: nn.Module, model_type: str, spec: ArchitectureSpec) -> Anatomy:
         encoder = None
         if spec.encoder is not None:
             stack = ArchitectureSpec(
                 **{**spec.model_dump(), **spec.encoder.model_dump(), "encoder": None}
             )
-            encoder = cls._build(module, model_type, stack, probed)
+            encoder = cls._build(module, model_type, stack)
         root_fields = (("embedding", spec.embedding), ("final_norm", spec.final_norm),
                        ("position_embedding", spec.position_embedding))  # fmt: skip
         for field, path in root_fields:
@@ -157,7 +153,7 @@ class Anatomy:
         return cls(
             _language(text_config, model_type), spec, parts, n_layers, int(hidden),
             int(vocabulary), max(keys, default=0),
-            present[0] if present else None, _context(module, text_config, spec), encoder, probed,
+            present[0] if present else None, _context(module, text_config, spec), encoder,
         )  # fmt: skip
 
     @property

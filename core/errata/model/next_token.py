@@ -54,12 +54,12 @@ def class_scores(model: Model, prompts: Sequence[str], batch_size: int = 32) -> 
     return _table(model, lines)
 
 
-def predicted_classes(model: Model, prompts: Sequence[str], batch_size: int = 32) -> list[str]:
+def predicted_classes(model: Model, prompts: Sequence[str]) -> list[str]:
     """Return the name of the most probable class of each text, with the active edits.
 
     Raises as `class_scores` does.
     """
-    found = class_scores(model, prompts, batch_size).argmax(-1).tolist()
+    found = class_scores(model, prompts).argmax(-1).tolist()
     return [_class_name(model, index) for index in found]
 
 

@@ -198,18 +198,11 @@ def read_bytes(path: Path, digest: str | None = None) -> bytes:
     return data
 
 
-def read_tensors(path: Path, sha256: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a file written by `write_tensors`, verifying its SHA-256 when given.
-
-    Raises `IntegrityError` for damage of any sort and `StorageError` when it cannot be read.
-    """
-    return from_bytes(read_bytes(path, sha256), str(path))
-
-
 def read_whole(path: Path) -> bytes:
     """Read a safetensors file of errata after its header said that it is as long as it should be.
 
-    What is no such file is refused unread, however long it is. Raises as `read_tensors` does.
+    What is no such file is refused unread, however long it is. Raises `IntegrityError` for it, and
+    `StorageError` when it cannot be read.
     """
     check_length(path)
     return read_bytes(path)

@@ -65,7 +65,6 @@ class Ledger:
         path: Path | str | None,
         *,
         kinds: Kinds | None = None,
-        timeout: float = 10.0,
         readonly: bool = False,
         recover: bool = False,
     ) -> Self:
@@ -74,7 +73,6 @@ class Ledger:
         Args:
             path: the folder.
             kinds: delta kinds by name; without them only records and events can be read.
-            timeout: seconds to wait for another process that writes.
             readonly: never write; the ledger must exist.
             recover: begin a new database where it is lost or damaged (that one is renamed);
                 `recover` then fills it.
@@ -84,7 +82,7 @@ class Ledger:
         """
         known = {} if kinds is None else kinds
         if path is None:
-            return cls(Database(None, timeout, readonly), None, known)
+            return cls(Database(None, readonly), None, known)
         folder = Path(path)
         try:
             is_file = folder.exists() and not folder.is_dir()
@@ -95,10 +93,10 @@ class Ledger:
         if not readonly:
             make_folder(folder, PRIVATE_FOLDER)
         if recover:
-            set_damaged_aside(folder, timeout)
+            set_damaged_aside(folder)
         else:
             refuse_lost_database(folder)
-        opened = cls(Database(folder, timeout, readonly), folder, known)
+        opened = cls(Database(folder, readonly), folder, known)
         if not readonly:
             make_private(folder)
             sweep()
@@ -130,12 +128,11 @@ class Ledger:
 
     # -- changing --------------------------------------------------------------------------------
 
-    def commit(self, edit: Edit, delta: Delta, *, active: bool = True) -> Edit:
-        """Record an edit and its delta; return the record with sequence, blob and bytes filled."""
-        return self.commit_many([(edit, delta, active)])[0]
+    def commit(self, entries: Iterable[tuple[Edit, Delta, bool]]) -> list[Edit]:
+        """Record edits as (edit, delta, active), all or none, in the order given.
 
-    def commit_many(self, entries: Iterable[tuple[Edit, Delta, bool]]) -> list[Edit]:
-        """Record several edits as (edit, delta, active), all or none, in the order given."""
+        Returns the records with sequence, blob and bytes filled.
+        """
         with self._database.write():
             return [self._insert(edit, delta, active, {}) for edit, delta, active in entries]
 
