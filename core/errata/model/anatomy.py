@@ -7,7 +7,7 @@ lines to add.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -187,6 +187,20 @@ class Anatomy:
     def block(self, index: int) -> str:
         """Path of a block."""
         return f"{self.spec.blocks}.{self.layer(index)}"
+
+    def lowest_block(self, modules: Sequence[str]) -> int | None:
+        """Return the lowest layer whose block holds one of these modules.
+
+        None where one of them is in no block of this stack (an encoder-decoder's encoder), or
+        there are none.
+        """
+        holding = {
+            path: layer
+            for layer in range(self.n_layers)
+            for path in modules
+            if path.startswith(f"{self.block(layer)}.")
+        }
+        return min(holding.values(), default=None) if holding.keys() == set(modules) else None
 
     def mlp(self, index: int) -> str:
         """Path of the module whose output is the MLP's contribution."""

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from errata.edits.aims import says_something
 from errata.errors import CapabilityError
+from errata.kit.loss_scale import loss_scale
 from errata.kit.training.training_batches import TrainingBatch, batch_loss
 from errata.kit.values import EditFailed
 from errata.model.forward import frozen, patched, trace
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from errata.edits.request import Request
     from errata.model.model import Model
 
-_HALF_SCALE = 1024.0  # fp16 gradients underflow: scaled up on the way back, and down again
 _BATCH = 16
 
 
@@ -163,7 +163,7 @@ def _batch(model: Model, requests: Sequence[Request], modules: Sequence[str]) ->
 
         return change
 
-    scale = _HALF_SCALE if model.dtype == torch.float16 else 1.0
+    scale = loss_scale(model)
     with (
         torch.enable_grad(),
         frozen(model.module),
