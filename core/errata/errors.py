@@ -189,11 +189,22 @@ def cause(error: BaseException) -> BaseException:
     return RuntimeError(f"StopIteration({error.value!r})").with_traceback(error.__traceback__)
 
 
+def reason_of(error: BaseException) -> str:
+    """Return why foreign code failed, on one line: what the system says, else what the error says.
+
+    Of a long text the beginning; of an error without one its type.
+    """
+    return getattr(error, "strerror", None) or _said(error) or type(error).__name__
+
+
 def in_short(error: BaseException) -> str:
     """Return what foreign code raised, on one line: its type, and how what it says begins."""
+    return f"{type(error).__name__}: {_said(error)}".removesuffix(": ")
+
+
+def _said(error: BaseException) -> str:
     said = " ".join(str(error).split())
-    said = said if len(said) <= LONGEST_TOLD else f"{said[:LONGEST_TOLD]}…"
-    return f"{type(error).__name__}: {said}".removesuffix(": ")
+    return said if len(said) <= LONGEST_TOLD else f"{said[:LONGEST_TOLD]}…"
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from errata.edits.delta.adapter_layers import (
     swap,
 )
 from errata.edits.delta.base import Delta, Undo, require
-from errata.errors import IntegrityError, StorageError
+from errata.errors import IntegrityError, StorageError, reason_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -92,7 +92,7 @@ class AdapterDelta(Delta):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StorageError(f"Cannot create the folder {folder}: {error.strerror}") from error
+            raise StorageError(f"Cannot create the folder {folder}: {reason_of(error)}") from error
         tensors = {key: tensor.detach().cpu() for key, tensor in self.tensors().items()}
         write_bytes(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
         config = {**self.config, "base_model_name_or_path": base}

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from errata.edits.ledger.schema import DATABASE, DIGEST, RECOVER
-from errata.errors import IntegrityError, StorageError
+from errata.errors import IntegrityError, StorageError, reason_of
 from errata.model.scratch import unfinished
 from errata.model.storage import (
     check_length,
@@ -73,7 +73,7 @@ class DeltaFiles:
             try:
                 sync_folder(folder)
             except OSError as error:
-                raise StorageError(f"Cannot write {folder}: {error.strerror or error}.") from error
+                raise StorageError(f"Cannot write {folder}: {reason_of(error)}.") from error
 
     def read(self, digest: str, source: str) -> bytes:
         """Return the bytes of a SHA-256, verified; raise `IntegrityError` naming `source`."""
@@ -155,7 +155,7 @@ class DeltaFiles:
             try:
                 path.unlink(missing_ok=True)
             except OSError as error:
-                raise StorageError(f"Cannot delete {path}: {error.strerror or error}.") from error
+                raise StorageError(f"Cannot delete {path}: {reason_of(error)}.") from error
 
     def begun(self) -> set[str]:
         """Return the SHA-256 of what changes wrote that did not end: killed, or going on."""

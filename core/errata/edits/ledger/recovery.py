@@ -20,7 +20,7 @@ from errata.edits.ledger.schema import (
     parse_record,
     translated,
 )
-from errata.errors import ErrataError, IntegrityError, StorageError
+from errata.errors import ErrataError, IntegrityError, StorageError, reason_of
 from errata.model.display import first_few
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def set_damaged_aside(folder: Path) -> None:
             if part.exists():
                 part.rename(aside.with_name(aside.name + end))
     except OSError as error:
-        raise StorageError(f"Cannot rename {file}: {error.strerror or error}.") from error
+        raise StorageError(f"Cannot rename {file}: {reason_of(error)}.") from error
     logger.warning("%s is damaged: it is %s now, and a new one is begun.", file, aside.name)
 
 
