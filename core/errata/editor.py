@@ -25,12 +25,12 @@ from errata.edits.rendering import rendered
 from errata.edits.request import Request, parse_arguments
 from errata.edits.stack import Stack
 from errata.edits.transaction import Transactions
-from errata.errors import ConfigError, ErrataError, LedgerError
+from errata.errors import ConfigError, ErrataError, LedgerError, first_few
 from errata.kit.auto_layers import resolve_auto_layers
 from errata.model.access import claim, release
 from errata.model.arguments import check_name, folder_of, names_file, path_of, texts_of
 from errata.model.artifacts import Artifacts
-from errata.model.display import Described, ResultTable, first_few, plural
+from errata.model.display import Described, ResultTable, plural
 from errata.model.generation import generate_with
 from errata.model.loading import check_placement, load_model
 from errata.model.progress import Progress

@@ -99,20 +99,16 @@ class ImpureMethodError(PluginError):
         self.changed, self.left = list(changed), list(left)
         who = method if " " in method else f"Method {method!r}"
         after = (
-            f"nothing was recorded, but {_few(self.left)} could not be put back: open the model "
-            "again."
+            f"nothing was recorded, but {first_few(self.left, 5)} could not be put back: open the "
+            "model again."
             if self.left
             else "all of it has been put back and nothing was recorded."
         )
         super().__init__(
-            f"{who} changed in its `{hook}` hook: {_few(self.changed)}. A hook computes, returns "
-            "or keeps what it found, and leaves the model, its tokenizer and the process (global "
-            f"random generators, torch's settings) alone; {after}"
+            f"{who} changed in its `{hook}` hook: {first_few(self.changed, 5)}. A hook computes, "
+            "returns or keeps what it found, and leaves the model, its tokenizer and the process "
+            f"(global random generators, torch's settings) alone; {after}"
         )
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
 
 
 class SelfComparisonError(ErrataError, RuntimeError):
@@ -176,6 +172,17 @@ class EditRefused(ErrataError, RuntimeError):
             f"Edit refused: {reason}. Nothing was applied. "
             "Loosen the guard with guards={...: 'warn'} if you accept it."
         )
+
+
+def first_few(names: Iterable[str], limit: int = 3) -> str:
+    """Return the first of several names, and how many more there are.
+
+    >>> first_few("abcde")
+    'a, b, c and 2 more'
+    """
+    every = list(names)
+    more = len(every) - limit
+    return ", ".join(every[:limit]) + (f" and {more} more" if more > 0 else "")
 
 
 def cause(error: BaseException) -> BaseException:

@@ -32,8 +32,9 @@ from errata.errors import (
     LedgerError,
     PluginError,
     UnknownNameError,
+    first_few,
 )
-from errata.model.display import first_few
+from errata.model.json_numbers import finite
 
 if TYPE_CHECKING:
     from typing import TextIO
@@ -491,8 +492,8 @@ class _Warnings(logging.Handler):
 
 def _finite(value: Any) -> Any:
     """Return JSON data in which NaN and infinities are null: strict parsers refuse them."""
-    if isinstance(value, float) and (value != value or abs(value) == float("inf")):
-        return None
+    if isinstance(value, float):
+        return finite(value)
     if isinstance(value, Mapping):
         return {str(key): _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -15,8 +15,7 @@ from errata.edits.edit import Edit
 from errata.edits.erasures import naming_what_goes
 from errata.edits.outcome import Outcome
 from errata.edits.staleness import computed_on, stale_ids
-from errata.errors import EditRefused, ErrataError, PluginError
-from errata.model.display import first_few
+from errata.errors import EditRefused, ErrataError, PluginError, first_few
 
 if TYPE_CHECKING:
     from errata.contract.config import MethodConfig

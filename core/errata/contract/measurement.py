@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from errata.model.display import Described, shortened
+from errata.model.json_numbers import finite, number
 
 Z95 = 1.959963984540054
 """Two-sided 95 % quantile of the normal distribution."""
@@ -148,11 +149,11 @@ class Measurement(Described):
         low_high = data["interval"]
         return cls(
             data["metric"],
-            _number(data["value"]),
+            number(data["value"]),
             int(data["n"]),
             data["protocol"],
-            None if low_high is None else (_number(low_high[0]), _number(low_high[1])),
-            tuple(map(_number, data.get("cases", ()))),
+            None if low_high is None else (number(low_high[0]), number(low_high[1])),
+            tuple(map(number, data.get("cases", ()))),
             tuple(data.get("case_ids", ())),
             data["unit"],
             data["direction"],
@@ -163,16 +164,16 @@ class Measurement(Described):
         """Return plain JSON data; numbers that are not finite become None. Without `answers`."""
         data: dict[str, Any] = {
             "metric": self.metric,
-            "value": _finite(self.value),
+            "value": finite(self.value),
             "n": self.n,
             "protocol": self.protocol,
-            "interval": None if self.interval is None else [_finite(end) for end in self.interval],
+            "interval": None if self.interval is None else [finite(end) for end in self.interval],
             "unit": self.unit,
             "direction": self.direction,
             "of": list(self.of),
         }
         if cases:
-            data["cases"] = [_finite(value) for value in self.cases]
+            data["cases"] = [finite(value) for value in self.cases]
             data["case_ids"] = list(self.case_ids)
         return data
 
@@ -290,11 +291,3 @@ def bootstrap(
         return None
     low, high = np.quantile(values, (0.025, 0.975))
     return float(low), float(high)
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from errata.edits.aims import aims_of_request
-from errata.errors import LedgerError
-from errata.model.display import first_few, plural
+from errata.errors import LedgerError, first_few
+from errata.model.display import plural
 
 if TYPE_CHECKING:
     from errata.edits.aims import Aim

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from errata.errors import ConfigError, IntegrityError
-from errata.model.display import first_few
+from errata.errors import ConfigError, IntegrityError, first_few
 
 if TYPE_CHECKING:
     from torch import Tensor

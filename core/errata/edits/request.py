@@ -12,9 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from errata.edits.request_problems import check_fields, explained, naming_place, refuse
 from errata.edits.subjects import template_of
-from errata.errors import RequestError
+from errata.errors import RequestError, first_few
 from errata.model.arguments import is_list, is_whole, mapping_of
-from errata.model.display import Described, first_few, shortened
+from errata.model.display import Described, shortened
 from errata.model.joining import with_join
 
 logger = logging.getLogger("errata")

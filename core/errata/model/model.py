@@ -23,6 +23,7 @@ from errata.model.artifacts import Artifacts
 from errata.model.call import Call
 from errata.model.pristine import Pristine
 from errata.model.progress import Progress
+from errata.model.running import frobenius
 from errata.model.storage import canonical, parse_json
 from errata.model.structure import hooked_by_others
 from errata.model.task import WRITES_NOTHING, Task, require_task, task_of_module
@@ -224,8 +225,8 @@ class Model:
     def weight_norm(self, name: str) -> float:
         """Return the Frobenius norm of a base weight."""
         base = self.pristine[name]
-        if base.is_floating_point():
-            return float(base.float().norm())
+        if base.is_floating_point() or base.is_complex():
+            return frobenius(base)
         path = name.removesuffix(".weight")
         return self.remembered(("weight norm", path), lambda: self._quantised_norm(path))
 

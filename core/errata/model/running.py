@@ -6,6 +6,7 @@ through `errata.model.scoring` and `errata.model.generation`, where edits rewrit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -95,6 +96,16 @@ def wide(tensor: Tensor) -> Tensor:
     (`torch.promote_types`, `isfinite`, `cat` and comparisons lack the one-byte floats.)
     """
     return tensor.float() if tensor.element_size() < 4 else tensor
+
+
+def frobenius(tensor: Tensor) -> float:
+    """Return the Frobenius norm, finite where the entries are: their squares may overflow fp32."""
+    entries = wide(tensor)
+    norm = float(entries.norm())
+    if math.isfinite(norm) or not entries.numel():
+        return norm
+    largest = entries.abs().max()  # not in fp64, which Apple's devices do not have
+    return float(largest) * float((entries / largest).norm())
 
 
 def check_sound(model: Model, logits: Tensor) -> None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from errata.errors import IntegrityError
-from errata.model.display import Described, first_few, shortened
+from errata.errors import IntegrityError, first_few
+from errata.model.display import Described, shortened
 from errata.model.running import wide
 
 if TYPE_CHECKING:
@@ -206,14 +206,9 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-def frobenius(tensor: Tensor) -> float:
-    """Return the Frobenius norm, finite where the entries are: their squares may overflow fp32."""
-    entries = wide(tensor)
-    norm = float(entries.norm())
-    if cmath.isfinite(norm) or not entries.numel():
-        return norm
-    largest = entries.abs().max()  # not in fp64, which Apple's devices do not have
-    return float(largest) * float((entries / largest).norm())
+def relative_norms(model: Model, norms: Mapping[str, float]) -> dict[str, float]:
+    """Return norms of changes of weights, by name, over those of the base weights."""
+    return {name: norm / max(model.weight_norm(name), 1e-30) for name, norm in norms.items()}
 
 
 def require(condition: bool, message: str) -> None:

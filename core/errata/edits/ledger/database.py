@@ -28,8 +28,8 @@ from errata.errors import (
     LedgerChangedError,
     LedgerError,
     StorageError,
+    first_few,
 )
-from errata.model.display import first_few
 from errata.model.storage import canonical
 
 BATCH = 500  # SQLite limits how many variables a statement has

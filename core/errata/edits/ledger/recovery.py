@@ -20,8 +20,7 @@ from errata.edits.ledger.schema import (
     parse_record,
     translated,
 )
-from errata.errors import ErrataError, IntegrityError, StorageError, reason_of
-from errata.model.display import first_few
+from errata.errors import ErrataError, IntegrityError, StorageError, first_few, reason_of
 
 if TYPE_CHECKING:
     from errata.edits.delta import Delta
