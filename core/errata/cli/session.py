@@ -492,10 +492,8 @@ class _Warnings(logging.Handler):
 
 def _finite(value: Any) -> Any:
     """Return JSON data in which NaN and infinities are null: strict parsers refuse them."""
-    if isinstance(value, float):
-        return finite(value)
     if isinstance(value, Mapping):
         return {str(key): _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
-    return value
+    return finite(value) if isinstance(value, float) else value

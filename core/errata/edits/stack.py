@@ -16,8 +16,8 @@ from errata.edits.delta import attaching
 from errata.edits.last_written import LastWritten
 from errata.errors import CapabilityError, IntegrityError, LedgerError, UnknownNameError
 from errata.model.display import Described, plural
+from errata.model.floats import wide
 from errata.model.pristine import same_bits
-from errata.model.running import wide
 from errata.model.structure import ABSENT, Structure, Traits, named
 from errata.model.task import check_not_compiled
 

@@ -17,10 +17,10 @@ from torch.nn import functional
 
 from errata.errors import ConfigError
 from errata.model.checkpoint import read_config, read_module, read_tokenizer
+from errata.model.floats import wide
 from errata.model.foreign_noise import quiet_loading
 from errata.model.forward import trace
 from errata.model.model_source import check_model_source
-from errata.model.running import wide
 from errata.model.texts import canary_texts
 from errata.model.tokens import tokenise
 

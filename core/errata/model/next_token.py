@@ -9,7 +9,8 @@ import torch
 
 from errata.errors import CapabilityError, RequestError
 from errata.model.active_edits import ask
-from errata.model.running import class_index, prepare, run, wide
+from errata.model.floats import wide
+from errata.model.running import class_index, prepare, run
 
 if TYPE_CHECKING:
     from torch import Tensor

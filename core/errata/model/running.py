@@ -6,7 +6,6 @@ through `errata.model.scoring` and `errata.model.generation`, where edits rewrit
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ import torch
 
 from errata.errors import IntegrityError, RequestError
 from errata.model import tokens
+from errata.model.floats import wide
 from errata.model.forward import logits_at
 from errata.model.forward.inputs import decoder_prefix, decoder_start, takes_positions
 from errata.model.joining import bare
@@ -88,24 +88,6 @@ def run(model: Model, prepared: PreparedPrompts) -> Tensor:
     """
     with model.prompts(prepared.ends):
         return wide(logits_at(model, prepared.inputs, prepared.rows, prepared.columns))
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """Return floating point numbers in fp32 at least: a bf16 log-softmax has three digits.
-
-    (`torch.promote_types`, `isfinite`, `cat` and comparisons lack the one-byte floats.)
-    """
-    return tensor.float() if tensor.element_size() < 4 else tensor
-
-
-def frobenius(tensor: Tensor) -> float:
-    """Return the Frobenius norm, finite where the entries are: their squares may overflow fp32."""
-    entries = wide(tensor)
-    norm = float(entries.norm())
-    if math.isfinite(norm) or not entries.numel():
-        return norm
-    largest = entries.abs().max()  # not in fp64, which Apple's devices do not have
-    return float(largest) * float((entries / largest).norm())
 
 
 def check_sound(model: Model, logits: Tensor) -> None:

@@ -13,9 +13,10 @@ from errata.edits.delta.base import Delta, require
 from errata.errors import IntegrityError
 from errata.model.answers import Generated, TargetScore
 from errata.model.chat import user_turn
+from errata.model.floats import wide
 from errata.model.generation import decode_after, end_tokens
 from errata.model.model_answers import ModelAnswers
-from errata.model.running import check_length, prepare, run, wide
+from errata.model.running import check_length, prepare, run
 from errata.model.scoring import read
 from errata.model.tokens import tokenise
 from errata_serac.config import SeracConfig

@@ -12,7 +12,7 @@ import torch
 
 from errata.errors import IntegrityError, first_few
 from errata.model.display import Described, shortened
-from errata.model.running import wide
+from errata.model.floats import wide
 
 if TYPE_CHECKING:
     from torch import Tensor

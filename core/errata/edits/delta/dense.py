@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from errata.edits.delta.base import Delta, relative_norms, require
-from errata.model.running import frobenius
+from errata.model.floats import frobenius
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from errata.edits.delta.base import Delta, relative_norms, require
-from errata.model.running import frobenius
+from errata.model.floats import frobenius
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -24,9 +24,10 @@ import torch
 
 from errata.errors import CapabilityError, ConfigError, UnknownNameError
 from errata.kit.aims import FLOOR, RIVAL, aims_of, rivalry, unlikelihood
+from errata.model.floats import wide
 from errata.model.forward.inputs import takes_positions
 from errata.model.prompts import PreparedPrompts, pad
-from errata.model.running import prepare, wide
+from errata.model.running import prepare
 from errata.model.task import WRITES_NOTHING
 from errata.model.tokens import tokenise
 
