@@ -257,7 +257,7 @@ class Editor(Described):
 
         Joint edits (MEMIT's family) store keys and residuals; λ, the null space and C (`tokens` of
         text) decide how they are written. So λ can follow a stream's length, and C be of more text
-        than at first. By default all edits that can be. Raises
+        than at first. By default every edit that can be solved again. Raises
         `CapabilityError` where a method cannot, `ConfigError` for values that decide residuals.
         """
         with self._changing("resolve"):
@@ -273,7 +273,7 @@ class Editor(Described):
     def prepare(self, method: str, config: Mapping[str, Any] | None = None) -> None:
         """Compute what a method needs of the base (statistics, training) before its first edit.
 
-        `edit` does the same when it has to; calling this first moves the time it takes.
+        `edit` does the same when it has to; call this first to spend the time beforehand.
         """
         with self._changing("prepare"):
             self._methods.prepare(method, self.configure(method, config)[0])
@@ -308,8 +308,8 @@ class Editor(Described):
     def apply(self, target: EditLike | Path) -> list[Edit]:
         """Put a recorded edit, or an exported file's edits that are off, on the model; return them.
 
-        A file's edits are taken into the ledger and put on as one: all of it, or nothing. To an
-        active edit that is damaged it brings what is lacking; what else of it is on stays on.
+        A file's edits are taken into the ledger and put on as one: all of it, or nothing. Those
+        that are on already stay on; active edits that are damaged are repaired from the file.
         Raises `LedgerError` for the id of an active edit.
         """
         with self._changing("apply"):
@@ -439,7 +439,7 @@ class Editor(Described):
     def import_(self, path: str | Path) -> list[Edit]:
         """Take the edits of an exported file into the ledger, inactive.
 
-        Active edits that were damaged, and get what they lack by it, are put on the model.
+        Damaged active edits that the file repairs are put on the model.
         Raises `FingerprintError` for another model's edits, `IntegrityError` for a damaged file.
         """
         with self._changing("import"):
@@ -482,7 +482,7 @@ class Editor(Described):
             yield
 
     def _require(self, edits: Sequence[Edit], on: Collection[str], *, active: bool = True) -> None:
-        """Raise `LedgerError` for edits not among those `on`; unless `active`, for those among."""
+        """Raise `LedgerError` for edits that are not `on`; unless `active`, for those that are."""
         on_it = set(on)
         if wrong := [edit.id for edit in edits if (edit.id in on_it) is not active]:
             with self.ledger.transaction():  # raises where another process changed the ledger

@@ -13,7 +13,7 @@ from typing import Any
 LONGEST_NAME = 200
 """Characters of a wrong name that a message repeats."""
 LONGEST_TOLD = 300
-"""Characters that a message repeats of what foreign code says."""
+"""Characters of a foreign error's text that a message repeats."""
 
 
 class ErrataError(Exception):
@@ -89,7 +89,7 @@ class PluginError(ErrataError, RuntimeError):
 class ImpureMethodError(PluginError):
     """A plugin changed the model, its tokenizer or the process; `changed` names what it touched.
 
-    `left` names what of it could not be put back.
+    `left` names what could not be put back.
     """
 
     def __init__(
@@ -159,8 +159,8 @@ class EditRefused(ErrataError, RuntimeError):
     Attributes:
         reason: what was wrong.
         measured: what the guard saw.
-        recorded: the refusal is in the ledger: those of `Editor.edit` are, those of computing
-            recorded edits again are not.
+        recorded: whether the refusal is in the ledger. `Editor.edit` records it, `Editor.rebase`
+            and `Editor.resolve` do not.
     """
 
     recorded = False
@@ -186,10 +186,9 @@ def first_few(names: Iterable[str], limit: int = 3) -> str:
 
 
 def cause(error: BaseException) -> BaseException:
-    """Return an error to name as a cause.
+    """Return `error`, made safe for `raise … from`; all but a StopIteration is.
 
-    That is the error, but for a StopIteration: where that is the cause of a RuntimeError contextlib
-    takes it for the end of its own generator, and raises it as it was.
+    contextlib takes a RuntimeError that a StopIteration caused for the end of its own generator.
     """
     if not isinstance(error, StopIteration):
         return error
@@ -199,7 +198,7 @@ def cause(error: BaseException) -> BaseException:
 def reason_of(error: BaseException) -> str:
     """Return why foreign code failed, on one line: what the system says, else what the error says.
 
-    Of a long text the beginning; of an error without one its type.
+    A long text is cut; an error without a text gives its type.
     """
     return getattr(error, "strerror", None) or _said(error) or type(error).__name__
 
@@ -216,9 +215,9 @@ def _said(error: BaseException) -> str:
 
 @contextmanager
 def blaming(what: str) -> Iterator[None]:
-    """Say what failed ("Method 'x' failed in `y`") where it raises no error of errata's.
+    """Turn a foreign error of the block into a `PluginError` that begins with `what`.
 
-    Raises `PluginError`, from what was raised.
+    For example "Method 'x' failed in `y`". Errors of errata's own go on as they are.
     """
     try:
         yield

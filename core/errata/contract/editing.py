@@ -114,9 +114,9 @@ class Editing:
     ) -> list[Edit]:
         """Make calls one after the other, each by itself, and record what guards refuse.
 
-        With `skip_refused`, of a call whose requests have an edit each only those are left out
-        that are refused alone: its halves are tried, and theirs. An error holds the edits of the
-        calls before it, as `done`.
+        With `skip_refused` a refused call is tried again in halves, where each of its requests has
+        an edit of its own, so that only those at fault are left out. An error holds the edits of
+        the calls before it, as `done`.
         """
         done: list[Edit] = []
         waiting = list(reversed(calls))
@@ -148,7 +148,7 @@ class Editing:
         return done
 
     def stale(self) -> list[Edit]:
-        """Return the edits made on top of some that are off now, and those made on top of them.
+        """Return the edits made on top of edits that are off now, and all made on top of those.
 
         An edit that is active in the ledger and cannot be read, because its plugin or its file is
         missing, was not taken off: what was made on top of it is not stale.
@@ -172,8 +172,8 @@ class Editing:
     def solvable(self, overrides: Mapping[str, Any]) -> list[Edit]:
         """Return the active edits that can be solved again with these hyper-parameters.
 
-        Where there are edits that can be solved again but none with these, the first of them:
-        it says why.
+        Where none takes these, but some could be solved again, the first of those: trying it
+        raises the error that says why.
         """
         able = [(edit, self._methods.resolves(edit)) for edit in self._stack.entries]
         able = [(edit, names) for edit, names in able if names]
@@ -190,7 +190,7 @@ class Editing:
         return self._carry_out(calls, old, {edit.id: "resolve" for edit in old}, True)
 
     def restored(self, edits: Sequence[Edit]) -> list[Edit]:
-        """Return what edits had superseded and is off now, to change places with them.
+        """Return the edits that these had superseded and that are off now, to be put back.
 
         Warns of what stays off because another active edit is about the same fact, and where
         nothing is left.
@@ -210,7 +210,7 @@ class Editing:
     # -- how -------------------------------------------------------------------------------------
 
     def _superseded_by(self, edits: Sequence[Edit]) -> list[Edit]:
-        """Return the records of what edits superseded, or what they were computed again from."""
+        """Return the records of the edits that these, or their earlier versions, superseded."""
         known = set(self._ledger.ids())
         read = functools.cache(self._ledger.get)
         found: dict[str, Edit] = {}
@@ -244,7 +244,7 @@ class Editing:
     ) -> list[Edit]:
         said: frozenset[str] = frozenset()
         if apply:
-            # What is taken off for the new edits said it, where something did.
+            # Not where edits are replaced: they may be why a request already holds.
             asked = () if old else [r for call in calls for part in call.batches for r in part]
             said = self._guards.prepare(self._model, asked)
         touched = [edit.id for edit in old]
@@ -257,7 +257,7 @@ class Editing:
                 for call in calls:
                     self._compute(call, superseded, clashes, touched, new, apply)
             if apply:
-                # What was not needed on the model in between is folded here, all at once.
+                # Edits that no later one was computed on are folded here, all at once.
                 missing = [edit for edit in new if edit.id not in self._stack.ids]
                 self._transactions.put_on(missing)
                 outcomes = self._guards.check_state(self._model, new, said)

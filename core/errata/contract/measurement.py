@@ -136,7 +136,7 @@ class Measurement(Described):
         if not self.cases or self.of:
             return False
         mean = math.fsum(self.cases) / len(self.cases)
-        # Not a number is a mean like any other: of cases with one that is none.
+        # NaN is a mean like any other: that of cases one of which is NaN.
         both = math.isnan(mean) and math.isnan(self.value)
         return both or math.isclose(mean, self.value, rel_tol=1e-9, abs_tol=1e-12)
 

@@ -238,8 +238,8 @@ class Methods:
     def resolves(self, edit: Edit) -> frozenset[str]:
         """Return the hyper-parameters that a recorded edit can be solved again with.
 
-        Empty where its method is not installed, or it is not stored as the kind that the method
-        declares: a variant may store what cannot be.
+        Empty where its method is not installed, or where it is stored as another kind than the
+        method declares: a variant may store what cannot be solved again.
         """
         if edit.method not in self._plugins and edit.method not in plugins.installed():
             return frozenset()
@@ -313,7 +313,7 @@ class Methods:
     def _compute_for(self, method: str, requests: Any, **config: Any) -> list[Delta]:
         """Compute another method's deltas with its presets: what `model.compute` does.
 
-        What `edit` refuses of this method is refused. The method gets all requests at once, or one
+        What `edit` refuses is refused here, too. The method gets all requests at once, or one
         after the other where it declares no batch (and as its configuration divides them). Unlike
         in `edit`, each is computed from the model's present state: nothing is put on in between,
         so one fact of a subject does not know of another, and no edit is taken off.

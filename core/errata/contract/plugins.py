@@ -217,7 +217,7 @@ def _rooms(group: str) -> list[EntryPoint]:
 def _room(point: EntryPoint) -> Any:
     try:
         return _instance(point, "plugin")
-    except PluginError as error:  # every command asks it, so there has to be a way without it
+    except PluginError as error:  # every command loads it: say how to do without
         raise PluginError(f"{error}. {DISABLE}={point.name} leaves it out.") from error.__cause__
 
 

@@ -212,17 +212,17 @@ class Registry:
 
 
 def following(later: Mapping[str, Any], config: type[MethodConfig]) -> list[str]:
-    """Return the hyper-parameters that are to follow another one, which a later layer gives."""
+    """Return the derived hyper-parameters to reset, because `later` sets those that they follow."""
     return [name for name, other in config.derived.items() if other in later and name not in later]
 
 
 def present(config: type[MethodConfig], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values by the present names of their hyper-parameters, not all of them known."""
+    """Return values with former names replaced; unknown names pass through."""
     return {config.renamed.get(name, name): value for name, value in values.items()}
 
 
 def refused(method: str, error: ValidationError, told: Mapping[str, str]) -> ConfigError:
-    """Return what a configuration does not take; `told` says where each value is from, by name."""
+    """Return the error for values that a configuration refuses; `told`: name → where it is from."""
     problems = "; ".join(
         f"{'.'.join(place) or method} = {shortened(repr(value))} "
         f"({told.get(place[0] if place else '', 'default')}): {said}"

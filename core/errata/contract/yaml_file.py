@@ -34,7 +34,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
-        # One byte more than allowed may be half a character: its size is what is wrong with it.
+        # Cut one byte past the limit, the text may end in half a character: report the size.
         text = raw.decode("utf-8", "replace" if len(raw) > MAX_BYTES else "strict")
     except (OSError, ValueError) as error:
         raise ConfigError(f"Cannot read {path}: {error}") from error

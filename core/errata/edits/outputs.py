@@ -148,7 +148,7 @@ def _listed(folder: Path) -> set[str]:
 
 
 def _spare_ledgers(path: Path) -> None:
-    """Refuse a ledger and its own files; what only holds one has files that are not listed."""
+    """Refuse a ledger and its own files; in a folder that only holds one, they are unlisted."""
     try:
         place = path.resolve()
         inside = [place, *place.parents]

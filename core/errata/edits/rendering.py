@@ -21,7 +21,7 @@ def rendered(model: Model, requests: Sequence[Request]) -> list[Request]:
     """Return requests whose prompts are texts for the model; others stay as they are.
 
     Prompts are cut to `max_tokens`, or to what the model reads at once if that is fewer. Every
-    prompt of a chat becomes a user's turn. Both are done to those to test with, too.
+    prompt of a chat becomes a user's turn. So do the prompts to test with.
 
     Raises:
         ConfigError: a chat, and the model has no chat template.

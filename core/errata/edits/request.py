@@ -335,15 +335,9 @@ class Request(_Frozen):
     def digest(self) -> str:
         """SHA-256 of the canonical JSON: two requests with one digest are the same request."""
         data = self.as_given.model_dump(mode="json")
-        # Older ledgers keep their digests.
-        for later in (
-            "join",
-            "chat",
-            "operation",
-            "remove",
-            "max_tokens",
-            "target_true_from_model",
-        ):
+        # Fields that came later count only where they are set: the digest of a request stays.
+        for later in ("join", "chat", "operation", "remove", "max_tokens",
+                      "target_true_from_model"):  # fmt: skip
             if data[later] in (None, False):
                 del data[later]
         canonical = json.dumps(data, sort_keys=True, ensure_ascii=False)

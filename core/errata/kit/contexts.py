@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from errata.model.model import Model
 
 _BARE = "{}"
-"""The context that is none; the first of every list of contexts."""
+"""The empty context, the first of every list of contexts: the prompt alone."""
 
 
 def in_contexts(model: Model, request: Request, contexts: Sequence[str]) -> list[str]:

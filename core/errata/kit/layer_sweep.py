@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 SCHEMA = 1
 
 MAIN = ("layer", "layers")
-"""Hyper-parameters that say where a method edits; one that has another layer besides names it so:
-`relation_layer`."""
+"""Hyper-parameters that say where a method edits. A further layer has a name of its own, which ends
+in `_layer`."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""By what a loss is multiplied before its gradient is taken, where fp16 gradients underflow."""
+"""The factor that keeps fp16 gradients from underflowing."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ if TYPE_CHECKING:
 
 
 def loss_scale(model: Model) -> float:
-    """Return the factor for a loss of the model; whoever uses it divides the gradient by it."""
+    """Return what to multiply a loss with before its gradient is taken, and divide that by."""
     return 1024.0 if model.dtype == torch.float16 else 1.0

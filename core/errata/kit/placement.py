@@ -1,4 +1,4 @@
-"""Where methods go that stand beside one module: a role in a block, or a path."""
+"""Which module a method acts beside: a role in a block, or a path."""
 
 from __future__ import annotations
 

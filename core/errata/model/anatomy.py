@@ -40,7 +40,7 @@ _UNCOMMON = {
     "mlp": "one without plain in and out projections, as a mixture of experts is",
     "attention": "no attention, as a recurrence or a convolution is none",
 }
-"""What a sublayer is of which no projection is known."""
+"""What a sublayer without known projections is."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Floating point numbers of few bits, computed with as fp32."""
+"""Numbers of half precision and less are computed with in fp32."""
 
 from __future__ import annotations
 

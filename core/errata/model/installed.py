@@ -20,7 +20,7 @@ DISABLE = "ERRATA_DISABLE"
 def entry_points(group: str, *, disabled: bool = False) -> list[EntryPoint]:
     """Return the entry points of a group, as `importlib.metadata` finds them.
 
-    Those that `DISABLE` names only with `disabled`.
+    Those that `DISABLE` names are left out, unless `disabled`.
 
     Opening a model asks for several groups, and each question would read the metadata of every
     installed package. Packages that come and go change `sys.path` or a folder on it; metadata
@@ -79,10 +79,10 @@ def in_other_groups(name: str, group: str) -> str:
 
 @contextmanager
 def loading(point: EntryPoint, what: str) -> Iterator[None]:
-    """Say what could not be loaded where an installed package raises, or ends the process.
+    """Raise `PluginError`, which names `what`, where a package raises or ends the process.
 
-    Raises `PluginError`. Where the package asks for another errata than this one, it says so.
-    What importing it changes in the process is put back.
+    It says so where the package asks for another errata than this one. What importing the package
+    changes in the process is put back.
     """
     package = f" (from {point.dist.name})" if point.dist else ""
     try:

@@ -52,7 +52,7 @@ _SAMPLE = (
 
 
 def _kept(computed: Any, key: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return what was computed of a base, as a file gives it back, and copies of its tensors.
+    """Return (tensors, metadata) as a file would give them back: copies, and plain JSON.
 
     Raises `TypeError` where it cannot be kept: in a hook, that is the plugin's mistake.
     """
@@ -397,7 +397,7 @@ class Model:
         """SHA-256 of the configuration, every base tensor and what the tokenizer makes of a text.
 
         Artifacts are keyed by it: what is computed from texts depends on all three. While other
-        code has hooks on the model, which nothing tells from others, it is one of its own.
+        code has hooks on the model it is one of its own: nothing tells such hooks apart.
         """
         hooked = hooked_by_others(self.module)
         if not hooked:
@@ -417,8 +417,8 @@ class Model:
     def fingerprint_of(self, names: Sequence[str]) -> dict[str, str]:
         """Return the fingerprint that an edit of these parameters carries.
 
-        Keys: "config" and each parameter's name; values: SHA-256 of the base's bytes. Of an edit
-        that names no parameter, the embedding's: the configuration does not tell models apart.
+        Keys: "config" and each parameter's name; values: SHA-256 of the base's bytes. An edit
+        without parameters carries the embedding's: the configuration does not tell models apart.
         """
         embedding = self.anatomy.weight(self.anatomy.embedding_name)
         covered = names or [name for name in (embedding,) if name in self.pristine]

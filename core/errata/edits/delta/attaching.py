@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def calling(kind: type[Delta], what: str) -> AbstractContextManager[None]:
-    """Say which kind failed in a call of one of its methods, where it is none of errata's own."""
+    """Name the kind whose method `what` failed in the block, unless it is errata's own."""
     own = kind.__module__.partition(".")[0] == "errata"
     return nullcontext() if own else blaming(f"{_name(kind)} failed in `{what}`")
 

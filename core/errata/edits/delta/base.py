@@ -46,7 +46,7 @@ class Delta(Described, ABC):
     """Of a kind that attaches: what it does to a token depends on that token's own states alone,
     so the keys and values of a common beginning may be used again."""
     routed: ClassVar[bool] = False
-    """It acts on the prompts that lead to it alone; as factors it would act on every prompt."""
+    """It acts only on prompts that are routed to it; as factors it would act on every prompt."""
 
     made_with: Mapping[str, str] = MappingProxyType({})
     """Trained networks that a method computed it with, name in the cache folder → SHA-256. For the
@@ -91,9 +91,9 @@ class Delta(Described, ABC):
 
     @property
     def keyed_at(self) -> tuple[str, ...]:
-        """Weights of the modules whose states are compared with what it stores, to act or not.
+        """Weights of the modules whose states it compares with its keys, to act or not to act.
 
-        Whatever changes the model below them moves those states, and may keep prompts from it.
+        A change of the model below them moves those states: prompts may then miss the keys.
         """
         return ()
 
@@ -135,7 +135,7 @@ class Delta(Described, ABC):
         return {}
 
     def cosines(self, others: Sequence[Self]) -> list[float]:
-        """Return for each other delta of the kind the largest whitened cosine of a key of both.
+        """Return, for each other delta, the largest whitened cosine of a key of it and one of this.
 
         −1.0 (the default) for one that stores no key to compare.
         """

@@ -279,8 +279,8 @@ class Database:
         return {str(row[0]) for row in self.rows(query)}
 
     def without_record(self, *, reported: bool) -> list[str]:
-        """Return the SHA-256 of files that no record names: of ended changes, or of others."""
-        # In this order, what another process records meanwhile is neither.
+        """Return the SHA-256 of files that no record names: of changes that ended, or did not."""
+        # Read in this order, a file that another process records meanwhile counts as neither.
         there, begun = self.files.digests(), self.files.begun()
         left = there - self.recorded()
         return sorted(left - begun if reported else left & begun)

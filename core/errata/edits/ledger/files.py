@@ -125,8 +125,8 @@ class DeltaFiles:
     def discard(self, since: int = 0, kept: Collection[str] = ()) -> None:
         """Take away what a failed transaction wrote, or its part since so many were `written`.
 
-        Files `kept` stay: another process has recorded them since. One left over would do no harm,
-        but be named as one without a record.
+        Files `kept` stay: another process has recorded them since. A file left over would do no
+        harm, but would be named as one without a record.
         """
         gone, self._fresh = self._fresh[since:], self._fresh[:since]
         for digest in gone:
@@ -158,7 +158,7 @@ class DeltaFiles:
                 raise StorageError(f"Cannot delete {path}: {reason_of(error)}.") from error
 
     def begun(self) -> set[str]:
-        """Return the SHA-256 of what changes wrote that did not end: killed, or going on."""
+        """Return the SHA-256 of the files of changes that did not end: killed, or going on."""
         return {digest for path in self._lists() for digest in _lines(path)}
 
     def leftovers(self) -> list[Path]:
@@ -223,7 +223,7 @@ def refuse_lost_database(folder: Path) -> None:
 
 
 def make_private(folder: Path) -> None:
-    """Let only the owner read a ledger, also one from before or in a folder that existed.
+    """Let only its owner read a ledger, also an old one, or one in a folder that existed.
 
     The folder itself is closed only when it holds nothing but the ledger: it may be a project's.
     What belongs to somebody else stays as it is.

@@ -1,4 +1,4 @@
-"""Edits whose files are there and whose records are not: found, read and held to be sound."""
+"""Edits whose files are there and whose records are not: found, read and checked."""
 
 from __future__ import annotations
 

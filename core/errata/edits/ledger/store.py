@@ -194,7 +194,7 @@ class Ledger:
     # -- reading ---------------------------------------------------------------------------------
 
     def edits(self, last: int | None = None, *, active: bool = False) -> list[Edit]:
-        """Return the records in ledger order: all, or the `last` so many; of `active` edits only.
+        """Return the records in ledger order: all, or the `last` so many; `active`: of those alone.
 
         What is not returned is not read.
         """
@@ -214,7 +214,7 @@ class Ledger:
 
     def stale_ids(self) -> list[str]:
         """Return the ids of active edits computed on top of one that is not, in order."""
-        # Their canonical JSON tells, unread, which name something below.
+        # The canonical JSON shows, unparsed, which records name an edit below.
         below = 'instr(record, \'"parents":[]\') = 0 OR instr(record, \'"on_top_of":"\') > 0'
         rows = self._rows(f"active AND ({below}) ORDER BY sequence")
         return stale_ids(map(self._record, rows), self.active_ids())
@@ -304,7 +304,7 @@ class Ledger:
     def verify(self) -> list[str]:
         """Read everything and return what is wrong with it, in words; empty when all is sound.
 
-        What a killed process left (`unreported`) is not wrong: no edit was reported that it is of.
+        Files of a killed process (`unreported`) are no damage: their edits were never reported.
         """
         database = self._database
         lost = self.lost()
@@ -323,9 +323,9 @@ class Ledger:
         return self._database.without_record(reported=True)
 
     def unreported(self) -> list[str]:
-        """Return the SHA-256 of the files that changes wrote and did not come to record.
+        """Return the SHA-256 of files that a change wrote and never came to record.
 
-        Their process was killed or refused before any edit was reported as done, or is at it.
+        Their process was killed or refused before it reported an edit as done, or is at work.
         """
         return self._database.without_record(reported=False)
 

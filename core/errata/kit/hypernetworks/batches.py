@@ -38,7 +38,7 @@ class RequestBatch:
     """Requests that are edited in one step, each by itself.
 
     Attributes:
-        name: what decides everything random about it, with the training's seed.
+        name: with the training's seed it decides everything random about the batch.
         requests: the requests.
     """
 
@@ -127,6 +127,6 @@ class BatchCache:
 
 
 def seeded(seed: int, *what: object) -> torch.Generator:
-    """Return a generator that a training's seed and what it is for decide."""
+    """Return a generator seeded by a training's seed and by what it is for."""
     digest = hashlib.sha256(f"{seed} {what}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

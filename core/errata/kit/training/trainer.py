@@ -158,7 +158,7 @@ class Trainer:
         """Act after each update, gradients still in place."""
 
     def finished(self, step: int) -> bool:
-        """Say whether to stop, every batch having held in its last pass; asked if not certain."""
+        """Say whether to stop once every batch held in its last pass; asked where not `certain`."""
         del step
         return self.holds()
 

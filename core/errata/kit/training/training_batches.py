@@ -80,12 +80,12 @@ def request_batches(
     Args:
         model: the model as it stands; see `errata.kit.aims.aims_of`.
         requests: what is taught.
-        loss: as in `target_batches`, for what should be said.
+        loss: as in `aim_batch`, for what should be said.
         batch_size: requests per batch.
-        end: as in `target_batches`.
+        end: as in `aim_batch`.
 
     Raises:
-        CapabilityError, ConfigError: as in `target_batches`.
+        CapabilityError, ConfigError: as in `aim_batch`.
     """
     batches = []
     for begin in range(0, len(requests), batch_size):
