@@ -17,6 +17,7 @@ from errata.contract.registry import Registry
 from errata.edits import formats
 from errata.edits.autograd import recording
 from errata.edits.cases import requests_of
+from errata.edits.clashes import last_of_each
 from errata.edits.delta_kinds import DeltaKinds
 from errata.edits.edit import Edit, LogEntry
 from errata.edits.handover import leave, take_over
@@ -218,7 +219,7 @@ class Editor(Described):
             IntegrityError: other code changed the model, which an edit would overwrite.
         """
         single, asked, overrides = parse_arguments(request, config or {}, fields, supersede)
-        requests = rendered(self.model, self._editing.asked(asked, supersede=supersede))
+        requests = rendered(self.model, last_of_each(asked) if supersede else asked)
         check_name("commit", commit, ("call", "batch"))
         check_name("on_refused", on_refused, ("raise", "skip"))
         if supersede and not apply:
@@ -232,7 +233,7 @@ class Editor(Described):
             self._methods.check_overlap(method, settings, requests)
             call = EditCall(method, settings, batches)
             parts = [call] if commit == "call" and on_refused == "raise" else call.each()
-            done = self._editing.make_each(
+            done = self._editing.make(
                 parts, apply=apply, supersede=supersede, skip_refused=on_refused == "skip"
             )
         return done[0] if single and done else (None if single else ResultTable(done))
