@@ -23,7 +23,8 @@ from errata.edits.edit import Edit, LogEntry
 from errata.edits.handover import leave, take_over
 from errata.edits.ledger import Ledger
 from errata.edits.rendering import rendered
-from errata.edits.request import Request, parse_arguments
+from errata.edits.request import Request
+from errata.edits.request_parsing import parse_arguments
 from errata.edits.stack import Stack
 from errata.edits.transaction import Transactions
 from errata.errors import ConfigError, ErrataError, LedgerError, first_few
@@ -33,7 +34,7 @@ from errata.model.arguments import check_name, folder_of, names_file, path_of, t
 from errata.model.artifacts import Artifacts
 from errata.model.display import Described, ResultTable, plural
 from errata.model.generation import generate_with
-from errata.model.loading import check_placement, load_model
+from errata.model.loading import load_model, placement_of
 from errata.model.progress import Progress
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ class Editor(Described):
         if not isinstance(self.registry, Registry):
             raise ConfigError(f"registry: {registry!r} is none: give Registry.load() or nothing.")
         ledger = None if ledger is None else folder_of(ledger, "ledger")
-        check_placement(dtype, device)  # before anything is fetched
+        placement_of(dtype, device)  # before anything is fetched
         guarding = Guards(GuardPolicy.parse(guards))
         preparation = Preparation(training)
         name = str(model) if isinstance(model, (str, Path)) else ""

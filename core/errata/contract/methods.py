@@ -18,7 +18,7 @@ from errata.contract.meter import Meter
 from errata.contract.registry import following, named, present, refused
 from errata.contract.stanzas import STREAM_BATCH
 from errata.edits.outcome import PeakMemoryReading
-from errata.edits.request import parse_requests
+from errata.edits.request_parsing import parse_requests
 from errata.errors import CapabilityError, ConfigError, PluginError, UnknownNameError, blaming
 from errata.model.arguments import check_name, mapping_of
 
