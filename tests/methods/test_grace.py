@@ -435,7 +435,7 @@ def test_the_module_is_found_by_role_or_path(tmp_path: Path) -> None:
     gpt2, llama, t5 = (build_model(f, tmp_path) for f in ("gpt2", "llama", "t5"))
 
     def found(model: Model, **config: Any) -> str:
-        return grace.module_of(model, GraceConfig(**config))
+        return grace.placed_module(model, GraceConfig(**config))
 
     assert found(gpt2) == "transformer.h.1.mlp.c_proj"
     assert found(gpt2, layer=-3, module="mlp_in") == "transformer.h.0.mlp.c_fc"

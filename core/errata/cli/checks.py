@@ -137,4 +137,4 @@ def check_protocols(names: Sequence[str]) -> None:
 
     if set(names) <= {protocol.name for protocol in PROTOCOLS}:
         return
-    Manager("", plugins.rooms()).check_protocols(names)
+    Manager("", plugins.in_group()).check_protocols(names)

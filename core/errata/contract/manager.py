@@ -50,7 +50,7 @@ _WANTED = {
 
 def known_models() -> dict[str, Callable[[Progress | None], Path]]:
     """Return model name → what fetches it, for the models that plugins bring."""
-    return Manager("", plugins.rooms(MODELS)).models()
+    return Manager("", plugins.in_group(MODELS)).models()
 
 
 def bring_model(name: str, progress: Progress | None = None) -> str:

@@ -125,21 +125,21 @@ def broken(name: str) -> str:
     return ""
 
 
-def rooms(group: str = PLUGINS) -> list[Any]:
+def in_group(group: str = PLUGINS) -> list[Any]:
     """Return a fresh object of every plugin in a group, in order of name.
 
     Raises:
         PluginError: one of them is broken; the message quotes the cause.
     """
-    return [_room(point) for point in _rooms(group)]
+    return [_made(point) for point in _points(group)]
 
 
-def broken_rooms(group: str = PLUGINS) -> list[str]:
+def broken_in_group(group: str = PLUGINS) -> list[str]:
     """Return, in words, which plugins of a group do not load or break the contract."""
     found = []
-    for point in _rooms(group):
+    for point in _points(group):
         try:
-            registered([_room(point)])
+            registered([_made(point)])
         except PluginError as error:
             found.append(str(error))
     return found
@@ -210,11 +210,11 @@ def _instance(point: EntryPoint, what: str) -> Any:
         return plugin() if isinstance(plugin, type) else plugin
 
 
-def _rooms(group: str) -> list[EntryPoint]:
+def _points(group: str) -> list[EntryPoint]:
     return sorted(set(entry_points(group)), key=lambda point: point.name)
 
 
-def _room(point: EntryPoint) -> Any:
+def _made(point: EntryPoint) -> Any:
     try:
         return _instance(point, "plugin")
     except PluginError as error:  # every command loads it: say how to do without

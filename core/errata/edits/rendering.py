@@ -27,7 +27,9 @@ def rendered(model: Model, requests: Sequence[Request]) -> list[Request]:
         ConfigError: a chat, and the model has no chat template.
         RequestError: nothing of the subject is left.
     """
-    requests = [request if request.chat else cut(model, request) for request in requests]
+    requests = [
+        request if request.chat else with_cut_prompts(model, request) for request in requests
+    ]
     if not any(request.chat is True for request in requests):
         return requests
     frame = chat_frame(model.tokenizer)
@@ -41,7 +43,7 @@ def rendered(model: Model, requests: Sequence[Request]) -> list[Request]:
     ]
 
 
-def cut(model: Model, request: Request) -> Request:
+def with_cut_prompts(model: Model, request: Request) -> Request:
     """Return a request whose prompts have at most `max_tokens` tokens, special ones counted."""
     limits = [n for n in (request.max_tokens, model.anatomy.context) if n is not None]
     if request.max_tokens is None:

@@ -18,7 +18,7 @@ from errata.errors import CapabilityError, IntegrityError, LedgerError, UnknownN
 from errata.model.display import Described, plural
 from errata.model.floats import wide
 from errata.model.pristine import same_bits
-from errata.model.structure import ABSENT, Structure, Traits, named
+from errata.model.structure import ABSENT, Structure, Traits, in_words
 from errata.model.task import check_not_compiled
 
 if TYPE_CHECKING:
@@ -244,7 +244,7 @@ class Stack(Described):
             found = [f"tensor {name} is not what the stack says" for name in self.differing()]
         except IntegrityError as error:
             found = [str(error)]
-        return found + [f"{name}: changed by other code" for name in named(self._foreign())]
+        return found + [f"{name}: changed by other code" for name in in_words(self._foreign())]
 
     def _foreign(self) -> Traits:
         """Return the structural changes that errata did not make."""

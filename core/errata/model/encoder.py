@@ -90,7 +90,7 @@ class ForeignEncoder:
         return _remembering(self._known, texts, self._encoded)
 
     def _encoded(self, text: str) -> Tensor:
-        return functional.normalize(pooled(self.module, self.tokenizer, [text])[0], dim=0)
+        return functional.normalize(mean_states(self.module, self.tokenizer, [text])[0], dim=0)
 
 
 class OwnStates:
@@ -157,7 +157,7 @@ def open_encoder(model: Model, name: str) -> tuple[nn.Module, Any]:
         return module.requires_grad_(False), read_tokenizer(location)
 
 
-def pooled(module: nn.Module, tokenizer: Any, texts: Sequence[Any]) -> Tensor:
+def mean_states(module: nn.Module, tokenizer: Any, texts: Sequence[Any]) -> Tensor:
     """Return the mean over the last states (n, d) of texts, or of pairs of texts, with gradient."""
     limit = min(tokenizer.model_max_length, _LONGEST)
     batch = tokenizer(list(texts), return_tensors="pt", padding=True, truncation=True,

@@ -37,9 +37,9 @@ from errata.errors import ConfigError
 from errata.model.call import (
     Decided,
     StackCall,
+    arguments_by_name,
     ends_before_labels,
     ends_given_to_generate,
-    named,
     stack_of,
 )
 from errata.model.visit import Arrivals, Positions, Visit
@@ -164,7 +164,7 @@ class Router(ABC):
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             route = self._route()
             route.scope = object()
-            given = named(signature, args, kwargs)
+            given = arguments_by_name(signature, args, kwargs)
             route.before_labels = ends_before_labels(given) if reads_labels else None
 
         def leave(*_: Any) -> None:
@@ -177,7 +177,7 @@ class Router(ABC):
         self, stack: str, signature: inspect.Signature
     ) -> tuple[Callable[..., None], ...]:
         def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            call = StackCall.read(named(signature, args, kwargs))
+            call = StackCall.read(arguments_by_name(signature, args, kwargs))
             if call.packed and self._routing() is not None:
                 raise ConfigError(
                     "Several texts are packed into one row: where the prompt of each ends is not "

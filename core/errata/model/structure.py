@@ -73,7 +73,7 @@ class Structure:
 
     def changed(self) -> list[str]:
         """Name everything that is not as it was; empty when nothing changed."""
-        return named(self.changes())
+        return in_words(self.changes())
 
     def restore(self) -> None:
         """Put the same modules, classes, parameters, hooks, flags and attributes back."""
@@ -116,7 +116,7 @@ def hooked_by_others(root: nn.Module) -> list[str]:
     return list(dict.fromkeys(path for path, package in hooked(root) if package not in _OURS))
 
 
-def named(changes: Traits) -> list[str]:
+def in_words(changes: Traits) -> list[str]:
     """Return changes in words, each once, module by module."""
     swapped = {trait.path for trait in changes if trait.what == "module"}
 

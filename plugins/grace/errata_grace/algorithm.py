@@ -25,7 +25,7 @@ from errata.edits.delta.codebook_replay import import_faiss
 from errata.edits.delta.codebook_router import CodebookRouter, Codebooks
 from errata.errors import ConfigError
 from errata.kit.loss_scale import loss_scale
-from errata.kit.placement import key_column, module_of
+from errata.kit.placement import key_column, placed_module
 from errata.kit.values import EditFailed
 from errata.model.forward import Resumed, frozen, trace
 from errata.model.running import run
@@ -69,7 +69,7 @@ class GraceRun:
         """
         if config.index == "faiss":
             import_faiss()
-        return cls(model, config, module_of(model, config))
+        return cls(model, config, placed_module(model, config))
 
     @property
     def settings(self) -> CodebookSettings:

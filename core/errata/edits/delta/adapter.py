@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from errata.edits.delta.adapter_config import PARTS, canonical, layer_alpha, module_of
+from errata.edits.delta.adapter_config import PARTS, canonical, layer_alpha, module_and_part
 from errata.edits.delta.adapter_layers import (
     Piece,
     activate,
@@ -56,7 +56,7 @@ class AdapterDelta(Delta):
         self._tensors = {key: tensors[key] for key in sorted(tensors)}
         parts: dict[str, dict[str, Tensor]] = {}
         for key, tensor in self._tensors.items():
-            module, part = module_of(key)
+            module, part = module_and_part(key)
             parts.setdefault(module, {})[part] = tensor
         self.pieces = {name: _piece(self.config, name, part) for name, part in parts.items()}
 
