@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -226,3 +227,13 @@ def build_plain_norm(name: str) -> float:
 
     weights = load_file(zoo.model_path("atlas-gpt2") / "model.safetensors")
     return float(weights[name].norm())
+
+
+def test_the_norm_of_a_large_weight_does_not_overflow(tmp_path: Path) -> None:
+    model = build_model("gpt2", tmp_path)
+    name = model.anatomy.weight(model.anatomy.mlp_out(0))
+    with torch.no_grad():
+        model.module.get_parameter(name).fill_(1e30)
+    large = Model(model.module, model.tokenizer, model.anatomy)
+    wanted = 1e30 * math.sqrt(large.parameters[name].numel())
+    assert large.weight_norm(name) == pytest.approx(wanted)
