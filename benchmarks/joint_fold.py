@@ -135,7 +135,7 @@ def on_a_model(name: str, edits: int, clock: Callable[[], float]) -> dict[str, A
                     fingerprint=editor.model.fingerprint_of(delta.parameters),
                 )  # fmt: skip
                 entries.append((edit, delta, True))
-            editor.ledger.commit_many(entries)
+            editor.ledger.commit(entries)
         base_s, editor = timed(lambda: Editor(name, guards=guards), clock)
         editor.close()
         open_s, editor = timed(lambda: Editor(name, guards=guards, ledger=folder), clock)

@@ -127,7 +127,7 @@ def fill(folder: Path, kind: str, edits: int, active: int) -> None:
 
     with Ledger.open(folder, kinds={delta.kind: type(delta) for _, delta, _ in entries}) as ledger:
         for start in range(0, edits, 1000):
-            ledger.commit_many(entries[start : start + 1000])
+            ledger.commit(entries[start : start + 1000])
         ledger.note("model", {"name": MODEL, "dtype": None})
 
 

@@ -349,9 +349,9 @@ def seconds(editor: Editor, text: str, tokens: int) -> float:
 
 def forget(editor: Editor) -> None:
     """Open sentence encoders anew: they remember what they have read."""
-    memo = editor.model.memo
-    for key in [k for k in memo if isinstance(k, tuple) and k[0] == "sentence encoder"]:
-        del memo[key]
+    memory = editor.model.memory
+    for key in [k for k in memory if isinstance(k, tuple) and k[0] == "sentence encoder"]:
+        del memory[key]
         sentence_encoder(editor.model, key[1])
 
 

@@ -52,7 +52,7 @@ examples. For the command line see [cli.md](cli.md), for methods of your own [pl
 ```
 
 Hyper-parameters go beside the request, or as `config={…}`; `errata methods rome` lists them.
-`configure` says what they are for this model, and which layer of configuration set each:
+`configure` says what they are for this model, and what set each:
 
 ```python
 >>> settings, where = editor.configure("rome", {"steps": 10})

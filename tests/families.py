@@ -26,6 +26,7 @@ from tokenizers import (
     trainers,
 )
 
+from errata.edits.edit import Edit
 from errata.edits.stack import Stack
 from errata.model import Model
 from errata.model.anatomy import Anatomy
@@ -192,6 +193,16 @@ def saved(family: str, folder: Path) -> str:
     for part in build(family):
         part.save_pretrained(folder)
     return str(folder)
+
+
+def put_on(stack: Stack, edit: Edit) -> None:
+    """Make one more edit active."""
+    stack.set([*stack.entries, edit])
+
+
+def take_off(stack: Stack, edit_id: str) -> None:
+    """Take one edit off, wherever it is in the order."""
+    stack.set([edit for edit in stack.entries if edit.id != edit_id])
 
 
 def build_model(

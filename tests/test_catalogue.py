@@ -112,7 +112,7 @@ def test_every_hyper_parameter_is_described_and_every_preset_is_valid(method: st
     assert registry.missing(method) == ""
     here = f"plugin {package_of(method)}"
     for preset in registry.method(method).presets:
-        assert preset.layer == here
+        assert preset.set_by == here
         assert preset.source not in ("", here), f"{method}: {preset.match} has no source"
         config(**preset.values)
 

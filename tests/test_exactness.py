@@ -33,7 +33,7 @@ from errata.errors import LedgerError
 from errata.model import Model
 from errata.testing import edit_with, state_of
 from errata.testing.contract import assert_same
-from tests.families import build
+from tests.families import build, put_on
 
 QUIET = {"efficacy": "off", "perplexity": "off", "norm": "off"}
 METHODS = (
@@ -140,7 +140,9 @@ class Programs(RuleBasedStateMachine):
         model = Stack.on(Model(copy.deepcopy(self.module), self.tokenizer, live.anatomy))
         for edit_id in ids:
             edit = self.editor.ledger.get(edit_id)
-            model.stack.add(edit_with(edit.sequence, edit.id, self.editor.ledger.delta(edit_id)))
+            put_on(
+                model.stack, edit_with(edit.sequence, edit.id, self.editor.ledger.delta(edit_id))
+            )
         return state_of(model), self.logits(model)
 
     @torch.no_grad()

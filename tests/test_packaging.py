@@ -35,7 +35,7 @@ assert set(registry.methods) == set(plugins.installed()) == set(names)
 packages = {{name: point.module for name, point in plugins.installed().items()}}
 for name in names:
     plugins.load(name)
-    assert {{p.layer for p in registry.presets(name)}} == {{"plugin " + packages[name]}}
+    assert {{p.set_by for p in registry.presets(name)}} == {{"plugin " + packages[name]}}
 from errata.datasets import atlas
 request = atlas.requests(1)[0]
 with errata.Editor("atlas-gpt2", artifacts="cache", guards={{"perplexity": "off"}}) as editor:

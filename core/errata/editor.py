@@ -17,22 +17,24 @@ from errata.contract.registry import Registry
 from errata.edits import formats
 from errata.edits.autograd import recording
 from errata.edits.cases import requests_of
+from errata.edits.clashes import last_of_each
 from errata.edits.delta_kinds import DeltaKinds
 from errata.edits.edit import Edit, LogEntry
 from errata.edits.handover import leave, take_over
 from errata.edits.ledger import Ledger
 from errata.edits.rendering import rendered
-from errata.edits.request import Request, parse_arguments
+from errata.edits.request import Request
+from errata.edits.request_parsing import parse_arguments
 from errata.edits.stack import Stack
 from errata.edits.transaction import Transactions
-from errata.errors import ConfigError, ErrataError, LedgerError
+from errata.errors import ConfigError, ErrataError, LedgerError, first_few
 from errata.kit.auto_layers import resolve_auto_layers
 from errata.model.access import claim, release
 from errata.model.arguments import check_name, folder_of, names_file, path_of, texts_of
 from errata.model.artifacts import Artifacts
-from errata.model.display import Described, ResultTable, first_few, plural
+from errata.model.display import Described, ResultTable, plural
 from errata.model.generation import generate_with
-from errata.model.loading import check_placement, load_model
+from errata.model.loading import load_model, placement_of
 from errata.model.progress import Progress
 
 if TYPE_CHECKING:
@@ -114,7 +116,7 @@ class Editor(Described):
         if not isinstance(self.registry, Registry):
             raise ConfigError(f"registry: {registry!r} is none: give Registry.load() or nothing.")
         ledger = None if ledger is None else folder_of(ledger, "ledger")
-        check_placement(dtype, device)  # before anything is fetched
+        placement_of(dtype, device)  # before anything is fetched
         guarding = Guards(GuardPolicy.parse(guards))
         preparation = Preparation(training)
         name = str(model) if isinstance(model, (str, Path)) else ""
@@ -218,7 +220,7 @@ class Editor(Described):
             IntegrityError: other code changed the model, which an edit would overwrite.
         """
         single, asked, overrides = parse_arguments(request, config or {}, fields, supersede)
-        requests = rendered(self.model, self._editing.asked(asked, supersede=supersede))
+        requests = rendered(self.model, last_of_each(asked) if supersede else asked)
         check_name("commit", commit, ("call", "batch"))
         check_name("on_refused", on_refused, ("raise", "skip"))
         if supersede and not apply:
@@ -232,7 +234,7 @@ class Editor(Described):
             self._methods.check_overlap(method, settings, requests)
             call = EditCall(method, settings, batches)
             parts = [call] if commit == "call" and on_refused == "raise" else call.each()
-            done = self._editing.make_each(
+            done = self._editing.make(
                 parts, apply=apply, supersede=supersede, skip_refused=on_refused == "skip"
             )
         return done[0] if single and done else (None if single else ResultTable(done))
@@ -257,7 +259,7 @@ class Editor(Described):
 
         Joint edits (MEMIT's family) store keys and residuals; λ, the null space and C (`tokens` of
         text) decide how they are written. So λ can follow a stream's length, and C be of more text
-        than at first. By default all edits that can be. Raises
+        than at first. By default every edit that can be solved again. Raises
         `CapabilityError` where a method cannot, `ConfigError` for values that decide residuals.
         """
         with self._changing("resolve"):
@@ -273,7 +275,7 @@ class Editor(Described):
     def prepare(self, method: str, config: Mapping[str, Any] | None = None) -> None:
         """Compute what a method needs of the base (statistics, training) before its first edit.
 
-        `edit` does the same when it has to; calling this first moves the time it takes.
+        `edit` does the same when it has to; call this first to spend the time beforehand.
         """
         with self._changing("prepare"):
             self._methods.prepare(method, self.configure(method, config)[0])
@@ -308,8 +310,8 @@ class Editor(Described):
     def apply(self, target: EditLike | Path) -> list[Edit]:
         """Put a recorded edit, or an exported file's edits that are off, on the model; return them.
 
-        A file's edits are taken into the ledger and put on as one: all of it, or nothing. To an
-        active edit that is damaged it brings what is lacking; what else of it is on stays on.
+        A file's edits are taken into the ledger and put on as one: all of it, or nothing. Those
+        that are on already stay on; active edits that are damaged are repaired from the file.
         Raises `LedgerError` for the id of an active edit.
         """
         with self._changing("apply"):
@@ -439,7 +441,7 @@ class Editor(Described):
     def import_(self, path: str | Path) -> list[Edit]:
         """Take the edits of an exported file into the ledger, inactive.
 
-        Active edits that were damaged, and get what they lack by it, are put on the model.
+        Damaged active edits that the file repairs are put on the model.
         Raises `FingerprintError` for another model's edits, `IntegrityError` for a damaged file.
         """
         with self._changing("import"):
@@ -482,7 +484,7 @@ class Editor(Described):
             yield
 
     def _require(self, edits: Sequence[Edit], on: Collection[str], *, active: bool = True) -> None:
-        """Raise `LedgerError` for edits not among those `on`; unless `active`, for those among."""
+        """Raise `LedgerError` for edits that are not `on`; unless `active`, for those that are."""
         on_it = set(on)
         if wrong := [edit.id for edit in edits if (edit.id in on_it) is not active]:
             with self.ledger.transaction():  # raises where another process changed the ledger

@@ -13,7 +13,7 @@ from typing import Any
 LONGEST_NAME = 200
 """Characters of a wrong name that a message repeats."""
 LONGEST_TOLD = 300
-"""Characters that a message repeats of what foreign code says."""
+"""Characters of a foreign error's text that a message repeats."""
 
 
 class ErrataError(Exception):
@@ -89,7 +89,7 @@ class PluginError(ErrataError, RuntimeError):
 class ImpureMethodError(PluginError):
     """A plugin changed the model, its tokenizer or the process; `changed` names what it touched.
 
-    `left` names what of it could not be put back.
+    `left` names what could not be put back.
     """
 
     def __init__(
@@ -99,20 +99,16 @@ class ImpureMethodError(PluginError):
         self.changed, self.left = list(changed), list(left)
         who = method if " " in method else f"Method {method!r}"
         after = (
-            f"nothing was recorded, but {_few(self.left)} could not be put back: open the model "
-            "again."
+            f"nothing was recorded, but {first_few(self.left, 5)} could not be put back: open the "
+            "model again."
             if self.left
             else "all of it has been put back and nothing was recorded."
         )
         super().__init__(
-            f"{who} changed in its `{hook}` hook: {_few(self.changed)}. A hook computes, returns "
-            "or keeps what it found, and leaves the model, its tokenizer and the process (global "
-            f"random generators, torch's settings) alone; {after}"
+            f"{who} changed in its `{hook}` hook: {first_few(self.changed, 5)}. A hook computes, "
+            "returns or keeps what it found, and leaves the model, its tokenizer and the process "
+            f"(global random generators, torch's settings) alone; {after}"
         )
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
 
 
 class SelfComparisonError(ErrataError, RuntimeError):
@@ -158,40 +154,70 @@ class MissingExtraError(ErrataError, ImportError):
 
 
 class EditRefused(ErrataError, RuntimeError):
-    """An edit that a guard refused; `measured` holds what it saw. The model is as it was."""
+    """An edit that a guard refused. The model is as it was.
+
+    Attributes:
+        reason: what was wrong.
+        measured: what the guard saw.
+        recorded: whether the refusal is in the ledger. `Editor.edit` records it, `Editor.rebase`
+            and `Editor.resolve` do not.
+    """
+
+    recorded = False
 
     def __init__(self, reason: str, measured: Mapping[str, Any]) -> None:
         self.reason = reason
         self.measured = dict(measured)
         super().__init__(
-            f"Edit refused: {reason}. Nothing was applied; the refusal is in the ledger. "
+            f"Edit refused: {reason}. Nothing was applied. "
             "Loosen the guard with guards={...: 'warn'} if you accept it."
         )
 
 
-def cause(error: BaseException) -> BaseException:
-    """Return an error to name as a cause.
+def first_few(names: Iterable[str], limit: int = 3) -> str:
+    """Return the first of several names, and how many more there are.
 
-    That is the error, but for a StopIteration: where that is the cause of a RuntimeError contextlib
-    takes it for the end of its own generator, and raises it as it was.
+    >>> first_few("abcde")
+    'a, b, c and 2 more'
+    """
+    every = list(names)
+    more = len(every) - limit
+    return ", ".join(every[:limit]) + (f" and {more} more" if more > 0 else "")
+
+
+def cause(error: BaseException) -> BaseException:
+    """Return `error`, made safe for `raise … from`; all but a StopIteration is.
+
+    contextlib takes a RuntimeError that a StopIteration caused for the end of its own generator.
     """
     if not isinstance(error, StopIteration):
         return error
     return RuntimeError(f"StopIteration({error.value!r})").with_traceback(error.__traceback__)
 
 
+def reason_of(error: BaseException) -> str:
+    """Return why foreign code failed, on one line: what the system says, else what the error says.
+
+    A long text is cut; an error without a text gives its type.
+    """
+    return getattr(error, "strerror", None) or _said(error) or type(error).__name__
+
+
 def in_short(error: BaseException) -> str:
     """Return what foreign code raised, on one line: its type, and how what it says begins."""
+    return f"{type(error).__name__}: {_said(error)}".removesuffix(": ")
+
+
+def _said(error: BaseException) -> str:
     said = " ".join(str(error).split())
-    said = said if len(said) <= LONGEST_TOLD else f"{said[:LONGEST_TOLD]}…"
-    return f"{type(error).__name__}: {said}".removesuffix(": ")
+    return said if len(said) <= LONGEST_TOLD else f"{said[:LONGEST_TOLD]}…"
 
 
 @contextmanager
 def blaming(what: str) -> Iterator[None]:
-    """Say what failed ("Method 'x' failed in `y`") where it raises no error of errata's.
+    """Turn a foreign error of the block into a `PluginError` that begins with `what`.
 
-    Raises `PluginError`, from what was raised.
+    For example "Method 'x' failed in `y`". Errors of errata's own go on as they are.
     """
     try:
         yield

@@ -37,11 +37,16 @@ def small_edit(subject: str = "Veldonia", kind: str = "low_rank", **fields: obje
     )
 
 
+def commit(ledger: Ledger, edit: Edit, delta: Any, *, active: bool = True) -> Edit:
+    (stored,) = ledger.commit([(edit, delta, active)])
+    return stored
+
+
 def add(ledger: Ledger, count: int = 1, active: bool = True) -> list[Edit]:
     start = ledger.next_sequence
     subjects = [f"Land {start + i}" for i in range(count)]
     entries = [(small_edit(s), small_delta(start + i), active) for i, s in enumerate(subjects)]
-    return ledger.commit_many(entries)
+    return ledger.commit(entries)
 
 
 def same_delta(first: Any, second: Any) -> bool:
@@ -58,7 +63,7 @@ def three_edits(path: Path) -> Path:
     """Make a ledger with three edits, the second of them reverted, and close it."""
     with Ledger.open(path, kinds=KINDS) as ledger:
         for seed, name in enumerate(IDS):
-            ledger.commit(small_edit(f"Land {seed}", id=name), small_delta(seed))
+            commit(ledger, small_edit(f"Land {seed}", id=name), small_delta(seed))
         ledger.deactivate([IDS[1]])
     return path
 

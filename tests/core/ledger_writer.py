@@ -20,7 +20,7 @@ from pathlib import Path
 import errata.model.storage
 from errata.edits.ledger import Ledger
 from errata.edits.ledger.database import Database
-from tests.core.ledger_helpers import KINDS, small_delta, small_edit
+from tests.core.ledger_helpers import KINDS, commit, small_delta, small_edit
 
 POINTS = ("before rename", "after rename", "before commit", "after commit")
 
@@ -51,7 +51,7 @@ def write(ledger: str, report: str, seed: int, die: str | None = None) -> None:
             else:
                 edits = [small_edit() for _ in range(2 if what == "many" else 1)]
                 tell("start", "edit", *(edit.id for edit in edits))
-                opened.commit_many([(e, small_delta(int(e.id, 16)), True) for e in edits])
+                opened.commit([(e, small_delta(int(e.id, 16)), True) for e in edits])
             tell("done")
 
 
@@ -79,7 +79,7 @@ def hold(ledger: str, report: str, release: str, commits: bool) -> None:
         try:
             with opened.transaction():
                 if commits:
-                    opened.commit(small_edit("Elsewhere"), small_delta(7))
+                    commit(opened, small_edit("Elsewhere"), small_delta(7))
                 Path(report).write_text("holding")
                 while not Path(release).exists():
                     time.sleep(0.005)
@@ -95,7 +95,7 @@ def fill(ledger: str, report: str, limit: int) -> None:
     with Ledger.open(ledger, kinds=KINDS) as opened:
         try:
             while True:
-                opened.commit(small_edit(), small_delta(len(opened.ids())))
+                commit(opened, small_edit(), small_delta(len(opened.ids())))
         except Exception as error:
             Path(report).write_text(type(error).__name__)
 

@@ -19,6 +19,7 @@ from errata.errors import IntegrityError
 from errata.model import Model
 from errata.model.storage import from_bytes, to_bytes
 from errata.testing import edit_with
+from tests.families import put_on, take_off
 
 FAMILIES = ("gpt2", "llama")
 IDS = tuple(f"{i:012x}" for i in range(1, 9))
@@ -235,7 +236,7 @@ def test_adapters_removed_in_any_order_leave_what_a_fresh_model_has(
         left = [0, 1, 2, 3]
         for index in order:
             left.remove(index)
-            model.stack.remove(IDS[index])
+            take_off(model.stack, IDS[index])
             assert torch.equal(logits(model.module), expected[tuple(left)])
             assert model.stack.differing() == []
 
@@ -248,7 +249,7 @@ def test_half_precision_is_exact_with_merged_edits_beneath(dtype: torch.dtype) -
     whole = logits(stacked(model, deltas).module)
     assert whole.dtype is dtype
     assert torch.equal(whole, logits(stacked(model_of("llama", dtype), deltas).module))
-    model.stack.remove(IDS[0])
+    take_off(model.stack, IDS[0])
     fresh = stacked(model_of("llama", dtype), deltas, (1, 2))
     assert torch.equal(logits(model.module), logits(fresh.module))
     stacked(model, [])
@@ -262,7 +263,7 @@ def test_weights_fold_underneath_an_attached_adapter() -> None:
     parameter = model.parameters[name]
     only_adapter = logits(stacked(model, deltas, (0,)).module)
     wrapper = model.module.get_submodule(name.removesuffix(".weight"))
-    model.stack.add(edit_with(2, IDS[1], deltas[1]))
+    put_on(model.stack, edit_with(2, IDS[1], deltas[1]))
     assert model.module.get_submodule(name.removesuffix(".weight")) is wrapper
     assert model.parameters[name] is parameter
     assert not torch.equal(parameter, model.pristine[name])

@@ -74,9 +74,7 @@ def test_the_registry_and_the_tiny_models_cover_the_same_families():
 def test_parts_have_the_shapes_of_their_role(family):
     module, _ = build(family)
     anatomy = Anatomy.of(module, architectures())
-    assert (anatomy.model_type, anatomy.n_layers, anatomy.hidden_size, anatomy.probed) == (
-        family, LAYERS, HIDDEN, False,
-    )  # fmt: skip
+    assert (anatomy.model_type, anatomy.n_layers, anatomy.hidden_size) == (family, LAYERS, HIDDEN)
     width = 4 * HIDDEN if family == "bloom" else MLP
     assert anatomy.key_size == width
     assert anatomy.context in (None, CONTEXT)
@@ -151,7 +149,6 @@ def test_probing_finds_what_the_registry_says(family):
     module, _ = build(family)
     declared = Anatomy.of(module, architectures())
     probed = Anatomy.of(module, {})
-    assert probed.probed
     for field, value in declared.spec:
         if field not in ("variants", "head"):
             assert getattr(probed.spec, field) == value, field
@@ -317,7 +314,6 @@ def test_a_classifier_s_parts_are_where_its_language_model_s_are(family: str, pr
     found = Anatomy.of(module, {} if probed else architectures())
     language_model = Anatomy.of(whole, architectures())
     assert found.kind == language_model.kind
-    assert found.probed == probed
     head = found.head(module)
     assert head is module.get_submodule(found.head_name)
     assert found.head_name in ("score", "classifier", "classification_head")

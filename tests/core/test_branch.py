@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from errata.edits.edit import Edit
 from errata.errors import CapabilityError, ConfigError, UnknownNameError
 from errata.model import Model
 from errata.testing import edit_with
-from tests.families import build_model
+from tests.families import build_model, take_off
 
 TOKENS = torch.tensor([[5, 9, 3, 12, 7], [8, 2, 14, 6, 4], [11, 3, 9, 1, 2]])
 FAMILIES = ["gpt2", "llama", "gptj", "opt"]
@@ -79,7 +80,7 @@ def test_taking_edits_off_a_branch_leaves_no_trace(family: str, cache: Path) -> 
     wanted = logits(model)
     model.stack.set(entries)
     for entry in (entries[0], entries[2]):
-        model.stack.remove(entry.id)
+        take_off(model.stack, entry.id)
     assert torch.equal(logits(model), wanted)
     model.stack.set([])
     assert torch.equal(logits(model), base)
@@ -226,3 +227,13 @@ def build_plain_norm(name: str) -> float:
 
     weights = load_file(zoo.model_path("atlas-gpt2") / "model.safetensors")
     return float(weights[name].norm())
+
+
+def test_the_norm_of_a_large_weight_does_not_overflow(tmp_path: Path) -> None:
+    model = build_model("gpt2", tmp_path)
+    name = model.anatomy.weight(model.anatomy.mlp_out(0))
+    with torch.no_grad():
+        model.module.get_parameter(name).fill_(1e30)
+    large = Model(model.module, model.tokenizer, model.anatomy)
+    wanted = 1e30 * math.sqrt(large.parameters[name].numel())
+    assert large.weight_norm(name) == pytest.approx(wanted)

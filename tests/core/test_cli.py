@@ -789,7 +789,7 @@ def test_methods_shows_every_value_and_the_layer_that_set_it(
     (workplace / "registry.yaml").write_text("methods: {nudge: {defaults: {layer: 1}}}\n")
     shown = run_json("methods", "nudge", "--model", checkpoint, "--set", "pause=0.5")
     values = {
-        value["name"]: (value["value"], value["layer"]) for value in shown["hyper_parameters"]
+        value["name"]: (value["value"], value["set_by"]) for value in shown["hyper_parameters"]
     }
     assert values == {
         "seed": (0, "default"),

@@ -20,7 +20,7 @@ from errata.model import Model
 from errata.model.anatomy import Anatomy
 from errata.model.forward import trace
 from errata.testing import edit_with
-from tests.families import architectures, build, sampled
+from tests.families import architectures, build, put_on, sampled, take_off
 
 MODULES = {
     "gpt2": "transformer.h.1.mlp.c_fc",
@@ -343,12 +343,12 @@ def test_reverting_brings_radii_back_and_codebooks_on_other_modules_stay() -> No
     book = Codebooks.of(model).book(first.book)
     assert book.radii.tolist() == pytest.approx([0.6, 0.6], abs=1e-4)
     edited = logits_of(model, PROMPTS, "right")
-    model.stack.remove("2")
+    take_off(model.stack, "2")
     assert book.radii.tolist() == [1.0]
-    model.stack.add(entries[2])
+    put_on(model.stack, entries[2])
     again = logits_of(model, PROMPTS, "right")
     assert all(torch.equal(a, b) for a, b in zip(edited, again, strict=True))
-    model.stack.remove("0")
+    take_off(model.stack, "0")
     assert len(book) == 1
     assert len(Codebooks.of(model).book(elsewhere.book)) == 1
 

@@ -124,11 +124,11 @@ def test_an_edit_that_cannot_leave_as_asked_is_named(tmp_path: Path) -> None:
     from errata.edits.delta import CodebookDelta
     from errata.edits.delta_kinds import DeltaKinds
     from errata.edits.ledger import Ledger
-    from tests.core.ledger_helpers import small_edit
+    from tests.core.ledger_helpers import commit, small_edit
 
     entry = CodebookDelta("h.0", torch.rand(3), None, torch.tensor([4]))
     with Ledger.open(tmp_path / "errata-ledger", kinds=DeltaKinds()) as ledger:
-        name = ledger.commit(small_edit(kind="codebook"), entry).id
+        name = commit(ledger, small_edit(kind="codebook"), entry).id
     for words in (
         ("export", "-o", "e", "--format", "peft"),
         ("export", name, "-o", "e.gguf", "--format", "gguf"),

@@ -311,11 +311,23 @@ def test_a_guard_refuses_records_and_leaves_no_trace(tmp_path: Path) -> None:
         with pytest.raises(EditRefused, match="norm") as caught:
             editor.edit(requests(1), method="toy-low-rank")
         assert caught.value.measured["relative_norm"]["value"] > 1e-6
+        assert caught.value.recorded
         assert_same(state_of(editor.model), base)
         (refused,) = editor.ledger.refused()
         assert "norm" in json.dumps(refused.detail)
         assert editor.edit(requests(2), method="toy-low-rank", on_refused="skip") == []
         assert editor.verify() == []
+
+
+def test_computing_an_edit_again_may_be_refused_and_is_not_recorded(tmp_path: Path) -> None:
+    with open_editor(tmp_path, guards=QUIET) as editor:
+        (edit,) = editor.edit(requests(1), method="toy-low-rank")
+    with open_editor(tmp_path, guards={**QUIET, "norm": "refuse", "norm_limit": 1e-6}) as editor:
+        with pytest.raises(EditRefused, match="norm") as caught:
+            editor.rebase(edit)
+        assert not caught.value.recorded
+        assert editor.ledger.refused() == []
+        assert editor.model.stack.ids == [edit.id]
 
 
 def test_guards_measure_what_they_warn_about(caplog: pytest.LogCaptureFixture) -> None:

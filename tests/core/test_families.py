@@ -72,7 +72,6 @@ def _probability(editor: Editor) -> float:
 
 def test_parts_do_what_their_names_say(editor: Editor) -> None:
     module, anatomy = editor.model.module, editor.model.anatomy
-    assert anatomy.probed
     assert anatomy.embedding(module) is module.get_input_embeddings()  # type: ignore[operator]
     assert anatomy.position_embedding(module) is None
     assert anatomy.hidden_size == HIDDEN
@@ -121,7 +120,7 @@ def test_what_probing_finds_can_be_written_as_a_stanza(editor: Editor) -> None:
     module: Any = editor.model.module
     stanza = yaml.safe_load(yaml.safe_dump(found.spec.model_dump(mode="json")))
     again = Anatomy.of(module, {module.config.model_type: stanza})
-    assert (again.parts, again.head_name, again.probed) == (found.parts, found.head_name, False)
+    assert (again.parts, again.head_name) == (found.parts, found.head_name)
 
 
 # -- editing -----------------------------------------------------------------------------------

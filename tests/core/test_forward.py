@@ -20,7 +20,6 @@ from errata.model.anatomy import Anatomy
 from errata.model.forward import (
     Resumed,
     adding,
-    aligned,
     answered,
     bypassed,
     frozen,
@@ -28,9 +27,10 @@ from errata.model.forward import (
     patched,
     trace,
 )
+from errata.model.forward.layout import aligned
 from errata.model.prompts import pad
 from errata.testing import edit_with
-from tests.families import DECODERS, FAMILIES, architectures, build, build_model, sampled
+from tests.families import DECODERS, FAMILIES, architectures, build, build_model, put_on, sampled
 
 LENGTHS, LOOKUPS = (9, 12, 7, 6), (4, 6, 0, 5)
 ROWS = torch.tensor([0, 0, 1, 2, 3])
@@ -214,7 +214,7 @@ class Attached(Delta):
 
 def test_earlier_columns_are_not_reused_under_a_runtime_edit(tmp_path: Path) -> None:
     model = build_model("gpt2", tmp_path)
-    model.stack.add(edit_with(1, "0123456789ab", Attached()))
+    put_on(model.stack, edit_with(1, "0123456789ab", Attached()))
     check_all_layers(model, reuse=False)
 
 

@@ -26,7 +26,7 @@ from errata.evaluate.reader import MeasureSettings, Reader
 from errata.model import Model
 from errata.model.memory import PeakMemory
 from errata.testing import edit_with
-from tests.families import FAMILIES, build_model, sampled
+from tests.families import FAMILIES, build_model, put_on, sampled
 
 TEXTS = [
     "The capital of France is Paris",
@@ -289,7 +289,7 @@ def test_cost_is_measured_from_the_records_of_the_active_edits(cache: Path) -> N
     edits = [an_edit("a", 1.0, 100, 4000), an_edit("b", 3.0, 300)]
     model = build_model("gpt2", cache)
     for edit in edits:
-        model.stack.add(edit)
+        put_on(model.stack, edit)
     manager = Manager("", [CoreMetrics()])
     assert manager.protocols()["cost"].summary
     got = by_metric(manager.evaluate(model, [], ("cost",), {}))

@@ -32,6 +32,7 @@ from errata.kit.hypernetworks.lessons import Drawn, Lesson
 from errata.kit.training.training_batches import target_batches
 from errata.model import Model
 from errata.model.running import prepare, run
+from errata.model.storage import from_bytes
 from errata_ke import Ke
 from errata_mend import Mend
 from errata_mend.network import MendNetwork
@@ -69,10 +70,13 @@ def gradient_of(model: Model, request: Request, path: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "t5", "bert", "bert-classifier", "opt"])
-def test_signals_are_the_factors_of_the_gradient(family: str, tmp_path: Path) -> None:
+def test_signals_are_the_factors_of_the_gradient(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("errata.kit.hypernetworks.signals._BATCH", 2)
     model = build_model(family, tmp_path)
     modules = edited_modules(model, ["mlp_in", "mlp_out"], [-2, -1])
-    found = signals_of(model, asked(family), modules, batch_size=2)
+    found = signals_of(model, asked(family), modules)
     for request, signals in zip(asked(family), found, strict=True):
         assert signals.requests == (request,)
         for path in modules:
@@ -144,19 +148,15 @@ def opened(folder: Path, training: list[Request] | None) -> Editor:
 
 def network(folder: Path) -> dict[str, torch.Tensor]:
     """The trained network's tensors, read from the artifact."""
-    from errata.model.storage import read_tensors
-
     (file,) = (folder / "mend").rglob("*.safetensors")
-    return read_tensors(file)[0]
+    return from_bytes(file.read_bytes(), str(file))[0]
 
 
 def train(folder: Path, **config: Any) -> list[dict[str, float]]:
     with opened(folder, cases()[0]) as editor:
         editor.prepare("mend", {**TINY, **config})
-    from errata.model.storage import read_tensors
-
     newest = max((folder / "mend").rglob("*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
-    curve: list[dict[str, float]] = read_tensors(newest)[1]["curve"]
+    curve: list[dict[str, float]] = from_bytes(newest.read_bytes(), str(newest))[1]["curve"]
     return curve
 
 

@@ -23,7 +23,7 @@ from errata.model import Model
 from errata.model.artifacts import Artifacts
 from errata.testing import edit_with, state_of
 from errata.testing.contract import assert_same
-from tests.families import SENTENCES, build_model, sampled
+from tests.families import SENTENCES, build_model, put_on, sampled, take_off
 from tests.helpers import identity_metric
 
 LAYER, OTHER = 1, 2
@@ -113,7 +113,7 @@ def test_one_by_one_is_all_at_once_and_any_order(tmp_path: Path) -> None:
     one, many = (build_model("gpt2", tmp_path, torch.float64) for _ in range(2))
     deltas = [make(one, i, 2) for i in range(20)]
     for i, delta in enumerate(deltas):
-        one.stack.add(entry(i, delta))
+        put_on(one.stack, entry(i, delta))
     name = weight(one)[0]
     parts = [delta.pairs[name] for delta in deltas]
     whole = KeyValueDelta(
@@ -125,7 +125,7 @@ def test_one_by_one_is_all_at_once_and_any_order(tmp_path: Path) -> None:
             )
         }
     )
-    many.stack.add(entry(0, whole))
+    put_on(many.stack, entry(0, whole))
     assert float((change(one) - change(many)).norm() / change(many).norm()) < 1e-9
 
 
@@ -143,10 +143,10 @@ def test_whatever_was_done_before_the_bits_are_those_of_the_list(
         number = chance.randrange(len(pool))
         if number in active:
             active.remove(number)
-            model.stack.remove(f"{number:012x}")
+            take_off(model.stack, f"{number:012x}")
         else:
             active = sorted([*active, number])
-            model.stack.add(entry(number, pool[number]))
+            put_on(model.stack, entry(number, pool[number]))
         assert_same(state_of(model), fresh(tmp_path, family, [entry(i, pool[i]) for i in active]))
         assert model.stack.differing() == []
     model.stack.set([])

@@ -11,8 +11,8 @@ import torch
 from pydantic import Field
 
 from errata import Editor, MethodConfig, Request
-from errata.contract.layers import Layer
 from errata.contract.registry import Registry
+from errata.contract.registry_layers import RegistryLayer
 from errata.errors import ConfigError, PluginError, UnknownNameError
 from tests.families import build
 
@@ -121,11 +121,11 @@ def test_what_a_later_version_does_not_take_is_said_with_the_way_out(
 def test_a_former_name_is_taken_wherever_it_is_given_and_said_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    user = Layer(
+    user = RegistryLayer(
         "users.yaml",
         {"methods": {"m": {"presets": [{"match": {}, "values": {"size": 2.0}, "source": "mine"}]}}},
     )
-    registry = Registry.merge([Layer("shipped", {"methods": {"m": METHOD}}), user])
+    registry = Registry.merge([RegistryLayer("shipped", {"methods": {"m": METHOD}}), user])
     for _ in range(2):
         config, table = registry.resolve("m", Renamed, {})
         assert config.amount == 2.0

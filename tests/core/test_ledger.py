@@ -14,7 +14,7 @@ import errata
 from errata.edits.ledger import Ledger
 from errata.edits.outcome import Efficacy, Outcome, TextPerplexity
 from errata.errors import LedgerError, UnknownNameError
-from tests.core.ledger_helpers import KINDS, add, same_delta, small_delta, small_edit
+from tests.core.ledger_helpers import KINDS, add, commit, same_delta, small_delta, small_edit
 
 
 @pytest.fixture(params=["folder", "memory"])
@@ -31,7 +31,7 @@ def ledger(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Ledger]:
 @pytest.mark.parametrize("kind", ["low_rank", "dense"])
 def test_an_edit_comes_back_as_it_was_recorded(ledger: Ledger, kind: str) -> None:
     given, delta = small_edit("道の国", kind), small_delta(1, kind)
-    stored = ledger.commit(given, delta)
+    stored = commit(ledger, given, delta)
     assert (stored.sequence, stored.nbytes) == (1, delta.nbytes)
     assert ledger.get(given.id) == stored == ledger.edits()[0]
     assert stored.model_copy(update={"sequence": 0, "blob": "", "nbytes": 0}) == given
@@ -76,7 +76,7 @@ def test_several_edits_are_recorded_all_or_none(ledger: Ledger) -> None:
     head = ledger.head
     entries = [(small_edit("A"), small_delta(5), True), (kept, small_delta(6), True)]
     with pytest.raises(LedgerError, match=f"{kept.id} is in the ledger"):
-        ledger.commit_many(entries)
+        ledger.commit(entries)
     assert ledger.ids() == [kept.id]
     assert ledger.head == head == len(ledger.events())
 
@@ -96,9 +96,7 @@ def test_a_transaction_is_taken_back_whole_and_an_inner_change_alone(ledger: Led
     with ledger.transaction():
         ledger.deactivate([first.id])
         with pytest.raises(LedgerError, match="already"):
-            ledger.commit_many(
-                [(small_edit(), small_delta(5), True), (first, small_delta(6), True)]
-            )
+            ledger.commit([(small_edit(), small_delta(5), True), (first, small_delta(6), True)])
         (third,) = add(ledger)
     assert ledger.ids() == [first.id, second.id, third.id]
     assert ledger.active_ids() == [second.id, third.id]
@@ -112,7 +110,7 @@ def test_measurements_are_kept_with_the_edit(ledger: Ledger) -> None:
         overlaps={"a" * 12: 0.95},
     )
     edit = small_edit(outcome=outcome)
-    ledger.commit(edit, small_delta(5))
+    commit(ledger, edit, small_delta(5))
     assert ledger.get(edit.id).outcome == outcome
 
 
@@ -141,7 +139,7 @@ def test_requests_are_found_by_digest_so_that_a_resumed_run_does_nothing_twice(
     ledger: Ledger,
 ) -> None:
     edits = add(ledger, 3)
-    (again,) = ledger.commit_many([(small_edit("Land 2"), small_delta(9), False)])
+    (again,) = ledger.commit([(small_edit("Land 2"), small_delta(9), False)])
     digests = [edit.requests[0].digest for edit in edits]
     assert ledger.find(digests[1:]) == {
         digests[1]: [edits[1].id, again.id],
@@ -155,7 +153,7 @@ def test_requests_are_found_by_digest_so_that_a_resumed_run_does_nothing_twice(
 def test_an_edit_is_found_by_a_unique_beginning_of_its_id(ledger: Ledger) -> None:
     ids = ["aaaa00000001", "aaaa00000002", "bbbb00000003"]
     for seed, name in enumerate(ids):
-        ledger.commit(small_edit(id=name), small_delta(seed))
+        commit(ledger, small_edit(id=name), small_delta(seed))
     assert ledger.get("b").id == ids[2]
     with pytest.raises(UnknownNameError, match="give more digits") as caught:
         ledger.get("aaaa")
@@ -174,9 +172,9 @@ def test_an_unknown_edit_among_thousands_gives_a_short_message(ledger: Ledger) -
 def test_what_cannot_be_recorded_is_refused_by_name(ledger: Ledger) -> None:
     edit = small_edit().model_copy(update={"config": {"hook": {"fn": print}}})
     with pytest.raises(LedgerError, match=r"config\.hook\.fn"):
-        ledger.commit(edit, small_delta(1))
+        commit(ledger, edit, small_delta(1))
     with pytest.raises(LedgerError, match="says its delta is 'low_rank'"):
-        ledger.commit(small_edit(), small_delta(1, "dense"))
+        commit(ledger, small_edit(), small_delta(1, "dense"))
     assert ledger.events() == []
 
 
@@ -190,7 +188,7 @@ def test_a_kind_that_is_not_installed_is_named_and_the_record_stays_readable(
         with pytest.raises(UnknownNameError, match="low_rank"):
             ledger.delta(edit.id)
         with pytest.raises(UnknownNameError, match="low_rank"):
-            ledger.commit(small_edit(), small_delta(2))
+            commit(ledger, small_edit(), small_delta(2))
         assert "low_rank" in ledger.verify()[0]
 
 
@@ -237,8 +235,8 @@ def test_records_are_read_without_importing_torch(tmp_path: Path) -> None:
 
 def test_every_edit_has_a_file_of_its_own_and_its_loss_is_no_other_ones(tmp_path: Path) -> None:
     with Ledger.open(tmp_path, kinds=KINDS) as ledger:
-        first = ledger.commit(small_edit("A"), small_delta(1))
-        second = ledger.commit(small_edit("B"), small_delta(1))
+        first = commit(ledger, small_edit("A"), small_delta(1))
+        second = commit(ledger, small_edit("B"), small_delta(1))
         paths = sorted((tmp_path / "blobs").glob("*/*.safetensors"))
         assert {path.stem for path in paths} == {first.blob, second.blob}
         (path,) = (path for path in paths if path.stem == first.blob)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from errata.edits.ledger import Ledger
+from errata.edits.ledger import Ledger, schema
 from errata.errors import LedgerBusyError, LedgerChangedError, LedgerError
 from tests.core.ledger_helpers import KINDS, add, same_delta, small_delta
 from tests.core.ledger_writer import POINTS
@@ -77,9 +77,12 @@ def wait_for(path: Path, text: str = "") -> None:
 
 
 @pytest.mark.slow
-def test_a_second_writer_waits_and_then_succeeds(tmp_path: Path, writers: Writers) -> None:
+def test_a_second_writer_waits_and_then_succeeds(
+    tmp_path: Path, writers: Writers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schema, "TIMEOUT", 60.0)
     held, release = tmp_path / "held", tmp_path / "release"
-    with Ledger.open(tmp_path / "ledger", kinds=KINDS, timeout=60) as ledger:
+    with Ledger.open(tmp_path / "ledger", kinds=KINDS) as ledger:
         task = {"do": "hold", "ledger": tmp_path / "ledger", "report": held, "release": release}
         writers.start(**task, commits=False)
         wait_for(held)
@@ -92,16 +95,19 @@ def test_a_second_writer_waits_and_then_succeeds(tmp_path: Path, writers: Writer
         assert ledger.ids() == [edit.id]
 
 
-def test_a_second_writer_that_waits_too_long_is_told(tmp_path: Path, writers: Writers) -> None:
+def test_a_second_writer_that_waits_too_long_is_told(
+    tmp_path: Path, writers: Writers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schema, "TIMEOUT", 0.05)
     held, release = tmp_path / "held", tmp_path / "release"
-    with Ledger.open(tmp_path / "ledger", kinds=KINDS, timeout=0.05) as ledger:
+    with Ledger.open(tmp_path / "ledger", kinds=KINDS) as ledger:
         task = {"do": "hold", "ledger": tmp_path / "ledger", "report": held, "release": release}
         writers.start(**task, commits=True)
         wait_for(held)
         with pytest.raises(LedgerBusyError, match=r"0\.05 s"):
             add(ledger)
         assert ledger.edits() == []  # reading never waits
-        with Ledger.open(tmp_path / "ledger", kinds=KINDS, timeout=0.05) as third:
+        with Ledger.open(tmp_path / "ledger", kinds=KINDS) as third:
             assert third.edits() == []
         release.touch()
         assert writers.wait() == 0

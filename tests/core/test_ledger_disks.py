@@ -20,6 +20,7 @@ from errata.errors import StorageError
 from errata.model import storage
 from tests.core.ledger_helpers import (
     IDS,
+    commit,
     content_of,
     open_,
     small_delta,
@@ -37,7 +38,7 @@ def folder(tmp_path: Path) -> Path:
 
 def changes(ledger: Ledger) -> list[Callable[[], Any]]:
     return [
-        lambda: ledger.commit(small_edit(), small_delta(70)),
+        lambda: commit(ledger, small_edit(), small_delta(70)),
         lambda: ledger.deactivate([IDS[0]]),
         lambda: ledger.activate([IDS[1]]),
         lambda: ledger.note("x", {"text": "y" * 50_000}),
@@ -57,7 +58,7 @@ def test_a_disk_that_refuses_a_blob(
         with monkeypatch.context() as patch:
             patch.setattr(owner, step, refuse, raising=False)
             with pytest.raises(StorageError, match=os.strerror(code)):
-                ledger.commit(small_edit(), small_delta(71))
+                commit(ledger, small_edit(), small_delta(71))
 
 
 @pytest.mark.parametrize("pragma", ["max_page_count = 1", "query_only = ON"])
@@ -92,12 +93,12 @@ def test_a_disk_that_is_really_full(small_disk: Path) -> None:
     filler = small_disk / "filler"
     with open_(folder) as ledger:
         for seed, name in enumerate(IDS):
-            ledger.commit(small_edit(f"Land {seed}", id=name), small_delta(seed))
+            commit(ledger, small_edit(f"Land {seed}", id=name), small_delta(seed))
         before = content_of(ledger)
         with pytest.raises(OSError, match="No space"):
             filler.write_bytes(bytes(2**20))
         with pytest.raises(StorageError):
-            ledger.commit(small_edit(), small_delta(73))
+            commit(ledger, small_edit(), small_delta(73))
         with pytest.raises(StorageError):
             ledger.note("x", {"text": "y" * 200_000})
         with pytest.raises(StorageError):
@@ -105,7 +106,7 @@ def test_a_disk_that_is_really_full(small_disk: Path) -> None:
         assert content_of(ledger) == before
         assert ledger.verify() == []
         filler.unlink()
-        ledger.commit(small_edit(), small_delta(73))
+        commit(ledger, small_edit(), small_delta(73))
     with open_(folder) as ledger:
         assert ledger.verify() == []
         assert len(ledger.edits()) == 4
@@ -137,12 +138,12 @@ def test_a_disk_that_fills_up_before_the_commit_keeps_no_file(folder: Path) -> N
         (pages,) = ledger._database.rows("PRAGMA page_count")[0]
         ledger._database.rows(f"PRAGMA max_page_count = {pages}")
         with pytest.raises(StorageError, match="full"):
-            ledger.commit(long_edit(), small_delta(76))
+            commit(ledger, long_edit(), small_delta(76))
         assert not ledger._database.ready().in_transaction
         assert ledger.lost() == []
         entries = [(small_edit(), small_delta(77), True), (long_edit(), small_delta(78), True)]
         with pytest.raises(StorageError, match="full"):
-            ledger.commit_many(entries)
+            ledger.commit(entries)
         assert ledger.lost() == []
 
 
@@ -177,13 +178,13 @@ def test_a_commit_that_fails_keeps_the_file_only_where_it_may_be_recorded(
         with monkeypatch.context() as patch:
             patch.setattr(database, "rows", fail)
             with pytest.raises(StorageError, match=why) as raised:
-                ledger.commit(small_edit(), small_delta(79))
+                commit(ledger, small_edit(), small_delta(79))
         assert ("Nothing was written" in str(raised.value)) is certain
         assert ("may have been written, or not" in str(raised.value)) is not certain
         assert content_of(ledger) == before
         assert ledger.verify() == [], "no edit was reported that is not there"
         assert len(ledger.unreported()) == (0 if certain else 1)
-        ledger.commit(small_edit(), small_delta(79))
+        commit(ledger, small_edit(), small_delta(79))
 
 
 def test_an_interrupt_right_before_the_change_is_stored_keeps_no_file(
@@ -200,7 +201,7 @@ def test_an_interrupt_right_before_the_change_is_stored_keeps_no_file(
         with monkeypatch.context() as patch:
             patch.setattr(ledger._database, "rows", interrupt)
             with pytest.raises(KeyboardInterrupt):
-                ledger.commit(small_edit(), small_delta(80))
+                commit(ledger, small_edit(), small_delta(80))
         assert ledger.verify() == []
 
 
@@ -215,7 +216,7 @@ def test_an_interrupt_in_the_middle_of_a_change(
             with monkeypatch.context() as patch:
                 patch.setattr(ledger._database.files, target, interrupt)
                 with pytest.raises(KeyboardInterrupt):
-                    ledger.commit(small_edit(), small_delta(74))
+                    commit(ledger, small_edit(), small_delta(74))
             assert not ledger._database.ready().in_transaction
 
 
@@ -235,7 +236,7 @@ def test_an_interrupt_right_after_the_change_is_stored_keeps_it(
         with monkeypatch.context() as patch:
             patch.setattr(database, "rows", interrupt)
             with pytest.raises(KeyboardInterrupt):
-                ledger.commit(small_edit(), small_delta(75))
+                commit(ledger, small_edit(), small_delta(75))
         assert len(ledger.edits()) == 4
         assert ledger.verify() == []
         ledger.deactivate([IDS[0]])  # its own change is none by another process
@@ -273,7 +274,7 @@ def test_nothing_is_reported_as_recorded_in_a_database_that_is_not_there(
         if lose is moved:
             folder.with_name("elsewhere").rename(folder)
             assert ledger.verify() == []
-            assert len(ledger.commit_many([(small_edit(), small_delta(70), True)])) == 1
+            assert len(ledger.commit([(small_edit(), small_delta(70), True)])) == 1
 
 
 def test_a_folder_that_is_deleted_during_a_change_records_nothing(folder: Path) -> None:
@@ -281,7 +282,7 @@ def test_a_folder_that_is_deleted_during_a_change_records_nothing(folder: Path) 
         before = ledger.ids()
         changing = ledger.transaction()
         changing.__enter__()
-        ledger.commit(small_edit(), small_delta(70))
+        commit(ledger, small_edit(), small_delta(70))
         (folder / DATABASE).unlink()
         with pytest.raises(StorageError, match="is gone"):
             changing.__exit__(None, None, None)

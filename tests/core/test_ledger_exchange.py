@@ -17,7 +17,7 @@ from errata.edits.edit import Edit
 from errata.edits.ledger import Ledger, content, read_export
 from errata.errors import ErrataError, IntegrityError, LedgerError, StorageError, UnknownNameError
 from errata.model import storage
-from tests.core.ledger_helpers import KINDS, add, same_delta, small_delta, small_edit
+from tests.core.ledger_helpers import KINDS, add, commit, same_delta, small_delta, small_edit
 
 
 @pytest.fixture(params=["folder", "memory"])
@@ -30,7 +30,7 @@ def ledger(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Ledger]:
 
 def test_edits_move_to_another_ledger_as_one_file(ledger: Ledger, tmp_path: Path) -> None:
     edits = add(ledger, 3)
-    dense = ledger.commit(small_edit("Dense", "dense"), small_delta(9, "dense"))
+    dense = commit(ledger, small_edit("Dense", "dense"), small_delta(9, "dense"))
     path = ledger.export([dense.id, edits[2].id, edits[0].id], tmp_path / "slips.errata")
     pairs = ledger.read_export(path)
     assert [edit for edit, _ in pairs] == [edits[0], edits[2], dense]
@@ -61,7 +61,7 @@ def test_importing_again_changes_nothing_and_another_content_is_an_error(
         assert other.import_(both) == taken
         assert other.head == head
     with Ledger.open(None, kinds=KINDS) as other:
-        other.commit(small_edit("Other", id=second.id), small_delta(77))
+        commit(other, small_edit("Other", id=second.id), small_delta(77))
         with pytest.raises(IntegrityError, match=second.id):
             other.import_(both)
         assert other.ids() == [second.id]
@@ -105,7 +105,7 @@ def exported() -> tuple[bytes, list[tuple[Edit, Any]]]:
     ]
     with tempfile.TemporaryDirectory() as scratch, Ledger.open(None, kinds=KINDS) as ledger:
         for edit, delta in edits:
-            ledger.commit(edit, delta)
+            commit(ledger, edit, delta)
         path = ledger.export(IDS[:2], Path(scratch) / "x.errata")
         return path.read_bytes(), read_export(path, KINDS)
 

@@ -166,9 +166,7 @@ def test_a_delta_that_is_not_finite_is_not_recorded(folder: Path, kind: str, val
         else LowRankDelta({"w": Factor(bad, torch.ones(1, 1))})
     )
     with unchanged(folder) as ledger, pytest.raises(IntegrityError, match="NaN or infinite"):
-        ledger.commit_many(
-            [(small_edit(), small_delta(50), True), (small_edit(kind=kind), delta, True)]
-        )
+        ledger.commit([(small_edit(), small_delta(50), True), (small_edit(kind=kind), delta, True)])
 
 
 # -- ids and records -------------------------------------------------------------------------------
@@ -334,7 +332,7 @@ def test_an_older_copy_put_back_while_open_is_noticed(folder: Path) -> None:
 def survives(path: Path, before: tuple[Any, ...]) -> None:
     """Read everything: only our errors come, and what verifies is what was written."""
     try:
-        with open_(path, timeout=0.1) as ledger:
+        with open_(path) as ledger:
             problems = ledger.verify()
             for use in (ledger.edits, ledger.events, ledger.active_ids, ledger.find):
                 try:

@@ -81,7 +81,7 @@ def test_a_method_without_a_stanza_is_shown_with_what_is_missing(site: Path) -> 
     assert "lacks title, family, delta_kind, capabilities" in shown["missing"]
     assert shown["distribution"] == "errata-bare 1.0"
     values = {
-        value["name"]: (value["value"], value["layer"]) for value in shown["hyper_parameters"]
+        value["name"]: (value["value"], value["set_by"]) for value in shown["hyper_parameters"]
     }
     assert values["width"] == (5, "argument")
     page = " ".join(run("bare").split())
@@ -93,7 +93,7 @@ def test_a_method_without_a_stanza_is_shown_with_what_is_missing(site: Path) -> 
 def test_values_set_for_it_are_shown_too(site: Path, tmp_path: Path) -> None:
     (tmp_path / "registry.yaml").write_text("methods: {bare: {defaults: {width: 7}}}\n")
     (value,) = (v for v in json.loads(run("bare", "--json"))["hyper_parameters"] if v["value"] == 7)
-    assert value["layer"] == str(tmp_path / "registry.yaml")
+    assert value["set_by"] == str(tmp_path / "registry.yaml")
 
 
 def test_a_described_method_lacks_nothing(site: Path) -> None:

@@ -99,7 +99,7 @@ def test_a_file_of_somebody_is_never_replaced(write: Write, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "place", ["", "ledger.sqlite", "ledger.sqlite-wal", "blobs", "blobs/new", ".."]
+    "place", ["", "ledger.sqlite", "ledger.sqlite-wal", ".lock", "blobs", "blobs/new", ".."]
 )
 def test_the_ledger_and_what_holds_it_are_never_replaced(
     place: str, write: Write, editor: Editor, ledger: Path

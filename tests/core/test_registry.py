@@ -8,8 +8,8 @@ import pytest
 from pydantic import Field
 
 from errata import MethodConfig
-from errata.contract.layers import Layer
 from errata.contract.registry import Registry
+from errata.contract.registry_layers import RegistryLayer
 from errata.errors import ConfigError, PluginError, UnknownNameError
 
 METHOD = {
@@ -31,7 +31,7 @@ class Config(MethodConfig):
 
 
 def merged(*layers: dict) -> Registry:
-    return Registry.merge([Layer(f"layer {i}", data) for i, data in enumerate(layers)])
+    return Registry.merge([RegistryLayer(f"layer {i}", data) for i, data in enumerate(layers)])
 
 
 def test_later_layers_win_and_every_value_knows_its_source() -> None:
@@ -171,11 +171,13 @@ def test_capabilities_merge_key_by_key() -> None:
 
 # -- what a plugin's file may say ------------------------------------------------------------------
 
-SHIPPED = Layer("shipped", {"methods": {"m": METHOD}, "architectures": {"a": PARTS}}, "shipped")
+SHIPPED = RegistryLayer(
+    "shipped", {"methods": {"m": METHOD}, "architectures": {"a": PARTS}}, "shipped"
+)
 
 
-def with_plugin(data: dict, *more: Layer) -> Registry:
-    plugin = Layer("plugin errata_n", data, "plugin", ("n", "n2"))
+def with_plugin(data: dict, *more: RegistryLayer) -> Registry:
+    plugin = RegistryLayer("plugin errata_n", data, "plugin", ("n", "n2"))
     return Registry.merge([SHIPPED, plugin, *more], installed=("m", "n", "n2"))
 
 
@@ -191,7 +193,9 @@ def test_a_plugins_file_may_not_speak_of_another_method(stanza: dict) -> None:
 
 
 def test_the_users_file_may_set_values_of_every_method() -> None:
-    user = Layer("mine", {"methods": {"m": {"defaults": {"lr": 2}}, "n": {"title": "N"}}}, "user")
+    user = RegistryLayer(
+        "mine", {"methods": {"m": {"defaults": {"lr": 2}}, "n": {"title": "N"}}}, "user"
+    )
     registry = with_plugin({"methods": {"n": METHOD}}, user)
     assert registry.resolve("m", Config, {})[0].lr == 2
     assert registry.method("n").title == "N"
@@ -203,7 +207,7 @@ def test_a_plugins_file_adds_architectures_and_changes_none() -> None:
     assert with_plugin({"architectures": {"a": PARTS}}).architectures["a"] == PARTS
     with pytest.raises(ConfigError, match=r"plugin errata_n: architectures\.a"):
         with_plugin({"architectures": {"a": other}})
-    user = Layer("mine", {"architectures": {"a": {"head": "another"}}}, "user")
+    user = RegistryLayer("mine", {"architectures": {"a": {"head": "another"}}}, "user")
     assert with_plugin({}, user).architectures["a"] == other
 
 
@@ -295,7 +299,9 @@ def test_an_installed_method_without_a_stanza_is_named_by_what_is_missing() -> N
 
 
 def test_values_for_a_method_without_a_full_stanza_are_kept() -> None:
-    some = Layer("mine", {"methods": {"bare": {"title": "B", "defaults": {"lr": 3}}}}, "user")
+    some = RegistryLayer(
+        "mine", {"methods": {"bare": {"title": "B", "defaults": {"lr": 3}}}}, "user"
+    )
     registry = Registry.merge([SHIPPED, some], installed=("m", "bare"))
     with pytest.raises(ConfigError, match="lacks family, delta_kind, capabilities"):
         registry.method("bare")

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from errata import Request
 from errata.edits.cases import requests_of
-from errata.edits.request import parse_arguments, parse_requests
+from errata.edits.request_parsing import parse_arguments, parse_requests
 from errata.errors import ErrataError, RequestError
 
 FIELDS = {"prompt": "The capital of {} is", "subject": "France", "target_new": "Rome"}

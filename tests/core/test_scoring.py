@@ -326,7 +326,7 @@ def best_saving(texts: Sequence[tuple[int, ...]], chosen: tuple[tuple[int, ...],
 
 @given(TEXTS)
 def test_the_beginnings_chosen_save_most(texts: list[tuple[int, ...]]) -> None:
-    lengths, saved = trie.cut(texts)
+    lengths, saved = trie.shared_lengths(texts)
     heads = [text[:length] for text, length in zip(texts, lengths, strict=True)]
     whole = sum(map(len, texts))
     shared = sum(map(len, {head for head in heads if head}))

@@ -24,7 +24,7 @@ from errata.model.forward import trace
 from errata.model.progress import Progress
 from errata.model.tokens import encode
 from errata.testing import edit_with
-from tests.families import CONTEXT, MLP, SENTENCES, architectures, build, build_model
+from tests.families import CONTEXT, MLP, SENTENCES, architectures, build, build_model, put_on
 from tests.helpers import GOLDEN
 
 TEXT = [*SENTENCES, *(f"{a} {b}" for a, b in zip(SENTENCES, SENTENCES[3:], strict=False))]
@@ -372,7 +372,7 @@ def test_an_edited_model_is_not_measured(tmp_path):
     model = build_model("gpt2", tmp_path, corpus=TEXT)
     name = model.anatomy.weight(model.anatomy.mlp_out(0))
     factor = Factor(torch.ones(32, 1), torch.ones(MLP, 1), transposed=True)
-    model.stack.add(edit_with(1, "e1", LowRankDelta({name: factor})))
+    put_on(model.stack, edit_with(1, "e1", LowRankDelta({name: factor})))
     with pytest.raises(ConfigError, match=r"without edits, but 1 are active \(e1\)"):
         second_moments(model, [1], tokens=100)
     with model.base_state():

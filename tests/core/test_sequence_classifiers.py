@@ -16,6 +16,7 @@ from errata.evaluate import CoreMetrics, edit_report, generate
 from errata.kit.auto_layers import auto_layers
 from errata.kit.training import Trainer, TrainerSettings, target_batches, text_batches
 from errata.kit.training.trainer import Above
+from errata.kit.training.training_batches import aim_batch
 from errata.locate.traced_prompt import traced_prompt
 from errata.model import Model
 from errata.model.forward import Resumed, logits_at
@@ -80,7 +81,7 @@ def test_a_class_is_taught_by_its_log_probability(tmp_path: Path) -> None:
     assert objective.loss.item() == pytest.approx(float(wanted), abs=1e-5)
     assert objective.holds == [c == 1 for c in class_scores(model, TEXTS).argmax(-1).tolist()]
     with pytest.raises(CapabilityError, match="left to right"):
-        target_batches(model, [(TEXTS[0], "other")], loss="prompt_last")
+        aim_batch(model, [(TEXTS[0], "other")], loss="prompt_last")
     with pytest.raises(CapabilityError, match="teaches it nothing"):
         text_batches(model, TEXTS)
 

@@ -15,8 +15,8 @@ from errata.edits.ledger import Ledger
 from errata.errors import IntegrityError
 from errata.model import Model
 from errata.testing import edit_with
-from tests.core.ledger_helpers import small_edit
-from tests.families import build_model
+from tests.core.ledger_helpers import commit, small_edit
+from tests.families import build_model, put_on
 
 NAME = "transformer.h.1.mlp.c_proj.weight"  # (48, 32)
 BIAS = "transformer.h.1.mlp.c_proj.bias"  # (32,)
@@ -88,7 +88,7 @@ def test_any_set_of_edits_folds_as_if_the_others_never_were(
     model.stack.set([])
     assert torch.equal(model.parameters[NAME], base)
     for entry in kept:
-        model.stack.add(entry)
+        put_on(model.stack, entry)
     assert torch.equal(model.parameters[NAME], left)
     model.stack.set([])
     only = [e.delta for e in kept if isinstance(e.delta, SparseRowsDelta)]
@@ -124,7 +124,7 @@ def test_it_is_stored_in_the_ledger_and_comes_back(tmp_path: Path) -> None:
     kinds = DeltaKinds()
     delta = rows(3, axis=1)
     with Ledger.open(tmp_path, kinds=kinds) as ledger:
-        edit = ledger.commit(small_edit(kind="sparse_rows"), delta)
+        edit = commit(ledger, small_edit(kind="sparse_rows"), delta)
     with Ledger.open(tmp_path, kinds=kinds) as ledger:
         loaded = ledger.delta(edit.id)
     assert isinstance(loaded, SparseRowsDelta)

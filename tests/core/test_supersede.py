@@ -99,7 +99,7 @@ def of_an_older_ledger(path: Path) -> tuple[list[str], list[str]]:
         new = [e.bind(e.delta, id=new_id(), outcome=Outcome(supersedes=ids)) for e in
                editor.model.stack.entries]  # fmt: skip
         editor.revert(*editor.model.stack.ids)
-        editor.ledger.commit_many([(edit, edit.delta, True) for edit in new])
+        editor.ledger.commit([(edit, edit.delta, True) for edit in new])
         for name in ids:
             editor.ledger.note("supersede", {"by": [edit.id for edit in new]}, name)
     return list(ids), [edit.id for edit in new]
@@ -197,7 +197,7 @@ def test_joint_edits_are_superseded_as_if_the_old_one_was_never_made(editor: Edi
     assert old.id not in editor.model.stack.ids
     with open_editor() as fresh:
         for edit in (other, new):
-            fresh.ledger.commit_many([(edit, edit.delta, True)])
+            fresh.ledger.commit([(edit, edit.delta, True)])
         fresh.refresh()
         assert_same(state_of(fresh.model), state_of(editor.model))
 

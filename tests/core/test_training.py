@@ -17,6 +17,7 @@ from errata.kit.training import (
     text_batches,
 )
 from errata.kit.training.trainer import Above
+from errata.kit.training.training_batches import aim_batch
 from errata.model import Model, perplexity, scoring
 from errata.model.forward import frozen, patched
 from tests.families import SENTENCES, build_model
@@ -62,12 +63,10 @@ def by_hand(model: Model, prompt: str, target: str, loss: str) -> float:
 @pytest.mark.parametrize("loss", ["target", "text", "prompt_last"])
 def test_a_loss_is_what_its_formula_says(loss: Any, model: Model) -> None:
     wanted = [by_hand(model, *pair, loss) for pair in PAIRS]
-    (batch,) = target_batches(model, PAIRS, loss=loss)
+    batch = aim_batch(model, PAIRS, loss=loss)
     assert loss_of(model, batch) == pytest.approx(sum(wanted) / 2, rel=1e-5)
     for pair, one in zip(PAIRS, wanted, strict=True):
-        assert loss_of(model, *target_batches(model, [pair], loss=loss)) == pytest.approx(
-            one, rel=1e-5
-        )
+        assert loss_of(model, aim_batch(model, [pair], loss=loss)) == pytest.approx(one, rel=1e-5)
     assert len(set(map(len, (tokens(model, *p)[0] for p in PAIRS)))) == 2  # padding is at work
 
 
@@ -79,9 +78,7 @@ def test_the_losses_differ_where_the_target_has_several_tokens(model: Model) -> 
     one = (short[0], "in")
     ids, start = tokens(model, *one)
     assert len(ids) - start == 1  # for a single token there is nothing to tell them apart
-    values = [
-        loss_of(model, *target_batches(model, [one], loss=x)) for x in ("target", "prompt_last")
-    ]
+    values = [loss_of(model, aim_batch(model, [one], loss=x)) for x in ("target", "prompt_last")]
     assert values[0] == pytest.approx(values[1])
 
 
@@ -93,12 +90,12 @@ def test_only_the_target_is_learnt_where_the_prompt_is_never_predicted(
     scores = scoring.score_targets(model, [p for p, _ in PAIRS], [t for _, t in PAIRS])
     wanted = sum(score.mean_nll for score in scores) / 2
     for loss in ("target", "text"):
-        (batch,) = target_batches(model, PAIRS, loss=loss)  # type: ignore[arg-type]
+        batch = aim_batch(model, PAIRS, loss=loss)  # type: ignore[arg-type]
         assert loss_of(model, batch) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_an_end_token_is_the_target_s_last(model: Model) -> None:
-    (plain,), (ended,) = target_batches(model, PAIRS), target_batches(model, PAIRS, end=True)
+    plain, ended = aim_batch(model, PAIRS), aim_batch(model, PAIRS, end=True)
     end = model.tokenizer.eos_token_id
     for owner in range(2):
         labels = ended.prompts.labels[ended.prompts.rows == owner].tolist()
@@ -109,9 +106,9 @@ def test_encoders_write_nothing_from_left_to_right(tmp_path: Path) -> None:
     model = build_model("bert", tmp_path)
     for options in ({"loss": "prompt_last"}, {"end": True}):
         with pytest.raises(CapabilityError, match="left to right"):
-            target_batches(model, PAIRS, **options)  # type: ignore[arg-type]
+            aim_batch(model, PAIRS, **options)  # type: ignore[arg-type]
     with pytest.raises(UnknownNameError, match="target"):
-        target_batches(model, PAIRS, loss="targets")  # type: ignore[arg-type]
+        aim_batch(model, PAIRS, loss="targets")  # type: ignore[arg-type]
 
 
 def test_plain_text_is_read_as_perplexity_reads_it(model: Model) -> None:
@@ -167,8 +164,8 @@ class Steering(Trainer):
         return self
 
 
-def each(model: Model, *pairs: tuple[str, str], **options: Any) -> list[Any]:
-    return target_batches(model, pairs or PAIRS, batch_size=1, **options)
+def each(model: Model, *pairs: tuple[str, str]) -> list[Any]:
+    return target_batches(model, pairs or PAIRS, batch_size=1)
 
 
 def test_the_loss_falls_and_training_stops_when_the_requests_hold(model: Model) -> None:

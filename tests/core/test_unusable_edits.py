@@ -157,7 +157,7 @@ def test_a_kind_that_two_packages_claim_leaves_out_its_edits_alone(
 ) -> None:
     made = edited(tmp_path / "l", "late")
     install(late, "rival", SOUND, "[errata.deltas]\nlate = errata_rival:LateDelta\n")
-    check_unusable(tmp_path / "l", *made, "Several packages provide a delta kind 'late'")
+    check_unusable(tmp_path / "l", *made, "Two packages provide a delta kind named 'late'")
 
 
 def test_an_edit_of_another_model_still_refuses_the_opening(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from errata.edits.delta import KeyValueDelta
 from errata.errors import RequestError
 from errata.kit.closed_form.layer_updates import Prompts
 from errata.kit.closed_form.target_values import MemitObjective, optimised, value_settings
-from errata.kit.closed_form.windows import cut, windows_of
+from errata.kit.closed_form.windows import parts_of, windows_of
 from errata.kit.contexts import in_contexts
 from errata.model import Model
 from errata.model.forward import adding, patched
@@ -52,7 +52,7 @@ def editor(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_a_cut_text_is_the_text(editor: Editor, words: list[str], gaps: Any, tokens: int) -> None:
     between = st.sampled_from([" ", "  ", "\n", " \n "])
     text = words[0] + "".join(gaps.draw(between) + word for word in words[1:])
-    parts = cut(editor.model.tokenizer, text, tokens)
+    parts = parts_of(editor.model.tokenizer, text, tokens)
     assert "".join(parts) == text
     assert all(part.strip() for part in parts)
     assert not any(part[:1].isspace() for part in parts[:1])
@@ -104,7 +104,7 @@ def test_a_script_without_spaces_is_cut_between_its_characters(editor: Editor, t
     windows = windows_of(model, [request], 12)
     assert len(windows) > 2
     assert join(windows[-1].request.text, windows[-1].request.target) == join(REQUEST.text, text)
-    assert "".join(parts := cut(model.tokenizer, text, 12)) == text
+    assert "".join(parts := parts_of(model.tokenizer, text, 12)) == text
     assert not any(part[0] in "。，" for part in parts)
     edit = editor.edit(request, method="memit", steps=1, window=12)
     (pair,) = edit.delta.pairs.values()
@@ -119,12 +119,12 @@ def test_a_token_of_several_characters_is_not_cut() -> None:
         ["巴黎", "首都", "音乐", "里巴"] * 20, vocab_size=300, min_frequency=2
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer)
-    parts = cut(tokenizer, text, 1)
+    parts = parts_of(tokenizer, text, 1)
     assert "".join(parts) == text
     assert {"巴黎", "首都", "音乐", "学"} <= set(parts)
     # What stands before the text may share a token with it.
-    assert cut(tokenizer, "巴都", 1, before="里")[0] == "巴"
-    assert cut(tokenizer, "乐都", 1, before="音")[0] == "乐"
+    assert parts_of(tokenizer, "巴都", 1, before="里")[0] == "巴"
+    assert parts_of(tokenizer, "乐都", 1, before="音")[0] == "乐"
 
 
 def text_loss(model: Model, window: int) -> float:

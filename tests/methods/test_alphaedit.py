@@ -17,7 +17,7 @@ from errata.kit.null_space import null_space
 from errata.testing import edit_with
 from errata_alphaedit import AlphaEdit, AlphaEditConfig
 from errata_alphaedit.algorithm import alphaedit, earlier_requests, keys_of, null_spaces
-from tests.families import SENTENCES, build, build_model
+from tests.families import SENTENCES, build, build_model, put_on
 from tests.methods.golden import golden_model, recorded, relative, second_moment
 from tests.methods.test_memit import CONTEXTS, REQUESTS
 
@@ -52,7 +52,7 @@ def test_parity_with_the_authors_code_over_two_batches(tmp_path: Path) -> None:
             assert relative(update.h.flat, tensors[want + "cur_zs"]) < 1e-4
             factor = delta.factors[f"transformer.h.{update.layer}.mlp.c_proj.weight"]
             assert relative(factor.v @ factor.u.T, tensors[want + "dW"]) < 1e-4
-        model.stack.add(edit_with(number + 1, f"{number:012x}", delta))
+        put_on(model.stack, edit_with(number + 1, f"{number:012x}", delta))
         # The keys of the batch count from now on, read again from the edited model.
         for layer in P:
             K = keys_of(model, chosen, layer, config)

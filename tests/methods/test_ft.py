@@ -17,7 +17,7 @@ from errata.edits.delta import Delta, DenseDelta, LowRankDelta, SparseRowsDelta
 from errata.edits.request import Request
 from errata.edits.stack import Stack
 from errata.errors import CapabilityError, ConfigError, UnknownNameError
-from errata.kit.training import target_batches
+from errata.kit.training.training_batches import aim_batch
 from errata.model import Model, scoring
 from errata.model.forward import frozen
 from errata.model.tokens import encode_targets
@@ -180,7 +180,7 @@ def fitted(model: Model, config: FtConfig, *requests: Request) -> tuple[FineTune
     difference = Difference(model, [OUT])
     if config.norm_constraint is not None:
         difference.box(config.norm_constraint)
-    batches = target_batches(model, [(r.text, r.target_new) for r in requests], loss=config.loss)
+    batches = [aim_batch(model, [(r.text, r.target_new) for r in requests], loss=config.loss)]
     with torch.enable_grad(), frozen(model.module), difference.attached():
         tuner = FineTuner(model, batches, difference, [OUT], config)
         tuner.fit(difference.leaves)

@@ -33,7 +33,7 @@ from errata.testing import edit_with
 from errata_grace import Grace, GraceConfig
 from errata_grace import algorithm as grace
 from errata_grace.cases import Case, case_of
-from tests.families import CLASSIFIERS, architectures, build_model
+from tests.families import CLASSIFIERS, architectures, build_model, take_off
 from tests.helpers import GOLDEN
 
 PLUGIN = Grace()
@@ -189,9 +189,9 @@ def test_taking_out_the_split_restores_the_recorded_radii() -> None:
 
     put(model, deltas)
     assert radii().tolist() == pytest.approx(recorded.json["edits"][3]["epsilons"], abs=2e-6)
-    model.stack.remove("3")
+    take_off(model.stack, "3")
     assert radii().tolist() == pytest.approx(recorded.json["edits"][2]["epsilons"], abs=2e-6)
-    model.stack.remove("2")
+    take_off(model.stack, "2")
     assert radii().tolist() == [1.0, 1.0]
     model.stack.set([edit_with(n, f"{n}", deltas[n]) for n in (1, 2, 3)])  # the first never was
     assert len(radii()) == 3
@@ -326,7 +326,7 @@ def test_the_last_answer_to_a_prompt_counts_and_the_first_comes_back(tmp_path: P
     assert deltas[1].notes["operation"] == "supersede"
     put(model, deltas)
     assert score_targets(model, [SHORT.text], ["of"])[0].exact
-    model.stack.remove("1")
+    take_off(model.stack, "1")
     assert score_targets(model, [SHORT.text], ["in"])[0].exact
 
 
@@ -435,7 +435,7 @@ def test_the_module_is_found_by_role_or_path(tmp_path: Path) -> None:
     gpt2, llama, t5 = (build_model(f, tmp_path) for f in ("gpt2", "llama", "t5"))
 
     def found(model: Model, **config: Any) -> str:
-        return grace.module_of(model, GraceConfig(**config))
+        return grace.placed_module(model, GraceConfig(**config))
 
     assert found(gpt2) == "transformer.h.1.mlp.c_proj"
     assert found(gpt2, layer=-3, module="mlp_in") == "transformer.h.0.mlp.c_fc"

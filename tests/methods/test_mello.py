@@ -47,7 +47,7 @@ def edit(model: Model, **config: Any) -> list[AnswerLoopDelta]:
     deltas = Mello().edit(model, REQUESTS, settings)
     model.stack.set([])
     model.stack.set([edit_with(n, f"{n}" * 12, delta) for n, delta in enumerate(deltas, 1)])
-    model.memo.pop(("mello traces", *model.stack.ids), None)
+    model.memory.pop("mello traces", None)
     return deltas
 
 
@@ -144,7 +144,8 @@ def test_an_answer_is_scored_as_the_final_answer_of_its_loop(
     edit(model, examples=0)
     written += [["Subquestion: France?\nGenerated answer: x"], [f"{FINAL}Rome"]]
     (score,) = score_targets(model, ["Where?"], ["Rome"])
-    (trace,) = model.memo[("mello traces", *model.stack.ids)].values()
+    (traces,) = model.memory["mello traces"].values()
+    (trace,) = traces.values()
     read = f"{trace.text.removesuffix(f'{FINAL}Rome')}{FINAL.strip()}"
     (wanted,) = ModelAnswers(model).scores([read], ["Rome"])
     assert score.logprobs == pytest.approx(wanted.logprobs, abs=2e-5)

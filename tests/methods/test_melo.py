@@ -17,7 +17,7 @@ from errata.testing import edit_with
 from errata_melo import MeloConfig
 from errata_melo.database import EditedPoint, VectorDatabase
 from errata_melo.training import BlockTrainer
-from tests.families import build_model
+from tests.families import build_model, put_on, take_off
 from tests.methods.test_memories import DAVIS, FRANCE, IDS, KING, edit, in_sequence, nll, put
 
 
@@ -78,10 +78,10 @@ def test_one_more_edit_adds_its_own_point_and_the_clusters_are_those_of_all(
     monkeypatch.setattr(VectorDatabase, "add", noting)
     put(model, deltas[:2])
     added.clear()
-    model.stack.add(edit_with(2, IDS[2], deltas[2]))
+    put_on(model.stack, edit_with(2, IDS[2], deltas[2]))
     assert [p.block for p in added] == [IDS[2]]
     three = nll(model)
-    model.stack.remove(IDS[0])
+    take_off(model.stack, IDS[0])
     fresh = build_model("llama", tmp_path)
     put(fresh, deltas[1:], IDS[1:])
     assert nll(model) == nll(fresh)

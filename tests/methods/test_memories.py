@@ -26,7 +26,7 @@ from errata.model.generation import generate
 from errata.model.scoring import score_targets
 from errata.model.structure import Structure
 from errata.testing import edit_with
-from tests.families import build_model
+from tests.families import build_model, take_off
 
 FRANCE = Request(prompt="The capital of {} is", subject="France", target_new="Rome")
 DAVIS = Request(prompt="{} plays the", subject="Miles Davis", target_new="piano")
@@ -163,7 +163,7 @@ def test_one_of_three_comes_out_and_what_was_stored_is_what_acts(
     deltas = in_sequence(model, method, *REQUESTS)
     read = [type(d).from_parts(d.tensors(), d.metadata()) for d in deltas]
     three = nll(model)
-    model.stack.remove(IDS[1])
+    take_off(model.stack, IDS[1])
     two = nll(model)
     assert two != three
     fresh = build_model("llama", tmp_path)

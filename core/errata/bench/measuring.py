@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from errata.bench.records import versions
 from errata.bench.run_spec import Case, case_name
-from errata.errors import IntegrityError, StorageError
+from errata.errors import IntegrityError, StorageError, reason_of
 from errata.evaluate import Baseline, Measurement, Reader, TargetScore
 from errata.evaluate.asking import installed_protocols, measured
 from errata.evaluate.pooling import harmonic_mean, one_value
@@ -260,7 +260,7 @@ def load_answers(path: Path, fingerprint: str) -> KnownAnswers:
     except FileNotFoundError:
         return KnownAnswers()
     except OSError as error:
-        raise StorageError(f"Cannot read {path}: {error.strerror or error}.") from error
+        raise StorageError(f"Cannot read {path}: {reason_of(error)}.") from error
     except (ValueError, TypeError, KeyError) as error:
         raise IntegrityError(
             f"{path} is damaged: {error}. Delete it: what it held is asked again when needed."

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from errata.bench.engines import WorkerHandle, WorkerMessage, WorkerPool, sent_error, threads_each
-from errata.errors import MissingExtraError
+from errata.errors import MissingExtraError, reason_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -106,7 +106,7 @@ class _Remote:
         except StopIteration:
             return WorkerMessage("done")
         except self._ray.exceptions.RayActorError as error:
-            return WorkerMessage("gone", " ".join(str(error).split())[:200])
+            return WorkerMessage("gone", reason_of(error))
         return WorkerMessage(kind, content)
 
     def stop(self) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from errata.errors import ConfigError, IntegrityError, LedgerBusyError, StorageError
+from errata.errors import ConfigError, IntegrityError, LedgerBusyError, StorageError, reason_of
 from errata.model.storage import make_folder, write_bytes
 
 SCHEMA = 1
@@ -101,7 +101,7 @@ def read_info(folder: Path) -> Mapping[str, Any] | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise StorageError(f"Cannot read {path}: {error.strerror or error}.") from error
+        raise StorageError(f"Cannot read {path}: {reason_of(error)}.") from error
     except ValueError as error:
         raise IntegrityError(
             f"{path} is damaged: {error}. Restore it, or give another folder."
@@ -163,7 +163,7 @@ class ResultsFile:
                 stack.callback(os.close, handle)
                 _drop_half_line(handle)
             except OSError as error:
-                raise StorageError(f"Cannot write {path}: {error.strerror or error}.") from error
+                raise StorageError(f"Cannot write {path}: {reason_of(error)}.") from error
             return cls(folder, handle, stack.pop_all())
 
     def add(self, line: Line) -> None:
@@ -182,7 +182,7 @@ class ResultsFile:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._handle, before)
             raise StorageError(
-                f"Cannot write {self._path}: {error.strerror or error}. Every line before is "
+                f"Cannot write {self._path}: {reason_of(error)}. Every line before is "
                 "kept: make room, then give the same command again to go on."
             ) from error
         except BaseException:  # Ctrl-C between two writes
@@ -208,7 +208,7 @@ class ResultsFile:
             os.close(opened)
         except OSError as error:
             fresh.unlink(missing_ok=True)
-            raise StorageError(f"Cannot write {self._path}: {error.strerror or error}.") from error
+            raise StorageError(f"Cannot write {self._path}: {reason_of(error)}.") from error
 
     def close(self) -> None:
         """Close the file and let others have it."""
@@ -238,7 +238,7 @@ def _reading(path: Path) -> Iterator[Any]:
         with path.open("rb") as handle:
             yield handle
     except OSError as error:
-        raise StorageError(f"Cannot read {path}: {error.strerror or error}.") from error
+        raise StorageError(f"Cannot read {path}: {reason_of(error)}.") from error
 
 
 @contextlib.contextmanager
@@ -261,8 +261,7 @@ def locked(path: Path, wait: float = 0.0) -> Iterator[None]:
             "another folder."
         ) from None
     except (OSError, NotImplementedError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise StorageError(f"Cannot write {path}: {reason}.") from error
+        raise StorageError(f"Cannot write {path}: {reason_of(error)}.") from error
     try:
         yield
     finally:

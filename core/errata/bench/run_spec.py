@@ -198,7 +198,7 @@ class RunSpec:
         names = dict.fromkeys(variant.method for variant in self.config.methods)
         loaded = [plugins.load(name) for name in names]
         own = [plugin for plugin in loaded if hasattr(plugin, "protocols")]
-        return Manager("", [*plugins.rooms(), *own])
+        return Manager("", [*plugins.in_group(), *own])
 
     def protocols(self, dataset: int) -> tuple[str, ...]:
         """Return how each case of a dataset is measured."""

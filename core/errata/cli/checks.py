@@ -28,9 +28,9 @@ def check_opening(name: str, device: str | None, dtype: str | None) -> None:
     """Raise as `check_model` does, and for a device or dtype that there is not, or not here."""
     check_model(name)
     if device is not None or dtype is not None:
-        from errata.model.loading import check_placement
+        from errata.model.loading import placement_of
 
-        check_placement(dtype, device)
+        placement_of(dtype, device)
 
 
 def _strangers() -> bool:
@@ -137,4 +137,4 @@ def check_protocols(names: Sequence[str]) -> None:
 
     if set(names) <= {protocol.name for protocol in PROTOCOLS}:
         return
-    Manager("", plugins.rooms()).check_protocols(names)
+    Manager("", plugins.in_group()).check_protocols(names)

@@ -12,8 +12,7 @@ from rich.text import Text
 from errata.cli import render
 from errata.cli.locate import beside, check_plot, say_pictures
 from errata.cli.session import MODEL, Session, command
-from errata.errors import ConfigError, LedgerError, UnknownNameError
-from errata.model.display import first_few
+from errata.errors import ConfigError, LedgerError, UnknownNameError, first_few
 
 if TYPE_CHECKING:
     from errata.editor import Editor

@@ -194,7 +194,7 @@ def _others(problems: list[str]) -> dict[str, list[str]]:
         **{group: partial(writer, group, options={}) for group in (EXPORTS, MERGES)},
     }
     found = {group: sorted({p.name for p in entry_points(group)}) for group in (*ASKED, *loaders)}
-    trouble = [text for group in ASKED for text in plugins.broken_rooms(group)]
+    trouble = [text for group in ASKED for text in plugins.broken_in_group(group)]
     for group, load in loaders.items():
         trouble += [text for name in found[group] if (text := _failing(partial(load, name)))]
     if not trouble:
@@ -208,7 +208,7 @@ def _broken(group: str, hook: str) -> list[str]:
     from errata.contract.manager import Manager
 
     try:
-        return Manager("", plugins.rooms(group)).broken(hook)
+        return Manager("", plugins.in_group(group)).broken(hook)
     except ErrataError as error:
         return [str(error)]
 

@@ -13,8 +13,7 @@ from errata.cli.edits import edit_json
 from errata.cli.session import DAMAGED, LEDGER, MODEL, Session, command
 from errata.edits.ledger.model_note import model_of
 from errata.edits.request import wish_of
-from errata.errors import ErrataError, LedgerError
-from errata.model.display import first_few
+from errata.errors import ErrataError, LedgerError, first_few
 
 if TYPE_CHECKING:
     from errata.edits.edit import Edit

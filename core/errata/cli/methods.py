@@ -285,7 +285,7 @@ def _one(session: Session, name: str, registry: Registry, overrides: dict[str, A
                 "missing": missing or None,
                 "model": facts or None,
                 "hyper_parameters": [
-                    {"name": v.name, "value": _json(v.value), "layer": v.layer,
+                    {"name": v.name, "value": _json(v.value), "set_by": v.set_by,
                      "source": v.source, "description": v.description}
                     for v in resolved
                 ],
@@ -358,13 +358,13 @@ def _values(resolved: list[Value]) -> list[Any]:
     sources: dict[str, int] = {}
     for value in resolved:
         mark = ""
-        if value.layer != value.source:  # a preset that says where its numbers come from
+        if value.set_by != value.source:  # a preset that says where its numbers come from
             mark = f" [{sources.setdefault(value.source, len(sources) + 1)}]"
-        changed = value.layer != "default"
+        changed = value.set_by != "default"
         grid.add_row(
             Text(value.name, style="accent"),
             Text(str(_json(value.value)), style="new" if changed else ""),
-            Text(value.layer + mark, style="" if changed else "muted"),
+            Text(value.set_by + mark, style="" if changed else "muted"),
             Text(value.description, style="muted"),
         )
     notes = [Text(f"[{index}] {source}", style="muted") for source, index in sources.items()]

@@ -79,7 +79,8 @@ def prepare(
         editor.prepare(method, overrides)
         seconds = time.monotonic() - started
         folder = editor.model.artifacts.directory
-        told = [(name, numbers) for name, numbers in editor.model.told_of_base() if numbers]
+        told = [(name, _numbers(about)) for name, about in editor.model.told_of_base()]
+        told = [(name, numbers) for name, numbers in told if numbers]
         if session.json:
             session.emit(
                 {
@@ -103,6 +104,10 @@ def prepare(
             session.show("", *_curve(report))
 
 
+def _numbers(about: Mapping[str, Any]) -> dict[str, int | float]:
+    return {name: value for name, value in about.items() if type(value) in (int, float)}
+
+
 def _said(numbers: Mapping[str, int | float]) -> str:
     """Return numbers with their names in one line."""
     return ", ".join(
@@ -119,8 +124,8 @@ def _training(model: Model, method: str) -> dict[str, Any] | None:
 
     Of one trained now or earlier: both are kept with it.
     """
-    for key, found in model.memo.items():
-        if key[:2] == (method, model.fingerprint) and "curve" in (about := found[1]):
+    for name, about in model.told_of_base():
+        if name == method and "curve" in about:
             pairs = ({"step": x[0], "loss": x[1]} if isinstance(x, list) else x
                      for x in about["curve"])  # fmt: skip
             curve = list(pairs)

@@ -32,8 +32,9 @@ from errata.errors import (
     LedgerError,
     PluginError,
     UnknownNameError,
+    first_few,
 )
-from errata.model.display import first_few
+from errata.model.json_numbers import finite
 
 if TYPE_CHECKING:
     from typing import TextIO
@@ -346,9 +347,10 @@ class Session:
         label, message = "Error: ", in_options(str(error))
         if isinstance(error, EditRefused):
             label = "Refused: "
+            kept = "; the refusal is in the ledger (errata log --refused)" * error.recorded
             message = (
-                f"{error.reason}. Nothing of it is on the model; the refusal is in the ledger "
-                f"(errata log --refused). Accept it {_accepting(error)}."
+                f"{error.reason}. Nothing of it is on the model{kept}. "
+                f"Accept it {_accepting(error)}."
             )
         elif not isinstance(error, (ErrataError, OSError)):
             label = f"Unexpected {type(error).__name__}: "
@@ -490,10 +492,8 @@ class _Warnings(logging.Handler):
 
 def _finite(value: Any) -> Any:
     """Return JSON data in which NaN and infinities are null: strict parsers refuse them."""
-    if isinstance(value, float) and (value != value or abs(value) == float("inf")):
-        return None
     if isinstance(value, Mapping):
         return {str(key): _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
-    return value
+    return finite(value) if isinstance(value, float) else value

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from errata.model.model import Model
 
 DENSE_MLP = "dense_mlp"
-"""What a method needs that writes into an MLP's down projection."""
+"""The need of a method that writes into an MLP's down projection."""
 
 
 def check_requests(method: str, can: Capabilities, requests: Sequence[Request]) -> None:

@@ -57,19 +57,20 @@ class MethodConfig(NumbersAreNumbers):
     """Names of the hyper-parameters that a recorded edit can be solved again with (`resolve`)."""
 
     derived: ClassVar[Mapping[str, str]] = {}
-    """Hyper-parameters that follow another where they are none: a new value of the other one sets
-    aside what an earlier layer (a preset, a recorded edit) says of them."""
+    """Hyper-parameter → the one that it follows unless it is set itself. A new value of that one
+    sets aside what an earlier source (a preset, a recorded edit) says of the follower."""
 
     renamed: ClassVar[Mapping[str, str]] = {}
-    """Former names of hyper-parameters, each with the present one: recorded edits are read by it,
-    and what users still give under a former name is taken, with a warning."""
+    """Former name → present name of a hyper-parameter. Recorded edits are read by it; users may
+    still give a former name, and are warned."""
 
     seed: int = Field(default=0, ge=0, description="Seeds every random choice of the method")
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
         """Refuse what would silently mean nothing: raise `PluginError`."""
-        # A method would always be true. The name is a string: of this class it is known to be none.
+        # A plain method is truthy: `if config.on_base` would always hold. getattr, because mypy
+        # knows that this class's own property cannot be called.
         if "on_base" in cls.model_fields or callable(getattr(cls, "on_base")):  # noqa: B009
             raise PluginError(
                 f"{cls.__name__}: on_base is no hyper-parameter and no method but a property. "
@@ -91,7 +92,7 @@ class MethodConfig(NumbersAreNumbers):
             )
 
     def for_model(self, anatomy: Anatomy) -> Self:
-        """Return the configuration with what depends on the model written out; by default itself.
+        """Return the configuration with all that depends on the model filled in; by default itself.
 
         A layer that a rule chooses comes out as its number, counted from 0, so that the record of
         an edit says where it was made.

@@ -6,17 +6,16 @@ import functools
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from errata.contract import plugins
-from errata.edits.clashes import Clashes, check_superseded, last_of_each, share_a_fact
+from errata.edits.clashes import Clashes, check_superseded, share_a_fact
 from errata.edits.edit import Edit
 from errata.edits.erasures import naming_what_goes
 from errata.edits.outcome import Outcome
 from errata.edits.staleness import computed_on, stale_ids
-from errata.errors import EditRefused, ErrataError, PluginError
-from errata.model.display import first_few
+from errata.errors import EditRefused, ErrataError, PluginError, first_few
 
 if TYPE_CHECKING:
     from errata.contract.config import MethodConfig
@@ -65,6 +64,44 @@ class EditCall:
         return [replace(self, batches=[part]) for part in parts] if middle else []
 
 
+@dataclass
+class _Making:
+    """Edits in the making, all of them or none.
+
+    Attributes:
+        calls: what is computed, in order.
+        old: active edits that come off first.
+        replaced: why, by the id of each.
+        apply: the new edits are put on the model.
+        new: those that are made so far, not recorded yet.
+        touched: ids of all edits that this works on.
+        apart: each request of the batch computed last has an edit of its own.
+    """
+
+    calls: Sequence[EditCall]
+    old: Sequence[Edit]
+    replaced: Mapping[str, str]
+    apply: bool
+    new: list[Edit] = field(default_factory=list)
+    touched: list[str] = field(default_factory=list)
+    apart: bool = False
+
+    def requests(self) -> list[Request]:
+        """Return what is asked for."""
+        return [r for call in self.calls for batch in call.batches for r in batch]
+
+    def divisible(self) -> bool:
+        """Say whether the requests can be made in parts, each with an edit of its own.
+
+        An edit of several requests can only be superseded by a call about all of them.
+        """
+        return (
+            self.apart
+            and len(self.requests()) > 1
+            and all(len(edit.requests) == 1 for edit in self.old)
+        )
+
+
 class Editing:
     """Carries calls out on one model.
 
@@ -92,63 +129,53 @@ class Editing:
         self._methods = methods
         self._guards = guards
         self._transactions = transactions
-        self._apart = False  # each request of the batch computed last has an edit of its own
 
-    def asked(self, requests: Sequence[Request], *, supersede: bool) -> Sequence[Request]:
-        """Return the requests that a call makes: with `supersede`, the last about each fact."""
-        return last_of_each(requests) if supersede else requests
-
-    def make(self, call: EditCall, *, apply: bool, supersede: bool = False) -> list[Edit]:
-        """Compute, check, apply and record the edits of one call; all of them, or none.
-
-        With `supersede` the active edits about the same facts are taken off first, and recorded
-        as taken off together with the new ones.
-        """
-        requests = [request for batch in call.batches for request in batch]
-        old = self._superseded(requests) if supersede else []
-        check_superseded(old, requests)
-        replaced = {edit.id: SUPERSEDED for edit in old}
-        return self._carry_out([call], old, replaced, apply)
-
-    def make_each(
+    def make(
         self, calls: Sequence[EditCall], *, apply: bool, supersede: bool, skip_refused: bool
     ) -> list[Edit]:
         """Make calls one after the other, each by itself, and record what guards refuse.
 
-        With `skip_refused`, of a call whose requests have an edit each only those are left out
-        that are refused alone: its halves are tried, and theirs. An error holds the edits of the
-        calls before it, as `done`.
+        The edits of a call are computed, checked, applied and recorded all, or none. With
+        `supersede` the active edits about the same facts are taken off first, and recorded as taken
+        off together with the new ones.
+
+        With `skip_refused` a refused call is tried again in halves, where each of its requests has
+        an edit of its own, so that only those at fault are left out. An error holds the edits of
+        the calls before it, as `done`.
         """
         done: list[Edit] = []
         waiting = list(reversed(calls))
         while waiting:
             call = waiting.pop()
-            requests = [request for batch in call.batches for request in batch]
             try:
-                done += self.make(call, apply=apply, supersede=supersede)
-            except EditRefused as error:
-                error.done = list(done)
-                if skip_refused and self._can_halve(requests, supersede):
-                    logger.info("Of %d requests some are refused: trying halves.", len(requests))
-                    waiting += reversed(call.halves())
-                    continue
-                self._ledger.refuse(
-                    method=call.method,
-                    requests=requests,
-                    config=call.config.model_dump(mode="json"),
-                    reason=error.reason,
-                    measured=error.measured,
-                )
-                if not skip_refused:
-                    raise
-                logger.warning("%s", error)
+                making = self._making(call, apply=apply, supersede=supersede)
+                try:
+                    done += self._carry_out(making)
+                except EditRefused as error:
+                    requests = making.requests()
+                    if skip_refused and making.divisible():
+                        text = "Of %d requests some are refused: trying halves."
+                        logger.info(text, len(requests))
+                        waiting += reversed(call.halves())
+                        continue
+                    self._ledger.refuse(
+                        method=call.method,
+                        requests=requests,
+                        config=call.config.model_dump(mode="json"),
+                        reason=error.reason,
+                        measured=error.measured,
+                    )
+                    error.recorded = True
+                    if not skip_refused:
+                        raise
+                    logger.warning("%s", error)
             except ErrataError as error:
                 error.done = list(done)
                 raise
         return done
 
     def stale(self) -> list[Edit]:
-        """Return the edits made on top of some that are off now, and those made on top of them.
+        """Return the edits made on top of edits that are off now, and all made on top of those.
 
         An edit that is active in the ledger and cannot be read, because its plugin or its file is
         missing, was not taken off: what was made on top of it is not stale.
@@ -167,13 +194,13 @@ class Editing:
             config = self._methods.recorded(edit)
             self._methods.prepare(edit.method, config)
             calls.append(EditCall(edit.method, config, [list(edit.requests)], rebases=edit.id))
-        return self._carry_out(calls, old, {edit.id: "rebase" for edit in old}, True)
+        return self._carry_out(_Making(calls, old, {edit.id: "rebase" for edit in old}, True))
 
     def solvable(self, overrides: Mapping[str, Any]) -> list[Edit]:
         """Return the active edits that can be solved again with these hyper-parameters.
 
-        Where there are edits that can be solved again but none with these, the first of them:
-        it says why.
+        Where none takes these, but some could be solved again, the first of those: trying it
+        raises the error that says why.
         """
         able = [(edit, self._methods.resolves(edit)) for edit in self._stack.entries]
         able = [(edit, names) for edit, names in able if names]
@@ -187,10 +214,10 @@ class Editing:
             config = self._methods.reconfigured(edit, overrides)
             self._methods.prepare(edit.method, config)
             calls.append(EditCall(edit.method, config, [list(edit.requests)], edit.id, edit))
-        return self._carry_out(calls, old, {edit.id: "resolve" for edit in old}, True)
+        return self._carry_out(_Making(calls, old, {edit.id: "resolve" for edit in old}, True))
 
     def restored(self, edits: Sequence[Edit]) -> list[Edit]:
-        """Return what edits had superseded and is off now, to change places with them.
+        """Return the edits that these had superseded and that are off now, to be put back.
 
         Warns of what stays off because another active edit is about the same fact, and where
         nothing is left.
@@ -210,7 +237,7 @@ class Editing:
     # -- how -------------------------------------------------------------------------------------
 
     def _superseded_by(self, edits: Sequence[Edit]) -> list[Edit]:
-        """Return the records of what edits superseded, or what they were computed again from."""
+        """Return the records of the edits that these, or their earlier versions, superseded."""
         known = set(self._ledger.ids())
         read = functools.cache(self._ledger.get)
         found: dict[str, Edit] = {}
@@ -227,37 +254,28 @@ class Editing:
     def _superseded(self, requests: Sequence[Request]) -> list[Edit]:
         return Clashes(self._stack.entries).about(requests, same_target=True)
 
-    def _can_halve(self, requests: Sequence[Request], supersede: bool) -> bool:
-        """Say whether the requests just refused can be made in parts.
-
-        An edit of several requests can only be superseded by a call about all of them.
-        """
+    def _making(self, call: EditCall, *, apply: bool, supersede: bool) -> _Making:
+        requests = [request for batch in call.batches for request in batch]
         old = self._superseded(requests) if supersede else []
-        return len(requests) > 1 and self._apart and all(len(edit.requests) == 1 for edit in old)
+        check_superseded(old, requests)
+        return _Making([call], old, {edit.id: SUPERSEDED for edit in old}, apply)
 
-    def _carry_out(
-        self,
-        calls: Sequence[EditCall],
-        old: Sequence[Edit],
-        replaced: Mapping[str, str],
-        apply: bool,
-    ) -> list[Edit]:
+    def _carry_out(self, making: _Making) -> list[Edit]:
         said: frozenset[str] = frozenset()
-        if apply:
-            # What is taken off for the new edits said it, where something did.
-            asked = () if old else [r for call in calls for part in call.batches for r in part]
+        if making.apply:
+            # Not where edits are replaced: they may be why a request already holds.
+            asked = () if making.old else making.requests()
             said = self._guards.prepare(self._model, asked)
-        touched = [edit.id for edit in old]
-        superseded = Clashes([edit for edit in old if replaced[edit.id] == SUPERSEDED])
-        with self._transactions.all_or_nothing(touched):
-            self._transactions.take_off(old)
-            clashes = Clashes(self._stack.entries, self._model.parameters)
-            new: list[Edit] = []
-            with self._model.knowing(clashes.of_subject):
-                for call in calls:
-                    self._compute(call, superseded, clashes, touched, new, apply)
-            if apply:
-                # What was not needed on the model in between is folded here, all at once.
+        making.touched += [edit.id for edit in making.old]
+        with self._transactions.all_or_nothing(making.touched):
+            self._transactions.take_off(making.old)
+            active = Clashes(self._stack.entries, self._model.parameters)
+            with self._model.knowing(active.of_subject):
+                for call in making.calls:
+                    self._compute(call, making, active)
+            new = making.new
+            if making.apply:
+                # Edits that no later one was computed on are folded here, all at once.
                 missing = [edit for edit in new if edit.id not in self._stack.ids]
                 self._transactions.put_on(missing)
                 outcomes = self._guards.check_state(self._model, new, said)
@@ -266,28 +284,22 @@ class Editing:
                     edit.bind(edit.delta, outcome=outcome)
                     for edit, outcome in zip(new, outcomes, strict=True)
                 ]
-            return self._transactions.record(new, active=apply, replaced=replaced)
+            return self._transactions.record(new, active=making.apply, replaced=making.replaced)
 
-    def _compute(
-        self,
-        call: EditCall,
-        superseded: Clashes,
-        clashes: Clashes,
-        touched: list[str],
-        new: list[Edit],
-        apply: bool,
-    ) -> None:
-        """Add the records of one call to `new`, those that are made but not recorded yet.
+    def _compute(self, call: EditCall, making: _Making, active: Clashes) -> None:
+        """Compute the edits of one call: add them to what is in the making and, applied, active.
 
         A method that works from the model's present state sees all of them on it. What an erasure
         takes away is read before, from the state that the user sees.
         """
+        new, replaced = making.new, making.replaced
+        superseded = Clashes([edit for edit in making.old if replaced[edit.id] == SUPERSEDED])
         on_base = call.config.on_base
         text = f"Editing with {call.method}"
         batches = [naming_what_goes(self._model, batch) for batch in call.batches]
         with self._model.base_state() if on_base else nullcontext():
             for batch in self._model.progress.track(batches, text, len(batches)):
-                if apply and not on_base:
+                if making.apply and not on_base:
                     there = set(self._stack.ids)
                     self._transactions.put_on([edit for edit in new if edit.id not in there])
                 below = (None, ()) if on_base else computed_on(self._stack.entries)
@@ -295,15 +307,15 @@ class Editing:
                     computed = self._methods.compute(call.method, call.config, batch)
                 else:
                     computed = self._methods.resolve(call.solved, call.config)
-                self._apart = len(computed.deltas) == len(batch)
-                groups = [[request] for request in batch] if self._apart else [list(batch)]
+                making.apart = len(computed.deltas) == len(batch)
+                groups = [[request] for request in batch] if making.apart else [list(batch)]
                 for delta, group in zip(computed.deltas, groups, strict=True):
                     replaces = superseded.about(group, same_target=True)
                     outcome = Outcome(
                         peak_memory=computed.peak,
-                        conflicts=clashes.conflicts(group),
-                        overlaps=clashes.overlaps(group, delta),
-                        warnings=clashes.moves(group, delta) if apply else (),
+                        conflicts=active.conflicts(group),
+                        overlaps=active.overlaps(group, delta),
+                        warnings=active.moves(group, delta) if making.apply else (),
                         supersedes=tuple(edit.id for edit in replaces),
                         rebases=call.rebases,
                     )
@@ -322,12 +334,12 @@ class Editing:
                         made_with=dict(delta.made_with),
                         outcome=outcome,
                     ).bind(delta)
-                    touched.append(edit.id)
+                    making.touched.append(edit.id)
                     checked = self._guards.check_delta(self._model, edit)
                     self._guards.check_finite(self._model, [checked])
                     new.append(edit.bind(delta, outcome=checked))
-                    if apply:
-                        clashes.add(new[-1])
+                    if making.apply:
+                        active.add(new[-1])
 
     def _artifacts(self, method: str, delta: Delta) -> dict[str, str]:
         """Return name → SHA-256 of what a delta needs besides its own data."""

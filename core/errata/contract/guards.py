@@ -100,7 +100,7 @@ class Guards:
     def prepare(self, model: Model, requests: Sequence[Request] = ()) -> frozenset[str]:
         """Measure what belongs to the base, before anything is put on the model.
 
-        Returns the digests of those of the requests that hold on the model as it stands.
+        Returns the digests of the requests that hold already, on the model as it stands.
         """
         if self._reads_text(model):
             self.base_perplexity(model)
@@ -110,7 +110,7 @@ class Guards:
         return frozenset(r.digest for r, e in zip(requests, effects, strict=True) if e.reached)
 
     def check_delta(self, model: Model, edit: Edit) -> Outcome:
-        """Check what was computed, before it is on the model; return the edit's outcome with it.
+        """Check a delta before it is on the model; return the edit's outcome with the findings.
 
         Raises:
             EditRefused: the delta is not finite, or too large, and the policy refuses that.
@@ -135,10 +135,10 @@ class Guards:
         return outcome
 
     def check_finite(self, model: Model, outcomes: Sequence[Outcome]) -> None:
-        """Raise `EditRefused` for a change, or a model with it, that gives no finite numbers.
+        """Raise `EditRefused` where a change, or the model with it, gives NaN or infinity.
 
-        The guard `finite` decides, not those of norm and perplexity, which say how large a number
-        may be: a model that gives NaN is broken. Where the base gives none either, it is let be.
+        The guard `finite` alone decides this: those of norm and perplexity say how large a number
+        may be, and a model that gives NaN is broken. One whose base gave NaN already may pass.
         """
         if self.policy.finite != "refuse":
             return
@@ -276,7 +276,7 @@ class _Effect(NamedTuple):
 
     @property
     def rivals(self) -> bool:
-        """Whether answers were compared, of which the wished one may have been ahead before."""
+        """Whether answers were compared: the wished one may have been ahead before the edit."""
         return "rival" in self.senses
 
     @classmethod

@@ -78,9 +78,9 @@ class Specification:
         protocols: Mapping[str, Protocol],
         settings: Mapping[str, Any],
     ) -> Sequence[Measurement] | None:
-        """Measure the model as it stands, for those protocols by name that this plugin knows.
+        """Measure the model as it stands, by those of the protocols that this plugin knows.
 
-        For what has no `measure`. `settings`: the keyword arguments of `Editor.evaluate`.
+        Only for protocols without a `measure` function. `settings`: those of `Editor.evaluate`.
         """
 
     @hookspec
@@ -97,7 +97,7 @@ class Specification:
 
     @hookspec
     def models(self) -> Mapping[str, Callable[[Progress | None], Path]] | None:
-        """Return models by name, each with what brings it here and returns its folder.
+        """Return model name → a function that fetches the model and returns its folder.
 
         It is called with the progress to report to, if any.
         """

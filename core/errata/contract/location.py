@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from errata.model.display import Described, shortened
+from errata.model.json_numbers import finite
 
 
 @dataclass(frozen=True, repr=False)
@@ -53,9 +53,9 @@ class Location(Described):
             "module": self.module,
             "token": self.token,
             "token_index": self.token_index,
-            "score": _finite(self.score),
+            "score": finite(self.score),
             "protocol": self.protocol,
-            "scores": [[_finite(score) for score in row] for row in self.scores],
+            "scores": [[finite(score) for score in row] for row in self.scores],
             "evidence": dict(self.evidence),
         }
 
@@ -64,7 +64,3 @@ class Location(Described):
             f"layer {self.layer} ({self.module}) at token {self.token_index} {self.token!r}: "
             f"{self.score:.4g} ({self.protocol})"
         )
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -49,8 +49,8 @@ _WANTED = {
 
 
 def known_models() -> dict[str, Callable[[Progress | None], Path]]:
-    """Return the models that plugins bring, by name, each with what fetches it."""
-    return Manager("", plugins.rooms(MODELS)).models()
+    """Return model name → what fetches it, for the models that plugins bring."""
+    return Manager("", plugins.in_group(MODELS)).models()
 
 
 def bring_model(name: str, progress: Progress | None = None) -> str:
@@ -74,7 +74,7 @@ class Manager:
 
     @contextmanager
     def _calling(self, hook: str) -> Iterator[None]:
-        """Say whose hook failed where one raises what is no error of errata's, or ends the process.
+        """Name the plugin whose hook raises a foreign error in the block, or ends the process.
 
         Raises:
             PluginError: from what was raised.
@@ -246,13 +246,13 @@ class Manager:
         return self._offered("models")[0]
 
     def broken(self, hook: str) -> list[str]:
-        """Return, in words, what of the things that plugins offer in a hook cannot be used."""
+        """Return, in words, which of the plugins' offers in a hook cannot be used."""
         return list(self._offered(hook)[1].values())
 
     def _offered(self, hook: str) -> tuple[dict[str, Any], dict[str, str]]:
-        """Return what plugins offer in a hook by name, and why what of it is left out; warn of it.
+        """Return the usable offers in a hook by name, and why each other one is not; warn of these.
 
-        The keys of the second are the names that two plugins claim, and plugins that offer nothing.
+        Keys of the second: names that two plugins claim, and plugins that returned something else.
         """
         implementations = getattr(self._pm.hook, hook).get_hookimpls()
         offering = [i.plugin for i in implementations if not (i.wrapper or i.hookwrapper)]
@@ -295,7 +295,7 @@ class Manager:
 
 
 def _by_name(hook: str, result: Any) -> list[tuple[str, Any]] | None:
-    """Return the things that a hook returned with their names; None where they are none."""
+    """Return (name, thing) of what a hook returned; None where it returned something else."""
     if hook == "models":
         sound = isinstance(result, Mapping) and all(map(callable, result.values()))
         return list(result.items()) if sound else None
@@ -305,7 +305,7 @@ def _by_name(hook: str, result: Any) -> list[tuple[str, Any]] | None:
 
 
 def _own(config: MethodConfig) -> MethodConfig:
-    """Return the configuration that a hook gets: what it writes into a list of it is no record."""
+    """Return a copy of the configuration, so that a hook cannot alter the recorded one."""
     return config.model_copy(deep=True)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from errata.model.display import Described, shortened
+from errata.model.json_numbers import finite, number
 
 Z95 = 1.959963984540054
 """Two-sided 95 % quantile of the normal distribution."""
@@ -135,7 +136,7 @@ class Measurement(Described):
         if not self.cases or self.of:
             return False
         mean = math.fsum(self.cases) / len(self.cases)
-        # Not a number is a mean like any other: of cases with one that is none.
+        # NaN is a mean like any other: that of cases one of which is NaN.
         both = math.isnan(mean) and math.isnan(self.value)
         return both or math.isclose(mean, self.value, rel_tol=1e-9, abs_tol=1e-12)
 
@@ -148,11 +149,11 @@ class Measurement(Described):
         low_high = data["interval"]
         return cls(
             data["metric"],
-            _number(data["value"]),
+            number(data["value"]),
             int(data["n"]),
             data["protocol"],
-            None if low_high is None else (_number(low_high[0]), _number(low_high[1])),
-            tuple(map(_number, data.get("cases", ()))),
+            None if low_high is None else (number(low_high[0]), number(low_high[1])),
+            tuple(map(number, data.get("cases", ()))),
             tuple(data.get("case_ids", ())),
             data["unit"],
             data["direction"],
@@ -163,16 +164,16 @@ class Measurement(Described):
         """Return plain JSON data; numbers that are not finite become None. Without `answers`."""
         data: dict[str, Any] = {
             "metric": self.metric,
-            "value": _finite(self.value),
+            "value": finite(self.value),
             "n": self.n,
             "protocol": self.protocol,
-            "interval": None if self.interval is None else [_finite(end) for end in self.interval],
+            "interval": None if self.interval is None else [finite(end) for end in self.interval],
             "unit": self.unit,
             "direction": self.direction,
             "of": list(self.of),
         }
         if cases:
-            data["cases"] = [_finite(value) for value in self.cases]
+            data["cases"] = [finite(value) for value in self.cases]
             data["case_ids"] = list(self.case_ids)
         return data
 
@@ -243,13 +244,13 @@ def ratio_of_means(means: NDArray[np.float64]) -> NDArray[np.float64]:
     return ratios
 
 
-def wilson(successes: float, n: int, z: float = Z95) -> tuple[float, float]:
+def wilson(successes: float, n: int) -> tuple[float, float]:
     """Return Wilson's score interval of a proportion.
 
     >>> tuple(round(end, 3) for end in wilson(9, 10))
     (0.596, 0.982)
     """
-    share = successes / n
+    share, z = successes / n, Z95
     scale = 1 / (1 + z**2 / n)
     centre = share + z**2 / (2 * n)
     half = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
@@ -262,17 +263,12 @@ def wilson(successes: float, n: int, z: float = Z95) -> tuple[float, float]:
 def bootstrap(
     cases: NDArray[np.float64],
     statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]],
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
 ) -> tuple[float, float] | None:
     """Return the 95 % percentile interval of a statistic of column means, over resampled cases.
 
     Args:
         cases: (n, k): k values per case, resampled together.
-        statistic: column means (resamples, k) → (resamples,).
-        resamples: how many.
-        seed: of a local generator; the global ones are not touched.
+        statistic: column means (`RESAMPLES`, k) → (`RESAMPLES`,).
 
     Returns:
         None with fewer than two cases, where something is not finite, and where every draw gives
@@ -281,9 +277,9 @@ def bootstrap(
     n = len(cases)
     if n < 2 or not bool(np.isfinite(cases).all()):
         return None
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)  # of its own: the global ones are not touched
     drawn: list[NDArray[np.float64]] = []
-    left = resamples
+    left = RESAMPLES
     while left:
         rows = min(left, max(1, _CHUNK // n))
         index = generator.integers(0, n, size=(rows, n))
@@ -295,11 +291,3 @@ def bootstrap(
         return None
     low, high = np.quantile(values, (0.025, 0.975))
     return float(low), float(high)
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None

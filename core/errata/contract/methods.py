@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import ValidationError
@@ -15,10 +15,10 @@ from errata.contract import plugins
 from errata.contract.capabilities import check_capabilities, check_parts, check_sequence
 from errata.contract.manager import Manager, bring_model
 from errata.contract.meter import Meter
-from errata.contract.registry import following, named, present, refused
+from errata.contract.registry import checked_names, following, refused, with_present_names
 from errata.contract.stanzas import STREAM_BATCH
 from errata.edits.outcome import PeakMemoryReading
-from errata.edits.request import parse_requests
+from errata.edits.request_parsing import parse_requests
 from errata.errors import CapabilityError, ConfigError, PluginError, UnknownNameError, blaming
 from errata.model.arguments import check_name, mapping_of
 
@@ -88,7 +88,6 @@ class Methods:
         self._observers = tuple(observers)
         self._plugins: dict[str, Any] = {}
         self._managers: dict[str, Manager] = {}
-        self._rooms: list[Any] | None = None
         model.compute = self._compute_for
         model.bring = partial(bring_model, progress=model.progress)
 
@@ -123,13 +122,13 @@ class Methods:
         key = f"locate {name}"
         if key not in self._managers:
             own = [self.plugin(name)] if name else []
-            self._managers[key] = Manager(name, [*self._others(), *self._observers, *own])
+            self._managers[key] = Manager(name, [*self._others, *self._observers, *own])
         return self._managers[key]
 
     def measuring(self) -> Manager:
         """Return a manager for `evaluate`: errata's own protocols, observers and methods."""
         own = [plugin for plugin in self._plugins.values() if hasattr(plugin, "evaluate")]
-        return Manager("", [*self._others(), *self._observers, *own])
+        return Manager("", [*self._others, *self._observers, *own])
 
     def observe(self, what: str, edits: Sequence[Edit]) -> None:
         """Tell the observers that edits are put on ("apply") or taken off ("revert")."""
@@ -165,7 +164,7 @@ class Methods:
             if getattr(settled, value.name) != value.value:
                 value = replace(value, source=why)
             elif now != value.value and value.value is None:
-                value = replace(value, source=f"{RULE} of {name}", layer=RULE)
+                value = replace(value, source=f"{RULE} of {name}", set_by=RULE)
             table.append(replace(value, value=now))
         return written, table
 
@@ -238,8 +237,8 @@ class Methods:
     def resolves(self, edit: Edit) -> frozenset[str]:
         """Return the hyper-parameters that a recorded edit can be solved again with.
 
-        Empty where its method is not installed, or it is not stored as the kind that the method
-        declares: a variant may store what cannot be.
+        Empty where its method is not installed, or where it is stored as another kind than the
+        method declares: a variant may store what cannot be solved again.
         """
         if edit.method not in self._plugins and edit.method not in plugins.installed():
             return frozenset()
@@ -266,7 +265,7 @@ class Methods:
                 f"{edit.method} cannot solve edit {edit.id} again: its values are part of it. "
                 "Revert it, and edit with the other hyper-parameters."
             )
-        for name in present(config, overrides):
+        for name in with_present_names(config, overrides):
             if name in config.model_fields and name not in config.resolves:
                 raise ConfigError(
                     f"{name!r} decides what {edit.method} writes, not how it is solved: an edit "
@@ -282,8 +281,8 @@ class Methods:
         `PluginError` where it is not installed; each names the edit and the version that made it.
         """
         config = self._config_of(edit)
-        given = named(overrides or {}, config, edit.method, {}, "the arguments")
-        recorded = present(config, edit.config)
+        given = checked_names(overrides or {}, config, edit.method, {}, "the arguments")
+        recorded = with_present_names(config, edit.config)
         told = {**dict.fromkeys(recorded, "recorded"), **dict.fromkeys(given, "argument")}
         try:
             return config(**{**recorded, **dict.fromkeys(following(given, config)), **given})
@@ -313,7 +312,7 @@ class Methods:
     def _compute_for(self, method: str, requests: Any, **config: Any) -> list[Delta]:
         """Compute another method's deltas with its presets: what `model.compute` does.
 
-        What `edit` refuses of this method is refused. The method gets all requests at once, or one
+        What `edit` refuses is refused here, too. The method gets all requests at once, or one
         after the other where it declares no batch (and as its configuration divides them). Unlike
         in `edit`, each is computed from the model's present state: nothing is put on in between,
         so one fact of a subject does not know of another, and no edit is taken off.
@@ -337,7 +336,6 @@ class Methods:
         entry = self._registry.methods.get(name)
         return entry is not None and "training" in entry.capabilities.needs
 
+    @cached_property
     def _others(self) -> list[Any]:
-        if self._rooms is None:
-            self._rooms = plugins.rooms()
-        return self._rooms
+        return plugins.in_group()

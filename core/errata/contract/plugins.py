@@ -19,7 +19,15 @@ import pluggy
 from errata.contract.config import MethodConfig
 from errata.contract.hooks import METHODS, MODELS, PLUGINS, PROJECT, Specification
 from errata.errors import PluginError, UnknownNameError
-from errata.model.installed import DISABLE, entry_points, in_other_groups, loading
+from errata.model.installed import (
+    DISABLE,
+    claimed_twice,
+    distribution,
+    entry_points,
+    in_other_groups,
+    loading,
+    providers,
+)
 
 HOOKS = [name for name in vars(Specification) if not name.startswith("_")]
 """The names of all hooks."""
@@ -30,34 +38,15 @@ def installed() -> dict[str, EntryPoint]:
 
     A name that two distributions claim is left out; `contested` says which.
     """
-    return {name: points[0] for name, points in _claims().items() if len(points) == 1}
+    return {name: points[0] for name, points in providers(METHODS).items() if len(points) == 1}
 
 
 def contested() -> dict[str, str]:
     """Return the names that two distributions claim, each with both and the way out in words."""
-    found = {}
-    for name, points in _claims().items():
-        if len(points) > 1:
-            both = " and ".join(f"{_distribution(point)} ({point.value})" for point in points)
-            found[name] = (
-                f"Two packages provide a method named {name!r}: {both}. It cannot be used. "
-                f"Uninstall one, or set {DISABLE}={name} to ignore the name."
-            )
-    return found
-
-
-def _claims() -> dict[str, list[EntryPoint]]:
-    """Return the entry points of each name; the same one, found twice, counts once."""
-    found: dict[str, list[EntryPoint]] = {}
-    for point in entry_points(METHODS):
-        claims = found.setdefault(point.name, [])
-        # Reading metadata for a distribution's name takes milliseconds: only where it matters.
-        if not any(
-            point.value == other.value and _distribution(point) == _distribution(other)
-            for other in claims
-        ):
-            claims.append(point)
-    return dict(sorted(found.items()))
+    problems = {
+        name: claimed_twice(points, "method") for name, points in providers(METHODS).items()
+    }
+    return {name: problem for name, problem in problems.items() if problem}
 
 
 @dataclass(frozen=True)
@@ -136,21 +125,21 @@ def broken(name: str) -> str:
     return ""
 
 
-def rooms(group: str = PLUGINS) -> list[Any]:
+def in_group(group: str = PLUGINS) -> list[Any]:
     """Return a fresh object of every plugin in a group, in order of name.
 
     Raises:
         PluginError: one of them is broken; the message quotes the cause.
     """
-    return [_room(point) for point in _rooms(group)]
+    return [_made(point) for point in _points(group)]
 
 
-def broken_rooms(group: str = PLUGINS) -> list[str]:
+def broken_in_group(group: str = PLUGINS) -> list[str]:
     """Return, in words, which plugins of a group do not load or break the contract."""
     found = []
-    for point in _rooms(group):
+    for point in _points(group):
         try:
-            registered([_room(point)])
+            registered([_made(point)])
         except PluginError as error:
             found.append(str(error))
     return found
@@ -200,7 +189,7 @@ def is_own(plugin: object) -> bool:
 def version(name: str) -> str:
     """Return "distribution version" of an installed method."""
     point = installed()[name]
-    return f"{_distribution(point)} {point.dist.version}" if point.dist else "unknown"
+    return f"{distribution(point)} {point.dist.version}" if point.dist else "unknown"
 
 
 @cache
@@ -216,19 +205,19 @@ def library_versions(method: str) -> Mapping[str, str]:
 
 
 def _instance(point: EntryPoint, what: str) -> Any:
-    with loading(point, f"The {what} {point.name!r} ({point.value} from {_distribution(point)})"):
+    with loading(point, f"The {what} {point.name!r} ({point.value} from {distribution(point)})"):
         plugin = point.load()
         return plugin() if isinstance(plugin, type) else plugin
 
 
-def _rooms(group: str) -> list[EntryPoint]:
+def _points(group: str) -> list[EntryPoint]:
     return sorted(set(entry_points(group)), key=lambda point: point.name)
 
 
-def _room(point: EntryPoint) -> Any:
+def _made(point: EntryPoint) -> Any:
     try:
         return _instance(point, "plugin")
-    except PluginError as error:  # every command asks it, so there has to be a way without it
+    except PluginError as error:  # every command loads it: say how to do without
         raise PluginError(f"{error}. {DISABLE}={point.name} leaves it out.") from error.__cause__
 
 
@@ -243,13 +232,9 @@ def _lies_in(point: EntryPoint, folder: Path) -> bool:
     return place.exists() or place.with_suffix(".py").exists()
 
 
-def _distribution(point: EntryPoint) -> str:
-    return point.dist.name if point.dist else "an unknown distribution"
-
-
 def _check(name: str, plugin: Any, point: EntryPoint) -> None:
     """Refuse a plugin that lacks what the core reads, naming it and the rule."""
-    where = f"The method {name!r} ({point.value} from {_distribution(point)})"
+    where = f"The method {name!r} ({point.value} from {distribution(point)})"
     if not callable(getattr(plugin, "edit", None)):
         others = {"protocols": PLUGINS, "evaluate": PLUGINS, "locate": PLUGINS, "models": MODELS}
         hook = next((hook for hook in others if hasattr(plugin, hook)), None)

@@ -113,7 +113,7 @@ class Preparation:
         method, key = manager.method, (manager.method, _recipe(config))
         if key in self._prepared:
             return
-        model.pristine.digest_all()  # so that a base file that is put back is known again
+        model.pristine.digest_all()  # so that a base file that is put back is recognised
         training = self.training if trains and self.training is not None else TrainingSet()
         former = _noted(model, key) if trains else None
         if trains and not training and former is None:
@@ -207,7 +207,7 @@ def _prepares(config: MethodConfig) -> dict[str, Any]:
 
 
 def _otherwise_trained(model: Model, method: str, config: MethodConfig) -> str:
-    """Say with which settings a method was trained for this model, where it was; "" elsewhere."""
+    """Say with which other settings a method was trained for this model; "" if with none."""
     wanted = _prepares(config)
     others: list[list[str]] = []
     for key in model.artifacts.under(("trained", model.fingerprint, method)):

@@ -41,8 +41,8 @@ class Snapshot:
     def check(self) -> None:
         """Raise `IntegrityError` where other code changed the model since errata wrote to it.
 
-        What a hook finds on such a model is about no base, and putting back what it does to the
-        model would take the owner's change away.
+        What a hook finds on such a model describes no base, and undoing what the hook does to it
+        would undo the owner's change, too.
         """
         self._model.stack.check_unchanged({n: t[1] for n, t in self._tensors.items()})
 
@@ -54,7 +54,7 @@ class Snapshot:
             if _form(tensor) != _form(self._data[name]):
                 names.append(f"{name} ({tensor.dtype}, {tensor.device})")
             elif not torch.equal(hashed(tensor), bits) or (
-                # Who asks the base takes every edit off and puts it on again.
+                # A hook that asks the base takes every edit off and puts it on again.
                 tensor._version != version and self._model.stack.differing([name])
             ):
                 names.append(name)

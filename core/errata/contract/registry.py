@@ -1,7 +1,7 @@
 """The catalogue: methods with their papers, capabilities and presets, architectures as data.
 
 Layers, later wins: the catalogue shipped with errata, each plugin's own `registry.yaml`, the
-user's, the project's `./registry.yaml`, keyword arguments. Every value remembers its layer.
+user's, the project's `./registry.yaml`, keyword arguments. Every value says what set it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,12 @@ from pydantic import ValidationError
 
 from errata.contract import plugins
 from errata.contract.config import MethodConfig
-from errata.contract.layers import Incomplete, Layer, merge_architectures, merge_methods
+from errata.contract.registry_layers import (
+    Incomplete,
+    RegistryLayer,
+    merge_architectures,
+    merge_methods,
+)
 from errata.contract.stanzas import MethodEntry, Preset
 from errata.contract.yaml_file import read_yaml
 from errata.edits.delta_kinds import GROUP, DeltaKinds
@@ -40,17 +45,17 @@ class Value:
     Attributes:
         name: of the hyper-parameter.
         value: what it is.
-        source: where the number comes from, as its preset says; else the layer; "variant NAME"
-            where the method's configuration fills it in for a variant.
+        source: where the number comes from, as its preset says; else `set_by`; "variant NAME" where
+            the method's configuration fills it in for a variant.
         description: what it means.
-        layer: the layer of configuration that set it: "default", a registry file, "argument".
+        set_by: "default", a registry file, or "argument".
     """
 
     name: str
     value: Any
     source: str
     description: str
-    layer: str
+    set_by: str
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class Registry:
 
     methods: Mapping[str, MethodEntry]
     architectures: Mapping[str, Mapping[str, Any]]
-    layers: Sequence[Layer] = field(repr=False)
+    layers: Sequence[RegistryLayer] = field(repr=False)
     incomplete: Mapping[str, Incomplete] = field(default_factory=dict)
     broken: Mapping[str, str] = field(default_factory=dict)
 
@@ -88,14 +93,14 @@ class Registry:
                 nested too deep, or has an unknown key or a wrong value.
         """
         shipped = Path(str(resources.files("errata").joinpath("registry.yaml")))
-        first = Layer("shipped", read_yaml(shipped), "shipped")
+        first = RegistryLayer("shipped", read_yaml(shipped), "shipped")
         others = []
         user = user_file()
         if user.is_file():
-            others.append(Layer(str(user), read_yaml(user), "user"))
+            others.append(RegistryLayer(str(user), read_yaml(user), "user"))
         local = (project or Path.cwd()) / "registry.yaml"
         if local.is_file() and local.resolve() != shipped.resolve():
-            others.append(Layer(str(local), read_yaml(local), "project"))
+            others.append(RegistryLayer(str(local), read_yaml(local), "project"))
         installed, files = plugins.installed(), plugins.registry_files()
         broken = plugins.contested()
         try:
@@ -109,7 +114,7 @@ class Registry:
         return replace(merged, broken=broken)
 
     @classmethod
-    def merge(cls, layers: Sequence[Layer], installed: Collection[str] = ()) -> Registry:
+    def merge(cls, layers: Sequence[RegistryLayer], installed: Collection[str] = ()) -> Registry:
         """Merge layers in order; `installed` names the methods that have an entry point."""
         methods, incomplete = merge_methods(layers, installed)
         return cls(methods, merge_architectures(layers), tuple(layers), incomplete)
@@ -171,40 +176,40 @@ class Registry:
         """
         values: dict[str, Any] = {}
         sources: dict[str, str] = {}
-        layers: dict[str, str] = {}
+        set_by: dict[str, str] = {}
         origins = origins or {}
-        given = named(overrides or {}, config, name, origins, "the arguments")
+        given = checked_names(overrides or {}, config, name, origins, "the arguments")
         usual = config.model_fields["variant"].default if "variant" in config.model_fields else None
         for preset in self.presets(name):
             _check_variant(preset, config, name)
             variant = given.get("variant", values.get("variant", usual))
             if preset.fits({**facts, "variant": variant}):
-                mine = named(preset.values, config, name, {}, preset.layer)
+                mine = checked_names(preset.values, config, name, {}, preset.set_by)
                 for key in following(mine, config):
                     values.pop(key, None)
                 values.update(mine)
                 sources.update(dict.fromkeys(mine, preset.source))
-                layers.update(dict.fromkeys(mine, preset.layer))
+                set_by.update(dict.fromkeys(mine, preset.set_by))
         for key in following(given, config):
             values.pop(key, None)
         values.update(given)
         sources.update(dict.fromkeys(given, "argument"))
-        layers.update(dict.fromkeys(given, "argument"))
+        set_by.update(dict.fromkeys(given, "argument"))
         for key in sources.keys() - values.keys():
-            del sources[key], layers[key]
+            del sources[key], set_by[key]
         try:
             resolved = config(**values)
         except ValidationError as error:
-            raise refused(name, error, {**sources, **present(config, origins)}) from None
+            raise refused(name, error, {**sources, **with_present_names(config, origins)}) from None
         for key in resolved.model_fields_set - set(sources):  # the class itself fills them in
-            sources[key] = layers[key] = f"variant {getattr(resolved, 'variant', name)}"
+            sources[key] = set_by[key] = f"variant {getattr(resolved, 'variant', name)}"
         table = [
             Value(
                 key,
                 getattr(resolved, key),
                 sources.get(key, "default"),
                 info.description or "",
-                layers.get(key, "default"),
+                set_by.get(key, "default"),
             )
             for key, info in config.model_fields.items()
         ]
@@ -212,17 +217,17 @@ class Registry:
 
 
 def following(later: Mapping[str, Any], config: type[MethodConfig]) -> list[str]:
-    """Return the hyper-parameters that are to follow another one, which a later layer gives."""
+    """Return the derived hyper-parameters to reset, because `later` sets those that they follow."""
     return [name for name, other in config.derived.items() if other in later and name not in later]
 
 
-def present(config: type[MethodConfig], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values by the present names of their hyper-parameters, not all of them known."""
+def with_present_names(config: type[MethodConfig], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values with former names replaced; unknown names pass through."""
     return {config.renamed.get(name, name): value for name, value in values.items()}
 
 
 def refused(method: str, error: ValidationError, told: Mapping[str, str]) -> ConfigError:
-    """Return what a configuration does not take; `told` says where each value is from, by name."""
+    """Return the error for values that a configuration refuses; `told`: name → where it is from."""
     problems = "; ".join(
         f"{'.'.join(place) or method} = {shortened(repr(value))} "
         f"({told.get(place[0] if place else '', 'default')}): {said}"
@@ -231,13 +236,13 @@ def refused(method: str, error: ValidationError, told: Mapping[str, str]) -> Con
     return ConfigError(f"Bad hyper-parameters for {method}: {problems}")
 
 
-def _layer(file: plugins.RegistryFile) -> Layer:
-    return Layer(f"plugin {file.package}", read_yaml(file.path), "plugin", file.methods)
+def _layer(file: plugins.RegistryFile) -> RegistryLayer:
+    return RegistryLayer(f"plugin {file.package}", read_yaml(file.path), "plugin", file.methods)
 
 
 def _sound(
-    first: Layer, files: Sequence[plugins.RegistryFile], installed: Collection[str]
-) -> tuple[list[Layer], dict[str, str]]:
+    first: RegistryLayer, files: Sequence[plugins.RegistryFile], installed: Collection[str]
+) -> tuple[list[RegistryLayer], dict[str, str]]:
     """Return the layers of plugins that can be merged onto the first, that one before them.
 
     Also what is wrong with the others: by the name of each installed method of their package.
@@ -285,7 +290,7 @@ def _check_variant(preset: Preset, config: type[MethodConfig], method: str) -> N
         if field is None or (get_origin(field.annotation) is Literal and variant not in known):
             has = f"Its variants: {', '.join(known)}." if known else "It has no `variant`."
             raise ConfigError(
-                f"{method}: a preset in {preset.layer} is for the variant {variant!r}, and would "
+                f"{method}: a preset in {preset.set_by} is for the variant {variant!r}, and would "
                 f"never apply. {has}"
             )
 
@@ -302,7 +307,7 @@ def user_file() -> Path:
     return Path(base) / "errata" / "registry.yaml"
 
 
-def named(
+def checked_names(
     values: Mapping[str, Any],
     config: type[MethodConfig],
     method: str,
@@ -330,4 +335,4 @@ def named(
                 f"{method} has no hyper-parameter {key!r} (given in "
                 f"{origins.get(key, usual)}).{hint} It has: {', '.join(config.model_fields)}."
             )
-    return present(config, values)
+    return with_present_names(config, values)

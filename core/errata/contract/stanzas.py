@@ -72,7 +72,7 @@ class Preset(_Stanza):
     match: dict[str, str | int | tuple[str | int, ...]] = Field(default_factory=dict)
     values: dict[str, Any]
     source: str = Field(default="", description="Where the numbers come from")
-    layer: str = Field(default="", description="The registry file it stands in; set when merging")
+    set_by: str = Field(default="", description="The registry file it stands in; set when merging")
 
     @field_validator("match")
     @classmethod

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from errata.errors import ConfigError
+from errata.errors import ConfigError, reason_of
 from errata.model.value_problems import kind_of
 
 MAX_BYTES = 256 * 2**10
@@ -34,7 +34,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
-        # One byte more than allowed may be half a character: its size is what is wrong with it.
+        # Cut one byte past the limit, the text may end in half a character: report the size.
         text = raw.decode("utf-8", "replace" if len(raw) > MAX_BYTES else "strict")
     except (OSError, ValueError) as error:
         raise ConfigError(f"Cannot read {path}: {error}") from error
@@ -59,8 +59,7 @@ def parse_yaml(text: str, source: str) -> Any:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{source}{line}: this is not plain YAML: {error.problem}.") from None
     except yaml.YAMLError as error:
-        detail = " ".join(str(error).split())
-        raise ConfigError(f"{source} is not plain YAML: {detail}") from None
+        raise ConfigError(f"{source} is not plain YAML: {reason_of(error)}") from None
     # A number of thousands of digits, half a character, a mapping as a key.
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{source} holds a value that cannot be read: {error}") from None

@@ -24,7 +24,14 @@ from errata.datasets import (
 )
 from errata.datasets.reader import DatasetReader, checked, per_record
 from errata.errors import PluginError, UnknownNameError
-from errata.model.installed import entry_points, in_other_groups, loading
+from errata.model.installed import (
+    DISABLE,
+    distribution,
+    in_other_groups,
+    loading,
+    providers,
+    the_one,
+)
 
 GROUP = "errata.datasets"
 """Entry points in which other packages offer a `DatasetReader`, or a function of one record."""
@@ -202,14 +209,14 @@ class Readers(Mapping[str, DatasetReader]):
 
     def _points(self) -> dict[str, EntryPoint]:
         """Return the entry points of other packages by name, importing none."""
-        own = {reader.name for reader in BUILT_IN}
-        found: dict[str, EntryPoint] = {}
-        for point in entry_points(GROUP):
-            other = found.setdefault(point.name, point)
-            if point.name in own:
-                raise PluginError(_claimed(point.name, "errata itself", _package(point)))
-            if other.value != point.value or _package(other) != _package(point):
-                raise PluginError(_claimed(point.name, _package(other), _package(point)))
+        found = {name: the_one(points, "dataset") for name, points in providers(GROUP).items()}
+        for reader in BUILT_IN:
+            if reader.name in found:
+                name, package = reader.name, distribution(found[reader.name])
+                raise PluginError(
+                    f"Two packages provide a dataset named {name!r}: errata itself and {package}. "
+                    f"Uninstall that, or set {DISABLE}={name} to ignore it."
+                )
         return found
 
 
@@ -217,7 +224,7 @@ READERS: Mapping[str, DatasetReader] = Readers()
 
 
 def _loaded(point: EntryPoint) -> DatasetReader:
-    where = f"The dataset {point.name!r} ({point.value} from {_package(point)})"
+    where = f"The dataset {point.name!r} ({point.value} from {distribution(point)})"
     with loading(point, where):
         found = point.load()
     if isinstance(found, DatasetReader):
@@ -239,17 +246,9 @@ def _of_function(point: EntryPoint, parse: Callable[..., Any]) -> DatasetReader:
     return DatasetReader(
         name=point.name,
         summary=summary,
-        source=_package(point),
+        source=distribution(point),
         licence="not stated",
         protocols=("counterfact", *PROBES),
         read=per_record(parse),
         options=dict.fromkeys(options, ""),
     )
-
-
-def _package(point: EntryPoint) -> str:
-    return point.dist.name if point.dist else "an unknown distribution"
-
-
-def _claimed(name: str, first: str, second: str) -> str:
-    return f"Two packages provide a dataset named {name!r}: {first} and {second}. Uninstall one."

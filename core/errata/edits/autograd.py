@@ -1,4 +1,4 @@
-"""The caller's autograd mode, autocast and default dtype, which edits must not be made in."""
+"""Suspends the caller's autograd mode, autocast and default dtype while edits are made."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _DEVICES = ("cpu", "cuda")
 
 @contextmanager
 def recording() -> Iterator[None]:
-    """Leave the caller's `torch.inference_mode`, `no_grad` or `torch.autocast` for the block.
+    """Suspend the caller's `torch.inference_mode`, `no_grad` or `torch.autocast` in the block.
 
     Methods optimise, and what they and the stack make outlives the caller's block: tensors of
     inference mode cannot be written to, nor take part in a gradient, ever after, and statistics
@@ -23,7 +23,7 @@ def recording() -> Iterator[None]:
         for device in _DEVICES:
             if torch.is_autocast_enabled(device):
                 plain.enter_context(torch.autocast(device, enabled=False))
-                # It keeps its casts of weights to the end of its block: here others are written.
+                # autocast keeps its casts of weights for its whole block; here weights change.
                 plain.callback(torch.clear_autocast_cache)
         if torch.get_default_dtype() is not torch.float32:
             plain.callback(torch.set_default_dtype, torch.get_default_dtype())

@@ -12,7 +12,7 @@ from errata.model.arguments import is_list
 
 
 def requests_of(items: Request | Edit | Iterable[Request | Edit]) -> list[Request]:
-    """Return the requests among requests and edits, in order; those of different edits told apart.
+    """Return requests and those of edits, in order, with ids that tell different edits apart.
 
     Files number their cases alike: an id that an earlier edit has becomes "0 (the edit's id)". But
     the edits of one chain (MQuAKE), made one by one, stay one case: they follow the edit that is

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from errata.edits.aims import aims_of_request
-from errata.errors import LedgerError
-from errata.model.display import first_few, plural
+from errata.errors import LedgerError, first_few
+from errata.model.display import plural
 
 if TYPE_CHECKING:
     from errata.edits.aims import Aim
@@ -27,7 +27,7 @@ class Clashes:
 
     Args:
         active: the edits that are on the model, with their deltas.
-        parameters: names of the model's, in the order in which it has them: from its input up.
+        parameters: the names of the model's parameters, in its order: from the input up.
     """
 
     def __init__(self, active: Sequence[Edit], parameters: Iterable[str] = ()) -> None:
@@ -104,10 +104,10 @@ class Clashes:
         return close
 
     def moves(self, requests: Sequence[Request], delta: Delta) -> tuple[str, ...]:
-        """Return warnings of active edits with keys whose states this delta moves, and log them.
+        """Return, and log, warnings about active edits with keys where this delta moves states.
 
-        It does where it changes the model for every prompt below the module at which the keys are
-        compared. Of each such module it is said once.
+        It moves them where it changes the model for every prompt, below the module at which the
+        keys are compared. Each such module is warned of once.
         """
         if delta.keyed_at or not delta.effects & {"fold", "attach"}:
             return ()
@@ -128,7 +128,7 @@ class Clashes:
 
 
 def last_of_each(requests: Sequence[Request]) -> list[Request]:
-    """Return requests without those whose fact a later one is about; warn of how many there are.
+    """Return the last request about each fact, in order; warn of how many are left out.
 
     With `supersede` the later one takes the earlier one off, so only it is worth making. Left to
     the order of edits this would depend on which requests come together.
@@ -194,10 +194,10 @@ def same_relation(one: Request, other: Request) -> bool:
 
 
 def contradicts(one: Request, other: Request) -> bool:
-    """Say whether not both of two requests about one fact can hold.
+    """Say whether two requests about one fact exclude each other.
 
-    Where one takes an answer away, the other must be one that says it (or any, where it was not
-    named which); what is said of two pairs of a relation goes together.
+    One that takes an answer away excludes one that says it (any, where no answer is named). What is
+    said of two pairs of a relation goes together.
     """
     kinds = {one.kind, other.kind}
     if not kinds & {"erase", "relation"}:

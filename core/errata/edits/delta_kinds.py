@@ -7,7 +7,7 @@ from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING
 
 from errata.errors import PluginError
-from errata.model.installed import DISABLE, entry_points, loading
+from errata.model.installed import loading, providers, the_one
 
 if TYPE_CHECKING:
     from errata.edits.delta.base import Delta
@@ -23,48 +23,35 @@ class DeltaKinds(Mapping[str, "type[Delta]"]):
     """
 
     def __init__(self) -> None:
-        self._points: dict[str, list[EntryPoint]] = {}
-        for point in entry_points(GROUP):
-            found = self._points.setdefault(point.name, [])
-            if point not in found:
-                found.append(point)
+        self._points = providers(GROUP)
         self._loaded: dict[str, type[Delta]] = {}
 
     def __getitem__(self, kind: str) -> type[Delta]:
         if kind not in self._loaded:
-            self._loaded[kind] = _load(kind, self._points[kind])
+            self._loaded[kind] = _load(the_one(self._points[kind], "delta kind"))
         return self._loaded[kind]
 
     def __contains__(self, kind: object) -> bool:
         return kind in self._points
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self._points))
+        return iter(self._points)
 
     def __len__(self) -> int:
         return len(self._points)
 
 
-def _load(kind: str, points: list[EntryPoint]) -> type[Delta]:
-    values = sorted({point.value for point in points})
-    if len(values) > 1:
-        raise PluginError(
-            f"Several packages provide a delta kind {kind!r}: {', '.join(values)}. Uninstall all "
-            f"but one, or set {DISABLE}={kind} to ignore the name."
-        )
-    with loading(points[0], f"The delta kind {kind!r} ({values[0]})"):
-        found = points[0].load()
+def _load(point: EntryPoint) -> type[Delta]:
+    kind, where = point.name, f"The delta kind {point.name!r} ({point.value})"
+    with loading(point, where):
+        found = point.load()
     # Imported here: naming the kinds, as the ledger does, must not load torch.
     from errata.edits.delta.base import Delta
 
     if not (isinstance(found, type) and issubclass(found, Delta) and found.kind == kind):
-        raise PluginError(
-            f"The delta kind {kind!r} ({values[0]}) must be a subclass of errata's Delta with "
-            f"kind = {kind!r}."
-        )
+        raise PluginError(f"{where} must be a subclass of errata's Delta with kind = {kind!r}.")
     if not found.effects:
         raise PluginError(
-            f"The delta kind {kind!r} ({values[0]}) implements none of fold, attach, rewrite and "
-            "respond: it would do nothing."
+            f"{where} implements none of fold, attach, rewrite and respond: it would do nothing."
         )
     return found

@@ -23,7 +23,7 @@ _BREAK = re.compile(rf"\n|[.!?;:,](?=\s|$)|[{STOPS}{SEMICOLONS}{COMMAS}：]")
 
 
 def naming_what_goes(model: Model, requests: Sequence[Request]) -> list[Request]:
-    """Return requests of which each erasure has a `target_true`: what the model as it stands says.
+    """Return the requests; erasures without `target_true` get what the model says as it stands.
 
     An erasure that names a refusal can do without where the model says nothing, or writes no text.
 
@@ -57,7 +57,7 @@ def _naming_what_goes(model: Model, request: Request) -> Request:
 def _begun(text: str) -> str:
     """Return a text up to its first break, or its first line if it begins with one.
 
-    Where the beginning of an answer is gone, the answer is.
+    An answer whose beginning is gone is gone.
     """
     line = text.strip().partition("\n")[0]
     return _BREAK.split(line, maxsplit=1)[0].strip() or line.rstrip(" .,;:!?")

@@ -11,7 +11,7 @@ import torch
 
 from errata.edits.delta.attaching import calling, fold_kind
 from errata.errors import CapabilityError, ConfigError
-from errata.model.running import wide
+from errata.model.floats import wide
 
 if TYPE_CHECKING:
     from torch import Tensor

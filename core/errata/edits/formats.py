@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
 from errata.errors import PluginError
 from errata.model.arguments import check_name
-from errata.model.installed import entry_points, loading
+from errata.model.installed import entry_points, loading, providers, the_one
 
 EXPORTS, MERGES = "errata.exports", "errata.merges"
 OWN = "errata"
@@ -52,15 +51,10 @@ def _options(function: Callable[..., Path]) -> list[str]:
 
 
 def _load(group: str, name: str) -> Callable[..., Path]:
-    points: list[EntryPoint] = [p for p in entry_points(group) if p.name == name]
-    values = sorted({point.value for point in points})
-    if len(values) > 1:
-        raise PluginError(
-            f"Several packages provide the format {name!r} of {group!r}: {', '.join(values)}. "
-            "Uninstall all but one."
-        )
-    with loading(points[0], f"The format {name!r} ({values[0]})"):
-        function = points[0].load()
+    point = the_one(providers(group)[name], f"format of {group!r}")
+    where = f"The format {name!r} ({point.value})"
+    with loading(point, where):
+        function = point.load()
     if not callable(function):
-        raise PluginError(f"The format {name!r} ({values[0]}) must be a function.")
+        raise PluginError(f"{where} must be a function.")
     return function  # type: ignore[no-any-return]

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from errata.errors import ConfigError, IntegrityError
-from errata.model.display import first_few
+from errata.errors import ConfigError, IntegrityError, first_few
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +38,7 @@ class LastWritten:
     Kept are marks and hashes, no copies: looking at all marks takes a fraction of a millisecond,
     and only where one moved is the tensor read.
 
-    Raises `ConfigError` for a model whose tensors nothing can be written to.
+    Raises `ConfigError` for a model whose tensors cannot be written to.
     """
 
     def __init__(self, model: Model) -> None:
@@ -75,7 +74,7 @@ class LastWritten:
             names: which; None: all, and whether the module has them still.
             read: each is read. False: only where its mark moved, which a write through `.data`
                 does not do.
-            bits: `hashed` of parameters as they are now, for who has read them already.
+            bits: their present `hashed`, from a caller who has read them.
         """
         found = list(self._lost()) if names is None else []
         for name in self._model.parameters if names is None else names:

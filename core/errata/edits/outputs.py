@@ -13,8 +13,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+from errata.edits.ledger.files import OWN
 from errata.edits.ledger.schema import DATABASE
-from errata.errors import ConfigError, ErrataError, StorageError
+from errata.errors import ConfigError, ErrataError, StorageError, reason_of
 from errata.model.scratch import fill_folder
 from errata.model.storage import write_bytes
 
@@ -22,7 +23,6 @@ LISTING = "errata.json"
 """In a folder that errata wrote: the names of its files."""
 HEAD = 2**16
 """Bytes of a file that are looked at."""
-LEDGER_NAMES = (DATABASE, "blobs", "tmp")
 
 
 class OwnSign(NamedTuple):
@@ -61,7 +61,7 @@ def check_file(path: Path, sign: OwnSign, skip: int = 0) -> None:
     except (OSError, ValueError) as error:
         if isinstance(error, ErrataError):
             raise
-        raise StorageError(f"Cannot write {path}: {_reason(error)}.") from error
+        raise StorageError(f"Cannot write {path}: {reason_of(error)}.") from error
     if head and not (head[skip:].startswith(sign.start) and sign.within in head):
         raise ConfigError(
             f"{path} was not written by errata and is not replaced: give another name, or move it "
@@ -82,7 +82,7 @@ def write_file(path: Path, data: bytes, sign: OwnSign) -> Path:
             return path
         target = path.resolve()
     except (OSError, ValueError) as error:
-        raise StorageError(f"Cannot write {path}: {_reason(error)}.") from error
+        raise StorageError(f"Cannot write {path}: {reason_of(error)}.") from error
     write_bytes(target, data)
     return path
 
@@ -127,7 +127,7 @@ def write_folder(path: Path, overwrite: bool, fill: Callable[[Path], object]) ->
     except ErrataError:
         raise
     except Exception as error:  # those who save weights and tokenizers raise errors of their own
-        raise StorageError(f"Cannot write {path}: {_reason(error)}.") from error
+        raise StorageError(f"Cannot write {path}: {reason_of(error)}.") from error
     return path
 
 
@@ -148,20 +148,16 @@ def _listed(folder: Path) -> set[str]:
 
 
 def _spare_ledgers(path: Path) -> None:
-    """Refuse a ledger and its own files; what only holds one has files that are not listed."""
+    """Refuse a ledger and its own files; in a folder that only holds one, they are unlisted."""
     try:
         place = path.resolve()
         inside = [place, *place.parents]
         own = any(
-            (above / DATABASE).is_file() and below.name.startswith(LEDGER_NAMES)
+            (above / DATABASE).is_file() and below.name.startswith(tuple(OWN))
             for below, above in pairwise(inside)
         )
         own = own or (place / DATABASE).is_file()
     except (OSError, ValueError, RuntimeError) as error:
-        raise StorageError(f"Cannot write {path}: {_reason(error)}.") from error
+        raise StorageError(f"Cannot write {path}: {reason_of(error)}.") from error
     if own:
         raise ConfigError(f"{path} belongs to a ledger and is never replaced: give another name.")
-
-
-def _reason(error: Exception) -> str:
-    return str(getattr(error, "strerror", None) or " ".join(str(error).split())[:300])

@@ -1,4 +1,4 @@
-"""Deltas with tensors of their own: what a method does with its tensors later is none of theirs."""
+"""Copies a delta's tensors, so that the method cannot change them later."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def own_copy(delta: Delta, kinds: Mapping[str, type[Delta]]) -> Delta:
 
     A tensor may be the live parameter, a view of it, or a buffer that a method writes into at its
     next call: the edit on the model would then change, and not be the one that is recorded. Who
-    holds a tensor besides cannot be known, so all are copied. Recording a delta takes as much
-    memory for a moment; where this fits, that does.
+    else holds a tensor cannot be known, so all are copied. That takes no more memory than
+    recording the delta does.
 
     Raises:
         IntegrityError: the ledger could not read it again: its kind is not installed, or what it

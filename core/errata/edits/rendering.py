@@ -21,13 +21,15 @@ def rendered(model: Model, requests: Sequence[Request]) -> list[Request]:
     """Return requests whose prompts are texts for the model; others stay as they are.
 
     Prompts are cut to `max_tokens`, or to what the model reads at once if that is fewer. Every
-    prompt of a chat becomes a user's turn. Both are done to those to test with, too.
+    prompt of a chat becomes a user's turn. So do the prompts to test with.
 
     Raises:
         ConfigError: a chat, and the model has no chat template.
         RequestError: nothing of the subject is left.
     """
-    requests = [request if request.chat else cut(model, request) for request in requests]
+    requests = [
+        request if request.chat else with_cut_prompts(model, request) for request in requests
+    ]
     if not any(request.chat is True for request in requests):
         return requests
     frame = chat_frame(model.tokenizer)
@@ -41,7 +43,7 @@ def rendered(model: Model, requests: Sequence[Request]) -> list[Request]:
     ]
 
 
-def cut(model: Model, request: Request) -> Request:
+def with_cut_prompts(model: Model, request: Request) -> Request:
     """Return a request whose prompts have at most `max_tokens` tokens, special ones counted."""
     limits = [n for n in (request.max_tokens, model.anatomy.context) if n is not None]
     if request.max_tokens is None:

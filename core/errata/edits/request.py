@@ -10,11 +10,11 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from errata.edits.request_problems import check_fields, explained, naming_place, refuse
+from errata.edits.request_problems import check_fields, explained
 from errata.edits.subjects import template_of
-from errata.errors import RequestError
-from errata.model.arguments import is_list, is_whole, mapping_of
-from errata.model.display import Described, first_few, shortened
+from errata.errors import RequestError, first_few
+from errata.model.arguments import is_whole
+from errata.model.display import Described, shortened
 from errata.model.joining import with_join
 
 logger = logging.getLogger("errata")
@@ -335,15 +335,9 @@ class Request(_Frozen):
     def digest(self) -> str:
         """SHA-256 of the canonical JSON: two requests with one digest are the same request."""
         data = self.as_given.model_dump(mode="json")
-        # Older ledgers keep their digests.
-        for later in (
-            "join",
-            "chat",
-            "operation",
-            "remove",
-            "max_tokens",
-            "target_true_from_model",
-        ):
+        # Fields that came later count only where they are set: the digest of a request stays.
+        for later in ("join", "chat", "operation", "remove", "max_tokens",
+                      "target_true_from_model"):  # fmt: skip
             if data[later] in (None, False):
                 del data[later]
         canonical = json.dumps(data, sort_keys=True, ensure_ascii=False)
@@ -402,60 +396,6 @@ def warn_of_white_space(notes: Sequence[str]) -> None:
             "White space was taken off: at the ends of %s. What stands between a prompt and its "
             "answer is errata's to find; `join` says it where that is wrong.", first_few(notes, 1),
         )  # fmt: skip
-
-
-def parse_requests(
-    value: Request | Mapping[str, Any] | Iterable[Request | Mapping[str, Any]],
-    repeated: bool = False,
-) -> list[Request]:
-    """Return requests from one or many; refuse an empty list, and unless `repeated` duplicates.
-
-    Errors say which of several requests they are about.
-    """
-    if not is_list(value) and not isinstance(value, Request):
-        raise RequestError(f"{value!r} is no request and no list of requests.")
-    many = [value] if isinstance(value, (Request, Mapping)) else list(value)
-    parsed = []
-    for index, item in enumerate(many):
-        with naming_place(index, len(many), item):
-            parsed.append(parse_noting(item))
-    requests = [request for request, _ in parsed]
-    if not requests:
-        raise RequestError("No requests were given: pass at least one.")
-    warn_of_white_space([note for _, notes in parsed for note in notes])
-    seen: dict[str, int] = {}
-    for index, request in enumerate(() if repeated else requests):
-        if (first := seen.setdefault(request.digest, index)) != index:
-            raise RequestError(
-                f"Requests {first} and {index} are the same "
-                f"({request.text!r} → {request.wish!r}): give each change once."
-            )
-    return requests
-
-
-def parse_arguments(
-    request: Any, config: Mapping[str, Any], fields: Mapping[str, Any], repeated: bool = False
-) -> tuple[bool, list[Request], dict[str, Any]]:
-    """Tell request fields from hyper-parameters among keyword arguments.
-
-    Returns (whether one request was meant, the requests, the hyper-parameters).
-    """
-    mine = {key: value for key, value in fields.items() if key in Request.model_fields}
-    overrides = mapping_of(config, "config") | {k: v for k, v in fields.items() if k not in mine}
-    if isinstance(request, str):
-        if request:
-            mine["prompt"] = request
-        if not mine:
-            raise RequestError("Say what to edit: a prompt with {}, subject=… and target_new=….")
-        try:
-            return True, [Request.parse(mine)], overrides
-        except RequestError as error:
-            refuse(str(error), overrides)
-    if mine:
-        raise RequestError(
-            f"{', '.join(mine)} given beside whole requests: put them into the requests."
-        )
-    return isinstance(request, (Request, Mapping)), parse_requests(request, repeated), overrides
 
 
 def _asked(probes: Iterable[Probe], change: Callable[[str], str]) -> tuple[Probe, ...]:

@@ -16,9 +16,9 @@ from errata.edits.delta import attaching
 from errata.edits.last_written import LastWritten
 from errata.errors import CapabilityError, IntegrityError, LedgerError, UnknownNameError
 from errata.model.display import Described, plural
+from errata.model.floats import wide
 from errata.model.pristine import same_bits
-from errata.model.running import wide
-from errata.model.structure import ABSENT, Structure, Traits, named
+from errata.model.structure import ABSENT, Structure, Traits, in_words
 from errata.model.task import check_not_compiled
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("errata")
 COMPUTING = ("edit", "prepare", "rebase", "resolve")
-"""What of an editor's doings runs methods."""
+"""Operations of an editor that run a method's hooks."""
 
 
 class Stack(Described):
@@ -59,7 +59,7 @@ class Stack(Described):
         self._entries: list[Edit] = []
         self._undo: list[Undo] = []
         self._bare = Structure(model.module)
-        self._hung: Traits = {}  # what the active edits made otherwise than in the bare module
+        self._hung: Traits = {}  # traits of the module that the active edits changed
 
     @classmethod
     def on(cls, model: Model) -> Model:
@@ -104,7 +104,7 @@ class Stack(Described):
 
     @contextmanager
     def changing(self) -> Iterator[None]:
-        """Nobody else runs or changes the model in the block, and gradients are as by default."""
+        """Keep others from running or changing the model in the block; gradients as by default."""
         with self._model.access.changing(), recording():
             yield
 
@@ -130,14 +130,6 @@ class Stack(Described):
         except BaseException:
             self._move(wanted, former, force=True)
             raise
-
-    def add(self, edit: Edit) -> None:
-        """Make one more edit active."""
-        self.set([*self._entries, edit])
-
-    def remove(self, edit_id: str) -> None:
-        """Take one edit off, wherever it is in the order."""
-        self.set([e for e in self._entries if e.id != edit_id])
 
     @contextmanager
     def temporarily(self, entries: Sequence[Edit]) -> Iterator[None]:
@@ -193,9 +185,9 @@ class Stack(Described):
         """Raise unless edits can be made and taken off now.
 
         `LedgerError` for a closed editor's stack or inside `temporarily`, `IntegrityError` where
-        other code changed the model. `what` is to be done: what computes needs every weight to be
-        as it should, for what it finds of the base is kept; what folds needs those it writes, and
-        `set` looks at them. What computes needs the modules that errata found, too.
+        other code changed the model. `what` is the operation. One of `COMPUTING` verifies every
+        weight, because what it finds of the base is kept, and that no module was compiled; others
+        rely on `set`, which verifies the weights that it rewrites.
         """
         self._check_open(what)
         if self.suspended:
@@ -217,7 +209,7 @@ class Stack(Described):
     def check_unchanged(self, bits: Mapping[str, Tensor] | None = None) -> None:
         """Raise `IntegrityError` where other code changed the model.
 
-        `bits`: `last_written.hashed` of its parameters, for who has read them already.
+        `bits`: the present `last_written.hashed` of its parameters, if the caller has them.
         """
         self.written.check(bits=bits)
 
@@ -243,19 +235,19 @@ class Stack(Described):
         ]
 
     def problems(self) -> list[str]:
-        """Return, in words, in what the live module is not what the stack says.
+        """Return, in words, how the live module differs from what the stack says.
 
-        Tensors that differ, and what other code changed since there is a stack: hooks, swapped
-        modules and parameter objects, flags. Not what a model notes for itself while it runs.
+        In its tensors, and in what other code changed since the stack was made: hooks, swapped
+        modules and parameter objects, flags. What a model notes while it runs does not count.
         """
         try:
             found = [f"tensor {name} is not what the stack says" for name in self.differing()]
         except IntegrityError as error:
             found = [str(error)]
-        return found + [f"{name}: changed by other code" for name in named(self._foreign())]
+        return found + [f"{name}: changed by other code" for name in in_words(self._foreign())]
 
     def _foreign(self) -> Traits:
-        """Return in what the module's make-up is not the bare one with the active edits hung on."""
+        """Return the structural changes that errata did not make."""
         now, bare = self._bare.changes(), self._bare.traits
         return {
             trait: value
@@ -319,7 +311,7 @@ class Stack(Described):
     def _rewritten(
         self, before: Sequence[Edit], after: Sequence[Edit], force: bool = False
     ) -> list[str]:
-        """Return the names of the parameters that another set of active edits has to write.
+        """Return the names of the parameters that a change to another set of edits rewrites.
 
         Any change of the stack's make-up for a parameter means folding it again, whole.
         """

@@ -30,7 +30,7 @@ def stale_ids(edits: Iterable[Edit], there: Collection[str]) -> list[str]:
         below: str | None = name
         while below in records and below not in sound:
             chain.append(below)
-            sound[below] = True  # until it is known better; ends a circle
+            sound[below] = True  # until known better: ends a circle
             below = records[below].on_top_of
         for one in reversed(chain):
             edit = records[one]
@@ -48,7 +48,8 @@ def computed_on(active: Sequence[Edit]) -> tuple[str | None, tuple[str, ...]]:
     firm = [edit for edit in active if edit.id not in stale]
     if not firm:
         return None, tuple(records)
-    # The latest that stands on others covers most; what is stale would bring in what is off.
+    # The latest firm edit that stands on others covers most of them. A stale one would also cover
+    # edits that are off.
     standing = [edit for edit in firm if edit.on_top_of or edit.parents]
     top = below = (standing or firm)[-1]
     covered = {top.id, *top.parents}

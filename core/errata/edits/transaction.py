@@ -29,7 +29,7 @@ Observe = Callable[[str, Sequence["Edit"]], None]
 """Told "apply" or "revert" and the edits, after the model was changed and before it is recorded."""
 
 OF_ONE_EDIT = (IntegrityError, PluginError, StorageError)
-"""What of errata's errors putting edits on raises for one of them, not for the model."""
+"""Errors of putting edits on that concern one edit, not the model."""
 
 
 class Transactions:
@@ -87,14 +87,14 @@ class Transactions:
     def record(
         self, new: Sequence[Edit], *, active: bool, replaced: Mapping[str, str] | None = None
     ) -> list[Edit]:
-        """Store new edits, and that others (id → why) came off for them, as one; return them.
+        """Store new edits, and that they replaced others (id → why), as one; return them.
 
         The stack then holds the records as they were stored.
         """
         with self._ledger.transaction():
             if replaced:
                 self._ledger.deactivate(replaced)
-            stored = self._ledger.commit_many([(edit, edit.delta, active) for edit in new])
+            stored = self._ledger.commit([(edit, edit.delta, active) for edit in new])
             instead: dict[str | None, list[str]] = {}
             for edit in stored:
                 for name in (*edit.outcome.supersedes, edit.outcome.rebases):
@@ -149,8 +149,8 @@ class Transactions:
     def exchange(self, off: Sequence[Edit], on: Sequence[Edit]) -> None:
         """Take recorded edits off and put others on, as one change.
 
-        What comes off needs no delta: an edit whose file is lost can be taken off, too. One that
-        the ledger has as active and that was damaged can be put on once it is not any more.
+        An edit whose file is lost can be taken off, too. A damaged one, which the ledger has as
+        active, can be put on once it is repaired.
         """
         self._check(on)
         before = set(self._ledger.stale_ids())
@@ -204,8 +204,8 @@ class Transactions:
     def _put_on_each(self, kept: Sequence[Edit], new: Sequence[Edit]) -> dict[str, str]:
         """Put `new` on beside `kept`; return id → reason of those that cannot be.
 
-        All at once; where that fails by halves, so that one edit that fails among many takes few
-        tries. What is wrong with the model itself is raised.
+        All at once; where that fails, by halves: few tries find one bad edit among many. What is
+        wrong with the model itself is raised.
         """
         failed: dict[str, str] = {}
         on = list(kept)

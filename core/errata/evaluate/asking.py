@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def installed_protocols() -> dict[str, Protocol]:
     """Return every protocol by name: errata's own, and those of installed packages."""
-    return Manager("", plugins.rooms()).protocols()
+    return Manager("", plugins.in_group()).protocols()
 
 
 def measured(protocol: Protocol, reader: Reader) -> list[Measurement]:

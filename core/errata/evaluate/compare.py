@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from errata.contract.measurement import (
     ratio_of_means,
 )
 from errata.errors import ComparisonError, MissingExtraError, UnknownNameError
+from errata.model.json_numbers import finite
 
 MCNEMAR = "McNemar's exact test"
 WILCOXON = "Wilcoxon's signed-rank test"
@@ -72,7 +72,7 @@ class Comparison:
         """Return plain JSON data; numbers that are not finite become None."""
         data = dict(vars(self))
         for name in ("value_a", "value_b", "difference"):
-            data[name] = data[name] if math.isfinite(data[name]) else None
+            data[name] = finite(data[name])
         data["interval"] = None if self.interval is None else list(self.interval)
         return data
 

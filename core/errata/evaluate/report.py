@@ -273,7 +273,7 @@ def _layer_choice(
         return LayerChoice(layers, "argument", "argument")
     if value.source.startswith("auto:"):
         return LayerChoice(layers, "sweep", value.source)
-    if value.layer == RULE:
+    if value.set_by == RULE:
         # What a sweep compares is said, token by token; a classifier says nothing.
         sweeps = editor.model.task != "classify"
         advice = _sweep_command(editor, edit.method) if sweeps else ""
@@ -282,9 +282,9 @@ def _layer_choice(
 
 
 def _by(value: Value) -> Literal["preset", "argument", "default"]:
-    if value.layer == "argument":
+    if value.set_by == "argument":
         return "argument"
-    return "default" if value.layer == "default" else "preset"
+    return "default" if value.set_by == "default" else "preset"
 
 
 def _sweep_command(editor: Editor, method: str) -> str:

@@ -34,10 +34,10 @@ RIVAL = 0.9
 def aims_of(model: Model, request: Request) -> list[Aim]:
     """Return what a request asks for on the model as it stands.
 
-    An answer to be forgotten that is not named is what the model says now; without a word from it
-    there is none to forget. A relation that is
-    deleted from one object must stay with the others that active edits have joined it to: what
-    those say is an aim of this request, too, where it is computed on top of them.
+    An answer to be forgotten that is not named is what the model says now; where it says nothing,
+    there is none. A relation that is deleted from one object must stay with the others that active
+    edits have joined it to: what those say is an aim of this request, too, where it is computed on
+    top of them.
     """
     (request,) = naming_what_goes(model, [request])
     aims = [aim for aim in aims_of_request(request) if aim.answer]

@@ -12,7 +12,7 @@ import torch
 from errata.errors import ConfigError
 from errata.model.forward import logits_at
 from errata.model.running import check_sound
-from errata.model.sampling import check_drawable
+from errata.model.sampling import Sampling
 from errata.model.texts import canary_texts
 from errata.model.tokens import tokenise
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from errata.model.model import Model
 
 _BARE = "{}"
-"""The context that is none; the first of every list of contexts."""
+"""The empty context, the first of every list of contexts: the prompt alone."""
 
 
 def in_contexts(model: Model, request: Request, contexts: Sequence[str]) -> list[str]:
@@ -138,10 +138,7 @@ def _grown(
         check_sound(model, logits)
         logits[:, special] = -torch.inf
         logits[:, len(model.tokenizer) :] = -torch.inf  # rows that only pad the embedding
-        best, index = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
-        probabilities = best.softmax(-1)
-        check_drawable(probabilities)
-        drawn = torch.multinomial(probabilities, 1, generator=generator)
-        for row, token in zip(grown, index.gather(1, drawn).squeeze(1).tolist(), strict=True):
+        drawn = Sampling(do_sample=True, top_k=top_k).choose(logits, generator)
+        for row, token in zip(grown, drawn.tolist(), strict=True):
             row.append(token)
     return grown

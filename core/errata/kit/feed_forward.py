@@ -40,7 +40,7 @@ def site_of(model: Model, layer: int, *, gated: bool = False) -> Site:
 
 
 def activation_of(model: Model, layer: int) -> str | None:
-    """Return what a block's feed-forward network is activated by, one of `ACTIVATIONS`; else None.
+    """Return the activation of a block's feed-forward network if it is one of `ACTIVATIONS`.
 
     The configuration says so, or it is found in what the network computes of a short text: from
     its projections z and u it gives φ(z), or φ(z) u where it is gated.

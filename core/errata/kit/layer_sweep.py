@@ -11,14 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from errata.model.json_numbers import finite, number
+
 if TYPE_CHECKING:
     from errata.model.model import Model
 
 SCHEMA = 1
 
 MAIN = ("layer", "layers")
-"""Hyper-parameters that say where a method edits; one that has another layer besides names it so:
-`relation_layer`."""
+"""Hyper-parameters that say where a method edits. A further layer has a name of its own, which ends
+in `_layer`."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class LayerResult:
         """Return plain JSON data."""
         return {
             "layer": self.layer, "score": self.score, "failed": self.failed,
-            "effect": _finite(self.effect), "depth": self.depth,
+            "effect": finite(self.effect), "depth": self.depth,
             "metrics": {name: list(ends) for name, ends in self.metrics.items()},
         }  # fmt: skip
 
@@ -58,7 +60,7 @@ class LayerResult:
     def from_json(cls, data: dict[str, Any]) -> LayerResult:
         """Return the result that `as_json` wrote."""
         metrics = {name: (ends[0], ends[1], ends[2]) for name, ends in data["metrics"].items()}
-        return cls(data["layer"], data["score"], metrics, data["failed"], _number(data["effect"]),
+        return cls(data["layer"], data["score"], metrics, data["failed"], number(data["effect"]),
                    data.get("depth", 1))  # fmt: skip
 
 
@@ -157,7 +159,7 @@ class LayerSweep:
         return {
             "schema": SCHEMA, "result": "sweep", "model": self.model, "model_type": self.model_type,
             "n_layers": self.n_layers, "method": self.method, "option": self.option,
-            "config": self.config, "n": self.n, "correlation": _finite(self.correlation),
+            "config": self.config, "n": self.n, "correlation": finite(self.correlation),
             "protocol": self.protocol, "judged_by": self.judged_by, "best": self.best.layer,
             "best_layers": list(self.best.layers),
             "layers": [one.as_json() for one in self.results],
@@ -171,7 +173,7 @@ class LayerSweep:
         return cls(
             data["model"], data["model_type"], data["n_layers"], data["method"], data["option"],
             data["config"], data["n"], tuple(LayerResult.from_json(one) for one in data["layers"]),
-            _number(data["correlation"]), None if held is None else HeldOutResult.from_json(held),
+            number(data["correlation"]), None if held is None else HeldOutResult.from_json(held),
             data.get("judged_by", "counterfact"),
         )  # fmt: skip
 
@@ -196,11 +198,3 @@ def key_of(model: Model, method: str, option: str = "") -> tuple[str, ...]:
 def option_value(option: str, layers: Sequence[int]) -> int | list[int]:
     """Return layers as a hyper-parameter takes them: `layers` several, any other one."""
     return list(layers) if option == "layers" else layers[0]
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)

@@ -1,4 +1,4 @@
-"""Where methods go that stand beside one module: a role in a block, or a path."""
+"""Which module a method acts beside: a role in a block, or a path."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from errata.model.model import Model
     from errata.model.prompts import PreparedPrompts
 
-ROLES = ("mlp_in", "mlp_out", "attention_out")
+PLACED_ROLES = ("mlp_in", "mlp_out", "attention_out")
 """Modules that are named by what they are in a block; others are named by their path."""
 
 
@@ -38,7 +38,7 @@ class PlacedConfig(MethodConfig):
 
     def for_model(self, anatomy: Anatomy) -> Self:
         """Return the configuration with its layer written out, where a layer is meant at all."""
-        if self.module is not None and self.module not in ROLES:
+        if self.module is not None and self.module not in PLACED_ROLES:
             return self
         # Where the authors put it, and where all of the prompt is.
         anatomy = anatomy.reader
@@ -53,7 +53,7 @@ class PlacedConfig(MethodConfig):
         return self.model_copy(update={"layer": layer, "module": module or anatomy.editable(layer)})
 
 
-def module_of(model: Model, config: PlacedConfig) -> str:
+def placed_module(model: Model, config: PlacedConfig) -> str:
     """Return the path of the module that the configuration means.
 
     Raises `ConfigError` when it is not there, has no weight matrix, or is ambiguous.
@@ -61,13 +61,13 @@ def module_of(model: Model, config: PlacedConfig) -> str:
     anatomy, written = model.anatomy, config.for_model(model.anatomy)
     layer, module = written.layer, written.module
     assert module is not None
-    if module not in ROLES:
+    if module not in PLACED_ROLES:
         weight = model.parameters.get(f"{module}.weight")
         if weight is None or weight.ndim != 2:
             some = getattr(anatomy, anatomy.editable(0))(0)
             raise ConfigError(
                 f"module={module!r} is no linear map of {model.name}: give "
-                f"{', '.join(map(repr, ROLES))} or a path such as {some!r}."
+                f"{', '.join(map(repr, PLACED_ROLES))} or a path such as {some!r}."
             )
         return module
     assert layer is not None

@@ -107,7 +107,7 @@ def _places(delta: KeyValueDelta) -> dict[str, str]:
 def _sets(request: Request, beside: Sequence[Request]) -> Iterator[list[Request]]:
     """Yield the sets of a request and others, two or more, each in an order of its own.
 
-    The order does not depend on who came first, so that nor do the numbers.
+    The order does not depend on who came first; so the numbers do not, either.
     """
     least = 1 if len(beside) < ALL_SETS else len(beside) - 1
     for count in range(least, len(beside) + 1):

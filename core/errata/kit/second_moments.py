@@ -182,10 +182,10 @@ def second_moments(
         raise ConfigError(f"batch_tokens={batch_tokens!r} must be positive.")
     text = text_hash(documents)
     # Kept for the model's life, so that each edit of a sequence reuses the Cholesky factors.
-    held: dict[Any, Any] = model.memo
+    held: dict[tuple[Any, ...], SecondMoment] = model.remembered("second moments", dict)
     found: dict[int, SecondMoment] = {}
     for layer in wanted:
-        name = ("second_moment", model.fingerprint, layer, text, tokens)
+        name = (model.fingerprint, layer, text, tokens)
         moment = held.get(name) or _load(model, layer, text, tokens)
         if moment is not None:
             found[layer] = held[name] = moment
@@ -193,7 +193,7 @@ def second_moments(
     if missing:
         measured = _Pass(model, missing, documents, text, tokens, batch_tokens).run(save_seconds)
         for layer, moment in measured.items():
-            name = ("second_moment", model.fingerprint, layer, text, tokens)
+            name = (model.fingerprint, layer, text, tokens)
             found[layer] = held[name] = moment
     return {layer: found[layer] for layer in wanted}
 

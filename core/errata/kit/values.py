@@ -30,6 +30,7 @@ import torch
 
 from errata.errors import CapabilityError, ErrataError
 from errata.kit.aims import FLOOR, unlikelihood
+from errata.kit.loss_scale import loss_scale
 from errata.kit.value_loss import Evaluation, ValueLoss, ValueObjective
 from errata.kit.value_rows import FACT_TOKENS, FactToken, RequestRows, chunks, rows_of, together
 from errata.model.forward import Resumed, adding, at_columns, bypassed, frozen, laid_out, patched
@@ -51,9 +52,6 @@ Held = Sequence[tuple["Request", "Tensor"]]
 
 # On a CPU three requests at a time are faster than ten: what they work on stays in the cache.
 _ROWS_CPU, _ROWS_ACCELERATOR = 72, 768
-
-# fp16 gradients of a mean over contexts underflow; Adam's steps do not depend on the scale.
-_HALF_SCALE = 1024.0
 
 
 class EditFailed(ErrataError, ArithmeticError):
@@ -323,7 +321,7 @@ class _Problem:
         """Run Adam on all δ together; a request that is done keeps its δ."""
         settings, count = self.settings, len(self.v0)
         delta = torch.zeros_like(self.v0)  # (N, P, d), fp32 whatever the model's dtype
-        moments = torch.zeros_like(delta), torch.zeros_like(delta)
+        moments, scale = (torch.zeros_like(delta), torch.zeros_like(delta)), loss_scale(self.model)
         losses: list[list[tuple[float, ...]]] = [[] for _ in range(count)]
         active = torch.ones(count, dtype=torch.bool)
         first_before = torch.zeros(count, dtype=torch.long)
@@ -341,9 +339,9 @@ class _Problem:
                 active = active & ~done
                 if step == settings.steps - 1 or not bool(active.any()):
                     break
-                (gradient,) = torch.autograd.grad(loss.total.sum() * self._scale, delta)
+                (gradient,) = torch.autograd.grad(loss.total.sum() * scale, delta)
                 delta = delta.detach()
-                update = self._adam(gradient / self._scale, *moments, step + 1)
+                update = self._adam(gradient / scale, *moments, step + 1)
                 moved = self._clamped(delta - update)
                 delta = torch.where(active.to(delta.device)[:, None, None], moved, delta)
                 self._shed(active)
@@ -436,12 +434,12 @@ class _Problem:
 
     # -- the steps -------------------------------------------------------------------------------
 
-    @property
-    def _scale(self) -> float:
-        return _HALF_SCALE if self.model.dtype == torch.float16 else 1.0
-
     def _adam(self, gradient: Tensor, first: Tensor, second: Tensor, step: int) -> Tensor:
-        """Return Adam's step (betas .9 and .999, eps 1e-8); update the moments in place."""
+        """Return Adam's step (betas .9 and .999, eps 1e-8); update the moments in place.
+
+        `torch.optim.Adam` gives the same bits, but a lr beyond fp32 raises there; here it makes
+        the loss infinite, and `_note` says so.
+        """
         first.lerp_(gradient, 0.1)
         second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
         scaled = second.sqrt() / (1 - 0.999**step) ** 0.5 + 1e-8

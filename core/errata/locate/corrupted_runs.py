@@ -167,20 +167,18 @@ class CorruptedRuns:
         edits = tuple(entry.id for entry in entries)
         shape = (self._width, self.prompt.reads, self.samples, self._cache is not None)
         key = ("reruns", edits, self.encoding, *shape)
-        if key in self.model.memo:
-            self._resumes, self.cuts_columns, self._narrows, self.joins = self.model.memo[key]
-            return
-        self._settle(recorded, count)
-        self.model.memo[key] = (self._resumes, self.cuts_columns, self._narrows, self.joins)
+        self._resumes, self.cuts_columns, self._narrows, self.joins = self.model.remembered(
+            key, lambda: self._settled(recorded, count)
+        )
 
-    def _settle(self, recorded: Tensor, count: int) -> None:
+    def _settled(self, recorded: Tensor, count: int) -> tuple[bool, bool, bool, bool]:
         self._resumes, self.cuts_columns = count > 1, self._cache is not None
         self._narrows, self.joins = not self.encoding, self._resumes
         middle = (self.prompt.reads[0] + 1) // 2 if self.causal else 0
         while self._resumes or self.cuts_columns or self._narrows:
             if self._gives(recorded, count - 1 if self._resumes else 0,
                            middle if self.cuts_columns else 0):  # fmt: skip
-                return
+                break
             if self.joins:
                 self.joins = False
             elif self._narrows:
@@ -189,6 +187,7 @@ class CorruptedRuns:
                 self.cuts_columns = False
             else:
                 self._resumes = False
+        return self._resumes, self.cuts_columns, self._narrows, self.joins
 
     def _gives(self, recorded: Tensor, layer: int, column: int) -> bool:
         # One copy that runs the last block, one that joins behind it.

@@ -25,6 +25,7 @@ import torch
 
 from errata.edits.delta.attaching import fold_kind
 from errata.errors import ConfigError
+from errata.model.json_numbers import finite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,7 +82,7 @@ class WeightChange:
         """Return plain JSON data, without the bases."""
         return {
             "name": self.name, "layer": self.layer, "part": self.part, "norm": self.norm,
-            "relative": self.relative if math.isfinite(self.relative) else None,
+            "relative": finite(self.relative),
             "spectral": self.spectral, "stable_rank": self.stable_rank, "rank": self.rank,
             "spectrum": list(self.spectrum[:32]), "energy": dict(self.energy),
             "chance": dict(self.chance),

@@ -52,7 +52,7 @@ class ActiveEdits(Protocol):
     def check_unchanged(self, bits: Mapping[str, Tensor] | None = None) -> None:
         """Raise `IntegrityError` where other code changed the model.
 
-        `bits`: hashes of its parameters as they are now, for who has read them already.
+        `bits`: the present hashes of its parameters, from a caller who has read them.
         """
 
     def check_rows(self, named: Collection[str]) -> None:

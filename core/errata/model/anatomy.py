@@ -7,7 +7,7 @@ lines to add.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,7 @@ _UNCOMMON = {
     "mlp": "one without plain in and out projections, as a mixture of experts is",
     "attention": "no attention, as a recurrence or a convolution is none",
 }
-"""What a sublayer is of which no projection is known."""
+"""What a sublayer without known projections is."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,6 @@ class Anatomy:
         context: most tokens the model reads at once: as many as it has learned positions for or,
             where positions are computed, was trained on; None where its configuration does not say.
         encoder: the encoder's stack of an encoder-decoder.
-        probed: True when found in the module graph and not in the registry.
     """
 
     model_type: str
@@ -73,7 +72,6 @@ class Anatomy:
     head_name: str | None
     context: int | None = None
     encoder: Anatomy | None = None
-    probed: bool = False
 
     @classmethod
     def of(
@@ -101,7 +99,7 @@ class Anatomy:
             )
         given = architectures.get(model_type)
         if given is None:
-            return cls._build(module, model_type, probe(module, model_type), probed=True)
+            return cls._build(module, model_type, probe(module, model_type))
         if not isinstance(given, ArchitectureSpec):
             given = parse_architectures({model_type: given})[model_type]
         spec, task = given.resolve(config), task_of_module(module)
@@ -109,18 +107,16 @@ class Anatomy:
             spec = _with_classifier(module, spec)
         elif task == "causal" and getattr(config, "is_decoder", False):  # of an encoder's family
             spec = spec.model_copy(update={"kind": "decoder"})
-        return cls._build(module, model_type, spec, probed=False)
+        return cls._build(module, model_type, spec)
 
     @classmethod
-    def _build(
-        cls, module: nn.Module, model_type: str, spec: ArchitectureSpec, probed: bool
-    ) -> Anatomy:
+    def _build(cls, module: nn.Module, model_type: str, spec: ArchitectureSpec) -> Anatomy:
         encoder = None
         if spec.encoder is not None:
             stack = ArchitectureSpec(
                 **{**spec.model_dump(), **spec.encoder.model_dump(), "encoder": None}
             )
-            encoder = cls._build(module, model_type, stack, probed)
+            encoder = cls._build(module, model_type, stack)
         root_fields = (("embedding", spec.embedding), ("final_norm", spec.final_norm),
                        ("position_embedding", spec.position_embedding))  # fmt: skip
         for field, path in root_fields:
@@ -157,7 +153,7 @@ class Anatomy:
         return cls(
             _language(text_config, model_type), spec, parts, n_layers, int(hidden),
             int(vocabulary), max(keys, default=0),
-            present[0] if present else None, _context(module, text_config, spec), encoder, probed,
+            present[0] if present else None, _context(module, text_config, spec), encoder,
         )  # fmt: skip
 
     @property
@@ -191,6 +187,20 @@ class Anatomy:
     def block(self, index: int) -> str:
         """Path of a block."""
         return f"{self.spec.blocks}.{self.layer(index)}"
+
+    def lowest_block(self, modules: Sequence[str]) -> int | None:
+        """Return the lowest layer whose block holds one of these modules.
+
+        None where one of them is in no block of this stack (an encoder-decoder's encoder), or
+        there are none.
+        """
+        holding = {
+            path: layer
+            for layer in range(self.n_layers)
+            for path in modules
+            if path.startswith(f"{self.block(layer)}.")
+        }
+        return min(holding.values(), default=None) if holding.keys() == set(modules) else None
 
     def mlp(self, index: int) -> str:
         """Path of the module whose output is the MLP's contribution."""

@@ -97,9 +97,8 @@ def ending_of(details: Mapping[str, Any]) -> str:
 class Answers(Protocol):
     """Something that answers prompts: the model itself, or what an edit puts in its place.
 
-    The model itself, as one that responds in its place may ask it, is
-    `errata.model.model_answers.ModelAnswers`. What makes no sense for what answers raises
-    `CapabilityError`.
+    `errata.model.model_answers.ModelAnswers` is the model itself, which whatever answers in its
+    place may ask. A question that makes no sense for it raises `CapabilityError`.
     """
 
     def scores(self, prompts: Sequence[str], targets: Sequence[str]) -> Sequence[TargetScore]:

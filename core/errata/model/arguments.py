@@ -13,6 +13,7 @@ from errata.errors import (
     RequestError,
     StorageError,
     UnknownNameError,
+    reason_of,
 )
 
 
@@ -54,8 +55,9 @@ def folder_of(value: object, what: str) -> Path:
     except FileExistsError:
         is_file = False  # another process made it just now
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise StorageError(f"Cannot open the {what} {str(folder)!r}: {reason}.") from error
+        raise StorageError(
+            f"Cannot open the {what} {str(folder)!r}: {reason_of(error)}."
+        ) from error
     if is_file:
         raise IntegrityError(f"{folder} is a file; a {what} is a folder. Give another path.")
     return folder

@@ -117,7 +117,7 @@ class Artifacts:
         return True
 
     def take(self, files: Mapping[str, bytes]) -> None:
-        """Store files by name that came from elsewhere, but for those that are here and sound."""
+        """Store files that came from elsewhere, by name; those here that are sound stay."""
         for name, data in files.items():
             path = self._inside(name)
             if not self.sound(name):
@@ -136,7 +136,7 @@ class Artifacts:
 def _checked(data: bytes, source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return (tensors, metadata) of a file; raise `IntegrityError` unless it is as it was written.
 
-    (One of an errata that sealed none is believed.)
+    (A file without a seal, as earlier versions wrote it, is believed.)
     """
     tensors, metadata = from_bytes(data, source)
     seal = metadata.pop(_SEAL, None)

@@ -106,7 +106,7 @@ class StackCall:
         return last_real(mask[:, :tokens])
 
 
-def named(
+def arguments_by_name(
     signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """Return a forward call's arguments by name; `signature` is that of the unbound forward."""

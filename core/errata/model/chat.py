@@ -51,15 +51,12 @@ def in_turn(frame: tuple[str, str], prompt: str) -> str:
 
 
 def user_turn(model: Model, prompt: str) -> tuple[str, str, str]:
-    """Return what stands before a user's words in a prompt, these, and what stands behind them.
+    """Return a prompt in three parts: before the user's words, these words, and after them.
 
-    Of a chat of several turns, or with a system message, they are those of the last turn. A prompt
-    that is not rendered by the model's chat template is words alone.
+    In a chat of several turns, or with a system message, the words are those of the last turn. A
+    prompt that the model's chat template did not render is words alone.
     """
-    key = ("user's turn",)
-    if key not in model.memo:
-        model.memo[key] = _user_marks(model.tokenizer)
-    opening, after = model.memo[key]
+    opening, after = model.remembered("user's turn", lambda: _user_marks(model.tokenizer))
     if not after or not prompt.endswith(after):
         return "", prompt, ""
     end = len(prompt) - len(after)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errata.errors import ConfigError, ErrataError, UnknownNameError
+from errata.errors import ConfigError, ErrataError, UnknownNameError, reason_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -176,7 +176,7 @@ def _read(location: str, what: str, known: Collection[str] | None, trusted: bool
     except ErrataError:
         raise
     except Exception as error:  # transformers, safetensors and torch raise errors of every type
-        told = " ".join(str(error).split())[:300] or type(error).__name__
+        told = reason_of(error)
         own = own_code(location)
         if not trusted and (own or "trust_remote_code" in told):
             raise ConfigError(

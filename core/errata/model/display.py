@@ -30,17 +30,6 @@ def shortened(text: str, limit: int = 60) -> str:
     return line if len(line) <= limit else line[: limit - 1].rstrip() + "…"
 
 
-def first_few(names: Iterable[str], limit: int = 3) -> str:
-    """Return the first of several names, and how many more there are.
-
-    >>> first_few("abcde")
-    'a, b, c and 2 more'
-    """
-    every = list(names)
-    more = len(every) - limit
-    return ", ".join(every[:limit]) + (f" and {more} more" if more > 0 else "")
-
-
 def plural(number: int, what: str) -> str:
     """Return a number with its noun."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -17,10 +17,10 @@ from torch.nn import functional
 
 from errata.errors import ConfigError
 from errata.model.checkpoint import read_config, read_module, read_tokenizer
+from errata.model.floats import wide
 from errata.model.foreign_noise import quiet_loading
 from errata.model.forward import trace
 from errata.model.model_source import check_model_source
-from errata.model.running import wide
 from errata.model.texts import canary_texts
 from errata.model.tokens import tokenise
 
@@ -60,11 +60,10 @@ def sentence_encoder(model: Model, name: str | None) -> SentenceEncoder:
     Raises:
         UnknownNameError, ConfigError, StorageError: it cannot be opened or fetched.
     """
-    key = ("sentence encoder", name)
-    if key not in model.memo:
-        model.memo[key] = OwnStates(model) if name is None else ForeignEncoder.open(model, name)
-    found: SentenceEncoder = model.memo[key]
-    return found
+    return model.remembered(
+        ("sentence encoder", name),
+        lambda: OwnStates(model) if name is None else ForeignEncoder.open(model, name),
+    )
 
 
 class ForeignEncoder:
@@ -91,7 +90,7 @@ class ForeignEncoder:
         return _remembering(self._known, texts, self._encoded)
 
     def _encoded(self, text: str) -> Tensor:
-        return functional.normalize(pooled(self.module, self.tokenizer, [text])[0], dim=0)
+        return functional.normalize(mean_states(self.module, self.tokenizer, [text])[0], dim=0)
 
 
 class OwnStates:
@@ -158,7 +157,7 @@ def open_encoder(model: Model, name: str) -> tuple[nn.Module, Any]:
         return module.requires_grad_(False), read_tokenizer(location)
 
 
-def pooled(module: nn.Module, tokenizer: Any, texts: Sequence[Any]) -> Tensor:
+def mean_states(module: nn.Module, tokenizer: Any, texts: Sequence[Any]) -> Tensor:
     """Return the mean over the last states (n, d) of texts, or of pairs of texts, with gradient."""
     limit = min(tokenizer.model_max_length, _LONGEST)
     batch = tokenizer(list(texts), return_tensors="pt", padding=True, truncation=True,

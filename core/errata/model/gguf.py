@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from errata.errors import ConfigError, MissingExtraError, StorageError
+from errata.errors import ConfigError, MissingExtraError, StorageError, reason_of
 from errata.model.foreign_noise import quiet_loading
 from errata.model.progress import Progress
 from errata.model.scratch import fill_folder
@@ -62,8 +62,9 @@ def convert(file: Path, folder: Path, progress: Progress) -> None:
         with quiet_loading(), _reporting(progress, f"Dequantising {file.name} (once)"):
             module, tokenizer = _opened(file)
     except (OSError, ValueError, KeyError, IndexError, RuntimeError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"{str(file)!r} does not open as a GGUF model: {reason}") from error
+        raise ConfigError(
+            f"{str(file)!r} does not open as a GGUF model: {reason_of(error)}"
+        ) from error
     record = {"file": file.name, "sha256": file_sha256(file), "quantised": quantised}
     try:
         fill_folder(folder, lambda part: _write(part, module, tokenizer, record))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib import metadata
@@ -20,7 +20,7 @@ DISABLE = "ERRATA_DISABLE"
 def entry_points(group: str, *, disabled: bool = False) -> list[EntryPoint]:
     """Return the entry points of a group, as `importlib.metadata` finds them.
 
-    Those that `DISABLE` names only with `disabled`.
+    Those that `DISABLE` names are left out, unless `disabled`.
 
     Opening a model asks for several groups, and each question would read the metadata of every
     installed package. Packages that come and go change `sys.path` or a folder on it; metadata
@@ -29,6 +29,44 @@ def entry_points(group: str, *, disabled: bool = False) -> list[EntryPoint]:
     found = _read(group, tuple(_stamp(entry or os.getcwd()) for entry in sys.path))
     blocked = {name.strip() for name in os.environ.get(DISABLE, "").split(",")}
     return [point for point in found if disabled or point.name not in blocked]
+
+
+def providers(group: str) -> dict[str, list[EntryPoint]]:
+    """Return the entry points of each name in a group; the same one, found twice, counts once."""
+    found: dict[str, list[EntryPoint]] = {}
+    for point in entry_points(group):
+        others = found.setdefault(point.name, [])
+        # Reading metadata for a distribution's name takes milliseconds: only where it matters.
+        if not any(
+            point.value == other.value and distribution(point) == distribution(other)
+            for other in others
+        ):
+            others.append(point)
+    return dict(sorted(found.items()))
+
+
+def claimed_twice(points: Sequence[EntryPoint], what: str) -> str:
+    """Return, in words, which packages claim one name, and the way out; "" if just one does."""
+    if len(points) == 1:
+        return ""
+    name, *_ = (point.name for point in points)
+    all_of_them = " and ".join(f"{distribution(point)} ({point.value})" for point in points)
+    return (
+        f"Two packages provide a {what} named {name!r}: {all_of_them}. It cannot be used. "
+        f"Uninstall one, or set {DISABLE}={name} to ignore the name."
+    )
+
+
+def the_one(points: Sequence[EntryPoint], what: str) -> EntryPoint:
+    """Return the entry point of a name; raise `PluginError` where several packages claim it."""
+    if problem := claimed_twice(points, what):
+        raise PluginError(problem)
+    return points[0]
+
+
+def distribution(point: EntryPoint) -> str:
+    """Return the name of the package that an entry point is of."""
+    return point.dist.name if point.dist else "an unknown distribution"
 
 
 def in_other_groups(name: str, group: str) -> str:
@@ -41,10 +79,10 @@ def in_other_groups(name: str, group: str) -> str:
 
 @contextmanager
 def loading(point: EntryPoint, what: str) -> Iterator[None]:
-    """Say what could not be loaded where an installed package raises, or ends the process.
+    """Raise `PluginError`, which names `what`, where a package raises or ends the process.
 
-    Raises `PluginError`. Where the package asks for another errata than this one, it says so.
-    What importing it changes in the process is put back.
+    It says so where the package asks for another errata than this one. What importing the package
+    changes in the process is put back.
     """
     package = f" (from {point.dist.name})" if point.dist else ""
     try:

@@ -78,26 +78,17 @@ def load_model(
             load, or only with code of its own.
         UnknownNameError: a name that is no directory and not on the hub.
     """
-    torch_dtype, place = check_placement(dtype, device)
+    torch_dtype, place = placement_of(dtype, device)
     source, tokenizer = _taken_apart(source, tokenizer)
-    checkpoint: Path | None = None
     opened_as: tuple[str, str | None] | None = None
     if isinstance(source, nn.Module):
         if tokenizer is None:
             raise ConfigError("A model in memory needs its tokenizer: Editor(model, tokenizer).")
-        check_module(source)
-        module = source if torch_dtype is None else source.to(torch_dtype)
-        named = str(getattr(module.config, "_name_or_path", "") or "")
-        name = named or type(module).__name__
-        # What still equals those files need not be kept a second time.
-        checkpoint = local_checkpoint(named, getattr(module.config, "_commit_hash", None))
+        module, name, checkpoint = _from_memory(source, torch_dtype)
     else:
-        name = location = str(source)
+        name = str(source)
         check_model_source(name, known)
-        if gguf.is_gguf(name):
-            cache = (options.get("artifacts") or Artifacts()).directory
-            location = str(gguf.checkpoint_of(Path(name), cache, options.get("progress")))
-        checkpoint = Path(location) if os.path.isdir(location) else None
+        location = _location(name, options)
         with Progress.of(options.get("progress")).busy(f"Loading {name}"), quiet_loading():
             config = read_config(location, known, trust_remote_code)
             module = read_module(
@@ -105,16 +96,14 @@ def load_model(
                 dtype=torch_dtype or "auto", device_map=device_map,
             )  # fmt: skip
             _unmap(module)
+        checkpoint = Path(location) if os.path.isdir(location) else None
         tokenizer = tokenizer if tokenizer is not None else location
         whole = str(Path(name).resolve()) if os.path.exists(name) else name
         opened_as = options.get("name", whole), _dtype_name(torch_dtype)
     _check_data(module, name)
     if place is not None:
         module.to(place)
-    if isinstance(tokenizer, (str, Path)):
-        tokenizer = read_tokenizer(str(tokenizer), trust_remote_code)
-    if not hasattr(tokenizer, "pad_token_id"):
-        raise ConfigError(f"{tokenizer!r} is no tokenizer: give one of transformers, or its place.")
+    tokenizer = _read(tokenizer, trust_remote_code)
     options.setdefault("name", name)
     anatomy = Anatomy.of(module, architectures)
     table: Any = anatomy.embedding(module)
@@ -129,10 +118,42 @@ def load_model(
     )
 
 
-def check_placement(
+def _from_memory(
+    module: nn.Module, dtype: torch.dtype | None
+) -> tuple[nn.Module, str, Path | None]:
+    """Return a caller's module in a dtype, its name, and the folder of its checkpoint if here.
+
+    What still equals the checkpoint's files need not be kept a second time.
+    """
+    check_module(module)
+    named = str(getattr(module.config, "_name_or_path", "") or "")
+    checkpoint = local_checkpoint(named, getattr(module.config, "_commit_hash", None))
+    module = module if dtype is None else module.to(dtype)
+    return module, named or type(module).__name__, checkpoint
+
+
+def _location(name: str, options: Mapping[str, Any]) -> str:
+    """Return where transformers reads a model from: of a GGUF file its dequantised checkpoint."""
+    if not gguf.is_gguf(name):
+        return name
+    cache = (options.get("artifacts") or Artifacts()).directory
+    return str(gguf.checkpoint_of(Path(name), cache, options.get("progress")))
+
+
+def _read(tokenizer: Any, trusted: bool) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that is given, or is to be loaded from a place."""
+    if isinstance(tokenizer, (str, Path)):
+        tokenizer = read_tokenizer(str(tokenizer), trusted)
+    if not hasattr(tokenizer, "pad_token_id"):
+        raise ConfigError(f"{tokenizer!r} is no tokenizer: give one of transformers, or its place.")
+    found: PreTrainedTokenizerBase = tokenizer
+    return found
+
+
+def placement_of(
     dtype: str | torch.dtype | None, device: str | torch.device | None
 ) -> tuple[torch.dtype | None, torch.device | None]:
-    """Return dtype and device as torch has them; raise for what there is not, or not here."""
+    """Return dtype and device as torch has them; raise for what is unknown or not here."""
     return _dtype(dtype), None if device is None else _device(device)
 
 

@@ -21,6 +21,7 @@ from errata.model.access import Access
 from errata.model.active_edits import ActiveEdits, NoEdits
 from errata.model.artifacts import Artifacts
 from errata.model.call import Call
+from errata.model.floats import frobenius
 from errata.model.pristine import Pristine
 from errata.model.progress import Progress
 from errata.model.storage import canonical, parse_json
@@ -51,7 +52,7 @@ _SAMPLE = (
 
 
 def _kept(computed: Any, key: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return what was computed of a base, as a file gives it back, and copies of its tensors.
+    """Return (tensors, metadata) as a file would give them back: copies, and plain JSON.
 
     Raises `TypeError` where it cannot be kept: in a hook, that is the plugin's mistake.
     """
@@ -114,7 +115,7 @@ class Model:
         call: what the running forward calls are about; every thread has its own.
         trained_on: digest of the training requests of the method whose hook is running; None for
             a method that is not trained.
-        memo: artifacts that were read already, so that they are read (and factored) once.
+        memory: what `remembered` keeps, by key; it lives as long as the model.
         compute: `compute(method, requests, **config)` returns another method's deltas as its
             `edit` would, with its presets; for methods that build on methods.
         edits_about: `edits_about(subject)` returns the edits about a subject that are active, also
@@ -122,7 +123,6 @@ class Model:
             running call has made.
         bring: returns the folder of a model that plugins bring by name (the zoo's), fetched where
             it is not here; any other name as it is.
-        runtimes: what delta kinds keep between attachments, by kind; theirs alone.
         branch: weight edits run beside the weights (y = W x + U Vᵀ x) instead of in them.
     """
 
@@ -160,11 +160,10 @@ class Model:
         # Nothing can be folded into quantised weights.
         quantised = any(not p.is_floating_point() for p in self.parameters.values())
         self.branch = quantised if branch is None else branch
-        self.runtimes: dict[str, Any] = {}
-        self._of_base: dict[tuple[str, ...], None] = {}
+        self._of_base: dict[tuple[str, ...], Any] = {}
         self._hooked: tuple[list[str], str] = ([], "")
         self.trained_on: str | None = None
-        self.memo: dict[Any, Any] = {}
+        self.memory: dict[object, Any] = {}
         self.compute: Callable[..., list[Any]] = _compute_nothing
         self.edits_about: Callable[[str], Sequence[Any]] = _no_edits
         self.bring: Callable[[str], str] = str
@@ -226,12 +225,10 @@ class Model:
     def weight_norm(self, name: str) -> float:
         """Return the Frobenius norm of a base weight."""
         base = self.pristine[name]
-        if base.is_floating_point():
-            return float(base.float().norm())
-        key = ("weight_norm", name)
-        if key not in self.memo:
-            self.memo[key] = self._quantised_norm(name.removesuffix(".weight"))
-        return float(self.memo[key])
+        if base.is_floating_point() or base.is_complex():
+            return frobenius(base)
+        path = name.removesuffix(".weight")
+        return self.remembered(("weight norm", path), lambda: self._quantised_norm(path))
 
     @torch.no_grad()
     def _quantised_norm(self, path: str, chunk: int = 1024) -> float:
@@ -317,6 +314,13 @@ class Model:
         finally:
             self.call.row_edits = former
 
+    def remembered(self, key: object, make: Callable[[], Kept]) -> Kept:
+        """Return what was made under this key for the model; the first time, make it."""
+        if key not in self.memory:
+            self.memory[key] = make()
+        found: Kept = self.memory[key]
+        return found
+
     # -- what belongs to the base ----------------------------------------------------------------
 
     def of_base(
@@ -344,7 +348,7 @@ class Model:
         if not all(isinstance(part, str) for part in key):
             raise TypeError(f"the key of what belongs to the base must be texts, not {key!r}")
         whole = self.base_key(*key, trained=trained)
-        if whole not in self.memo:
+        if whole not in self._of_base:
             stored = self.artifacts.load(whole)
             if stored is None or (sound is not None and not sound(*stored)):
                 if as_it_stands and self.stack.ids:
@@ -356,18 +360,13 @@ class Model:
                 self.stack.check_unchanged()  # it would be kept, and read in later processes
                 stored = _kept(compute(), key)
                 self.artifacts.save(whole, *stored)
-            self.memo[whole] = stored
-        self._of_base[whole] = None
-        found: tuple[Mapping[str, Tensor], Mapping[str, Any]] = self.memo[whole]
+            self._of_base[whole] = stored
+        found: tuple[Mapping[str, Tensor], Mapping[str, Any]] = self._of_base[whole]
         return found
 
-    def told_of_base(self) -> list[tuple[str, dict[str, int | float]]]:
-        """Return what was asked of `of_base` so far: its name and the numbers kept with it."""
-        return [
-            (key[0], {n: v for n, v in self.memo[key][1].items() if type(v) in (int, float)})
-            for key in self._of_base
-            if key in self.memo
-        ]
+    def told_of_base(self) -> list[tuple[str, Mapping[str, Any]]]:
+        """Return what was asked of `of_base` so far: its name and the JSON kept with it."""
+        return [(key[0], about) for key, (_, about) in self._of_base.items()]
 
     def base_key(self, *key: str, trained: bool = False) -> tuple[str, ...]:
         """Return the artifact key under which `of_base` keeps something; deltas name it.
@@ -393,25 +392,12 @@ class Model:
         kept = _lasting(config)
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
-    def runtime(self, kind: str, wanted: type[Kept], make: Callable[[], Kept]) -> Kept:
-        """Return what a delta kind keeps between attachments; made where there is none yet.
-
-        Args:
-            kind: the kind.
-            wanted: its class.
-            make: makes it.
-        """
-        found = self.runtimes.get(kind)
-        if not isinstance(found, wanted):
-            found = self.runtimes[kind] = make()
-        return found
-
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the configuration, every base tensor and what the tokenizer makes of a text.
 
         Artifacts are keyed by it: what is computed from texts depends on all three. While other
-        code has hooks on the model, which nothing tells from others, it is one of its own.
+        code has hooks on the model it is one of its own: nothing tells such hooks apart.
         """
         hooked = hooked_by_others(self.module)
         if not hooked:
@@ -431,8 +417,8 @@ class Model:
     def fingerprint_of(self, names: Sequence[str]) -> dict[str, str]:
         """Return the fingerprint that an edit of these parameters carries.
 
-        Keys: "config" and each parameter's name; values: SHA-256 of the base's bytes. Of an edit
-        that names no parameter, the embedding's: the configuration does not tell models apart.
+        Keys: "config" and each parameter's name; values: SHA-256 of the base's bytes. An edit
+        without parameters carries the embedding's: the configuration does not tell models apart.
         """
         embedding = self.anatomy.weight(self.anatomy.embedding_name)
         covered = names or [name for name in (embedding,) if name in self.pristine]

@@ -9,7 +9,8 @@ import torch
 
 from errata.errors import CapabilityError, RequestError
 from errata.model.active_edits import ask
-from errata.model.running import class_index, prepare, run, wide
+from errata.model.floats import wide
+from errata.model.running import class_index, prepare, run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,12 +55,12 @@ def class_scores(model: Model, prompts: Sequence[str], batch_size: int = 32) -> 
     return _table(model, lines)
 
 
-def predicted_classes(model: Model, prompts: Sequence[str], batch_size: int = 32) -> list[str]:
+def predicted_classes(model: Model, prompts: Sequence[str]) -> list[str]:
     """Return the name of the most probable class of each text, with the active edits.
 
     Raises as `class_scores` does.
     """
-    found = class_scores(model, prompts, batch_size).argmax(-1).tolist()
+    found = class_scores(model, prompts).argmax(-1).tolist()
     return [_class_name(model, index) for index in found]
 
 

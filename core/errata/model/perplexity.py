@@ -49,7 +49,7 @@ def perplexity(
         CapabilityError: a sequence classifier.
     """
     texts = list(texts) if tokens is None else _first_tokens(model, texts, tokens)
-    return pooled(text_nlls(model, texts, batch_size))
+    return joint_perplexity(text_nlls(model, texts, batch_size))
 
 
 def _first_tokens(model: Model, texts: Sequence[str], count: int) -> list[str]:
@@ -66,7 +66,7 @@ def _first_tokens(model: Model, texts: Sequence[str], count: int) -> list[str]:
     return chosen
 
 
-def pooled(nlls: Sequence[tuple[float, int]]) -> float:
+def joint_perplexity(nlls: Sequence[tuple[float, int]]) -> float:
     """Return the perplexity of texts with these (summed nats, number of tokens)."""
     mean = math.fsum(total for total, _ in nlls) / sum(count for _, count in nlls)
     return math.inf if mean > 700 else math.exp(mean)  # exp overflows at 709

@@ -26,10 +26,10 @@ import torch
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
+from errata.model.floats import wide
 from errata.model.forward.inputs import accepted, takes_positions, vocabulary_size
 from errata.model.forward.resume import TOLERANCE, caches_keys, chosen, logits_at
 from errata.model.prompts import pad
-from errata.model.running import wide
 from errata.model.trie import Path, Place, RunRow, beginnings, level
 
 if TYPE_CHECKING:
@@ -118,18 +118,20 @@ def agrees(model: Model, how: _Plan, columns: Mapping[RunRow, list[int]]) -> boo
     Tried once per model and kinds of runtime edits.
     """
     kinds = sorted({e.delta.kind for e in model.stack.entries if "attach" in e.delta.effects})
-    key = ("evaluate.prefix", *kinds)
-    if key not in model.memo:
-        rows = sorted(how.sharing, key=lambda row: len(row.ids) + len(row.source))
-        # From the shortest to the longest: the padding is tried as well.
-        picked = dict.fromkeys(rows[i * (len(rows) - 1) // (_TRIED - 1)] for i in range(_TRIED))
-        model.memo[key] = _same(model, how, {row: columns[row] for row in picked})
-        if not model.memo[key]:
-            logger.info(
-                "Sharing beginnings differs from whole runs on %s: every text is run whole.",
-                model.anatomy.model_type,
-            )
-    return bool(model.memo[key])
+    return model.remembered(("sharing agrees", *kinds), lambda: _tried(model, how, columns))
+
+
+def _tried(model: Model, how: _Plan, columns: Mapping[RunRow, list[int]]) -> bool:
+    rows = sorted(how.sharing, key=lambda row: len(row.ids) + len(row.source))
+    # From the shortest to the longest: the padding is tried as well.
+    picked = dict.fromkeys(rows[i * (len(rows) - 1) // (_TRIED - 1)] for i in range(_TRIED))
+    agreed = _same(model, how, {row: columns[row] for row in picked})
+    if not agreed:
+        logger.info(
+            "Sharing beginnings differs from whole runs on %s: every text is run whole.",
+            model.anatomy.model_type,
+        )
+    return agreed
 
 
 def _same(model: Model, how: _Plan, columns: Mapping[RunRow, list[int]]) -> bool:

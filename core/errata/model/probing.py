@@ -133,7 +133,7 @@ def _shared(one: str, other: str) -> int:
 
 
 def _stack(blocks: nn.Module, hidden: int | None, found: dict[str, Any]) -> None:
-    """Add to `found` what the blocks are made of, and what those are like that differ."""
+    """Add to `found` what the blocks are made of, and how some of them differ."""
     projections = [p for block in blocks.children() for p in _projections(block).values()]
     layouts: set[Layout] = {"in_out" if isinstance(p, Conv1D) else "out_in" for p in projections}
     if len(layouts) != 1:

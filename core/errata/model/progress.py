@@ -20,7 +20,7 @@ FIRST = 3.0
 EVERY = 10.0
 """Seconds between further lines."""
 YOUNG = 1.0
-"""Seconds before work is said in the place of the work that it is a part of."""
+"""Seconds after which a part of some work is reported in place of the whole."""
 
 
 @dataclass(eq=False)

@@ -37,9 +37,9 @@ from errata.errors import ConfigError
 from errata.model.call import (
     Decided,
     StackCall,
+    arguments_by_name,
     ends_before_labels,
     ends_given_to_generate,
-    named,
     stack_of,
 )
 from errata.model.visit import Arrivals, Positions, Visit
@@ -142,7 +142,7 @@ class Router(ABC):
             keep(root.get_submodule(path).register_forward_hook(hook, with_kwargs=True))
 
     def _route(self) -> _Route:
-        """Return what this thread's calls hold."""
+        """Return this thread's route, made when first asked for."""
         routes = self.model.call.routes
         if self not in routes:
             routes[self] = _Route()
@@ -150,7 +150,7 @@ class Router(ABC):
         return route
 
     def _routing(self) -> _Route | None:
-        """Return the same; None where this thread's calls are not routed."""
+        """Return this thread's route; None where its calls are not routed."""
         if self._thread is not None and self._thread != threading.get_ident():
             return None
         route = self._route()
@@ -164,7 +164,7 @@ class Router(ABC):
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             route = self._route()
             route.scope = object()
-            given = named(signature, args, kwargs)
+            given = arguments_by_name(signature, args, kwargs)
             route.before_labels = ends_before_labels(given) if reads_labels else None
 
         def leave(*_: Any) -> None:
@@ -177,7 +177,7 @@ class Router(ABC):
         self, stack: str, signature: inspect.Signature
     ) -> tuple[Callable[..., None], ...]:
         def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            call = StackCall.read(named(signature, args, kwargs))
+            call = StackCall.read(arguments_by_name(signature, args, kwargs))
             if call.packed and self._routing() is not None:
                 raise ConfigError(
                     "Several texts are packed into one row: where the prompt of each ends is not "
@@ -210,11 +210,12 @@ class Router(ABC):
             first, *rest = output if isinstance(output, tuple) else (output,)
             inputs, outputs = self._by_row(path, given, first, call)
             ends = self._ends(call, route, rule, *inputs.shape[:2])
+            passage = _Passage(path, stack, inputs, outputs, ends, call, route)
             if path in self.routes and ends is not None:
-                self._decide(path, inputs, outputs, ends, call, route)
+                self._decide(passage, ends)
             for key in acting:
-                outputs = self._act(key, path, stack, inputs, outputs, ends, call, route)
-            changed = outputs.view(first.shape)
+                passage.outputs = self._act(key, passage)
+            changed = passage.outputs.view(first.shape)
             return (changed, *rest) if isinstance(output, tuple) else changed
 
         return hook
@@ -240,7 +241,7 @@ class Router(ABC):
     def _ends(
         self, call: StackCall, route: _Route, rule: EndRule, rows: int, tokens: int
     ) -> list[int] | None:
-        """Return each row's absolute end of the prompt; None: behind us, where it was decided."""
+        """Return each row's absolute end of the prompt; None: it is before this call."""
         if rule == "first":
             return [0] * rows
         said = self.model.prompt_ends if rule == "prompt" else None
@@ -259,22 +260,15 @@ class Router(ABC):
                 for end, other in zip(labelled, last, strict=True)
             ]
         if call.past:
-            return None  # a decode step: the prompt's end is behind it
+            return None  # a decode step: the prompt ended in a call before
         return call.last_real(rows, tokens)
 
     # -- deciding and acting ---------------------------------------------------------------------
 
     @torch.no_grad()
-    def _decide(
-        self,
-        key: str,
-        inputs: Tensor,
-        outputs: Tensor,
-        ends: list[int],
-        call: StackCall,
-        route: _Route,
-    ) -> None:
+    def _decide(self, passage: _Passage, ends: list[int]) -> None:
         """Decide for the rows whose prompts end in this call."""
+        key, inputs, outputs, call = passage.path, passage.inputs, passage.outputs, passage.call
         tokens = inputs.shape[1]
         rows = [row for row, end in enumerate(ends) if 0 <= end - call.past < tokens]
         if not rows:
@@ -290,26 +284,19 @@ class Router(ABC):
         for row, decision in zip(rows, self.decide(arrivals), strict=True):
             decisions[row] = decision
         call.decided[key] = Decided(ends, decisions)
+        route = passage.route
         route.latest[key] = _Latest(call.decided[key], self._scope(route))
 
-    def _act(
-        self,
-        key: str,
-        path: str,
-        stack: str,
-        inputs: Tensor,
-        outputs: Tensor,
-        ends: list[int] | None,
-        call: StackCall,
-        route: _Route,
-    ) -> Tensor:
+    def _act(self, key: str, passage: _Passage) -> Tensor:
         """Return a module's output as the decisions taken at `key` want it."""
+        call, ends = passage.call, passage.ends
+        inputs, outputs = passage.inputs, passage.outputs
         rows = inputs.shape[0]
         if key not in call.decided:
-            elsewhere = stack != stack_of(self.model.module, key)
+            elsewhere = passage.stack != stack_of(self.model.module, key)
             found = self._of_cache(key, call, rows, ends)
             if found is None and (elsewhere or call.past):
-                found = self._of_scope(key, route, rows)
+                found = self._of_scope(key, passage.route, rows)
             if found is None:
                 return outputs
             # In another stack than the one that decided, prompts end where this one sees it.
@@ -318,7 +305,9 @@ class Router(ABC):
         decided = call.decided[key]
         if all(decision is None for decision in decided.decisions):
             return outputs
-        return self.act(Visit.of(path, inputs, outputs, decided.ends, call, decided.decisions))
+        return self.act(
+            Visit.of(passage.path, inputs, outputs, decided.ends, call, decided.decisions)
+        )
 
     def _of_cache(
         self, key: str, call: StackCall, rows: int, ends: list[int] | None
@@ -411,6 +400,28 @@ class _Route:
     scope: object | None = None
     before_labels: list[int | None] | None = None
     aside: int = 0
+
+
+@dataclass
+class _Passage:
+    """One call of a module, as its hook sees it.
+
+    Attributes:
+        path: of the module.
+        stack: path of the transformer stack that it is in.
+        inputs, outputs: (B, T, width); what acts on the outputs replaces them.
+        ends: each row's absolute end of the prompt; None: before this call.
+        call: the running call of the stack.
+        route: this thread's.
+    """
+
+    path: str
+    stack: str
+    inputs: Tensor
+    outputs: Tensor
+    ends: list[int] | None
+    call: StackCall
+    route: _Route
 
 
 def end_rule(model: Model, path: str) -> EndRule:

@@ -14,6 +14,7 @@ import torch
 
 from errata.errors import IntegrityError, RequestError
 from errata.model import tokens
+from errata.model.floats import wide
 from errata.model.forward import logits_at
 from errata.model.forward.inputs import decoder_prefix, decoder_start, takes_positions
 from errata.model.joining import bare
@@ -87,14 +88,6 @@ def run(model: Model, prepared: PreparedPrompts) -> Tensor:
     """
     with model.prompts(prepared.ends):
         return wide(logits_at(model, prepared.inputs, prepared.rows, prepared.columns))
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """Return floating point numbers in fp32 at least: a bf16 log-softmax has three digits.
-
-    (`torch.promote_types`, `isfinite`, `cat` and comparisons lack the one-byte floats.)
-    """
-    return tensor.float() if tensor.element_size() < 4 else tensor
 
 
 def check_sound(model: Model, logits: Tensor) -> None:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from errata.errors import IntegrityError, StorageError
+from errata.errors import IntegrityError, StorageError, reason_of
 from errata.model.scratch import noted, unfinished
 
 if TYPE_CHECKING:
@@ -166,8 +166,9 @@ def replace_whole(
         if sync_parent:
             sync_folder(path.parent)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = getattr(error, "strerror", None) or error
-        raise StorageError(f"Cannot write {path}: {reason}. Nothing was written.") from error
+        raise StorageError(
+            f"Cannot write {path}: {reason_of(error)}. Nothing was written."
+        ) from error
     finally:
         with suppress(OSError, ValueError):
             temporary.unlink(missing_ok=True)
@@ -188,8 +189,7 @@ def read_bytes(path: Path, digest: str | None = None) -> bytes:
     try:
         data = path.read_bytes()
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise StorageError(f"Cannot read {path}: {reason}.") from error
+        raise StorageError(f"Cannot read {path}: {reason_of(error)}.") from error
     if digest is not None and sha256(data) != digest:
         raise IntegrityError(
             f"{path} does not have the content it was written with (its SHA-256 differs): "
@@ -198,18 +198,11 @@ def read_bytes(path: Path, digest: str | None = None) -> bytes:
     return data
 
 
-def read_tensors(path: Path, sha256: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a file written by `write_tensors`, verifying its SHA-256 when given.
-
-    Raises `IntegrityError` for damage of any sort and `StorageError` when it cannot be read.
-    """
-    return from_bytes(read_bytes(path, sha256), str(path))
-
-
 def read_whole(path: Path) -> bytes:
     """Read a safetensors file of errata after its header said that it is as long as it should be.
 
-    What is no such file is refused unread, however long it is. Raises as `read_tensors` does.
+    What is no such file is refused unread, however long it is. Raises `IntegrityError` for it, and
+    `StorageError` when it cannot be read.
     """
     check_length(path)
     return read_bytes(path)
@@ -226,8 +219,7 @@ def check_length(path: Path) -> None:
             (length,) = struct.unpack("<Q", handle.read(8).ljust(8, b"\0"))
             head = handle.read(min(length, MAX_HEADER))
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise StorageError(f"Cannot read {path}: {reason}.") from error
+        raise StorageError(f"Cannot read {path}: {reason_of(error)}.") from error
     _check_header(struct.pack("<Q", length) + head, str(path))
     try:
         header = json.loads(head)
@@ -262,8 +254,7 @@ def make_folder(path: Path, mode: int = 0o777) -> None:
             path.mkdir(mode=mode, parents=True, exist_ok=True)
             sync_folder(path.parent)
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise StorageError(f"Cannot create the folder {path}: {reason}.") from error
+        raise StorageError(f"Cannot create the folder {path}: {reason_of(error)}.") from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -23,7 +23,7 @@ _ORDINARY = frozenset(vars(nn.Module()))
 
 
 class Trait(NamedTuple):
-    """What something is about: a module's path, which sort of thing, and its name there.
+    """One property of a module: the module's path, the sort of property, and its name there.
 
     `what` is "module", "class", "training flag", "parameter", "buffer" (saved with the model),
     "cache" (a buffer that is not), "method" (one that the object has for itself), "attribute", or
@@ -52,7 +52,7 @@ class Trait(NamedTuple):
 
 
 Traits = dict[Trait, Any]
-"""What is so, objects by their identity; `ABSENT` for what must not be there."""
+"""Trait → its value; objects compare by identity. `ABSENT`: it must not be there."""
 
 
 class Structure:
@@ -63,7 +63,7 @@ class Structure:
         self.traits: Traits = dict(_traits(root))
 
     def changes(self) -> Traits:
-        """Return what is otherwise now, as it is now."""
+        """Return the traits that differ now, with their present values."""
         now = Structure(self._root).traits
         return {
             trait: now.get(trait, ABSENT)
@@ -73,7 +73,7 @@ class Structure:
 
     def changed(self) -> list[str]:
         """Name everything that is not as it was; empty when nothing changed."""
-        return named(self.changes())
+        return in_words(self.changes())
 
     def restore(self) -> None:
         """Put the same modules, classes, parameters, hooks, flags and attributes back."""
@@ -116,7 +116,7 @@ def hooked_by_others(root: nn.Module) -> list[str]:
     return list(dict.fromkeys(path for path, package in hooked(root) if package not in _OURS))
 
 
-def named(changes: Traits) -> list[str]:
+def in_words(changes: Traits) -> list[str]:
     """Return changes in words, each once, module by module."""
     swapped = {trait.path for trait in changes if trait.what == "module"}
 

@@ -15,7 +15,7 @@ Task = Literal["causal", "seq2seq", "masked", "classify"]
 TASKS: tuple[Task, ...] = get_args(Task)
 
 WRITES_NOTHING: dict[str, str] = {"masked": "an encoder", "classify": "a sequence classifier"}
-"""What a model is called whose task is not to generate text."""
+"""Task → what to call a model of it; the tasks that generate no text."""
 
 # Ends of class names; an encoder-decoder and a decoder share the first three.
 _LANGUAGE_MODELS = ("ForConditionalGeneration", "MTModel", "LMHeadModel", "ForCausalLM")
@@ -49,7 +49,7 @@ def task_of_module(module: nn.Module) -> Task | None:
 def check_module(module: nn.Module) -> None:
     """Raise `ConfigError` for what is no bare model of transformers, and say how to unwrap it.
 
-    So it does for a class that does not say what the model is made for.
+    It also raises for a class that does not say what the model is made for.
     """
     kind, inner = type(module).__name__, getattr(module, "module", None)
     bare = ""

@@ -299,7 +299,7 @@ def encode_next(
     device: torch.device | str | None = None,
     decoder_start: Sequence[int] = (),
 ) -> PreparedPrompts:
-    """Tokenise prompts alone; read is what predicts the first token after each.
+    """Tokenise prompts alone; what is read predicts the first token after each.
 
     Args:
         tokenizer: a fast tokenizer.

@@ -60,7 +60,7 @@ def beginnings(texts: Sequence[Path], cost: int) -> dict[Path, Path]:
     parents: dict[Path, Path] = {}
     current = sorted(set(texts))
     for _ in range(_CUTS):
-        lengths, saved = cut(current)
+        lengths, saved = shared_lengths(current)
         if saved < cost:
             break
         heads = [text[:length] or text for text, length in zip(current, lengths, strict=True)]
@@ -69,7 +69,7 @@ def beginnings(texts: Sequence[Path], cost: int) -> dict[Path, Path]:
     return parents
 
 
-def cut(texts: Sequence[Path]) -> tuple[list[int], int]:
+def shared_lengths(texts: Sequence[Path]) -> tuple[list[int], int]:
     """Choose a beginning of each text to share, none the start of another, so that most is saved.
 
     Args:
@@ -78,7 +78,7 @@ def cut(texts: Sequence[Path]) -> tuple[list[int], int]:
     Returns:
         The length of each text's beginning, 0 where none is shared; and the tokens saved.
 
-    >>> cut([(1, 2, 3), (1, 2, 4), (1, 5, 6), (7,)])
+    >>> shared_lengths([(1, 2, 3), (1, 2, 4), (1, 5, 6), (7,)])
     ([2, 2, 0, 0], 2)
     """
     lengths = [0] * len(texts)

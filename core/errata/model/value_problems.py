@@ -74,7 +74,7 @@ def _flat(value: Any) -> Iterator[Any]:
 def problems_by_place(error: ValidationError) -> Iterator[tuple[tuple[str, ...], Any, str]]:
     """Yield (place, value, what is wrong), one for each place.
 
-    pydantic says of a value that may be of several kinds what is wrong with it as each of them.
+    For a value that may be of several kinds pydantic gives one problem for each kind.
     """
     found: dict[tuple[str, ...], tuple[Any, list[str]]] = {}
     for item in error.errors():

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from errata.errors import ConfigError, MissingExtraError
+from errata.errors import ConfigError, MissingExtraError, reason_of
 from errata.serve.app import create_app
 
 try:
@@ -35,7 +35,7 @@ def listening_at(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=256)
     except OSError as error:
-        raise ConfigError(f"Cannot listen at {host} port {port}: {error.strerror}.") from error
+        raise ConfigError(f"Cannot listen at {host} port {port}: {reason_of(error)}.") from error
 
 
 def run(

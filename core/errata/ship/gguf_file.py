@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errata.edits.outputs import OwnSign, check_file
-from errata.errors import ConfigError, FingerprintError, StorageError
+from errata.errors import ConfigError, FingerprintError, StorageError, reason_of
 from errata.model.gguf import SUFFIX
 from errata.model.scratch import noted, unfinished
 
@@ -60,7 +60,7 @@ def write_gguf(
             finally:
                 scratch.unlink(missing_ok=True)
     except OSError as error:
-        raise StorageError(f"Cannot write {path}: {error.strerror or error}.") from error
+        raise StorageError(f"Cannot write {path}: {reason_of(error)}.") from error
     return path
 
 
@@ -75,8 +75,9 @@ def read_gguf(path: Path, architecture: str) -> GGUFReader:
         reader = GGUFReader(path)
         found = str(field_value(reader, "general.architecture"))
     except (OSError, ValueError, KeyError, IndexError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{str(path)!r} does not open as a GGUF model: {reason}") from error
+        raise ConfigError(
+            f"{str(path)!r} does not open as a GGUF model: {reason_of(error)}"
+        ) from error
     if found != architecture:
         raise FingerprintError(
             f"{path} holds a model of the architecture {found!r}; this one is {architecture!r}."

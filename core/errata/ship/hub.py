@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errata.errors import ConfigError, ErrataError, LedgerError, StorageError
+from errata.errors import ConfigError, ErrataError, LedgerError, StorageError, reason_of
 from errata.model.arguments import check_name
 from errata.model.display import shortened
 from errata.ship.model_card import CARD_FILE, base_of, model_card
@@ -194,5 +194,4 @@ def _plain_errors(repository: str) -> Iterator[None]:
             raise ConfigError(f"{shown}: no access. Log in with: hf auth login") from error
         raise StorageError(f"{shown}: the hub answered {status}.") from error
     except Exception as error:  # of the network, of its client, of the disk
-        reason = shortened(" ".join(str(error).split()), 200)
-        raise StorageError(f"{shown}: the hub cannot be reached: {reason}") from error
+        raise StorageError(f"{shown}: the hub cannot be reached: {reason_of(error)}") from error

@@ -403,7 +403,7 @@ class MethodContract:
             for entry in editor.log():
                 if entry.active:
                     delta = editor.ledger.delta(entry.edit.id)
-                    fresh.ledger.commit_many([(entry.edit, delta, True)])
+                    fresh.ledger.commit([(entry.edit, delta, True)])
                     fresh.refresh()
             assert_same(state_of(editor.model), state_of(fresh.model))
             assert answers(editor, prompts) == answers(fresh, prompts)

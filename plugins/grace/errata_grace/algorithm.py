@@ -24,7 +24,8 @@ from errata.edits.delta.codebook_entry import CodebookEntry, CodebookSettings
 from errata.edits.delta.codebook_replay import import_faiss
 from errata.edits.delta.codebook_router import CodebookRouter, Codebooks
 from errata.errors import ConfigError
-from errata.kit.placement import key_column, module_of
+from errata.kit.loss_scale import loss_scale
+from errata.kit.placement import key_column, placed_module
 from errata.kit.values import EditFailed
 from errata.model.forward import Resumed, frozen, trace
 from errata.model.running import run
@@ -43,8 +44,6 @@ Entries = Sequence[tuple[str, CodebookDelta]]
 
 DRAFT = "draft"
 """Stands for the id of the entry that is being made."""
-
-_HALF_SCALE = 1024.0  # fp16 gradients underflow, and Adam's steps do not depend on the scale
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class GraceRun:
         """
         if config.index == "faiss":
             import_faiss()
-        return cls(model, config, module_of(model, config))
+        return cls(model, config, placed_module(model, config))
 
     @property
     def settings(self) -> CodebookSettings:
@@ -190,7 +189,7 @@ class GraceRun:
         value = start.value.to(router.book(draft.book).device, copy=True).requires_grad_()
         router.train(draft.book, row, value)
         optimizer = torch.optim.Adam([value], lr=self.config.lr)
-        scale = _HALF_SCALE if self.model.dtype == torch.float16 else 1.0
+        scale = loss_scale(self.model)
         logits = self._runner(case)
         losses: list[float] = []
         with torch.enable_grad():

@@ -157,13 +157,15 @@ class FactMemory:
 
     def traces(self, prompts: Sequence[str]) -> list[Trace]:
         """Return the trace of each prompt, written now or remembered."""
-        key = ("mello traces", *self.model.stack.ids)
-        known: dict[str, Trace] = self.model.memo.get(key) or {}
-        for old in [k for k in self.model.memo if k[:1] == key[:1] and k != key]:
-            self.model.memo.pop(old, None)
+        of_edits: dict[tuple[str, ...], dict[str, Trace]] = self.model.remembered(
+            "mello traces", dict
+        )
+        active = tuple(self.model.stack.ids)
+        known = of_edits.get(active, {})
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
         known = {**known, **dict(zip(new, self.loop.run(new), strict=True))}
-        self.model.memo[key] = dict(list(known.items())[-_REMEMBERED:])
+        of_edits.clear()
+        of_edits[active] = dict(list(known.items())[-_REMEMBERED:])
         return [known[prompt] for prompt in prompts]
 
     def texts(self, prompts: Sequence[str], settings: GenerationSettings) -> list[Generated]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from errata.kit.placement import ROLES, PlacedConfig
+from errata.kit.placement import PLACED_ROLES, PlacedConfig
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -46,7 +46,7 @@ class MeloConfig(PlacedConfig):
     def for_model(self, anatomy: Anatomy) -> Self:
         """Return the configuration with its layers written out."""
         written = super().for_model(anatomy)
-        if written.module not in (None, *ROLES):
+        if written.module not in (None, *PLACED_ROLES):
             written = written.model_copy(update={"layer": _block_of(anatomy, written.module)})
         blocks = self.blocks
         if blocks is None and written.layer is not None:

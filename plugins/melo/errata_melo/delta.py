@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from errata.model.model import Model
 
-KIND = "routed_adapter"
-
 
 class RoutedAdapterDelta(Delta):
     """One LoRA block with the keys that lead to it.
@@ -34,7 +32,7 @@ class RoutedAdapterDelta(Delta):
         adapter: the block, as PEFT saves it.
     """
 
-    kind: ClassVar[str] = KIND
+    kind: ClassVar[str] = "routed_adapter"
     routed: ClassVar[bool] = True
 
     def __init__(
@@ -154,7 +152,7 @@ class Databases:
     @classmethod
     def of(cls, model: Model) -> Databases:
         """Return the model's databases."""
-        return model.runtime(KIND, cls, cls)
+        return model.remembered(cls, cls)
 
     def holding(
         self, deltas: Sequence[tuple[str, RoutedAdapterDelta]]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from errata.errors import ConfigError
-from errata.kit.placement import key_column, module_of
+from errata.kit.placement import key_column, placed_module
 from errata.kit.training import (
     AdapterTrainer,
     TrainerSettings,
@@ -58,7 +58,7 @@ def edit(model: Model, requests: Sequence[Request], config: MeloConfig) -> Route
     with quiet_imports():
         from peft import LoraConfig
 
-    module, written = module_of(model, config), config.for_model(model.anatomy)
+    module, written = placed_module(model, config), config.for_model(model.anatomy)
     layer, blocks = written.layer, written.blocks
     if layer is None:
         raise ConfigError(

@@ -13,9 +13,10 @@ from errata.edits.delta.base import Delta, require
 from errata.errors import IntegrityError
 from errata.model.answers import Generated, TargetScore
 from errata.model.chat import user_turn
+from errata.model.floats import wide
 from errata.model.generation import decode_after, end_tokens
 from errata.model.model_answers import ModelAnswers
-from errata.model.running import check_length, prepare, run, wide
+from errata.model.running import check_length, prepare, run
 from errata.model.scoring import read
 from errata.model.tokens import tokenise
 from errata_serac.config import SeracConfig
@@ -49,20 +50,20 @@ class Networks:
 
         Raises `IntegrityError` where it is not there or not what it should be.
         """
-        there = ("serac networks", *key)
-        if there not in model.memo:
-            stored = model.artifacts.load(key)
-            if stored is None:
-                raise IntegrityError(
-                    "SERAC's networks are not among the artifacts, or damaged: prepare them again "
-                    "on the same training requests, or import the edits with their artifacts."
-                )
-            tensors, about = stored
-            config = SeracConfig(**about["config"])
-            scope = loaded(model, config, _part(tensors, "scope/"), about["start"])
-            model.memo[there] = cls(model, scope, _part(tensors, "lora/"), config)
-        found: Networks = model.memo[there]
-        return found
+        return model.remembered((cls, *key), lambda: cls._read(model, key))
+
+    @classmethod
+    def _read(cls, model: Model, key: tuple[str, ...]) -> Networks:
+        stored = model.artifacts.load(key)
+        if stored is None:
+            raise IntegrityError(
+                "SERAC's networks are not among the artifacts, or damaged: prepare them again "
+                "on the same training requests, or import the edits with their artifacts."
+            )
+        tensors, about = stored
+        config = SeracConfig(**about["config"])
+        scope = loaded(model, config, _part(tensors, "scope/"), about["start"])
+        return cls(model, scope, _part(tensors, "lora/"), config)
 
     @torch.no_grad()
     def log_g(self, edits: Sequence[CounterfactualDelta], said: str) -> list[float]:

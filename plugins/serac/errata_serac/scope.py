@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional
 
 from errata.errors import IntegrityError
-from errata.model.encoder import OwnStates, open_encoder, pooled, weights_digest
+from errata.model.encoder import OwnStates, mean_states, open_encoder, weights_digest
 from errata.model.joining import join
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ class EmbeddingScope:
         return -(memory - self._vectors([prompt])).square().sum(dim=1)
 
     def _vectors(self, texts: Sequence[Any]) -> Tensor:
-        return functional.normalize(pooled(self._module, self._tokenizer, texts), dim=1)
+        return functional.normalize(mean_states(self._module, self._tokenizer, texts), dim=1)
 
 
 class CrossScope:

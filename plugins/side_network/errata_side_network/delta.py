@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     from errata.model.model import Model
 
-KIND = "side_network"
-
 
 class Place(NamedTuple):
     """What makes two edits share a network.
@@ -72,7 +70,7 @@ class SideNetworkDelta(Delta):
         fingerprint: of the base, under which the beginning of the network is kept.
     """
 
-    kind: ClassVar[str] = KIND
+    kind: ClassVar[str] = "side_network"
 
     def __init__(self, place: Place, differences: Mapping[str, Tensor], fingerprint: str) -> None:
         found = network(place.network, place.size)
@@ -174,7 +172,7 @@ class SideNetworks:
     @classmethod
     def of(cls, model: Model) -> SideNetworks:
         """Return the model's networks."""
-        return model.runtime(KIND, cls, lambda: cls(model))
+        return model.remembered(cls, lambda: cls(model))
 
     def sums(
         self, deltas: Sequence[tuple[str, SideNetworkDelta]]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from errata.kit.placement import key_column, module_of
+from errata.kit.placement import key_column, placed_module
 from errata.kit.training import Trainer, TrainerSettings, above, target_batches
 from errata.model.forward import frozen, patched, trace
 from errata.model.running import run
@@ -29,7 +29,7 @@ def edit(
     model: Model, requests: Sequence[Request], config: DeferConfig, network: SideNetwork
 ) -> list[SideNetworkDelta]:
     """Return what each request changes in the network, one after the other."""
-    place = Place(network.name, network.size, module_of(model, config), config.seed)
+    place = Place(network.name, network.size, placed_module(model, config), config.seed)
     networks = SideNetworks.of(model)
     active = [
         (edit_id, delta)

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from errata.edits.delta.neurons import Neurons, NeuronsDelta, Site, hang
 from errata.kit.feed_forward import site_of
+from errata.kit.loss_scale import loss_scale
 from errata.kit.training import Trainer, TrainerSettings, above, target_batches
 from errata.kit.values import EditFailed
 from errata.model.forward import frozen, trace
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("errata")
 
 _IMPROVED = 1e-3  # the least fall of the validation loss that counts
-_HALF_SCALE = 1024.0  # fp16 gradients underflow: scaled up on the way back, and down again
 
 
 def patch(model: Model, request: Request, config: TPatcherConfig) -> NeuronsDelta:
@@ -138,7 +138,7 @@ class PatchTraining:
         schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
             optimiser, factor=0.5, patience=1, threshold=0.05
         )
-        scale = _HALF_SCALE if self.trainer.model.dtype == torch.float16 else 1.0
+        scale = loss_scale(self.trainer.model)
         best, best_loss, idle, right = self._copy(), float("inf"), 0, False
         for step in range(1, config.steps + 1):
             task, l_a, l_m = self.losses(self._logits(), self.memory)

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from errata.model.model import Model
 
-KIND = "shards"
 
 _BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
 
@@ -36,7 +35,7 @@ class ShardDelta(Delta):
         locality: the text whose activation the edit was trained to leave alone.
     """
 
-    kind: ClassVar[str] = KIND
+    kind: ClassVar[str] = "shards"
 
     def __init__(
         self,
@@ -167,7 +166,7 @@ class SideMemories:
     @classmethod
     def of(cls, model: Model) -> SideMemories:
         """Return those of a model."""
-        return model.runtime(KIND, cls, cls)
+        return model.remembered(cls, cls)
 
     def shards(self, settings: Settings, shape: tuple[int, int]) -> Shards:
         """Return the shards of edits with these settings."""

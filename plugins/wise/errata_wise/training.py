@@ -27,6 +27,7 @@ import torch
 from errata.errors import ConfigError
 from errata.kit.contexts import in_contexts, prefix_contexts
 from errata.kit.feed_forward import activation_of
+from errata.kit.loss_scale import loss_scale
 from errata.kit.second_moments import documents_of
 from errata.kit.training import Trainer, TrainerSettings, above, target_batches
 from errata.kit.training.training_batches import batch_loss
@@ -49,7 +50,6 @@ logger = logging.getLogger("errata")
 _STARTS = ("I", "You", "Because", "Yes", "Q: ")
 _WORDS = 24  # of the other text
 _PLAIN = "silu"  # φ where the model's own is none that has a name, as xIELU with its parameters is
-_HALF_SCALE = 1024.0  # fp16 gradients underflow: scaled up on the way back, and down again
 
 
 def contexts(model: Model, config: WiseConfig) -> tuple[str, ...]:
@@ -160,7 +160,7 @@ class Writing:
         config = self._config
         d = start.to(self._x.device, copy=True).requires_grad_()
         m = mask.to(d)
-        scale = _HALF_SCALE if self._model.dtype == torch.float16 else 1.0
+        scale = loss_scale(self._model)
         with patched(self._model.module, {self._module: self._through(d)}):
             self._trainer.record([self._batch])
         former = float("inf")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errata.bench.report.formatting import interval, plain
-from errata.errors import ConfigError, IntegrityError
+from errata.errors import ConfigError, IntegrityError, reason_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -79,7 +79,7 @@ def read_located(path: str | Path) -> Located:
             raise IntegrityError(f"{source} is larger than {MAX_BYTES} bytes: no result is.")
         data = json.loads(source.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"Cannot read {str(source)!r}: {error.strerror or error}.") from error
+        raise ConfigError(f"Cannot read {str(source)!r}: {reason_of(error)}.") from error
     except ValueError as error:  # no JSON, or no text
         raise IntegrityError(f"{source} is not JSON: {error}. {_HINT}") from None
     what = str(data.get("result")) if isinstance(data, dict) else "none"

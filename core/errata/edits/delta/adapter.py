@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from errata.edits.delta.adapter_config import PARTS, canonical, layer_alpha, module_of
+from errata.edits.delta.adapter_config import PARTS, canonical, layer_alpha, module_and_part
 from errata.edits.delta.adapter_layers import (
     Piece,
     activate,
@@ -22,7 +22,7 @@ from errata.edits.delta.adapter_layers import (
     swap,
 )
 from errata.edits.delta.base import Delta, Undo, require
-from errata.errors import IntegrityError, StorageError
+from errata.errors import IntegrityError, StorageError, reason_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -56,7 +56,7 @@ class AdapterDelta(Delta):
         self._tensors = {key: tensors[key] for key in sorted(tensors)}
         parts: dict[str, dict[str, Tensor]] = {}
         for key, tensor in self._tensors.items():
-            module, part = module_of(key)
+            module, part = module_and_part(key)
             parts.setdefault(module, {})[part] = tensor
         self.pieces = {name: _piece(self.config, name, part) for name, part in parts.items()}
 
@@ -92,7 +92,7 @@ class AdapterDelta(Delta):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StorageError(f"Cannot create the folder {folder}: {error.strerror}") from error
+            raise StorageError(f"Cannot create the folder {folder}: {reason_of(error)}") from error
         tensors = {key: tensor.detach().cpu() for key, tensor in self.tensors().items()}
         write_bytes(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
         config = {**self.config, "base_model_name_or_path": base}

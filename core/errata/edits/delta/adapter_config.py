@@ -42,7 +42,7 @@ _PATTERN = re.compile(r"\^?[\w.-]+\$?")
 _VERSION = re.compile(r"[\w.+@-]{1,80}")
 
 
-def module_of(key: str) -> tuple[str, str]:
+def module_and_part(key: str) -> tuple[str, str]:
     """Return (module path, part) of a tensor's saved name; raise `IntegrityError` for another."""
     match = _KEY.fullmatch(key)
     require(match is not None, f"{key!r} is not the name of a tensor of a LoRA or AdaLoRA adapter.")
@@ -106,7 +106,7 @@ def _shapes(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, in
     require(bool(tensors), "An adapter delta needs at least one module.")
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        module, part = module_of(key)
+        module, part = module_and_part(key)
         expected = f"{PREFIX}{module}.{part}" + (".weight" if kind == "LORA" else "")
         require(key == expected, f"A {kind} adapter names a tensor {expected!r}, not {key!r}.")
         require(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def calling(kind: type[Delta], what: str) -> AbstractContextManager[None]:
-    """Say which kind failed in a call of one of its methods, where it is none of errata's own."""
+    """Name the kind whose method `what` failed in the block, unless it is errata's own."""
     own = kind.__module__.partition(".")[0] == "errata"
     return nullcontext() if own else blaming(f"{_name(kind)} failed in `{what}`")
 
@@ -33,8 +33,8 @@ def attach_kind(kind: type[Delta], model: Model, deltas: Sequence[tuple[str, Del
     Raises:
         PluginError: `attach` returned no undo, or one that leaves something behind.
     """
-    tried = ("comes off", kind)
-    if tried in model.memo:
+    tried: set[type[Delta]] = model.remembered("kinds that come off", set)
+    if kind in tried:
         return _attached(kind, model, deltas)
     before = Structure(model.module)
     _attached(kind, model, deltas)()
@@ -45,7 +45,7 @@ def attach_kind(kind: type[Delta], model: Model, deltas: Sequence[tuple[str, Del
             f"undo that its `attach` returned {', '.join(left[:5])} is not as it was. "
             "The undo must leave the module exactly as `attach` found it."
         )
-    model.memo[tried] = True
+    tried.add(kind)
     return _attached(kind, model, deltas)
 
 

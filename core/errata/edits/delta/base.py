@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from errata.errors import IntegrityError
-from errata.model.display import Described, first_few, shortened
-from errata.model.running import wide
+from errata.errors import IntegrityError, first_few
+from errata.model.display import Described, shortened
+from errata.model.floats import wide
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +46,7 @@ class Delta(Described, ABC):
     """Of a kind that attaches: what it does to a token depends on that token's own states alone,
     so the keys and values of a common beginning may be used again."""
     routed: ClassVar[bool] = False
-    """It acts on the prompts that lead to it alone; as factors it would act on every prompt."""
+    """It acts only on prompts that are routed to it; as factors it would act on every prompt."""
 
     made_with: Mapping[str, str] = MappingProxyType({})
     """Trained networks that a method computed it with, name in the cache folder → SHA-256. For the
@@ -91,9 +91,9 @@ class Delta(Described, ABC):
 
     @property
     def keyed_at(self) -> tuple[str, ...]:
-        """Weights of the modules whose states are compared with what it stores, to act or not.
+        """Weights of the modules whose states it compares with its keys, to act or not to act.
 
-        Whatever changes the model below them moves those states, and may keep prompts from it.
+        A change of the model below them moves those states: prompts may then miss the keys.
         """
         return ()
 
@@ -135,7 +135,7 @@ class Delta(Described, ABC):
         return {}
 
     def cosines(self, others: Sequence[Self]) -> list[float]:
-        """Return for each other delta of the kind the largest whitened cosine of a key of both.
+        """Return, for each other delta, the largest whitened cosine of a key of it and one of this.
 
         −1.0 (the default) for one that stores no key to compare.
         """
@@ -206,14 +206,9 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-def frobenius(tensor: Tensor) -> float:
-    """Return the Frobenius norm, finite where the entries are: their squares may overflow fp32."""
-    entries = wide(tensor)
-    norm = float(entries.norm())
-    if cmath.isfinite(norm) or not entries.numel():
-        return norm
-    largest = entries.abs().max()  # not in fp64, which Apple's devices do not have
-    return float(largest) * float((entries / largest).norm())
+def relative_norms(model: Model, norms: Mapping[str, float]) -> dict[str, float]:
+    """Return norms of changes of weights, by name, over those of the base weights."""
+    return {name: norm / max(model.weight_norm(name), 1e-30) for name, norm in norms.items()}
 
 
 def require(condition: bool, message: str) -> None:

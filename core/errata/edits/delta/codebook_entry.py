@@ -23,7 +23,7 @@ IndexKind = Literal["auto", "exact", "faiss"]
 
 
 class BookName(NamedTuple):
-    """What one codebook is told apart by: entries that differ in it never meet."""
+    """What tells codebooks apart: entries that differ in it never meet."""
 
     module: str
     distance: Distance

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from errata.edits.delta.codebook_entry import BookName, CodebookEntry, Replacement
     from errata.model.model import Model
 
-KIND = "codebook"
 
 Hits = dict["BookName", int]
 """What is decided about a row: the codebooks that it hits, and the row of each that it gets."""
@@ -100,7 +99,7 @@ class Codebooks:
     @classmethod
     def of(cls, model: Model) -> Codebooks:
         """Return the model's codebooks."""
-        return model.runtime(KIND, cls, lambda: cls(model))
+        return model.remembered(cls, lambda: cls(model))
 
     def book(self, name: BookName) -> Codebook:
         """Return one of the codebooks."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from errata.edits.delta.base import Delta, frobenius, require
+from errata.edits.delta.base import Delta, relative_norms, require
+from errata.model.floats import frobenius
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,10 +51,8 @@ class DenseDelta(Delta):
             )
 
     def norms(self, model: Model) -> dict[str, float]:
-        return {
-            name: frobenius(tensor) / max(frobenius(model.pristine[name]), 1e-30)
-            for name, tensor in self.differences.items()
-        }
+        norms = {name: frobenius(tensor) for name, tensor in self.differences.items()}
+        return relative_norms(model, norms)
 
     @classmethod
     def fold(cls, name: str, accumulator: Tensor, deltas: Sequence[Self]) -> None:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from errata.edits.delta.base import Delta, require
+from errata.edits.delta.base import Delta, relative_norms, require
 from errata.edits.delta.key_value_joint import Joint
 from errata.edits.delta.key_values import PARTS, KeyValues
 from errata.edits.delta.shared_values import SharedValues, in_force
@@ -140,10 +140,7 @@ class KeyValueDelta(Delta):
 
     def norms(self, model: Model) -> dict[str, float]:
         """Return the norm of the change that this edit makes by itself."""
-        return {
-            name: pair.alone().norm() / max(model.weight_norm(name), 1e-30)
-            for name, pair in self.pairs.items()
-        }
+        return relative_norms(model, {n: pair.alone().norm() for n, pair in self.pairs.items()})
 
     @classmethod
     def fold(cls, name: str, accumulator: Tensor, deltas: Sequence[Self]) -> None:

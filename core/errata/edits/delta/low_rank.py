@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from errata.edits.delta.base import Delta, require
-from errata.model.running import wide
+from errata.edits.delta.base import Delta, relative_norms, require
+from errata.model.floats import wide
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,10 +105,7 @@ class LowRankDelta(Delta):
             )
 
     def norms(self, model: Model) -> dict[str, float]:
-        return {
-            name: factor.norm() / max(model.weight_norm(name), 1e-30)
-            for name, factor in self.factors.items()
-        }
+        return relative_norms(model, {name: f.norm() for name, f in self.factors.items()})
 
     @classmethod
     def fold(cls, name: str, accumulator: Tensor, deltas: Sequence[Self]) -> None:

@@ -232,7 +232,7 @@ def _ending(settings: GenerationSettings) -> GenerationSettings:
 def facts_for(model: Model, facts: Sequence[PromptDelta], said: str) -> list[PromptDelta]:
     """Return the facts that enter a prompt, the nearest last.
 
-    Of those whose threshold the prompt reaches, the nearest, and as many others as it lets in.
+    Of those whose threshold the prompt reaches: the nearest, and as many others as it allows.
     Vectors of different encoders cannot be compared: the encoder of the newest such fact counts.
     """
     if len(facts) == 1 and facts[0].settings.threshold is None:

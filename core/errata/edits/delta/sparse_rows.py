@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from errata.edits.delta.base import Delta, frobenius, require
+from errata.edits.delta.base import Delta, relative_norms, require
+from errata.model.floats import frobenius
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -123,10 +124,8 @@ class SparseRowsDelta(Delta):
             )
 
     def norms(self, model: Model) -> dict[str, float]:
-        return {
-            name: frobenius(part.values) / max(frobenius(model.pristine[name]), 1e-30)
-            for name, part in self.rows.items()
-        }
+        norms = {name: frobenius(part.values) for name, part in self.rows.items()}
+        return relative_norms(model, norms)
 
     @classmethod
     def fold(cls, name: str, accumulator: Tensor, deltas: Sequence[Self]) -> None:

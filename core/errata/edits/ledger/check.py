@@ -119,7 +119,7 @@ def _events(
 
 
 def _step(event: Event, state: dict[str, bool], recorded: dict[str, str]) -> list[str]:
-    """Advance the replay by one event; return what cannot be."""
+    """Advance the replay by one event; return what is impossible about it."""
     name = event.edit_id
     if event.kind in ("edit", "outcome") and name is not None:
         recorded[name] = str(event.detail.get("record"))

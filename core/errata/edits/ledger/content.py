@@ -50,7 +50,7 @@ def decode(data: bytes, kind: str, source: str) -> Parts:
 
 
 def record_of(data: bytes, source: str) -> Any:
-    """Return the record that `encode` put beside a delta, not validated; None in older files."""
+    """Return the record that `encode` put beside a delta, not validated; None for none."""
     return from_bytes(data, source)[1].get("record")
 
 

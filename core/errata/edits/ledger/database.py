@@ -28,8 +28,8 @@ from errata.errors import (
     LedgerChangedError,
     LedgerError,
     StorageError,
+    first_few,
 )
-from errata.model.display import first_few
 from errata.model.storage import canonical
 
 BATCH = 500  # SQLite limits how many variables a statement has
@@ -45,17 +45,16 @@ class Database:
         head: number of the last event this object has seen.
     """
 
-    def __init__(self, folder: Path | None, timeout: float, readonly: bool) -> None:
+    def __init__(self, folder: Path | None, readonly: bool) -> None:
         self.where = str(folder) if folder is not None else "in memory"
         self.files = DeltaFiles(folder)
-        self._timeout = timeout
         self._readonly = readonly
         self._process = os.getpid()
         self._lock = threading.RLock()
         self._depth = 0
         self._last, self._tip = 0, ""  # number and digest of the newest event, while writing
         self._path = None if folder is None else (folder / DATABASE).absolute()
-        self._connection: sqlite3.Connection | None = connect(folder, timeout, readonly)
+        self._connection: sqlite3.Connection | None = connect(folder, readonly)
         try:
             self._opened = self._identity()
             self.head = self.last_event()
@@ -92,7 +91,7 @@ class Database:
 
     def rows(self, query: str, values: Row = ()) -> list[Row]:
         """Return all rows of a query; run a statement."""
-        with self._lock, translated(self.where, self._timeout):
+        with self._lock, translated(self.where):
             return self.ready().execute(query, values).fetchall()
 
     def rows_of(self, query: str, values: Iterable[str]) -> list[Row]:
@@ -280,8 +279,8 @@ class Database:
         return {str(row[0]) for row in self.rows(query)}
 
     def without_record(self, *, reported: bool) -> list[str]:
-        """Return the SHA-256 of files that no record names: of ended changes, or of others."""
-        # In this order, what another process records meanwhile is neither.
+        """Return the SHA-256 of files that no record names: of changes that ended, or did not."""
+        # Read in this order, a file that another process records meanwhile counts as neither.
         there, begun = self.files.digests(), self.files.begun()
         left = there - self.recorded()
         return sorted(left - begun if reported else left & begun)
@@ -322,6 +321,7 @@ class Database:
         if not self.files.leftovers():
             return
         with suppress(OSError, sqlite3.Error, ErrataError):
+            ((patience,),) = connection.execute("PRAGMA busy_timeout").fetchall()
             connection.execute("PRAGMA busy_timeout = 0")
             try:
                 connection.execute("BEGIN IMMEDIATE")
@@ -329,7 +329,7 @@ class Database:
             finally:
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
-                connection.execute(f"PRAGMA busy_timeout = {int(self._timeout * 1000)}")
+                connection.execute(f"PRAGMA busy_timeout = {patience}")
 
 
 def _never_written(error: ErrataError) -> bool:

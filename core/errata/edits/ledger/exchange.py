@@ -108,7 +108,7 @@ def file_of(edit: Edit, parts: content.Parts) -> bytes:
 
 
 def same(edit: Edit, parts: content.Parts, other: Edit, other_parts: content.Parts) -> bool:
-    """Say whether two edits are one: all but the place, the file's hash and what was measured."""
+    """Say whether two edits are one, whatever their place, file hash and measurements."""
     local = {"sequence": 0, "blob": "", "outcome": Outcome()}
     texts = {record_text(each.model_copy(update=local)) for each in (edit, other)}
     return len(texts) == 1 and content.digest(parts) == content.digest(other_parts)

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from errata.edits.ledger.schema import DATABASE, DIGEST, RECOVER
-from errata.errors import IntegrityError, StorageError
+from errata.errors import IntegrityError, StorageError, reason_of
 from errata.model.scratch import unfinished
 from errata.model.storage import (
     check_length,
@@ -73,7 +73,7 @@ class DeltaFiles:
             try:
                 sync_folder(folder)
             except OSError as error:
-                raise StorageError(f"Cannot write {folder}: {error.strerror or error}.") from error
+                raise StorageError(f"Cannot write {folder}: {reason_of(error)}.") from error
 
     def read(self, digest: str, source: str) -> bytes:
         """Return the bytes of a SHA-256, verified; raise `IntegrityError` naming `source`."""
@@ -125,8 +125,8 @@ class DeltaFiles:
     def discard(self, since: int = 0, kept: Collection[str] = ()) -> None:
         """Take away what a failed transaction wrote, or its part since so many were `written`.
 
-        Files `kept` stay: another process has recorded them since. One left over would do no harm,
-        but be named as one without a record.
+        Files `kept` stay: another process has recorded them since. A file left over would do no
+        harm, but would be named as one without a record.
         """
         gone, self._fresh = self._fresh[since:], self._fresh[:since]
         for digest in gone:
@@ -155,10 +155,10 @@ class DeltaFiles:
             try:
                 path.unlink(missing_ok=True)
             except OSError as error:
-                raise StorageError(f"Cannot delete {path}: {error.strerror or error}.") from error
+                raise StorageError(f"Cannot delete {path}: {reason_of(error)}.") from error
 
     def begun(self) -> set[str]:
-        """Return the SHA-256 of what changes wrote that did not end: killed, or going on."""
+        """Return the SHA-256 of the files of changes that did not end: killed, or going on."""
         return {digest for path in self._lists() for digest in _lines(path)}
 
     def leftovers(self) -> list[Path]:
@@ -223,7 +223,7 @@ def refuse_lost_database(folder: Path) -> None:
 
 
 def make_private(folder: Path) -> None:
-    """Let only the owner read a ledger, also one from before or in a folder that existed.
+    """Let only its owner read a ledger, also an old one, or one in a folder that existed.
 
     The folder itself is closed only when it holds nothing but the ledger: it may be a project's.
     What belongs to somebody else stays as it is.

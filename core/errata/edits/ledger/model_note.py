@@ -1,4 +1,4 @@
-"""What opens the model that a ledger's edits were made on: a note in the ledger."""
+"""The note in a ledger that says how to open the model its edits were made on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Edits whose files are there and whose records are not: found, read and held to be sound."""
+"""Edits whose files are there and whose records are not: found, read and checked."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from errata.edits.ledger.schema import (
     parse_record,
     translated,
 )
-from errata.errors import ErrataError, IntegrityError, StorageError
-from errata.model.display import first_few
+from errata.errors import ErrataError, IntegrityError, StorageError, first_few, reason_of
 
 if TYPE_CHECKING:
     from errata.edits.delta import Delta
@@ -32,7 +31,7 @@ MAGIC, APPLICATION_AT = b"SQLite format 3\0", slice(68, 72)
 """How a database begins, and where its header says whose it is."""
 
 
-def set_damaged_aside(folder: Path, timeout: float) -> None:
+def set_damaged_aside(folder: Path) -> None:
     """Rename a ledger's database that SQLite cannot read whole, so that a new one is begun.
 
     Nothing is deleted. What names the files of deltas is lost with it; they name their edits.
@@ -44,7 +43,7 @@ def set_damaged_aside(folder: Path, timeout: float) -> None:
     if not file.is_file():
         return
     try:
-        why = _damage(folder, timeout)
+        why = _damage(folder)
     except IntegrityError as error:
         with file.open("rb") as opened:
             header = opened.read(100)
@@ -64,16 +63,16 @@ def set_damaged_aside(folder: Path, timeout: float) -> None:
             if part.exists():
                 part.rename(aside.with_name(aside.name + end))
     except OSError as error:
-        raise StorageError(f"Cannot rename {file}: {error.strerror or error}.") from error
+        raise StorageError(f"Cannot rename {file}: {reason_of(error)}.") from error
     logger.warning("%s is damaged: it is %s now, and a new one is begun.", file, aside.name)
 
 
-def _damage(folder: Path, timeout: float) -> str:
+def _damage(folder: Path) -> str:
     """Return the first thing that is wrong with a ledger's database; "" for nothing."""
     if 0 < (folder / DATABASE).stat().st_size < SMALLEST:
         return "it was cut off"  # SQLite would take it for a new one, and write over it
-    with closing(connect(folder, timeout, readonly=False)) as connection:
-        with translated(str(folder), timeout):
+    with closing(connect(folder, readonly=False)) as connection:
+        with translated(str(folder)):
             (found,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
     return "" if found == "ok" else str(found)
 
@@ -90,9 +89,8 @@ def lost_text(lost: Sequence[str], where: str) -> str:
     """Say which files have lost their record, and what to do about it."""
     return (
         f"The ledger {where} has no record of {len(lost)} of the files in its blobs "
-        f"({_names(lost)}): part of its database was lost, or an earlier errata was killed while "
-        f"it recorded edits. Take the edits back in with {RECOVER}; or delete the files with "
-        f"{DISCARD}."
+        f"({_names(lost)}): part of its database was lost. Take the edits back in with "
+        f"{RECOVER}; or delete the files with {DISCARD}."
     )
 
 
@@ -138,10 +136,7 @@ def _read(files: DeltaFiles, digest: str, kinds: Mapping[str, type[Delta]]) -> t
     data = files.read(digest, source)
     record = content.record_of(data, source)
     if not isinstance(record, dict):
-        raise IntegrityError(
-            f"{source} holds no record: it was written by an earlier errata, which kept records in "
-            "the database alone."
-        )
+        raise IntegrityError(f"{source} holds no record of its edit.")
     edit = parse_record({**record, "blob": digest}, f"The record in {source.lower()}")
     parts = content.decode(data, edit.delta_kind, source)
     delta = content.build(parts, kinds, source, edit.made_by)

@@ -27,6 +27,8 @@ from errata.model.storage import canonical, parse_json, sha256, sync_folder
 DATABASE = "ledger.sqlite"
 APPLICATION = 0x65727261  # "erra": SQLite's application_id, which tells our files from others
 VERSION = 1
+TIMEOUT = 10.0
+"""Seconds to wait for another process that writes."""
 RECOVER = "`errata log --recover`, or `Ledger.open(folder, recover=True)` and its `recover`"
 """What brings back edits whose files are there and whose records are not."""
 DISCARD = "`errata log --discard-lost`, or `Ledger.discard_lost`"
@@ -97,12 +99,12 @@ class Event:
 
 
 @contextmanager
-def translated(where: str, timeout: float = 0.0) -> Iterator[None]:
+def translated(where: str) -> Iterator[None]:
     """Turn SQLite's errors into errata's own."""
     try:
         yield
     except sqlite3.Error as error:
-        raise _translate(error, where, timeout) from error
+        raise _translate(error, where) from error
     except OverflowError:
         raise IntegrityError(
             f"The ledger {where} is damaged: one of its numbers is too large to be one that errata "
@@ -112,13 +114,13 @@ def translated(where: str, timeout: float = 0.0) -> Iterator[None]:
         raise LedgerError(f"Text that is not valid Unicode cannot be stored: {error}") from None
 
 
-def _translate(error: sqlite3.Error, where: str, timeout: float) -> ErrataError:
+def _translate(error: sqlite3.Error, where: str) -> ErrataError:
     # Messages, not codes: Python 3.10 does not carry SQLite's code on the exception.
     text = str(error).lower()
     if "locked" in text or "busy" in text:
         return LedgerBusyError(
             f"Another process is writing to the ledger {where} and was not done after "
-            f"{timeout:g} s. Nothing was written: try again, or open it with a longer timeout."
+            f"{TIMEOUT:g} s. Nothing was written: try again."
         )
     if any(words in text for words in ("full", "readonly", "unable to open", "disk i/o")):
         return StorageError(
@@ -134,21 +136,21 @@ def _translate(error: sqlite3.Error, where: str, timeout: float) -> ErrataError:
 # -- opening ---------------------------------------------------------------------------------------
 
 
-def connect(folder: Path | None, timeout: float, readonly: bool) -> sqlite3.Connection:
+def connect(folder: Path | None, readonly: bool) -> sqlite3.Connection:
     """Open, check and where necessary create the database of a ledger's folder (None: memory)."""
     where = str(folder) if folder is not None else "in memory"
     if folder is None:
-        connection = _open(":memory:", timeout)
+        connection = _open(":memory:")
     else:
         file = folder / DATABASE
         if readonly:
-            connection = _open_readonly(file, timeout)
+            connection = _open_readonly(file)
         else:
-            with translated(where, timeout):
-                connection = _open(file.absolute().as_uri() + "?mode=rwc", timeout)
+            with translated(where):
+                connection = _open(file.absolute().as_uri() + "?mode=rwc")
     try:
-        with translated(where, timeout):
-            _configure(connection, timeout, folder is not None and readonly)
+        with translated(where):
+            _configure(connection, folder is not None and readonly)
             _check(connection, where, create=folder is None or not readonly)
         if folder is not None and not readonly:
             try:
@@ -161,18 +163,18 @@ def connect(folder: Path | None, timeout: float, readonly: bool) -> sqlite3.Conn
     return connection
 
 
-def _open(target: str, timeout: float) -> sqlite3.Connection:
+def _open(target: str) -> sqlite3.Connection:
     return sqlite3.connect(
-        target, uri=True, timeout=timeout, isolation_level=None, check_same_thread=False
+        target, uri=True, timeout=TIMEOUT, isolation_level=None, check_same_thread=False
     )
 
 
-def _open_readonly(file: Path, timeout: float) -> sqlite3.Connection:
+def _open_readonly(file: Path) -> sqlite3.Connection:
     if not file.is_file():
         raise LedgerError(f"There is no ledger at {file.parent}: check the path, or create it.")
     uri = file.absolute().as_uri()
-    with translated(str(file.parent), timeout):
-        connection = _open(uri + "?mode=ro", timeout)
+    with translated(str(file.parent)):
+        connection = _open(uri + "?mode=ro")
         try:
             connection.execute("SELECT 1 FROM sqlite_master").fetchone()
             return connection
@@ -183,17 +185,17 @@ def _open_readonly(file: Path, timeout: float) -> sqlite3.Connection:
                 raise
         # WAL needs a shared-memory file; on a read-only medium nobody can create it, and nobody
         # can write the database either, so it is safe to read it as it is.
-        return _open(uri + "?immutable=1", timeout)
+        return _open(uri + "?immutable=1")
 
 
-def _configure(connection: sqlite3.Connection, timeout: float, readonly: bool) -> None:
+def _configure(connection: sqlite3.Connection, readonly: bool) -> None:
     connection.execute("PRAGMA trusted_schema = OFF")
     connection.execute("PRAGMA cell_size_check = ON")
     connection.execute("PRAGMA foreign_keys = ON")
     if readonly:
         connection.execute("PRAGMA query_only = ON")
         return
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + TIMEOUT
     while True:
         try:
             connection.execute("PRAGMA journal_mode = WAL")

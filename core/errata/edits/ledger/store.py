@@ -65,7 +65,6 @@ class Ledger:
         path: Path | str | None,
         *,
         kinds: Kinds | None = None,
-        timeout: float = 10.0,
         readonly: bool = False,
         recover: bool = False,
     ) -> Self:
@@ -74,7 +73,6 @@ class Ledger:
         Args:
             path: the folder.
             kinds: delta kinds by name; without them only records and events can be read.
-            timeout: seconds to wait for another process that writes.
             readonly: never write; the ledger must exist.
             recover: begin a new database where it is lost or damaged (that one is renamed);
                 `recover` then fills it.
@@ -84,7 +82,7 @@ class Ledger:
         """
         known = {} if kinds is None else kinds
         if path is None:
-            return cls(Database(None, timeout, readonly), None, known)
+            return cls(Database(None, readonly), None, known)
         folder = Path(path)
         try:
             is_file = folder.exists() and not folder.is_dir()
@@ -95,10 +93,10 @@ class Ledger:
         if not readonly:
             make_folder(folder, PRIVATE_FOLDER)
         if recover:
-            set_damaged_aside(folder, timeout)
+            set_damaged_aside(folder)
         else:
             refuse_lost_database(folder)
-        opened = cls(Database(folder, timeout, readonly), folder, known)
+        opened = cls(Database(folder, readonly), folder, known)
         if not readonly:
             make_private(folder)
             sweep()
@@ -130,12 +128,11 @@ class Ledger:
 
     # -- changing --------------------------------------------------------------------------------
 
-    def commit(self, edit: Edit, delta: Delta, *, active: bool = True) -> Edit:
-        """Record an edit and its delta; return the record with sequence, blob and bytes filled."""
-        return self.commit_many([(edit, delta, active)])[0]
+    def commit(self, entries: Iterable[tuple[Edit, Delta, bool]]) -> list[Edit]:
+        """Record edits as (edit, delta, active), all or none, in the order given.
 
-    def commit_many(self, entries: Iterable[tuple[Edit, Delta, bool]]) -> list[Edit]:
-        """Record several edits as (edit, delta, active), all or none, in the order given."""
+        Returns the records with sequence, blob and bytes filled.
+        """
         with self._database.write():
             return [self._insert(edit, delta, active, {}) for edit, delta, active in entries]
 
@@ -197,7 +194,7 @@ class Ledger:
     # -- reading ---------------------------------------------------------------------------------
 
     def edits(self, last: int | None = None, *, active: bool = False) -> list[Edit]:
-        """Return the records in ledger order: all, or the `last` so many; of `active` edits only.
+        """Return the records in ledger order: all, or the `last` so many; `active`: of those alone.
 
         What is not returned is not read.
         """
@@ -217,7 +214,7 @@ class Ledger:
 
     def stale_ids(self) -> list[str]:
         """Return the ids of active edits computed on top of one that is not, in order."""
-        # Their canonical JSON tells, unread, which name something below.
+        # The canonical JSON shows, unparsed, which records name an edit below.
         below = 'instr(record, \'"parents":[]\') = 0 OR instr(record, \'"on_top_of":"\') > 0'
         rows = self._rows(f"active AND ({below}) ORDER BY sequence")
         return stale_ids(map(self._record, rows), self.active_ids())
@@ -307,7 +304,7 @@ class Ledger:
     def verify(self) -> list[str]:
         """Read everything and return what is wrong with it, in words; empty when all is sound.
 
-        What a killed process left (`unreported`) is not wrong: no edit was reported that it is of.
+        Files of a killed process (`unreported`) are no damage: their edits were never reported.
         """
         database = self._database
         lost = self.lost()
@@ -326,9 +323,9 @@ class Ledger:
         return self._database.without_record(reported=True)
 
     def unreported(self) -> list[str]:
-        """Return the SHA-256 of the files that changes wrote and did not come to record.
+        """Return the SHA-256 of files that a change wrote and never came to record.
 
-        Their process was killed or refused before any edit was reported as done, or is at it.
+        Their process was killed or refused before it reported an edit as done, or is at work.
         """
         return self._database.without_record(reported=False)
 

@@ -13,7 +13,7 @@ from errata.contract.protocol import Protocol
 from errata.errors import ConfigError
 from errata.evaluate.divergence import text_kls
 from errata.evaluate.harness import harness_measurements
-from errata.model.perplexity import pooled
+from errata.model.perplexity import joint_perplexity
 from errata.model.texts import canary_texts
 
 if TYPE_CHECKING:
@@ -74,11 +74,11 @@ def _perplexity(
 
     return Measurement(
         metric,
-        pooled(relative),
+        joint_perplexity(relative),
         len(counted),
         how,
         bootstrap(table, statistic),
-        tuple(pooled([one]) for one in relative),
+        tuple(joint_perplexity([one]) for one in relative),
         tuple(f"text-{i}" for i in counted),
         unit=unit,
         direction="lower",

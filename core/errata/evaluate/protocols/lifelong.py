@@ -12,7 +12,7 @@ from errata.contract.protocol import Protocol
 from errata.evaluate import questions
 from errata.evaluate.protocols.easyedit import RIGHT, token_accuracy
 from errata.model.joining import join
-from errata.model.perplexity import pooled
+from errata.model.perplexity import joint_perplexity
 
 if TYPE_CHECKING:
     from errata.contract.measurement import Measurement
@@ -87,7 +87,7 @@ def _text_perplexity(reader: Reader) -> list[Measurement]:
         reader.mean(
             "ERR_perplexity",
             (
-                (i, pooled([(score.mean_nll, 1)]))
+                (i, joint_perplexity([(score.mean_nll, 1)]))
                 for (i, _), score in zip(asked, scores, strict=True)
             ),
             f"{NAME}: exp of the mean negative log-probability per target token, teacher-forced; "

@@ -12,7 +12,7 @@ import torch
 from errata.edits.delta import Factor, KeyValueDelta, KeyValues, LowRankDelta
 from errata.kit.closed_form.kept_positions import KeptKeys, kept_positions
 from errata.kit.closed_form.layer_updates import LayerUpdate
-from errata.kit.closed_form.windows import pooled, windows_of
+from errata.kit.closed_form.windows import by_owner, windows_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,7 +104,7 @@ def key_values(
         if not config.on_base:
             residuals = residuals + _written(model, name, metric, keys)
         residuals = residuals.float()
-        columns = (pooled(part, whose) for part in (keys, whitened, residuals))
+        columns = (by_owner(part, whose) for part in (keys, whitened, residuals))
         for pair, k, w, r in zip(pairs, *columns, strict=True):
             pair[name] = KeyValues(
                 k=k,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -110,10 +111,8 @@ def moments_of(
         if device.type != "cuda":
             placed[layer] = moment
             continue
-        key = ("second_moment", str(device), layer, moment.digest)
-        if key not in model.memo:
-            model.memo[key] = moment.to(device)
-        placed[layer] = model.memo[key]
+        key = ("second moment", str(device), layer, moment.digest)
+        placed[layer] = model.remembered(key, partial(moment.to, device))
     return placed
 
 

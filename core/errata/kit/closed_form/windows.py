@@ -66,7 +66,7 @@ def windows_of(model: Model, requests: Sequence[Request], tokens: int) -> list[T
         before = join(request.text, request.target).removesuffix(text)
         prompt, chat = request.prompt, request.chat
         between = request.join if text == request.target_new else ""
-        for number, words in enumerate(cut(model.tokenizer, text, tokens, before)):
+        for number, words in enumerate(parts_of(model.tokenizer, text, tokens, before)):
             if number:
                 between = words[: len(words) - len(words.lstrip())]
                 # What stands behind the user's turn stands in the prompt, with the text so far.
@@ -77,7 +77,9 @@ def windows_of(model: Model, requests: Sequence[Request], tokens: int) -> list[T
     return found
 
 
-def cut(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int, before: str = "") -> list[str]:
+def parts_of(
+    tokenizer: PreTrainedTokenizerBase, text: str, tokens: int, before: str = ""
+) -> list[str]:
     """Return a text in parts of whole words, each with the white space before it.
 
     Where a script puts no spaces between words, a part may end between any two characters that
@@ -89,7 +91,7 @@ def cut(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int, before: str 
         tokens: most tokens of a part; a longer word is one by itself.
         before: what stands in front of the text: tokens there may reach into it.
 
-    >>> "".join(cut(tokenizer, text, 16)) == text  # doctest: +SKIP
+    >>> "".join(parts_of(tokenizer, text, 16)) == text  # doctest: +SKIP
     True
     """
     begins = _begins(tokenizer, text, before)
@@ -127,7 +129,7 @@ def _begins(tokenizer: PreTrainedTokenizerBase, text: str, before: str) -> list[
     return sorted(found)
 
 
-def pooled(values: torch.Tensor, owners: Sequence[int]) -> list[torch.Tensor]:
+def by_owner(values: torch.Tensor, owners: Sequence[int]) -> list[torch.Tensor]:
     """Return columns (x, N) as rows (n, x) of each owner, in order."""
     whose = torch.tensor(owners)
     return [values[:, whose == owner].T.contiguous() for owner in range(max(owners) + 1)]

@@ -38,7 +38,7 @@ class RequestBatch:
     """Requests that are edited in one step, each by itself.
 
     Attributes:
-        name: what decides everything random about it, with the training's seed.
+        name: with the training's seed it decides everything random about the batch.
         requests: the requests.
     """
 
@@ -78,7 +78,7 @@ class BatchCache:
         self._signals: dict[str, Signals] = {}
         self._lessons: dict[str, Lesson] = {}
         self._room = _ROOM
-        self._layer = _lowest_block(model, modules)
+        self._layer = model.anatomy.lowest_block(modules) or 0
         if not self._made(first, check=True).resumes:
             self._layer = 0
 
@@ -127,19 +127,6 @@ class BatchCache:
 
 
 def seeded(seed: int, *what: object) -> torch.Generator:
-    """Return a generator that a training's seed and what it is for decide."""
+    """Return a generator seeded by a training's seed and by what it is for."""
     digest = hashlib.sha256(f"{seed} {what}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-
-def _lowest_block(model: Model, modules: Sequence[str]) -> int:
-    """Return the lowest block of the decoder that is edited; 0 where the encoder is, too."""
-    anatomy = model.anatomy
-    inside = [
-        layer
-        for layer in range(anatomy.n_layers)
-        if any(path.startswith(f"{anatomy.block(layer)}.") for path in modules)
-    ]
-    if any(not path.startswith(f"{anatomy.spec.blocks}.") for path in modules) or not inside:
-        return 0
-    return min(inside)

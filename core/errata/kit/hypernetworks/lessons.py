@@ -188,7 +188,7 @@ class Lesson:
         check: see whether a run from that block on gives what a whole run gives.
 
     Attributes:
-        resumes: it does.
+        resumes: whether it does.
     """
 
     def __init__(

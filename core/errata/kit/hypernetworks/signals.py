@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from errata.edits.aims import says_something
 from errata.errors import CapabilityError
+from errata.kit.loss_scale import loss_scale
 from errata.kit.training.training_batches import TrainingBatch, batch_loss
 from errata.kit.values import EditFailed
 from errata.model.forward import frozen, patched, trace
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from errata.edits.request import Request
     from errata.model.model import Model
 
-_HALF_SCALE = 1024.0  # fp16 gradients underflow: scaled up on the way back, and down again
 _BATCH = 16
 
 
@@ -96,9 +96,7 @@ class Signals:
         return found
 
 
-def signals_of(
-    model: Model, requests: Sequence[Request], modules: Sequence[str], batch_size: int = _BATCH
-) -> list[Signals]:
+def signals_of(model: Model, requests: Sequence[Request], modules: Sequence[str]) -> list[Signals]:
     """Return each request's gradient at the model as it stands, fp32, without padding.
 
     They are on the model's device (`Model.device`), wherever the modules are.
@@ -108,7 +106,6 @@ def signals_of(
         requests: the requests; the gradient is of `target` after `text` (a class, in a classifier;
             an encoder-decoder also learns to close the target).
         modules: paths of the linear modules.
-        batch_size: requests per pass; it changes nothing but time and memory.
 
     Raises:
         CapabilityError: a request asks only for an answer to be taken away.
@@ -120,9 +117,9 @@ def signals_of(
     # Of one length each, so that little is computed on padding.
     order = sorted(range(len(requests)), key=lambda index: len(requests[index].text))
     text = "Gradients of the requests"
-    steps = range(0, len(order), batch_size)
+    steps = range(0, len(order), _BATCH)
     for begin in model.progress.track(steps, text, len(steps)):
-        part = [requests[index] for index in order[begin : begin + batch_size]]
+        part = [requests[index] for index in order[begin : begin + _BATCH]]
         found += _batch(model, part, modules).each()
     answer: list[Signals] = [found[0]] * len(order)
     for place, signals in zip(order, found, strict=True):
@@ -166,7 +163,7 @@ def _batch(model: Model, requests: Sequence[Request], modules: Sequence[str]) ->
 
         return change
 
-    scale = _HALF_SCALE if model.dtype == torch.float16 else 1.0
+    scale = loss_scale(model)
     with (
         torch.enable_grad(),
         frozen(model.module),

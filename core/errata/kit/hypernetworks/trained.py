@@ -62,9 +62,6 @@ def trained_network(
     """
     recipe = config.recipe()
     key = model.base_key(name, recipe, trained=True)
-    if (name, *key) in model.memo:
-        known: EditingNetwork = model.memo[(name, *key)]
-        return known
 
     def compute() -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
         if not training:
@@ -80,17 +77,18 @@ def trained_network(
         run = NetworkTraining(model, name, build(), modules, training, config, state)
         return run.run(), {"curve": run.curve, "best": run.best, "modules": list(modules)}
 
-    network = build()
-    expected = {n: t.shape for n, t in network.state_dict().items()}
+    def load() -> EditingNetwork:
+        network = build()
+        expected = {n: t.shape for n, t in network.state_dict().items()}
 
-    def sound(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bool:
-        del metadata
-        return {n: t.shape for n, t in tensors.items()} == expected
+        def sound(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bool:
+            del metadata
+            return {n: t.shape for n, t in tensors.items()} == expected
 
-    tensors, _ = model.of_base(name, recipe, compute=compute, sound=sound, trained=True)
-    network.load_state_dict(dict(tensors))
-    file = model.artifacts.name(key)
-    network.origin = {file: model.artifacts.digest(file) or ""}
-    network.to(model.device).requires_grad_(False)
-    model.memo[(name, *key)] = network
-    return network
+        tensors, _ = model.of_base(name, recipe, compute=compute, sound=sound, trained=True)
+        network.load_state_dict(dict(tensors))
+        file = model.artifacts.name(key)
+        network.origin = {file: model.artifacts.digest(file) or ""}
+        return network.to(model.device).requires_grad_(False)
+
+    return model.remembered(("network", *key), load)

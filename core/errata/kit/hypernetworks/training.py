@@ -83,7 +83,7 @@ class EditingNetwork(nn.Module, ABC):
         """Act after a validation, such as tightening a margin."""
 
     def badness(self, found: Validation) -> float:
-        """Return by what the best network is chosen: lower is better."""
+        """Return the number by which the best network is chosen: lower is better."""
         return found["loss"]
 
 
@@ -102,7 +102,7 @@ class NetworkTraining:
     Attributes:
         curve: one entry per validation: step, loss (of the steps since the last one), and what it
             measured.
-        best: the step after which the kept network was.
+        best: the step after which the network was best; that network is kept.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class NetworkTraining:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         norm = nn.utils.clip_grad_norm_(parameters, config.clip or math.inf)
-        if bool(torch.isfinite(norm)):  # as published, others are skipped
+        if bool(torch.isfinite(norm)):  # as published, a step with another gradient is skipped
             for optimiser, bases in zip(self._optimisers, rates, strict=True):
                 for param_group, base in zip(optimiser.param_groups, bases, strict=True):
                     param_group["lr"] = base * editing.rate(step)
@@ -233,7 +233,7 @@ class NetworkTraining:
     def _asked(self, batch: RequestBatch) -> Answered:
         """Return what comes of a batch's lesson with the network as it stands.
 
-        Asked is what the steps ask for: the requests' own prompts where they ask for nothing else.
+        It asks what the steps ask: the requests' own prompts alone where the steps ask no other.
         """
         own, lesson = self._config.prompt_share == 1, self._cache.lesson(batch)
         return lesson.ask(self._editing(self._cache.signals(batch)), lesson.phrasings(own=own))
@@ -267,7 +267,7 @@ class NetworkTraining:
         tensors, about = stored
         now = dict(_part(tensors, "now"))
         if _shapes(now) != _shapes(self._editing.state_dict()):
-            return None  # of an errata whose network was another one
+            return None  # of a version whose network had other shapes
         self._editing.load_state_dict(now)
         self._optimisers = self._editing.optimisers()
         for number, optimiser in enumerate(self._optimisers):

@@ -17,14 +17,15 @@ if TYPE_CHECKING:
     from errata.model.model import Model
 
 TASKS = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}
-"""What PEFT calls the task of a model. Of the others it makes more than an adapter (a new head)."""
+"""Task → PEFT's name for it. For other tasks PEFT adds more than an adapter (a new head)."""
 
 
 class AdapterTrainer(Trainer):
     """Trains an adapter that is on the model while `train_adapter` runs.
 
     Args:
-        dropout: the adapter has some: a pass with it is a hint, and one without must confirm.
+        dropout: the adapter has dropout: a pass with it only hints that requests hold, and one
+            without must confirm it.
         model, batches, settings, above, text: as in `Trainer`.
 
     Attributes:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from errata.errors import ConfigError
+from errata.kit.loss_scale import loss_scale
 from errata.kit.training.training_batches import (
     TrainingBatch,
     batch_loss,
@@ -31,8 +32,6 @@ logger = logging.getLogger("errata")
 
 Order = Literal["breadth-first", "depth-first"]
 
-# fp16 gradients of a mean underflow; they are scaled up on the way back and down again.
-_HALF_SCALE = 1024.0
 _RECORDED = 2**30  # bytes of recorded states, at most; batches beyond that run whole each time
 
 
@@ -95,15 +94,8 @@ class Above:
 def above(model: Model, modules: Sequence[str]) -> Above | None:
     """Return what has to be run again when these modules change: all from the lowest one on."""
     anatomy = model.anatomy
-    held = [
-        layer
-        for layer in range(anatomy.n_layers)
-        if any(path.startswith(f"{anatomy.block(layer)}.") for path in modules)
-    ]
-    outside = [p for p in modules if not p.startswith(f"{anatomy.spec.blocks}.")]
-    if not held or outside:  # the encoder of an encoder-decoder
+    if (lowest := anatomy.lowest_block(modules)) is None:
         return None
-    lowest = held[0]
     here = {path for path in modules if path.startswith(f"{anatomy.block(lowest)}.")}
     known: tuple[str, ...] = ()
     if lowest in anatomy.layers_with("mlp"):
@@ -166,7 +158,7 @@ class Trainer:
         """Act after each update, gradients still in place."""
 
     def finished(self, step: int) -> bool:
-        """Say whether to stop, every batch having held in its last pass; asked if not certain."""
+        """Say whether to stop once every batch held in its last pass; asked where not `certain`."""
         del step
         return self.holds()
 
@@ -248,7 +240,7 @@ class Trainer:
     ) -> None:
         settings = self.settings
         optimiser = self.optimiser = self.optimiser_for(parameters)
-        scale = _HALF_SCALE if self.model.dtype == torch.float16 else 1.0
+        scale = loss_scale(self.model)
         passed, idle = [False] * len(group), 0
         total = settings.steps * len(group)
         order: list[int] = []

@@ -24,9 +24,10 @@ import torch
 
 from errata.errors import CapabilityError, ConfigError, UnknownNameError
 from errata.kit.aims import FLOOR, RIVAL, aims_of, rivalry, unlikelihood
+from errata.model.floats import wide
 from errata.model.forward.inputs import takes_positions
 from errata.model.prompts import PreparedPrompts, pad
-from errata.model.running import prepare, wide
+from errata.model.running import prepare
 from errata.model.task import WRITES_NOTHING
 from errata.model.tokens import tokenise
 
@@ -79,12 +80,12 @@ def request_batches(
     Args:
         model: the model as it stands; see `errata.kit.aims.aims_of`.
         requests: what is taught.
-        loss: as in `target_batches`, for what should be said.
+        loss: as in `aim_batch`, for what should be said.
         batch_size: requests per batch.
-        end: as in `target_batches`.
+        end: as in `aim_batch`.
 
     Raises:
-        CapabilityError, ConfigError: as in `target_batches`.
+        CapabilityError, ConfigError: as in `aim_batch`.
     """
     batches = []
     for begin in range(0, len(requests), batch_size):
@@ -98,9 +99,7 @@ def target_batches(
     model: Model,
     pairs: Sequence[tuple[str, str]],
     *,
-    loss: Loss = "target",
     batch_size: int = 64,
-    end: bool = False,
 ) -> list[TrainingBatch]:
     """Return the batches that teach (prompt, target) pairs, in the order given.
 
@@ -108,19 +107,10 @@ def target_batches(
         model: the model; its task decides how prompt and target are laid out (see
             `errata.model.prompts.PreparedPrompts`).
         pairs: filled prompts and targets (`Request.target`).
-        loss: which loss, see above. Where the prompt is never predicted (an encoder-decoder reads
-            it in the encoder, an encoder sees it unmasked, a classifier names its class) "text" is
-            "target".
         batch_size: pairs per batch.
-        end: the target goes on with the end token, so that generation is taught to stop.
-
-    Raises:
-        CapabilityError: an encoder or a classifier, for "prompt_last" and for `end`: it writes
-            nothing from left to right.
-        ConfigError: `end` with a tokenizer that has no end token.
     """
     return [
-        aim_batch(model, pairs[begin : begin + batch_size], loss=loss, end=end)
+        aim_batch(model, pairs[begin : begin + batch_size])
         for begin in range(0, len(pairs), batch_size)
     ]
 
@@ -135,8 +125,19 @@ def aim_batch(
 ) -> TrainingBatch:
     """Return one batch of (prompt, answer) pairs; with aims, one a pair, in the sense of each.
 
+    Args:
+        model: the model.
+        pairs: filled prompts and answers.
+        aims: what each answer is for: to be said, or not; by default all are to be said.
+        loss: which loss, see above. Where the prompt is never predicted (an encoder-decoder reads
+            it in the encoder, an encoder sees it unmasked, a classifier names its class) "text" is
+            "target".
+        end: an answer goes on with the end token, so that generation is taught to stop.
+
     Raises:
-        CapabilityError, ConfigError: as in `target_batches`.
+        CapabilityError: an encoder or a classifier, for "prompt_last" and for `end`: it writes
+            nothing from left to right.
+        ConfigError: `end` with a tokenizer that has no end token.
     """
     if loss not in get_args(Loss):
         raise UnknownNameError("loss", loss, get_args(Loss))

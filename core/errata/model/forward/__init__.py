@@ -1,7 +1,7 @@
 """Running a model: look inside, change what passes, and run only what a change can reach."""
 
 from errata.model.forward.inputs import inputs_of
-from errata.model.forward.layout import aligned, laid_out
+from errata.model.forward.layout import laid_out
 from errata.model.forward.resume import Resumed, at_columns, logits_at
 from errata.model.forward.trace import Seen, adding, answered, bypassed, frozen, patched, trace
 
@@ -9,7 +9,6 @@ __all__ = [
     "Resumed",
     "Seen",
     "adding",
-    "aligned",
     "answered",
     "at_columns",
     "bypassed",

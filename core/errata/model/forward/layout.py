@@ -30,10 +30,7 @@ def pads_left(model: Model) -> bool:
     """
     if model.task != "causal" or model.anatomy.kind != "decoder":
         return model.anatomy.kind == "decoder"
-    key = "layout.pads_left"
-    if key not in model.memo:
-        model.memo[key] = _same_behind_padding(model)
-    return bool(model.memo[key])
+    return model.remembered("pads left", lambda: _same_behind_padding(model))
 
 
 @torch.no_grad()

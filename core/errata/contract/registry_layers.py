@@ -26,7 +26,7 @@ Stanza = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Layer:
+class RegistryLayer:
     """One registry file, not yet merged.
 
     Attributes:
@@ -56,7 +56,7 @@ class Incomplete:
 
 
 def merge_methods(
-    layers: Sequence[Layer], installed: Collection[str]
+    layers: Sequence[RegistryLayer], installed: Collection[str]
 ) -> tuple[dict[str, MethodEntry], dict[str, Incomplete]]:
     """Return the methods that the layers describe, and those they leave incomplete.
 
@@ -92,7 +92,7 @@ def merge_methods(
     return entries, incomplete
 
 
-def merge_architectures(layers: Sequence[Layer]) -> dict[str, Stanza]:
+def merge_architectures(layers: Sequence[RegistryLayer]) -> dict[str, Stanza]:
     """Return the stanzas of all architectures by model_type.
 
     Raises:
@@ -129,7 +129,7 @@ def _path(loc: Iterable[int | str]) -> str:
     return ".".join(map(str, loc))
 
 
-def _section(layer: Layer, key: str) -> Iterator[tuple[str, Stanza]]:
+def _section(layer: RegistryLayer, key: str) -> Iterator[tuple[str, Stanza]]:
     """Yield the named stanzas of one section; check the file's shape."""
     _known_keys(layer.data, ("methods", "architectures"), layer.source)
     section = layer.data.get(key)
@@ -158,7 +158,7 @@ def _add(former: Stanza, stanza: Stanza, where: str) -> None:
     former.update(said)
 
 
-def _presets(layer: Layer, stanza: Stanza, where: str) -> list[Preset]:
+def _presets(layer: RegistryLayer, stanza: Stanza, where: str) -> list[Preset]:
     """Return a stanza's defaults, as a preset for every model, and its presets."""
     defaults, presets = stanza.get("defaults"), stanza.get("presets")
     if defaults is not None and not isinstance(defaults, dict):
@@ -181,11 +181,11 @@ def _presets(layer: Layer, stanza: Stanza, where: str) -> list[Preset]:
         except ValidationError as error:
             raise ConfigError(f"{where}.{place} is not right: {problems_of(error)}") from None
         source = checked.source or layer.source
-        result.append(checked.model_copy(update={"source": source, "layer": layer.source}))
+        result.append(checked.model_copy(update={"source": source, "set_by": layer.source}))
     return result
 
 
-def _may_describe(layer: Layer, name: str) -> None:
+def _may_describe(layer: RegistryLayer, name: str) -> None:
     if layer.origin == "plugin" and name not in layer.methods:
         raise ConfigError(
             f"{layer.source}: its registry file may only describe the methods that the package "
@@ -195,7 +195,7 @@ def _may_describe(layer: Layer, name: str) -> None:
 
 
 def _refuse_unknown_methods(
-    layers: Sequence[Layer], known: Collection[str], incomplete: Mapping[str, Incomplete]
+    layers: Sequence[RegistryLayer], known: Collection[str], incomplete: Mapping[str, Incomplete]
 ) -> None:
     """Refuse a name that a user's or project's file misspells.
 
