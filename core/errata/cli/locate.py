@@ -10,7 +10,7 @@ import typer
 
 from errata.cli.checks import check_locator, check_model, check_settings
 from errata.cli.edits import check_method, pairs
-from errata.cli.locate_similar import SETS, phrasings
+from errata.cli.locate_similar import NEEDED, phrasings
 from errata.cli.locate_similar import similar as similarity
 from errata.cli.locate_views import (
     average_view,
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from errata.locate import AverageTrace
 
 PANEL = "Look"
-KINDS = ("hidden", "mlp", "attn")
 ONE, AVERAGE, SWEEP, SIMILAR = "one prompt", "--average", "--sweep", "--similar"
 MANY = (AVERAGE, SWEEP, SIMILAR)
 GO_WITH = {
@@ -108,7 +107,7 @@ def locate(
     ] = False,
     similar: Annotated[
         str,
-        typer.Option("--similar", help=f"Relative similarity over sets: {', '.join(SETS)}."),
+        typer.Option("--similar", help=f"Relative similarity over sets: {', '.join(NEEDED)}."),
     ] = "",
     dataset: Annotated[
         str, typer.Option("--dataset", help="Requests of --average, --sweep and --similar.")
@@ -257,6 +256,7 @@ def _drawn(
     from errata import plots
     from errata.locate import Tracer, TraceSettings, logit_lens
     from errata.locate import screen as screened
+    from errata.locate.trace_result import KINDS
 
     if by == "logit-lens":
         figure = plots.trajectory(logit_lens(editor.model, request, answer=settings.get("answer")))
@@ -318,6 +318,7 @@ def _average(
     plot: Path | None,
 ) -> None:
     from errata.locate import average
+    from errata.locate.trace_result import KINDS
 
     options: dict[str, Any] = {
         "variants": (*KINDS, *(("hidden-mlp", "hidden-attn") if severed else ()))

@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from errata.editor import Editor
     from errata.model.model import Model
 
-SETS = ("paraphrases", "relations", "chains")
 NEEDED = {
     "paraphrases": "requests with paraphrases that name the subject once",
     "relations": "requests with a relation, several about each",
     "chains": "requests with portability probes that ask through the fact and name its subject "
     "once (types reasoning, two_hop, multi_hop, single_hop: KnowEdit, MQuAKE, atlas)",
 }
+"""Kind of sets (`errata.locate.related_prompts.SETS`) → the requests that it takes."""
 
 
 def similar(
@@ -44,12 +44,12 @@ def similar(
 ) -> None:
     """Say how alike prompts of one set are located: RSim, and the overlap of the layers named."""
     from errata.locate.layer_overlap import layer_overlap
-    from errata.locate.related_prompts import SETS as MADE
+    from errata.locate.related_prompts import SETS
     from errata.locate.similarity import located_sets, place_similarity
 
     if kind not in SETS:
         raise UnknownNameError("kind of sets", kind, SETS)
-    sets = MADE[kind](requests)
+    sets = SETS[kind](requests)
     if len(sets) < 2:
         raise RequestError(
             f"The {count(len(requests), 'request')} make {count(len(sets), 'set')} of {kind}; RSim "

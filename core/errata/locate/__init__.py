@@ -10,17 +10,16 @@ from errata.locate.layer_overlap import LayerOverlap, identified, layer_overlap
 from errata.locate.lens import Trajectory, contribution_norms, logit_lens
 from errata.locate.locator import LOCATORS, CoreLocator
 from errata.locate.neurons import Attribution, KnowledgeNeurons, attribute, knowledge_neurons
+from errata.locate.prompt_location import PromptLocation
 from errata.locate.rank_statistics import spearman
 from errata.locate.related_prompts import chain_sets, paraphrase_sets, relation_sets
 from errata.locate.screening import gradient_times_activation, screen
 from errata.locate.similarity import (
-    PromptLocation,
     RelativeSimilarity,
     consistency,
     located_sets,
     place_similarity,
     rsim,
-    similarity_of,
 )
 from errata.locate.sweep import split_by_subject, sweep
 from errata.locate.trace_result import CausalTrace
@@ -66,7 +65,6 @@ __all__ = [
     "resolve_auto_layers",
     "rsim",
     "screen",
-    "similarity_of",
     "spearman",
     "split_by_subject",
     "sweep",
