@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import errata
 from errata.cli.app import app
-from errata.cli.session import NO_EFFECT, UNTRUE
+from errata.cli.error_reports import NO_EFFECT, UNTRUE
 from errata.datasets import atlas
 from errata.zoo import MODELS
 from errata.zoo.pretrained import PRETRAINED

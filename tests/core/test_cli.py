@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 from errata import Editor
 from errata.cli.app import app
-from errata.cli.session import EXIT_CODES
+from errata.cli.error_reports import EXIT_CODES
 from errata.edits.ledger import Ledger
 from errata.edits.ledger.files import LOCK
 from errata.edits.ledger.model_note import model_of

@@ -11,10 +11,12 @@ import typer
 from rich.text import Text
 
 from errata.cli import render
-from errata.cli.checks import check_model
-from errata.cli.edits import pairs
+from errata.cli.command import OUTPUT, command
+from errata.cli.error_reports import FAILED
+from errata.cli.name_values import pairs
+from errata.cli.prechecks import check_model
 from errata.cli.requests import SkipBad
-from errata.cli.session import FAILED, OUTPUT, Session, calm_transformers, command
+from errata.cli.session import Session, calm_transformers
 from errata.errors import ConfigError, UnknownNameError
 
 if TYPE_CHECKING:

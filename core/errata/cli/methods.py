@@ -13,9 +13,10 @@ import typer
 from rich.text import Text
 
 from errata.cli import render
+from errata.cli.command import MODEL, command
 from errata.cli.easyedit import from_easyedit
-from errata.cli.edits import pairs
-from errata.cli.session import MODEL, Session, calm_transformers, command
+from errata.cli.name_values import pairs
+from errata.cli.session import Session, calm_transformers
 from errata.contract import plugins
 from errata.contract.registry import Registry
 from errata.errors import ConfigError, UnknownNameError
@@ -399,6 +400,7 @@ def model_facts(source: str, registry: Registry, trusted: bool = False) -> dict[
     architecture whose anatomy can be found is understood.
     """
     from errata.contract.manager import known_models
+    from errata.contract.stanzas import preset_facts
     from errata.model.anatomy import Anatomy
     from errata.model.checkpoint import empty_module, read_config
     from errata.model.loading import auto_class
@@ -408,11 +410,4 @@ def model_facts(source: str, registry: Registry, trusted: bool = False) -> dict[
     where = str(known[source](None)) if source in known else source
     config = read_config(where, known, trusted)
     module = empty_module(where, config, auto_class(config, source), trusted)
-    anatomy = Anatomy.of(module, registry.architectures)
-    return {
-        "model_type": anatomy.model_type,
-        "n_layers": anatomy.n_layers,
-        "hidden_size": anatomy.hidden_size,
-        "vocab_size": anatomy.vocab_size,
-        "name": source,
-    }
+    return preset_facts(Anatomy.of(module, registry.architectures), source)

@@ -10,10 +10,11 @@ import typer
 from rich.text import Text
 
 from errata.cli import render
-from errata.cli.checks import check_model, check_settings
-from errata.cli.edits import check_method, pairs
+from errata.cli.command import MODEL, command
+from errata.cli.name_values import pairs
+from errata.cli.prechecks import check_method, check_model, check_settings
 from errata.cli.requests import SkipBad, read_dataset
-from errata.cli.session import MODEL, Session, command
+from errata.cli.session import Session
 
 if TYPE_CHECKING:
     from errata.model.model import Model

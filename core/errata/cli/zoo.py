@@ -10,7 +10,9 @@ import typer
 from rich.text import Text
 
 from errata.cli import render
-from errata.cli.session import OUTPUT, Session, calm_transformers, command
+from errata.cli.command import OUTPUT, command
+from errata.cli.error_reports import reporting
+from errata.cli.session import Session, calm_transformers
 
 if TYPE_CHECKING:
     from errata.zoo import ZooModel
@@ -36,7 +38,7 @@ def add(app: typer.Typer) -> None:
     def bare(context: typer.Context) -> None:
         if context.invoked_subcommand is None:
             session = Session()
-            with session.reporting():
+            with reporting(session):
                 list_(session)
 
     command(group, "list", panel="Commands", shared=OUTPUT, examples="errata zoo list")(list_)
