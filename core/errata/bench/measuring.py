@@ -37,9 +37,9 @@ def measure(
 ) -> list[list[Measurement]]:
     """Measure the model as it stands on several cases together; return each case's own numbers.
 
-    Numbers that are about no case (perplexity, retained probes) are a case's own only where its
-    edit alone made the model what it is (`alone`); elsewhere they are the state's (`measure_state`)
-    and left out, also where it happens that a single case is left to be measured.
+    Case-independent numbers (perplexity, retained probes) are returned only if the case's edit is
+    the only one on the model (`alone`). Else they belong to the state (`measure_state`) and are
+    dropped, even if just one case is measured.
     """
     if not protocols:
         return [[] for _ in cases]
@@ -61,9 +61,9 @@ def measure_state(
     Args:
         editor: whose model is measured.
         cases: edited so far.
-        protocols: whose numbers are all about the whole.
-        beside: protocols of cases, some of whose numbers are about the whole; of these only those
-            are returned. Each with the kinds of requests that it is asked about, () for all.
+        protocols: whose numbers are all about the model as a whole.
+        beside: per-case protocols of which only the case-independent numbers are returned → the
+            kinds of requests that each is asked about, () for all.
         baseline: what the base answers.
         unedited: measure the base; what it answers is added to the baseline's memory.
     """
@@ -163,7 +163,7 @@ def measure_unedited(
                 found += editor.evaluate(requests, [name], baseline=base)
     probes = [p for r in requests for p in (*r.neighbourhood, *r.locality) if not p.answers]
     if probes and protocols and reader.generates:
-        # Nobody asked the base what it says here, but "as the base" will be asked of an edit.
+        # The `*_unchanged` metrics of edited models need the base's text here.
         reader.texts(probe.prompt for probe in probes)
     return found
 
@@ -173,8 +173,8 @@ def of_each_case(
 ) -> list[list[Measurement]]:
     """Return the measurements of each case by itself, as if it had been measured alone.
 
-    What is about no case (texts, retained probes) is left out; of the base (`of_base`) each case
-    has it, so that what its edit changed there is compared case by case.
+    Case-independent numbers (of texts, of retained probes) are dropped; with `of_base` each case
+    gets a copy, so that what its edit changed there can be compared case by case.
     """
     names = [case_name(case) for case in cases]
     own: dict[str, list[Measurement]] = {name: [] for name in names}

@@ -79,7 +79,7 @@ def case_line(
         outcome: what became of its edit; None for the base.
         seconds: spent on measuring it (its share, where several were measured together).
     """
-    # What was edited before is not edited again at a checkpoint.
+    # A checkpoint measures earlier edits again: their cost is on the line of the edit.
     now = outcome is not None and place.stage != "checkpoint"
     return {
         **place.fields(spec, "case"),

@@ -76,7 +76,7 @@ class _Stream:
                 case = spec.case(item, unit.seed)
                 yield failure_line(spec, where, case, error, outcome.traceback)
         for chunk in spec.chunks(list(place)):
-            # All of a chunk or none: what is measured together is part of the number.
+            # A chunk is measured as a whole or not at all: numbers depend on the batch.
             if any(place[item].index in left for item in chunk):
                 wanted = [(place[item], item, self._outcome(place[item])) for item in chunk]
                 yield from self.worker.measured(unit, wanted)
@@ -108,7 +108,7 @@ class _Stream:
                 if key in unit.given_up
             ]
             yield from stuck
-            # All of a chunk or none: what is measured together is part of the number.
+            # A chunk is measured as a whole or not at all: numbers depend on the batch.
             if any(key not in unit.done for key in keys):
                 left = [w for k, w in zip(keys, wanted, strict=True) if k not in unit.given_up]
                 yield from self.worker.measured(unit, left)
@@ -157,7 +157,7 @@ class _Stream:
         unit, spec = self.unit, self.spec
         keys = {position: immediate_key(spec, unit, position) for position in call}
         fatal = [unit.given_up[key] for key in keys.values() if key in unit.given_up]
-        if fatal:  # what kills its worker is not tried again without one of its cases
+        if fatal:  # a call that killed its worker is not retried with fewer cases
             return dict.fromkeys(call, fatal[0])
         if len(call) == 1:
             return {}
@@ -185,12 +185,12 @@ class _Stream:
         return found
 
     def _unclaimed(self) -> list[str]:
-        """Return active edits that no note speaks of: of the call that was killed half way."""
+        """Return active edits without a note: those of a call that was killed half way."""
         claimed = {edit_id for outcome in self.outcomes.values() for edit_id in outcome.ids}
         return [edit_id for edit_id in self.editor.model.stack.ids if edit_id not in claimed]
 
     def _at(self, count: int) -> AbstractContextManager[None]:
-        """Have the edits on the model that were there when so many cases had been edited."""
+        """For a block, put the edits on the model that were on it after the first `count` cases."""
         done = [self.outcomes[position] for position in range(count) if position in self.outcomes]
         ids = list(dict.fromkeys(edit_id for outcome in done for edit_id in outcome.ids))
         return nullcontext() if ids == self.editor.model.stack.ids else self.editor.only(*ids)

@@ -185,7 +185,8 @@ def left_over(
 def to_retry(spec: RunSpec, kinds: Mapping[str, str]) -> set[str]:
     """Return the keys of lines to be written again so that what failed is tried again.
 
-    They are those of the failures, and of a batch with one all: its cases are edited together.
+    They are the keys of failures, and all keys of a batch that has one: its cases are edited
+    together.
 
     Args:
         spec: the run.

@@ -290,7 +290,7 @@ def _requests(
             )
         return [Request.parse(fields)]
     read = source.requests(repeated=supersede)
-    # Of requests on one fact the last is made: which may be the same as an earlier one.
+    # With --supersede the last request on a fact is made, even if it repeats an earlier one.
     return read if supersede else each_once(read)
 
 
@@ -334,7 +334,7 @@ def _left_over(
 ) -> tuple[list[Request], int]:
     """Return the requests to make, and how many are left out because they were superseded.
 
-    What was superseded is made again where it may supersede in turn: what is given last holds.
+    With `supersede`, superseded requests are made again: the latest request wins.
     """
     active = set(editor.model.stack.ids)
     if editor.ledger.path is not None or not session.has_ledger():

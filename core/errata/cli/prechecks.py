@@ -34,7 +34,7 @@ def check_opening(name: str, device: str | None, dtype: str | None) -> None:
 
 
 def _strangers() -> bool:
-    """Say whether a plugin that is not errata's own may locate, which takes loading it."""
+    """Return whether third-party plugins are installed, which may bring locators."""
     modules = (point.module.partition(".")[0] for point in entry_points(PLUGINS))
     return any(package != "errata" for package in modules)
 

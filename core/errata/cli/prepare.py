@@ -116,9 +116,9 @@ _ROWS = 10  # validations that are shown; --json has all
 
 
 def _training(model: Model, method: str) -> dict[str, Any] | None:
-    """Return `best` (a step) and `curve` (an entry per validation) of a network; None: none.
+    """Return `best` (a step) and `curve` (an entry per validation) of the method's network.
 
-    Of one trained now or earlier: both are kept with it.
+    Both are kept with the network, trained now or earlier; None where there is none.
     """
     for key, found in model.memo.items():
         if key[:2] == (method, model.fingerprint) and "curve" in (about := found[1]):

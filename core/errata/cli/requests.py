@@ -194,9 +194,9 @@ def read_dataset(
 
 
 def each_once(requests: Sequence[Request]) -> list[Request]:
-    """Return requests without those that stand there before; warn of how many there are.
+    """Return requests without repetitions; warn of how many were left out.
 
-    Records of a file that gives no ids may say the same, and one change is made once.
+    Records without ids may repeat, and a change is made once.
     """
     kept = list(dict.fromkeys(requests))
     if left_out := len(requests) - len(kept):

@@ -104,7 +104,7 @@ class Session:
         return Ledger.open(self.ledger, kinds=DeltaKinds() if kinds else {}, readonly=True)
 
     def check_ids(self, ids: Sequence[str], *, active: bool | None = None) -> None:
-        """Raise, without a model, for an id that is not in the ledger or not as it must be.
+        """Raise, without a model, for an unknown id, or one in the wrong state (active or not).
 
         Args:
             ids: as given: whole ids, or their beginnings.

@@ -58,7 +58,7 @@ def pool(groups: Iterable[Sequence[Measurement]]) -> list[Measurement]:
         place = known[0] if known else len(order)
         for one in group:
             key = _key(one)
-            if key not in found:  # behind what it stands behind in its own evaluation
+            if key not in found:  # in the order of its own evaluation
                 order.insert(place, key)
             place = order.index(key) + 1
             found.setdefault(key, []).append(one)
@@ -77,10 +77,10 @@ def pool(groups: Iterable[Sequence[Measurement]]) -> list[Measurement]:
 
 
 def of_case(found: Iterable[Measurement], case: str) -> list[Measurement]:
-    """Return what one evaluation of one case found, in values of that case alone.
+    """Return the measurements of one case's evaluation, each as values of that case.
 
-    What is about no request (retained probes, texts, documents) is one observation of the edited
-    model, not as many as it asked: it becomes one value under the case's name.
+    A case-independent measurement (of retained probes, texts, documents) is one observation of the
+    edited model, however much it asked: it becomes one value under the case's name.
     """
     return [one if one.of or _is_of(one, case) else one_value(one, case) for one in found]
 

@@ -255,7 +255,7 @@ def _change(
 def _layer_choice(
     editor: Editor, edit: Edit, given: Mapping[str, Any] | None
 ) -> LayerChoice | None:
-    """Return who chose the recorded layers: the caller, where they are not what comes by itself."""
+    """Return who chose the recorded layers: the caller, where they are not the default choice."""
     name = next((key for key in ("layer", "layers") if edit.config.get(key) is not None), "")
     if not name:
         return None

@@ -233,7 +233,7 @@ def _place(
     modules: list[str],
     how: str,
 ) -> Location:
-    """Return the highest score among the subject's tokens (among all where it is elsewhere)."""
+    """Return the highest score among the subject's tokens; among all if they are not traced."""
     tokens = traced_tokens(model, runs)[: runs.length]
     first, last = runs.prompt.places(subject_tokens(model.tokenizer, request))
     inside = range(first, last + 1) if last < len(scores) else range(len(scores))

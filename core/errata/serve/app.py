@@ -104,7 +104,7 @@ def create_app(editor: Editor, settings: ServeSettings | None = None) -> FastAPI
 
     # No pages of documentation: FastAPI's load scripts from elsewhere.
     app = FastAPI(title="errata", docs_url=None, redoc_url=None, lifespan=lifespan)
-    app.state.close = close  # for a server that lets go of who waits before it ends the lifespan
+    app.state.close = close  # for a server that drops connections before it ends the lifespan
     app.add_middleware(_Bodies)
     app.middleware("http")(_guarded(rules))
     _add_errors(app)
@@ -238,7 +238,7 @@ async def _gone(request: Request) -> None:
 
 
 def _guarded(rules: ServeSettings) -> Callable[..., Awaitable[Response]]:
-    """Return the middleware: pages of other sites get nothing, whatever name they came by."""
+    """Return the middleware that refuses requests of other sites' pages, by host and origin."""
 
     async def guard(request: Request, follow: Callable[[Request], Awaitable[Response]]) -> Response:
         refused = _refused(request, rules)
@@ -260,7 +260,7 @@ def _refused(request: Request, rules: ServeSettings) -> Response | None:
     except ValueError:
         name = ""
     if not rules.token_for_all and name not in LOOPBACK:
-        # A name of someone else's that leads here: what it asks comes from his page.
+        # A foreign host name that resolves to this machine: the request is of that site's page.
         return JSONResponse(error_body(f"Unknown host {host!r}.", "invalid_request_error"), 421)
     origin = request.headers.get("origin")
     if origin is not None and origin.partition("://")[2] != host:
@@ -272,7 +272,7 @@ def _refused(request: Request, rules: ServeSettings) -> Response | None:
 
 
 class _Bodies:
-    """Middleware for what arrives: it is counted, and taken for JSON whatever it is called.
+    """Middleware for bodies: limits their size, and reads them as JSON whatever their type says.
 
     A body in chunks does not say how large it is; curl calls everything a form.
     """
