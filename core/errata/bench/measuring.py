@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from errata.bench.records import versions
 from errata.bench.run_spec import Case, case_name
 from errata.errors import IntegrityError, StorageError
-from errata.evaluate import Baseline, Measurement, Reader, TargetScore
+from errata.evaluate import Baseline, Measurement, Reader
 from errata.evaluate.asking import installed_protocols, measured
+from errata.evaluate.baseline import answers_json, answers_of
 from errata.evaluate.pooling import harmonic_mean, one_value
 from errata.evaluate.reader import KnownAnswers
 from errata.model.storage import make_folder, write_bytes
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from errata.evaluate import MeasureSettings
     from errata.model.model import Model
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def measure(
@@ -225,17 +226,7 @@ def told_apart_by_name(cases: Sequence[Case]) -> bool:
 
 def save_answers(path: Path, memory: KnownAnswers, fingerprint: str) -> None:
     """Write what the base answered; floats come back bit for bit."""
-    data = {
-        "schema": SCHEMA,
-        "fingerprint": fingerprint,
-        "texts": list(memory.texts.items()),
-        "scores": [
-            [prompt, target, score.token_ids, score.logprobs, score.predicted]
-            for (prompt, target), score in memory.scores.items()
-        ],
-        "nlls": list(memory.nlls.items()),
-        "samples": [[*key, texts] for key, texts in memory.samples.items()],
-    }
+    data = {"schema": SCHEMA, "fingerprint": fingerprint, "answers": answers_json(memory)}
     write_bytes(path, json.dumps(data).encode())
 
 
@@ -248,20 +239,12 @@ def load_answers(path: Path, fingerprint: str) -> KnownAnswers:
         data: dict[str, Any] = json.loads(path.read_bytes())
         if data["schema"] != SCHEMA or data["fingerprint"] != fingerprint:
             raise ValueError("it is of another model or another version of errata")
-        return KnownAnswers(
-            texts={prompt: text for prompt, text in data["texts"]},
-            scores={
-                (prompt, target): TargetScore(tuple(ids), tuple(logprobs), tuple(predicted))
-                for prompt, target, ids, logprobs, predicted in data["scores"]
-            },
-            nlls={text: (float(nll), int(count)) for text, (nll, count) in data["nlls"]},
-            samples={(seed, tuple(asked)): texts for seed, asked, texts in data["samples"]},
-        )
+        return answers_of(data["answers"])
     except FileNotFoundError:
         return KnownAnswers()
     except OSError as error:
         raise StorageError(f"Cannot read {path}: {error.strerror or error}.") from error
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise IntegrityError(
             f"{path} is damaged: {error}. Delete it: what it held is asked again when needed."
         ) from None

@@ -12,10 +12,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from errata.bench.editing import CaseOutcome
-from errata.bench.records import LinePlace, failure_line
+from errata.bench.line_place import LinePlace
+from errata.bench.records import failure_line
 from errata.bench.results import Line, locked
 from errata.bench.run_spec import Item, case_name
-from errata.bench.work_units import WorkUnit, immediate_key, key_of
+from errata.bench.work_units import WorkUnit, place_at_checkpoint, place_of_edit, place_of_state
 from errata.errors import IntegrityError
 from errata.model.storage import make_folder
 
@@ -51,7 +52,8 @@ class _Stream:
         checkpoints = set(spec.checkpoints(len(unit.items)))
         for call in spec.calls(unit.variant, len(unit.items)):
             self._carry_out(call)
-            left = {p for p in call if immediate_key(spec, unit, p) not in unit.done}
+            keys = {p: place_of_edit(spec, unit, p).key(spec) for p in call}
+            left = {p for p, key in keys.items() if key not in unit.done}
             if left:
                 with self._at(call.stop):
                     yield from self._immediate(call, left)
@@ -64,12 +66,9 @@ class _Stream:
         unit, spec = self.unit, self.spec
         place: dict[Item, LinePlace] = {}
         for position in call:
-            item, key = unit.items[position], immediate_key(spec, unit, position)
-            where = LinePlace(
-                unit.variant, item.dataset, unit.seed, "immediate", call.stop, position
-            )
+            item, where = unit.items[position], place_of_edit(spec, unit, position)
             outcome = self.outcomes[position]
-            error = outcome.error or unit.given_up.get(key)
+            error = outcome.error or unit.given_up.get(where.key(spec))
             if error is None:
                 place[item] = where
             elif position in left:
@@ -91,17 +90,10 @@ class _Stream:
         }
         for chunk in spec.chunks(list(place)):
             wanted = [
-                (
-                    LinePlace(unit.variant, i.dataset, unit.seed, "checkpoint", step, place[i]),
-                    i,
-                    self.outcomes[place[i]],
-                )
+                (place_at_checkpoint(unit, place[i], step), i, self.outcomes[place[i]])
                 for i in chunk
             ]
-            keys = [
-                key_of(spec, unit.variant, one.dataset, unit.seed, "checkpoint", step, one.index)
-                for one, _, _ in wanted
-            ]
+            keys = [one.key(spec) for one, _, _ in wanted]
             stuck = [
                 failure_line(spec, one, spec.case(item, unit.seed), unit.given_up[key])
                 for key, (one, item, _) in zip(keys, wanted, strict=True)
@@ -113,9 +105,9 @@ class _Stream:
                 left = [w for k, w in zip(keys, wanted, strict=True) if k not in unit.given_up]
                 yield from self.worker.measured(unit, left)
         for dataset in sorted({item.dataset for item in place}):
-            key = key_of(spec, unit.variant, dataset, unit.seed, "checkpoint", step, None)
+            where = place_of_state(unit, dataset, "checkpoint", step)
+            key = where.key(spec)
             if spec.whole(dataset) and key not in unit.done:
-                where = LinePlace(unit.variant, dataset, unit.seed, "checkpoint", step, None)
                 if key in unit.given_up:
                     yield failure_line(spec, where, None, unit.given_up[key])
                     continue
@@ -155,8 +147,8 @@ class _Stream:
     def _errors(self, call: range) -> dict[int, str]:
         """Return the cases of a call that cannot be carried out, and why."""
         unit, spec = self.unit, self.spec
-        keys = {position: immediate_key(spec, unit, position) for position in call}
-        fatal = [unit.given_up[key] for key in keys.values() if key in unit.given_up]
+        keys = [place_of_edit(spec, unit, position).key(spec) for position in call]
+        fatal = [unit.given_up[key] for key in keys if key in unit.given_up]
         if fatal:  # a call that killed its worker is not retried with fewer cases
             return dict.fromkeys(call, fatal[0])
         if len(call) == 1:
