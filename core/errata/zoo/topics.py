@@ -16,7 +16,7 @@ from __future__ import annotations
 import csv
 import io
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +28,8 @@ from errata.zoo.classifier import ClassifierRecipe, fine_tune
 
 if TYPE_CHECKING:
     from errata.edits.request import Request
+    from errata.model.progress import Progress
+    from errata.zoo.meter import TrainedModel
 
 Text = tuple[str, str]
 """A text and its topic."""
@@ -88,9 +90,9 @@ def train_topics(
     recipe: TopicsRecipe | None = None,
     *,
     resume: bool = True,
-    progress: Callable[[int, int, float], None] | None = None,
+    progress: Progress | None = None,
     save_every: int = 100,
-) -> Path:
+) -> TrainedModel:
     """Fine-tune a classifier of topics into the Hugging Face directory `out`, with its texts.
 
     The arguments are those of `errata.zoo.claims.train_claims`.
@@ -99,9 +101,11 @@ def train_topics(
     learned, later = texts_of(requests, recipe)
     labels = sorted({topic for _, topic in learned})
     rows = [(text, labels.index(topic)) for text, topic in learned]
-    fine_tune(rows, labels, out, recipe, resume=resume, progress=progress, save_every=save_every)
+    *_, trained = fine_tune(
+        rows, labels, out, recipe, resume=resume, progress=progress, save_every=save_every
+    )
     for name, part in (("train", learned), ("later", later)):
         table = io.StringIO()
         csv.writer(table, lineterminator="\n").writerows([("text", "label"), *part])
         write_bytes(out / f"topics.{name}.csv", table.getvalue().encode())
-    return out
+    return trained
