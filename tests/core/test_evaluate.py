@@ -46,7 +46,7 @@ from errata.evaluate import (
     perplexity,
     score_targets,
 )
-from errata.evaluate.fluency import first_sentence as first_sentence_by_rule
+from errata.evaluate.fluency import first_full_sentence
 from errata.evaluate.fluency import n_gram_entropy, weighted_entropy, words
 from errata.evaluate.pooling import harmonic_mean
 from errata.evaluate.sampled import written_texts
@@ -358,7 +358,7 @@ def test_matching(text: str, answers: list[str], exact: bool, contained: bool) -
 )
 def test_first_sentence(text: str, first: str) -> None:
     assert first_sentence(text) == first
-    assert first_sentence_by_rule(text) == first
+    assert first_full_sentence(text) == first
 
 
 @given(st.text(min_size=1), st.text())

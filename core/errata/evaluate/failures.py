@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from errata.evaluate.fluency import first_sentence
+from errata.evaluate.fluency import first_full_sentence
 from errata.evaluate.matching import normalise
 from errata.model.sentences import COMMAS, QUOTES
 
@@ -57,7 +57,7 @@ def classify_failure(text: str, expected: Sequence[str], other: Sequence[str] = 
     """
     if _is_meaningless(text):
         return MEANINGLESS
-    sentence = first_sentence(text)
+    sentence = first_full_sentence(text)
     said = _content(_words(sentence))
     olds = [set(_content(_words(old))) for old in other]
     old_words = set().union(*olds)

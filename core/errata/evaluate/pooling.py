@@ -31,7 +31,7 @@ def harmonic_mean(metric: str, parts: Sequence[Measurement], protocol: str) -> l
     """
     rows = _joined(parts)
     names = tuple(part.metric for part in parts)
-    return [_harmonic(metric, rows, names, protocol, parts[0].unit)] if rows else []
+    return [_measured_harmonic(metric, rows, names, protocol, parts[0].unit)] if rows else []
 
 
 def pool(groups: Iterable[Sequence[Measurement]]) -> list[Measurement]:
@@ -72,7 +72,9 @@ def pool(groups: Iterable[Sequence[Measurement]]) -> list[Measurement]:
         elif not first.of:
             pooled.append(_pooled(found[key]))
         elif rows[key]:
-            pooled.append(_harmonic(first.metric, rows[key], first.of, first.protocol, first.unit))
+            pooled.append(
+                _measured_harmonic(first.metric, rows[key], first.of, first.protocol, first.unit)
+            )
     return pooled
 
 
@@ -171,7 +173,7 @@ def _joined(parts: Sequence[Measurement | None]) -> list[tuple[float, ...]]:
     return [tuple(column[name] for column in columns) for name in shared]
 
 
-def _harmonic(
+def _measured_harmonic(
     metric: str,
     rows: Sequence[tuple[float, ...]],
     of: tuple[str, ...],
