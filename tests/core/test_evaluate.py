@@ -46,8 +46,7 @@ from errata.evaluate import (
     perplexity,
     score_targets,
 )
-from errata.evaluate.fluency import first_full_sentence
-from errata.evaluate.fluency import n_gram_entropy, weighted_entropy, words
+from errata.evaluate.fluency import first_full_sentence, n_gram_entropy, weighted_entropy, words
 from errata.evaluate.pooling import harmonic_mean
 from errata.evaluate.sampled import written_texts
 from errata.model import Model
