@@ -104,11 +104,8 @@ def _name_entries(identity: dict[str, Any]) -> None:
             for one in config["methods"]
         }
     for name in ("datasets", "retain"):
-        found = config.get(name)
-        if isinstance(found, Mapping):
-            found = [found]
-        if found:
-            config[name] = {one.get("label") or one["name"]: one for one in found}
+        if name in config:
+            config[name] = {one.get("label") or one["name"]: one for one in config[name]}
 
 
 def differences(there: Any, here: Any, where: str = "") -> Iterator[str]:

@@ -76,7 +76,7 @@ def _said_instead(
     while waiting:
         name, asked = waiting.pop()
         for other in instead.get(name, ()):
-            # Older events name all edits of their call; those about another fact replaced others.
+            # An edit may hold requests on other facts, too.
             about = [new for new in read(other).requests if same_fact(asked, new)]
             if other in active:
                 found += about

@@ -9,8 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from errata.contract.measurement import Answer, Measurement
-from errata.evaluate.compare import Comparison, compare, compare_all
-from errata.evaluate.failures import ERROR_TYPES, classify_failure, count_failures
+from errata.evaluate.compare import Comparison, compare
+from errata.evaluate.failures import ERROR_TYPES, classify_failure
 from errata.evaluate.pooling import pool
 
 if TYPE_CHECKING:
@@ -71,9 +71,7 @@ __all__ = [
     "canary_texts",
     "classify_failure",
     "compare",
-    "compare_all",
     "contained_match",
-    "count_failures",
     "edit_report",
     "exact_match",
     "generate",
