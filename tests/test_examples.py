@@ -19,8 +19,8 @@ from errata.cli.app import app
 from errata.cli.error_reports import NO_EFFECT, UNTRUE
 from errata.datasets import atlas
 from errata.zoo import MODELS
+from errata.zoo.atlas.world import make_world
 from errata.zoo.pretrained import PRETRAINED
-from errata.zoo.world import make_world
 from tests.core.report_runs import simulated
 from tests.helpers import ROOT
 

@@ -19,8 +19,8 @@ from errata.edits.edit import Edit
 from errata.edits.request import Request
 from errata.errors import ConfigError, IntegrityError, MissingExtraError, SelfComparisonError
 from errata.evaluate import Baseline, CoreMetrics, Measurement, divergence
-from errata.evaluate.asking import measured
 from errata.evaluate.divergence import divergences, kl_to_base
+from errata.evaluate.known_protocols import measured
 from errata.evaluate.protocols import cost, general
 from errata.evaluate.reader import MeasureSettings, Reader
 from errata.model import Model

@@ -21,13 +21,13 @@ from errata import zoo
 from errata.cli.app import app
 from errata.datasets import atlas, load
 from errata.errors import ConfigError, UnknownNameError
-from errata.zoo import corpus as corpora
-from errata.zoo.benchmark import beside_the_benchmark, build_cases
-from errata.zoo.relations import RELATIONS, UNKNOWN, relation_by_id
-from errata.zoo.tokenizer import train_tokenizer
-from errata.zoo.train import Recipe, train
-from errata.zoo.two_hops import TWO_HOPS
-from errata.zoo.world import World, make_world
+from errata.zoo.atlas import corpus as corpora
+from errata.zoo.atlas.benchmark import beside_the_benchmark, build_cases
+from errata.zoo.atlas.relations import RELATIONS, UNKNOWN, relation_by_id
+from errata.zoo.atlas.tokenizer import train_tokenizer
+from errata.zoo.atlas.train import Recipe, train
+from errata.zoo.atlas.two_hops import TWO_HOPS
+from errata.zoo.atlas.world import World, make_world
 from tests.helpers import interrupted
 
 PRESENT = [name for name, model in zoo.MODELS.items() if model.is_present]
@@ -55,7 +55,7 @@ def tokenizer(world: World) -> Any:
 
 
 def test_world_is_the_same_whatever_the_hash_seed(world: World) -> None:
-    code = "from errata.zoo.world import make_world; print(hash(0), make_world(0).facts)"
+    code = "from errata.zoo.atlas.world import make_world; print(hash(0), make_world(0).facts)"
     printed = [
         subprocess.run(
             [sys.executable, "-c", code],

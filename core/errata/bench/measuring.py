@@ -13,8 +13,8 @@ from errata.bench.records import versions
 from errata.bench.run_spec import Case, case_name
 from errata.errors import IntegrityError, StorageError
 from errata.evaluate import Baseline, Measurement, Reader
-from errata.evaluate.asking import installed_protocols, measured
 from errata.evaluate.baseline import answers_json, answers_of
+from errata.evaluate.known_protocols import installed_protocols, measured
 from errata.evaluate.pooling import harmonic_mean, one_value
 from errata.evaluate.reader import KnownAnswers
 from errata.model.storage import make_folder, write_bytes

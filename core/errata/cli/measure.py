@@ -285,7 +285,7 @@ def evaluate(
 
 def _why_missing(protocol: str) -> str:
     """Return why a protocol has no number: what the requests lack."""
-    from errata.evaluate.asking import installed_protocols
+    from errata.evaluate.known_protocols import installed_protocols
 
     known = installed_protocols()
     needs = known[protocol].needs if protocol in known else ""

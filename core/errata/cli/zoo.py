@@ -236,8 +236,8 @@ def _train(
     resume: bool,
 ) -> TrainedModel:
     from errata.errors import UnknownNameError
-    from errata.zoo.train import ARCHITECTURES
-    from errata.zoo.train import train as run
+    from errata.zoo.atlas.train import ARCHITECTURES
+    from errata.zoo.atlas.train import train as run
 
     if architecture not in ARCHITECTURES:
         raise UnknownNameError("model to train", architecture, (*ARCHITECTURES, *_CLASSIFIERS))
@@ -257,8 +257,8 @@ def _train_classifier(
 ) -> TrainedModel:
     from errata.cli.requests import read_dataset
     from errata.errors import ConfigError
-    from errata.zoo.claims import ClaimsRecipe, train_claims
-    from errata.zoo.topics import TopicsRecipe, train_topics
+    from errata.zoo.classifiers.claims import ClaimsRecipe, train_claims
+    from errata.zoo.classifiers.topics import TopicsRecipe, train_topics
 
     if data is None:
         raise ConfigError(

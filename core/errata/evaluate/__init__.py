@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from errata.contract.protocol import Protocol
     from errata.evaluate.baseline import Baseline
     from errata.evaluate.divergence import kl_to_base
+    from errata.evaluate.edit_reports import AnswerChange, EditReport, LayerChoice, edit_report
     from errata.evaluate.matching import contained_match, exact_match
     from errata.evaluate.metrics import CoreMetrics
     from errata.evaluate.protocols import PROTOCOLS
     from errata.evaluate.questions import Question
     from errata.evaluate.reader import MeasureSettings, Reader
-    from errata.evaluate.report import AnswerChange, EditReport, LayerChoice, edit_report
     from errata.model.answers import TargetScore
     from errata.model.generation import generate
     from errata.model.perplexity import perplexity
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 
 # PEP 562, as in the package itself: looked up when first used.
 _LAZY = {
-    "AnswerChange": "errata.evaluate.report",
+    "AnswerChange": "errata.evaluate.edit_reports",
     "Baseline": "errata.evaluate.baseline",
     "CoreMetrics": "errata.evaluate.metrics",
-    "EditReport": "errata.evaluate.report",
-    "LayerChoice": "errata.evaluate.report",
+    "EditReport": "errata.evaluate.edit_reports",
+    "LayerChoice": "errata.evaluate.edit_reports",
     "MeasureSettings": "errata.evaluate.reader",
     "PROTOCOLS": "errata.evaluate.protocols",
     "Protocol": "errata.contract.protocol",
@@ -44,7 +44,7 @@ _LAZY = {
     "TargetScore": "errata.model.answers",
     "canary_texts": "errata.model.texts",
     "contained_match": "errata.evaluate.matching",
-    "edit_report": "errata.evaluate.report",
+    "edit_report": "errata.evaluate.edit_reports",
     "exact_match": "errata.evaluate.matching",
     "generate": "errata.model.generation",
     "kl_to_base": "errata.evaluate.divergence",

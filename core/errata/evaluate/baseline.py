@@ -15,7 +15,7 @@ from pydantic import ConfigDict, TypeAdapter
 from errata.contract.measurement import Measurement
 from errata.edits.outputs import BASELINE, write_file
 from errata.errors import ConfigError, FingerprintError, IntegrityError
-from errata.evaluate.asking import installed_protocols, measured
+from errata.evaluate.known_protocols import installed_protocols, measured
 from errata.evaluate.reader import KnownAnswers, MeasureSettings, Reader
 from errata.model.arguments import check_name, texts_of
 from errata.model.storage import parse_json

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from errata.edits.edit import Edit, LogEntry
-from errata.evaluate.report import edit_report, just_these
+from errata.evaluate.edit_reports import edit_report, just_these
 from errata.model.generation import generated
 from errata.model.sampling import GenerationSettings
 from errata.model.scoring import score_targets

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from errata.errors import ConfigError
 from errata.model.joining import join
 from errata.model.storage import write_bytes
-from errata.zoo.classifier import ClassifierRecipe, fine_tune, logits_of
+from errata.zoo.classifiers.fine_tuning import ClassifierRecipe, fine_tune, logits_of
 
 if TYPE_CHECKING:
     from errata.edits.request import Request

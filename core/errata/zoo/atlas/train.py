@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from errata.edits.outputs import check_folder, list_files
 from errata.model.progress import Progress
 from errata.model.storage import write_bytes
-from errata.zoo.benchmark import beside_the_benchmark
-from errata.zoo.corpus import IGNORED, Corpus, CorpusBatch
+from errata.zoo.atlas.benchmark import beside_the_benchmark
+from errata.zoo.atlas.corpus import IGNORED, Corpus, CorpusBatch
+from errata.zoo.atlas.questions import QuestionBatch, Questions
+from errata.zoo.atlas.tokenizer import CONTEXT, train_tokenizer
+from errata.zoo.atlas.world import World, make_world
 from errata.zoo.meter import TrainedModel, TrainingMeter
-from errata.zoo.questions import QuestionBatch, Questions
 from errata.zoo.state import STATE, load_state, save_state
-from errata.zoo.tokenizer import CONTEXT, train_tokenizer
-from errata.zoo.world import World, make_world
 
 if TYPE_CHECKING:
     import torch
@@ -249,7 +249,7 @@ def export(model: Any, tokenizer: Any, out: Path) -> None:
 def _optimizers(model: Any, recipe: Recipe) -> list[torch.optim.Optimizer]:
     import torch
 
-    from errata.zoo.muon import Muon
+    from errata.zoo.atlas.muon import Muon
 
     named = list(model.named_parameters())
     blocks = [

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING
 
 from errata.errors import ConfigError
 from errata.model.storage import write_bytes
-from errata.zoo.claims import claim
-from errata.zoo.classifier import ClassifierRecipe, fine_tune
+from errata.zoo.classifiers.claims import claim
+from errata.zoo.classifiers.fine_tuning import ClassifierRecipe, fine_tune
 
 if TYPE_CHECKING:
     from errata.edits.request import Request
@@ -95,7 +95,7 @@ def train_topics(
 ) -> TrainedModel:
     """Fine-tune a classifier of topics into the Hugging Face directory `out`, with its texts.
 
-    The arguments are those of `errata.zoo.claims.train_claims`.
+    The arguments are those of `errata.zoo.classifiers.claims.train_claims`.
     """
     recipe, out = recipe or TopicsRecipe(), Path(out)
     learned, later = texts_of(requests, recipe)

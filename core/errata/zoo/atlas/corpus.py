@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from errata.model.texts import text_path
-from errata.zoo.relations import LEAD_INS, RELATION_PROMPTS, UNKNOWN, relation_by_id
-from errata.zoo.world import World
+from errata.zoo.atlas.relations import LEAD_INS, RELATION_PROMPTS, UNKNOWN, relation_by_id
+from errata.zoo.atlas.world import World
 
 if TYPE_CHECKING:
     import torch
