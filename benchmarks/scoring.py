@@ -8,7 +8,8 @@ with the new and the true target. Four ways take turns in one process and must a
 * cases: errata, sharing beginnings, one call per case (what `evaluate` does after each edit);
 * all:   errata, sharing beginnings, one call for everything.
 
-Generation: each prompt by itself with transformers' `generate`, against `errata.evaluate.generate`.
+Generation: each prompt by itself with transformers' `generate`, against
+`errata.model.generation.generate`.
 
     python benchmarks/scoring.py                     # the embedded model and a random one
     python benchmarks/scoring.py --model smollm2-135m --cases 2 --prompts 8 --rounds 1
@@ -31,9 +32,9 @@ from random_models import RANDOM, random_gpt2  # benchmarks/random_models.py
 
 from errata import Editor
 from errata.datasets import atlas
-from errata.evaluate import generate, score_targets
 from errata.model import Model
-from errata.model.generation import end_tokens
+from errata.model.generation import end_tokens, generate
+from errata.model.scoring import score_targets
 from errata.model.tokens import encode_targets
 
 Pair = tuple[str, str]

@@ -215,7 +215,7 @@ def test_harness_tasks_are_run_on_the_edited_model(
     assert found.case_ids == tuple(f"errata_capitals-{i}" for i in range(3))
     assert found.direction == "higher"
     # The same by hand: the most probable of the three answers.
-    from errata.evaluate import score_targets
+    from errata.model.scoring import score_targets
 
     answers = ["Paris", "Rome", "Madrid"]
     prompts = [f"The capital of {name} is" for name in ("France", "Italy", "Spain")]

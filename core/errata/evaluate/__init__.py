@@ -23,11 +23,6 @@ if TYPE_CHECKING:
     from errata.evaluate.protocols import PROTOCOLS
     from errata.evaluate.questions import Question
     from errata.evaluate.reader import MeasureSettings, Reader
-    from errata.model.answers import TargetScore
-    from errata.model.generation import generate
-    from errata.model.perplexity import perplexity
-    from errata.model.scoring import score_targets
-    from errata.model.texts import canary_texts
 
 # PEP 562, as in the package itself: looked up when first used.
 _LAZY = {
@@ -41,15 +36,10 @@ _LAZY = {
     "Protocol": "errata.contract.protocol",
     "Question": "errata.evaluate.questions",
     "Reader": "errata.evaluate.reader",
-    "TargetScore": "errata.model.answers",
-    "canary_texts": "errata.model.texts",
     "contained_match": "errata.evaluate.matching",
     "edit_report": "errata.evaluate.edit_reports",
     "exact_match": "errata.evaluate.matching",
-    "generate": "errata.model.generation",
     "kl_to_base": "errata.evaluate.divergence",
-    "perplexity": "errata.model.perplexity",
-    "score_targets": "errata.model.scoring",
 }
 
 __all__ = [
@@ -67,18 +57,13 @@ __all__ = [
     "Protocol",
     "Question",
     "Reader",
-    "TargetScore",
-    "canary_texts",
     "classify_failure",
     "compare",
     "contained_match",
     "edit_report",
     "exact_match",
-    "generate",
     "kl_to_base",
-    "perplexity",
     "pool",
-    "score_targets",
 ]
 
 

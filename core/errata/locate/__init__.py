@@ -1,8 +1,6 @@
 """Locating: where does a model keep a piece of knowledge, and does that help to edit it?"""
 
 from errata.contract.location import Location
-from errata.kit.auto_layers import AutoLayers, auto_layers, cached_sweep, resolve_auto_layers
-from errata.kit.layer_sweep import HeldOutResult, LayerResult, LayerSweep
 from errata.locate.average import AverageTrace, Effects, average
 from errata.locate.causal_trace import Tracer, trace
 from errata.locate.corruption import embedding_std
@@ -28,16 +26,12 @@ from errata.locate.trace_settings import ScreenSettings, TraceSettings
 __all__ = [
     "LOCATORS",
     "Attribution",
-    "AutoLayers",
     "AverageTrace",
     "CausalTrace",
     "CoreLocator",
     "Effects",
-    "HeldOutResult",
     "KnowledgeNeurons",
     "LayerOverlap",
-    "LayerResult",
-    "LayerSweep",
     "Location",
     "PromptLocation",
     "RelativeSimilarity",
@@ -46,9 +40,7 @@ __all__ = [
     "Tracer",
     "Trajectory",
     "attribute",
-    "auto_layers",
     "average",
-    "cached_sweep",
     "chain_sets",
     "consistency",
     "contribution_norms",
@@ -62,7 +54,6 @@ __all__ = [
     "paraphrase_sets",
     "place_similarity",
     "relation_sets",
-    "resolve_auto_layers",
     "rsim",
     "screen",
     "spearman",
