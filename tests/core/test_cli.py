@@ -589,6 +589,19 @@ def test_what_is_missing_or_wrong_is_said(
     assert reason in " ".join(run("edit", *words, code=1).stderr.split())
 
 
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["evaluate", "3f2a", "--file", "f"], "--file beside 3f2a: each says which requests"),
+        (["evaluate", "--limit", "2"], "--limit goes with --file or --dataset"),
+        (["edit", "--file", "f", "--dataset", "atlas"], "--file beside --dataset: each says"),
+        (["locate", "--average", "--file", "f", "--dataset", "atlas"], "--file beside --dataset"),
+    ],
+)
+def test_which_requests_are_meant_is_said_once(words: list[str], reason: str, run: Run) -> None:
+    assert reason in " ".join(run(*words, code=1).stderr.split())
+
+
 # -- looking ---------------------------------------------------------------------------------------
 
 
