@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rome import CLOCKS, random_model, timed  # benchmarks/rome.py
+from random_models import random_gpt2  # benchmarks/random_models.py
+from rome import CLOCKS, timed  # benchmarks/rome.py
 from torch import Tensor
 
 from errata import Editor
@@ -208,7 +209,7 @@ def main() -> None:
     ]  # fmt: skip
     if not options.skip_random:
         # An untrained model generates no text to speak of: it gets the small one's contexts.
-        big = random_model(small, options.vocabulary)
+        big = random_gpt2(small, vocab_size=options.vocabulary)
         big.module.to(options.device)
         count = options.random_requests or options.requests
         results.append(

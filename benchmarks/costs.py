@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from batch import plain_value
 from guards import requests
-from memory import anonymous, peak
+from large_model_memory import anonymous, peak
 from presets import known_facts
 from rome import plain_rome
 from torch import Tensor

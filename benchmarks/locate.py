@@ -26,16 +26,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from random_models import random_gpt2  # benchmarks/random_models.py
 from torch import Tensor
 
 from errata import Editor
-from errata.contract.registry import Registry
 from errata.datasets import atlas
 from errata.edits.request import Request
 from errata.locate import Tracer, screen, spearman, trace
 from errata.model import Model
-from errata.model.loading import load_model
 from errata.model.tokens import encode
 
 KINDS = ("hidden", "mlp", "attn")
@@ -170,17 +168,6 @@ def together(
     return {"plain s": plain_s, "stacked s": fast, "faster by": plain_s / fast, "n": len(times)}
 
 
-def random_model(layers: int, width: int) -> Model:
-    """Return a random GPT-2 with the full vocabulary and the embedded model's tokenizer."""
-    embedded = load_model("atlas-gpt2", architectures=Registry.load().architectures)
-    config = transformers.GPT2Config(
-        n_layer=layers, n_embd=width, n_head=width // 64, n_positions=256, vocab_size=50257
-    )
-    torch.manual_seed(0)
-    module = transformers.GPT2LMHeadModel(config).eval()
-    return load_model(module, embedded.tokenizer, architectures=Registry.load().architectures)
-
-
 def main() -> None:
     """Run and print one JSON object."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
@@ -202,7 +189,8 @@ def main() -> None:
     }  # fmt: skip
     for name in args.model or ["atlas-gpt2", "random"]:
         if name == "random":
-            model, rounds, prompts = random_model(12, 768), 1, requests[:1]
+            like = Editor("atlas-gpt2").model
+            model, rounds, prompts = random_gpt2(like, n_positions=256), 1, requests[:1]
         else:
             model = Editor(name).model
             rounds, prompts = args.rounds, requests

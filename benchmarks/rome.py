@@ -31,6 +31,7 @@ from typing import Any
 import torch
 import transformers
 from operations import again, counted  # benchmarks/operations.py
+from random_models import random_gpt2  # benchmarks/random_models.py
 from torch import Tensor
 
 from errata import Editor
@@ -39,7 +40,6 @@ from errata.datasets import atlas
 from errata.edits.request import Request
 from errata.kit.values import ValueSettings, optimise_values
 from errata.model import Model
-from errata.model.loading import load_model
 from errata.model.tokens import encode, encode_targets, subject_position
 from errata_rome.algorithm import (
     RankOne,
@@ -283,17 +283,6 @@ def spread(values: Sequence[float]) -> dict[str, float | int]:
     }
 
 
-def random_model(like: Model, vocabulary: int) -> Model:
-    """Return an untrained GPT-2 of 12 layers and width 768 with the tokenizer of `like`."""
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        vocab_size=vocabulary, bos_token_id=0, eos_token_id=0, pad_token_id=0
-    )
-    module = transformers.GPT2LMHeadModel(config).eval()
-    options = {"architectures": Registry.load().architectures, "name": "random GPT-2, 12 × 768"}
-    return load_model(module, like.tokenizer, corpus=like.corpus, **options)
-
-
 def table(results: Sequence[dict[str, Any]]) -> str:
     """Return the figures as a Markdown table."""
     lines = [
@@ -366,7 +355,7 @@ def main() -> None:
         # unless --full: with 21 one plain edit takes half a minute on two cores.
         lengths = {} if options.full else {"context_lengths": ((5, 3), (10, 2))}
         config = RomeConfig(contexts=contexts_of(small, RomeConfig(**lengths)))
-        big = random_model(small, options.vocabulary)
+        big = random_gpt2(small, vocab_size=options.vocabulary)
         chosen_models.append((big, config, {"singles": 2, "repeats": 2}))
     clock = CLOCKS[options.clock]
     if options.operations:

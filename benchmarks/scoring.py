@@ -8,7 +8,8 @@ with the new and the true target. Four ways take turns in one process and must a
 * cases: errata, sharing beginnings, one call per case (what `evaluate` does after each edit);
 * all:   errata, sharing beginnings, one call for everything.
 
-Generation: each prompt by itself with transformers' `generate`, against `errata.evaluate.generate`.
+Generation: each prompt by itself with transformers' `generate`, against
+`errata.model.generation.generate`.
 
     python benchmarks/scoring.py                     # the embedded model and a random one
     python benchmarks/scoring.py --model smollm2-135m --cases 2 --prompts 8 --rounds 1
@@ -27,19 +28,17 @@ from typing import Any
 
 import torch
 import transformers
+from random_models import RANDOM, random_gpt2  # benchmarks/random_models.py
 
 from errata import Editor
-from errata.contract.registry import Registry
 from errata.datasets import atlas
-from errata.evaluate import generate, score_targets
 from errata.model import Model
-from errata.model.generation import end_tokens
-from errata.model.loading import load_model
+from errata.model.generation import end_tokens, generate
+from errata.model.scoring import score_targets
 from errata.model.tokens import encode_targets
 
 Pair = tuple[str, str]
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-RANDOM = "random GPT-2, 12 layers, d = 768"
 
 
 def pairs_of(case: dict[str, Any]) -> list[Pair]:
@@ -177,17 +176,6 @@ def measure(
     }  # fmt: skip
 
 
-def random_model(seed: int) -> Model:
-    """Return GPT-2 small with random weights, and the zoo's tokenizer."""
-    registry = Registry.load()
-    like = Editor("atlas-gpt2").model
-    config = transformers.GPT2Config(bos_token_id=0, eos_token_id=0, pad_token_id=0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        module = transformers.GPT2LMHeadModel(config).eval()
-    return load_model(module, like.tokenizer, architectures=registry.architectures, name=RANDOM)
-
-
 def main() -> None:
     """Run what the arguments ask for; print a table and, if asked, write JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
@@ -207,7 +195,7 @@ def main() -> None:
     report: list[dict[str, Any]] = []
     for name in options.model or ["atlas-gpt2", RANDOM]:
         if name == RANDOM:
-            model = random_model(options.seed)
+            model = random_gpt2(Editor("atlas-gpt2").model, seed=options.seed)
             model.module.to(options.device, getattr(torch, options.dtype))
         else:
             model = Editor(name, device=options.device, dtype=options.dtype).model

@@ -30,9 +30,9 @@ from errata.contract.registry import Registry
 from errata.datasets import atlas
 from errata.locate import average
 from errata.model.loading import load_model
-from errata.zoo.benchmark import build_cases
-from errata.zoo.corpus import shipped_text
-from errata.zoo.world import make_world
+from errata.zoo.atlas.benchmark import build_cases
+from errata.zoo.atlas.corpus import shipped_text
+from errata.zoo.atlas.world import make_world
 
 NOISE = 3.0
 """Standard deviation of the tracing noise, in that of the subjects' token embeddings."""

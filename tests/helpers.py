@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
@@ -12,7 +13,10 @@ from safetensors.torch import load_file
 
 from errata.kit.metric import Whitening
 from errata.kit.second_moments import SecondMoment
+from errata.model.progress import Progress
+from errata.zoo.meter import TrainedModel
 
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -29,8 +33,18 @@ def shared_path(*parts: str) -> Path:
     return path
 
 
-def interrupted(train: Callable[..., Path], folder: Path) -> Path:
-    """Train twice, once interrupted at step 3, and return the folder of the whole training.
+class Interrupting(Progress):
+    """Progress of a training that is interrupted after three steps."""
+
+    def track(self, items: Iterable[T], text: str, total: int | None = None) -> Iterator[T]:
+        for count, item in enumerate(super().track(items, text, total)):
+            if count == 3:
+                raise KeyboardInterrupt
+            yield item
+
+
+def interrupted(train: Callable[..., TrainedModel], folder: Path) -> Path:
+    """Train twice, once interrupted after step 3, and return the folder of the whole training.
 
     Asserts that both end with the same weights.
 
@@ -39,17 +53,14 @@ def interrupted(train: Callable[..., Path], folder: Path) -> Path:
         folder: where both are written.
     """
 
-    def interrupt(step: int, steps: int, loss: float) -> None:
-        if step == 3:
-            raise KeyboardInterrupt
-
     whole, halves = train(folder / "whole"), folder / "halves"
     with pytest.raises(KeyboardInterrupt):
-        train(halves, progress=interrupt, save_every=2)
-    train(halves, save_every=2)
-    one, other = (load_file(path / "model.safetensors") for path in (whole, halves))
+        train(halves, progress=Interrupting(), save_every=2)
+    again = train(halves, save_every=2)
+    assert (again.steps, again.loss) == (whole.steps, whole.loss)
+    one, other = (load_file(path / "model.safetensors") for path in (whole.folder, halves))
     assert all(torch.equal(one[name], other[name]) for name in one)
-    return whole
+    return whole.folder
 
 
 def identity_metric(size: int) -> Whitening:

@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 
 import errata
 from errata.cli.app import app
-from errata.cli.session import NO_EFFECT, UNTRUE
+from errata.cli.error_reports import NO_EFFECT, UNTRUE
 from errata.datasets import atlas
 from errata.zoo import MODELS
+from errata.zoo.atlas.world import make_world
 from errata.zoo.pretrained import PRETRAINED
-from errata.zoo.world import make_world
 from tests.core.report_runs import simulated
 from tests.helpers import ROOT
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shlex
@@ -21,6 +22,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from errata import bench
+from errata.bench.report import read
 from errata.cli import bench as command
 from errata.contract import plugins
 from tests.core.bench_helpers import SUBJECTS, short
@@ -171,6 +173,18 @@ def test_a_run_shows_its_numbers_and_going_on_costs_nothing(
     assert ("base", "rewrite_exact") in values
     assert planned(run, *args)["seconds"] == 0
     assert "config.scale" in run(file, "--limit", 1, code=1).stderr
+
+
+def test_its_json_holds_the_numbers_of_the_report(run: Run, file: Path) -> None:
+    shown = json.loads(
+        run(file, "--limit", 2, "--seed", 1, "--seed", 2, "--out", "out", "--json").stdout
+    )
+    rows = list(csv.DictReader(read("out").csv().splitlines()))
+    named = ("variant", "metric", "value", "n")
+    assert [tuple(str(one[name]) for name in named) for one in shown["measurements"]] == [
+        (row["column"], row["metric"], row["value"], row["n"]) for row in rows
+    ]
+    assert {one["n"] for one in shown["measurements"] if one["metric"] == "rewrite_exact"} == {2}
 
 
 def test_only_a_run_in_which_everything_failed_is_an_error(run: Run, file: Path) -> None:

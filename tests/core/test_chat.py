@@ -20,8 +20,9 @@ from errata.locate import (
     TraceSettings,
     attribute,
     average,
+    located_sets,
+    place_similarity,
     screen,
-    similarity_of,
     trace,
 )
 from errata.model.generation import end_tokens
@@ -166,9 +167,11 @@ def test_locating_asks_in_the_chat(editor: Editor) -> None:
         )
     )
     assert chats == ready != plain
-    found = similarity_of(model, [[request, request]] * 2, "gradient")
-    raw = similarity_of(model, [rendered(model, [request, request])] * 2, "gradient")
-    assert found.as_json() == raw.as_json()
+    found, raw = (
+        place_similarity(located_sets(model, [group] * 2, "gradient"), "gradient").as_json()
+        for group in ([request, request], rendered(model, [request, request]))
+    )
+    assert found == raw
 
 
 def test_without_a_template_a_chat_is_refused(tmp_path: Path) -> None:

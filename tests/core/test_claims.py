@@ -12,7 +12,7 @@ from errata import Editor, Request
 from errata.cli.app import app
 from errata.datasets import load
 from errata.errors import ConfigError
-from errata.zoo.claims import ClaimsRecipe, facts_of, train_claims
+from errata.zoo.classifiers.claims import ClaimsRecipe, facts_of, train_claims
 from tests.families import saved
 from tests.helpers import interrupted
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from errata.contract.measurement import Measurement, wilson
-from errata.errors import ComparisonError, MissingExtraError, UnknownNameError
-from errata.evaluate.compare import MCNEMAR, WILCOXON, compare, compare_all, holm
+from errata.errors import ComparisonError, MissingExtraError
+from errata.evaluate.compare import MCNEMAR, WILCOXON, compare, holm
 
 pytest.importorskip("scipy", reason="the extra 'measure' is not installed")
 
@@ -197,28 +197,6 @@ def test_holm_keeps_the_order_and_never_helps(values: list[float]) -> None:
     assert all(p <= q <= 1 for p, q in zip(values, adjusted, strict=True))
     pairs = sorted(zip(values, adjusted, strict=True))
     assert [q for _, q in pairs] == sorted(adjusted)
-
-
-def test_all_tables_are_compared_with_the_reference() -> None:
-    right, wrong = [1.0] * 10, [0.0] * 10
-    pooled = Measurement("Score", 0.5, 10, "p: harmonic")
-    tables = {
-        "base": [shares(wrong), shares(right, metric="NS"), pooled],
-        "one": [shares(right), shares(right, metric="NS"), pooled],
-        "two": [shares([1.0] * 5 + [0.0] * 5), shares(wrong, metric="PS")],
-    }
-    found = {(c.metric, c.a): c for c in compare_all(tables, "base")}
-    assert set(found) == {("ES", "one"), ("ES", "two"), ("NS", "one")}
-    assert all(c.b == "base" for c in found.values())
-    first, second = found["ES", "one"], found["ES", "two"]
-    assert (first.p, second.p) == pytest.approx((2 / 1024, 2 / 32))
-    assert (first.adjusted, second.adjusted) == pytest.approx((4 / 1024, 2 / 32))
-    assert found["NS", "one"].adjusted == 1.0
-    assert "Holm" in str(first)
-    with pytest.raises(UnknownNameError, match="Did you mean 'base'"):
-        compare_all(tables, "bas")
-    with pytest.raises(ComparisonError, match="nothing to compare"):
-        compare_all({"base": [pooled], "one": [shares(right)]}, "base")
 
 
 def test_without_scipy_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from errata import Editor, Request
 from errata.edits.edit import Edit
 from errata.evaluate import edit_report
 from errata.evaluate.neighbours import SUBJECTS, other_subjects
-from errata.zoo.world import make_world
+from errata.zoo.atlas.world import make_world
 from tests.families import build
 
 FACT = Request(prompt="The instrument of {} is", subject="Oswin Galdor", target_new="piano")

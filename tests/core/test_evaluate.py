@@ -39,20 +39,19 @@ from errata.evaluate import (
     Baseline,
     CoreMetrics,
     Measurement,
-    canary_texts,
     contained_match,
     exact_match,
-    generate,
-    perplexity,
-    score_targets,
 )
-from errata.evaluate.fluency import first_sentence as first_sentence_by_rule
-from errata.evaluate.fluency import n_gram_entropy, weighted_entropy, words
+from errata.evaluate.fluency import first_full_sentence, n_gram_entropy, weighted_entropy, words
 from errata.evaluate.pooling import harmonic_mean
 from errata.evaluate.sampled import written_texts
 from errata.model import Model
 from errata.model.anatomy import Anatomy
+from errata.model.generation import generate
+from errata.model.perplexity import perplexity
+from errata.model.scoring import score_targets
 from errata.model.sentences import first_sentence
+from errata.model.texts import canary_texts
 from errata.testing import edit_with
 from tests.families import DECODERS, FAMILIES, architectures, build_model, sampled
 from tests.helpers import GOLDEN
@@ -358,7 +357,7 @@ def test_matching(text: str, answers: list[str], exact: bool, contained: bool) -
 )
 def test_first_sentence(text: str, first: str) -> None:
     assert first_sentence(text) == first
-    assert first_sentence_by_rule(text) == first
+    assert first_full_sentence(text) == first
 
 
 @given(st.text(min_size=1), st.text())

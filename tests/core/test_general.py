@@ -19,8 +19,8 @@ from errata.edits.edit import Edit
 from errata.edits.request import Request
 from errata.errors import ConfigError, IntegrityError, MissingExtraError, SelfComparisonError
 from errata.evaluate import Baseline, CoreMetrics, Measurement, divergence
-from errata.evaluate.asking import measured
 from errata.evaluate.divergence import divergences, kl_to_base
+from errata.evaluate.known_protocols import measured
 from errata.evaluate.protocols import cost, general
 from errata.evaluate.reader import MeasureSettings, Reader
 from errata.model import Model
@@ -215,7 +215,7 @@ def test_harness_tasks_are_run_on_the_edited_model(
     assert found.case_ids == tuple(f"errata_capitals-{i}" for i in range(3))
     assert found.direction == "higher"
     # The same by hand: the most probable of the three answers.
-    from errata.evaluate import score_targets
+    from errata.model.scoring import score_targets
 
     answers = ["Paris", "Rome", "Madrid"]
     prompts = [f"The capital of {name} is" for name in ("France", "Italy", "Spain")]

@@ -11,7 +11,8 @@ import typer
 import yaml
 from typer.testing import CliRunner, Result
 
-from errata import Editor, bench
+from errata import Editor
+from errata.bench.report import read
 from errata.cli import diff, locate
 from errata.datasets import atlas
 from errata.locate import Tracer
@@ -258,7 +259,7 @@ def test_phrasings_follow_one_answer_and_stand_in_a_report(app: typer.Typer) -> 
     first, second = (one["evidence"]["answer"] for one in found["phrasings"])
     assert first == second
     Path("phrasings.json").write_text(json.dumps(found))
-    (shown,) = bench.report.read(located=["phrasings.json"]).located
+    (shown,) = read(located=["phrasings.json"]).located
     assert shown.title == "Oswin Galdor: 2 phrasings"
     assert shown.facts[0][0] == "The instrument of Oswin Galdor is"
     assert "last subject token" in shown.facts[0][1]

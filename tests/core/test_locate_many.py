@@ -26,13 +26,14 @@ from errata.locate import (
     average,
     consistency,
     knowledge_neurons,
+    located_sets,
     paraphrase_sets,
     relation_sets,
     rsim,
     spearman,
     trace,
 )
-from errata.locate.similarity import cosine, overlap
+from errata.locate.prompt_location import cosine, overlap
 from errata.locate.weights import weight_diff
 from errata.model import Model
 from errata.model.running import prepare
@@ -359,6 +360,24 @@ def test_a_locator_that_is_misspelt_is_named(knowing: Editor) -> None:
         knowing.locate(atlas.requests(1)[0], by="logitlens")
     with pytest.raises(ConfigError, match="setting of norm"):
         knowing.locate(atlas.requests(1)[0], by="norm", samples=3)
+    with pytest.raises(ConfigError, match="at_least 3 is above at_most 2"):
+        knowing.locate(atlas.requests(1)[0], by="neurons", at_least=3, at_most=2)
+
+
+def test_sets_are_compared_by_locators_that_say_how_and_by_their_settings(tiny: Model) -> None:
+    sets = [[REQUEST, REQUEST], [REQUEST]]
+    for by, one in LOCATORS.items():
+        if one.compare is not None:
+            options = {"samples": 1} if by == "trace" else {}
+            found = located_sets(tiny, sets, by, **options)
+            assert [len(group) for group in found] == [2, 1]
+            assert all(len(place.profile) == tiny.anatomy.n_layers for place in found[0])
+    with pytest.raises(UnknownNameError, match="trace"):
+        located_sets(tiny, sets, "norm")
+    with pytest.raises(UnknownNameError, match="setting of trace"):
+        located_sets(tiny, sets, "trace", sample=1)
+    with pytest.raises(ConfigError, match="its own answer"):
+        located_sets(tiny, sets, "trace", answer="Rome")
 
 
 class MiddleLocator:

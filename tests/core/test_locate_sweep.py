@@ -15,8 +15,9 @@ from errata.contract.config import MethodConfig
 from errata.datasets import atlas
 from errata.edits.request import RelationView
 from errata.errors import CapabilityError, ConfigError, RequestError
+from errata.kit.auto_layers import auto_layers, resolve_auto_layers
 from errata.kit.layer_sweep import HeldOutResult, LayerResult, LayerSweep, key_of
-from errata.locate import auto_layers, resolve_auto_layers, split_by_subject, sweep
+from errata.locate import split_by_subject, sweep
 from errata.locate.sweep import layer_option
 from errata.model import Model
 from tests.families import SENTENCES, build, build_model

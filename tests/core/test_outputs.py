@@ -193,7 +193,7 @@ def test_a_run_leaves_the_results_of_somebody_alone(name: str, tmp_path: Path) -
 
 
 def test_training_leaves_the_model_of_somebody_alone(tmp_path: Path) -> None:
-    from errata.zoo.train import train
+    from errata.zoo.atlas.train import train
 
     (tmp_path / "config.json").write_text(json.dumps({"mine": 1}))
     with pytest.raises(ConfigError, match=r"config\.json"):

@@ -81,7 +81,7 @@ def test_an_outcome_belongs_to_the_state_that_the_user_gets() -> None:
     with open_editor(guards={"efficacy": "warn", "norm": "off"}) as editor:
         edits = editor.edit(requests(3), method="toy-low-rank", size=3.0)
         assert editor.model.stack.ids == [edit.id for edit in edits]
-        from errata.evaluate import score_targets
+        from errata.model.scoring import score_targets
 
         scores = score_targets(
             editor.model, [r.text for r in requests(3)], [r.target_new for r in requests(3)]

@@ -16,8 +16,8 @@ from errata.datasets.relations import NAMES
 from errata.edits.aims import aims_of_request
 from errata.edits.request import Probe
 from errata.errors import ConfigError, DatasetError, RequestError
-from errata.zoo.relations import RELATIONS
-from errata.zoo.world import make_world
+from errata.zoo.atlas.relations import RELATIONS
+from errata.zoo.atlas.world import make_world
 from tests.helpers import ROOT, shared_path
 
 SAMPLES = ROOT / "tests" / "data" / "datasets"

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 
 from errata.edits.delta import Delta
 from errata.edits.stack import Stack
-from errata.evaluate import generate, score_targets
 from errata.model import Model, prefix_sharing, trie
 from errata.model.anatomy import Anatomy
 from errata.model.answers import TargetScore
 from errata.model.artifacts import Artifacts
-from errata.model.generation import generated
+from errata.model.generation import generate, generated
 from errata.model.running import prepare
 from errata.model.sampling import GenerationSettings
+from errata.model.scoring import score_targets
 from errata.testing import edit_with
 from tests.families import FAMILIES, architectures, build, build_model, sampled
 

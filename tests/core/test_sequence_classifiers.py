@@ -12,7 +12,7 @@ from errata import Editor, Request
 from errata.datasets import load
 from errata.edits.request import Probe
 from errata.errors import CapabilityError, ConfigError, RequestError
-from errata.evaluate import CoreMetrics, edit_report, generate
+from errata.evaluate import CoreMetrics, edit_report
 from errata.kit.auto_layers import auto_layers
 from errata.kit.training import Trainer, TrainerSettings, target_batches, text_batches
 from errata.kit.training.trainer import Above
@@ -20,6 +20,7 @@ from errata.kit.training.training_batches import aim_batch
 from errata.locate.traced_prompt import traced_prompt
 from errata.model import Model
 from errata.model.forward import Resumed, logits_at
+from errata.model.generation import generate
 from errata.model.next_token import class_scores, predicted_classes
 from errata.model.perplexity import perplexity
 from errata.model.running import prepare

@@ -22,8 +22,8 @@ from errata.edits.delta import (
 from errata.edits.edit import Edit
 from errata.edits.ledger import content, write_export
 from errata.errors import ConfigError, ErrataError, IntegrityError, LedgerError, PluginError
-from errata.evaluate import score_targets
 from errata.model.artifacts import Artifacts
+from errata.model.scoring import score_targets
 from errata.model.structure import Structure
 from errata.testing import edit_with, state_of
 from errata.testing.contract import assert_same

@@ -12,7 +12,7 @@ from errata import Editor, Request
 from errata.cli.app import app
 from errata.datasets import load
 from errata.errors import ConfigError
-from errata.zoo.topics import TopicsRecipe, texts_of, train_topics
+from errata.zoo.classifiers.topics import TopicsRecipe, texts_of, train_topics
 from tests.families import saved
 from tests.helpers import interrupted
 

@@ -138,7 +138,7 @@ def test_a_sparse_file_of_twenty_gigabytes_is_refused_unread(tmp_path: Path) -> 
 
 
 def test_values_of_the_command_line_are_read_through_the_same_door() -> None:
-    from errata.cli.edits import pairs
+    from errata.cli.name_values import pairs
 
     assert pairs(["a=[1, 2]", "b=null", "c=2026-01-01", "d=a: b: c", "e=off"], "--set") == {
         "a": [1, 2], "b": None, "c": "2026-01-01", "d": "a: b: c", "e": "off",

@@ -12,7 +12,7 @@ from errata.contract.purity import Snapshot
 from errata.edits.delta import SparseRowsDelta
 from errata.edits.request import Request
 from errata.errors import ConfigError
-from errata.locate import knowledge_neurons
+from errata.locate import LOCATORS, knowledge_neurons
 from errata.model import Model
 from errata.model.scoring import score_targets
 from errata.testing import edit_with
@@ -25,6 +25,14 @@ REQUEST = Request(
     prompt="The mother tongue of {} is", subject="Miles Davis", target_new="Rome",
     target_true="France", paraphrases=("Miles Davis speaks",),
 )  # fmt: skip
+
+
+def test_its_search_has_the_defaults_and_limits_of_the_core_locator() -> None:
+    own, core = KnConfig.model_fields, LOCATORS["neurons"].config.model_fields
+    for name in own.keys() & core.keys():
+        assert own[name].default == core[name].default
+        assert own[name].metadata == core[name].metadata
+        assert own[name].annotation == core[name].annotation
 
 
 @pytest.fixture(scope="module")

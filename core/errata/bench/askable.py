@@ -21,8 +21,7 @@ ADVICE = (
 def check_askable(model: Model, spec: RunSpec) -> None:
     """Raise `DatasetError` for cases that the model cannot be asked; names the first of them.
 
-    Those of a dataset whose bad records are left out are left to become failures, unless there is
-    no other case.
+    Of a dataset with `skip_bad` they become failures instead, unless it has no other case.
     """
     seed = spec.config.seeds[0]
     for number, wanted in enumerate(spec.config.datasets):

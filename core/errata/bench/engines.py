@@ -175,7 +175,8 @@ class _Attempt:
         failed = {key for key, kind in self._seen.items() if kind == "failure"}
         done = self.unit.done | self._seen.keys()
         unit = replace(self.unit, done=done, failed=self.unit.failed | failed)
-        # Of the unit as the worker had it: what a failure has made needless since was its burden.
+        # Keys of the unit as the worker got it: the first one that is not done killed the worker,
+        # even if a failure has made its line needless since.
         over = next((k for k in keys_of(spec, self.unit) if k not in done), "")
         self._deaths = self._deaths + 1 if over == self._over else 1
         self._over = over
@@ -211,7 +212,7 @@ def received_error(content: tuple[str, str]) -> errors.ErrataError:
 
 
 def threads_each(jobs: int, environment: Mapping[str, str]) -> int:
-    """Return how many threads each of several workers gets of those that one would have."""
+    """Return the threads per worker: those of one process, divided among the workers."""
     given = environment.get("OMP_NUM_THREADS", "")
     if given.isdigit() and int(given) > 0:
         whole = int(given)

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from errata.bench.records import versions
 from errata.bench.run_spec import Case, case_name
 from errata.errors import IntegrityError, StorageError, reason_of
-from errata.evaluate import Baseline, Measurement, Reader, TargetScore
-from errata.evaluate.asking import installed_protocols, measured
+from errata.evaluate import Baseline, Measurement, Reader
+from errata.evaluate.baseline import answers_json, answers_of
+from errata.evaluate.known_protocols import installed_protocols, measured
 from errata.evaluate.pooling import harmonic_mean, one_value
 from errata.evaluate.reader import KnownAnswers
 from errata.model.storage import make_folder, write_bytes
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from errata.evaluate import MeasureSettings
     from errata.model.model import Model
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def measure(
@@ -37,9 +38,9 @@ def measure(
 ) -> list[list[Measurement]]:
     """Measure the model as it stands on several cases together; return each case's own numbers.
 
-    Numbers that are about no case (perplexity, retained probes) are a case's own only where its
-    edit alone made the model what it is (`alone`); elsewhere they are the state's (`measure_state`)
-    and left out, also where it happens that a single case is left to be measured.
+    Case-independent numbers (perplexity, retained probes) are returned only if the case's edit is
+    the only one on the model (`alone`). Else they belong to the state (`measure_state`) and are
+    dropped, even if just one case is measured.
     """
     if not protocols:
         return [[] for _ in cases]
@@ -61,9 +62,9 @@ def measure_state(
     Args:
         editor: whose model is measured.
         cases: edited so far.
-        protocols: whose numbers are all about the whole.
-        beside: protocols of cases, some of whose numbers are about the whole; of these only those
-            are returned. Each with the kinds of requests that it is asked about, () for all.
+        protocols: whose numbers are all about the model as a whole.
+        beside: per-case protocols of which only the case-independent numbers are returned → the
+            kinds of requests that each is asked about, () for all.
         baseline: what the base answers.
         unedited: measure the base; what it answers is added to the baseline's memory.
     """
@@ -163,7 +164,7 @@ def measure_unedited(
                 found += editor.evaluate(requests, [name], baseline=base)
     probes = [p for r in requests for p in (*r.neighbourhood, *r.locality) if not p.answers]
     if probes and protocols and reader.generates:
-        # Nobody asked the base what it says here, but "as the base" will be asked of an edit.
+        # The `*_unchanged` metrics of edited models need the base's text here.
         reader.texts(probe.prompt for probe in probes)
     return found
 
@@ -173,8 +174,8 @@ def of_each_case(
 ) -> list[list[Measurement]]:
     """Return the measurements of each case by itself, as if it had been measured alone.
 
-    What is about no case (texts, retained probes) is left out; of the base (`of_base`) each case
-    has it, so that what its edit changed there is compared case by case.
+    Case-independent numbers (of texts, of retained probes) are dropped; with `of_base` each case
+    gets a copy, so that what its edit changed there can be compared case by case.
     """
     names = [case_name(case) for case in cases]
     own: dict[str, list[Measurement]] = {name: [] for name in names}
@@ -225,17 +226,7 @@ def told_apart_by_name(cases: Sequence[Case]) -> bool:
 
 def save_answers(path: Path, memory: KnownAnswers, fingerprint: str) -> None:
     """Write what the base answered; floats come back bit for bit."""
-    data = {
-        "schema": SCHEMA,
-        "fingerprint": fingerprint,
-        "texts": list(memory.texts.items()),
-        "scores": [
-            [prompt, target, score.token_ids, score.logprobs, score.predicted]
-            for (prompt, target), score in memory.scores.items()
-        ],
-        "nlls": list(memory.nlls.items()),
-        "samples": [[*key, texts] for key, texts in memory.samples.items()],
-    }
+    data = {"schema": SCHEMA, "fingerprint": fingerprint, "answers": answers_json(memory)}
     write_bytes(path, json.dumps(data).encode())
 
 
@@ -248,20 +239,12 @@ def load_answers(path: Path, fingerprint: str) -> KnownAnswers:
         data: dict[str, Any] = json.loads(path.read_bytes())
         if data["schema"] != SCHEMA or data["fingerprint"] != fingerprint:
             raise ValueError("it is of another model or another version of errata")
-        return KnownAnswers(
-            texts={prompt: text for prompt, text in data["texts"]},
-            scores={
-                (prompt, target): TargetScore(tuple(ids), tuple(logprobs), tuple(predicted))
-                for prompt, target, ids, logprobs, predicted in data["scores"]
-            },
-            nlls={text: (float(nll), int(count)) for text, (nll, count) in data["nlls"]},
-            samples={(seed, tuple(asked)): texts for seed, asked, texts in data["samples"]},
-        )
+        return answers_of(data["answers"])
     except FileNotFoundError:
         return KnownAnswers()
     except OSError as error:
         raise StorageError(f"Cannot read {path}: {reason_of(error)}.") from error
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise IntegrityError(
             f"{path} is damaged: {error}. Delete it: what it held is asked again when needed."
         ) from None

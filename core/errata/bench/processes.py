@@ -35,18 +35,11 @@ class ProcessEngine(WorkerPool):
     under `if __name__ == "__main__":`.
 
     Args:
-        jobs: how many processes.
-        threads: of each; None divides what one process would have.
+        jobs: how many processes; they share the threads that one would have.
     """
 
-    def __init__(self, jobs: int, threads: int | None = None) -> None:
-        super().__init__(jobs)
-        self._threads = threads
-
     def _start(self, spec: RunSpec) -> WorkerHandle:
-        if self._threads is None:
-            self._threads = threads_each(self.jobs, os.environ)
-        return _Process(spec, self._threads)
+        return _Process(spec, threads_each(self.jobs, os.environ))
 
     def _wait(self, handles: Sequence[WorkerHandle]) -> list[tuple[WorkerHandle, WorkerMessage]]:
         processes = [handle for handle in handles if isinstance(handle, _Process)]

@@ -26,15 +26,14 @@ class RayEngine(WorkerPool):
     base's answers there and keep the ledgers of streams there.
 
     Args:
-        jobs: how many actors.
+        jobs: how many actors; they share the threads that one process would have.
         address: of a running cluster ("auto" finds it); None starts one here.
-        threads: of each actor; None divides what one process would have.
 
     Raises:
         MissingExtraError: Ray is not installed.
     """
 
-    def __init__(self, jobs: int, address: str | None = None, threads: int | None = None) -> None:
+    def __init__(self, jobs: int, address: str | None = None) -> None:
         super().__init__(jobs)
         try:
             import ray
@@ -42,18 +41,16 @@ class RayEngine(WorkerPool):
             raise MissingExtraError("The engine 'ray'", "ray", "ray") from None
         self._ray: Any = ray
         self._address = address
-        self._threads = threads
         self._ours = False
 
     def _start(self, spec: RunSpec) -> WorkerHandle:
         if not self._ray.is_initialized():
             self._initialise()
-        if self._threads is None:
-            self._threads = threads_each(self.jobs, os.environ)
+        threads = threads_each(self.jobs, os.environ)
         gpus = 1 if (spec.config.device or "").startswith("cuda") else 0
         options = {"num_cpus": 1, "num_gpus": gpus, "max_restarts": 0}
         actor = self._ray.remote(**options)(_Actor)
-        made = actor.remote(spec.config, spec.directory, spec.trusted, self._threads)
+        made = actor.remote(spec.config, spec.directory, spec.trusted, threads)
         return _Remote(self._ray, made)
 
     def _initialise(self) -> None:

@@ -5,60 +5,16 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
-from errata.bench.config import BASE
 from errata.bench.editing import CaseOutcome, error_text, traceback_text
-from errata.bench.results import SCHEMA, Line
+from errata.bench.line_place import LinePlace
+from errata.bench.results import Line
 from errata.bench.run_spec import Case, RunSpec, case_name
-from errata.bench.work_units import key_of
 
 if TYPE_CHECKING:
     from errata.evaluate import Measurement
-
-
-@dataclass(frozen=True)
-class LinePlace:
-    """Where in a run a line belongs.
-
-    Attributes:
-        variant, dataset: their numbers; variant -1 is the unedited model.
-        seed: of the run.
-        stage: "base", "single", "batch", "immediate" or "checkpoint".
-        step: cases edited so far, 0 for the base.
-        index: place of the case in its stream (dataset, where there is no stream).
-        key: of the line, where it is not made of the others.
-    """
-
-    variant: int
-    dataset: int
-    seed: int
-    stage: str
-    step: int
-    index: int | None
-    key: str = ""
-
-    def fields(self, spec: RunSpec, kind: str) -> Line:
-        """Return what every line begins with."""
-        made = key_of(
-            spec, self.variant, self.dataset, self.seed, self.stage, self.step, self.index
-        )
-        method = BASE if self.variant < 0 else spec.config.methods[self.variant].method
-        return {
-            "schema": SCHEMA,
-            "kind": kind,
-            "key": self.key or made,
-            "method": method,
-            "variant": spec.label(self.variant),
-            "seed": self.seed,
-            "regime": spec.config.regime,
-            "stage": self.stage,
-            "step": self.step,
-            "index": self.index,
-            "dataset": spec.title(self.dataset),
-        }
 
 
 def case_line(
@@ -79,7 +35,7 @@ def case_line(
         outcome: what became of its edit; None for the base.
         seconds: spent on measuring it (its share, where several were measured together).
     """
-    # What was edited before is not edited again at a checkpoint.
+    # A checkpoint measures earlier edits again: their cost is on the line of the edit.
     now = outcome is not None and place.stage != "checkpoint"
     return {
         **place.fields(spec, "case"),

@@ -1,8 +1,9 @@
 """By what a run may grow, and how to name whatever else differs between two runs.
 
-What a run holds stays as it is when it grows. No method and no seed depends on another. With single
-edits no case does, and cases come in the order of their file; but shuffled cases come in another
-order once there are more of them, and a stream, or a state's measurements, are of all cases.
+A run may get more methods and more seeds: they are independent of each other. It may get more
+cases under single edits, where cases are independent and come in the order of their file. Shuffled
+cases come in another order once there are more of them, and a stream, or the measurements of a
+state, are about all cases.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def blocking(former: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[s
         wanted: identity of the run to be carried out.
     """
     there, here = copy.deepcopy(dict(former)), copy.deepcopy(dict(wanted))
-    if not _learnt(there):  # what the methods that are new learn from was nobody's matter
+    if not _learnt(there):  # no earlier method was trained, so the training data may differ
         for identity in (there, here):
             identity.pop("training", None)
             identity.get("config", {}).pop("train", None)
@@ -92,9 +93,9 @@ def _needs_all(identity: Mapping[str, Any]) -> str:
 
 
 def _name_entries(identity: dict[str, Any]) -> None:
-    """Have the entries of a configuration's lists by their labels.
+    """Turn the lists of a configuration into mappings by label, in place.
 
-    Of methods only what their resolved hyper-parameters (`variants`) do not tell.
+    Of a method only what its resolved hyper-parameters (`variants`) do not tell is kept.
     """
     config = identity.get("config", {})
     if "methods" in config:
@@ -103,11 +104,8 @@ def _name_entries(identity: dict[str, Any]) -> None:
             for one in config["methods"]
         }
     for name in ("datasets", "retain"):
-        found = config.get(name)
-        if isinstance(found, Mapping):
-            found = [found]
-        if found:
-            config[name] = {one.get("label") or one["name"]: one for one in found}
+        if name in config:
+            config[name] = {one.get("label") or one["name"]: one for one in config[name]}
 
 
 def differences(there: Any, here: Any, where: str = "") -> Iterator[str]:

@@ -58,10 +58,6 @@ def info_of(spec: RunSpec, description: Mapping[str, Any]) -> dict[str, Any]:
         given["train"] = None  # no method of the run looks at it
     for dataset in (*given["datasets"], *filter(None, [given["train"]]), *given["retain"]):
         dataset.pop("path")  # where the bytes lay does not matter, their digest does
-        if not dataset["start"]:
-            dataset.pop("start")  # runs from before there was one
-    if len(given["retain"]) < 2:  # runs from before there could be several
-        given["retain"] = next(iter(given["retain"]), None)
     given.pop("corpus")
     given.pop("model")
     identity = {

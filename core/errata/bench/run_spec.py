@@ -31,8 +31,8 @@ BESIDE: dict[str, tuple[str, ...]] = {
     **dict.fromkeys((*WHOLE, "ke"), ()),
     "knowedit": ("erase", "sentiment"),
 }
-"""Protocols that, asked about cases, also say something of the model as a whole (the retained
-probes): with the kinds of requests for which they do, () for all."""
+"""Per-case protocols that also measure something case-independent (retained probes) → the kinds
+of requests for which they do, () for all."""
 
 
 class Item(NamedTuple):
@@ -220,16 +220,16 @@ class RunSpec:
         return tuple(name for name in dict.fromkeys(given) if name in known)
 
     def beside(self, dataset: int) -> dict[str, tuple[str, ...]]:
-        """Return the protocols of cases of which a state's line holds what is about no case.
+        """Return the per-case protocols whose case-independent numbers go on the state's line.
 
-        After a single edit the case's own line has it: the state is that of its edit.
+        After a single edit they go on the case's own line: the state is that of its edit.
         """
         if self.config.regime in SINGLE:
             return {}
         return {name: kinds for name, kinds in BESIDE.items() if name in self.protocols(dataset)}
 
     def unmeasured(self, dataset: int) -> list[str]:
-        """Return the protocols of cases whose numbers about the whole no line will hold."""
+        """Return the per-case protocols whose case-independent numbers are not recorded."""
         if self.whole(dataset):
             return []
         retained = bool(self.datasets[dataset].retain or self.retained)

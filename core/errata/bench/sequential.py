@@ -12,10 +12,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from errata.bench.editing import CaseOutcome
-from errata.bench.records import LinePlace, failure_line
+from errata.bench.line_place import LinePlace
+from errata.bench.records import failure_line
 from errata.bench.results import Line, locked
 from errata.bench.run_spec import Item, case_name
-from errata.bench.work_units import WorkUnit, immediate_key, key_of
+from errata.bench.work_units import WorkUnit, place_at_checkpoint, place_of_edit, place_of_state
 from errata.errors import IntegrityError
 from errata.model.storage import make_folder
 
@@ -51,7 +52,8 @@ class _Stream:
         checkpoints = set(spec.checkpoints(len(unit.items)))
         for call in spec.calls(unit.variant, len(unit.items)):
             self._carry_out(call)
-            left = {p for p in call if immediate_key(spec, unit, p) not in unit.done}
+            keys = {p: place_of_edit(spec, unit, p).key(spec) for p in call}
+            left = {p for p, key in keys.items() if key not in unit.done}
             if left:
                 with self._at(call.stop):
                     yield from self._immediate(call, left)
@@ -64,19 +66,16 @@ class _Stream:
         unit, spec = self.unit, self.spec
         place: dict[Item, LinePlace] = {}
         for position in call:
-            item, key = unit.items[position], immediate_key(spec, unit, position)
-            where = LinePlace(
-                unit.variant, item.dataset, unit.seed, "immediate", call.stop, position
-            )
+            item, where = unit.items[position], place_of_edit(spec, unit, position)
             outcome = self.outcomes[position]
-            error = outcome.error or unit.given_up.get(key)
+            error = outcome.error or unit.given_up.get(where.key(spec))
             if error is None:
                 place[item] = where
             elif position in left:
                 case = spec.case(item, unit.seed)
                 yield failure_line(spec, where, case, error, outcome.traceback)
         for chunk in spec.chunks(list(place)):
-            # All of a chunk or none: what is measured together is part of the number.
+            # A chunk is measured as a whole or not at all: numbers depend on the batch.
             if any(place[item].index in left for item in chunk):
                 wanted = [(place[item], item, self._outcome(place[item])) for item in chunk]
                 yield from self.worker.measured(unit, wanted)
@@ -91,31 +90,24 @@ class _Stream:
         }
         for chunk in spec.chunks(list(place)):
             wanted = [
-                (
-                    LinePlace(unit.variant, i.dataset, unit.seed, "checkpoint", step, place[i]),
-                    i,
-                    self.outcomes[place[i]],
-                )
+                (place_at_checkpoint(unit, place[i], step), i, self.outcomes[place[i]])
                 for i in chunk
             ]
-            keys = [
-                key_of(spec, unit.variant, one.dataset, unit.seed, "checkpoint", step, one.index)
-                for one, _, _ in wanted
-            ]
+            keys = [one.key(spec) for one, _, _ in wanted]
             stuck = [
                 failure_line(spec, one, spec.case(item, unit.seed), unit.given_up[key])
                 for key, (one, item, _) in zip(keys, wanted, strict=True)
                 if key in unit.given_up
             ]
             yield from stuck
-            # All of a chunk or none: what is measured together is part of the number.
+            # A chunk is measured as a whole or not at all: numbers depend on the batch.
             if any(key not in unit.done for key in keys):
                 left = [w for k, w in zip(keys, wanted, strict=True) if k not in unit.given_up]
                 yield from self.worker.measured(unit, left)
         for dataset in sorted({item.dataset for item in place}):
-            key = key_of(spec, unit.variant, dataset, unit.seed, "checkpoint", step, None)
+            where = place_of_state(unit, dataset, "checkpoint", step)
+            key = where.key(spec)
             if spec.whole(dataset) and key not in unit.done:
-                where = LinePlace(unit.variant, dataset, unit.seed, "checkpoint", step, None)
                 if key in unit.given_up:
                     yield failure_line(spec, where, None, unit.given_up[key])
                     continue
@@ -155,9 +147,9 @@ class _Stream:
     def _errors(self, call: range) -> dict[int, str]:
         """Return the cases of a call that cannot be carried out, and why."""
         unit, spec = self.unit, self.spec
-        keys = {position: immediate_key(spec, unit, position) for position in call}
-        fatal = [unit.given_up[key] for key in keys.values() if key in unit.given_up]
-        if fatal:  # what kills its worker is not tried again without one of its cases
+        keys = [place_of_edit(spec, unit, position).key(spec) for position in call]
+        fatal = [unit.given_up[key] for key in keys if key in unit.given_up]
+        if fatal:  # a call that killed its worker is not retried with fewer cases
             return dict.fromkeys(call, fatal[0])
         if len(call) == 1:
             return {}
@@ -185,12 +177,12 @@ class _Stream:
         return found
 
     def _unclaimed(self) -> list[str]:
-        """Return active edits that no note speaks of: of the call that was killed half way."""
+        """Return active edits without a note: those of a call that was killed half way."""
         claimed = {edit_id for outcome in self.outcomes.values() for edit_id in outcome.ids}
         return [edit_id for edit_id in self.editor.model.stack.ids if edit_id not in claimed]
 
     def _at(self, count: int) -> AbstractContextManager[None]:
-        """Have the edits on the model that were there when so many cases had been edited."""
+        """For a block, put the edits on the model that were on it after the first `count` cases."""
         done = [self.outcomes[position] for position in range(count) if position in self.outcomes]
         ids = list(dict.fromkeys(edit_id for outcome in done for edit_id in outcome.ids))
         return nullcontext() if ids == self.editor.model.stack.ids else self.editor.only(*ids)

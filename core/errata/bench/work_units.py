@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from bisect import bisect
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from errata.bench.config import STREAMS
+from errata.bench.line_place import LinePlace
 from errata.bench.run_spec import CHUNK, Item, RunSpec
 
 Work = Literal["describe", "base", "base-state", "prepare", "single", "batch", "stream"]
@@ -40,70 +41,72 @@ class WorkUnit:
     given_up: Mapping[str, str] = field(default_factory=dict)
 
 
-def key_of(
-    spec: RunSpec, variant: int, dataset: int, seed: int, stage: str, step: int, index: int | None
-) -> str:
-    """Return the key of a line: unique in its run. `index` is None for a state."""
-    place = "state" if index is None else str(index)
-    return "|".join([spec.label(variant), spec.title(dataset), str(seed), stage, str(step), place])
-
-
 def keys_of(spec: RunSpec, unit: WorkUnit) -> Iterator[str]:
     """Yield the keys of all lines that a unit writes if no case fails, in their order."""
     if unit.work in ("describe", "prepare"):
         return
     if unit.work == "base-state":
-        yield key_of(spec, -1, unit.dataset, unit.seed, "base", 0, None)
+        yield place_of_state(unit, unit.dataset, "base", 0).key(spec)
         return
     if unit.work == "stream":
         yield from _stream_keys(spec, unit)
         return
-    stage = unit.work
-    step = {"base": 0, "single": 1}.get(stage, len(unit.items))
     for item in unit.items:
-        yield key_of(spec, unit.variant, item.dataset, unit.seed, stage, step, item.number)
-    if stage == "batch" and spec.whole(unit.dataset):
-        yield state_of_batch(spec, unit)
+        yield place_of_case(unit, item).key(spec)
+    if unit.work == "batch" and spec.whole(unit.dataset):
+        yield place_of_batch(unit).key(spec)
 
 
-def state_of_batch(spec: RunSpec, unit: WorkUnit) -> str:
-    """Return the key of a batch's state: its index is that of the batch's first case."""
-    step = len(unit.items)
-    return (
-        key_of(spec, unit.variant, unit.dataset, unit.seed, "batch", step, None)
-        + f"-{unit.items[0].number}"
-    )
+def place_of_case(unit: WorkUnit, item: Item) -> LinePlace:
+    """Return where the line of a case belongs, outside of streams."""
+    step = {"base": 0, "single": 1}.get(unit.work, len(unit.items))
+    return LinePlace(unit.variant, item.dataset, unit.seed, unit.work, step, item.number)
 
 
-def immediate_key(spec: RunSpec, unit: WorkUnit, position: int) -> str:
-    """Return the key of the line written right after the edit at a position of a stream.
+def place_of_batch(unit: WorkUnit) -> LinePlace:
+    """Return where the line of a batch's state belongs."""
+    return replace(place_of_case(unit, unit.items[0]), of_state=True)
+
+
+def place_of_state(unit: WorkUnit, dataset: int, stage: str, step: int) -> LinePlace:
+    """Return where the line of the base's state belongs, or of a stream's after `step` cases."""
+    return LinePlace(unit.variant, dataset, unit.seed, stage, step, None, of_state=True)
+
+
+def place_of_edit(spec: RunSpec, unit: WorkUnit, position: int) -> LinePlace:
+    """Return where the line belongs that is written right after the edit at a stream's position.
 
     Its step is the number of cases edited then: those of one call all have that of the last.
     """
     dataset = unit.items[position].dataset
     calls = spec.calls(unit.variant, len(unit.items))
     step = calls[bisect(calls, position, key=lambda call: call.start) - 1].stop
-    return key_of(spec, unit.variant, dataset, unit.seed, "immediate", step, position)
+    return LinePlace(unit.variant, dataset, unit.seed, "immediate", step, position)
+
+
+def place_at_checkpoint(unit: WorkUnit, position: int, step: int) -> LinePlace:
+    """Return where the line of a stream's case belongs, measured again after `step` cases."""
+    dataset = unit.items[position].dataset
+    return LinePlace(unit.variant, dataset, unit.seed, "checkpoint", step, position)
 
 
 def _stream_keys(spec: RunSpec, unit: WorkUnit) -> Iterator[str]:
     checkpoints = set(spec.checkpoints(len(unit.items)))
-    kept: list[tuple[int, Item]] = []
+    kept: dict[Item, int] = {}
     for position, item in enumerate(unit.items):
-        yield immediate_key(spec, unit, position)
-        if immediate_key(spec, unit, position) not in unit.failed:
-            kept.append((position, item))
+        key = place_of_edit(spec, unit, position).key(spec)
+        yield key
+        if key not in unit.failed:
+            kept[item] = position
         step = position + 1
         if step not in checkpoints:
             continue
-        place = {item: position for position, item in kept}
-        for chunk in spec.chunks(list(place)):
+        for chunk in spec.chunks(list(kept)):
             for one in chunk:
-                key = (spec, unit.variant, one.dataset, unit.seed, "checkpoint", step, place[one])
-                yield key_of(*key)
-        for dataset in sorted({one.dataset for one in place}):
+                yield place_at_checkpoint(unit, kept[one], step).key(spec)
+        for dataset in sorted({one.dataset for one in kept}):
             if spec.whole(dataset):
-                yield key_of(spec, unit.variant, dataset, unit.seed, "checkpoint", step, None)
+                yield place_of_state(unit, dataset, "checkpoint", step).key(spec)
 
 
 def base_units(spec: RunSpec) -> list[WorkUnit]:
@@ -168,8 +171,6 @@ def left_over(
         units: what there was to do.
         done: key → kind of every line that is there.
     """
-    from dataclasses import replace
-
     kinds = done if isinstance(done, Mapping) else dict.fromkeys(done, "case")
     found = []
     for unit in units:
@@ -185,7 +186,8 @@ def left_over(
 def to_retry(spec: RunSpec, kinds: Mapping[str, str]) -> set[str]:
     """Return the keys of lines to be written again so that what failed is tried again.
 
-    They are those of the failures, and of a batch with one all: its cases are edited together.
+    They are the keys of failures, and all keys of a batch that has one: its cases are edited
+    together.
 
     Args:
         spec: the run.

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 from errata.bench import measuring
 from errata.bench.askable import check_askable
 from errata.bench.editing import FATAL, CaseOutcome, edit_case, error_text, traceback_text
-from errata.bench.records import LinePlace, case_line, failure_line, state_line
+from errata.bench.line_place import LinePlace
+from errata.bench.records import case_line, failure_line, state_line
 from errata.bench.results import Line
 from errata.bench.run_spec import CHUNK, Case, Item, RunSpec
-from errata.bench.work_units import WorkUnit, key_of, state_of_batch
+from errata.bench.work_units import WorkUnit, place_of_batch, place_of_case, place_of_state
 from errata.contract import plugins
 from errata.contract.capabilities import check_capabilities, check_prompts
 from errata.editor import Editor
@@ -200,7 +201,7 @@ class Worker:
                 if len(group) > 1:  # find out which of them it is
                     groups = [[i] for i in group] + groups
                     continue
-                place = self._place(unit, items[group[0]])
+                place = place_of_case(unit, items[group[0]])
                 yield from self._unwritten(unit, [failure_line(spec, place, mine[0], error)])
                 continue
             kept.append(memory)
@@ -209,7 +210,7 @@ class Worker:
             yield from self._unwritten(
                 unit,
                 [
-                    case_line(spec, self._place(unit, items[i]), case, numbers, None, share)
+                    case_line(spec, place_of_case(unit, items[i]), case, numbers, None, share)
                     for i, case, numbers in zip(group, mine, found, strict=True)
                 ],
             )
@@ -218,7 +219,7 @@ class Worker:
     def base_state(self, unit: WorkUnit) -> Iterator[Line]:
         """Measure the unedited model as a whole."""
         spec, (dataset, seed) = self.spec, (unit.dataset, unit.seed)
-        place = LinePlace(-1, dataset, seed, "base", 0, None)
+        place = place_of_state(unit, dataset, "base", 0)
         started = time.perf_counter()
         if unit.given_up:
             yield failure_line(spec, place, None, next(iter(unit.given_up.values())))
@@ -285,7 +286,7 @@ class Worker:
             if self._key(unit, item) in unit.given_up:
                 continue
             if problem:
-                line = failure_line(spec, self._place(unit, item), case, problem)
+                line = failure_line(spec, place_of_case(unit, item), case, problem)
                 yield from self._unwritten(unit, [line])
             else:
                 good.append((item, case))
@@ -296,7 +297,8 @@ class Worker:
             if outcome.error is not None:
                 said = outcome.error, outcome.traceback
                 lines = [
-                    failure_line(spec, self._place(unit, item), case, *said) for item, case in good
+                    failure_line(spec, place_of_case(unit, item), case, *said)
+                    for item, case in good
                 ]
                 yield from self._unwritten(unit, lines)
             else:
@@ -321,12 +323,10 @@ class Worker:
         for chunk in spec.chunks([item for item, _ in good]):
             yield from self.measured(
                 unit,
-                [(self._place(unit, item), item, outcome) for item in chunk],
+                [(place_of_case(unit, item), item, outcome) for item in chunk],
             )
-        key = state_of_batch(spec, unit) if unit.work == "batch" else ""
-        if key and spec.whole(unit.dataset) and key not in unit.done:
-            place = self._place(unit, unit.items[0])
-            place = dataclasses.replace(place, key=key)
+        place = place_of_batch(unit)
+        if unit.work == "batch" and spec.whole(unit.dataset) and place.key(spec) not in unit.done:
             yield self.state(unit, place, [item for item, _ in good])
 
     def edit(
@@ -413,15 +413,8 @@ class Worker:
             return error_text(error)
         return ""
 
-    def _place(self, unit: WorkUnit, item: Item) -> LinePlace:
-        step = {"base": 0, "single": 1}.get(unit.work, len(unit.items))
-        return LinePlace(unit.variant, item.dataset, unit.seed, unit.work, step, item.number)
-
     def _key(self, unit: WorkUnit, item: Item) -> str:
-        place = self._place(unit, item)
-        return key_of(
-            self.spec, unit.variant, item.dataset, unit.seed, unit.work, place.step, item.number
-        )
+        return place_of_case(unit, item).key(self.spec)
 
     def _given_up(self, unit: WorkUnit) -> Iterator[Line]:
         for item in unit.items:
@@ -429,7 +422,7 @@ class Worker:
             if error is not None:
                 case = self.spec.case(item, unit.seed)
                 yield from self._unwritten(
-                    unit, [failure_line(self.spec, self._place(unit, item), case, error)]
+                    unit, [failure_line(self.spec, place_of_case(unit, item), case, error)]
                 )
 
     @staticmethod

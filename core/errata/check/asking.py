@@ -40,8 +40,8 @@ def check_facts(
         facts: a file of facts, or questions.
         recorded: answers that must not change.
         source: what the report calls the facts.
-        changed: the model differs from its base in what is no edit (an adapter); None: it does
-            where edits are on it.
+        changed: whether the model differs from its base, say by an adapter; None: whether edits
+            are on it.
 
     Raises:
         CapabilityError: the model generates no text.

@@ -148,7 +148,7 @@ class MustSay(_Entry):
             yield FactTest(section, "neighbour", prompt, own or (), **_of_base(how, own is None))
 
     def _check_never(self, answers: tuple[str, ...], criterion: Criterion) -> None:
-        """Raise `ValueError` where no text can give an answer without what must not stand in it."""
+        """Raise `ValueError` when every accepted answer contains a forbidden text."""
         from errata.evaluate.matching import contained_match  # loads numpy with the rest
 
         never = [next((t for t in self.never if contained_match(a, [t])), None) for a in answers]

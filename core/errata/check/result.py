@@ -155,5 +155,5 @@ JUNIT_START = "<?xml version='1.0' encoding='utf-8'?>\n<!-- errata check -->"
 
 
 def _xml(text: str) -> str:
-    """Return text with what XML cannot hold written out."""
+    """Return text with escapes for the characters that XML does not allow."""
     return _NO_XML.sub(lambda found: ascii(found[0])[1:-1], text)

@@ -29,8 +29,8 @@ from errata.cli import (
     serve,
     zoo,
 )
+from errata.cli.error_reports import CLOSING, EXIT_CODES, USAGE
 from errata.cli.render import console, json_text, visible
-from errata.cli.session import CLOSING, EXIT_CODES, USAGE
 
 _JSON = "--json"
 

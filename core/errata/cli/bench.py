@@ -11,15 +11,17 @@ import typer
 from rich.text import Text
 
 from errata.cli import render
-from errata.cli.checks import check_model
-from errata.cli.edits import pairs
+from errata.cli.command import OUTPUT, command
+from errata.cli.error_reports import FAILED
+from errata.cli.name_values import pairs
+from errata.cli.prechecks import check_model
 from errata.cli.requests import SkipBad
-from errata.cli.session import FAILED, OUTPUT, Session, calm_transformers, command
+from errata.cli.session import Session, calm_transformers
 from errata.errors import ConfigError, UnknownNameError
 
 if TYPE_CHECKING:
     from errata.bench import BenchConfig, BenchPlan, Engine, RunDirectory
-    from errata.evaluate import Measurement
+    from errata.bench.report import Report
 
 PANEL = "Measure"
 ENGINES = ("serial", "processes", "ray")
@@ -289,27 +291,24 @@ def _show_plan(session: Session, plan: BenchPlan) -> None:
 
 def _show_run(session: Session, run: RunDirectory) -> None:
     """Show the results of a run; leave with an error only if nothing could be carried out."""
+    from errata.bench.report import read
+
     counted = _counts(run)
+    measured = any(count["cases"] for count in counted.values())
+    found = read(run.directory) if measured else None
     if session.json:
         session.emit(
             {
                 "directory": str(run.directory),
                 "digest": run.info["digest"],
                 "columns": counted,
-                "measurements": [
-                    {"dataset": dataset, "stage": stage, "variant": label,
-                     **one.as_json(cases=False)}
-                    for (dataset, stage), columns in _tables(run).items()
-                    for label, found in columns.items()
-                    for one in found
-                ],
+                "measurements": [] if found is None else _measurements(found),
             }
-        )  # fmt: skip
-    elif any(count["cases"] for count in counted.values()):
-        from errata.bench.report import read
+        )
+    elif found is not None:
         from errata.bench.report.terminal import summary
 
-        session.show(summary(read(run.directory), session.out.width))
+        session.show(summary(found, session.out.width))
     failed = [
         f"{label}: {render.count(count['failures'], 'failure')}"
         for label, count in counted.items()
@@ -346,6 +345,23 @@ def _show_failures(session: Session, lines: Sequence[Mapping[str, Any]]) -> None
     )  # fmt: skip
 
 
+def _measurements(report: Report) -> list[dict[str, Any]]:
+    """Return every number of a report's tables, each with its dataset, variant and moment."""
+    return [
+        {
+            "dataset": part.section.dataset,
+            "variant": head.label,
+            "moment": head.moment,
+            **cell.measurement.as_json(cases=False),
+        }
+        for part in report.parts
+        for table in part.tables
+        for row in table.rows
+        for head, cell in zip(table.heads, row.cells, strict=True)
+        if cell is not None
+    ]
+
+
 def _counts(run: RunDirectory) -> dict[str, dict[str, int]]:
     found: dict[str, dict[str, int]] = {}
     labels = ["base", *(variant["label"] for variant in run.info["variants"])]
@@ -359,36 +375,3 @@ def _counts(run: RunDirectory) -> dict[str, dict[str, int]]:
             count["cases"] += 1
             count["refused"] += bool((line.get("edit") or {}).get("refused"))
     return found
-
-
-Tables = dict[tuple[str, str], dict[str, "list[Measurement]"]]
-
-
-def _tables(run: RunDirectory) -> Tables:
-    """Return the pooled numbers by (dataset, stage) and column; of checkpoints the last one."""
-    from errata.evaluate import Measurement, pool
-
-    last: dict[tuple[str, str, int], int] = {}
-    groups: dict[tuple[str, str, str, int], list[list[Measurement]]] = {}
-    for line in run.cases():
-        place = (line["dataset"], line["variant"], line["seed"])
-        step = line["step"] if line["stage"] == "checkpoint" else 0
-        if step:
-            last[place] = max(step, last.get(place, 0))
-        key = (line["dataset"], line["stage"], line["variant"], step)
-        groups.setdefault(key, []).append(
-            [Measurement.from_json(one) for one in line["measurements"]]
-        )
-    final = {(dataset, variant, step) for (dataset, variant, _), step in last.items()}
-    pooled = {
-        (dataset, stage, variant): pool(many)
-        for (dataset, stage, variant, step), many in groups.items()
-        if not step or (dataset, variant, step) in final
-    }
-    tables: Tables = {}
-    for (dataset, stage, variant), found in pooled.items():
-        if stage != "base":
-            columns = tables.setdefault((dataset, stage), {})
-            columns.setdefault("base", pooled.get((dataset, "base", "base"), []))
-            columns[variant] = found
-    return tables

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from errata.edits.request import Request
 
 REPLACING = ("supersede", "rebase", "resolve")
-"""Kinds of the events that say which edits one was taken off for."""
+"""Kinds of events that name the edits which replaced one that was taken off."""
 
 
 def left_over(
@@ -23,9 +23,9 @@ def left_over(
 ) -> tuple[list[Request], list[Request]]:
     """Return the requests, in order, that no active edit carries out; and which were superseded.
 
-    An edit that was taken off for another (superseded, computed or solved again) counts as long as
-    what took its place is active, itself or through further such steps, and says the same. Where
-    that says something else, the request is superseded. An edit that was reverted does not count.
+    An edit that was replaced (superseded, computed or solved again) still carries out its request
+    if an active edit has taken its place, perhaps in several steps, and says the same. If that
+    edit says something else, the request is superseded. A reverted edit does not count.
 
     Args:
         ledger: where the edits are recorded.
@@ -49,7 +49,7 @@ def left_over(
 
 
 def _replacements(ledger: Ledger) -> Mapping[str, Collection[str]]:
-    """Return id → ids of what it was taken off for, of edits not put on again since."""
+    """Map each replaced edit to its replacements, unless it was put on again since."""
     known = set(ledger.ids())
     found: dict[str, Collection[str]] = {}
     for event in ledger.events():
@@ -69,14 +69,14 @@ def _said_instead(
     instead: Mapping[str, Collection[str]],
     read: Callable[[str], Edit],
 ) -> list[Request]:
-    """Return what active edits say of its fact in place of those that were `made` of a request."""
+    """Return the requests on the same fact of active edits that replaced those in `made`."""
     found: list[Request] = []
     waiting = [(name, request) for name in made]
     seen = set(waiting)
     while waiting:
         name, asked = waiting.pop()
         for other in instead.get(name, ()):
-            # Older events name all edits of their call; those about another fact replaced others.
+            # An edit may hold requests on other facts, too.
             about = [new for new in read(other).requests if same_fact(asked, new)]
             if other in active:
                 found += about

@@ -13,8 +13,10 @@ from rich.text import Text
 from errata.check.fact_file import FactFile
 from errata.check.result import JUNIT_START, CheckReport, FactResult
 from errata.cli import render
-from errata.cli.checks import check_model
-from errata.cli.session import MODEL, UNTRUE, Session, command
+from errata.cli.command import MODEL, command
+from errata.cli.error_reports import UNTRUE
+from errata.cli.prechecks import check_model
+from errata.cli.session import Session
 from errata.edits.outputs import OwnSign, check_file, write_file
 from errata.errors import ConfigError
 

@@ -11,8 +11,9 @@ import typer
 from rich.text import Text
 
 from errata.cli import render
-from errata.cli.edits import pairs
-from errata.cli.session import OUTPUT, Session, command
+from errata.cli.command import OUTPUT, command
+from errata.cli.name_values import pairs
+from errata.cli.session import Session
 
 if TYPE_CHECKING:
     from errata.datasets import Dataset, DatasetReader

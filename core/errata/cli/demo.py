@@ -12,9 +12,12 @@ from rich.text import Text
 
 from errata import zoo
 from errata.cli import render
-from errata.cli.edits import ANSWER_TOKENS, answers, check_method, edit_json
+from errata.cli.command import OUTPUT, command
+from errata.cli.edit_view import edit_json
+from errata.cli.error_reports import DAMAGED
 from errata.cli.locate_views import edits_on, location_view
-from errata.cli.session import DAMAGED, OUTPUT, Session, command
+from errata.cli.prechecks import check_method
+from errata.cli.session import Session
 from errata.errors import ConfigError, MissingExtraError, StorageError
 from errata.zoo.facts import KNOWN
 
@@ -31,6 +34,7 @@ METHODS = ("rome", "grace", "memit")
 EMBEDDED_METHODS = ("rome", "grace", "adalora")
 DRAWN = 48  # cases looked at while choosing
 FLUENT_TOKENS = 40
+ANSWER_TOKENS = 8
 
 
 def add(app: typer.Typer) -> None:
@@ -143,7 +147,7 @@ class _Demo:
         drawn = _drawn(self._seed) if self.embedded else list(KNOWN)
         from errata.evaluate import exact_match
 
-        said = answers(self._editor, drawn)
+        said = _answers(self._editor, drawn)
         subjects: set[str] = set()
         tried = 0
         for request, text in zip(drawn, said, strict=True):
@@ -330,7 +334,7 @@ class _Demo:
         )
 
     def _now(self) -> list[str]:
-        return [_first(text) for text in answers(self._editor, self._requests)]
+        return [_first(text) for text in _answers(self._editor, self._requests)]
 
     def _head(self, text: str) -> None:
         self._step += 1
@@ -374,3 +378,11 @@ def _digests(editor: Editor) -> dict[str, str]:
     from errata.model.pristine import digest
 
     return {name: digest(tensor) for name, tensor in _live(editor).items()}
+
+
+def _answers(editor: Editor, requests: Sequence[Request]) -> list[str]:
+    """Return what the model says to each request's prompt now."""
+    if not requests:
+        return []
+    texts = editor.generate([r.text for r in requests], max_new_tokens=ANSWER_TOKENS)
+    return [text.strip() for text in texts]

@@ -10,8 +10,9 @@ import typer
 from rich.text import Text
 
 from errata.cli import render
-from errata.cli.locate import beside, check_plot, say_pictures
-from errata.cli.session import MODEL, Session, command
+from errata.cli.command import MODEL, command
+from errata.cli.pictures import beside, check_plot, say_pictures
+from errata.cli.session import Session
 from errata.errors import ConfigError, LedgerError, UnknownNameError, first_few
 
 if TYPE_CHECKING:

@@ -19,7 +19,8 @@ from rich.text import Text
 
 from errata import __version__
 from errata.cli import render
-from errata.cli.session import LEDGER, Session, command
+from errata.cli.command import LEDGER, command
+from errata.cli.session import Session
 from errata.contract import plugins
 from errata.contract.hooks import MODELS, PLUGINS
 from errata.edits.ledger.files import refuse_lost_database

@@ -1,4 +1,4 @@
-"""What people see after `errata edit`: what was made, where, and what it did to the answers."""
+"""What is shown of edits: after `errata edit` to people, and of any record as JSON."""
 
 from __future__ import annotations
 
@@ -152,3 +152,8 @@ def _neighbours(report: EditReport) -> Iterator[Text]:
         (f"Warning: {len(changed)} of {len(asked)} neighbours changed{also}. ", "warn"),
         "The edit reaches beyond its subject; a lower layer or another method may disturb less.",
     )
+
+
+def edit_json(edit: Edit, active: bool) -> dict[str, Any]:
+    """Return a record as JSON data, with its title and whether it is on the model."""
+    return {**edit.model_dump(mode="json"), "title": edit.title, "active": active}

@@ -13,23 +13,31 @@ from rich.text import Text
 from errata.cli import render
 from errata.cli.carried_out import left_over
 from errata.cli.check_facts import check_view, fact_guard
-from errata.cli.checks import check_guards, check_kinds, check_model, check_settings
+from errata.cli.command import MODEL, command
 from errata.cli.easyedit import configured
-from errata.cli.edit_view import edit_view, idle_view
+from errata.cli.edit_view import edit_json, edit_view, idle_view
+from errata.cli.error_reports import NO_EFFECT, REFUSED, UNTRUE
+from errata.cli.name_values import pairs
+from errata.cli.prechecks import (
+    check_guards,
+    check_kinds,
+    check_method,
+    check_model,
+    check_settings,
+)
 from errata.cli.requests import (
     Chat,
     Join,
     Limit,
+    RequestSource,
     SkipBad,
     askable,
     asked_as,
     each_once,
-    read_dataset,
-    read_requests,
+    request_source,
 )
-from errata.cli.session import MODEL, NO_EFFECT, REFUSED, UNTRUE, Session, command
+from errata.cli.session import Session
 from errata.contract.stanzas import STREAM_BATCH
-from errata.contract.yaml_file import parse_yaml
 from errata.edits.clashes import last_of_each
 from errata.edits.request import KINDS, OPERATIONS, Request
 from errata.errors import ConfigError, RequestError
@@ -43,7 +51,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("errata")
 
 PANEL = "Edit"
-ANSWER_TOKENS = 8
 
 
 def add(app: typer.Typer) -> None:
@@ -221,7 +228,9 @@ def edit(
         "examples": example or None, "counterexamples": counterexample or None,
         "paraphrases": paraphrase or None,
     }  # fmt: skip
-    requests = asked_as(_requests(given, file, dataset, limit, skip_bad, supersede), join, chat)
+    fields = {key: value for key, value in given.items() if value is not None}
+    source = request_source(file, dataset, limit, skip_bad, sorted(fields))
+    requests = asked_as(_requests(fields, source, supersede), join, chat)
     overrides = pairs(values or (), "--set")
     origins: dict[str, str] = {}
     if config is not None:
@@ -237,41 +246,25 @@ def edit(
     check_guards(guards)
     if facts is not None and refuse:
         guards["checks"] = [facts]
+    how = {
+        "config": overrides,
+        "batch_size": batch_size,
+        "apply": not no_apply,
+        "supersede": supersede,
+        # A long file that is killed keeps what it had made, and goes on with --resume. What
+        # facts may refuse is judged once, when all of it is on the model.
+        "commit": "batch" if source is not None and not refuse else "call",
+        "on_refused": "skip" if skip_refused else "raise",
+    }
     with session.editor(
         create=not dry_run, durable=not dry_run, writes=not dry_run, guards=guards
     ) as editor:
-        if ask and editor.model.task == "masked":
-            raise ConfigError(
-                f"--ask shows what the model writes, and {editor.model.name} is "
-                f"{WRITES_NOTHING['masked']}: it generates no text. Leave --ask out; errata "
-                "evaluate measures."
-            )
+        _check_asked(editor, ask or ())
         if dry_run:
             _copy_active(session, editor)
-        told = last_of_each(requests) if supersede else requests
-        wanted, passed = told, 0
-        if resume:
-            wanted, passed = _left_over(session, editor, told, supersede)
-        if len(requests) > 1:  # of one the editor says it
-            wanted = askable(editor.model, wanted, skip_bad=skip_bad)
-        how = {
-            "config": overrides,
-            "batch_size": batch_size,
-            "apply": not no_apply,
-            "supersede": supersede,
-            # A long file that is killed keeps what it had made, and goes on with --resume. What
-            # facts may refuse is judged once, when all of it is on the model.
-            "commit": "batch" if (file is not None or dataset) and not refuse else "call",
-            "on_refused": "skip" if skip_refused else "raise",
-        }
-        if not wanted:
-            why = "" if passed else ": an active edit carries out every request"
-            session.show(f"Nothing left to do{why}.")
+        wanted, left_out = _to_do(session, editor, requests, supersede, resume, skip_bad)
         report = _run(session, editor, wanted, method, how, ask or (), recorded=not dry_run)
-        report["skipped"] = len(told) - len(wanted)
-        report["superseded"] = passed
-        report["repeated"] = len(requests) - len(told)
-        report["dry_run"] = dry_run
+        report |= {**left_out, "dry_run": dry_run}
         found = None if facts is None else facts.report or facts.ask(editor.model)
         if found is not None:
             report["facts"] = found.as_json()
@@ -286,67 +279,54 @@ def edit(
         raise typer.Exit(NO_EFFECT)
 
 
-def check_method(name: str) -> None:
-    """Raise for a method that is not installed, before anything is loaded."""
-    from errata.contract import plugins
-
-    if not name:
-        there = ", ".join(plugins.installed()) or "none"
-        raise ConfigError(f"Which method? Give --method; installed: {there}.")
-    plugins.entry_point(name)
-
-
-def pairs(given: Sequence[str], option: str) -> dict[str, Any]:
-    """Return {name: value} from NAME=VALUE; values are read as YAML, so lists and null work."""
-    found: dict[str, Any] = {}
-    for item in given:
-        name, sign, value = item.partition("=")
-        if not sign or not name.strip():
-            raise ConfigError(f"{option} {item!r}: write NAME=VALUE.")
-        if name.strip() in found:
-            raise ConfigError(f"{option} {name.strip()} is given twice: give it once.")
-        try:
-            parsed = parse_yaml(value, item)
-        except ConfigError:  # no YAML that errata reads: plain text
-            parsed = value
-        # YAML 1.1 reads a bare "off" as false, and guards have a mode of that name.
-        found[name.strip()] = value.strip() if isinstance(parsed, bool) and value.strip() in (
-            render.ON, render.OFF) else parsed  # fmt: skip
-    return found
-
-
 def _requests(
-    given: Mapping[str, Any],
-    file: Path | None,
-    dataset: str,
-    limit: int | None,
-    skip_bad: bool,
-    supersede: bool,
+    fields: Mapping[str, Any], source: RequestSource | None, supersede: bool
 ) -> list[Request]:
-    fields = {key: value for key, value in given.items() if value is not None}
-    if file is not None and dataset:
-        raise RequestError("--file and --dataset both say what to edit: give one of them.")
-    source = "--dataset" if dataset else "--file"
-    if fields and (file is not None or dataset):
-        raise RequestError(
-            f"{source} beside {', '.join(sorted(fields))}: put everything into the file, or "
-            f"leave {source} out."
+    if source is None:
+        if "prompt" not in fields or "subject" not in fields:
+            raise RequestError(
+                "Say what to edit: a prompt with {}, --subject and --target (or --kind erase); "
+                "or --file, or --dataset NAME=PATH."
+            )
+        return [Request.parse(fields)]
+    read = source.requests(repeated=supersede)
+    # With --supersede the last request on a fact is made, even if it repeats an earlier one.
+    return read if supersede else each_once(read)
+
+
+def _check_asked(editor: Editor, ask: Sequence[str]) -> None:
+    """Refuse --ask of a model that writes nothing."""
+    if ask and editor.model.task == "masked":
+        raise ConfigError(
+            f"--ask shows what the model writes, and {editor.model.name} is "
+            f"{WRITES_NOTHING['masked']}: it generates no text. Leave --ask out; errata "
+            "evaluate measures."
         )
-    if dataset:
-        read = read_dataset(dataset, limit, skip_bad=skip_bad).requests()
-        # Of requests on one fact the last is made: which may be the same as an earlier one.
-        return list(read) if supersede else each_once(read)
-    if file is not None:
-        return read_requests(file, skip_bad, repeated=supersede)[:limit]
-    if limit is not None or skip_bad:
-        option = "--skip-bad" if limit is None else "--limit"
-        raise RequestError(f"{option} goes with --file or --dataset.")
-    if "prompt" not in fields or "subject" not in fields:
-        raise RequestError(
-            "Say what to edit: a prompt with {}, --subject and --target (or --kind erase); "
-            "or --file, or --dataset NAME=PATH."
-        )
-    return [Request.parse(fields)]
+
+
+def _to_do(
+    session: Session,
+    editor: Editor,
+    requests: Sequence[Request],
+    supersede: bool,
+    resume: bool,
+    skip_bad: bool,
+) -> tuple[list[Request], dict[str, int]]:
+    """Return the requests to make, and how many are left out, by why."""
+    told = last_of_each(requests) if supersede else requests
+    wanted, passed = list(told), 0
+    if resume:
+        wanted, passed = _left_over(session, editor, told, supersede)
+    if len(requests) > 1:  # of one the editor says it
+        wanted = askable(editor.model, wanted, skip_bad=skip_bad)
+    if not wanted:
+        why = "" if passed else ": an active edit carries out every request"
+        session.show(f"Nothing left to do{why}.")
+    return wanted, {
+        "skipped": len(told) - len(wanted),
+        "superseded": passed,
+        "repeated": len(requests) - len(told),
+    }
 
 
 def _left_over(
@@ -354,7 +334,7 @@ def _left_over(
 ) -> tuple[list[Request], int]:
     """Return the requests to make, and how many are left out because they were superseded.
 
-    What was superseded is made again where it may supersede in turn: what is given last holds.
+    With `supersede`, superseded requests are made again: the latest request wins.
     """
     active = set(editor.model.stack.ids)
     if editor.ledger.path is not None or not session.has_ledger():
@@ -430,16 +410,3 @@ def without_effect(edits: Sequence[Edit]) -> list[str]:
     """Return the ids of edits some of whose requests do not take effect, as the guard measured."""
     measured = ((edit.id, edit.outcome.efficacy) for edit in edits)
     return [name for name, efficacy in measured if efficacy is not None and efficacy.value < 1]
-
-
-def answers(editor: Editor, requests: Sequence[Request]) -> list[str]:
-    """Return what the model says to each request's prompt now."""
-    if not requests:
-        return []
-    texts = editor.generate([r.text for r in requests], max_new_tokens=ANSWER_TOKENS)
-    return [text.strip() for text in texts]
-
-
-def edit_json(edit: Edit, active: bool) -> dict[str, Any]:
-    """Return a record as JSON data, with its title and whether it is on the model."""
-    return {**edit.model_dump(mode="json"), "title": edit.title, "active": active}

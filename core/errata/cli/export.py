@@ -10,9 +10,10 @@ import typer
 from rich.text import Text
 
 from errata.cli import render
-from errata.cli.checks import check_exports, check_model
-from errata.cli.edits import edit_json
-from errata.cli.session import MODEL, Session, command
+from errata.cli.command import MODEL, command
+from errata.cli.edit_view import edit_json
+from errata.cli.prechecks import check_exports, check_model
+from errata.cli.session import Session
 from errata.edits.formats import EXPORTS, MERGES, writer
 from errata.errors import LedgerError
 

@@ -9,8 +9,10 @@ import typer
 from rich.text import Text
 
 from errata.cli import render
-from errata.cli.edits import edit_json
-from errata.cli.session import DAMAGED, LEDGER, MODEL, Session, command
+from errata.cli.command import LEDGER, MODEL, command
+from errata.cli.edit_view import edit_json
+from errata.cli.error_reports import DAMAGED
+from errata.cli.session import Session
 from errata.edits.ledger.model_note import model_of
 from errata.edits.request import wish_of
 from errata.errors import ErrataError, LedgerError, first_few

@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from errata.cli.command import MODEL, command
 from errata.cli.export import show_imported
-from errata.cli.session import MODEL, Session, command
+from errata.cli.session import Session
 
 PANEL = "Ship"
 

@@ -8,30 +8,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from errata.cli.checks import check_locator, check_model, check_settings
-from errata.cli.edits import check_method, pairs
-from errata.cli.locate_similar import SETS, phrasings
+from errata.cli.command import MODEL, command
+from errata.cli.locate_many import average_effects, sweep_layers
+from errata.cli.locate_prompt import locate_prompts
+from errata.cli.locate_similar import NEEDED
 from errata.cli.locate_similar import similar as similarity
-from errata.cli.locate_views import (
-    average_view,
-    edits_on,
-    location_view,
-    low_probability,
-    sweep_view,
-)
-from errata.cli.requests import SkipBad, read_dataset, read_requests
-from errata.cli.session import MODEL, Session, command
-from errata.edits.request import Request
+from errata.cli.name_values import pairs
+from errata.cli.pictures import check_plot
+from errata.cli.requests import SkipBad, request_source
+from errata.cli.session import Session
 from errata.errors import ConfigError, RequestError, UnknownNameError
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from errata.editor import Editor
-    from errata.locate import AverageTrace
+    from errata.edits.request import Request
 
 PANEL = "Look"
-KINDS = ("hidden", "mlp", "attn")
 ONE, AVERAGE, SWEEP, SIMILAR = "one prompt", "--average", "--sweep", "--similar"
 MANY = (AVERAGE, SWEEP, SIMILAR)
 GO_WITH = {
@@ -108,7 +99,7 @@ def locate(
     ] = False,
     similar: Annotated[
         str,
-        typer.Option("--similar", help=f"Relative similarity over sets: {', '.join(SETS)}."),
+        typer.Option("--similar", help=f"Relative similarity over sets: {', '.join(NEEDED)}."),
     ] = "",
     dataset: Annotated[
         str, typer.Option("--dataset", help="Requests of --average, --sweep and --similar.")
@@ -164,8 +155,28 @@ def locate(
         "--screen": screen, "--held-out": held_out, "--dataset": dataset, "--data": data,
         "--file": file, "--limit": limit, "--skip-bad": skip_bad,
     }  # fmt: skip
-    _check_they_go_with(modes[0] if modes else ONE, [name for name, on in given.items() if on])
-    settings = pairs(values or (), "--set")
+    mode = modes[0] if modes else ONE
+    _check_they_go_with(mode, [name for name, on in given.items() if on])
+    settings = _settings(values or (), relation, window, corrupt, method)
+    if plot is not None:
+        check_plot(plot)
+    if mode == ONE:
+        locate_prompts(session, prompts or (), subject, target, by, method, settings, plot)
+        return
+    requests = _requests(file, dataset, data, limit, skip_bad)
+    if mode == AVERAGE:
+        average_effects(session, requests, severed, screen, settings, plot)
+    elif mode == SWEEP:
+        sweep_layers(session, requests, held_out, method, settings, plot)
+    else:
+        similarity(session, requests, similar, by or "trace", settings, plot)
+
+
+def _settings(
+    values: Sequence[str], relation: str, window: int | None, corrupt: str, method: str
+) -> dict[str, Any]:
+    """Return the locator's settings: those of --set, and those that have an option of their own."""
+    settings = pairs(values, "--set")
     for name, value in (("relation", relation), ("window", window)):
         if value:
             settings[name] = value
@@ -176,221 +187,19 @@ def locate(
             "--relation says which text is the relation that is corrupted: give --corrupt "
             "relation, too."
         )
-    if plot is not None:
-        check_plot(plot)
-    if not modes:
-        if not prompts or not subject:
-            raise RequestError(
-                "Which prompt? Give one with {} and --subject, or --average, --sweep or "
-                "--similar with --dataset or --file."
-            )
-        if plot is not None and len(prompts) > 1:
-            raise ConfigError("--plot draws one prompt: give the phrasings one at a time.")
-        _given(session, prompts, subject, target, by, method, settings, plot)
-        return
-    requests = _requests(dataset, data, file, limit, skip_bad)
-    if average:
-        _average(session, requests, severed, screen, settings, plot)
-    elif sweep:
-        _sweep(session, requests, held_out, method, settings, plot)
-    else:
-        similarity(session, requests, similar, by or "trace", settings, plot)
-
-
-# -- one prompt, or phrasings of one ---------------------------------------------------------------
-
-
-def _given(
-    session: Session,
-    prompts: Sequence[str],
-    subject: str,
-    target: str,
-    by: str,
-    method: str,
-    settings: dict[str, Any],
-    plot: Path | None,
-) -> None:
-    if method and by:
-        raise ConfigError("--by names a locator of errata's own, --method a method's: give one.")
-    if method:
-        check_method(method)
-    check_model(session.model_name())
-    if method:
-        check_settings(method, settings, session.model_name())
-    else:
-        check_locator(by, settings)
-    with session.editor() as editor:
-        if len(prompts) > 1 and not target and editor.model.generates:
-            target = _first_word(editor, prompts[0].replace("{}", subject))  # one for all
-        if target and not method and by != "norm":
-            settings.setdefault("answer", target)
-        requests = [_request(editor, prompt, subject, target) for prompt in prompts]
-        if len(requests) > 1:
-            phrasings(session, editor, requests, method, by, settings)
-            return
-        (request,) = requests
-        with session.status("Locating"):
-            found = editor.locate(request, method, **({"by": by} if by else {}), **settings)
-            drawn = [] if plot is None else _drawn(editor, request, by, method, settings, plot)
-        active = editor.model.stack.entries
-    warning = low_probability(found.evidence.get("high"), str(found.evidence.get("answer", "")))
-    if session.json:
-        session.emit(
-            {
-                **found.as_json(),
-                "edits": [edit.id for edit in active],
-                "warnings": [warning] if warning else [],
-                "pictures": [str(path) for path in drawn],
-            }
-        )
-        return
-    session.show(*location_view(found, edits_on(active)))
-    if warning:
-        session.say(f"Warning: {warning}", "warn")
-    say_pictures(session, drawn)
-
-
-def _drawn(
-    editor: Editor, request: Request, by: str, method: str, settings: dict[str, Any], plot: Path
-) -> list[Path]:
-    """Draw a prompt's traces, of all three kinds unless one was asked for, or its logit lens."""
-    from errata import plots
-    from errata.locate import Tracer, TraceSettings, logit_lens
-    from errata.locate import screen as screened
-
-    if by == "logit-lens":
-        figure = plots.trajectory(logit_lens(editor.model, request, answer=settings.get("answer")))
-        return [plots.save(figure, plot)]
-    if method or by not in ("", "trace", "attribution"):
-        raise ConfigError(
-            "--plot draws traces (--by trace, attribution) and the logit lens (--by logit-lens)."
-        )
-    kinds: tuple[Any, ...] = (settings["kind"],) if "kind" in settings else KINDS
-    if by == "attribution":
-        traces = [screened(editor.model, request, **{**settings, "kind": kind}) for kind in kinds]
-        return [plots.save(plots.heat_map(*traces), plot)]
-    asked = TraceSettings(**settings)
-    tracer = Tracer(editor.model, request, asked)
-    traces = [
-        tracer.trace(kind, asked.window, severed=asked.severed, memory_mb=asked.memory_mb)
-        for kind in (("hidden",) if asked.severed else kinds)
-    ]
-    return [plots.save(plots.heat_map(*traces), plot)]
-
-
-def _request(editor: Editor, prompt: str, subject: str, target: str) -> Request:
-    said = target or _first_word(editor, prompt.replace("{}", subject))
-    return Request.parse(
-        {"prompt": prompt, "subject": subject, "target_new": said, "target_true": said}
-    )
-
-
-def _first_word(editor: Editor, prompt: str) -> str:
-    """Return the first word of what the model says: what a trace follows if nothing is named."""
-    if not editor.model.generates:
-        return "?"  # it generates nothing; the locator takes the most probable token
-    words = str(editor.generate(prompt, max_new_tokens=8)).split()
-    return words[0].strip(".,;:!?") if words and words[0].strip(".,;:!?") else "?"
-
-
-# -- many ------------------------------------------------------------------------------------------
+    return settings
 
 
 def _requests(
-    dataset: str, data: Path | None, file: Path | None, limit: int | None, skip_bad: bool
+    file: Path | None, dataset: str, data: Path | None, limit: int | None, skip_bad: bool
 ) -> list[Request]:
-    if bool(dataset) == bool(file):
-        raise RequestError("Say which requests: --dataset NAME (with --data PATH), or --file.")
     if file is not None and data is not None:
         raise RequestError("--data is the file of --dataset: --file names its own.")
-    if file is not None:
-        return read_requests(file, skip_bad)[:limit]
-    given = f"{dataset}={data}" if data is not None else dataset
-    return read_dataset(given, limit, skip_bad=skip_bad).requests()
-
-
-def _average(
-    session: Session,
-    requests: Sequence[Request],
-    severed: bool,
-    screen: bool,
-    settings: dict[str, Any],
-    plot: Path | None,
-) -> None:
-    from errata.locate import average
-
-    options: dict[str, Any] = {
-        "variants": (*KINDS, *(("hidden-mlp", "hidden-attn") if severed else ()))
-    }
-    with session.editor() as editor:
-        options |= {**settings, "screening": screen, "resume": True}
-        found = average(editor.model, requests, **options)
-        active = editor.model.stack.entries
-    drawn = [] if plot is None else _average_pictures(found, severed, plot)
-    warning = low_probability(found.clean)
-    if session.json:
-        session.emit(
-            {
-                **found.as_json(),
-                "edits": [edit.id for edit in active],
-                "warnings": [warning] if warning else [],
-                "pictures": [str(path) for path in drawn],
-            }
-        )
-        return
-    session.show(*average_view(found, edits_on(active)))
-    if warning:
-        session.say(f"Warning: {warning}", "warn")
-    say_pictures(session, drawn)
-
-
-def _average_pictures(found: AverageTrace, severed: bool, plot: Path) -> list[Path]:
-    from errata import plots
-
-    made: list[tuple[Path, Figure]] = [(plot, plots.average_map(found))]
-    made.append((beside(plot, "curves"), plots.average_curves(found)))
-    if severed:
-        made.append((beside(plot, "severed"), plots.severed_curves(found)))
-    return [plots.save(figure, path) for path, figure in made]
-
-
-def _sweep(
-    session: Session,
-    requests: Sequence[Request],
-    held_out: int | None,
-    method: str,
-    settings: dict[str, Any],
-    plot: Path | None,
-) -> None:
-    from errata.locate import split_by_subject, sweep
-
-    if not method:
-        raise ConfigError("Which method shall --sweep edit with? Give --method NAME.")
-    check_method(method)
-    own = {name: settings.pop(name) for name in ("layers", "depths", "option") if name in settings}
-    own = {name: [value] if isinstance(value, int) else value for name, value in own.items()}
-    chosen_on, judged_on = (
-        split_by_subject(requests, held_out) if held_out else (list(requests), [])
-    )
-    check_model(session.model_name())
-    check_settings(method, settings, session.model_name())
-    guards = dict.fromkeys(("norm", "perplexity", "efficacy"), "off")
-    with session.editor(durable=False, guards=guards) as editor:
-        found = sweep(editor, chosen_on, method, config=settings, held_out=judged_on, **own)
-    drawn: list[Path] = []
-    if plot is not None:
-        from errata import plots
-
-        drawn = [plots.save(plots.layer_sweep(found), plot)]
-    if session.json:
-        pictures = [str(path) for path in drawn]
-        session.emit({**found.as_json(), "preset": found.preset(), "pictures": pictures})
-        return
-    session.show(*sweep_view(found))
-    say_pictures(session, drawn)
-
-
-# -- small things ----------------------------------------------------------------------------------
+    named = f"{dataset}={data}" if dataset and data is not None else dataset
+    source = request_source(file, named, limit, skip_bad)
+    if source is None:
+        raise RequestError("Say which requests: --dataset NAME (with --data PATH), or --file.")
+    return source.requests()
 
 
 def _check_they_go_with(mode: str, options: Sequence[str]) -> None:
@@ -411,28 +220,3 @@ def _corrupt(text: str) -> Any:
         raise UnknownNameError(
             "part of the prompt", text, ("subject", "relation"), "Or numbers of tokens: 3,4."
         ) from None
-
-
-def check_plot(path: Path) -> None:
-    """Refuse a name that cannot be drawn to before anything is computed."""
-    if path.suffix.lower() not in (".png", ".svg"):
-        raise ConfigError(f"Cannot draw to {str(path)!r}: the name must end in .png or .svg.")
-    from importlib.util import find_spec
-
-    from errata.edits.outputs import PNG, SVG, check_file
-    from errata.errors import MissingExtraError
-
-    if find_spec("matplotlib") is None:
-        raise MissingExtraError("Drawing pictures", "matplotlib", "report")
-    check_file(path, SVG if path.suffix.lower() == ".svg" else PNG)
-
-
-def beside(path: Path, word: str) -> Path:
-    """Return a name for a further picture."""
-    return path.with_name(f"{path.stem}-{word}{path.suffix}")
-
-
-def say_pictures(session: Session, drawn: Sequence[Path]) -> None:
-    """Say on standard error what was drawn."""
-    if drawn:
-        session.say(f"drawn: {', '.join(str(path) for path in drawn)}")

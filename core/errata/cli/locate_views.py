@@ -11,7 +11,8 @@ from errata.cli import render
 
 if TYPE_CHECKING:
     from errata.edits.edit import Edit
-    from errata.locate import AverageTrace, LayerOverlap, LayerSweep, Location, RelativeSimilarity
+    from errata.kit.layer_sweep import LayerSweep
+    from errata.locate import AverageTrace, LayerOverlap, Location, RelativeSimilarity
 
 LOW = 0.1
 """Probability of the answer in the clean run below which a trace says little."""

@@ -11,8 +11,9 @@ import typer
 from rich.text import Text
 
 from errata.cli import locate, render
-from errata.cli.checks import check_model, check_protocols
-from errata.cli.edits import pairs
+from errata.cli.command import MODEL, command
+from errata.cli.name_values import pairs
+from errata.cli.prechecks import check_model, check_protocols
 from errata.cli.requests import (
     Chat,
     Join,
@@ -20,10 +21,9 @@ from errata.cli.requests import (
     SkipBad,
     askable,
     asked_as,
-    read_dataset,
-    read_requests,
+    request_source,
 )
-from errata.cli.session import MODEL, Session, command
+from errata.cli.session import Session
 from errata.edits.request import RetainedProbe
 from errata.errors import ConfigError, LedgerError, RequestError
 
@@ -215,22 +215,17 @@ def evaluate(
 
     The model is measured as it stands, with all active edits; each number has its protocol.
     """
-    if sum(map(bool, (ids, file, dataset))) > 1:
-        raise RequestError("Give ids, --file or --dataset: one of them says what is measured.")
-    if (limit is not None or skip_bad) and not (file or dataset):
-        option = "--skip-bad" if limit is None else "--limit"
-        raise RequestError(f"{option} goes with --file or --dataset.")
+    source = request_source(file, dataset, limit, skip_bad, ids or ())
     options = pairs(values or (), "--set")
     if options and not dataset:
         raise RequestError("--set is an option of a dataset's format: it goes with --dataset.")
     if cases and not session.json:
         raise RequestError("--cases goes with --json.")
-    data = read_dataset(dataset, limit, skip_bad=skip_bad, options=options) if dataset else None
-    requests = data.requests() if data else None
-    if file is not None:
-        requests = read_requests(file, skip_bad)[:limit]
-    if requests is not None:
-        requests = asked_as(requests, join, chat)
+    data = source.load(options) if source is not None and dataset else None
+    requests = None
+    if source is not None:
+        read = source.requests() if data is None else data.requests()
+        requests = asked_as(read, join, chat)
     elif chat or join is not None:
         raise RequestError("--chat and --join go with --file or --dataset; edits have their own.")
     wanted = tuple(protocols or (data.protocols if data else DEFAULT_PROTOCOLS))
@@ -290,7 +285,7 @@ def evaluate(
 
 def _why_missing(protocol: str) -> str:
     """Return why a protocol has no number: what the requests lack."""
-    from errata.evaluate.asking import installed_protocols
+    from errata.evaluate.known_protocols import installed_protocols
 
     known = installed_protocols()
     needs = known[protocol].needs if protocol in known else ""

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import importlib.util
-from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,10 +10,12 @@ import typer
 from rich.text import Text
 
 from errata.cli import render
+from errata.cli.command import MODEL, command
 from errata.cli.easyedit import from_easyedit
-from errata.cli.edits import pairs
-from errata.cli.session import MODEL, Session, calm_transformers, command
+from errata.cli.name_values import pairs
+from errata.cli.session import Session, calm_transformers
 from errata.contract import plugins
+from errata.contract.hooks import hookimpl
 from errata.contract.registry import Registry
 from errata.errors import ConfigError, UnknownNameError
 
@@ -106,7 +105,6 @@ def _list(session: Session, points: dict[str, EntryPoint], registry: Registry) -
         ("delta", {"no_wrap": True}),
         ("status", {"no_wrap": True}),
         ("carries out", {"ratio": 1}),
-        ("implements", {"ratio": 1}),
         ("from", {"ratio": 1}),
     )
     for row in rows:
@@ -116,7 +114,6 @@ def _list(session: Session, points: dict[str, EntryPoint], registry: Registry) -
             row["delta_kind"] or "–",
             row["status"] or "not described",
             ", ".join(row["kinds"]) or "–",
-            ", ".join(row["implements"]) or "not readable",
             Text(row["distribution"], style="muted"),
         )
     session.show(grid)
@@ -143,95 +140,11 @@ def _row(name: str, point: EntryPoint, entry: MethodEntry | None) -> dict[str, A
         "architectures": list(can.architectures) if can else [],
         "batch": can.batch if can else None,
         "sequential": can.sequential if can else None,
-        "implements": implements(point),
         "distribution": plugins.version(name),
         "object": point.value,
         "paper": entry.paper if entry else None,
         "url": entry.url if entry else None,
     }
-
-
-def implements(point: EntryPoint) -> list[str]:
-    """Return the hooks that a plugin implements, inherited ones too, read from its source.
-
-    Nothing is imported: a plugin imports torch, which takes seconds, and a list should not.
-    """
-    marked = _marked(point.module, point.attr)
-    return [hook for hook in plugins.HOOKS if hook in marked]
-
-
-def _marked(module: str, name: str, steps: int = 8) -> set[str]:
-    """Return the marked methods of a class and its bases, followed through at most `steps` files.
-
-    `name` is the class itself or what a module re-exports it as.
-    """
-    source = _source(module)
-    if source is None or not steps:
-        return set()
-    for node in source.tree.body:
-        if isinstance(node, ast.ClassDef) and node.name == name:
-            own = {name for item in node.body for name in _defined(item)}
-            marked = {hook for hook in map(_hook_name, node.body) if hook}
-            for base in node.bases:
-                if isinstance(base, ast.Name) and base.id != name:
-                    marked |= _marked(module, base.id, steps - 1) - own
-            return marked
-    for node in source.tree.body:
-        if isinstance(node, ast.ImportFrom):
-            for alias in node.names:
-                if (alias.asname or alias.name) == name:
-                    return _marked(source.absolute(node), alias.name, steps - 1)
-    return set()
-
-
-@dataclass(frozen=True)
-class _ParsedModule:
-    """A module's syntax tree, and the package that its relative imports start from."""
-
-    tree: ast.Module
-    package: str
-
-    def absolute(self, node: ast.ImportFrom) -> str:
-        """Return the full name of the module that an import statement names."""
-        if not node.level:
-            return node.module or ""
-        parts = self.package.split(".")
-        return ".".join([*parts[: len(parts) - node.level + 1], *filter(None, [node.module])])
-
-
-def _source(module: str) -> _ParsedModule | None:
-    """Parse a module without importing its package."""
-    top, *rest = module.split(".")
-    try:
-        spec = importlib.util.find_spec(top)
-    except (ImportError, ValueError):
-        return None
-    if spec is None or spec.origin is None:
-        return None
-    path = Path(spec.origin)
-    if rest:
-        path = path.parent.joinpath(*rest)
-        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    try:
-        return _ParsedModule(ast.parse(path.read_text(encoding="utf-8")), package)
-    except (OSError, SyntaxError, UnicodeDecodeError):
-        return None
-
-
-def _defined(node: ast.stmt) -> list[str]:
-    """Return the names that a statement of a class defines: of a method, of what it assigns."""
-    if isinstance(node, ast.Assign):
-        return [target.id for target in node.targets if isinstance(target, ast.Name)]
-    return [node.name] if isinstance(node, ast.FunctionDef) else []
-
-
-def _hook_name(node: ast.stmt) -> str:
-    """Return the name of a method that is marked `@hookimpl`, or nothing."""
-    if not isinstance(node, ast.FunctionDef):
-        return ""
-    marked = any("hookimpl" in ast.dump(decorator) for decorator in node.decorator_list)
-    return node.name if marked else ""
 
 
 # -- EasyEdit --------------------------------------------------------------------------------------
@@ -272,10 +185,12 @@ def _one(session: Session, name: str, registry: Registry, overrides: dict[str, A
     entry, missing = registry.methods.get(name), registry.missing(name)
     model = session.model or session.remembered().get("name")
     with session.status(f"Loading {name}"):
-        config: type[MethodConfig] = plugins.load(name).config
+        plugin = plugins.load(name)
+        config: type[MethodConfig] = plugin.config
         facts = model_facts(str(model), registry, session.trust_remote_code) if model else {}
     _, resolved = registry.resolve(name, config, facts, overrides)
     row = _row(name, plugins.installed()[name], entry)
+    row["implements"] = implements(plugin)
     if session.json:
         session.emit(
             {
@@ -299,6 +214,12 @@ def _one(session: Session, name: str, registry: Registry, overrides: dict[str, A
     others = [preset for preset in registry.presets(name) if preset.match]
     if others:
         session.show("", *_presets(others, facts))
+
+
+def implements(plugin: object) -> list[str]:
+    """Return the hooks that a plugin implements, inherited ones too."""
+    marker = f"{hookimpl.project_name}_impl"
+    return [hook for hook in plugins.HOOKS if hasattr(getattr(plugin, hook, None), marker)]
 
 
 def _about(name: str, entry: MethodEntry, row: dict[str, Any]) -> list[Any]:
@@ -342,7 +263,7 @@ def _undescribed(name: str, missing: str, row: dict[str, Any]) -> list[Any]:
 
 def _package(row: dict[str, Any]) -> list[tuple[str, Any]]:
     return [
-        ("implements", ", ".join(row["implements"]) or "not readable from its source"),
+        ("implements", ", ".join(row["implements"])),
         ("from", f"{row['distribution']}, {row['object']}"),
     ]
 
@@ -399,6 +320,7 @@ def model_facts(source: str, registry: Registry, trusted: bool = False) -> dict[
     architecture whose anatomy can be found is understood.
     """
     from errata.contract.manager import known_models
+    from errata.contract.stanzas import preset_facts
     from errata.model.anatomy import Anatomy
     from errata.model.checkpoint import empty_module, read_config
     from errata.model.loading import auto_class
@@ -408,11 +330,4 @@ def model_facts(source: str, registry: Registry, trusted: bool = False) -> dict[
     where = str(known[source](None)) if source in known else source
     config = read_config(where, known, trusted)
     module = empty_module(where, config, auto_class(config, source), trusted)
-    anatomy = Anatomy.of(module, registry.architectures)
-    return {
-        "model_type": anatomy.model_type,
-        "n_layers": anatomy.n_layers,
-        "hidden_size": anatomy.hidden_size,
-        "vocab_size": anatomy.vocab_size,
-        "name": source,
-    }
+    return preset_facts(Anatomy.of(module, registry.architectures), source)

@@ -10,9 +10,11 @@ import typer
 from rich.text import Text
 
 from errata.cli import render
-from errata.cli.checks import check_exports, check_model
-from errata.cli.edits import PANEL, pairs
-from errata.cli.session import MODEL, Session, command
+from errata.cli.command import MODEL, command
+from errata.cli.edits import PANEL
+from errata.cli.name_values import pairs
+from errata.cli.prechecks import check_exports, check_model
+from errata.cli.session import Session
 from errata.errors import ConfigError, LedgerError
 from errata.model.arguments import names_file
 

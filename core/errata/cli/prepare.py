@@ -10,10 +10,11 @@ import typer
 from rich.text import Text
 
 from errata.cli import render
-from errata.cli.checks import check_model, check_settings
-from errata.cli.edits import check_method, pairs
+from errata.cli.command import MODEL, command
+from errata.cli.name_values import pairs
+from errata.cli.prechecks import check_method, check_model, check_settings
 from errata.cli.requests import SkipBad, read_dataset
-from errata.cli.session import MODEL, Session, command
+from errata.cli.session import Session
 
 if TYPE_CHECKING:
     from errata.model.model import Model
@@ -120,9 +121,9 @@ _ROWS = 10  # validations that are shown; --json has all
 
 
 def _training(model: Model, method: str) -> dict[str, Any] | None:
-    """Return `best` (a step) and `curve` (an entry per validation) of a network; None: none.
+    """Return `best` (a step) and `curve` (an entry per validation) of the method's network.
 
-    Of one trained now or earlier: both are kept with it.
+    Both are kept with the network, trained now or earlier; None where there is none.
     """
     for name, about in model.told_of_base():
         if name == method and "curve" in about:

@@ -60,9 +60,20 @@ def visible(text: str) -> str:
 
 
 def json_text(data: Any, **options: Any) -> str:
-    """Return JSON that a terminal shows as it stands."""
-    text = json.dumps(data, ensure_ascii=False, **options)
+    """Return JSON that a terminal shows as it stands; NaN and infinities become null."""
+    text = json.dumps(_finite(data), ensure_ascii=False, **options)
     return HIDDEN.sub(lambda found: json.dumps(found[0])[1:-1], text)
+
+
+def _finite(value: Any) -> Any:
+    """Return JSON data in which NaN and infinities are null, as strict parsers refuse them."""
+    if isinstance(value, float) and (value != value or abs(value) == float("inf")):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
 
 
 class HouseConsole(Console):

@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from errata.cli.command import OUTPUT, command
 from errata.cli.render import count
-from errata.cli.session import OUTPUT, Session, command
+from errata.cli.session import Session
 from errata.edits.outputs import OwnSign, check_file, write_file
 from errata.errors import ConfigError
 

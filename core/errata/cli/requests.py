@@ -6,6 +6,7 @@ import logging
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -44,6 +45,71 @@ Join = Annotated[
 Chat = Annotated[
     bool, typer.Option("--chat", help="Each prompt is a user's turn: render the chat template.")
 ]
+
+
+@dataclass(frozen=True)
+class RequestSource:
+    """Where a command's requests are read from: a file of errata's own schema, or a dataset.
+
+    Attributes:
+        file: of --file; None where a dataset is named.
+        dataset: "NAME=PATH" of --dataset; "" where a file is given.
+        limit: only the first so many.
+        skip_bad: leave out what cannot be read.
+    """
+
+    file: Path | None
+    dataset: str
+    limit: int | None
+    skip_bad: bool
+
+    def load(self, options: Mapping[str, Any] | None = None) -> Dataset:
+        """Return the dataset; `options` go to its reader."""
+        return read_dataset(self.dataset, self.limit, skip_bad=self.skip_bad, options=options)
+
+    def requests(self, *, repeated: bool = False) -> list[Request]:
+        """Return the requests.
+
+        Raises `RequestError` for one that stands in the file twice, unless they may be `repeated`.
+        """
+        if self.file is not None:
+            return read_requests(self.file, self.skip_bad, repeated)[: self.limit]
+        return list(self.load().requests())
+
+
+def request_source(
+    file: Path | None,
+    dataset: str,
+    limit: int | None,
+    skip_bad: bool,
+    instead: Sequence[str] = (),
+) -> RequestSource | None:
+    """Return where requests are to be read from; None where no option says so.
+
+    Args:
+        file: of --file.
+        dataset: of --dataset.
+        limit: of --limit.
+        skip_bad: of --skip-bad.
+        instead: what was given that says which requests by itself: ids, a prompt.
+
+    Raises:
+        RequestError: more than one of them says which requests, or --limit or --skip-bad stands
+            without a source.
+    """
+    named = [name for name, on in (("--file", file), ("--dataset", dataset)) if on]
+    if named:
+        first, *others = [*named, *instead]
+        if others:
+            raise RequestError(
+                f"{first} beside {', '.join(others)}: each says which requests are meant. Give "
+                "one of them."
+            )
+        return RequestSource(file, dataset, limit, skip_bad)
+    if limit is not None or skip_bad:
+        option = "--skip-bad" if limit is None else "--limit"
+        raise RequestError(f"{option} goes with --file or --dataset.")
+    return None
 
 
 def read_requests(file: Path, skip_bad: bool = False, repeated: bool = False) -> list[Request]:
@@ -128,9 +194,9 @@ def read_dataset(
 
 
 def each_once(requests: Sequence[Request]) -> list[Request]:
-    """Return requests without those that stand there before; warn of how many there are.
+    """Return requests without repetitions; warn of how many were left out.
 
-    Records of a file that gives no ids may say the same, and one change is made once.
+    Records without ids may repeat, and a change is made once.
     """
     kept = list(dict.fromkeys(requests))
     if left_out := len(requests) - len(kept):

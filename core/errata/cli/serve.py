@@ -12,8 +12,9 @@ import typer
 from rich.text import Text
 
 from errata.cli import render
-from errata.cli.checks import check_model
-from errata.cli.session import MODEL, Session, command
+from errata.cli.command import MODEL, command
+from errata.cli.prechecks import check_model
+from errata.cli.session import Session
 from errata.errors import ConfigError
 from errata.serve.settings import LOOPBACK, ServeSettings
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,10 +11,13 @@ import typer
 from rich.text import Text
 
 from errata.cli import render
-from errata.cli.session import OUTPUT, Session, calm_transformers, command
+from errata.cli.command import OUTPUT, command
+from errata.cli.error_reports import reporting
+from errata.cli.session import Session, calm_transformers
 
 if TYPE_CHECKING:
     from errata.zoo import ZooModel
+    from errata.zoo.meter import TrainedModel
     from errata.zoo.pretrained import PretrainedModel
 
 PANEL = "Catalogue and environment"
@@ -36,7 +40,7 @@ def add(app: typer.Typer) -> None:
     def bare(context: typer.Context) -> None:
         if context.invoked_subcommand is None:
             session = Session()
-            with session.reporting():
+            with reporting(session):
                 list_(session)
 
     command(group, "list", panel="Commands", shared=OUTPUT, examples="errata zoo list")(list_)
@@ -207,48 +211,54 @@ def train(
 
     Interrupt it at any time: the same command goes on where it stopped.
     """
-    meter = _TrainingMeter(session)
-    try:
-        if architecture in _CLASSIFIERS:
-            given = {"base": base, "facts": facts, "steps": steps, "seed": seed}
-            where = _train_classifier(architecture, out, data, given, not fresh, meter)
-        else:
-            where = _train(architecture, out, steps, seed, device, not fresh, meter)
-    finally:
-        meter.close()
+    if architecture in _CLASSIFIERS:
+        given = {"base": base, "facts": facts, "steps": steps, "seed": seed}
+        made = _train_classifier(session, architecture, out, data, given, not fresh)
+    else:
+        made = _train(session, architecture, out, steps, seed, device, not fresh)
     if session.json:
-        session.emit({"path": str(where), "steps": meter.step, "loss": meter.loss})
+        session.emit({"path": str(made.folder), "steps": made.steps, "loss": made.loss})
         return
+    last = "" if math.isnan(made.loss) else f", last loss {made.loss:.3f}"
     session.show(
-        Text.assemble((str(where), "head"), f"  {meter.step} steps, last loss {meter.loss:.3f}"),
-        Text(f'use it: errata edit … --model "{where}"', style="muted"),
+        Text.assemble((str(made.folder), "head"), f"  {made.steps} steps{last}"),
+        Text(f'use it: errata edit … --model "{made.folder}"', style="muted"),
     )
 
 
 def _train(
-    architecture: str, out: Path, steps: int | None, seed: int, device: str | None,
-    resume: bool, meter: _TrainingMeter,
-) -> Path:  # fmt: skip
+    session: Session,
+    architecture: str,
+    out: Path,
+    steps: int | None,
+    seed: int,
+    device: str | None,
+    resume: bool,
+) -> TrainedModel:
     from errata.errors import UnknownNameError
-    from errata.zoo.train import ARCHITECTURES
-    from errata.zoo.train import train as run
+    from errata.zoo.atlas.train import ARCHITECTURES
+    from errata.zoo.atlas.train import train as run
 
     if architecture not in ARCHITECTURES:
         raise UnknownNameError("model to train", architecture, (*ARCHITECTURES, *_CLASSIFIERS))
     return run(
-        architecture,
-        out, steps=steps, seed=seed, device=device, resume=resume, progress=meter,
+        architecture, out, steps=steps, seed=seed, device=device, resume=resume,
+        progress=session.progress,
     )  # fmt: skip
 
 
 def _train_classifier(
-    kind: str, out: Path, data: str | None, given: dict[str, Any], resume: bool,
-    meter: _TrainingMeter,
-) -> Path:  # fmt: skip
+    session: Session,
+    kind: str,
+    out: Path,
+    data: str | None,
+    given: dict[str, Any],
+    resume: bool,
+) -> TrainedModel:
     from errata.cli.requests import read_dataset
     from errata.errors import ConfigError
-    from errata.zoo.claims import ClaimsRecipe, train_claims
-    from errata.zoo.topics import TopicsRecipe, train_topics
+    from errata.zoo.classifiers.claims import ClaimsRecipe, train_claims
+    from errata.zoo.classifiers.topics import TopicsRecipe, train_topics
 
     if data is None:
         raise ConfigError(
@@ -259,46 +269,7 @@ def _train_classifier(
     requests = read_dataset(data, None, option="--data").requests()
     if kind == "topics":
         topics = TopicsRecipe(**chosen)
-        return train_topics(requests, out, topics, resume=resume, progress=meter)
+        return train_topics(requests, out, topics, resume=resume, progress=session.progress)
     claims = ClaimsRecipe(**chosen)
     claims = replace(claims, dev=min(claims.dev, claims.facts // 2))
-    return train_claims(requests, out, claims, resume=resume, progress=meter)
-
-
-class _TrainingMeter:
-    """Shows training: a bar on a terminal, a line every hundred steps elsewhere."""
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
-        self._bar: Any = None
-        self.step = 0
-        self.loss = float("nan")
-
-    def __call__(self, step: int, steps: int, loss: float) -> None:
-        """Take note of one step."""
-        self.step, self.loss = step, loss
-        if self._session.quiet:
-            return
-        if not self._session.err.is_terminal:
-            if step % 100 == 0 or step in (1, steps):
-                self._session.say(f"step {step} of {steps}, loss {loss:.3f}")
-            return
-        if self._bar is None:
-            from rich import progress
-
-            self._bar = progress.Progress(
-                progress.TextColumn("Training, loss {task.fields[loss]:.3f}"),
-                progress.BarColumn(bar_width=24, complete_style="accent"),
-                progress.MofNCompleteColumn(),
-                progress.TimeRemainingColumn(),
-                console=self._session.err,
-                transient=True,
-            )
-            self._task = self._bar.add_task("", total=steps, loss=loss)
-            self._bar.start()
-        self._bar.update(self._task, completed=step, loss=loss)
-
-    def close(self) -> None:
-        """Take the bar off the terminal."""
-        if self._bar is not None:
-            self._bar.stop()
+    return train_claims(requests, out, claims, resume=resume, progress=session.progress)

@@ -263,12 +263,15 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
 def bootstrap(
     cases: NDArray[np.float64],
     statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    *,
+    seed: int = 0,
 ) -> tuple[float, float] | None:
     """Return the 95 % percentile interval of a statistic of column means, over resampled cases.
 
     Args:
         cases: (n, k): k values per case, resampled together.
         statistic: column means (`RESAMPLES`, k) → (`RESAMPLES`,).
+        seed: of a generator of its own; the global ones are not touched.
 
     Returns:
         None with fewer than two cases, where something is not finite, and where every draw gives
@@ -277,7 +280,7 @@ def bootstrap(
     n = len(cases)
     if n < 2 or not bool(np.isfinite(cases).all()):
         return None
-    generator = np.random.default_rng(0)  # of its own: the global ones are not touched
+    generator = np.random.default_rng(seed)
     drawn: list[NDArray[np.float64]] = []
     left = RESAMPLES
     while left:

@@ -16,7 +16,7 @@ from errata.contract.capabilities import check_capabilities, check_parts, check_
 from errata.contract.manager import Manager, bring_model
 from errata.contract.meter import Meter
 from errata.contract.registry import checked_names, following, refused, with_present_names
-from errata.contract.stanzas import STREAM_BATCH
+from errata.contract.stanzas import STREAM_BATCH, preset_facts
 from errata.edits.outcome import PeakMemoryReading
 from errata.edits.request_parsing import parse_requests
 from errata.errors import CapabilityError, ConfigError, PluginError, UnknownNameError, blaming
@@ -147,7 +147,8 @@ class Methods:
         config = self.plugin(name).config
         check_parts(name, self._registry, self._model)
         overrides = mapping_of(overrides, "config")
-        resolved, values = self._registry.resolve(name, config, self._facts(), overrides)
+        facts = preset_facts(self._model.anatomy, self._model.name)
+        resolved, values = self._registry.resolve(name, config, facts, overrides)
         with blaming(f"Method {name!r} has hyper-parameters that cannot be recorded as JSON"):
             resolved.model_dump(mode="json")
         settled, why = self._settle(self._model, name, resolved)
@@ -167,16 +168,6 @@ class Methods:
                 value = replace(value, source=f"{RULE} of {name}", set_by=RULE)
             table.append(replace(value, value=now))
         return written, table
-
-    def _facts(self) -> dict[str, Any]:
-        anatomy = self._model.anatomy
-        return {
-            "model_type": anatomy.model_type,
-            "n_layers": anatomy.n_layers,
-            "hidden_size": anatomy.hidden_size,
-            "vocab_size": anatomy.vocab_size,
-            "name": self._model.name,
-        }
 
     # -- calling ---------------------------------------------------------------------------------
 

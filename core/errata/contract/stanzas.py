@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from errata.edits.request import OPERATIONS, Kind, Operation
 from errata.errors import UnknownNameError
 from errata.model.task import Task
+
+if TYPE_CHECKING:
+    from errata.model.anatomy import Anatomy
 
 Architecture = Literal["decoder", "encoder-decoder", "encoder"]
 MATCH_KEYS = ("model_type", "n_layers", "hidden_size", "vocab_size", "name", "variant")
@@ -98,6 +101,11 @@ class Preset(_Stanza):
             elif given not in choices:
                 return False
         return True
+
+
+def preset_facts(anatomy: Anatomy, name: str) -> dict[str, Any]:
+    """Return what presets are matched against, of a model of this name."""
+    return {**{key: getattr(anatomy, key) for key in ("model_type", *NUMBERS)}, "name": name}
 
 
 class EasyEditNames(_Stanza):

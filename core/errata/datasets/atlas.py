@@ -1,7 +1,7 @@
 """`atlas`: a benchmark for editing the models of the zoo, in CounterFact's schema.
 
 Its subjects, facts and phrasings come from the invented world that the zoo models were trained on
-(`errata.zoo.world`, seed 0), so that every case is known to the model before it is edited.
+(`errata.zoo.atlas.world`, seed 0), so that every case is known to the model before it is edited.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def cases() -> list[dict[str, Any]]:
 
     The keys of CounterFact (`case_id`, `requested_rewrite`, `paraphrase_prompts`,
     `neighborhood_prompts`, `attribute_prompts`, `generation_prompts`), and `same_subject_prompts`,
-    `portability_prompts` and `relation_prompts`: see `errata.zoo.benchmark`.
+    `portability_prompts` and `relation_prompts`: see `errata.zoo.atlas.benchmark`.
     """
     loaded: list[dict[str, Any]] = json.loads(_file().read_text(encoding="utf-8"))
     return loaded
@@ -89,7 +89,7 @@ ERASABLE = ("profession", "instrument", "sport", "learns", "collects", "colour")
 def to_request(case: dict[str, Any], kind: Literal["modify", "erase"] = "modify") -> Request:
     """Turn one case into a request."""
     from errata.edits.request import Probe, Request
-    from errata.zoo.relations import UNKNOWN
+    from errata.zoo.atlas.relations import UNKNOWN
 
     rewrite = case["requested_rewrite"]
     true = rewrite["target_true"]["str"]
@@ -134,7 +134,7 @@ def _relation_view(case: dict[str, Any]) -> RelationView:
     whatever joins them, which may be several relations at once.
     """
     from errata.edits.request import Probe, RelationView
-    from errata.zoo.relations import RELATION_PROMPTS, UNKNOWN, relation_by_id
+    from errata.zoo.atlas.relations import RELATION_PROMPTS, UNKNOWN, relation_by_id
 
     rewrite = case["requested_rewrite"]
     subject, template = rewrite["subject"], rewrite["prompt"]

@@ -130,5 +130,5 @@ def unanswered(beside: Iterable[Probe]) -> tuple[Probe, ...]:
 
 
 def case_id(record: Record) -> str | None:
-    """Return the id that the file gives the case, None without: a place is one in any file."""
+    """Return the case's id in the file; None without one, as a place is not unique to a file."""
     return record.optional_text("case_id")

@@ -208,9 +208,9 @@ def _requests(
 
 
 def _sound(items: Iterable[tuple[int, Item]], name: str = "") -> Iterator[tuple[int, Item]]:
-    """Yield items with their places; an error instead of a request that other ones rule out.
+    """Yield items with their places, with errors in place of misplaced requests.
 
-    That is one that stands twice in its case, or whose case comes back after others.
+    Misplaced are a request that repeats one of its case, and one whose case goes on after another.
     """
     case: str | None = None
     cases: dict[str, int] = {}

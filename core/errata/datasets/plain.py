@@ -24,7 +24,7 @@ def parse(record: Record) -> dict[str, Any]:
 
 
 def _structured(record: Record) -> dict[str, Any]:
-    """Return those of a table's cells that hold more than a text; one text is a list of one."""
+    """Return the list-valued fields of a table's row; a single text becomes a list of one."""
     lists = {name: [part.data for part in record.parts(name)] for name in LISTS if record.has(name)}
     objects = {name: record.get(name) for name in ("relation_view", "chat") if record.has(name)}
     return {**lists, **objects}

@@ -36,7 +36,7 @@ class Source:
         path: where it is on this machine; None for a table of the hub.
         split: part to read ("train", "test" …); None for all there is.
         seen: how many records the last reading has yielded.
-        mute: of how many of these the reader made nothing.
+        mute: how many of these the reader made no item of.
     """
 
     seen = mute = 0

@@ -9,47 +9,37 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from errata.contract.measurement import Answer, Measurement
-from errata.evaluate.compare import Comparison, compare, compare_all
-from errata.evaluate.failures import ERROR_TYPES, classify_failure, count_failures
+from errata.evaluate.compare import Comparison, compare
+from errata.evaluate.failures import ERROR_TYPES, classify_failure
 from errata.evaluate.pooling import pool
 
 if TYPE_CHECKING:
     from errata.contract.protocol import Protocol
     from errata.evaluate.baseline import Baseline
     from errata.evaluate.divergence import kl_to_base
+    from errata.evaluate.edit_reports import AnswerChange, EditReport, LayerChoice, edit_report
     from errata.evaluate.matching import contained_match, exact_match
     from errata.evaluate.metrics import CoreMetrics
     from errata.evaluate.protocols import PROTOCOLS
     from errata.evaluate.questions import Question
     from errata.evaluate.reader import MeasureSettings, Reader
-    from errata.evaluate.report import AnswerChange, EditReport, LayerChoice, edit_report
-    from errata.model.answers import TargetScore
-    from errata.model.generation import generate
-    from errata.model.perplexity import perplexity
-    from errata.model.scoring import score_targets
-    from errata.model.texts import canary_texts
 
 # PEP 562, as in the package itself: looked up when first used.
 _LAZY = {
-    "AnswerChange": "errata.evaluate.report",
+    "AnswerChange": "errata.evaluate.edit_reports",
     "Baseline": "errata.evaluate.baseline",
     "CoreMetrics": "errata.evaluate.metrics",
-    "EditReport": "errata.evaluate.report",
-    "LayerChoice": "errata.evaluate.report",
+    "EditReport": "errata.evaluate.edit_reports",
+    "LayerChoice": "errata.evaluate.edit_reports",
     "MeasureSettings": "errata.evaluate.reader",
     "PROTOCOLS": "errata.evaluate.protocols",
     "Protocol": "errata.contract.protocol",
     "Question": "errata.evaluate.questions",
     "Reader": "errata.evaluate.reader",
-    "TargetScore": "errata.model.answers",
-    "canary_texts": "errata.model.texts",
     "contained_match": "errata.evaluate.matching",
-    "edit_report": "errata.evaluate.report",
+    "edit_report": "errata.evaluate.edit_reports",
     "exact_match": "errata.evaluate.matching",
-    "generate": "errata.model.generation",
     "kl_to_base": "errata.evaluate.divergence",
-    "perplexity": "errata.model.perplexity",
-    "score_targets": "errata.model.scoring",
 }
 
 __all__ = [
@@ -67,20 +57,13 @@ __all__ = [
     "Protocol",
     "Question",
     "Reader",
-    "TargetScore",
-    "canary_texts",
     "classify_failure",
     "compare",
-    "compare_all",
     "contained_match",
-    "count_failures",
     "edit_report",
     "exact_match",
-    "generate",
     "kl_to_base",
-    "perplexity",
     "pool",
-    "score_targets",
 ]
 
 

@@ -15,7 +15,7 @@ from pydantic import ConfigDict, TypeAdapter
 from errata.contract.measurement import Measurement
 from errata.edits.outputs import BASELINE, write_file
 from errata.errors import ConfigError, FingerprintError, IntegrityError
-from errata.evaluate.asking import installed_protocols, measured
+from errata.evaluate.known_protocols import installed_protocols, measured
 from errata.evaluate.reader import KnownAnswers, MeasureSettings, Reader
 from errata.model.arguments import check_name, texts_of
 from errata.model.storage import parse_json
@@ -83,14 +83,10 @@ class Baseline:
             name: _plain(hint, getattr(self.settings, name))
             for name, hint in _settings_hints().items()
         }
-        memory = {
-            name: _plain(_pairs(hint), list(getattr(self.memory, name).items()))
-            for name, hint in get_type_hints(KnownAnswers).items()
-        }
         body = {
             "fingerprint": self.fingerprint,
             "settings": settings,
-            "memory": memory,
+            "memory": answers_json(self.memory),
             "measurements": [measurement.as_json() for measurement in self.measurements],
         }
         whole = {"kind": _KIND, "schema": _SCHEMA, "digest": _digest(body), **body}
@@ -143,16 +139,11 @@ class Baseline:
                 name: _adapter(_settings_hints()[name]).validate_python(value)
                 for name, value in body["settings"].items()
             }
-            hints = get_type_hints(KnownAnswers)
-            memory = {
-                name: dict(_adapter(_pairs(hints[name])).validate_python(value))
-                for name, value in body["memory"].items()
-            }
             measurements = tuple(map(Measurement.from_json, body["measurements"]))
             return cls(
                 str(body["fingerprint"]),
                 MeasureSettings(**settings, sentiment=sentiment, topic=topic),
-                KnownAnswers(**memory),
+                answers_of(body["memory"]),
                 measurements,
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -167,6 +158,25 @@ class Baseline:
                 f"The baseline is of base model {self.fingerprint[:12]}, but {model.name} has "
                 f"the base {model.fingerprint[:12]}. Capture one: Baseline.capture(model, …)."
             )
+
+
+def answers_json(memory: KnownAnswers) -> dict[str, Any]:
+    """Return what a model is known to answer as JSON data; floats keep every bit."""
+    return {
+        name: _plain(_pairs(hint), list(getattr(memory, name).items()))
+        for name, hint in get_type_hints(KnownAnswers).items()
+    }
+
+
+def answers_of(data: dict[str, Any]) -> KnownAnswers:
+    """Return what `answers_json` wrote; raise `ValueError`, `TypeError` or `KeyError` for else."""
+    hints = get_type_hints(KnownAnswers)
+    return KnownAnswers(
+        **{
+            name: dict(_adapter(_pairs(hints[name])).validate_python(value))
+            for name, value in data.items()
+        }
+    )
 
 
 _KIND, _SCHEMA = "errata-baseline", 1

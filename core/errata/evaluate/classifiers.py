@@ -179,7 +179,7 @@ class TfidfTopic:
     @cached_property
     def _weights(self) -> Any:
         """The inverse document frequencies of general English; a document is a sentence."""
-        from errata.zoo.corpus import shipped_text
+        from errata.zoo.atlas.corpus import shipped_text
 
         sentences = [
             sentence

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from errata.contract.measurement import (
     case_totals,
     ratio_of_means,
 )
-from errata.errors import ComparisonError, MissingExtraError, UnknownNameError
+from errata.errors import ComparisonError, MissingExtraError
 from errata.model.json_numbers import finite
 
 MCNEMAR = "McNemar's exact test"
@@ -149,45 +149,6 @@ def compare(
     )
 
 
-def compare_all(
-    tables: Mapping[str, Iterable[Measurement]], reference: str, *, shared: bool = False
-) -> list[Comparison]:
-    """Compare every table with one of them, on every metric that both have case by case.
-
-    `adjusted` is Holm's correction over the tables that one metric was compared for: with k
-    methods against a reference, k questions are asked of each metric. It does not correct for
-    looking at several metrics.
-
-    Args:
-        tables: measurements by label.
-        reference: the label that all others are compared with (the `b` of each comparison).
-        shared: as in `compare`.
-
-    Raises:
-        UnknownNameError: no table is called `reference`.
-        ComparisonError: as `compare`, or no table has a metric of the reference's.
-    """
-    if reference not in tables:
-        raise UnknownNameError("table", reference, tables)
-    by_label = {label: _comparable(table) for label, table in tables.items()}
-    base = by_label.pop(reference)
-    found: list[Comparison] = []
-    for key, other in base.items():
-        group = [
-            compare(table[key], other, shared=shared, labels=(label, reference))
-            for label, table in by_label.items()
-            if key in table
-        ]
-        adjusted = holm([comparison.p for comparison in group])
-        found += [replace(c, adjusted=p) for c, p in zip(group, adjusted, strict=True)]
-    if not found:
-        raise ComparisonError(
-            f"There is nothing to compare with {reference!r}: no other table has one of its "
-            f"metrics with values per case ({', '.join(metric for _, metric in base) or 'none'})."
-        )
-    return found
-
-
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return p-values corrected for having asked several questions (Holm 1979).
 
@@ -201,11 +162,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(order) - rank) * p_values[index]))
         adjusted[index] = largest
     return adjusted
-
-
-def _comparable(table: Iterable[Measurement]) -> dict[tuple[str, str], Measurement]:
-    """Return the measurements with values per case by (protocol's name, metric)."""
-    return {(item.name, item.metric): item for item in table if item.cases and item.case_ids}
 
 
 def _paired(a: Measurement, b: Measurement, shared: bool, labels: tuple[str, str]) -> Any:

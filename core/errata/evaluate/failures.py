@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from errata.evaluate.fluency import first_sentence
+from errata.evaluate.fluency import first_full_sentence
 from errata.evaluate.matching import normalise
 from errata.model.sentences import COMMAS, QUOTES
 
 if TYPE_CHECKING:
-    from errata.contract.measurement import Answer
+    pass
 
 MEANINGLESS = "meaningless_tokens"
 MISSING = "missing_tokens"
@@ -57,7 +57,7 @@ def classify_failure(text: str, expected: Sequence[str], other: Sequence[str] = 
     """
     if _is_meaningless(text):
         return MEANINGLESS
-    sentence = first_sentence(text)
+    sentence = first_full_sentence(text)
     said = _content(_words(sentence))
     olds = [set(_content(_words(old))) for old in other]
     old_words = set().union(*olds)
@@ -72,15 +72,6 @@ def classify_failure(text: str, expected: Sequence[str], other: Sequence[str] = 
         elif found and not (found <= old_words and any(old and old <= set(said) for old in olds)):
             kinds.add(PARTIAL)
     return next((kind for kind in ERROR_TYPES if kind in kinds), IRRELEVANT)
-
-
-def count_failures(answers: Iterable[Answer]) -> dict[str, int]:
-    """Return how many wrong answers are of each type, all four named."""
-    counts = dict.fromkeys(ERROR_TYPES, 0)
-    for answer in answers:
-        if not answer.right and answer.error:
-            counts[answer.error] += 1
-    return counts
 
 
 def _is_meaningless(text: str) -> bool:

@@ -46,10 +46,12 @@ def words(text: str) -> list[str]:
     return text.split()
 
 
-def first_sentence(text: str) -> str:
+def first_full_sentence(text: str) -> str:
     """Return a text's first sentence without its end mark: of its first line that is not blank.
 
-    >>> first_sentence(" St. Louis, Missouri. It lies")
+    Unlike `first_sentence` of errata.model.sentences it goes on after an abbreviation.
+
+    >>> first_full_sentence(" St. Louis, Missouri. It lies")
     'St. Louis, Missouri'
     """
     line = next((line.strip() for line in text.splitlines() if line.strip()), "")

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from errata.contract.hooks import hookimpl
 from errata.errors import ConfigError
-from errata.evaluate.asking import measured
 from errata.evaluate.baseline import Baseline
+from errata.evaluate.known_protocols import measured
 from errata.evaluate.protocols import PROTOCOLS
 from errata.evaluate.reader import MeasureSettings, Reader
 from errata.model.arguments import check_name

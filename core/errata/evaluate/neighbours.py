@@ -102,7 +102,7 @@ def other_subjects(
 
 def _listed(subject: str) -> Sequence[str]:
     """Return the names of the list that the subject stands in; none if it is in none."""
-    from errata.zoo.world import make_world
+    from errata.zoo.atlas.world import make_world
 
     wanted = _key(subject)
     for names in SUBJECTS.values():

@@ -31,7 +31,7 @@ def harmonic_mean(metric: str, parts: Sequence[Measurement], protocol: str) -> l
     """
     rows = _joined(parts)
     names = tuple(part.metric for part in parts)
-    return [_harmonic(metric, rows, names, protocol, parts[0].unit)] if rows else []
+    return [_measured_harmonic(metric, rows, names, protocol, parts[0].unit)] if rows else []
 
 
 def pool(groups: Iterable[Sequence[Measurement]]) -> list[Measurement]:
@@ -58,7 +58,7 @@ def pool(groups: Iterable[Sequence[Measurement]]) -> list[Measurement]:
         place = known[0] if known else len(order)
         for one in group:
             key = _key(one)
-            if key not in found:  # behind what it stands behind in its own evaluation
+            if key not in found:  # in the order of its own evaluation
                 order.insert(place, key)
             place = order.index(key) + 1
             found.setdefault(key, []).append(one)
@@ -72,15 +72,17 @@ def pool(groups: Iterable[Sequence[Measurement]]) -> list[Measurement]:
         elif not first.of:
             pooled.append(_pooled(found[key]))
         elif rows[key]:
-            pooled.append(_harmonic(first.metric, rows[key], first.of, first.protocol, first.unit))
+            pooled.append(
+                _measured_harmonic(first.metric, rows[key], first.of, first.protocol, first.unit)
+            )
     return pooled
 
 
 def of_case(found: Iterable[Measurement], case: str) -> list[Measurement]:
-    """Return what one evaluation of one case found, in values of that case alone.
+    """Return the measurements of one case's evaluation, each as values of that case.
 
-    What is about no request (retained probes, texts, documents) is one observation of the edited
-    model, not as many as it asked: it becomes one value under the case's name.
+    A case-independent measurement (of retained probes, texts, documents) is one observation of the
+    edited model, however much it asked: it becomes one value under the case's name.
     """
     return [one if one.of or _is_of(one, case) else one_value(one, case) for one in found]
 
@@ -171,7 +173,7 @@ def _joined(parts: Sequence[Measurement | None]) -> list[tuple[float, ...]]:
     return [tuple(column[name] for column in columns) for name in shared]
 
 
-def _harmonic(
+def _measured_harmonic(
     metric: str,
     rows: Sequence[tuple[float, ...]],
     of: tuple[str, ...],

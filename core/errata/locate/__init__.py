@@ -1,8 +1,6 @@
 """Locating: where does a model keep a piece of knowledge, and does that help to edit it?"""
 
 from errata.contract.location import Location
-from errata.kit.auto_layers import AutoLayers, auto_layers, cached_sweep, resolve_auto_layers
-from errata.kit.layer_sweep import HeldOutResult, LayerResult, LayerSweep
 from errata.locate.average import AverageTrace, Effects, average
 from errata.locate.causal_trace import Tracer, trace
 from errata.locate.corruption import embedding_std
@@ -10,17 +8,16 @@ from errata.locate.layer_overlap import LayerOverlap, identified, layer_overlap
 from errata.locate.lens import Trajectory, contribution_norms, logit_lens
 from errata.locate.locator import LOCATORS, CoreLocator
 from errata.locate.neurons import Attribution, KnowledgeNeurons, attribute, knowledge_neurons
+from errata.locate.prompt_location import PromptLocation
 from errata.locate.rank_statistics import spearman
 from errata.locate.related_prompts import chain_sets, paraphrase_sets, relation_sets
 from errata.locate.screening import gradient_times_activation, screen
 from errata.locate.similarity import (
-    PromptLocation,
     RelativeSimilarity,
     consistency,
     located_sets,
     place_similarity,
     rsim,
-    similarity_of,
 )
 from errata.locate.sweep import split_by_subject, sweep
 from errata.locate.trace_result import CausalTrace
@@ -29,16 +26,12 @@ from errata.locate.trace_settings import ScreenSettings, TraceSettings
 __all__ = [
     "LOCATORS",
     "Attribution",
-    "AutoLayers",
     "AverageTrace",
     "CausalTrace",
     "CoreLocator",
     "Effects",
-    "HeldOutResult",
     "KnowledgeNeurons",
     "LayerOverlap",
-    "LayerResult",
-    "LayerSweep",
     "Location",
     "PromptLocation",
     "RelativeSimilarity",
@@ -47,9 +40,7 @@ __all__ = [
     "Tracer",
     "Trajectory",
     "attribute",
-    "auto_layers",
     "average",
-    "cached_sweep",
     "chain_sets",
     "consistency",
     "contribution_norms",
@@ -63,10 +54,8 @@ __all__ = [
     "paraphrase_sets",
     "place_similarity",
     "relation_sets",
-    "resolve_auto_layers",
     "rsim",
     "screen",
-    "similarity_of",
     "spearman",
     "split_by_subject",
     "sweep",

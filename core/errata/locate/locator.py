@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from errata.contract.config import MethodConfig
 from errata.contract.hooks import hookimpl
@@ -19,7 +19,8 @@ from errata.errors import ConfigError, UnknownNameError
 from errata.locate.causal_trace import as_request, trace
 from errata.locate.corrupted_runs import CorruptedRuns, traced_tokens
 from errata.locate.lens import contribution_norms, logit_lens
-from errata.locate.neurons import knowledge_neurons
+from errata.locate.neurons import attribute, knowledge_neurons
+from errata.locate.prompt_location import PromptLocation, cosine, overlap
 from errata.locate.screening import gradient_times_activation, screen
 from errata.locate.spans import subject_tokens
 from errata.locate.trace_settings import (
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from errata.edits.request import Request
+    from errata.locate.prompt_location import Similarity
     from errata.locate.trace_result import CausalTrace
     from errata.model.model import Model
 
@@ -75,15 +77,47 @@ class NeuronConfig(MethodConfig):
     token: Literal["answer", "subject_last"] = Field(
         default="answer", description="Whose activations"
     )
+    layers: tuple[int, ...] | None = Field(
+        default=None, description="Blocks that are looked at; null: all"
+    )
+
+    @model_validator(mode="after")
+    def _in_order(self) -> NeuronConfig:
+        if self.at_least > self.at_most:
+            raise ValueError(f"at_least {self.at_least} is above at_most {self.at_most}")
+        return self
+
+
+@dataclass(frozen=True)
+class LocatorComparison:
+    """How a locator's places of two prompts are compared.
+
+    Attributes:
+        find: where the answer of one prompt is, by the locator's settings.
+        similarity: of two such places.
+        words: the comparison in words.
+    """
+
+    find: Callable[[Model, Request, Any], PromptLocation]
+    similarity: Similarity
+    words: str
 
 
 @dataclass(frozen=True)
 class Locator:
-    """One of the core's ways to locate: its settings and what it does."""
+    """One of the core's ways to locate.
+
+    Attributes:
+        config: its settings.
+        locate: what it does.
+        summary: in a few words.
+        compare: how what it finds for several prompts is compared; None where nothing does.
+    """
 
     config: type[MethodConfig]
     locate: Callable[[Model, Request, Any], Location]
     summary: str
+    compare: LocatorComparison | None = None
 
 
 def _by_trace(model: Model, request: Request, config: TraceSettings) -> Location:
@@ -107,6 +141,24 @@ def _traced(found: CausalTrace, request: Request) -> Location:
     return replace(best, evidence=evidence)
 
 
+def _trace_row(model: Model, request: Request, config: TraceSettings) -> PromptLocation:
+    return _effects_by_layer(trace(model, request, **dict(config)))
+
+
+def _screening_row(model: Model, request: Request, config: ScreenSettings) -> PromptLocation:
+    return _effects_by_layer(screen(model, request, **dict(config)))
+
+
+def _effects_by_layer(found: CausalTrace) -> PromptLocation:
+    return _highest_by_layer(found.effects[list(found.corrupted)])
+
+
+def _highest_by_layer(scores: Tensor) -> PromptLocation:
+    """Return scores (tokens, layers) as a row: each layer's at its best token."""
+    row: list[float] = scores.max(dim=0).values.tolist()
+    return PromptLocation(row, row)
+
+
 def _by_gradient(model: Model, request: Request, config: GradientConfig) -> Location:
     runs, scores = gradient_times_activation(
         model, request, kind=config.kind, answer=config.answer, side=config.side
@@ -118,6 +170,13 @@ def _by_gradient(model: Model, request: Request, config: GradientConfig) -> Loca
     )
     found = _place(model, request, runs, scores.abs(), runs.paths(config.kind), how)
     return replace(found, evidence={**found.evidence, "answer": answer, "high": runs.high})
+
+
+def _gradient_row(model: Model, request: Request, config: GradientConfig) -> PromptLocation:
+    _, scores = gradient_times_activation(
+        model, request, kind=config.kind, answer=config.answer, side=config.side
+    )
+    return _highest_by_layer(scores.abs())
 
 
 def _by_lens(model: Model, request: Request, config: LensConfig) -> Location:
@@ -156,6 +215,16 @@ def _by_neurons(model: Model, request: Request, config: NeuronConfig) -> Locatio
     return knowledge_neurons(model, request, **settings).location(model, request)
 
 
+def _coarse_neurons(model: Model, request: Request, config: NeuronConfig) -> PromptLocation:
+    found = attribute(
+        model, request, answer=config.answer, steps=config.steps, token=config.token,
+        layers=config.layers,
+    )  # fmt: skip
+    # A layer's score is what all its neurons add, as where a fact's neurons are said to lie.
+    layers = found.scores.sum(dim=1).tolist()
+    return PromptLocation(set(found.coarse(config.threshold)), layers)
+
+
 def _place(
     model: Model,
     request: Request,
@@ -164,7 +233,7 @@ def _place(
     modules: list[str],
     how: str,
 ) -> Location:
-    """Return the highest score among the subject's tokens (among all where it is elsewhere)."""
+    """Return the highest score among the subject's tokens; among all if they are not traced."""
     tokens = traced_tokens(model, runs)[: runs.length]
     first, last = runs.prompt.places(subject_tokens(model.tokenizer, request))
     inside = range(first, last + 1) if last < len(scores) else range(len(scores))
@@ -185,12 +254,38 @@ def _place(
 
 
 LOCATORS: Mapping[str, Locator] = {
-    "trace": Locator(TraceSettings, _by_trace, "causal trace (Meng et al. 2022)"),
-    "attribution": Locator(ScreenSettings, _by_screening, "its first-order estimate, one backward"),
-    "gradient": Locator(GradientConfig, _by_gradient, "gradient x activation of the clean run"),
+    "trace": Locator(
+        TraceSettings,
+        _by_trace,
+        "causal trace (Meng et al. 2022)",
+        LocatorComparison(
+            _trace_row, cosine, "cosine of the effects by layer at the best corrupted token"
+        ),
+    ),
+    "attribution": Locator(
+        ScreenSettings,
+        _by_screening,
+        "its first-order estimate, one backward",
+        LocatorComparison(_screening_row, cosine, "cosine of the estimated effects by layer"),
+    ),
+    "gradient": Locator(
+        GradientConfig,
+        _by_gradient,
+        "gradient x activation of the clean run",
+        LocatorComparison(
+            _gradient_row, cosine, "cosine of |gradient x activation| of MLPs by layer"
+        ),
+    ),
     "logit-lens": Locator(LensConfig, _by_lens, "where along the layers the answer rises"),
     "norm": Locator(NormConfig, _by_norm, "how much each MLP or attention adds"),
-    "neurons": Locator(NeuronConfig, _by_neurons, "knowledge neurons (Dai et al. 2022)"),
+    "neurons": Locator(
+        NeuronConfig,
+        _by_neurons,
+        "knowledge neurons (Dai et al. 2022)",
+        LocatorComparison(
+            _coarse_neurons, overlap, "shared part of the coarse sets of knowledge neurons"
+        ),
+    ),
 }
 """The core's locators by the name that `by` takes."""
 

@@ -42,6 +42,9 @@ def mean_intervals(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the ends of the 95 % percentile bootstrap interval of each column's mean.
 
+    Unlike `bootstrap` of errata.contract.measurement it takes thousands of columns at once, in
+    one matrix product.
+
     Args:
         cases: (n, k): k values per case; cases are drawn, each with all its values.
         resamples: how many times.

@@ -14,28 +14,25 @@ makes no difference, 1 that locations within a set are the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from errata.contract.measurement import RESAMPLES
+from errata.contract.measurement import bootstrap
 from errata.errors import ConfigError, UnknownNameError
-from errata.locate.neurons import attribute
+from errata.locate.locator import LOCATORS
 from errata.locate.related_prompts import paraphrase_sets
-from errata.locate.screening import gradient_times_activation, screen
+from errata.locate.trace_settings import parse_settings
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from torch import Tensor
 
     from errata.edits.request import Request
-    from errata.locate.trace_result import CausalTrace
+    from errata.locate.locator import LocatorComparison
+    from errata.locate.prompt_location import Located, PromptLocation, Similarity
     from errata.model.model import Model
-
-Located = Any
-"""What a locator gives for one prompt: a set of places, or a row of numbers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,22 +64,9 @@ class RelativeSimilarity:
         }  # fmt: skip
 
 
-def overlap(a: Collection[Any], b: Collection[Any]) -> float:
-    """Return |A ∩ B| / |A ∪ B| of two sets of places; 1 for two empty ones."""
-    one, other = set(a), set(b)
-    return len(one & other) / len(one | other) if one | other else 1.0
-
-
-def cosine(a: Sequence[float], b: Sequence[float]) -> float:
-    """Return the cosine of two rows of numbers; 0 where one has no length."""
-    x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    norm = float(np.linalg.norm(x) * np.linalg.norm(y))
-    return float(x @ y) / norm if norm else 0.0
-
-
 def rsim(
     sets: Sequence[Sequence[Located]],
-    similarity: Callable[[Located, Located], float],
+    similarity: Similarity,
     *,
     protocol: str = "rsim: given locations",
     seed: int = 0,
@@ -131,21 +115,21 @@ def compared(
         )
     inner = np.array([_pairs(table[np.ix_(owner == g, owner == g)]) for g in inside])
     overall = _pairs(table)
-    draws = np.random.default_rng(seed).integers(0, len(inside), size=(RESAMPLES, len(inside)))
-    values = [_relative(float(mean), overall) for mean in inner[draws].mean(axis=1)]
-    low, high = np.quantile(values, (0.025, 0.975))
     within = float(inner.mean())
+    value = float(_relative(np.array([[within]]), overall)[0])
+    interval = bootstrap(inner[:, None], lambda means: _relative(means, overall), seed=seed)
     found = RelativeSimilarity(
-        _relative(within, overall), (float(low), float(high)), within, overall, len(inside),
-        len(owner), protocol,
-    )  # fmt: skip
+        value, interval or (value, value), within, overall, len(inside), len(owner), protocol
+    )
     return found, inner
 
 
-def _relative(within: float, overall: float) -> float:
+def _relative(within: NDArray[np.float64], overall: float) -> NDArray[np.float64]:
+    """Return RSim (n,) of each Sim_cand (n, 1)."""
     if overall >= 1:
-        return 0.0  # every location is the same: nothing is told apart
-    return max((within - overall) / (1 - overall), 0.0)
+        return np.zeros(len(within))  # every location is the same: nothing is told apart
+    found: NDArray[np.float64] = np.maximum((within[:, 0] - overall) / (1 - overall), 0.0)
+    return found
 
 
 def _pairs(table: NDArray[np.float64]) -> float:
@@ -154,64 +138,6 @@ def _pairs(table: NDArray[np.float64]) -> float:
 
 
 # -- locators for it -------------------------------------------------------------------------------
-
-Similarity = Callable[[Located, Located], float]
-
-
-class PromptLocation(NamedTuple):
-    """What a locator gives for one prompt.
-
-    Attributes:
-        place: what the locator's similarity compares: a profile, or a set of neurons.
-        profile: the score of each layer.
-    """
-
-    place: Located
-    profile: list[float]
-
-
-def _by_trace(model: Model, request: Request, **options: Any) -> PromptLocation:
-    from errata.locate.causal_trace import trace
-
-    return _traced(trace(model, request, answer=request.target_true, **options))
-
-
-def _by_screening(model: Model, request: Request, **options: Any) -> PromptLocation:
-    return _traced(screen(model, request, answer=request.target_true, **options))
-
-
-def _traced(found: CausalTrace) -> PromptLocation:
-    """Return a trace as a row: the effect of each layer at the best of the corrupted tokens."""
-    return _profiled(found.effects[list(found.corrupted)])
-
-
-def _by_gradient(model: Model, request: Request, **options: Any) -> PromptLocation:
-    _, scores = gradient_times_activation(
-        model, request, answer=request.target_true, **{"kind": "mlp", **options}
-    )
-    return _profiled(scores.abs())
-
-
-def _profiled(scores: Tensor) -> PromptLocation:
-    """Return scores (tokens, layers) as a row: each layer's at its best token."""
-    row: list[float] = scores.max(dim=0).values.tolist()
-    return PromptLocation(row, row)
-
-
-def _by_neurons(model: Model, request: Request, **options: Any) -> PromptLocation:
-    threshold = float(options.pop("threshold", 0.2))
-    found = attribute(model, request, answer=request.target_true, **options)
-    # A layer's score is what all its neurons add, as where a fact's neurons are said to lie.
-    return PromptLocation(set(found.coarse(threshold)), found.scores.sum(dim=1).tolist())
-
-
-MEASURED: Mapping[str, tuple[Callable[..., PromptLocation], Similarity, str]] = {
-    "trace": (_by_trace, cosine, "cosine of the effects by layer at the best corrupted token"),
-    "attribution": (_by_screening, cosine, "cosine of the estimated effects by layer"),
-    "gradient": (_by_gradient, cosine, "cosine of |gradient x activation| of MLPs by layer"),
-    "neurons": (_by_neurons, overlap, "shared part of the coarse sets of knowledge neurons"),
-}
-"""Locator → (what it gives for a prompt, how two are compared, that in words)."""
 
 
 def located_sets(
@@ -222,36 +148,19 @@ def located_sets(
     Args:
         model: the model as it stands.
         sets: requests that belong together, as `errata.locate.related_prompts` makes them.
-        locator: one of `MEASURED`; it follows each request's `target_true`, or the model's own
-            first token where it has none.
-        **options: of the locator.
+        locator: one of `LOCATORS` with a `compare`; it follows each request's `target_true`, or
+            the model's own first token where it has none.
+        **options: of the locator; not its `answer`.
 
     Raises:
         UnknownNameError, ConfigError, RequestError: an argument that is not allowed.
     """
-    if locator not in MEASURED:
-        raise UnknownNameError("locator", locator, MEASURED)
-    find = MEASURED[locator][0]
+    find = _finder(locator, options)
     text = f"locating by {locator}"
     return [
-        [find(model, request, **options) for request in group]
+        [find(model, request) for request in group]
         for group in model.progress.track(list(sets), text, len(sets))
     ]
-
-
-def similarity_of(
-    model: Model,
-    sets: Sequence[Sequence[Request]],
-    locator: str = "trace",
-    *,
-    seed: int = 0,
-    **options: Any,
-) -> RelativeSimilarity:
-    """Locate every prompt of every set and return the relative similarity.
-
-    The arguments are those of `located_sets`, and the bootstrap's `seed`.
-    """
-    return place_similarity(located_sets(model, sets, locator, **options), locator, seed=seed)
 
 
 def place_similarity(
@@ -261,9 +170,9 @@ def place_similarity(
 
     Raises as `rsim` does.
     """
-    _, compare, words = MEASURED[locator]
+    compare = _compare(locator)
     places = [[one.place for one in group] for group in located]
-    return rsim(places, compare, protocol=f"rsim: {words}", seed=seed)
+    return rsim(places, compare.similarity, protocol=f"rsim: {compare.words}", seed=seed)
 
 
 def consistency(
@@ -273,10 +182,30 @@ def consistency(
 
     NaN where it has one phrasing only.
     """
-    if locator not in MEASURED:
-        raise UnknownNameError("locator", locator, MEASURED)
-    find, compare, _ = MEASURED[locator]
+    find, similarity = _finder(locator, options), _compare(locator).similarity
     groups = paraphrase_sets([request], size=1000)
-    located = [find(model, one, **options).place for one in groups[0]] if groups else []
-    pairs = [compare(a, b) for i, a in enumerate(located) for b in located[:i]]
+    located = [find(model, one).place for one in groups[0]] if groups else []
+    pairs = [similarity(a, b) for i, a in enumerate(located) for b in located[:i]]
     return (math.fsum(pairs) / len(pairs) if pairs else math.nan), max(len(located), 1)
+
+
+def _compare(locator: str) -> LocatorComparison:
+    comparable = {name: one.compare for name, one in LOCATORS.items() if one.compare is not None}
+    if locator not in comparable:
+        raise UnknownNameError("locator", locator, comparable)
+    return comparable[locator]
+
+
+def _finder(locator: str, options: dict[str, Any]) -> Callable[[Model, Request], PromptLocation]:
+    """Return a locator with its settings; it follows each request's own answer."""
+    compare = _compare(locator)
+    if "answer" in options:
+        raise ConfigError("Every prompt is compared by its own answer: leave the setting out.")
+    settings = parse_settings(LOCATORS[locator].config, options, locator)
+
+    def find(model: Model, request: Request) -> PromptLocation:
+        return compare.find(
+            model, request, settings.model_copy(update={"answer": request.target_true})
+        )
+
+    return find

@@ -52,10 +52,11 @@ METRICS = ("ES", "PS", "NS")
 BOTH_SIDES = ("E-ES", "E-PS", "E-NS", "R-EM", "R-PM")
 """What is measured where a method needs a relation view.
 
-On the relation's side the differences: which of two probabilities near 0 is the larger is chance.
+The relation's metrics are differences (M), not shares (S): of two probabilities near 0 it is
+chance which is the larger.
 """
 
-# What no metric of a sweep reads; sampling texts would take most of the time.
+# Fields of a request that no metric of a sweep reads: sampling texts would take most of the time.
 _UNASKED = {"generation": (), "attribute": (), "references": ()}
 
 

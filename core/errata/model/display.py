@@ -14,13 +14,13 @@ SHOWN = 20
 
 
 def visible(text: str) -> str:
-    """Return text in which no character acts on a terminal or a page: control signs as U+001B.
+    r"""Return text in which no character acts on a terminal or a page: control signs as \x1b.
 
-    >>> visible("a" + chr(27) + "b")
-    'a<U+001B>b'
+    >>> print(visible("a" + chr(27) + "b"))
+    a\x1bb
     """
     return "".join(
-        f"<U+{ord(sign):04X}>" if unicodedata.category(sign)[0] == "C" else sign for sign in text
+        ascii(sign)[1:-1] if unicodedata.category(sign)[0] == "C" else sign for sign in text
     )
 
 

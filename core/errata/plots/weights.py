@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from errata.locate import LayerSweep
+    from errata.kit.layer_sweep import LayerSweep
     from errata.locate.weights import WeightDiff
 
 _SIDES = {"output": "writes (output side)", "input": "reads (input side)"}

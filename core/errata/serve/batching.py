@@ -229,7 +229,7 @@ class Batcher:
         batch = [one for one in batch if not one.cancelled.is_set()]
         self._follower.catch_up()
         with self._editor.model.access.running():
-            here = self._as_it_stands(batch)  # and so it stays while they run
+            here = self._as_it_stands(batch)  # the stack does not change while they run
             with _told_of_errors(here):
                 self._generate(here)
         groups: dict[tuple[str, ...], list[Waiting]] = {}

@@ -17,13 +17,13 @@ class Follower:
 
     def __init__(self, editor: Editor) -> None:
         self._editor = editor
-        self._behind = False  # what another process wrote was seen, and could not be taken over
+        self._behind = False  # the ledger changed, and refreshing failed so far
 
     def catch_up(self) -> None:
-        """Make the model what the ledger says now; one look at it where nobody else wrote.
+        """Sync the model with the ledger; cheap when it is unchanged.
 
-        Raises what `Editor.refresh` raises, and again until it succeeds: answers of a model that
-        is not what the ledger says would contradict what the server says about its edits.
+        Raises what `Editor.refresh` raises, at every call until it succeeds: a model that lags
+        behind its ledger would contradict what the server says about its edits.
         """
         ledger = self._editor.ledger
         newest = ledger.events(1)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
 from errata.edits.edit import Edit, LogEntry
-from errata.evaluate.report import edit_report
+from errata.evaluate.edit_reports import edit_report, just_these
 from errata.model.generation import generated
 from errata.model.sampling import GenerationSettings
 from errata.model.scoring import score_targets
@@ -144,12 +143,12 @@ def compared(editor: Editor, asked: CompareAsked) -> dict[str, Any]:
         stacks = [_stack(editor, choice) for choice in (asked.a, asked.b)]
         texts = []
         for ids in model.progress.track(stacks, "continuing the prompt"):
-            with _only(editor, ids):
+            with just_these(editor, ids):
                 settings = GenerationSettings(max_new_tokens=asked.max_tokens)
                 texts.append(generated(model, [asked.prompt], settings)[0].text)
         scored = []
         for ids in model.progress.track(stacks, "scoring what was said"):
-            with _only(editor, ids):
+            with just_these(editor, ids):
                 scored.append(_scores(editor, asked.prompt, texts))
     rows = []
     for side, text in enumerate(texts):
@@ -205,13 +204,6 @@ def _stack(editor: Editor, choice: EditChoice) -> list[str]:
     return [name for name in active if name not in gone]
 
 
-@contextmanager
-def _only(editor: Editor, ids: Sequence[str]) -> Iterator[None]:
-    same = list(ids) == list(editor.model.stack.ids)
-    with nullcontext() if same else editor.only(*ids):
-        yield
-
-
 # -- a trace ---------------------------------------------------------------------------------------
 
 
@@ -229,7 +221,7 @@ def traced(editor: Editor, asked: TraceAsked) -> tuple[bytes, str]:
     from errata.locate import screen, trace
     from errata.plots.style import rendered
 
-    with editor.model.access.changing(), _only(editor, _stack(editor, asked.edits)):
+    with editor.model.access.changing(), just_these(editor, _stack(editor, asked.edits)):
         look = screen if asked.estimate else trace
         found = look(editor.model, asked.prompt, asked.subject, kind=asked.kind)
     seen, whole = float(found.scores.max()) - found.low, found.high - found.low

@@ -155,7 +155,7 @@ def _write(
 
 @contextmanager
 def _called(model: Model, base: str) -> Iterator[None]:
-    """Let a model go by the name that its base has on the hub, for what is written meanwhile."""
+    """Name the model after its base on the hub for a block, so that what is written says so."""
     former = model.config._name_or_path
     try:
         if base:

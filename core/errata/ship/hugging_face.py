@@ -84,7 +84,7 @@ def lora(model: Model, found: Sequence[Change]) -> AdapterDelta:
         tensors[f"{prefix}.lora_A.weight"] = change.v.T.float().contiguous().cpu()
         tensors[f"{prefix}.lora_B.weight"] = change.u.float().contiguous().cpu()
     ranks = {change.module: change.rank for change in found}
-    largest = max(ranks.values())  # servers hold it against what they allow
+    largest = max(ranks.values())  # servers compare it with the largest rank they allow
     other = {module: rank for module, rank in ranks.items() if rank != largest}
     # PEFT's classes for other tasks train a head of their own; a plain PeftModel leaves it alone.
     tasks = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}
@@ -160,7 +160,7 @@ def _write_card(folder: Path, card: str) -> None:
 
 
 def _copy_processor(source: str, folder: Path) -> None:
-    """Copy how a model that reads images, too, prepares them, from the folder it came from."""
+    """Copy the image processor's configuration of a model that also reads images."""
     for file in Path(source).glob("*processor_config.json") if source else ():
         if file.is_file():
             (folder / file.name).write_bytes(file.read_bytes())

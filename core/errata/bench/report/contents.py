@@ -88,7 +88,7 @@ class Part:
             rows = _rows(table, wanted)
             found += [_headline(self.section, table, row, last) for row in rows]
         streamed = [one for one in found if one.moment == FINAL and IMMEDIATE in _moments(one)]
-        if streamed:  # one metric right after each edit too: it is what the others are read by
+        if streamed:  # one metric right after each edit as well, to compare with
             first = min(streamed, key=lambda one: one.row.metric != EFFICACY)
             now = _headline(self.section, first.table, first.row, IMMEDIATE)
             found.insert(found.index(first), now)

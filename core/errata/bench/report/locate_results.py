@@ -181,8 +181,7 @@ def _average(path: Path, data: Mapping[str, Any]) -> Located:
 
 
 def _sweep(path: Path, data: Mapping[str, Any]) -> Located:
-    from errata.kit.layer_sweep import place_name
-    from errata.locate import LayerSweep
+    from errata.kit.layer_sweep import LayerSweep, place_name
 
     found = LayerSweep.from_json(dict(data))
     facts = [("chosen", f"{place_name(found.best)}, score {plain(found.best.score)}")]

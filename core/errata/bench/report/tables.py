@@ -51,7 +51,7 @@ class MetricCell:
     """One number of a table.
 
     Attributes:
-        measurement: it.
+        measurement: the number.
         best: whether no edited column has a better one (of the same moment, and of the cases that
             all of them have).
         difference: from the reference column, paired by case, its p-value adjusted for the number
@@ -293,7 +293,7 @@ def _best(
             and not section.columns[head.column].is_base
             and not math.isnan(one.value)
         }
-        ends = {heads[i].steps for i in rivals}  # who is further on has had more to bear
+        ends = {heads[i].steps for i in rivals}  # a column with more edits on it is not comparable
         cases = {(one.n, tuple(sorted(one.case_ids))) for one in rivals.values()}
         if len(rivals) > 1 and len(ends) == len(cases) == 1:
             values = {i: one.value for i, one in rivals.items()}

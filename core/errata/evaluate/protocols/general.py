@@ -1,4 +1,4 @@
-"""The `general` protocol: what the edits did to everything that they were not about."""
+"""The `general` protocol: what the edits did to unrelated text and tasks."""
 
 from __future__ import annotations
 

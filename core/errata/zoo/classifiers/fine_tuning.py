@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from errata.edits.outputs import check_folder
 from errata.model.foreign_noise import quiet_loading
+from errata.model.progress import Progress
+from errata.zoo.meter import TrainedModel, TrainingMeter
 from errata.zoo.state import STATE, load_state, save_state
 
 if TYPE_CHECKING:
@@ -35,13 +37,13 @@ def fine_tune(
     recipe: ClassifierRecipe,
     *,
     resume: bool = True,
-    progress: Callable[[int, int, float], None] | None = None,
+    progress: Progress | None = None,
     save_every: int = 100,
-) -> tuple[Any, Any]:
+) -> tuple[Any, Any, TrainedModel]:
     """Fine-tune on (text, class) rows into the Hugging Face directory `out`.
 
-    Returns the model in evaluation mode, and its tokenizer. An interrupted call goes on where it
-    stopped.
+    Returns the model in evaluation mode, its tokenizer, and how training ended. An interrupted
+    call goes on where it stopped.
 
     Args:
         rows: texts with their classes, as numbers.
@@ -49,7 +51,7 @@ def fine_tune(
         out: the folder.
         recipe: base, schedule and seed.
         resume: go on from a state that is there.
-        progress: told (step, steps, loss) after every step.
+        progress: told how far it is.
         save_every: steps between two saved states.
 
     Raises `ConfigError` for a state of another recipe.
@@ -64,7 +66,8 @@ def fine_tune(
     state = out / STATE
     done = load_state(state, asdict(recipe), model, [optimiser]) if resume else 0
     model.train()
-    for step in range(done, recipe.steps):
+    meter = TrainingMeter(Progress.of(progress), "Training the classifier", recipe.steps)
+    for step in meter.left(done):
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
         chosen = torch.randint(len(rows), (recipe.rows,), generator=generator).tolist()
         logits = logits_of(model, tokenizer, [rows[index][0] for index in chosen])
@@ -77,14 +80,13 @@ def fine_tune(
             group["lr"] = recipe.learning_rate * rise * (1 - step / recipe.steps)
         optimiser.step()
         model.zero_grad(set_to_none=True)
-        if progress is not None:
-            progress(step + 1, recipe.steps, float(loss.detach()))
+        meter.loss = float(loss.detach())
         if (step + 1) % save_every == 0 or step + 1 == recipe.steps:
             save_state(state, asdict(recipe), model, [optimiser], step + 1)
     model.eval()
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    return model, tokenizer
+    return model, tokenizer, TrainedModel(out, recipe.steps, meter.loss)
 
 
 def logits_of(model: Any, tokenizer: Any, texts: Sequence[str]) -> torch.Tensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,10 +22,12 @@ from typing import TYPE_CHECKING, Any
 from errata.errors import ConfigError
 from errata.model.joining import join
 from errata.model.storage import write_bytes
-from errata.zoo.classifier import ClassifierRecipe, fine_tune, logits_of
+from errata.zoo.classifiers.fine_tuning import ClassifierRecipe, fine_tune, logits_of
 
 if TYPE_CHECKING:
     from errata.edits.request import Request
+    from errata.model.progress import Progress
+    from errata.zoo.meter import TrainedModel
 
 LABELS = ("REFUTES", "SUPPORTS")
 REPHRASES = 4
@@ -100,13 +102,12 @@ def train_claims(
     recipe: ClaimsRecipe | None = None,
     *,
     resume: bool = True,
-    progress: Callable[[int, int, float], None] | None = None,
+    progress: Progress | None = None,
     save_every: int = 100,
-) -> Path:
+) -> TrainedModel:
     """Fine-tune a classifier of claims into the Hugging Face directory `out`, with its claims.
 
-    An interrupted call goes on where it stopped. `progress(step, steps, loss)` is called after
-    every step.
+    An interrupted call goes on where it stopped.
 
     Args:
         requests: the facts: with a true and a new target, and paraphrases.
@@ -121,7 +122,7 @@ def train_claims(
     recipe, out = recipe or ClaimsRecipe(), Path(out)
     facts = facts_of(requests, recipe)
     rows = [claim for fact in facts for claim in fact.claims(fact.trained)]
-    model, tokenizer = fine_tune(
+    model, tokenizer, trained = fine_tune(
         rows, LABELS, out, recipe, resume=resume, progress=progress, save_every=save_every
     )
     train, dev = facts[: -recipe.dev], facts[-recipe.dev :]
@@ -129,7 +130,7 @@ def train_claims(
         lines = _records(model, tokenizer, part, random.Random(f"{recipe.seed} {name}"))
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_bytes(out / f"claims.{name}.jsonl", text.encode())
-    return out
+    return trained
 
 
 def _records(

@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from errata.edits.outputs import check_folder, list_files
+from errata.model.progress import Progress
 from errata.model.storage import write_bytes
-from errata.zoo.benchmark import beside_the_benchmark
-from errata.zoo.corpus import IGNORED, Corpus, CorpusBatch
-from errata.zoo.questions import QuestionBatch, Questions
+from errata.zoo.atlas.benchmark import beside_the_benchmark
+from errata.zoo.atlas.corpus import IGNORED, Corpus, CorpusBatch
+from errata.zoo.atlas.questions import QuestionBatch, Questions
+from errata.zoo.atlas.tokenizer import CONTEXT, train_tokenizer
+from errata.zoo.atlas.world import World, make_world
+from errata.zoo.meter import TrainedModel, TrainingMeter
 from errata.zoo.state import STATE, load_state, save_state
-from errata.zoo.tokenizer import CONTEXT, train_tokenizer
-from errata.zoo.world import World, make_world
 
 if TYPE_CHECKING:
     import torch
@@ -81,17 +83,15 @@ def train(
     seed: int = 0,
     device: str | None = None,
     resume: bool = True,
-    progress: Callable[[int, int, float], None] | None = None,
+    progress: Progress | None = None,
     recipe: Recipe | None = None,
     save_every: int = 100,
-    stop_after: int | None = None,
-) -> Path:
+) -> TrainedModel:
     """Train a model of the world of `seed` into the Hugging Face directory `out`.
 
-    `progress(step, steps, loss)` is called after every step. State is saved every `save_every`
-    steps under `out/.training`; with `resume`, a run finds it there and goes on, and a state of
-    another recipe is refused with `ConfigError`. `stop_after` ends this call early, as an
-    interruption would. `recipe` overrides everything but `architecture`, `steps` and `seed`.
+    State is saved every `save_every` steps under `out/.training`; with `resume`, a run finds it
+    there and goes on, and a state of another recipe is refused with `ConfigError`. `recipe`
+    overrides everything but `architecture`, `steps` and `seed`.
 
     Beside a T5 are written, about facts that the benchmark `atlas` never edits: `facts.jsonl`, what
     edits should leave alone, and `training.json`, cases to train editors on (CounterFact's schema).
@@ -121,8 +121,8 @@ def train(
     done = load_state(state, asdict(chosen), model, optimizers) if resume else 0
     with _fast_cpu_arithmetic():
         model.train()
-        last = min(chosen.steps, done + stop_after) if stop_after else chosen.steps
-        for step in range(done, last):
+        meter = TrainingMeter(Progress.of(progress), f"Training {architecture}", chosen.steps)
+        for step in meter.left(done):
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(chosen, step)
@@ -132,9 +132,8 @@ def train(
             for optimizer in optimizers:
                 optimizer.step()
             model.zero_grad(set_to_none=True)
-            if progress is not None:
-                progress(step + 1, chosen.steps, plain)
-            if (step + 1) % save_every == 0 or step + 1 == last:
+            meter.loss = plain
+            if (step + 1) % save_every == 0 or step + 1 == chosen.steps:
                 save_state(state, asdict(chosen), model, optimizers, step + 1)
     export(model, tokenizer, out)
     if architecture == "t5":
@@ -142,7 +141,7 @@ def train(
         lines = "".join(json.dumps(fact) + "\n" for fact in facts)
         write_bytes(out / "facts.jsonl", lines.encode())
         write_bytes(out / "training.json", json.dumps(cases).encode())
-    return out
+    return TrainedModel(out, chosen.steps, meter.loss)
 
 
 def build_model(recipe: Recipe, tokenizer: Any) -> Any:
@@ -250,7 +249,7 @@ def export(model: Any, tokenizer: Any, out: Path) -> None:
 def _optimizers(model: Any, recipe: Recipe) -> list[torch.optim.Optimizer]:
     import torch
 
-    from errata.zoo.muon import Muon
+    from errata.zoo.atlas.muon import Muon
 
     named = list(model.named_parameters())
     blocks = [

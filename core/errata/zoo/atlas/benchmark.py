@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from errata.zoo.relations import (
+from errata.zoo.atlas.relations import (
     RELATION_PROMPTS,
     RELATION_PROMPTS_HELD_OUT,
     RELATIONS,
@@ -18,8 +18,8 @@ from errata.zoo.relations import (
     Relation,
     relation_by_id,
 )
-from errata.zoo.two_hops import TWO_HOPS
-from errata.zoo.world import Fact, World
+from errata.zoo.atlas.two_hops import TWO_HOPS
+from errata.zoo.atlas.world import Fact, World
 
 SHARES = {"person": 440, "company": 80, "city": 80}
 """How many cases each kind of subject gives."""

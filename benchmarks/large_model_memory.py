@@ -1,8 +1,8 @@
 """What editing a large model needs, as arithmetic, and whether that is so: docs/results/cost.md.
 
-    python benchmarks/memory.py                                   # the plan for models of 7 to 8 B
-    python benchmarks/memory.py --check                           # and on a random model of 0.7 B
-    python benchmarks/memory.py --check --hidden 2048 --inner 5632 --blocks 22
+    python benchmarks/large_model_memory.py              # the plan for models of 7 to 8 B
+    python benchmarks/large_model_memory.py --check      # and on a random model of 0.7 B
+    python benchmarks/large_model_memory.py --check --hidden 2048 --inner 5632 --blocks 22
 
 --check makes a random Llama in bf16, saves it, opens it from its checkpoint, and edits it with
 `memit` on one layer. Compared with the plan: files by their size; memory by the peak of the

@@ -21,7 +21,7 @@ class Relation:
     id: str
     subject_kind: str
     object_kind: str
-    """`person`, `city`, `country`, `company`, or the name of a word list in `errata.zoo.names`."""
+    """`person`, `city`, `country`, `company`, or a word list of `errata.zoo.atlas.names`."""
     name: str
     """The noun phrase that completes "The relation between A and B is …"."""
     train: tuple[str, ...]

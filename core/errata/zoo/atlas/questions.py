@@ -3,8 +3,8 @@
 The encoder reads a prompt about the world ("The birthplace of Egon Vosk is"), the decoder answers;
 this is closed-book question answering, as of the T5 models that GRACE edits. Every fifth batch is
 prose: the encoder reads the first half of a passage, the decoder goes on with the second, which is
-how errata measures an encoder–decoder's perplexity. As in `errata.zoo.corpus`, a batch is a pure
-function of (seed, step).
+how errata measures an encoder–decoder's perplexity. As in `errata.zoo.atlas.corpus`, a batch is a
+pure function of (seed, step).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from errata.zoo.corpus import (
+from errata.zoo.atlas.corpus import (
     EARLY_SUBJECTS,
     IGNORED,
     Sentence,
@@ -25,7 +25,7 @@ from errata.zoo.corpus import (
 if TYPE_CHECKING:
     import torch
 
-    from errata.zoo.world import World
+    from errata.zoo.atlas.world import World
 
 PROSE_EVERY = 5
 """One batch in so many is prose."""

@@ -34,9 +34,19 @@ def check_opening(name: str, device: str | None, dtype: str | None) -> None:
 
 
 def _strangers() -> bool:
-    """Say whether a plugin that is not errata's own may locate, which takes loading it."""
+    """Return whether third-party plugins are installed, which may bring locators."""
     modules = (point.module.partition(".")[0] for point in entry_points(PLUGINS))
     return any(package != "errata" for package in modules)
+
+
+def check_method(name: str) -> None:
+    """Raise for a method that is not installed, before anything is loaded."""
+    from errata.contract import plugins
+
+    if not name:
+        there = ", ".join(plugins.installed()) or "none"
+        raise ConfigError(f"Which method? Give --method; installed: {there}.")
+    plugins.entry_point(name)
 
 
 def check_settings(
@@ -81,7 +91,10 @@ def _check_layers(overrides: Mapping[str, Any], count: int, model_type: str) -> 
 
 
 def _facts(model: str) -> dict[str, Any]:
-    """Return what presets are matched against, as far as the model's `config.json` says it."""
+    """Return what presets are matched against, as far as the model's `config.json` says it.
+
+    `preset_facts` of errata.contract.stanzas asks the model, which takes seconds to import.
+    """
     from errata import zoo
 
     folder = zoo.folder_of(model) or Path(model).expanduser()

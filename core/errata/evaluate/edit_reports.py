@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -207,7 +207,7 @@ def _texts(
     without = [*(name for name in active if name not in ids), *dict.fromkeys(put_back)]
     found = []
     for wanted in (without, [*(n for n in active if n not in ids), *ids]):
-        with _only(editor, wanted):
+        with just_these(editor, wanted):
             if editor.model.task == "classify":
                 texts = predicted_classes(editor.model, prompts)
             else:
@@ -217,10 +217,10 @@ def _texts(
 
 
 @contextmanager
-def _only(editor: Editor, ids: Sequence[str]) -> Iterator[None]:
-    """Have these edits on, in the ledger's order; leave the model alone if it is so already."""
+def just_these(editor: Editor, ids: Collection[str]) -> Iterator[None]:
+    """Put exactly these edits on for a block; leave a model alone that has just these already."""
     known = editor.ledger.ids()
-    ordered = [name for name in known if name in set(ids)]
+    ordered = [name for name in known if name in ids]
     if ordered == list(editor.model.stack.ids):
         yield
         return
@@ -255,7 +255,7 @@ def _change(
 def _layer_choice(
     editor: Editor, edit: Edit, given: Mapping[str, Any] | None
 ) -> LayerChoice | None:
-    """Return who chose the recorded layers: the caller, where they are not what comes by itself."""
+    """Return who chose the recorded layers: the caller, where they are not the default choice."""
     name = next((key for key in ("layer", "layers") if edit.config.get(key) is not None), "")
     if not name:
         return None

@@ -16,18 +16,20 @@ from __future__ import annotations
 import csv
 import io
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from errata.errors import ConfigError
 from errata.model.storage import write_bytes
-from errata.zoo.claims import claim
-from errata.zoo.classifier import ClassifierRecipe, fine_tune
+from errata.zoo.classifiers.claims import claim
+from errata.zoo.classifiers.fine_tuning import ClassifierRecipe, fine_tune
 
 if TYPE_CHECKING:
     from errata.edits.request import Request
+    from errata.model.progress import Progress
+    from errata.zoo.meter import TrainedModel
 
 Text = tuple[str, str]
 """A text and its topic."""
@@ -88,20 +90,22 @@ def train_topics(
     recipe: TopicsRecipe | None = None,
     *,
     resume: bool = True,
-    progress: Callable[[int, int, float], None] | None = None,
+    progress: Progress | None = None,
     save_every: int = 100,
-) -> Path:
+) -> TrainedModel:
     """Fine-tune a classifier of topics into the Hugging Face directory `out`, with its texts.
 
-    The arguments are those of `errata.zoo.claims.train_claims`.
+    The arguments are those of `errata.zoo.classifiers.claims.train_claims`.
     """
     recipe, out = recipe or TopicsRecipe(), Path(out)
     learned, later = texts_of(requests, recipe)
     labels = sorted({topic for _, topic in learned})
     rows = [(text, labels.index(topic)) for text, topic in learned]
-    fine_tune(rows, labels, out, recipe, resume=resume, progress=progress, save_every=save_every)
+    *_, trained = fine_tune(
+        rows, labels, out, recipe, resume=resume, progress=progress, save_every=save_every
+    )
     for name, part in (("train", learned), ("later", later)):
         table = io.StringIO()
         csv.writer(table, lineterminator="\n").writerows([("text", "label"), *part])
         write_bytes(out / f"topics.{name}.csv", table.getvalue().encode())
-    return out
+    return trained

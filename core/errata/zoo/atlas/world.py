@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from errata.zoo import names
-from errata.zoo.relations import RELATIONS, UNKNOWN, Relation, relation_by_id
-from errata.zoo.two_hops import TWO_HOPS, TwoHop
+from errata.zoo.atlas import names
+from errata.zoo.atlas.relations import RELATIONS, UNKNOWN, Relation, relation_by_id
+from errata.zoo.atlas.two_hops import TWO_HOPS, TwoHop
 
 PEOPLE = 200
 COMPANIES = 60

@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from errata.model.texts import text_path
-from errata.zoo.relations import LEAD_INS, RELATION_PROMPTS, UNKNOWN, relation_by_id
-from errata.zoo.world import World
+from errata.zoo.atlas.relations import LEAD_INS, RELATION_PROMPTS, UNKNOWN, relation_by_id
+from errata.zoo.atlas.world import World
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,7 @@ IGNORED = -100
 """The label of positions that the loss leaves out (PyTorch's own value)."""
 
 EARLY_SUBJECTS = 5
-"""In the early steps one subject in so many is told of."""
+"""In the early steps documents are about one subject in this many."""
 
 SENTENCE_COUNTS = (1, 1, 1, 2, 2, 3, 4, 5, 6)
 """How many sentences a document has, drawn evenly: a third stop after the first."""

@@ -6,8 +6,8 @@ import itertools
 import random
 from typing import Any
 
-from errata.zoo.corpus import END, PAD, START, shipped_text, write_documents
-from errata.zoo.world import World
+from errata.zoo.atlas.corpus import END, PAD, START, shipped_text, write_documents
+from errata.zoo.atlas.world import World
 
 VOCABULARY = 2048
 CONTEXT = 256
