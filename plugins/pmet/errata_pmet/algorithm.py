@@ -19,7 +19,6 @@ from errata.kit.closed_form.matrices import Columns, inverse
 from errata.kit.closed_form.statistics import (
     mean_norm,
     prompts_of,
-    second_moment_weights,
     stages_of,
 )
 from errata.kit.closed_form.target_values import (
@@ -44,6 +43,7 @@ def pmet(
     model: Model,
     requests: Sequence[Request],
     C: Mapping[int, NormalMatrix],
+    λ: Mapping[int, float],
     config: PmetConfig,
     *,
     shared: bool = False,
@@ -54,13 +54,13 @@ def pmet(
         model: the model; it is not changed.
         requests: what to write.
         C: E[k kᵀ] of each edited layer.
+        λ: how many observations C stands for against the new keys, of each edited layer.
         config: hyper-parameters.
         shared: the requests are facts of one subject: one problem, and one δ.
 
     Raises:
         EditFailed: a loss is not finite.
     """
-    λ = second_moment_weights(model, config)
     prompts = prompts_of(model, requests, config, shared=shared)
     stages = stages_of(model, config)
 
