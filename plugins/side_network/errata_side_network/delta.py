@@ -7,11 +7,11 @@ stale then. How the network began belongs to the base (an artifact, drawn from a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from errata.edits.delta.base import Delta, Undo, require
+from errata.model.routed_state import RoutedState
 from errata.model.routing import Arrivals, Router, Visit
 from errata_side_network.networks import THRESHOLD, Parameters, SideNetwork, network
 
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from errata.model.model import Model
-
-KIND = "side_network"
 
 
 class Place(NamedTuple):
@@ -72,7 +70,7 @@ class SideNetworkDelta(Delta):
         fingerprint: of the base, under which the beginning of the network is kept.
     """
 
-    kind: ClassVar[str] = KIND
+    kind: ClassVar[str] = "side_network"
 
     def __init__(self, place: Place, differences: Mapping[str, Tensor], fingerprint: str) -> None:
         found = network(place.network, place.size)
@@ -148,33 +146,15 @@ class SideNetworkDelta(Delta):
         """Let the networks that these edits make answer."""
         networks = SideNetworks.of(model)
         acting = [(edit_id, delta) for edit_id, delta in deltas if delta.differences]
-        router = SideNetworkRouter(model, networks.sums(acting))
-        take_off = router.attach()
-        networks.router = router
-
-        def undo() -> None:
-            take_off()
-            networks.router = None
-
-        return undo
+        return networks.attach(SideNetworkRouter(model, networks.sums(acting)))
 
 
-class SideNetworks:
-    """The networks of one model, with the sums that are known already.
-
-    Attributes:
-        router: what is attached, if anything.
-    """
+class SideNetworks(RoutedState):
+    """The networks of one model, with the sums that are known already."""
 
     def __init__(self, model: Model) -> None:
-        self._model = model
+        super().__init__(model)
         self._known: dict[Place, tuple[list[str], dict[str, Tensor]]] = {}
-        self.router: SideNetworkRouter | None = None
-
-    @classmethod
-    def of(cls, model: Model) -> SideNetworks:
-        """Return the model's networks."""
-        return model.runtime(KIND, cls, lambda: cls(model))
 
     def sums(
         self, deltas: Sequence[tuple[str, SideNetworkDelta]]
@@ -190,17 +170,11 @@ class SideNetworks:
             ids = [edit_id for edit_id, _ in group]
             known, total = self._known.get(place, ([], {}))
             if not known or known != ids[: len(known)]:
-                known, total = [], dict(place.start(self._model))
+                known, total = [], dict(place.start(self.model))
             for _, delta in group[len(known) :]:
                 total = {n: t + delta.differences[n].to(t) for n, t in total.items()}
             self._known[place] = (ids, total)
         return {place: self._known[place][1] for place in grouped}
-
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Let no network act on what this thread runs in the block."""
-        with nullcontext() if self.router is None else self.router.set_aside():
-            yield
 
 
 class SideNetworkRouter(Router):

@@ -9,6 +9,7 @@ import torch
 
 from errata.edits.delta.base import Delta, Undo, require
 from errata.edits.delta.neurons import ACTIVATIONS
+from errata.model.routed_state import RoutedState
 from errata.model.routing import Arrivals, Router, Visit, rounding
 from errata_wise.memories import Settings, Shards, SideMemory, moved, over_prompt
 
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from errata.model.model import Model
-
-KIND = "shards"
 
 _BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
 
@@ -36,7 +35,7 @@ class ShardDelta(Delta):
         locality: the text whose activation the edit was trained to leave alone.
     """
 
-    kind: ClassVar[str] = KIND
+    kind: ClassVar[str] = "shards"
 
     def __init__(
         self,
@@ -144,30 +143,16 @@ class ShardDelta(Delta):
         grouped: dict[Settings, list[Self]] = {}
         for _, delta in deltas:
             grouped.setdefault(delta.settings, []).append(delta)
-        router = ShardRouter(
-            model, {s: held.shards(s, d[0].shape).memories(d) for s, d in grouped.items()}
-        )
-        take_off = router.attach()
-        held.router = router
-
-        def undo() -> None:
-            take_off()
-            held.router = None
-
-        return undo
+        memories = {s: held.shards(s, d[0].shape).memories(d) for s, d in grouped.items()}
+        return held.attach(ShardRouter(model, memories))
 
 
-class SideMemories:
-    """What is kept between attachments: the shards' sums, and the router on the model."""
+class SideMemories(RoutedState):
+    """The shards of one model, with the sums that are known already."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: Model) -> None:
+        super().__init__(model)
         self._shards: dict[Settings, Shards] = {}
-        self.router: ShardRouter | None = None
-
-    @classmethod
-    def of(cls, model: Model) -> SideMemories:
-        """Return those of a model."""
-        return model.runtime(KIND, cls, cls)
 
     def shards(self, settings: Settings, shape: tuple[int, int]) -> Shards:
         """Return the shards of edits with these settings."""

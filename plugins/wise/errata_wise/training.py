@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -80,8 +79,7 @@ def edit(model: Model, request: Request, config: WiseConfig) -> ShardDelta:
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
     mask = torch.rand(rows, columns, generator=generator) < config.mask_ratio
     locality = other_text(model, config.seed + number)
-    aside = nullcontext() if held.router is None else held.router.set_aside()
-    with aside, frozen(model.module):
+    with held.aside(), frozen(model.module):
         writing = Writing(model, request, config, settings, locality)
         with torch.enable_grad():
             after = writing.fit(shard, mask)
