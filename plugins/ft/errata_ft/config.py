@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -42,6 +42,8 @@ class FtConfig(MethodConfig):
     tenth of the way up: larger ones, and EasyEdit's layer two thirds of the way up, overwrite what
     a small model says of neighbours (docs/results/presets.md).
     """
+
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = VARIANTS
 
     variant: Variant = Field(
         default="ft-m",
@@ -141,14 +143,6 @@ class FtConfig(MethodConfig):
     ) -> list[Sequence[Request]]:
         """Return the requests as they are trained together: of LocFT all of a call, as one edit."""
         return super().batches(requests, asked, None if self.variant == "locft" else declared)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _variant_fills_in(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping):
-            return data
-        variant = data.get("variant", cls.model_fields["variant"].default)
-        return {**VARIANTS.get(str(variant), {}), **data}
 
     @model_validator(mode="after")
     def _fits_together(self) -> FtConfig:

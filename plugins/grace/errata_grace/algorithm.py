@@ -24,9 +24,9 @@ from errata.edits.delta.codebook_entry import CodebookEntry, CodebookSettings
 from errata.edits.delta.codebook_replay import import_faiss
 from errata.edits.delta.codebook_router import CodebookRouter, Codebooks
 from errata.errors import ConfigError
-from errata.kit.placement import key_column, module_of
+from errata.kit.placement import key_column, key_state, module_of
 from errata.kit.values import EditFailed
-from errata.model.forward import Resumed, frozen, trace
+from errata.model.forward import Resumed, frozen
 from errata.model.running import run
 from errata_grace.cases import Case, case_of
 
@@ -144,12 +144,8 @@ class GraceRun:
             width, _ = self.model.anatomy.shape(self.model.module, self.module)
             return torch.rand(width, generator=generator)
         others = [(name, delta) for name, delta in entries if delta.module != self.module]
-        with self._trial(others, case), torch.no_grad():
-            with trace(self.model.module, self.module) as seen:
-                run(self.model, case.prompt)
-            output = seen[self.module].output
-            assert output is not None
-            return output.reshape(-1, output.shape[-1])[self._column(case)].float()
+        with self._trial(others, case):
+            return key_state(self.model, self.module, case.prompt, output=True)[0]
 
     # -- how -------------------------------------------------------------------------------------
 
@@ -164,18 +160,9 @@ class GraceRun:
         ):
             yield router
 
-    def _column(self, case: Case) -> int:
-        """Return the column of the key position among the tokens that the module sees."""
-        return key_column(self.model, self.module, case.prompt)
-
-    @torch.no_grad()
     def _observe(self, case: Case) -> tuple[Tensor, Tensor]:
         """Return the query (d_in) and the logits (n, vocabulary) of the model as it stands."""
-        with trace(self.model.module, self.module, inputs=True, outputs=False) as seen:
-            logits = run(self.model, case.prompt)
-        states = seen[self.module].input
-        assert states is not None
-        return states.reshape(-1, states.shape[-1])[self._column(case)].float(), logits
+        return key_state(self.model, self.module, case.prompt)
 
     def _train(
         self,
@@ -233,7 +220,7 @@ class GraceRun:
             # In the encoder of an encoder-decoder, or under a head that is no language model's.
             return lambda: run(self.model, case.prompt)
         prompt = case.prompt
-        first = min(self._column(case), int(prompt.columns.min()))
+        first = min(key_column(self.model, self.module, prompt), int(prompt.columns.min()))
         resumed = Resumed(
             self.model,
             prompt.inputs,

@@ -56,6 +56,7 @@ class KeConfig(NetworkConfig):
     """
 
     prepares: ClassVar[set[str] | None] = None
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = VARIANTS
 
     variant: Variant = Field(
         default="published",
@@ -162,14 +163,6 @@ class KeConfig(NetworkConfig):
                 f"the warm-up of {self.warmup} steps; give a larger one, or none"
             )
         return self
-
-    @model_validator(mode="before")
-    @classmethod
-    def _variant_fills_in(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping):
-            return data
-        variant = data.get("variant", cls.model_fields["variant"].default)
-        return {**VARIANTS.get(str(variant), {}), **data}
 
 
 KeConfig.prepares = set(KeConfig.model_fields) - {"loops"}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from errata.errors import ConfigError
-from errata.kit.placement import key_column, module_of
+from errata.kit.placement import key_state, module_of
 from errata.kit.training import (
     AdapterTrainer,
     TrainerSettings,
@@ -19,8 +19,6 @@ from errata.kit.training import (
 )
 from errata.kit.training.adapters import TASKS, lowest
 from errata.model.foreign_noise import quiet_imports
-from errata.model.forward import trace
-from errata.model.running import run
 from errata_melo.delta import Databases, RoutedAdapterDelta
 
 if TYPE_CHECKING:
@@ -96,7 +94,6 @@ def edit(model: Model, requests: Sequence[Request], config: MeloConfig) -> Route
     return RoutedAdapterDelta(module, keys, labels, config.radius, adapter)
 
 
-@torch.no_grad()
 def points(
     model: Model, module: str, pairs: Sequence[tuple[str, str]]
 ) -> tuple[Tensor, list[list[int]]]:
@@ -104,11 +101,7 @@ def points(
     keys, labels = [], []
     for pair in pairs:  # one at a time: a key must not depend on the prompts beside it
         (batch,) = target_batches(model, [pair])
-        with trace(model.module, module) as seen:
-            run(model, batch.prompts)
-        output = seen[module].output
-        assert output is not None
-        column = key_column(model, module, batch.prompts)
-        keys.append(output.reshape(-1, output.shape[-1])[column].float().cpu())
+        key, _ = key_state(model, module, batch.prompts, output=True)
+        keys.append(key.cpu())
         labels.append([int(token) for token in batch.prompts.labels])
     return torch.stack(keys), labels

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from errata.kit.hypernetworks.settings import NetworkConfig
 
@@ -43,6 +43,8 @@ class MendConfig(NetworkConfig):
 
     `variant` is a name for a set of the other values, which fills in what is not given.
     """
+
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = VARIANTS
 
     variant: Variant = Field(
         default="published",
@@ -85,11 +87,3 @@ class MendConfig(NetworkConfig):
         targets = self.target_modules or ("mlp_in", "mlp_out")
         written = self.model_copy(update={"layers": layers, "target_modules": targets})
         return super(MendConfig, written).for_model(anatomy)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _variant_fills_in(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping):
-            return data
-        variant = data.get("variant", cls.model_fields["variant"].default)
-        return {**VARIANTS.get(str(variant), {}), **data}

@@ -90,11 +90,11 @@ class PmetObjective:
 
     def loss(self, at: Evaluation) -> ValueLoss:
         """Return the loss of each request."""
-        config, log_P, log_P0 = self.config, at.essence, at.essence_before
+        config = self.config
         factor = torch.where(at.first_before > 0, config.top_factor, 1.0)
         return ValueLoss(
             nll=factor * (at.mean_over_contexts(-at.log_p) + at.unlikelihood),
-            kl=config.kl_factor * at.per_request((log_P.exp() * (log_P - log_P0)).sum(1)),
+            kl=config.kl_factor * at.kl,
             decay=config.weight_decay * (at.δ_norm / at.v0_norm**2).sum(0),  # over both places
         )
 

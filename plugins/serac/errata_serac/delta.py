@@ -13,7 +13,7 @@ from errata.edits.delta.base import Delta, require
 from errata.errors import IntegrityError
 from errata.model.answers import Generated, TargetScore
 from errata.model.chat import user_turn
-from errata.model.generation import decode_after, end_tokens
+from errata.model.generation import decode_after, end_tokens, until_stop
 from errata.model.model_answers import ModelAnswers
 from errata.model.running import check_length, prepare, run, wide
 from errata.model.scoring import read
@@ -271,10 +271,9 @@ class Mixed(Switched):
             if token in ends:
                 break
             new.append(token)
-            text = decode_after(self.model, ids[0], new)
-            cut = [at for at in (text.find(mark) for mark in settings.stop) if at >= 0]
-            if cut:
-                text = text[: min(cut)]
+            whole = decode_after(self.model, ids[0], new)
+            text = until_stop(whole, settings.stop)
+            if text != whole:
                 break
         return Generated(text, tuple(new))
 

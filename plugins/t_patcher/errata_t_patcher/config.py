@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 
-from errata.contract.config import MethodConfig
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-    from errata.model.anatomy import Anatomy
+from errata.kit.feed_forward import NeuronsConfig
 
 
-class TPatcherConfig(MethodConfig):
+class TPatcherConfig(NeuronsConfig):
     """Hyper-parameters of T-Patcher."""
 
     prepares: ClassVar[set[str] | None] = {"layer", "memory", "held_out"}
 
-    layer: int | None = Field(
-        default=None, description="Block that gets the neurons; null: the last one with an MLP"
-    )
     most: int = Field(default=5, ge=1, description="Neurons of one edit, at most")
     memory: int = Field(
         default=40_000, ge=8, description="Remembered hidden states that patches leave alone"
@@ -56,11 +48,3 @@ class TPatcherConfig(MethodConfig):
     steps: int = Field(default=2_000, ge=1, description="Adam steps, at most")
     first_check: int = Field(default=100, ge=1, description="Step of the first validation")
     check_every: int = Field(default=25, ge=1, description="Steps between validations")
-
-    def for_model(self, anatomy: Anatomy) -> Self:
-        """Return the configuration with its layer written out."""
-        if self.layer is None:
-            layer = anatomy.nearest(anatomy.n_layers - 1, "mlp")
-        else:
-            layer = anatomy.layer(self.layer)
-        return self.model_copy(update={"layer": layer})

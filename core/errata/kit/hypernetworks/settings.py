@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -79,9 +77,3 @@ class NetworkConfig(MethodConfig):
         if self.layers is None:
             return self
         return self.model_copy(update={"layers": tuple(map(anatomy.layer, self.layers))})
-
-    def recipe(self, *, leave_out: frozenset[str] = frozenset()) -> str:
-        """Return a short digest of everything that a trained network depends on."""
-        data = self.model_dump(mode="json", include=self.prepares)
-        kept = {name: value for name, value in data.items() if name not in leave_out}
-        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
