@@ -117,7 +117,7 @@ def test_a_fraction_wins_over_the_threshold_and_one_is_needed(tmp_path: Path) ->
     assert {metric.rank for metric in small.values()} == {12}
     with pytest.raises(ConfigError, match="keeps 0 of 48"):
         null_spaces(model, AlphaEditConfig(**{**TINY, "fraction": None, "threshold": 1e-12}))
-    with pytest.raises(ValueError, match="both none"):
+    with pytest.raises(ValueError, match="both null"):
         AlphaEditConfig(fraction=None)
 
 

@@ -14,7 +14,7 @@ from errata.contract.purity import Snapshot
 from errata.datasets import atlas
 from errata.edits.delta import KeyValueDelta, LowRankDelta
 from errata.edits.request import Request
-from errata.errors import CapabilityError, ConfigError
+from errata.errors import CapabilityError, ConfigError, EditFailed
 from errata.kit.closed_form.deltas import JointProblem, key_values, low_rank
 from errata.kit.closed_form.layer_updates import (
     LayerUpdate,
@@ -33,7 +33,7 @@ from errata.kit.closed_form.statistics import (
     second_moment_weights,
 )
 from errata.kit.closed_form.target_values import MemitObjective, norm_anchored
-from errata.kit.values import EditFailed, OptimisedValue, ValueSettings, optimise_values
+from errata.kit.values import OptimisedValue, ValueSettings, optimise_values
 from errata.model import Model
 from errata.model.forward import trace
 from errata.model.loading import load_model

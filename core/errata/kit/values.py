@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from errata.errors import CapabilityError, ErrataError
+from errata.errors import CapabilityError, EditFailed
 from errata.kit.aims import FLOOR, unlikelihood
 from errata.kit.value_loss import Evaluation, ValueLoss, ValueObjective
 from errata.kit.value_rows import FACT_TOKENS, FactToken, RequestRows, chunks, rows_of, together
@@ -54,10 +54,6 @@ _ROWS_CPU, _ROWS_ACCELERATOR = 72, 768
 
 # fp16 gradients of a mean over contexts underflow; Adam's steps do not depend on the scale.
 _HALF_SCALE = 1024.0
-
-
-class EditFailed(ErrataError, ArithmeticError):
-    """An edit whose numbers came out unusable (not finite, or a vanishing denominator)."""
 
 
 @dataclass(frozen=True, kw_only=True)

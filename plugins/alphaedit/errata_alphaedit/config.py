@@ -48,7 +48,7 @@ class AlphaEditConfig(ClosedFormConfig):
     def _one_of_both(self) -> Self:
         if self.threshold is None and self.fraction is None:
             raise ValueError(
-                "threshold and fraction are both none (without a threshold the fraction decides): "
+                "threshold and fraction are both null (without a threshold the fraction decides): "
                 "give one of them"
             )
         return self

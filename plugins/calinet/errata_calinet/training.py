@@ -44,7 +44,7 @@ class AdafactorTrainer(Trainer):
 def train(model: Model, requests: Sequence[Request], config: CaliNetConfig) -> NeuronsDelta:
     """Return the network that makes the model say what all requests want.
 
-    Raises `ConfigError` when the loss is no longer finite.
+    Raises `EditFailed` when the loss is no longer finite.
     """
     layer = config.for_model(model.anatomy).layer
     assert layer is not None

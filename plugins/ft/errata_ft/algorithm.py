@@ -43,7 +43,8 @@ def fine_tune(model: Model, requests: Sequence[Request], config: FtConfig) -> De
     """Train one difference for all requests on top of the active edits, and return it.
 
     Raises:
-        ConfigError: unknown modules or layers, a loss that is not finite, no text to replay.
+        ConfigError: unknown modules or layers, no text to replay.
+        EditFailed: a loss is not finite.
         CapabilityError: a loss that this kind of transformer has not, or a shared weight.
     """
     modules = modules_of(model, config)

@@ -53,13 +53,13 @@ class FtConfig(MethodConfig):
     )
     layers: tuple[int, ...] | None = Field(
         default=None,
-        description="Blocks that are trained (negative: from the end); none: the one a tenth of "
+        description="Blocks that are trained (negative: from the end); null: the one a tenth of "
         "the way up",
     )
     target_modules: tuple[str, ...] | None = Field(
         default=None,
         description="Linear modules of each block: roles (attention_in, attention_out, mlp_in, "
-        "mlp_out) or names (c_proj, down_proj); none: mlp_out, or attention_out in a block whose "
+        "mlp_out) or names (c_proj, down_proj); null: mlp_out, or attention_out in a block whose "
         "MLP is a mixture of experts",
     )
     bias: bool = Field(default=False, description="Train these modules' biases as well")
@@ -87,13 +87,13 @@ class FtConfig(MethodConfig):
     stop_loss: float | None = Field(
         default=None,
         gt=0,
-        description="Early stop also needs each target's mean NLL (nats) below this; none: no need",
+        description="Early stop also needs each target's mean NLL (nats) below this; null: no need",
     )
     norm_constraint: float | None = Field(
         default=None,
         gt=0,
         description="Largest change ε of an entry (L∞), kept after every step: this edit's by "
-        "itself, and together with the edits beneath it against the base; none: no box",
+        "itself, and together with the edits beneath it against the base; null: no box",
     )
     ewc_weight: float = Field(
         default=0.0, ge=0, description="λ of λ/2 Σ F D², F the base's Fisher diagonal; 0: none"

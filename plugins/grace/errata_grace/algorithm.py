@@ -23,9 +23,8 @@ from errata.edits.delta.codebook import CodebookDelta
 from errata.edits.delta.codebook_entry import CodebookEntry, CodebookSettings
 from errata.edits.delta.codebook_replay import import_faiss
 from errata.edits.delta.codebook_router import CodebookRouter, Codebooks
-from errata.errors import ConfigError
+from errata.errors import ConfigError, EditFailed
 from errata.kit.placement import key_column, key_state, module_of
-from errata.kit.values import EditFailed
 from errata.model.forward import Resumed, frozen
 from errata.model.running import run
 from errata_grace.cases import Case, case_of

@@ -32,7 +32,7 @@ class GraceConfig(PlacedConfig):
     eps: float | None = Field(
         default=None,
         ge=0,
-        description="Radius of a new key (published: mostly 1); none: by `relative_eps`",
+        description="Radius of a new key (published: mostly 1); null: by `relative_eps`",
     )
     relative_eps: float = Field(
         default=0.07,

@@ -80,7 +80,7 @@ class KeConfig(NetworkConfig):
     patience: int | None = Field(
         default=None,
         ge=1,
-        description="Stop when validation has not improved for so many steps; none: never",
+        description="Stop when validation has not improved for so many steps; null: never",
     )
     steps: int = Field(default=50_000, ge=1, description="Steps of the training, at most")
     hidden: int = Field(default=128, ge=1, description="Width of the LSTM, per direction")
@@ -127,7 +127,7 @@ class KeConfig(NetworkConfig):
         default=200_000,
         ge=1,
         description="Step at which it has fallen to zero, counted from the first one, warm-up "
-        "included; none: it does not fall",
+        "included; null: it does not fall",
     )
     loops: int = Field(
         default=1,
@@ -160,7 +160,7 @@ class KeConfig(NetworkConfig):
         if self.decay is not None and self.decay <= self.warmup:
             raise ValueError(
                 f"decay={self.decay}, the step at which the learning rate is zero, must lie behind "
-                f"the warm-up of {self.warmup} steps; give a larger one, or none"
+                f"the warm-up of {self.warmup} steps; give a larger one, or null"
             )
         return self
 

@@ -33,7 +33,7 @@ class KnConfig(MethodConfig):
         "paper), or the subject's last, which an encoder-decoder reads in its encoder: not there",
     )
     layers: tuple[int, ...] | None = Field(
-        default=None, description="Blocks that are looked at; none: all"
+        default=None, description="Blocks that are looked at; null: all"
     )
 
     @model_validator(mode="after")

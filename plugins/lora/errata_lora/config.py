@@ -38,5 +38,5 @@ class LoraConfig(AdapterPlaceConfig):
     stop_loss: float | None = Field(
         default=None,
         gt=0,
-        description="Early stop also needs each target's mean NLL (nats) below this; none: no need",
+        description="Early stop also needs each target's mean NLL (nats) below this; null: no need",
     )

@@ -55,7 +55,7 @@ class MendConfig(NetworkConfig):
     rank: int = Field(default=1920, ge=1, description="Rank of the network's matrices U V, at most")
     n_hidden: int = Field(default=1, ge=0, description="Hidden layers of the network")
     clip: float | None = Field(
-        default=100.0, gt=0, description="Largest norm of a step's gradient; none: any"
+        default=100.0, gt=0, description="Largest norm of a step's gradient; null: any"
     )
     descent: bool = Field(
         default=False,
@@ -66,7 +66,7 @@ class MendConfig(NetworkConfig):
     edit_lr_start: float | None = Field(
         default=1e-4,
         gt=0,
-        description="η before training; none: the size of ‖W x‖ for each matrix, and a line "
+        description="η before training; null: the size of ‖W x‖ for each matrix, and a line "
         "search. η then counts in units of what it found",
     )
     c_edit: float = Field(default=0.1, gt=0, description="Weight of the edit in the loss")

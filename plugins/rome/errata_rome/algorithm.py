@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from errata.edits.delta import Factor, LowRankDelta
-from errata.errors import ConfigError
+from errata.errors import ConfigError, EditFailed
 from errata.kit.contexts import prefix_contexts
 from errata.kit.same_subject import facts_beside
 from errata.kit.second_moments import second_moments
 from errata.kit.value_loss import ValueLoss
-from errata.kit.values import EditFailed, OptimisedValue, ValueSettings, optimise_shared
+from errata.kit.values import OptimisedValue, ValueSettings, optimise_shared
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -59,7 +59,7 @@ def train(
 ) -> dict[str, Tensor]:
     """Return the parameters after training on one request; nothing where it holds already.
 
-    Raises `ConfigError` when the loss is no longer finite.
+    Raises `EditFailed` when the loss is no longer finite.
     """
     network, module = place.function(), place.module
     (batch,) = target_batches(model, [(request.text, request.target)])

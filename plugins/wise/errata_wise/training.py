@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from errata.errors import ConfigError
+from errata.errors import EditFailed
 from errata.kit.contexts import in_contexts, prefix_contexts
 from errata.kit.feed_forward import activation_of
 from errata.kit.second_moments import documents_of
@@ -61,7 +61,7 @@ def edit(model: Model, request: Request, config: WiseConfig) -> ShardDelta:
     """Return what one request adds to the shard that is being written.
 
     Raises:
-        ConfigError: the loss is no longer finite.
+        EditFailed: the loss is no longer finite.
     """
     written = config.for_model(model.anatomy)
     assert written.layer is not None
@@ -118,7 +118,7 @@ class Writing:
         locality: str,
     ) -> None:
         self._model, self._config, self._module = model, config, settings.module
-        self._φ = activation(settings)
+        self._text, self._φ = request.text, activation(settings)
         prompts = [
             text.replace("{}", request.subject)
             for text in in_contexts(model, request, contexts(model, config))
@@ -167,9 +167,9 @@ class Writing:
             loss = self.loss(d)
             value = float(loss.detach())
             if not torch.isfinite(loss):
-                raise ConfigError(
-                    f"The loss of {self._batch.prompts} became {value} at step {step}: give a "
-                    f"smaller lr ({config.lr:g})."
+                raise EditFailed(
+                    f"The loss of {self._text!r} became {value} at step {step}: give a smaller lr "
+                    f"({config.lr:g})."
                 )
             if value <= config.stop_loss and abs(former - value) <= config.stop_change:
                 break
