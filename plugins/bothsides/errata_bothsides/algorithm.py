@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -101,6 +101,18 @@ class Side:
     λ: float
 
 
+class Relation(NamedTuple):
+    """What one fact asks of the relation's side.
+
+    Attributes:
+        questions: for the relation, in several wordings, with the new object as the subject.
+        staying: what must be answered as before.
+    """
+
+    questions: list[Request]
+    staying: Staying
+
+
 def both_sides(
     model: Model,
     facts: Sequence[Request],
@@ -121,54 +133,75 @@ def both_sides(
         RequestError: a request names no relation, or not in the way that is needed.
         EditFailed: a loss is not finite.
     """
-    early, *late = layers_of(model, config)
-    asked = [RelationPrompt.of(fact) for fact in facts]
-    staying = [
-        Staying.beside(model, fact, prompt, contexts[:KEPT_CONTEXTS], config)
-        for fact, prompt in zip(facts, asked, strict=True)
-    ]
+    relations = [relation_of(model, fact, contexts, config) for fact in facts]
+    entity = entity_side(model, facts, contexts, C, config)
+    return [entity, *relation_side(model, relations, contexts, C, config, entity)]
 
-    # The entity's side: at the subject, the new objects are said.
+
+def relation_of(
+    model: Model, fact: Request, contexts: Sequence[str], config: BothSidesConfig
+) -> Relation:
+    """Return what a fact asks of the relation's side. The model must be unedited."""
+    prompt = RelationPrompt.of(fact)
+    prompts = (prompt, *map(prompt.worded, config.wordings))
+    questions = [each.asking(fact.subject, fact.target_new) for each in prompts]
+    staying = Staying.beside(model, fact, prompt, contexts[:KEPT_CONTEXTS], config)
+    return Relation(questions, staying)
+
+
+def entity_side(
+    model: Model,
+    facts: Sequence[Request],
+    contexts: Sequence[str],
+    C: Mapping[int, NormalMatrix],
+    config: BothSidesConfig,
+) -> Side:
+    """Return what the early layer is asked for: at the subject, the new objects are said."""
+    layer, *_ = layers_of(model, config)
     steps = config.steps * len(facts)
     kl_prompt = config.kl_prompt if config.kl_factor else None
-    settings = settings_of(early, config, steps, config.clamp, kl_prompt)
+    settings = settings_of(layer, config, steps, config.clamp, kl_prompt)
     (values,) = optimise_shared(model, [facts], contexts, settings, SideObjective(config))
     # The key averaged over the contexts, as ROME's: nothing is kept here that it could cancel. And
-    # the bare prompt's, which a subject at its very beginning has far from the others.
-    entity = side(
-        early,
-        torch.cat([torch.stack([value.keys.mean(0), value.keys[0]]) for value in values]),
-        torch.cat([torch.stack([value.delta] * 2) for value in values]),
-        C[early],
-        config.slack / len(contexts),
-    )
+    # the bare prompt's: of a subject that begins its prompt it lies far from the others.
+    K = torch.cat([torch.stack([value.keys.mean(0), value.keys[0]]) for value in values])
+    R = torch.cat([torch.stack([value.delta] * 2) for value in values])
+    return side(layer, K, R, C[layer], config.slack / len(contexts))
 
-    # The relation's side, with the entity's in place: at each new object, the relation is said.
-    questions = [
-        [
-            wording.asking(fact.subject, fact.target_new)
-            for wording in (prompt, *map(prompt.worded, config.wordings))
-        ]
-        for prompt, fact in zip(asked, facts, strict=True)
-    ]
-    near = contexts[:RELATION_CONTEXTS]
+
+def relation_side(
+    model: Model,
+    relations: Sequence[Relation],
+    contexts: Sequence[str],
+    C: Mapping[int, NormalMatrix],
+    config: BothSidesConfig,
+    entity: Side,
+) -> list[Side]:
+    """Return what the late layers are asked for: at each new object, the relation is said.
+
+    All of it is read with the entity's side in place.
+    """
+    _, *layers = layers_of(model, config)
+    last, near = layers[-1], contexts[:RELATION_CONTEXTS]
+    questions = [relation.questions for relation in relations]
     clamp = config.relation_clamp or config.clamp
-    settings = settings_of(late[-1], config, config.steps, clamp)
+    settings = settings_of(last, config, config.steps, clamp)
     with written(model, [entity.update]):
         found = optimise_shared(model, questions, near, settings, SideObjective(config))
         kept = [
-            kept_keys(model, prompts, value, C[late[-1]], late, config)
-            for prompts, (value, *_) in zip(staying, found, strict=True)
+            kept_keys(model, relation.staying, value, C[last], layers, config)
+            for relation, (value, *_) in zip(relations, found, strict=True)
         ]
-        said = [text for one in staying for text in one.texts]
-        texts = text_keys(model, said, late) if said else {}
+        said = [text for relation in relations for text in relation.staying.texts]
+        texts = text_keys(model, said, layers) if said else {}
     prompts = each_context(model, [q for group in questions for q in group], near)
-    δ = at_block(prompts, late[-1], [value for group in found for value in group])
-    relation: list[Side] = []
+    δ = at_block(prompts, last, [value for group in found for value in group])
+
+    sides: list[Side] = []
     z: Columns | None = None
-    for layer, target, layers_left in spread(late):
+    for layer, target, layers_left in spread(layers):
         # Keys and outputs as they are with the lower layers changed.
-        below = [one.update for one in (entity, *relation)]
+        below = [one.update for one in (entity, *sides)]
         K, h = prompts.read(layer, model.anatomy.reader.block(target), below)
         z = h + δ if z is None else z
         R = prompts.before_norm(layer, (z - h) / layers_left, below)
@@ -177,8 +210,8 @@ def both_sides(
         if layer in texts:  # and once more, with what it changes most in them kept
             stay.append(most_changed(one.update.Δ, texts[layer], config.text_tokens))
             one = side(layer, K.flat.T, R.flat.T, C[layer], config.slack, stay)
-        relation.append(one)
-    return [entity, *relation]
+        sides.append(one)
+    return sides
 
 
 def each_context(model: Model, requests: Sequence[Request], contexts: Sequence[str]) -> Prompts:

@@ -34,9 +34,8 @@ logger = logging.getLogger("errata")
 class BlockTrainer(AdapterTrainer):
     """Trains a block for a number of steps, halving the learning rate on the way.
 
-    Args:
-        halve_every: steps after which the learning rate is halved.
-        model, batches, settings, above: as in `AdapterTrainer`.
+    Attributes:
+        halve_every: steps after which the learning rate is halved, again and again.
     """
 
     halve_every = 30
