@@ -45,7 +45,7 @@ class AdaloraConfig(AdapterPlaceConfig):
     stop_loss: float | None = Field(
         default=None,
         gt=0,
-        description="Early stop also needs each target's mean NLL (nats) below this; null: no need",
+        description="Early stop also needs each target's mean NLL (nats) below this; null: any",
     )
 
     @model_validator(mode="after")

@@ -5,12 +5,13 @@ R (d, N), C (D, D), Δ (d, D). One problem per layer:
 
     Δ = R (Kᵀ C⁻¹ K + λ I)⁻¹ Kᵀ C⁻¹        R = [r … r, 0 … 0]
 
-with the keys of the edit and those that must stay. On the entity's side nothing is kept; the keys
-are the mean over contexts, as in ROME (Meng et al. 2022), and the bare prompt's, where ROME divides
-by the product of the two; r is δ. On the relation's side every
-context has a key of its own, since beside keys that stay a mean would cancel the edit; r is what
-is still missing, z − h, divided by the number of layers that are left, as in MEMIT (Meng et al.
-2023, equation 20).
+K holds the keys of the edit, with residuals r, and the keys that must stay, with residuals 0.
+
+On the entity's side nothing is kept. The keys are the mean over contexts, as in ROME (Meng et al.
+2022), and the bare prompt's (ROME divides by the product of the two); r is δ. On the relation's
+side every context has a key of its own: beside keys that stay, a mean would cancel the edit. There
+r is what is still missing, z − h, divided by the number of layers that are left, as in MEMIT (Meng
+et al. 2023, equation 20).
 """
 
 from __future__ import annotations
@@ -284,8 +285,8 @@ def kept_keys(
 ) -> dict[int, Tensor]:
     """Return the keys (N, D) that must stay: at the last token of objects, and of entity prompts.
 
-    Of the pairs of each sort, those whose keys at the last layer, where C is from, point most the
-    way of the edit's own.
+    Of each kind of pair, those are kept whose keys at the last layer have the highest cosine in C⁻¹
+    with the edit's key; C is that layer's.
     """
     parts: list[dict[int, Tensor]] = []
     for sort, questions in staying.pairs.items():
@@ -331,7 +332,7 @@ def most_changed(Δ: Product, keys: Tensor, count: int) -> Tensor:
 
 
 def closeness(keys: Tensor, key: Tensor, C: NormalMatrix) -> Tensor:
-    """Return the cosine in C⁻¹ of keys (n, D) with one key (D,)."""
+    """Return the cosines in C⁻¹ of keys (n, D) with one key (D,), up to that key's length."""
     K, k = Columns.of(keys), Columns.of(key[None].cpu())
     C_inv = inverse(C)
     own = (K.T @ C_inv @ K).diagonal(dim1=-2, dim2=-1)[0]

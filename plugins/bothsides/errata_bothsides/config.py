@@ -57,16 +57,16 @@ class BothSidesConfig(MethodConfig):
     alike: int = Field(
         default=8,
         ge=0,
-        description="Other subjects of the same sort for the object whose relation must stay; the "
-        "model names them",
+        description="Subjects of the same kind, named by the model, whose relation to the object "
+        "must stay",
     )
     objects: int = Field(
-        default=16, ge=0, description="Other objects for the subject whose relation must stay"
+        default=16, ge=0, description="Other objects whose relation to the subject must stay"
     )
     subjects: int = Field(
-        default=8, ge=0, description="Other subjects for the object whose relation must stay"
+        default=8, ge=0, description="Other subjects whose relation to the object must stay"
     )
-    pairs: int = Field(default=8, ge=0, description="Other pairs of the relation that must stay")
+    pairs: int = Field(default=8, ge=0, description="Other pairs whose relation must stay")
     texts: int = Field(
         default=12,
         ge=0,

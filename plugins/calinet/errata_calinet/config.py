@@ -18,7 +18,7 @@ class CaliNetConfig(NeuronsConfig):
         default=0,
         ge=0,
         description="Paraphrases of each request that are learnt, too (published: eight of ten "
-        "sentences of a fact); those are then no test any more",
+        "sentences of a fact); they no longer test the edit then",
     )
     early_stop: bool = Field(
         default=True, description="Stop once every request holds (published: never)"

@@ -70,14 +70,14 @@ class FtConfig(MethodConfig):
         "language-model loss for a target of several tokens)",
     )
     append_end: bool = Field(
-        default=False, description="Targets go on with the end token: generation learns to stop"
+        default=False, description="Put the end token after targets: generation learns to stop"
     )
     lr: float = Field(default=1e-4, gt=0, description="Adam's learning rate")
     steps: int = Field(default=100, ge=1, description="Passes over the requests, at most")
     batch_size: int = Field(default=64, ge=1, description="Requests per optimisation step")
     order: Literal["breadth-first", "depth-first"] = Field(
         default="breadth-first",
-        description="All requests in every pass, or each until it holds, then the next",
+        description="Train on all requests in every pass, or on each until it holds, then the next",
     )
     weight_decay: float = Field(default=0.0, ge=0, description="Adam's weight decay, on D")
     early_stop: bool = Field(
@@ -87,7 +87,7 @@ class FtConfig(MethodConfig):
     stop_loss: float | None = Field(
         default=None,
         gt=0,
-        description="Early stop also needs each target's mean NLL (nats) below this; null: no need",
+        description="Early stop also needs each target's mean NLL (nats) below this; null: any",
     )
     norm_constraint: float | None = Field(
         default=None,
@@ -141,7 +141,7 @@ class FtConfig(MethodConfig):
     def batches(
         self, requests: Sequence[Request], asked: int | None, declared: int | None
     ) -> list[Sequence[Request]]:
-        """Return the requests as they are trained together: of LocFT all of a call, as one edit."""
+        """Return the requests that are trained together; LocFT makes one edit of a call."""
         return super().batches(requests, asked, None if self.variant == "locft" else declared)
 
     @model_validator(mode="after")

@@ -136,7 +136,7 @@ class GraceRun:
     def start_value(self, case: Case, entries: Entries) -> Tensor:
         """Return the start (d_out) of a new value: U[0, 1) (cold) or the module's output (warm).
 
-        What is only to be forgotten starts warm: the rest of what is said there stays.
+        Where an answer is only to be forgotten it starts warm: the rest of what is said stays.
         """
         if self.config.init == "cold" and case.says:
             generator = torch.Generator().manual_seed(self.config.seed)

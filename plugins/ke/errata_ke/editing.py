@@ -58,9 +58,9 @@ def edit(model: Model, requests: Sequence[Request], config: KeConfig) -> list[Lo
 
 
 def cross_attention(model: Model, layers: Sequence[int] | None) -> list[str]:
-    """Return the paths of the projections by which a decoder reads its encoder; none without one.
+    """Return the paths of the projections by which a decoder reads its encoder; [] without one.
 
-    They have no role of their own: they are what the blocks have besides.
+    No role names them: they are the linear modules of the blocks that have no role.
 
     Args:
         model: the model.

@@ -132,7 +132,7 @@ class AnswerLoopDelta(Delta):
 
 
 class FactMemory:
-    """All sentences that are active, and the loop over them, as something that answers."""
+    """What answers prompts: the loop over all sentences that are active."""
 
     def __init__(self, model: Model, facts: Sequence[AnswerLoopDelta]) -> None:
         self.model, self.facts = model, list(facts)

@@ -66,16 +66,16 @@ class MendConfig(NetworkConfig):
     edit_lr_start: float | None = Field(
         default=1e-4,
         gt=0,
-        description="η before training; null: the size of ‖W x‖ for each matrix, and a line "
-        "search. η then counts in units of what it found",
+        description="η before training; null: a line search over shares of ‖W x‖ for each matrix; "
+        "η then counts in units of what it found",
     )
     c_edit: float = Field(default=0.1, gt=0, description="Weight of the edit in the loss")
     c_loc: float = Field(default=1.0, ge=0, description="Weight of locality in the loss")
     c_reverse: float = Field(
         default=0.0,
         ge=0,
-        description="Weight of KL(P' ‖ P) in the loss: of what the edited model says where nothing "
-        "should change, and the base does not; 0, as published",
+        description="Weight of KL(P' ‖ P) in the loss, where nothing should change: it counts what "
+        "the edited model says and the base does not; 0, as published",
     )
 
     def for_model(self, anatomy: Anatomy) -> Self:

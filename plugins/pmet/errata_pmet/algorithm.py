@@ -84,7 +84,7 @@ def pmet(
 
 @dataclass(frozen=True)
 class PmetObjective:
-    """PMET's loss of δ_attention and δ_MLP: MEMIT's, less pressing once the target comes first."""
+    """PMET's loss of δ_attention and δ_MLP: MEMIT's, with less NLL once the target is first."""
 
     config: PmetConfig
 

@@ -69,10 +69,10 @@ class RomeConfig(MethodConfig):
     def batches(
         self, requests: Sequence[Request], asked: int | None, declared: int | None
     ) -> list[Sequence[Request]]:
-        """Return the requests as they are fitted together: of a subject one at a time.
+        """Return the requests in batches without two of one subject.
 
-        What is fitted together starts from the same state, and of two facts with one key both
-        changes would add up. So the second is made on top of the first.
+        A batch is fitted to one state of the model, where the changes of two facts with one key
+        would add up. So the second is made on top of the first.
         """
         found: list[Sequence[Request]] = []
         for batch in super().batches(requests, asked, declared):

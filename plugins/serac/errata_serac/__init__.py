@@ -1,7 +1,7 @@
 """SERAC: memory-based model editing at scale (Mitchell, Lin, Bosselut, Manning, Finn, ICML 2022).
 
 Edits are rows of text. A scope classifier g says which row a prompt is about, if any; a
-counterfactual model h then answers with that row before its eyes, and the base f answers
+counterfactual model h then answers with that row in front of the prompt, and the base f answers
 everything else:
 
     i* = argmaxᵢ g(zᵢ, x);   h(zᵢ*, x) if g(zᵢ*, x) > ½, else f(x)

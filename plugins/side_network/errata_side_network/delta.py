@@ -1,8 +1,8 @@
 """The delta kind `side_network`: what one edit changed in a network beside one module.
 
-All active edits share the network: how it began plus the sum of their differences, in ledger order.
+All active edits share the network: its start plus the sum of their differences, in ledger order.
 Taking an edit out leaves its difference out; later edits were trained with it in place and are
-stale then. How the network began belongs to the base (an artifact, drawn from a seed).
+stale then. The network's start belongs to the base (an artifact, drawn from a seed).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Place(NamedTuple):
-    """What makes two edits share a network.
+    """Which network an edit changes: edits with equal places share one.
 
     Attributes:
         network: "defer" or "memory".
@@ -39,7 +39,7 @@ class Place(NamedTuple):
 
     @property
     def key(self) -> tuple[str, ...]:
-        """Names how the network began, among what belongs to the base."""
+        """The key of the network's start among what belongs to the base."""
         return ("side-network", self.network, str(self.size), self.module, str(self.seed))
 
     def function(self) -> SideNetwork:
@@ -49,7 +49,7 @@ class Place(NamedTuple):
         return found
 
     def start(self, model: Model) -> Parameters:
-        """Return how the network began, from the artifacts."""
+        """Return the network's parameters at the start, from the artifacts."""
         d_out, d_in = model.weight_shape(
             f"{self.module}.weight", model.anatomy.transposed(self.module)
         )
@@ -67,7 +67,7 @@ class SideNetworkDelta(Delta):
         place: which network.
         differences: parameter name → what the edit added to it, fp32; empty for a void edit,
             which found the target said already.
-        fingerprint: of the base, under which the beginning of the network is kept.
+        fingerprint: of the base; the network's start is kept under it.
     """
 
     kind: ClassVar[str] = "side_network"
@@ -95,7 +95,7 @@ class SideNetworkDelta(Delta):
         return {name: tensor.contiguous() for name, tensor in self.differences.items()}
 
     def metadata(self) -> dict[str, Any]:
-        """Return which network it is a difference of."""
+        """Return the network's place, and the base's fingerprint."""
         return {**self.place._asdict(), "fingerprint": self.fingerprint}
 
     @classmethod
@@ -124,7 +124,7 @@ class SideNetworkDelta(Delta):
 
     @property
     def artifacts(self) -> tuple[tuple[str, ...], ...]:
-        """How the network began."""
+        """The network's start."""
         name, *rest = self.place.key
         return ((name, self.fingerprint, *rest),)
 
@@ -159,7 +159,7 @@ class SideNetworks(RoutedState):
     def sums(
         self, deltas: Sequence[tuple[str, SideNetworkDelta]]
     ) -> dict[Place, dict[str, Tensor]]:
-        """Return per network its parameters: the beginning plus the differences, in order.
+        """Return per network its parameters: the start plus the differences, in order.
 
         One more edit costs one addition; the bits are those of adding all of them.
         """

@@ -23,11 +23,12 @@ class TPatcherConfig(NeuronsConfig):
     )
     activation_weight: float = Field(default=1.0, ge=0, description="Weight of the activation loss")
     memory_weight: float = Field(default=10.0, ge=0, description="Weight of the memory loss")
-    activation_margin: float = Field(default=0.0, description="m_a: fire above this")
+    activation_margin: float = Field(default=0.0, description="m_a: fire above this at the mistake")
     own_margin: float = Field(
-        default=3.0, description="m_1: on the memory, this far below the activation at the mistake"
+        default=3.0,
+        description="m_1: on the memory stay this far below the activation at the mistake",
     )
-    memory_margin: float = Field(default=-3.0, description="m_2: and below this")
+    memory_margin: float = Field(default=-3.0, description="m_2: on the memory stay below this")
     activation_top: int = Field(
         default=1,
         ge=1,

@@ -23,10 +23,10 @@ _BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
 
 
 class ShardDelta(Delta):
-    """One edit's difference of a shard, on the entries of the shard's mask.
+    """What one edit adds to a shard, on the entries of the shard's mask.
 
     Args:
-        settings: what it has in common with the edits beside it.
+        settings: what all edits of one set of side memories have in common.
         number: how many edits there were before it; it says which shard it is in.
         distance: Δ of its own prompts after it was made.
         mask: (d · D / 8) uint8, a bit for each entry of the module's weight as (d, D).
@@ -123,7 +123,7 @@ class ShardDelta(Delta):
 
     @property
     def keyed_at(self) -> tuple[str, ...]:
-        """The weight whose input a shard's activation is of."""
+        """The weight whose input the shard reads."""
         return self.parameters
 
     def check(self, model: Model) -> None:

@@ -47,7 +47,7 @@ logger = logging.getLogger("errata")
 
 _STARTS = ("I", "You", "Because", "Yes", "Q: ")
 _WORDS = 24  # of the other text
-_PLAIN = "silu"  # φ where the model's own is none that has a name, as xIELU with its parameters is
+_PLAIN = "silu"  # φ where the model's own has no name, such as xIELU with its parameters
 _HALF_SCALE = 1024.0  # fp16 gradients underflow: scaled up on the way back, and down again
 
 
@@ -182,7 +182,7 @@ class Writing:
         return d.detach()
 
     def _through(self, d: Tensor) -> Callable[[Tensor], Tensor]:
-        """Return the change of the module's output that makes it the shard's."""
+        """Return what turns the module's output into the shard's."""
 
         def change(output: Tensor) -> Tensor:
             added = self._x @ d.T
