@@ -35,10 +35,8 @@ class NeuronsConfig(MethodConfig):
 
     def for_model(self, anatomy: Anatomy) -> Self:
         """Return the configuration with its layer written out."""
-        if self.layer is None:
-            layer = anatomy.nearest(anatomy.n_layers - 1, "mlp")
-        else:
-            layer = anatomy.layer(self.layer)
+        last = anatomy.n_layers - 1
+        layer = anatomy.nearest(last, "mlp") if self.layer is None else anatomy.layer(self.layer)
         return self.model_copy(update={"layer": layer})
 
 
