@@ -26,7 +26,7 @@ _NAMES = ("hidden_act", "hidden_activation", "activation_function", "activation"
 """What configurations call the activation of their feed-forward networks."""
 
 
-class NeuronsConfig(MethodConfig):
+class AddedNeuronsConfig(MethodConfig):
     """Hyper-parameters of a method that adds neurons to one block."""
 
     layer: int | None = Field(

@@ -102,7 +102,7 @@ class Side:
     λ: float
 
 
-class Relation(NamedTuple):
+class RelationAims(NamedTuple):
     """What one fact asks of the relation's side.
 
     Attributes:
@@ -141,13 +141,13 @@ def both_sides(
 
 def relation_of(
     model: Model, fact: Request, contexts: Sequence[str], config: BothSidesConfig
-) -> Relation:
+) -> RelationAims:
     """Return what a fact asks of the relation's side. The model must be unedited."""
     prompt = RelationPrompt.of(fact)
     prompts = (prompt, *map(prompt.worded, config.wordings))
     questions = [each.asking(fact.subject, fact.target_new) for each in prompts]
     staying = Staying.beside(model, fact, prompt, contexts[:KEPT_CONTEXTS], config)
-    return Relation(questions, staying)
+    return RelationAims(questions, staying)
 
 
 def entity_side(
@@ -172,7 +172,7 @@ def entity_side(
 
 def relation_side(
     model: Model,
-    relations: Sequence[Relation],
+    relations: Sequence[RelationAims],
     contexts: Sequence[str],
     C: Mapping[int, NormalMatrix],
     config: BothSidesConfig,

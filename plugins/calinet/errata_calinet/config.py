@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from errata.kit.feed_forward import NeuronsConfig
+from errata.kit.feed_forward import AddedNeuronsConfig
 
 
-class CaliNetConfig(NeuronsConfig):
+class CaliNetConfig(AddedNeuronsConfig):
     """Hyper-parameters of CaliNET."""
 
     width: int = Field(default=64, ge=1, description="Neurons m (published: 256 for 1,000 facts)")

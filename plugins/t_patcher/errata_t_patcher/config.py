@@ -6,10 +6,10 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from errata.kit.feed_forward import NeuronsConfig
+from errata.kit.feed_forward import AddedNeuronsConfig
 
 
-class TPatcherConfig(NeuronsConfig):
+class TPatcherConfig(AddedNeuronsConfig):
     """Hyper-parameters of T-Patcher."""
 
     prepares: ClassVar[set[str] | None] = {"layer", "memory", "held_out"}
