@@ -153,6 +153,10 @@ class MissingExtraError(ErrataError, ImportError):
         )
 
 
+class EditFailed(ErrataError, ArithmeticError):
+    """An edit whose numbers came out unusable (not finite, or a vanishing denominator)."""
+
+
 class EditRefused(ErrataError, RuntimeError):
     """An edit that a guard refused. The model is as it was.
 

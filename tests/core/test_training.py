@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from errata.contract.purity import Snapshot
-from errata.errors import CapabilityError, ConfigError, UnknownNameError
+from errata.errors import CapabilityError, ConfigError, EditFailed, UnknownNameError
 from errata.kit.training import (
     Objective,
     Trainer,
@@ -213,7 +213,7 @@ def test_depth_first_finishes_one_batch_before_the_next(model: Model) -> None:
 
 
 def test_a_loss_that_is_not_finite_is_named(model: Model) -> None:
-    with pytest.raises(ConfigError, match="smaller lr"):
+    with pytest.raises(EditFailed, match="smaller lr"):
         Steering(model, each(model), lr=1e30, early_stop=False).run()
 
 

@@ -14,7 +14,7 @@ from errata.contract.purity import Snapshot
 from errata.edits.delta import AdapterDelta
 from errata.edits.request import Request
 from errata.edits.stack import Stack
-from errata.errors import ConfigError, UnknownNameError
+from errata.errors import ConfigError, EditFailed, UnknownNameError
 from errata.kit.training import AdapterTrainer
 from errata.model import Model, scoring
 from errata.model.anatomy import Anatomy
@@ -188,7 +188,7 @@ def test_training_that_fails_leaves_the_model_alone(
 ) -> None:
     activate(model, train(model, CAPITAL, steps=4))
     before, state = Snapshot(model), torch.random.get_rng_state()
-    with pytest.raises(ConfigError, match="smaller lr"):
+    with pytest.raises(EditFailed, match="smaller lr"):
         train(model, MUSIC, lr=1e30)
     assert before.changed() == []
 

@@ -11,7 +11,7 @@ from errata import Editor
 from errata.edits.delta import Delta, KeyValueDelta, LowRankDelta
 from errata.edits.request import Request
 from errata.errors import ConfigError
-from errata.kit.closed_form.deltas import key_values, low_rank
+from errata.kit.closed_form.deltas import JointProblem, key_values, low_rank
 from errata.kit.metric import Metric, Projection
 from errata.kit.null_space import null_space
 from errata.testing import edit_with
@@ -65,7 +65,7 @@ def test_nothing_is_written_outside_the_null_space(tmp_path: Path) -> None:
     config = AlphaEditConfig(**TINY)
     P = null_spaces(model, config)
     updates = alphaedit(model, REQUESTS, P, config, {})
-    deltas = key_values(model, updates, config, metrics=P, slack=dict.fromkeys(P, config.l2))
+    deltas = key_values(model, updates, config, JointProblem(P, dict.fromkeys(P, config.l2)))
     outside = torch.randn(48, 200, generator=torch.Generator().manual_seed(0)).double()
     for layer in (0, 1):
         name = model.anatomy.weight(model.anatomy.mlp_out(layer))
@@ -83,7 +83,7 @@ def test_joint_edits_are_one_batch(tmp_path: Path) -> None:
     (batch,) = alphaedit(model, REQUESTS, P, published, {})
     name = model.anatomy.weight(model.anatomy.mlp_out(1))
     updates = alphaedit(model, REQUESTS, P, config, {})
-    deltas = key_values(model, updates, config, metrics=P, slack=dict.fromkeys(P, config.l2))
+    deltas = key_values(model, updates, config, JointProblem(P, dict.fromkeys(P, config.l2)))
     (total,) = KeyValueDelta.totals(name, deltas)
     u, v = batch.Δ.factors
     assert relative(total, u @ v.T) < 1e-5
@@ -117,7 +117,7 @@ def test_a_fraction_wins_over_the_threshold_and_one_is_needed(tmp_path: Path) ->
     assert {metric.rank for metric in small.values()} == {12}
     with pytest.raises(ConfigError, match="keeps 0 of 48"):
         null_spaces(model, AlphaEditConfig(**{**TINY, "fraction": None, "threshold": 1e-12}))
-    with pytest.raises(ValueError, match="both none"):
+    with pytest.raises(ValueError, match="both null"):
         AlphaEditConfig(fraction=None)
 
 

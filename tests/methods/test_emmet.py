@@ -11,7 +11,7 @@ from errata.edits.delta import KeyValueDelta
 from errata.edits.request import Request
 from errata.kit.closed_form.deltas import low_rank
 from errata.kit.closed_form.layer_updates import Prompts
-from errata.kit.closed_form.statistics import known_keys
+from errata.kit.closed_form.statistics import known_keys, second_moment_weights
 from errata.testing import edit_with
 from errata_alphaedit import AlphaEdit, AlphaEditConfig
 from errata_emmet import Emmet, EmmetConfig
@@ -125,7 +125,7 @@ def test_with_a_ridge_it_is_memit(tmp_path: Path) -> None:
     published = config.model_copy(update={"history": "none"})
     memits = MemitConfig(**BARE, second_moment_weight=20.0, history="none")
     (ours,) = emmet(model, REQUESTS, C, published)
-    (theirs,) = memit(model, REQUESTS, C, memits)
+    (theirs,) = memit(model, REQUESTS, C, second_moment_weights(model, memits), memits)
     (u, v), (left, right) = ours.Δ.factors, theirs.Δ.factors
     assert relative(u @ v.T, left @ right.T) < 1e-6
 

@@ -16,7 +16,7 @@ from errata.contract.registry import Registry
 from errata.edits.delta import Delta, DenseDelta, LowRankDelta, SparseRowsDelta
 from errata.edits.request import Request
 from errata.edits.stack import Stack
-from errata.errors import CapabilityError, ConfigError, UnknownNameError
+from errata.errors import CapabilityError, ConfigError, EditFailed, UnknownNameError
 from errata.kit.training.training_batches import aim_batch
 from errata.model import Model, scoring
 from errata.model.forward import frozen
@@ -471,7 +471,7 @@ def test_a_weight_that_is_shared_is_not_trained(model: Model, tmp_path: Path) ->
 
 def test_a_loss_that_is_not_finite_is_named(model: Model) -> None:
     before = Snapshot(model)
-    with pytest.raises(ConfigError, match="smaller lr"):
+    with pytest.raises(EditFailed, match="smaller lr"):
         tune(model, CAPITAL, lr=1e30, early_stop=False)
     assert before.changed() == []
 

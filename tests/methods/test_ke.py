@@ -17,7 +17,8 @@ from errata.model.generation import generate
 from errata.model.next_token import class_scores
 from errata_ke import Ke, KeConfig
 from errata_ke.condition import Conditions, prediction
-from errata_ke.network import KnowledgeEditor, cross_attention, root_mean_square
+from errata_ke.editing import cross_attention
+from errata_ke.network import KnowledgeEditor, root_mean_square
 from tests.families import build, build_model
 
 QUIET = {"efficacy": "off", "perplexity": "off", "norm": "off"}

@@ -12,7 +12,7 @@ from peft import PeftModel
 from errata.contract.purity import Snapshot
 from errata.edits.delta import AdapterDelta
 from errata.edits.request import Request
-from errata.errors import ConfigError, UnknownNameError
+from errata.errors import ConfigError, EditFailed, UnknownNameError
 from errata.model import Model, scoring
 from errata_lora import Lora, LoraConfig
 from tests.families import build, build_model
@@ -144,7 +144,7 @@ def test_training_leaves_the_model_and_the_global_generator_alone(model: Model) 
     torch.rand(5)
     assert same(train(model, CAPITAL, steps=4), first)
     assert not same(train(model, CAPITAL, steps=4, seed=1), first)
-    with pytest.raises(ConfigError, match="smaller lr"):
+    with pytest.raises(EditFailed, match="smaller lr"):
         train(model, MUSIC, lr=1e30)
     assert before.changed() == []
 

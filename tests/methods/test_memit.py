@@ -14,8 +14,8 @@ from errata.contract.purity import Snapshot
 from errata.datasets import atlas
 from errata.edits.delta import KeyValueDelta, LowRankDelta
 from errata.edits.request import Request
-from errata.errors import CapabilityError, ConfigError
-from errata.kit.closed_form.deltas import key_values, low_rank
+from errata.errors import CapabilityError, ConfigError, EditFailed
+from errata.kit.closed_form.deltas import JointProblem, key_values, low_rank
 from errata.kit.closed_form.layer_updates import (
     LayerUpdate,
     Prompts,
@@ -33,7 +33,7 @@ from errata.kit.closed_form.statistics import (
     second_moment_weights,
 )
 from errata.kit.closed_form.target_values import MemitObjective, norm_anchored
-from errata.kit.values import EditFailed, OptimisedValue, ValueSettings, optimise_values
+from errata.kit.values import OptimisedValue, ValueSettings, optimise_values
 from errata.model import Model
 from errata.model.forward import trace
 from errata.model.loading import load_model
@@ -75,7 +75,13 @@ def found(
 ) -> tuple[list[LayerUpdate], dict[int, NormalMatrix], MemitConfig]:
     config = MemitConfig(**{**FAST, **changes})
     C = known_keys(model, config)
-    return memit(model, requests, C, config), C, config
+    return solved(model, requests, C, config), C, config
+
+
+def solved(
+    model: Model, requests: Any, C: dict[int, NormalMatrix], config: MemitConfig
+) -> list[LayerUpdate]:
+    return memit(model, requests, C, second_moment_weights(model, config), config)
 
 
 def stored(
@@ -85,9 +91,8 @@ def stored(
     config: MemitConfig,
 ) -> list[KeyValueDelta]:
     """Return the joint edits of some updates."""
-    metrics = {layer: matrix.metric for layer, matrix in C.items()}
-    slack = second_moment_weights(model, config)
-    return key_values(model, updates, config, metrics=metrics, slack=slack)
+    λ = second_moment_weights(model, config)
+    return key_values(model, updates, config, JointProblem.whitened(C, λ))
 
 
 # -- the authors' code ---------------------------------------------------------------------------
@@ -99,7 +104,7 @@ def test_parity_with_the_authors_code(batch: str, tmp_path: Path) -> None:
     model = golden_model(tmp_path)
     weight = about["hparams"]["mom2_update_weight"]
     config = MemitConfig(**settings, second_moment_weight=weight, history="none")
-    updates = memit(model, requests, golden_keys(settings["layers"]), config)
+    updates = solved(model, requests, golden_keys(settings["layers"]), config)
     delta = low_rank(model, updates)
     for update in updates:
         want = f"layer{update.layer}."
@@ -122,7 +127,7 @@ def test_a_single_frozen_edit_is_the_published_one(tmp_path: Path) -> None:
     weight = about["hparams"]["mom2_update_weight"]
     config = MemitConfig(**settings, second_moment_weight=weight)
     C = golden_keys(settings["layers"])
-    (delta,) = stored(model, memit(model, requests, C, config), C, config)
+    (delta,) = stored(model, solved(model, requests, C, config), C, config)
     for layer in config.layers or ():
         name = f"transformer.h.{layer}.mlp.c_proj.weight"
         (total,) = KeyValueDelta.totals(name, [delta])
@@ -303,9 +308,9 @@ def test_history_keeps_what_earlier_batches_wrote(tmp_path: Path) -> None:
     with on(model, joint):
         kept = relative(outputs(model, first, 1), wanted)
     published = MemitConfig(**{**FAST, **settings, "history": "none"})
-    one = low_rank(model, memit(model, first, C, published))
+    one = low_rank(model, solved(model, first, C, published))
     with on(model, [one]):
-        two = low_rank(model, memit(model, later, C, published))
+        two = low_rank(model, solved(model, later, C, published))
     with on(model, [one, two]):
         lost = relative(outputs(model, first, 1), wanted)
     assert kept < 1e-3
@@ -321,7 +326,7 @@ def test_replayed_edits_are_read_from_the_model_as_it_stands(tmp_path: Path) -> 
     replay = config.model_copy(update={"policy": "replay"})
     with on(model, active):
         present = outputs(model, REQUESTS[2:], 1)
-        again = memit(model, REQUESTS[2:], C, replay)
+        again = solved(model, REQUESTS[2:], C, replay)
         (delta,) = stored(model, again, C, replay)
     with on(model, [*active, delta]):
         assert relative(outputs(model, REQUESTS[2:], 1), present + again[0].R.flat) < 1e-3

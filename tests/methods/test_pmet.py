@@ -6,6 +6,7 @@ There is no recorded run of the authors' code: what is checked here is what the 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,11 +15,13 @@ import torch
 
 from errata import zoo
 from errata.datasets import atlas
-from errata.kit.closed_form.layer_updates import Prompts
-from errata.kit.closed_form.statistics import known_keys
+from errata.edits.request import Request
+from errata.kit.closed_form.layer_updates import LayerUpdate, Prompts
+from errata.kit.closed_form.statistics import known_keys, second_moment_weights
 from errata.kit.closed_form.target_values import MemitObjective, value_settings
 from errata.kit.values import OptimisedValue, ValueSettings, optimise_values
 from errata.model.loading import load_model
+from errata.model.model import Model
 from errata.testing import edit_with
 from errata_pmet import Pmet, PmetConfig
 from errata_pmet.algorithm import PmetObjective, pmet
@@ -32,11 +35,16 @@ TINY = {
 }  # fmt: skip
 
 
+def solved(model: Model, requests: Sequence[Request], config: PmetConfig) -> list[LayerUpdate]:
+    C, λ = known_keys(model, config), second_moment_weights(model, config)
+    return pmet(model, requests, C, λ, config)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gptj", "falcon", "opt"])
 def test_both_values_take_part_and_the_mlps_is_written(family: str, tmp_path: Path) -> None:
     model = build_model(family, tmp_path, corpus=SENTENCES)
     config = PmetConfig(**{**TINY, "layers": (1,), "contexts": ("{}",)})
-    (update,) = pmet(model, REQUESTS[:1], known_keys(model, config), config)
+    (update,) = solved(model, REQUESTS[:1], config)
     base = update.h.flat[:, 0]
     settings = replace(value_settings(1, config), at="attention+mlp")
     (value,) = optimise_values(model, REQUESTS[:1], ("{}",), settings, PmetObjective(config))
@@ -56,7 +64,7 @@ def test_both_values_take_part_and_the_mlps_is_written(family: str, tmp_path: Pa
 def test_the_residual_is_shared_out_by_the_root(tmp_path: Path) -> None:
     model = build_model("gpt2", tmp_path, corpus=SENTENCES)
     config = PmetConfig(**TINY)
-    first, last = pmet(model, REQUESTS, known_keys(model, config), config)
+    first, last = solved(model, REQUESTS, config)
     whole = first.R.flat * math.sqrt(2)
     # The last layer brings all that is left at its own output.
     assert relative((last.h + last.R).flat, first.h.flat + whole) < 1e-4

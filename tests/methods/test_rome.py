@@ -19,11 +19,11 @@ from errata.contract.purity import Snapshot
 from errata.edits.delta import LowRankDelta
 from errata.edits.request import Request
 from errata.edits.stack import Stack
-from errata.errors import CapabilityError, ConfigError, ErrataError
+from errata.errors import CapabilityError, ConfigError, EditFailed, ErrataError
 from errata.kit.aims import aims_of
 from errata.kit.contexts import prefix_contexts
 from errata.kit.second_moments import SecondMoment
-from errata.kit.values import EditFailed, ValueSettings, optimise_values
+from errata.kit.values import ValueSettings, optimise_values
 from errata.model import Model
 from errata.model.anatomy import Anatomy
 from errata.model.artifacts import Artifacts

@@ -145,7 +145,7 @@ class DatasetSpec(_ConfigModel):
         default=False, description="Ask in the form of a chat, by the tokenizer's template"
     )
     join: str | None = Field(
-        default=None, description="What stands between prompt and answer; none: the rule"
+        default=None, description="What stands between prompt and answer; null: the rule"
     )
     options: dict[str, Any] = Field(
         default_factory=dict, description="Options of this dataset's reader"
@@ -163,11 +163,11 @@ class BenchConfig(_ConfigModel):
     name: str = Field(default="bench", description="What the run is called")
     model: str = Field(description="Zoo name, checkpoint folder or hub name")
     device: str | None = Field(default=None, description="cpu, cuda, cuda:1 …")
-    dtype: str | None = Field(default=None, description="fp32, bf16 …; none: the checkpoint's")
+    dtype: str | None = Field(default=None, description="fp32, bf16 …; null: the checkpoint's")
     corpus: str | None = Field(
         default=None,
         description="Text file for second moments, blank lines between documents; "
-        "none: the text that ships with errata",
+        "null: the text that ships with errata",
     )
     methods: Annotated[tuple[Annotated[MethodVariant, _named("method")], ...], Variants] = Field(
         min_length=1, description="The columns"
@@ -180,11 +180,11 @@ class BenchConfig(_ConfigModel):
         default=(0,), min_length=1, description="The run is repeated with each"
     )
     protocols: Annotated[tuple[str, ...], Listed] | None = Field(
-        default=None, description="How a case is measured; none: what each dataset asks for"
+        default=None, description="How a case is measured; null: what each dataset asks for"
     )
     state: Annotated[tuple[str, ...], Listed] | None = Field(
         default=None,
-        description="How the model as a whole is measured; none: general (lifelong too in a "
+        description="How the model as a whole is measured; null: general (lifelong too in a "
         "stream), and nothing after single edits",
     )
     settings: dict[str, Any] = Field(

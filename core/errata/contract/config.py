@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, ConfigDict, Field, ValidationInfo
+from pydantic import AfterValidator, ConfigDict, Field, ValidationInfo, model_validator
 from typing_extensions import Self
 
 from errata.errors import PluginError
@@ -64,7 +66,18 @@ class MethodConfig(NumbersAreNumbers):
     """Former name → present name of a hyper-parameter. Recorded edits are read by it; users may
     still give a former name, and are warned."""
 
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """What each name of the hyper-parameter `variant` sets, where it is not given otherwise."""
+
     seed: int = Field(default=0, ge=0, description="Seeds every random choice of the method")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _variant_fills_in(cls, data: Any) -> Any:
+        if not cls.variants or not isinstance(data, Mapping):
+            return data
+        variant = data.get("variant", cls.model_fields["variant"].default)
+        return {**cls.variants.get(str(variant), {}), **data}
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
@@ -112,6 +125,15 @@ class MethodConfig(NumbersAreNumbers):
         """
         size = asked or declared or len(requests)
         return [requests[i : i + size] for i in range(0, len(requests), size)]
+
+    def recipe(self, *, leave_out: Collection[str] = ()) -> str:
+        """Return a short digest of the hyper-parameters that `prepare` depends on.
+
+        It names, in keys of `Model.of_base`, what was prepared or trained with them.
+        """
+        data = self.model_dump(mode="json", include=self.prepares)
+        kept = {name: value for name, value in data.items() if name not in leave_out}
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def on_base(self) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -110,7 +109,7 @@ class Preparation:
         Raises:
             ConfigError: training requests are needed, none were given, and none were used before.
         """
-        method, key = manager.method, (manager.method, _recipe(config))
+        method, key = manager.method, (manager.method, config.recipe())
         if key in self._prepared:
             return
         model.pristine.digest_all()  # so that a base file that is put back is recognised
@@ -142,7 +141,7 @@ class Preparation:
         Raises:
             ConfigError: it was never trained, or not on the training requests given here.
         """
-        key = (method, _recipe(config))
+        key = (method, config.recipe())
         if key in self._trained:
             return
         former = _noted(model, key)
@@ -159,13 +158,13 @@ class Preparation:
     @contextmanager
     def in_force(self, model: Model, method: str, config: MethodConfig) -> Iterator[None]:
         """Let `model.of_base(…, trained=True)` find what the method was trained on, for a block."""
-        trained = self._trained.get((method, _recipe(config)), _Trained())
+        trained = self._trained.get((method, config.recipe()), _Trained())
         with _training(model, trained.on):
             yield
 
     def check_overlap(self, method: str, config: MethodConfig, requests: Sequence[Request]) -> None:
         """Raise `RequestError` for a request about a fact that the method was trained on."""
-        seen = self._trained.get((method, _recipe(config)), _Trained()).facts
+        seen = self._trained.get((method, config.recipe()), _Trained()).facts
         for request in requests:
             if any(name in seen for name in _facts(request)):
                 raise RequestError(
@@ -194,11 +193,6 @@ def _noted(model: Model, key: tuple[str, str]) -> _Trained | None:
     if stored is None:
         return None
     return _Trained(str(stored[1]["digest"]), frozenset(map(str, stored[1]["facts"])))
-
-
-def _recipe(config: MethodConfig) -> str:
-    """Return a digest of those hyper-parameters that a preparation depends on."""
-    return hashlib.sha256(json.dumps(_prepares(config), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _prepares(config: MethodConfig) -> dict[str, Any]:

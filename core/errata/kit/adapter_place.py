@@ -20,12 +20,12 @@ class AdapterPlaceConfig(MethodConfig):
     target_modules: tuple[str, ...] | None = Field(
         default=None,
         description="Linear modules of each block: roles (attention_in, attention_out, mlp_in, "
-        "mlp_out) or names (c_attn, q_proj); none: with layers, attention's query and value (or "
+        "mlp_out) or names (c_attn, q_proj); null: with layers, attention's query and value (or "
         "its fused input); without, the MLP's output",
     )
     layers: tuple[int, ...] | None = Field(
         default=None,
-        description="Blocks that are adapted (negative: from the end); none: of a decoder the one "
+        description="Blocks that are adapted (negative: from the end); null: of a decoder the one "
         "a tenth of the way up, unless modules are named; else all",
     )
 

@@ -1,11 +1,13 @@
-"""The feed-forward network of a block, as methods see it that add neurons to it."""
+"""The feed-forward network of a block, for methods that add neurons to it."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import torch
+from pydantic import Field
 
+from errata.contract.config import MethodConfig
 from errata.edits.delta.neurons import ACTIVATIONS, Site
 from errata.errors import CapabilityError
 from errata.model.forward import trace
@@ -13,13 +15,29 @@ from errata.model.running import prepare, run
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from typing_extensions import Self
 
+    from errata.model.anatomy import Anatomy
     from errata.model.model import Model
 
 _TRIED = "The capital of France is Paris."
 
 _NAMES = ("hidden_act", "hidden_activation", "activation_function", "activation", "dense_act_fn")
 """What configurations call the activation of their feed-forward networks."""
+
+
+class AddedNeuronsConfig(MethodConfig):
+    """Hyper-parameters of a method that adds neurons to one block."""
+
+    layer: int | None = Field(
+        default=None, description="Block that gets the neurons; null: the last one with an MLP"
+    )
+
+    def for_model(self, anatomy: Anatomy) -> Self:
+        """Return the configuration with its layer written out."""
+        last = anatomy.n_layers - 1
+        layer = anatomy.nearest(last, "mlp") if self.layer is None else anatomy.layer(self.layer)
+        return self.model_copy(update={"layer": layer})
 
 
 def site_of(model: Model, layer: int, *, gated: bool = False) -> Site:

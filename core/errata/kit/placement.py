@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from pydantic import Field
 
 from errata.contract.config import MethodConfig
 from errata.errors import ConfigError
+from errata.model.forward import trace
 from errata.model.routing import end_rule
+from errata.model.running import run
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from typing_extensions import Self
 
     from errata.model.anatomy import Anatomy
@@ -85,3 +89,19 @@ def key_column(model: Model, module: str, prompts: PreparedPrompts) -> int:
     """Return the column at which a module decides about the one row of a batch."""
     last = prompts.input_ids.shape[1] - 1
     return {"prompt": prompts.ends[0], "first": 0, "last": last}[end_rule(model, module)]
+
+
+@torch.no_grad()
+def key_state(
+    model: Model, module: str, prompts: PreparedPrompts, *, output: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return a module's input where it decides about the one row of a batch, and the logits.
+
+    With `output`, what the module returns there. (d,) in fp32; the logits are those of `run`.
+    """
+    with trace(model.module, module, inputs=not output, outputs=output) as seen:
+        logits = run(model, prompts)
+    states = seen[module].output if output else seen[module].input
+    assert states is not None
+    column = key_column(model, module, prompts)
+    return states.reshape(-1, states.shape[-1])[column].float(), logits

@@ -67,15 +67,18 @@ class Evaluation:
     _essence_owner: Tensor  # (m,)
     _share: Tensor  # (N,) one over the target tokens of a request in all contexts, 0 for none
 
+    @property
+    def kl(self) -> Tensor:
+        """KL(P_δ ‖ P) at the edited token of the KL prompt, (N,); 0 without a KL prompt."""
+        log_P, log_P0 = self.essence, self.essence_before
+        kl = (log_P.exp() * (log_P - log_P0)).sum(1)
+        return torch.zeros_like(self._share).index_add(0, self._essence_owner, kl)
+
     def mean_over_contexts(self, values: Tensor) -> Tensor:
         """Return the means (N,) over target tokens and contexts of values (n,)."""
         # The target has as many tokens in every context, so one mean over all of them is the mean
         # over contexts of the means over target tokens.
         return torch.zeros_like(self._share).index_add(0, self._owner, values) * self._share
-
-    def per_request(self, values: Tensor) -> Tensor:
-        """Return values (m,) of the KL prompts as (N,): 0 where a request has none."""
-        return torch.zeros_like(self._share).index_add(0, self._essence_owner, values)
 
 
 class ValueObjective(Protocol):

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from errata.errors import CapabilityError, ErrataError
+from errata.errors import CapabilityError, EditFailed
 from errata.kit.aims import FLOOR, unlikelihood
 from errata.kit.loss_scale import loss_scale
 from errata.kit.value_loss import Evaluation, ValueLoss, ValueObjective
@@ -52,10 +52,6 @@ Held = Sequence[tuple["Request", "Tensor"]]
 
 # On a CPU three requests at a time are faster than ten: what they work on stays in the cache.
 _ROWS_CPU, _ROWS_ACCELERATOR = 72, 768
-
-
-class EditFailed(ErrataError, ArithmeticError):
-    """An edit whose numbers came out unusable (not finite, or a vanishing denominator)."""
 
 
 @dataclass(frozen=True, kw_only=True)

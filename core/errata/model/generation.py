@@ -285,7 +285,8 @@ class _Run:
                 if narrows:
                     state = self._narrowed(state, told)
         return [
-            Generated(self._cut(self._whole(row)), tuple(new)) for row, new in enumerate(self._new)
+            Generated(until_stop(self._whole(row), self._stop), tuple(new))
+            for row, new in enumerate(self._new)
         ]
 
     def _tell(self, told: ExitStack) -> None:
@@ -320,7 +321,7 @@ class _Run:
         if not self._stop and self.watch is None:
             return
         text = self._whole(row)
-        cut = self._cut(text)
+        cut = until_stop(text, self._stop)
         self._done[row] = cut != text
         if self.watch is not None:
             settled = cut if cut != text else text[: len(text) - unsettled(text, self._stop)]
@@ -365,10 +366,11 @@ class _Run:
             prompt = ids[mask].tolist()
         return decode_after(self._model, prompt, self._new[row])
 
-    def _cut(self, text: str) -> str:
-        """Return a text up to the first stop string in it."""
-        found = [at for at in (text.find(mark) for mark in self._stop) if at >= 0]
-        return text[: min(found)] if found else text
+
+def until_stop(text: str, stop: Sequence[str]) -> str:
+    """Return a text up to the first stop string in it."""
+    found = [at for at in (text.find(mark) for mark in stop) if at >= 0]
+    return text[: min(found)] if found else text
 
 
 def unsettled(text: str, stop: Sequence[str]) -> int:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from errata.errors import CapabilityError, ErrataError
-from errata.model.generation import decode_after, generated, unsettled
+from errata.model.generation import decode_after, generated, unsettled, until_stop
 from errata.model.sampling import GenerationSettings, Sampling
 from errata.serve.following import Follower
 
@@ -86,8 +86,8 @@ class Waiting:
     def take(self, text: str) -> bool:
         """Take the text so far, one token longer; say whether it ends here."""
         self._count += 1
-        cut, stopped = self._cut(text)
-        if stopped:
+        cut = until_stop(text, self.stop)
+        if cut != text:
             self._finish = "stop"
         elif self._count >= self.limit:
             self._finish = "length"
@@ -109,10 +109,10 @@ class Waiting:
             full: it was cut off: it is as long as allowed, or the model takes no more.
             tokens: how many it has, where they were not counted one by one.
         """
-        self._whole, stopped = self._cut(text)
+        self._whole = until_stop(text, self.stop)
         self._count = self._count if tokens is None else tokens
         if self._finish is None:
-            self._finish = "length" if full and not stopped else "stop"
+            self._finish = "length" if full and self._whole == text else "stop"
         self._send(len(self._whole), self._finish)
 
     def fail(self, error: Exception) -> None:
@@ -120,10 +120,6 @@ class Waiting:
         if self._finish is None:
             self._finish = "stop"
             self.tell(TextPart(error=error))
-
-    def _cut(self, text: str) -> tuple[str, bool]:
-        places = [at for at in (text.find(mark) for mark in self.stop) if at >= 0]
-        return (text[: min(places)], True) if places else (text, False)
 
     def _held(self, text: str) -> int:
         """Return how much of the end may still change: half a character, half a stop string."""

@@ -24,7 +24,7 @@ __all__ = ["Adalora", "AdaloraConfig"]
 
 
 class Adalora:
-    """The method "adalora"."""
+    """The plugin: one adapter for all requests of a call."""
 
     name = "adalora"
     config = AdaloraConfig

@@ -31,10 +31,10 @@ class AdaloraConfig(AdapterPlaceConfig):
         default=0.5, ge=0, description="Weight of the orthogonal regularisation ‖PᵀP − I‖"
     )
     tinit: int | None = Field(
-        default=None, ge=0, description="Steps before ranks are cut; none: a tenth of all"
+        default=None, ge=0, description="Steps before ranks are cut; null: a tenth of all"
     )
     tfinal: int | None = Field(
-        default=None, ge=0, description="Steps after the last cut; none: a third of all"
+        default=None, ge=0, description="Steps after the last cut; null: a third of all"
     )
     delta_t: int = Field(default=1, ge=1, description="Steps between two allocations")
     beta1: float = Field(default=0.85, gt=0, lt=1, description="Smoothing of the sensitivity")
@@ -45,7 +45,7 @@ class AdaloraConfig(AdapterPlaceConfig):
     stop_loss: float | None = Field(
         default=None,
         gt=0,
-        description="Early stop also needs each target's mean NLL (nats) below this; none: no need",
+        description="Early stop also needs each target's mean NLL (nats) below this; null: any",
     )
 
     @model_validator(mode="after")

@@ -28,8 +28,8 @@ logger = logging.getLogger("errata.adalora")
 def train(model: Model, requests: Sequence[Request], config: AdaloraConfig) -> AdapterDelta:
     """Train one adapter for all requests on top of the active edits, and return it.
 
-    Raises `ConfigError` for a schedule without room, for unknown modules, and when the loss is no
-    longer finite.
+    Raises `ConfigError` for a schedule without room and for unknown modules, `EditFailed` when the
+    loss is no longer finite.
     """
     with quiet_imports():
         from peft import AdaLoraConfig

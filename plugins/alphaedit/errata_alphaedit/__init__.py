@@ -22,6 +22,7 @@ from errata_alphaedit.config import AlphaEditConfig
 if TYPE_CHECKING:
     from errata.edits.delta import Delta
     from errata.edits.request import Request
+    from errata.kit.closed_form.layer_updates import LayerUpdate
     from errata.model import Model
 
 __all__ = ["AlphaEdit", "AlphaEditConfig"]
@@ -47,26 +48,24 @@ class AlphaEdit:
         self, model: Model, requests: Sequence[Request], config: AlphaEditConfig
     ) -> Delta | Sequence[Delta]:
         """Return the change, computed from the base (frozen) or the model's present state."""
-        from errata.kit.closed_form.deltas import deltas_of
-        from errata.kit.same_subject import sharing
+        from errata.kit.closed_form.deltas import JointProblem, deltas_of
         from errata_alphaedit.algorithm import alphaedit, earlier_requests, null_spaces
 
         P = null_spaces(model, config)
         earlier = earlier_requests(model, self.name) if config.history == "none" else {}
-        # The joint problem of all active edits: M = P, and L2 is what a miss costs.
-        s = dict.fromkeys(P, config.l2)
 
-        def compute(facts: Sequence[Request], shared: bool = False) -> Delta | Sequence[Delta]:
-            updates = alphaedit(model, facts, P, config, earlier, shared=shared)
-            return deltas_of(model, facts, updates, config, metrics=P, slack=s)
+        def solve(facts: Sequence[Request], shared: bool) -> list[LayerUpdate]:
+            return alphaedit(model, facts, P, config, earlier, shared=shared)
 
-        return sharing(model, requests, compute) if config.shares else compute(requests)
+        # Of all active edits, too: M = P, and L2 is what a miss costs.
+        joint = JointProblem(P, dict.fromkeys(P, config.l2))
+        return deltas_of(model, requests, config, solve, joint)
 
     @hookimpl
     def resolve(self, model: Model, delta: Delta, config: AlphaEditConfig) -> Delta | None:
         """Return a recorded joint edit with another null space or L2."""
-        from errata.kit.closed_form.deltas import solved_again
+        from errata.kit.closed_form.deltas import JointProblem, solved_again
         from errata_alphaedit.algorithm import null_spaces
 
         P = null_spaces(model, config)
-        return solved_again(model, delta, config, metrics=P, slack=dict.fromkeys(P, config.l2))
+        return solved_again(model, delta, config, JointProblem(P, dict.fromkeys(P, config.l2)))

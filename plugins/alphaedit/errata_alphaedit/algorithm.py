@@ -4,8 +4,8 @@ The shapes: D is the width of the MLP, d that of the model, N the number of requ
 K_p (D, N_p), R (d, N), z (d, N), h (d, N), P (D, D) of rank r, Δ (d, D). A batch is one problem of
 this form; in joint edits (`history: joint`) every request is one, with N = 1.
 
-The published solve is of D × D unknowns. Here, with P = U₀ U₀ᵀ and K̃ = U₀ᵀ K, it is one of r, or
-of as many unknowns as there are keys, whichever is less: the same numbers.
+The published code solves for D × D unknowns. Here, with P = U₀ U₀ᵀ and K̃ = U₀ᵀ K, the system has
+the size r, or the number of keys, whichever is less: the same numbers.
 """
 
 from __future__ import annotations

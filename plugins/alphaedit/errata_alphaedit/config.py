@@ -14,9 +14,9 @@ from errata.kit.closed_form.config import ClosedFormConfig
 class AlphaEditConfig(ClosedFormConfig):
     """Hyper-parameters of AlphaEdit; the defaults are the paper's for GPT-2 XL, but for two.
 
-    Layers are those of `ClosedFormConfig`. And what counts as null is a share of the directions:
-    the published threshold, 0.02, is absolute, and means something else for every model (it makes
-    76 to 86 % of SmolLM2's directions null, and 35 to 67 % of Gemma 3 270M's).
+    Layers are those of `ClosedFormConfig`. And a share of the directions counts as null: the
+    published threshold, 0.02, is absolute, and means something else for every model (it makes 76 to
+    86 % of SmolLM2's directions null, and 35 to 67 % of Gemma 3 270M's).
     """
 
     resolves: ClassVar[frozenset[str]] = frozenset({"threshold", "fraction", "l2", "tokens"})
@@ -27,7 +27,7 @@ class AlphaEditConfig(ClosedFormConfig):
         gt=0,
         lt=1,
         description="Share of all directions that counts as null, those of the smallest "
-        "eigenvalues. A threshold that is given sets it aside; given together, this one counts",
+        "eigenvalues. Ignored if only `threshold` is given; if both are, `fraction` wins",
     )
     threshold: float | None = Field(
         default=None,
@@ -48,7 +48,7 @@ class AlphaEditConfig(ClosedFormConfig):
     def _one_of_both(self) -> Self:
         if self.threshold is None and self.fraction is None:
             raise ValueError(
-                "threshold and fraction are both none (without a threshold the fraction decides): "
+                "threshold and fraction are both null (without a threshold the fraction decides): "
                 "give one of them"
             )
         return self

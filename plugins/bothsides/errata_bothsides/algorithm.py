@@ -5,19 +5,20 @@ R (d, N), C (D, D), Δ (d, D). One problem per layer:
 
     Δ = R (Kᵀ C⁻¹ K + λ I)⁻¹ Kᵀ C⁻¹        R = [r … r, 0 … 0]
 
-with the keys of the edit and those that must stay. On the entity's side nothing is kept; the keys
-are the mean over contexts, as in ROME (Meng et al. 2022), and the bare prompt's, where ROME divides
-by the product of the two; r is δ. On the relation's side every
-context has a key of its own, since beside keys that stay a mean would cancel the edit; r is what
-is still missing, z − h, divided by the number of layers that are left, as in MEMIT (Meng et al.
-2023, equation 20).
+K holds the keys of the edit, with residuals r, and the keys that must stay, with residuals 0.
+
+On the entity's side nothing is kept. The keys are the mean over contexts, as in ROME (Meng et al.
+2022), and the bare prompt's (ROME divides by the product of the two); r is δ. On the relation's
+side every context has a key of its own: beside keys that stay, a mean would cancel the edit. There
+r is what is still missing, z − h, divided by the number of layers that are left, as in MEMIT (Meng
+et al. 2023, equation 20).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -77,10 +78,9 @@ class SideObjective:
 
     def loss(self, at: Evaluation) -> ValueLoss:
         """Return the loss of each request; at the relation's side there is no KL term."""
-        log_P, log_P0 = at.essence, at.essence_before
         return ValueLoss(
             nll=at.mean_over_contexts(-at.log_p),
-            kl=self.config.kl_factor * at.per_request((log_P.exp() * (log_P - log_P0)).sum(1)),
+            kl=self.config.kl_factor * at.kl,
             decay=self.config.weight_decay * (at.δ_norm / at.v0_norm**2)[0],
         )
 
@@ -100,6 +100,18 @@ class Side:
 
     update: LayerUpdate
     λ: float
+
+
+class RelationAims(NamedTuple):
+    """What one fact asks of the relation's side.
+
+    Attributes:
+        questions: for the relation, in several wordings, with the new object as the subject.
+        staying: what must be answered as before.
+    """
+
+    questions: list[Request]
+    staying: Staying
 
 
 def both_sides(
@@ -122,54 +134,75 @@ def both_sides(
         RequestError: a request names no relation, or not in the way that is needed.
         EditFailed: a loss is not finite.
     """
-    early, *late = layers_of(model, config)
-    asked = [RelationPrompt.of(fact) for fact in facts]
-    staying = [
-        Staying.beside(model, fact, prompt, contexts[:KEPT_CONTEXTS], config)
-        for fact, prompt in zip(facts, asked, strict=True)
-    ]
+    relations = [relation_of(model, fact, contexts, config) for fact in facts]
+    entity = entity_side(model, facts, contexts, C, config)
+    return [entity, *relation_side(model, relations, contexts, C, config, entity)]
 
-    # The entity's side: at the subject, the new objects are said.
+
+def relation_of(
+    model: Model, fact: Request, contexts: Sequence[str], config: BothSidesConfig
+) -> RelationAims:
+    """Return what a fact asks of the relation's side. The model must be unedited."""
+    prompt = RelationPrompt.of(fact)
+    prompts = (prompt, *map(prompt.worded, config.wordings))
+    questions = [each.asking(fact.subject, fact.target_new) for each in prompts]
+    staying = Staying.beside(model, fact, prompt, contexts[:KEPT_CONTEXTS], config)
+    return RelationAims(questions, staying)
+
+
+def entity_side(
+    model: Model,
+    facts: Sequence[Request],
+    contexts: Sequence[str],
+    C: Mapping[int, NormalMatrix],
+    config: BothSidesConfig,
+) -> Side:
+    """Return what the early layer is asked for: at the subject, the new objects are said."""
+    layer, *_ = layers_of(model, config)
     steps = config.steps * len(facts)
     kl_prompt = config.kl_prompt if config.kl_factor else None
-    settings = settings_of(early, config, steps, config.clamp, kl_prompt)
+    settings = settings_of(layer, config, steps, config.clamp, kl_prompt)
     (values,) = optimise_shared(model, [facts], contexts, settings, SideObjective(config))
     # The key averaged over the contexts, as ROME's: nothing is kept here that it could cancel. And
-    # the bare prompt's, which a subject at its very beginning has far from the others.
-    entity = side(
-        early,
-        torch.cat([torch.stack([value.keys.mean(0), value.keys[0]]) for value in values]),
-        torch.cat([torch.stack([value.delta] * 2) for value in values]),
-        C[early],
-        config.slack / len(contexts),
-    )
+    # the bare prompt's: of a subject that begins its prompt it lies far from the others.
+    K = torch.cat([torch.stack([value.keys.mean(0), value.keys[0]]) for value in values])
+    R = torch.cat([torch.stack([value.delta] * 2) for value in values])
+    return side(layer, K, R, C[layer], config.slack / len(contexts))
 
-    # The relation's side, with the entity's in place: at each new object, the relation is said.
-    questions = [
-        [
-            wording.asking(fact.subject, fact.target_new)
-            for wording in (prompt, *map(prompt.worded, config.wordings))
-        ]
-        for prompt, fact in zip(asked, facts, strict=True)
-    ]
-    near = contexts[:RELATION_CONTEXTS]
+
+def relation_side(
+    model: Model,
+    relations: Sequence[RelationAims],
+    contexts: Sequence[str],
+    C: Mapping[int, NormalMatrix],
+    config: BothSidesConfig,
+    entity: Side,
+) -> list[Side]:
+    """Return what the late layers are asked for: at each new object, the relation is said.
+
+    All of it is read with the entity's side in place.
+    """
+    _, *layers = layers_of(model, config)
+    last, near = layers[-1], contexts[:RELATION_CONTEXTS]
+    questions = [relation.questions for relation in relations]
     clamp = config.relation_clamp or config.clamp
-    settings = settings_of(late[-1], config, config.steps, clamp)
+    settings = settings_of(last, config, config.steps, clamp)
     with written(model, [entity.update]):
         found = optimise_shared(model, questions, near, settings, SideObjective(config))
         kept = [
-            kept_keys(model, prompts, value, C[late[-1]], late, config)
-            for prompts, (value, *_) in zip(staying, found, strict=True)
+            kept_keys(model, relation.staying, value, C[last], layers, config)
+            for relation, (value, *_) in zip(relations, found, strict=True)
         ]
-        said = [text for one in staying for text in one.texts]
-        texts = text_keys(model, said, late) if said else {}
+        said = [text for relation in relations for text in relation.staying.texts]
+        texts = text_keys(model, said, layers) if said else {}
     prompts = each_context(model, [q for group in questions for q in group], near)
-    δ = at_block(prompts, late[-1], [value for group in found for value in group])
-    relation: list[Side] = []
+    δ = at_block(prompts, last, [value for group in found for value in group])
+
+    sides: list[Side] = []
     z: Columns | None = None
-    for layer, target, layers_left in spread(late):
+    for layer, target, layers_left in spread(layers):
         # Keys and outputs as they are with the lower layers changed.
-        below = [one.update for one in (entity, *relation)]
+        below = [one.update for one in (entity, *sides)]
         K, h = prompts.read(layer, model.anatomy.reader.block(target), below)
         z = h + δ if z is None else z
         R = prompts.before_norm(layer, (z - h) / layers_left, below)
@@ -178,8 +211,8 @@ def both_sides(
         if layer in texts:  # and once more, with what it changes most in them kept
             stay.append(most_changed(one.update.Δ, texts[layer], config.text_tokens))
             one = side(layer, K.flat.T, R.flat.T, C[layer], config.slack, stay)
-        relation.append(one)
-    return [entity, *relation]
+        sides.append(one)
+    return sides
 
 
 def each_context(model: Model, requests: Sequence[Request], contexts: Sequence[str]) -> Prompts:
@@ -252,8 +285,8 @@ def kept_keys(
 ) -> dict[int, Tensor]:
     """Return the keys (N, D) that must stay: at the last token of objects, and of entity prompts.
 
-    Of the pairs of each sort, those whose keys at the last layer, where C is from, point most the
-    way of the edit's own.
+    Of each kind of pair, those are kept whose keys at the last layer have the highest cosine in C⁻¹
+    with the edit's key; C is that layer's.
     """
     parts: list[dict[int, Tensor]] = []
     for sort, questions in staying.pairs.items():
@@ -299,7 +332,7 @@ def most_changed(Δ: Product, keys: Tensor, count: int) -> Tensor:
 
 
 def closeness(keys: Tensor, key: Tensor, C: NormalMatrix) -> Tensor:
-    """Return the cosine in C⁻¹ of keys (n, D) with one key (D,)."""
+    """Return the cosines in C⁻¹ of keys (n, D) with one key (D,), up to that key's length."""
     K, k = Columns.of(keys), Columns.of(key[None].cpu())
     C_inv = inverse(C)
     own = (K.T @ C_inv @ K).diagonal(dim1=-2, dim2=-1)[0]

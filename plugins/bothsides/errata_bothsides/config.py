@@ -28,12 +28,12 @@ class BothSidesConfig(MethodConfig):
     layer: int | Literal["auto"] | None = Field(
         default=None,
         description="Block whose MLP is edited at the subject (negative: from the end); auto: what "
-        "a sweep of this model found (`errata locate --sweep`); none: a tenth of the way up",
+        "a sweep of this model found (`errata locate --sweep`); null: a tenth of the way up",
     )
     relation_layer: int | Literal["auto"] | None = Field(
         default=None,
         description="Last block whose MLP is edited at the object of the relation's prompt; auto: "
-        "what a sweep of it found (`errata locate --sweep --set option=relation_layer`); none: "
+        "what a sweep of it found (`errata locate --sweep --set option=relation_layer`); null: "
         "half of the way up",
     )
     relation_depth: int = Field(
@@ -57,16 +57,16 @@ class BothSidesConfig(MethodConfig):
     alike: int = Field(
         default=8,
         ge=0,
-        description="Other subjects of the same sort for the object whose relation must stay; the "
-        "model names them",
+        description="Subjects of the same kind, named by the model, whose relation to the object "
+        "must stay",
     )
     objects: int = Field(
-        default=16, ge=0, description="Other objects for the subject whose relation must stay"
+        default=16, ge=0, description="Other objects whose relation to the subject must stay"
     )
     subjects: int = Field(
-        default=8, ge=0, description="Other subjects for the object whose relation must stay"
+        default=8, ge=0, description="Other subjects whose relation to the object must stay"
     )
-    pairs: int = Field(default=8, ge=0, description="Other pairs of the relation that must stay")
+    pairs: int = Field(default=8, ge=0, description="Other pairs whose relation must stay")
     texts: int = Field(
         default=12,
         ge=0,
@@ -98,7 +98,7 @@ class BothSidesConfig(MethodConfig):
     relation_clamp: float | None = Field(
         default=None,
         gt=0,
-        description="Largest ‖δ′‖ at the relation's side, in units of ‖v0‖; none: as `clamp`",
+        description="Largest ‖δ′‖ at the relation's side, in units of ‖v0‖; null: as `clamp`",
     )
     kl_factor: float = Field(
         default=0.0625, ge=0, description="Factor of the KL term at the subject; 0: none"
@@ -108,10 +108,10 @@ class BothSidesConfig(MethodConfig):
     )
     early_stop: float = Field(default=5e-2, ge=0, description="Done once a loss is below this")
     tokens: int | None = Field(
-        default=None, ge=1, description="Tokens C is estimated from; none: a multiple of its size"
+        default=None, ge=1, description="Tokens C is estimated from; null: a multiple of its size"
     )
     contexts: Contexts | None = Field(
-        default=None, description='Contexts with one {}, the first "{}"; none: generated'
+        default=None, description='Contexts with one {}, the first "{}"; null: generated'
     )
     context_lengths: tuple[tuple[int, int], ...] = Field(
         default=((5, 10), (10, 10)), description="Generated contexts: (tokens, how many)"

@@ -1,8 +1,8 @@
-"""What must stay as it was: the relation of pairs like the new one, and o* where it is the answer.
+"""What must stay as it was: the relation of pairs like the new one, and prompts that o* answers.
 
-No prompt of a request that is meant to test the edit is read here. Other objects are what the
-unedited model finds probable in the new one's place; other subjects are well-known names, and
-those that it lists after the request's.
+The prompts of a request that test the edit are not read here. Other objects are words that the
+unedited model finds probable in the new one's place; other subjects are well-known names, and names
+that the model lists after the request's subject.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _ALIKE = (
 _LISTS = 4  # drawn, each of so many tokens
 _LIST_TOKENS = 20
 _LONGEST = 5  # words of a name
-_SAID = 8  # tokens that the model goes on with after a prompt
+_SAID = 8  # tokens that the model writes after a prompt
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ class RelationPrompt:
 
     @classmethod
     def of(cls, request: Request) -> RelationPrompt:
-        """Return the prompt of a request that its new object stands in.
+        """Return the relation's prompt of a request, with a place for the object.
 
-        Raises `RequestError` where the request says nothing of its relation, or the new object
-        does not stand in its prompt exactly once.
+        Raises `RequestError` where the request has no `relation_view`, or where that prompt does
+        not name the new object exactly once.
         """
         view = request.relation_view
         if view is None:
@@ -89,9 +89,9 @@ class RelationPrompt:
         return replace(self, template=before + template + after)
 
     def asking(self, subject: str, target: str) -> Request:
-        """Return the question for the relation of a pair, with the object in the subject's place.
+        """Return the question for the relation of a pair.
 
-        What edits a request at its subject so edits this one at its object.
+        The object takes the subject's place, so code that edits at the subject edits at the object.
         """
         prompt = self.template.replace("{}", subject).replace(OBJECT, "{}")
         return Request(prompt=prompt, subject=target, target_new=self.relation, chat=self.chat)
@@ -120,9 +120,9 @@ def other_objects(model: Model, request: Request, count: int) -> list[str]:
 
 
 def subjects_alike(model: Model, request: Request, seed: int) -> list[str]:
-    """Return names of the subject's sort: what the model writes on when it lists such.
+    """Return names of the subject's kind, from lists that the model continues.
 
-    None where it reads too few tokens at once to be shown what a list is.
+    [] if the model's context is too short for the example lists.
     """
     asked = [_ALIKE.replace("{}", request.subject)] * _LISTS
     (row,) = tokenise(model.tokenizer, asked[:1])
@@ -148,13 +148,13 @@ class Staying:
 
     Attributes:
         pairs: questions for the relation of other pairs, by the hyper-parameter that says how many
-            are kept. "alike" and "subjects" have the new one's object, "objects" its subject,
+            are kept. "alike" and "subjects" name the new object, "objects" the request's subject,
             "pairs" neither.
-        objects: more prompts that are kept at the place of the object: the old pair, and the
-            entity's prompts with an object behind them.
-        ends: entity's prompts, kept at their last token.
-        texts: entity's prompts of other subjects and what the model says next, kept at the tokens
-            that the edit would change most.
+        objects: more prompts, kept at the object's last token: the old pair's question, and the
+            entity's prompts followed by an object.
+        ends: the entity's prompts, kept at their last token.
+        texts: the entity's prompts for other subjects and what the model says next, kept at the
+            tokens that the edit would change most.
     """
 
     pairs: dict[str, list[Request]]
@@ -199,7 +199,7 @@ class Staying:
 
 
 def names_beside(request: Request) -> list[str]:
-    """Return well-known names of all sorts, without the request's own."""
+    """Return well-known names of all kinds, except the request's own."""
     own = (request.subject, request.target_new)
     return [name for name in USUAL_NAMES[::2] if name not in own]
 
@@ -207,10 +207,10 @@ def names_beside(request: Request) -> list[str]:
 def answers(
     model: Model, request: Request, objects: Sequence[str], contexts: Sequence[str]
 ) -> list[Request]:
-    """Return the entity's prompts with an object behind them, to be kept there.
+    """Return the entity's prompts, each followed by the object at which it is kept.
 
-    The new object in every context; other ones behind the bare prompt, and behind that of other
-    subjects.
+    The new object follows the prompt in every context. Other objects follow the bare prompt, the
+    request's and one of another subject.
     """
     asked = [
         template.replace("{}", request.subject)
@@ -224,9 +224,9 @@ def answers(
 
 
 def entity_prompts(model: Model, request: Request, contexts: Sequence[str]) -> list[Request]:
-    """Return the entity's prompt in every context, and that of other subjects: what they say stays.
+    """Return the entity's prompt in every context, and the bare prompts of other subjects.
 
-    The object of the edit is said by them, and by others theirs.
+    The request's prompts should give the new object, the others their own answers.
     """
     templates = in_contexts(model, request, contexts)
     own = [request.model_copy(update={"prompt": t, "chat": False}) for t in templates]
@@ -235,9 +235,9 @@ def entity_prompts(model: Model, request: Request, contexts: Sequence[str]) -> l
 
 
 def texts_of(model: Model, request: Request, names: Sequence[str]) -> list[str]:
-    """Return the entity's prompt of each subject with what the model says next.
+    """Return the entity's prompt for each subject with what the model says next.
 
-    Those that would be longer than what the model reads at once are left out.
+    Texts that would not fit into the model's context are left out.
     """
     (template,) = in_contexts(model, request, ("{}",))
     asked = [template.replace("{}", name) for name in names]
@@ -249,7 +249,7 @@ def texts_of(model: Model, request: Request, names: Sequence[str]) -> list[str]:
 
 
 def _answered(text: str, target: str) -> Request:
-    """Return a text with its answer, which stands where a request has its subject."""
+    """Return a text and its answer as a request whose subject is the answer."""
     word = bare(target)
     whole = join(text, target)
     return Request(prompt=whole[: len(whole) - len(word)] + "{}", subject=word, target_new=word)

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from pydantic import Field
 
-from errata.contract.config import MethodConfig
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-    from errata.model.anatomy import Anatomy
+from errata.kit.feed_forward import AddedNeuronsConfig
 
 
-class CaliNetConfig(MethodConfig):
+class CaliNetConfig(AddedNeuronsConfig):
     """Hyper-parameters of CaliNET."""
 
-    layer: int | None = Field(
-        default=None, description="Block that gets the network; null: the last one with an MLP"
-    )
     width: int = Field(default=64, ge=1, description="Neurons m (published: 256 for 1,000 facts)")
     steps: int = Field(default=5_000, ge=1, description="Passes over the requests, at most")
     lr: float = Field(default=1e-2, gt=0, description="Adafactor's constant learning rate")
@@ -28,7 +18,7 @@ class CaliNetConfig(MethodConfig):
         default=0,
         ge=0,
         description="Paraphrases of each request that are learnt, too (published: eight of ten "
-        "sentences of a fact); those are then no test any more",
+        "sentences of a fact); they no longer test the edit then",
     )
     early_stop: bool = Field(
         default=True, description="Stop once every request holds (published: never)"
@@ -36,11 +26,3 @@ class CaliNetConfig(MethodConfig):
     stop_loss: float | None = Field(
         default=0.1, gt=0, description="To hold, a target's mean NLL (nats) must be below this"
     )
-
-    def for_model(self, anatomy: Anatomy) -> Self:
-        """Return the configuration with its layer written out."""
-        if self.layer is None:
-            layer = anatomy.nearest(anatomy.n_layers - 1, "mlp")
-        else:
-            layer = anatomy.layer(self.layer)
-        return self.model_copy(update={"layer": layer})

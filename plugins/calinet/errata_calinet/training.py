@@ -44,7 +44,7 @@ class AdafactorTrainer(Trainer):
 def train(model: Model, requests: Sequence[Request], config: CaliNetConfig) -> NeuronsDelta:
     """Return the network that makes the model say what all requests want.
 
-    Raises `ConfigError` when the loss is no longer finite.
+    Raises `EditFailed` when the loss is no longer finite.
     """
     layer = config.for_model(model.anatomy).layer
     assert layer is not None
@@ -82,7 +82,7 @@ def train(model: Model, requests: Sequence[Request], config: CaliNetConfig) -> N
 def _untrained(
     model: Model, reads: str, writes: str, gated: bool, config: CaliNetConfig
 ) -> Neurons:
-    """Return a network whose in projections begin as `torch.nn.Linear`, and that says nothing."""
+    """Return a network that adds nothing: in projections as `torch.nn.Linear` begins, out zero."""
     anatomy, module = model.anatomy, model.module
     d_in, d_out = anatomy.shape(module, reads)[1], anatomy.shape(module, writes)[0]
     generator = torch.Generator().manual_seed(config.seed)

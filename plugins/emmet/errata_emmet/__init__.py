@@ -19,6 +19,7 @@ from errata_emmet.config import EmmetConfig
 if TYPE_CHECKING:
     from errata.edits.delta import Delta
     from errata.edits.request import Request
+    from errata.kit.closed_form.layer_updates import LayerUpdate
     from errata.model import Model
 
 __all__ = ["Emmet", "EmmetConfig"]
@@ -42,28 +43,24 @@ class Emmet:
         self, model: Model, requests: Sequence[Request], config: EmmetConfig
     ) -> Delta | Sequence[Delta]:
         """Return the change, computed from the base (frozen) or the model's present state."""
-        from errata.kit.closed_form.deltas import deltas_of
+        from errata.kit.closed_form.deltas import JointProblem, deltas_of
         from errata.kit.closed_form.statistics import known_keys
-        from errata.kit.same_subject import sharing
         from errata_emmet.algorithm import emmet
 
         C = known_keys(model, config)
-        # The joint problem of all active edits: M = C⁻¹, and the ridge λε is what a miss costs.
-        M = {layer: matrix.metric for layer, matrix in C.items()}
-        s = dict.fromkeys(M, config.slack)
 
-        def compute(facts: Sequence[Request], shared: bool = False) -> Delta | Sequence[Delta]:
-            updates = emmet(model, facts, C, config, shared=shared)
-            return deltas_of(model, facts, updates, config, metrics=M, slack=s)
+        def solve(facts: Sequence[Request], shared: bool) -> list[LayerUpdate]:
+            return emmet(model, facts, C, config, shared=shared)
 
-        return sharing(model, requests, compute) if config.shares else compute(requests)
+        joint = JointProblem.whitened(C, dict.fromkeys(C, config.slack))
+        return deltas_of(model, requests, config, solve, joint)
 
     @hookimpl
     def resolve(self, model: Model, delta: Delta, config: EmmetConfig) -> Delta | None:
         """Return a recorded joint edit with another ridge."""
-        from errata.kit.closed_form.deltas import solved_again
+        from errata.kit.closed_form.deltas import JointProblem, solved_again
         from errata.kit.closed_form.statistics import known_keys
 
-        M = {layer: matrix.metric for layer, matrix in known_keys(model, config).items()}
-        slack = dict.fromkeys(M, config.slack)
-        return solved_again(model, delta, config, metrics=M, slack=slack)
+        C = known_keys(model, config)
+        joint = JointProblem.whitened(C, dict.fromkeys(C, config.slack))
+        return solved_again(model, delta, config, joint)

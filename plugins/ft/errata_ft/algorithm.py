@@ -43,8 +43,9 @@ def fine_tune(model: Model, requests: Sequence[Request], config: FtConfig) -> De
     """Train one difference for all requests on top of the active edits, and return it.
 
     Raises:
-        ConfigError: unknown modules or layers, a loss that is not finite, no text to replay.
-        CapabilityError: a loss that this kind of transformer has not, or a shared weight.
+        ConfigError: unknown modules or layers, no text to replay.
+        EditFailed: a loss is not finite.
+        CapabilityError: a loss that this kind of transformer does not have, or a shared weight.
     """
     modules = modules_of(model, config)
     difference = Difference(model, modules, bias=config.bias)
@@ -146,8 +147,8 @@ class FineTuner(Trainer):
 def _stored(model: Model, tuner: FineTuner, difference: Difference, config: FtConfig) -> Stored:
     """Return the smallest form of D under which every request that holds goes on holding.
 
-    What holds is read with the form in D's place. Inside a box only exact forms are looked at: an
-    approximation would leave it.
+    Each form is tried in D's place. Inside a box only exact forms are tried: an approximation would
+    leave it.
     """
     error = config.store_error if config.norm_constraint is None else 0.0
     whole = difference.detached()

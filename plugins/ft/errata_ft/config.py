@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -43,6 +43,8 @@ class FtConfig(MethodConfig):
     a small model says of neighbours (docs/results/presets.md).
     """
 
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = VARIANTS
+
     variant: Variant = Field(
         default="ft-m",
         description="ft: plain; ft-m: loss masked to the target; ft-l: in an L∞ box; ft-ewc: with "
@@ -51,13 +53,13 @@ class FtConfig(MethodConfig):
     )
     layers: tuple[int, ...] | None = Field(
         default=None,
-        description="Blocks that are trained (negative: from the end); none: the one a tenth of "
+        description="Blocks that are trained (negative: from the end); null: the one a tenth of "
         "the way up",
     )
     target_modules: tuple[str, ...] | None = Field(
         default=None,
         description="Linear modules of each block: roles (attention_in, attention_out, mlp_in, "
-        "mlp_out) or names (c_proj, down_proj); none: mlp_out, or attention_out in a block whose "
+        "mlp_out) or names (c_proj, down_proj); null: mlp_out, or attention_out in a block whose "
         "MLP is a mixture of experts",
     )
     bias: bool = Field(default=False, description="Train these modules' biases as well")
@@ -68,14 +70,14 @@ class FtConfig(MethodConfig):
         "language-model loss for a target of several tokens)",
     )
     append_end: bool = Field(
-        default=False, description="Targets go on with the end token: generation learns to stop"
+        default=False, description="Put the end token after targets: generation learns to stop"
     )
     lr: float = Field(default=1e-4, gt=0, description="Adam's learning rate")
     steps: int = Field(default=100, ge=1, description="Passes over the requests, at most")
     batch_size: int = Field(default=64, ge=1, description="Requests per optimisation step")
     order: Literal["breadth-first", "depth-first"] = Field(
         default="breadth-first",
-        description="All requests in every pass, or each until it holds, then the next",
+        description="Train on all requests in every pass, or on each until it holds, then the next",
     )
     weight_decay: float = Field(default=0.0, ge=0, description="Adam's weight decay, on D")
     early_stop: bool = Field(
@@ -85,13 +87,13 @@ class FtConfig(MethodConfig):
     stop_loss: float | None = Field(
         default=None,
         gt=0,
-        description="Early stop also needs each target's mean NLL (nats) below this; none: no need",
+        description="Early stop also needs each target's mean NLL (nats) below this; null: any",
     )
     norm_constraint: float | None = Field(
         default=None,
         gt=0,
         description="Largest change ε of an entry (L∞), kept after every step: this edit's by "
-        "itself, and together with the edits beneath it against the base; none: no box",
+        "itself, and together with the edits beneath it against the base; null: no box",
     )
     ewc_weight: float = Field(
         default=0.0, ge=0, description="λ of λ/2 Σ F D², F the base's Fisher diagonal; 0: none"
@@ -139,16 +141,8 @@ class FtConfig(MethodConfig):
     def batches(
         self, requests: Sequence[Request], asked: int | None, declared: int | None
     ) -> list[Sequence[Request]]:
-        """Return the requests as they are trained together: of LocFT all of a call, as one edit."""
+        """Return the requests that are trained together; LocFT makes one edit of a call."""
         return super().batches(requests, asked, None if self.variant == "locft" else declared)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _variant_fills_in(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping):
-            return data
-        variant = data.get("variant", cls.model_fields["variant"].default)
-        return {**VARIANTS.get(str(variant), {}), **data}
 
     @model_validator(mode="after")
     def _fits_together(self) -> FtConfig:

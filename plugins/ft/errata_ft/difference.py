@@ -94,8 +94,8 @@ class Difference:
     def box(self, epsilon: float) -> None:
         """Keep every entry of D within [−ε, ε], and W + D within the same box around the base.
 
-        Where other edits have used up the box already, or have left it, D may only lead back: it
-        is never forced to, so that an edit of another method stays as it is.
+        Where other edits have used up the box already, or have left it, D may only lead back into
+        it. It is not forced to, so that an edit of another method stays as it is.
         """
         for name, tensor in self.tensors.items():
             if name not in self._model.stack.touched:
@@ -234,7 +234,7 @@ def _rows(d: Tensor, axis: int, error: float) -> Rows:
     lost = energy[order].cumsum(0)
     allowed = float(lost[-1]) * error**2
     dropped = int((lost <= allowed).sum()) if float(lost[-1]) else len(order)
-    kept = order[min(dropped, len(order) - 1) :]  # one at least: a delta without rows is none
+    kept = order[min(dropped, len(order) - 1) :]  # a delta needs one row at least
     return Rows.of(d, kept, axis)
 
 
@@ -287,7 +287,7 @@ def _leading(matrix: Tensor, error: float, limit: int) -> tuple[Tensor, Tensor] 
         energy, turn = torch.linalg.eigh(along.double().T @ along.double())  # ascending
         lost = total - float(energy.sum())
         if lost <= allowed + _ROUNDING * total or rank == matrix.shape[0]:
-            # A difference of energies is known to rounding alone: √1e-6 would be a visible error.
+            # A difference of energies is only known up to rounding: √1e-6 would be a visible error.
             lost = float((matrix - basis @ along.T).double().square().sum())
         if lost <= allowed or rank == matrix.shape[0]:
             tail = lost + energy.clamp_min(0).cumsum(0)

@@ -23,11 +23,10 @@ from errata.edits.delta.codebook import CodebookDelta
 from errata.edits.delta.codebook_entry import CodebookEntry, CodebookSettings
 from errata.edits.delta.codebook_replay import import_faiss
 from errata.edits.delta.codebook_router import CodebookRouter, Codebooks
-from errata.errors import ConfigError
+from errata.errors import ConfigError, EditFailed
 from errata.kit.loss_scale import loss_scale
-from errata.kit.placement import key_column, placed_module
-from errata.kit.values import EditFailed
-from errata.model.forward import Resumed, frozen, trace
+from errata.kit.placement import key_column, key_state, placed_module
+from errata.model.forward import Resumed, frozen
 from errata.model.running import run
 from errata_grace.cases import Case, case_of
 
@@ -136,19 +135,15 @@ class GraceRun:
     def start_value(self, case: Case, entries: Entries) -> Tensor:
         """Return the start (d_out) of a new value: U[0, 1) (cold) or the module's output (warm).
 
-        What is only to be forgotten starts warm: the rest of what is said there stays.
+        Where an answer is only to be forgotten it starts warm: the rest of what is said stays.
         """
         if self.config.init == "cold" and case.says:
             generator = torch.Generator().manual_seed(self.config.seed)
             width, _ = self.model.anatomy.shape(self.model.module, self.module)
             return torch.rand(width, generator=generator)
         others = [(name, delta) for name, delta in entries if delta.module != self.module]
-        with self._trial(others, case), torch.no_grad():
-            with trace(self.model.module, self.module) as seen:
-                run(self.model, case.prompt)
-            output = seen[self.module].output
-            assert output is not None
-            return output.reshape(-1, output.shape[-1])[self._column(case)].float()
+        with self._trial(others, case):
+            return key_state(self.model, self.module, case.prompt, output=True)[0]
 
     # -- how -------------------------------------------------------------------------------------
 
@@ -163,18 +158,9 @@ class GraceRun:
         ):
             yield router
 
-    def _column(self, case: Case) -> int:
-        """Return the column of the key position among the tokens that the module sees."""
-        return key_column(self.model, self.module, case.prompt)
-
-    @torch.no_grad()
     def _observe(self, case: Case) -> tuple[Tensor, Tensor]:
         """Return the query (d_in) and the logits (n, vocabulary) of the model as it stands."""
-        with trace(self.model.module, self.module, inputs=True, outputs=False) as seen:
-            logits = run(self.model, case.prompt)
-        states = seen[self.module].input
-        assert states is not None
-        return states.reshape(-1, states.shape[-1])[self._column(case)].float(), logits
+        return key_state(self.model, self.module, case.prompt)
 
     def _train(
         self,
@@ -232,7 +218,7 @@ class GraceRun:
             # In the encoder of an encoder-decoder, or under a head that is no language model's.
             return lambda: run(self.model, case.prompt)
         prompt = case.prompt
-        first = min(self._column(case), int(prompt.columns.min()))
+        first = min(key_column(self.model, self.module, prompt), int(prompt.columns.min()))
         resumed = Resumed(
             self.model,
             prompt.inputs,

@@ -100,8 +100,8 @@ def case_of(model: Model, request: Request) -> Case:
 def _filed_under(prompts: PreparedPrompts, said: Sequence[bool]) -> Tensor:
     """Return the label of an entry that takes answers away, (n,).
 
-    Two of them near each other are one answer only where they take the same one away: else the
-    second would take the place of the first.
+    Two such entries near each other count as one answer only where they take away the same tokens:
+    otherwise the second would replace the first.
     """
     rows = zip(prompts.targets(), said, strict=True)
     return torch.tensor([t if say else -1 - t for (_, ids), say in rows for t in ids])

@@ -12,13 +12,12 @@ from errata.kit.placement import PlacedConfig
 class GraceConfig(PlacedConfig):
     """Hyper-parameters of GRACE; the defaults are the published ones where those are general.
 
-    Two differ. `eps` is a share of the key's length where it is not given: states of one model are
-    ten times as long as those of another, and a radius of 1 is nothing there and everything here.
-    And `replacement`: by the paper's equation the output of the token whose state is
-    compared is replaced, the last of the prompt: replace_last. The published code's default,
-    replace_prompt, replaces those of all tokens before it and leaves that one as it was: in the
-    last block this reaches nothing that is said, and a value is trained over the whole prompt. The
-    presets for the published models keep it.
+    Two differ. Without `eps` the radius is a share of the key's length: state norms differ tenfold
+    between models, so a fixed radius does not transfer. And `replacement` is replace_last, as in
+    the paper's equation: the output is replaced at the token whose state is compared, the prompt's
+    last. The published code's default, replace_prompt, replaces the outputs at all tokens before it
+    and leaves that one as it was: in the last block this reaches nothing that is said, and a value
+    is trained over the whole prompt. The presets for the published models keep it.
     """
 
     steps: int = Field(default=100, ge=0, description="Adam steps on the value (n_iter)")
@@ -32,13 +31,13 @@ class GraceConfig(PlacedConfig):
     eps: float | None = Field(
         default=None,
         ge=0,
-        description="Radius of a new key (published: mostly 1); none: by `relative_eps`",
+        description="Radius of a new key (published: mostly 1); null: by `relative_eps`",
     )
     relative_eps: float = Field(
         default=0.07,
         ge=0,
-        description="Radius as a share of the key's length, where `eps` is none; by the cosine "
-        "distance as far as such a step across",
+        description="Radius as a share r of the key's length, where `eps` is null; for cosine "
+        "distance, r²/2",
     )
     distance: Literal["euclidean", "cosine"] = Field(
         default="euclidean", description="Distance between keys; cosine is 1 - cos, within 0 to 2"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class InContextConfig(MethodConfig):
-    """What they share: which facts enter a prompt where several are active."""
+    """What these methods share: which facts enter a prompt where several are active."""
 
     encoder: str | None = Field(
         default="minilm",

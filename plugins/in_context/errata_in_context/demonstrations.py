@@ -7,7 +7,7 @@ Zheng et al. 2023, section 3: three types teach three things.
     retain  New Fact: p t*  Prompt: a neighbour    t       (and leave other facts alone)
 
 Against the authors' code: it keeps 13 sentences a record and does not say how their ranking
-becomes one of records; here a record is as near as the nearest of three (its copy, its first
+becomes a ranking of records; here a record is as near as the nearest of three (its copy, its first
 paraphrase, its first neighbour). Types are dealt out by a generator that the configuration's seed
 and the request seed, not by one for the whole test set: an edit is the same whichever came before.
 """
@@ -40,7 +40,7 @@ _QUERY_ROOM = 64
 
 
 class DemoRecord(NamedTuple):
-    """What demonstrations are made of one training request.
+    """The parts of one training request that demonstrations are made of.
 
     Attributes:
         fact: its prompt with the new answer.
@@ -56,7 +56,7 @@ class DemoRecord(NamedTuple):
     neighbours: list[list[str]]
 
     def shown(self, kind: str, chance: random.Random) -> str:
-        """Return a demonstration of one type; chance says of which paraphrase or neighbour."""
+        """Return a demonstration of one type; `chance` picks the paraphrase or neighbour."""
         if kind == UPDATE:
             return demonstration(self.fact, chance.choice(self.paraphrases), self.answer)
         if kind == RETAIN:
@@ -119,8 +119,8 @@ class Demonstrations:
     def published(self, request: Request, count: int, seed: int) -> tuple[str, ...]:
         """Return the authors' demonstrations for a request, nearest last, its own copy behind.
 
-        Of `count` demonstrations as many are used as fit into the model's context with the types
-        in the ratio 1 : 3 : 4.
+        Of `count` demonstrations as many are used as fit into the model's context; the types keep
+        their ratio of 1 : 3 : 4.
         """
         own = demonstration(fact_of(request), request.text, request.target_new)
         chance = random.Random(f"{seed} {request.digest}")

@@ -24,7 +24,7 @@ def facts(
 ) -> list[PromptDelta]:
     """Return one delta per request: its fact, when it enters a prompt, and demonstrations.
 
-    A request in a chat is told without what the template puts around it.
+    The fact of a request in a chat does not hold what the chat template puts around it.
     """
     settings = PromptSettings.of(model, config.encoder, threshold, config.facts)
     plain = [request.plain for request in requests]

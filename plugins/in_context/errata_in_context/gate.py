@@ -1,9 +1,8 @@
 """The gate: how near must a prompt be to a fact, to be about it?
 
 The facts of some training requests are a memory. Their paraphrases should find their own fact in
-it, their neighbours none. The threshold is chosen on half of the requests, F1 being the measure,
-and what it is worth is told by the other half: precision, recall, and the share of neighbours
-that stay out.
+it, their neighbours none. On half of the requests the threshold with the best F1 is chosen; on the
+other half it is measured: precision, recall, and the share of neighbours that stay out.
 """
 
 from __future__ import annotations
@@ -52,7 +51,13 @@ class GateReport:
 
 @dataclass(frozen=True)
 class _GateQuestion:
-    """Prompts with their nearest fact: its cosine, whether it is the right one, if any is."""
+    """Prompts, each with its nearest fact.
+
+    Attributes:
+        cosines: of prompt and fact.
+        right: whether that fact is the prompt's own.
+        about: whether one of the facts is: neighbours have none.
+    """
 
     cosines: Tensor
     right: Tensor

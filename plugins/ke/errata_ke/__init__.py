@@ -6,8 +6,9 @@ the gradient G = ∂L/∂W of the edit in every matrix:
     ΔW = σ(s) ( G ⊙ softmax(a_row) a_colᵀ + softmax(b_row) b_colᵀ )
 
 It is trained to make the edit under a bound on what else changes, KL(P ‖ P') ≤ m, by a Lagrange
-multiplier. `network.py` is the network and the constrained objective; `config.py` the published
-settings, and those of the port to decoders by MEND's authors (variant `efk`).
+multiplier. `network.py` is the network, `objective.py` what it is trained for, and `editing.py` an
+edit. `config.py` has the published settings, and those of the port to decoders by MEND's authors
+(variant `efk`).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Ke:
     @hookimpl
     def prepare(self, model: Model, training: Sequence[Request], config: KeConfig) -> None:
         """Train the network, where that was not done yet."""
-        from errata_ke.network import trained
+        from errata_ke.editing import trained
 
         trained(model, config, training)
 
@@ -44,6 +45,6 @@ class Ke:
         self, model: Model, requests: Sequence[Request], config: KeConfig
     ) -> list[LowRankDelta]:
         """Return what the network makes of each request's gradient, again until it holds."""
-        from errata_ke.network import edit
+        from errata_ke.editing import edit
 
         return edit(model, requests, config)

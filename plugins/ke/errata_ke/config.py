@@ -56,6 +56,7 @@ class KeConfig(NetworkConfig):
     """
 
     prepares: ClassVar[set[str] | None] = None
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = VARIANTS
 
     variant: Variant = Field(
         default="published",
@@ -79,18 +80,18 @@ class KeConfig(NetworkConfig):
     patience: int | None = Field(
         default=None,
         ge=1,
-        description="Stop when validation has not improved for so many steps; none: never",
+        description="Stop when validation has not improved for so many steps; null: never",
     )
     steps: int = Field(default=50_000, ge=1, description="Steps of the training, at most")
     hidden: int = Field(default=128, ge=1, description="Width of the LSTM, per direction")
-    condition: int = Field(default=1024, ge=1, description="Width of what the LSTM comes down to")
+    condition: int = Field(default=1024, ge=1, description="Width of the condition h")
     inner: int = Field(default=128, ge=1, description="Hidden width of each matrix's conditioner")
     max_scale: float = Field(default=1.0, gt=0, description="ΔW is scaled by this times σ(s)")
     max_length: int = Field(default=32, ge=1, description="Tokens of the condition that are read")
     train_embeddings: bool = Field(
         default=True,
         description="Train the word embeddings that the LSTM reads, a copy of the model's; else "
-        "read the model's own",
+        "it reads the model's own",
     )
     constraint: Literal["kl", "l2", "none"] = Field(
         default="kl",
@@ -125,14 +126,14 @@ class KeConfig(NetworkConfig):
     decay: int | None = Field(
         default=200_000,
         ge=1,
-        description="Step at which it has fallen to zero, counted from the first one, warm-up "
-        "included; none: it does not fall",
+        description="Step at which the learning rate has fallen to zero, warm-up included; null: "
+        "it does not fall",
     )
     loops: int = Field(
         default=1,
         ge=1,
         le=5,
-        description="Times an edit is made again, on top of itself, while the target is not said",
+        description="Times that an edit is made, each on top of the last, until the target is said",
     )
 
     def for_model(self, anatomy: Anatomy) -> Self:
@@ -159,17 +160,9 @@ class KeConfig(NetworkConfig):
         if self.decay is not None and self.decay <= self.warmup:
             raise ValueError(
                 f"decay={self.decay}, the step at which the learning rate is zero, must lie behind "
-                f"the warm-up of {self.warmup} steps; give a larger one, or none"
+                f"the warm-up of {self.warmup} steps; give a larger one, or null"
             )
         return self
-
-    @model_validator(mode="before")
-    @classmethod
-    def _variant_fills_in(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping):
-            return data
-        variant = data.get("variant", cls.model_fields["variant"].default)
-        return {**VARIANTS.get(str(variant), {}), **data}
 
 
 KeConfig.prepares = set(KeConfig.model_fields) - {"loops"}

@@ -64,8 +64,8 @@ def edit(model: Model, request: Request, config: KnConfig) -> SparseRowsDelta:
 def _update(model: Model, request: Request, config: KnConfig) -> Tensor:
     """Return what is added to each slot (d,): −λ₁ e(o) + λ₂ e(o*), by the answers' first tokens.
 
-    The embedding is the output's, where it is another than the input's: a value slot writes what
-    the head reads. In the paper's BERT they are one.
+    Where input and output embedding differ it is the output's: a value slot writes what the head
+    reads. In the paper's BERT they are one.
     """
     output = model.module.get_output_embeddings()  # type: ignore[operator]
     table: Any = (output if output is not None else model.anatomy.embedding(model.module)).weight

@@ -14,10 +14,17 @@ class KnConfig(MethodConfig):
 
     steps: int = Field(default=20, ge=1, description="Points of the integrated gradients' path")
     threshold: float = Field(
-        default=0.2, gt=0, lt=1, description="Of a prompt's coarse set, in shares of its largest"
+        default=0.2,
+        gt=0,
+        lt=1,
+        description="A prompt's coarse set: neurons whose attribution is above this share of the "
+        "largest",
     )
     share: float = Field(
-        default=0.7, ge=0, le=1, description="Of the phrasings whose coarse set a neuron is in"
+        default=0.7,
+        ge=0,
+        le=1,
+        description="Share of the phrasings whose coarse sets must hold a neuron",
     )
     at_least: int = Field(default=2, ge=1, description="Fewest neurons of a fact")
     at_most: int = Field(default=5, ge=1, description="Most neurons of a fact")
@@ -30,10 +37,10 @@ class KnConfig(MethodConfig):
     token: Literal["answer", "subject_last"] = Field(
         default="answer",
         description="Whose activations are attributed: the token that predicts the answer (the "
-        "paper), or the subject's last, which an encoder-decoder reads in its encoder: not there",
+        "paper), or the subject's last (not in an encoder-decoder, whose encoder reads it)",
     )
     layers: tuple[int, ...] | None = Field(
-        default=None, description="Blocks that are looked at; none: all"
+        default=None, description="Blocks that are looked at; null: all"
     )
 
     @model_validator(mode="after")

@@ -26,11 +26,11 @@ class LoraConfig(AdapterPlaceConfig):
     batch_size: int = Field(default=16, ge=1, description="Requests per optimisation step")
     order: Literal["breadth-first", "depth-first"] = Field(
         default="breadth-first",
-        description="All requests in every pass, or each until it holds, then the next",
+        description="Train on all requests in every pass, or on each until it holds, then the next",
     )
     weight_decay: float = Field(default=0.0, ge=0, description="Adam's weight decay")
     append_end: bool = Field(
-        default=False, description="Targets go on with the end token: generation learns to stop"
+        default=False, description="Put the end token after targets: generation learns to stop"
     )
     early_stop: bool = Field(
         default=True, description="Stop once every target token is the most probable one"
@@ -38,5 +38,5 @@ class LoraConfig(AdapterPlaceConfig):
     stop_loss: float | None = Field(
         default=None,
         gt=0,
-        description="Early stop also needs each target's mean NLL (nats) below this; none: no need",
+        description="Early stop also needs each target's mean NLL (nats) below this; null: any",
     )

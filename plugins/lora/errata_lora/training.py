@@ -28,7 +28,7 @@ logger = logging.getLogger("errata.lora")
 def train(model: Model, requests: Sequence[Request], config: LoraConfig) -> AdapterDelta:
     """Train one adapter for all requests on top of the active edits, and return it.
 
-    Raises `ConfigError` for unknown modules and when the loss is no longer finite.
+    Raises `ConfigError` for unknown modules, `EditFailed` when the loss is no longer finite.
     """
     with quiet_imports():
         from peft import LoraConfig as PeftConfig

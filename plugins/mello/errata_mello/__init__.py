@@ -47,10 +47,15 @@ class Mello:
 
         encoder = sentence_encoder(model, config.encoder)
         settings = LoopSettings(
-            config.encoder, encoder.digest, encoder.artifact,
-            model.anatomy.weight(model.anatomy.embedding_name),
-            config.rounds, config.examples, config.max_new_tokens, config.fallback,
-        )  # fmt: skip
+            encoder=config.encoder,
+            encoder_digest=encoder.digest,
+            artifact=encoder.artifact,
+            parameter=model.anatomy.weight(model.anatomy.embedding_name),
+            rounds=config.rounds,
+            examples=config.examples,
+            max_new_tokens=config.max_new_tokens,
+            fallback=config.fallback,
+        )
         plain = [request.plain for request in requests]
         facts = [f"{request.text} {request.target_new}" for request in plain]
         vectors = encoder.encode(facts)

@@ -28,7 +28,7 @@ class MelloConfig(MethodConfig):
     fallback: bool = Field(
         default=False,
         description="The model answers by itself where the loop ends without a final answer; "
-        "false: there is none, and it counts as wrong, as published",
+        "false: the answer is empty, and counts as wrong, as published",
     )
 
     @property

@@ -13,6 +13,7 @@ from errata.errors import FingerprintError
 from errata.model.answers import Generated
 from errata.model.chat import user_turn
 from errata.model.encoder import sentence_encoder
+from errata.model.generation import until_stop
 from errata.model.model_answers import ModelAnswers
 from errata_mello.examples import FINAL
 from errata_mello.loop import AnswerLoop, Trace
@@ -131,7 +132,7 @@ class AnswerLoopDelta(Delta):
 
 
 class FactMemory:
-    """All sentences that are active, and the loop over them, as something that answers."""
+    """What answers prompts: the loop over all sentences that are active."""
 
     def __init__(self, model: Model, facts: Sequence[AnswerLoopDelta]) -> None:
         self.model, self.facts = model, list(facts)
@@ -177,8 +178,7 @@ class FactMemory:
                 (own,) = self.own.texts([prompt], settings)
                 found.append(Generated(own.text, own.ids, trace.details))
                 continue
-            cut = [at for at in (text.find(mark) for mark in settings.stop) if at >= 0]
-            found.append(Generated(text[: min(cut)] if cut else text, details=trace.details))
+            found.append(Generated(until_stop(text, settings.stop), details=trace.details))
         return found
 
     def scores(self, prompts: Sequence[str], targets: Sequence[str]) -> Sequence[TargetScore]:

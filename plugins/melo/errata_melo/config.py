@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class MeloConfig(PlacedConfig):
     """Hyper-parameters of MELO; `layer` and `module` say where the vector database lies.
 
-    Of a module that is given by its path, `layer` is the block in which it lies.
+    Where `module` is a path, `layer` is the block that it lies in.
     """
 
     blocks: tuple[int, ...] | None = Field(
@@ -29,14 +29,16 @@ class MeloConfig(PlacedConfig):
     )
     rank: int = Field(default=2, ge=1, description="Rank r of a LoRA block")
     scale: float = Field(
-        default=20.0, gt=0, description="The block is × this (published: the number of blocks)"
+        default=20.0,
+        gt=0,
+        description="Factor of a block's output (published: the number of blocks)",
     )
     radius: float = Field(default=0.5, gt=0, description="ρ₀, the least radius of a cluster")
     lr: float = Field(default=1e-2, gt=0, description="Adam's learning rate")
     steps: int = Field(
-        default=50, ge=1, description="Adam steps on one block, all its requests in each"
+        default=50, ge=1, description="Adam steps on one block, each on all its requests"
     )
-    halve_every: int = Field(default=30, ge=1, description="Steps after which lr is halved, again")
+    halve_every: int = Field(default=30, ge=1, description="Steps between halvings of lr")
     early_stop: bool = Field(
         default=True,
         description="Stop once every target token is the most probable one. Published: false, all "

@@ -7,9 +7,9 @@ For a new point p with label y, nearest centre c at distance d, radius ρ and la
 * y ≠ y_c: a new cluster around p with radius d/2 + 1e-5; ρ becomes d/2 − 1e-5, and points of the
   old one that lie outside are forgotten.
 
-As in the authors' code, but for the label: theirs are equal when the sums of their token ids are.
-All of it follows from the list of points, so an edit that is taken out was never there: without
-it the database is made again from the others. A point more costs one look at all centres.
+As in the authors' code, except that theirs calls labels equal when the sums of their token ids are.
+The database follows from the list of its points: when an edit is taken out it is made again from
+the others' points, as if that edit had never been. One more point is compared with all centres.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -11,6 +10,7 @@ import torch
 from errata.edits.delta import AdapterDelta
 from errata.edits.delta.base import Delta, Undo, require
 from errata.model.forward.trace import submodule
+from errata.model.routed_state import RoutedState
 from errata.model.routing import Arrivals, Router, Visit
 from errata_melo.database import EditedPoint, VectorDatabase
 
@@ -127,32 +127,15 @@ class RoutedAdapterDelta(Delta):
     def attach(cls, model: Model, deltas: Sequence[tuple[str, Self]]) -> Undo:
         """Let each row take the block that its prompt leads to."""
         databases = Databases.of(model)
-        router = BlockRouter(model, deltas, databases.holding(deltas))
-        take_off = router.attach()
-        databases.router = router
-
-        def undo() -> None:
-            take_off()
-            databases.router = None
-
-        return undo
+        return databases.attach(BlockRouter(model, deltas, databases.holding(deltas)))
 
 
-class Databases:
-    """The vector databases of one model, one beside each module, with the points in them already.
+class Databases(RoutedState):
+    """The vector databases of one model, one beside each module, and the points in them."""
 
-    Attributes:
-        router: what is attached, if anything.
-    """
-
-    def __init__(self) -> None:
+    def __init__(self, model: Model) -> None:
+        super().__init__(model)
         self._known: dict[str, tuple[list[tuple[str, RoutedAdapterDelta]], VectorDatabase]] = {}
-        self.router: BlockRouter | None = None
-
-    @classmethod
-    def of(cls, model: Model) -> Databases:
-        """Return the model's databases."""
-        return model.remembered(cls, cls)
 
     def holding(
         self, deltas: Sequence[tuple[str, RoutedAdapterDelta]]
@@ -177,12 +160,6 @@ class Databases:
             self._known[module] = (group, database)
             found[module] = database
         return found
-
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Let no block act on what this thread runs in the block."""
-        with nullcontext() if self.router is None else self.router.set_aside():
-            yield
 
 
 class BlockRouter(Router):

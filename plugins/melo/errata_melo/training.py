@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from errata.errors import ConfigError
-from errata.kit.placement import key_column, placed_module
+from errata.kit.placement import key_state, placed_module
 from errata.kit.training import (
     AdapterTrainer,
     TrainerSettings,
@@ -19,8 +19,6 @@ from errata.kit.training import (
 )
 from errata.kit.training.adapters import TASKS, lowest
 from errata.model.foreign_noise import quiet_imports
-from errata.model.forward import trace
-from errata.model.running import run
 from errata_melo.delta import Databases, RoutedAdapterDelta
 
 if TYPE_CHECKING:
@@ -36,9 +34,8 @@ logger = logging.getLogger("errata")
 class BlockTrainer(AdapterTrainer):
     """Trains a block for a number of steps, halving the learning rate on the way.
 
-    Args:
-        halve_every: steps after which the learning rate is halved.
-        model, batches, settings, above: as in `AdapterTrainer`.
+    Attributes:
+        halve_every: steps after which the learning rate is halved, again and again.
     """
 
     halve_every = 30
@@ -96,7 +93,6 @@ def edit(model: Model, requests: Sequence[Request], config: MeloConfig) -> Route
     return RoutedAdapterDelta(module, keys, labels, config.radius, adapter)
 
 
-@torch.no_grad()
 def points(
     model: Model, module: str, pairs: Sequence[tuple[str, str]]
 ) -> tuple[Tensor, list[list[int]]]:
@@ -104,11 +100,7 @@ def points(
     keys, labels = [], []
     for pair in pairs:  # one at a time: a key must not depend on the prompts beside it
         (batch,) = target_batches(model, [pair])
-        with trace(model.module, module) as seen:
-            run(model, batch.prompts)
-        output = seen[module].output
-        assert output is not None
-        column = key_column(model, module, batch.prompts)
-        keys.append(output.reshape(-1, output.shape[-1])[column].float().cpu())
+        key, _ = key_state(model, module, batch.prompts, output=True)
+        keys.append(key.cpu())
         labels.append([int(token) for token in batch.prompts.labels])
     return torch.stack(keys), labels

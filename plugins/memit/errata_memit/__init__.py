@@ -22,6 +22,7 @@ from errata_memit.config import MemitConfig
 if TYPE_CHECKING:
     from errata.edits.delta import Delta
     from errata.edits.request import Request
+    from errata.kit.closed_form.layer_updates import LayerUpdate
     from errata.model import Model
 
 __all__ = ["Memit", "MemitConfig"]
@@ -45,28 +46,22 @@ class Memit:
         self, model: Model, requests: Sequence[Request], config: MemitConfig
     ) -> Delta | Sequence[Delta]:
         """Return the change, computed from the base (frozen) or the model's present state."""
-        from errata.kit.closed_form.deltas import deltas_of
+        from errata.kit.closed_form.deltas import JointProblem, deltas_of
         from errata.kit.closed_form.statistics import known_keys, second_moment_weights
-        from errata.kit.same_subject import sharing
         from errata_memit.algorithm import memit
 
-        C = known_keys(model, config)
-        # The joint problem of all active edits: M = C⁻¹, and λ is what a miss costs.
-        M = {layer: matrix.metric for layer, matrix in C.items()}
-        λ = second_moment_weights(model, config)
+        C, λ = known_keys(model, config), second_moment_weights(model, config)
 
-        def compute(facts: Sequence[Request], shared: bool = False) -> Delta | Sequence[Delta]:
-            updates = memit(model, facts, C, config, shared=shared)
-            return deltas_of(model, facts, updates, config, metrics=M, slack=λ)
+        def solve(facts: Sequence[Request], shared: bool) -> list[LayerUpdate]:
+            return memit(model, facts, C, λ, config, shared=shared)
 
-        return sharing(model, requests, compute) if config.shares else compute(requests)
+        return deltas_of(model, requests, config, solve, JointProblem.whitened(C, λ))
 
     @hookimpl
     def resolve(self, model: Model, delta: Delta, config: MemitConfig) -> Delta | None:
         """Return a recorded joint edit with another λ."""
-        from errata.kit.closed_form.deltas import solved_again
+        from errata.kit.closed_form.deltas import JointProblem, solved_again
         from errata.kit.closed_form.statistics import known_keys, second_moment_weights
 
-        M = {layer: matrix.metric for layer, matrix in known_keys(model, config).items()}
-        λ = second_moment_weights(model, config)
-        return solved_again(model, delta, config, metrics=M, slack=λ)
+        C, λ = known_keys(model, config), second_moment_weights(model, config)
+        return solved_again(model, delta, config, JointProblem.whitened(C, λ))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from errata.kit.closed_form.layer_updates import LayerUpdate
 from errata.kit.closed_form.matrices import Columns, inverse
-from errata.kit.closed_form.statistics import prompts_of, second_moment_weights, stages_of
+from errata.kit.closed_form.statistics import prompts_of, stages_of
 from errata.kit.closed_form.target_values import memit_values
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def memit(
     model: Model,
     requests: Sequence[Request],
     C: Mapping[int, NormalMatrix],
+    λ: Mapping[int, float],
     config: MemitConfig,
     *,
     shared: bool = False,
@@ -36,13 +37,13 @@ def memit(
         model: the model; it is not changed.
         requests: what to write.
         C: E[k kᵀ] of each edited layer.
+        λ: how many observations C stands for against the new keys, of each edited layer.
         config: hyper-parameters.
         shared: the requests are facts of one subject: one problem, and one δ.
 
     Raises:
         EditFailed: a loss is not finite.
     """
-    λ = second_moment_weights(model, config)
     prompts = prompts_of(model, requests, config, shared=shared)
     stages = stages_of(model, config)
 

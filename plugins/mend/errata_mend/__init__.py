@@ -6,8 +6,8 @@ network turns each pair (x_t, δ_t) into another one, and the edit is
     W ← W ± η Σ_t δ̃_t x̃_tᵀ        (x̃, δ̃) = g(x, δ)
 
 The network g and the rate η are trained once, on other edits; then an edit is one pass back and one
-through g. What is trained, on which requests, is all that "MEND-CF" (trained on CounterFact) and
-the like mean. `network.py` is g, `config.py` names the published settings and the others.
+through g. Names such as "MEND-CF" only say what it was trained on (CounterFact). `network.py` is g,
+`config.py` names the published settings and the others.
 """
 
 from __future__ import annotations

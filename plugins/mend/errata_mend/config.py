@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from errata.kit.hypernetworks.settings import NetworkConfig
 
@@ -44,6 +44,8 @@ class MendConfig(NetworkConfig):
     `variant` is a name for a set of the other values, which fills in what is not given.
     """
 
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = VARIANTS
+
     variant: Variant = Field(
         default="published",
         description="published; descent: the change is subtracted, as the authors' later code "
@@ -53,7 +55,7 @@ class MendConfig(NetworkConfig):
     rank: int = Field(default=1920, ge=1, description="Rank of the network's matrices U V, at most")
     n_hidden: int = Field(default=1, ge=0, description="Hidden layers of the network")
     clip: float | None = Field(
-        default=100.0, gt=0, description="Largest norm of a step's gradient; none: any"
+        default=100.0, gt=0, description="Largest norm of a step's gradient; null: any"
     )
     descent: bool = Field(
         default=False,
@@ -64,16 +66,16 @@ class MendConfig(NetworkConfig):
     edit_lr_start: float | None = Field(
         default=1e-4,
         gt=0,
-        description="η before training; none: the size of ‖W x‖ for each matrix, and a line "
-        "search. η then counts in units of what it found",
+        description="η before training; null: a line search over shares of ‖W x‖ for each matrix; "
+        "η then counts in units of what it found",
     )
     c_edit: float = Field(default=0.1, gt=0, description="Weight of the edit in the loss")
     c_loc: float = Field(default=1.0, ge=0, description="Weight of locality in the loss")
     c_reverse: float = Field(
         default=0.0,
         ge=0,
-        description="Weight of KL(P' ‖ P) in the loss: of what the edited model says where nothing "
-        "should change, and the base does not; 0, as published",
+        description="Weight of KL(P' ‖ P) in the loss, where nothing should change: it counts what "
+        "the edited model says and the base does not; 0, as published",
     )
 
     def for_model(self, anatomy: Anatomy) -> Self:
@@ -85,11 +87,3 @@ class MendConfig(NetworkConfig):
         targets = self.target_modules or ("mlp_in", "mlp_out")
         written = self.model_copy(update={"layers": layers, "target_modules": targets})
         return super(MendConfig, written).for_model(anatomy)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _variant_fills_in(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping):
-            return data
-        variant = data.get("variant", cls.model_fields["variant"].default)
-        return {**VARIANTS.get(str(variant), {}), **data}

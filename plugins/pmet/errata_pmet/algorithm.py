@@ -19,7 +19,6 @@ from errata.kit.closed_form.matrices import Columns, inverse
 from errata.kit.closed_form.statistics import (
     mean_norm,
     prompts_of,
-    second_moment_weights,
     stages_of,
 )
 from errata.kit.closed_form.target_values import (
@@ -44,6 +43,7 @@ def pmet(
     model: Model,
     requests: Sequence[Request],
     C: Mapping[int, NormalMatrix],
+    λ: Mapping[int, float],
     config: PmetConfig,
     *,
     shared: bool = False,
@@ -54,13 +54,13 @@ def pmet(
         model: the model; it is not changed.
         requests: what to write.
         C: E[k kᵀ] of each edited layer.
+        λ: how many observations C stands for against the new keys, of each edited layer.
         config: hyper-parameters.
         shared: the requests are facts of one subject: one problem, and one δ.
 
     Raises:
         EditFailed: a loss is not finite.
     """
-    λ = second_moment_weights(model, config)
     prompts = prompts_of(model, requests, config, shared=shared)
     stages = stages_of(model, config)
 
@@ -84,17 +84,17 @@ def pmet(
 
 @dataclass(frozen=True)
 class PmetObjective:
-    """PMET's loss of δ_attention and δ_MLP: MEMIT's, less pressing once the target comes first."""
+    """PMET's loss of δ_attention and δ_MLP: MEMIT's, with less NLL once the target is first."""
 
     config: PmetConfig
 
     def loss(self, at: Evaluation) -> ValueLoss:
         """Return the loss of each request."""
-        config, log_P, log_P0 = self.config, at.essence, at.essence_before
+        config = self.config
         factor = torch.where(at.first_before > 0, config.top_factor, 1.0)
         return ValueLoss(
             nll=factor * (at.mean_over_contexts(-at.log_p) + at.unlikelihood),
-            kl=config.kl_factor * at.per_request((log_P.exp() * (log_P - log_P0)).sum(1)),
+            kl=config.kl_factor * at.kl,
             decay=config.weight_decay * (at.δ_norm / at.v0_norm**2).sum(0),  # over both places
         )
 

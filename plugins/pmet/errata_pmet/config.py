@@ -20,5 +20,5 @@ class PmetConfig(WeightedConfig):
         default=0.01,
         ge=0,
         description="Done when the target comes first everywhere and the KL term is at most this; "
-        "none: never for that",
+        "null: never for that",
     )

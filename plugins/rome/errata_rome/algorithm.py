@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from errata.edits.delta import Factor, LowRankDelta
-from errata.errors import ConfigError
+from errata.errors import ConfigError, EditFailed
 from errata.kit.contexts import prefix_contexts
 from errata.kit.same_subject import facts_beside
 from errata.kit.second_moments import second_moments
 from errata.kit.value_loss import ValueLoss
-from errata.kit.values import EditFailed, OptimisedValue, ValueSettings, optimise_shared
+from errata.kit.values import OptimisedValue, ValueSettings, optimise_shared
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,7 +112,7 @@ def rome(
         kl_prompt=config.kl_prompt if config.kl_factor else None,
         fact_token=config.fact_token,
     )
-    # A later value at the subject would overwrite an earlier one: it says what that one said, too.
+    # A later value at a subject overwrites an earlier one, so it has to say that one's fact, too.
     together = config.same_subject == "together"
     facts = [[r, *(facts_beside(model, r) if together else ())] for r in requests]
     found = optimise_shared(model, facts, contexts, settings, RomeObjective(config))
@@ -130,7 +130,7 @@ class RomeObjective:
              + kl_factor · KL(P_{v0 + δ}[x | p′] ‖ P[x | p′])               (b) the essence stays
              + weight_decay · ‖δ‖ / ‖v0‖²
 
-    Where an answer is to go, −log(1 − P) of it stands beside (a) (`errata.kit.aims`).
+    An answer that should no longer be said adds −log(1 − P) to (a) (`errata.kit.aims`).
     x_j are the contexts and p′ is "{subject} is a", read at the subject's last token. The KL
     term's factor and the weight decay, whose norm is not squared, are the authors' code's.
     """
@@ -139,10 +139,9 @@ class RomeObjective:
 
     def loss(self, at: Evaluation) -> ValueLoss:
         """Return the loss of each request."""
-        log_P, log_P0 = at.essence, at.essence_before
         return ValueLoss(
             nll=at.mean_over_contexts(-at.log_p) + at.unlikelihood,
-            kl=self.config.kl_factor * at.per_request((log_P.exp() * (log_P - log_P0)).sum(1)),
+            kl=self.config.kl_factor * at.kl,
             decay=self.config.weight_decay * (at.δ_norm / at.v0_norm**2)[0],
         )
 
@@ -165,15 +164,15 @@ def rank_one(
     bare_k, mean_k = keys[0], keys.mean(0)
     k_star = bare_k if config.variant == "p-rome" else mean_k
 
-    # u: the direction that reads k* and, of all that is known, least else.
+    # u: the direction that responds to k*, and as little as possible to the keys of other text.
     u = k_star if C is None else C.solve(k_star).to(k_star)
     u = u / u.norm()
 
     averaged = config.variant == "r-rome"
     k, Wk = (mean_k, outputs.mean(0)) if averaged else (bare_k, outputs[0])
 
-    # v*: the layer's output in the bare prompt and δ, also in r-ROME (whose Λ is taken from the
-    # averaged output all the same).
+    # v*: the layer's output in the bare prompt plus δ, also in r-ROME, although its Λ is the
+    # difference to the averaged output.
     v_star = value.v_star.double().cpu()
 
     # Λ: such that (W + Λ uᵀ) k = v*.

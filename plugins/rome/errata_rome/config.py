@@ -27,7 +27,7 @@ class RomeConfig(MethodConfig):
     layer: int | Literal["auto"] | None = Field(
         default=None,
         description="Block whose MLP is edited (negative: from the end); auto: what a sweep of "
-        "this model found (`errata locate --sweep`); none: a tenth of the way up",
+        "this model found (`errata locate --sweep`); null: a tenth of the way up",
     )
     steps: int = Field(default=20, ge=1, description="Evaluations of the loss (one less updates)")
     lr: float = Field(default=0.5, gt=0, description="Adam's learning rate for the value")
@@ -39,7 +39,7 @@ class RomeConfig(MethodConfig):
     )
     early_stop: float = Field(default=5e-2, ge=0, description="Done once the loss is below this")
     loss_layer: int | None = Field(
-        default=None, description="Block whose output the loss is read from; none: the last"
+        default=None, description="Block whose output the loss is read from; null: the last"
     )
     fact_token: Literal["subject_last", "subject_first", "subject_first_after_last", "last"] = (
         Field(default="subject_last", description="Token whose value is rewritten")
@@ -54,10 +54,10 @@ class RomeConfig(MethodConfig):
         default=True, description="Whiten the key with C = E[k kᵀ]; false is not the published ROME"
     )
     tokens: int | None = Field(
-        default=None, ge=1, description="Tokens C is estimated from; none: a multiple of its size"
+        default=None, ge=1, description="Tokens C is estimated from; null: a multiple of its size"
     )
     contexts: Contexts | None = Field(
-        default=None, description='Contexts with one {}, the first "{}"; none: generated'
+        default=None, description='Contexts with one {}, the first "{}"; null: generated'
     )
     context_lengths: tuple[tuple[int, int], ...] = Field(
         default=((5, 10), (10, 10)), description="Generated contexts: (tokens, how many)"
@@ -69,10 +69,10 @@ class RomeConfig(MethodConfig):
     def batches(
         self, requests: Sequence[Request], asked: int | None, declared: int | None
     ) -> list[Sequence[Request]]:
-        """Return the requests as they are fitted together: of a subject one at a time.
+        """Return the requests in batches without two of one subject.
 
-        What is fitted together starts from the same state, and of two facts with one key both
-        changes would add up. So the second is made on top of the first.
+        A batch is fitted to one state of the model, where the changes of two facts with one key
+        would add up. So the second is made on top of the first.
         """
         found: list[Sequence[Request]] = []
         for batch in super().batches(requests, asked, declared):

@@ -1,7 +1,7 @@
 """SERAC: memory-based model editing at scale (Mitchell, Lin, Bosselut, Manning, Finn, ICML 2022).
 
 Edits are rows of text. A scope classifier g says which row a prompt is about, if any; a
-counterfactual model h then answers with that row before its eyes, and the base f answers
+counterfactual model h then answers with that row in front of the prompt, and the base f answers
 everything else:
 
     i* = argmaxᵢ g(zᵢ, x);   h(zᵢ*, x) if g(zᵢ*, x) > ½, else f(x)
@@ -14,8 +14,6 @@ toolkits ship under the paper's name (unsupervised scope), and not the published
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -42,7 +40,7 @@ class Serac:
         from errata_serac.training import train
 
         _states(model, config)  # while no edit is on it
-        recipe = _recipe(config)
+        recipe = config.recipe()
         unfinished = model.base_key("serac_unfinished", recipe, trained=True)
         model.of_base(
             "serac", recipe, trained=True,
@@ -56,7 +54,7 @@ class Serac:
         """Return one row per request; of a chat it holds what the user says."""
         from errata_serac.delta import CounterfactualDelta
 
-        key = model.base_key("serac", _recipe(config), trained=True)
+        key = model.base_key("serac", config.recipe(), trained=True)
         parameter = model.anatomy.weight(model.anatomy.embedding_name)
         states, mixture = _states(model, config), config.variant == "mixture"
         return [
@@ -73,9 +71,3 @@ def _states(model: Model, config: SeracConfig) -> tuple[str, ...]:
     from errata.model.encoder import sentence_encoder
 
     return sentence_encoder(model, None).artifact if config.encoder is None else ()
-
-
-def _recipe(config: SeracConfig) -> str:
-    """Return a digest of what the training depends on."""
-    data = config.model_dump(mode="json", include=config.prepares)
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]

@@ -12,8 +12,8 @@ from errata.contract.config import MethodConfig
 class SeracConfig(MethodConfig):
     """Hyper-parameters of SERAC; the defaults are the authors' for question answering.
 
-    What they leave open because their base is another one (T5 with a T5-small beside it) is said
-    where it stands: the counterfactual model here is the base itself with a LoRA.
+    Where the authors have a T5-small beside their T5, the counterfactual model here is the base
+    itself with a LoRA.
     """
 
     prepares: ClassVar[set[str] | None] = {
@@ -50,7 +50,9 @@ class SeracConfig(MethodConfig):
     target_modules: tuple[str, ...] = Field(
         default=("attention_in", "attention_out"), description="Linear modules that get the LoRA"
     )
-    layers: tuple[int, ...] | None = Field(default=None, description="Blocks that do; null: all")
+    layers: tuple[int, ...] | None = Field(
+        default=None, description="Blocks with a LoRA; null: all"
+    )
     append_end: bool = Field(
         default=True,
         description="The counterfactual model learns to end its text after the answer, as the "
@@ -63,7 +65,7 @@ class SeracConfig(MethodConfig):
     edit_weight: float = Field(
         default=0.1, ge=0, description="Weight of the answer's loss (c_edit)"
     )
-    scope_weight: float = Field(default=1.0, ge=0, description="Weight of the scope's (c_loc)")
+    scope_weight: float = Field(default=1.0, ge=0, description="Weight of the scope's loss (c_loc)")
     clip: float = Field(default=100.0, gt=0, description="Largest norm of a gradient")
     hard_negatives: float = Field(
         default=0.5, ge=0, le=1, description="Share of prompts out of scope that are hard: the "

@@ -6,7 +6,7 @@ In a chat all of it is what the user says: what the template puts around stands 
 
 The authors put a small model beside a large one (T5-small beside T5-large), which must share its
 tokenizer. A LoRA does, and adds a few hundred kilobytes instead of a second network. It acts in
-the calls that are made for it alone: the switch belongs to the thread.
+`switched_on` blocks alone, and only in the thread that runs the block.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def new_lora(
 
 @contextmanager
 def switched_on(model: Model, lora: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let this thread's calls of the model be the counterfactual model's, for a block."""
+    """Make the model the counterfactual one within the block, for this thread."""
 
     def hook(a: Tensor, b: Tensor) -> Any:
         scale = ALPHA / a.shape[0]

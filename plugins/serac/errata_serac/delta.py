@@ -14,7 +14,7 @@ from errata.errors import IntegrityError
 from errata.model.answers import Generated, TargetScore
 from errata.model.chat import user_turn
 from errata.model.floats import wide
-from errata.model.generation import decode_after, end_tokens
+from errata.model.generation import decode_after, end_tokens, until_stop
 from errata.model.model_answers import ModelAnswers
 from errata.model.running import check_length, prepare, run
 from errata.model.scoring import read
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from errata.model.answers import Answers
     from errata.model.sampling import GenerationSettings
 
-_TEXTS = ("prompt", "label", "parameter")
+_TEXTS, _KEYS = ("prompt", "label", "parameter"), ("artifact", "states")
 
 
 @dataclass
@@ -130,19 +130,16 @@ class CounterfactualDelta(Delta):
     def from_parts(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Self:
         """Rebuild a row; raise `IntegrityError` for anything that does not fit."""
         require(not tensors, "A row of SERAC's memory holds no tensors.")
-        given = {"states": [], **metadata}
-        keys, threshold = (given.get("artifact"), given["states"]), given.get("threshold")
         require(
-            set(given) == {*_TEXTS, "artifact", "states", "threshold", "mixture"}
-            and all(isinstance(given[name], str) for name in _TEXTS)
-            and all(
-                isinstance(key, list) and all(isinstance(part, str) for part in key) for key in keys
-            )
-            and isinstance(threshold, float)
-            and isinstance(given["mixture"], bool),
+            set(metadata) == {*_TEXTS, *_KEYS, "threshold", "mixture"}
+            and all(isinstance(metadata[name], str) for name in _TEXTS)
+            and all(isinstance(metadata[name], list) for name in _KEYS)
+            and all(isinstance(part, str) for name in _KEYS for part in metadata[name])
+            and isinstance(metadata["threshold"], float)
+            and isinstance(metadata["mixture"], bool),
             "A row of SERAC's memory must hold its texts, artifacts, threshold and mixture.",
         )
-        return cls(**given)
+        return cls(**metadata)
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -272,10 +269,9 @@ class Mixed(Switched):
             if token in ends:
                 break
             new.append(token)
-            text = decode_after(self.model, ids[0], new)
-            cut = [at for at in (text.find(mark) for mark in settings.stop) if at >= 0]
-            if cut:
-                text = text[: min(cut)]
+            whole = decode_after(self.model, ids[0], new)
+            text = until_stop(whole, settings.stop)
+            if text != whole:
                 break
         return Generated(text, tuple(new))
 

@@ -7,8 +7,8 @@ a prompt's last token; what follows is written over its output at *every* token 
     Memory   y = Σ_i π_i v_i,  π = softmax(F q + f)    always, for every row
 
 One network serves all edits. Each edit trains all of it further on its own prompt and on nothing
-else: no loss keeps the gate shut or the memory's answer harmless for other prompts, so both lose
-what they were before. That is the published result, and what these two are here to show.
+else: no loss keeps the gate shut or the memory's answer harmless for other prompts, so both forget
+earlier edits and change other answers. That is the published result, which these two reproduce.
 
 Against the authors' code: every row decides for itself, at the end of its own prompt, once; with
 no edit active the model is the base (their Memory replaces the module as soon as it is there).

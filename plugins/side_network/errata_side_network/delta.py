@@ -1,17 +1,17 @@
 """The delta kind `side_network`: what one edit changed in a network beside one module.
 
-All active edits share the network: how it began plus the sum of their differences, in ledger order.
+All active edits share the network: its start plus the sum of their differences, in ledger order.
 Taking an edit out leaves its difference out; later edits were trained with it in place and are
-stale then. How the network began belongs to the base (an artifact, drawn from a seed).
+stale then. The network's start belongs to the base (an artifact, drawn from a seed).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from errata.edits.delta.base import Delta, Undo, require
+from errata.model.routed_state import RoutedState
 from errata.model.routing import Arrivals, Router, Visit
 from errata_side_network.networks import THRESHOLD, Parameters, SideNetwork, network
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Place(NamedTuple):
-    """What makes two edits share a network.
+    """Which network an edit changes: edits with equal places share one.
 
     Attributes:
         network: "defer" or "memory".
@@ -39,7 +39,7 @@ class Place(NamedTuple):
 
     @property
     def key(self) -> tuple[str, ...]:
-        """Names how the network began, among what belongs to the base."""
+        """The key of the network's start among what belongs to the base."""
         return ("side-network", self.network, str(self.size), self.module, str(self.seed))
 
     def function(self) -> SideNetwork:
@@ -49,7 +49,7 @@ class Place(NamedTuple):
         return found
 
     def start(self, model: Model) -> Parameters:
-        """Return how the network began, from the artifacts."""
+        """Return the network's parameters at the start, from the artifacts."""
         d_out, d_in = model.weight_shape(
             f"{self.module}.weight", model.anatomy.transposed(self.module)
         )
@@ -67,7 +67,7 @@ class SideNetworkDelta(Delta):
         place: which network.
         differences: parameter name → what the edit added to it, fp32; empty for a void edit,
             which found the target said already.
-        fingerprint: of the base, under which the beginning of the network is kept.
+        fingerprint: of the base; the network's start is kept under it.
     """
 
     kind: ClassVar[str] = "side_network"
@@ -95,7 +95,7 @@ class SideNetworkDelta(Delta):
         return {name: tensor.contiguous() for name, tensor in self.differences.items()}
 
     def metadata(self) -> dict[str, Any]:
-        """Return which network it is a difference of."""
+        """Return the network's place, and the base's fingerprint."""
         return {**self.place._asdict(), "fingerprint": self.fingerprint}
 
     @classmethod
@@ -124,7 +124,7 @@ class SideNetworkDelta(Delta):
 
     @property
     def artifacts(self) -> tuple[tuple[str, ...], ...]:
-        """How the network began."""
+        """The network's start."""
         name, *rest = self.place.key
         return ((name, self.fingerprint, *rest),)
 
@@ -146,38 +146,20 @@ class SideNetworkDelta(Delta):
         """Let the networks that these edits make answer."""
         networks = SideNetworks.of(model)
         acting = [(edit_id, delta) for edit_id, delta in deltas if delta.differences]
-        router = SideNetworkRouter(model, networks.sums(acting))
-        take_off = router.attach()
-        networks.router = router
-
-        def undo() -> None:
-            take_off()
-            networks.router = None
-
-        return undo
+        return networks.attach(SideNetworkRouter(model, networks.sums(acting)))
 
 
-class SideNetworks:
-    """The networks of one model, with the sums that are known already.
-
-    Attributes:
-        router: what is attached, if anything.
-    """
+class SideNetworks(RoutedState):
+    """The networks of one model, with the sums that are known already."""
 
     def __init__(self, model: Model) -> None:
-        self._model = model
+        super().__init__(model)
         self._known: dict[Place, tuple[list[str], dict[str, Tensor]]] = {}
-        self.router: SideNetworkRouter | None = None
-
-    @classmethod
-    def of(cls, model: Model) -> SideNetworks:
-        """Return the model's networks."""
-        return model.remembered(cls, lambda: cls(model))
 
     def sums(
         self, deltas: Sequence[tuple[str, SideNetworkDelta]]
     ) -> dict[Place, dict[str, Tensor]]:
-        """Return per network its parameters: the beginning plus the differences, in order.
+        """Return per network its parameters: the start plus the differences, in order.
 
         One more edit costs one addition; the bits are those of adding all of them.
         """
@@ -188,17 +170,11 @@ class SideNetworks:
             ids = [edit_id for edit_id, _ in group]
             known, total = self._known.get(place, ([], {}))
             if not known or known != ids[: len(known)]:
-                known, total = [], dict(place.start(self._model))
+                known, total = [], dict(place.start(self.model))
             for _, delta in group[len(known) :]:
                 total = {n: t + delta.differences[n].to(t) for n, t in total.items()}
             self._known[place] = (ids, total)
         return {place: self._known[place][1] for place in grouped}
-
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Let no network act on what this thread runs in the block."""
-        with nullcontext() if self.router is None else self.router.set_aside():
-            yield
 
 
 class SideNetworkRouter(Router):

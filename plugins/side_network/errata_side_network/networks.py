@@ -20,7 +20,7 @@ class SideAnswer(NamedTuple):
     """What a network makes of queries.
 
     Attributes:
-        gate: (R,) how much of the output is given up for it, 0 to 1.
+        gate: (R,) share of the module's output that the value replaces, 0 to 1.
         value: (R, d_out) what is written instead.
     """
 

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from errata.kit.placement import key_column, placed_module
+from errata.kit.placement import key_state, placed_module
 from errata.kit.training import Trainer, TrainerSettings, above, target_batches
-from errata.model.forward import frozen, patched, trace
-from errata.model.running import run
+from errata.model.forward import frozen, patched
 from errata_side_network.delta import Place, SideNetworkDelta, SideNetworks
 
 if TYPE_CHECKING:
@@ -60,18 +59,13 @@ def train(
 ) -> dict[str, Tensor]:
     """Return the parameters after training on one request; nothing where it holds already.
 
-    Raises `ConfigError` when the loss is no longer finite.
+    Raises `EditFailed` when the loss is no longer finite.
     """
     network, module = place.function(), place.module
     (batch,) = target_batches(model, [(request.text, request.target)])
     device = model.parameter(f"{module}.weight").device
     leaves = {n: t.detach().to(device, copy=True) for n, t in parameters.items()}
-    with torch.no_grad(), trace(model.module, module, inputs=True, outputs=False) as seen:
-        run(model, batch.prompts)
-    states = seen[module].input
-    assert states is not None
-    column = key_column(model, module, batch.prompts)
-    q = states.reshape(-1, states.shape[-1])[column].float()[None]
+    q = key_state(model, module, batch.prompts)[0][None]
 
     def hard(output: Tensor) -> Tensor:
         g, y = network.answer(leaves, q)

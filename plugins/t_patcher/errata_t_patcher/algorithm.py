@@ -17,10 +17,10 @@ import torch
 from torch.nn import functional
 
 from errata.edits.delta.neurons import Neurons, NeuronsDelta, Site, hang
+from errata.errors import EditFailed
 from errata.kit.feed_forward import site_of
 from errata.kit.loss_scale import loss_scale
 from errata.kit.training import Trainer, TrainerSettings, above, target_batches
-from errata.kit.values import EditFailed
 from errata.model.forward import frozen, trace
 from errata.model.running import run
 from errata_t_patcher.memory import remembered_states

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 
-from errata.contract.config import MethodConfig
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-    from errata.model.anatomy import Anatomy
+from errata.kit.feed_forward import AddedNeuronsConfig
 
 
-class TPatcherConfig(MethodConfig):
+class TPatcherConfig(AddedNeuronsConfig):
     """Hyper-parameters of T-Patcher."""
 
     prepares: ClassVar[set[str] | None] = {"layer", "memory", "held_out"}
 
-    layer: int | None = Field(
-        default=None, description="Block that gets the neurons; null: the last one with an MLP"
-    )
     most: int = Field(default=5, ge=1, description="Neurons of one edit, at most")
     memory: int = Field(
         default=40_000, ge=8, description="Remembered hidden states that patches leave alone"
@@ -31,11 +23,12 @@ class TPatcherConfig(MethodConfig):
     )
     activation_weight: float = Field(default=1.0, ge=0, description="Weight of the activation loss")
     memory_weight: float = Field(default=10.0, ge=0, description="Weight of the memory loss")
-    activation_margin: float = Field(default=0.0, description="m_a: fire above this")
+    activation_margin: float = Field(default=0.0, description="m_a: fire above this at the mistake")
     own_margin: float = Field(
-        default=3.0, description="m_1: on the memory, this far below the activation at the mistake"
+        default=3.0,
+        description="m_1: on the memory stay this far below the activation at the mistake",
     )
-    memory_margin: float = Field(default=-3.0, description="m_2: and below this")
+    memory_margin: float = Field(default=-3.0, description="m_2: on the memory stay below this")
     activation_top: int = Field(
         default=1,
         ge=1,
@@ -56,11 +49,3 @@ class TPatcherConfig(MethodConfig):
     steps: int = Field(default=2_000, ge=1, description="Adam steps, at most")
     first_check: int = Field(default=100, ge=1, description="Step of the first validation")
     check_every: int = Field(default=25, ge=1, description="Steps between validations")
-
-    def for_model(self, anatomy: Anatomy) -> Self:
-        """Return the configuration with its layer written out."""
-        if self.layer is None:
-            layer = anatomy.nearest(anatomy.n_layers - 1, "mlp")
-        else:
-            layer = anatomy.layer(self.layer)
-        return self.model_copy(update={"layer": layer})

@@ -5,8 +5,8 @@ written. A prompt x whose activation a shard moves far enough goes through that 
 
     Δ_i(x) = mean_t ‖φ(W_i x_t) − φ(W x_t)‖₂   ≥  ratio · min over its edits of Δ_i(edit)
 
-`training.py` is the paper's loss on one shard, `memories.py` how shards come of edits and are
-merged (TIES), `delta.py` how rows are told apart.
+`training.py` is the paper's loss on one shard, `memories.py` says how edits make up shards and how
+shards are merged (TIES), `delta.py` which shard a row goes through.
 """
 
 from __future__ import annotations

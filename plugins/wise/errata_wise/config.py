@@ -37,15 +37,21 @@ class WiseConfig(MethodConfig):
     clip: float = Field(default=1.0, gt=0, description="Largest change of an entry")
     alpha: float = Field(default=5.0, ge=0, description="α: other text moves less than this")
     beta: float = Field(default=20.0, ge=0, description="β: the edit moves more than this")
-    gamma: float = Field(default=10.0, ge=0, description="γ: and this much more than other text")
+    gamma: float = Field(
+        default=10.0, ge=0, description="γ: the edit moves this much more than other text"
+    )
     ratio: float = Field(
         default=0.88,
         gt=0,
         description="A shard claims prompts that reach this share of the least "
         "distance of its edits (act_ratio)",
     )
-    stop_loss: float = Field(default=0.02, ge=0, description="Stop when the loss is at most this")
-    stop_change: float = Field(default=1e-4, ge=0, description="and changed by no more than this")
+    stop_loss: float = Field(
+        default=0.02, ge=0, description="Stop when the loss is at most this, and stable"
+    )
+    stop_change: float = Field(
+        default=1e-4, ge=0, description="Stable: a step changed the loss by at most this"
+    )
     save_every: int = Field(default=500, ge=1, description="Edits in one shard (save_freq)")
     merge_every: int = Field(
         default=1000, ge=1, description="Edits after which full shards are merged (merge_freq)"

@@ -9,6 +9,7 @@ import torch
 
 from errata.edits.delta.base import Delta, Undo, require
 from errata.edits.delta.neurons import ACTIVATIONS
+from errata.model.routed_state import RoutedState
 from errata.model.routing import Arrivals, Router, Visit, rounding
 from errata_wise.memories import Settings, Shards, SideMemory, moved, over_prompt
 
@@ -18,15 +19,14 @@ if TYPE_CHECKING:
 
     from errata.model.model import Model
 
-
 _BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
 
 
 class ShardDelta(Delta):
-    """One edit's difference of a shard, on the entries of the shard's mask.
+    """What one edit adds to a shard, on the entries of the shard's mask.
 
     Args:
-        settings: what it has in common with the edits beside it.
+        settings: what all edits of one set of side memories have in common.
         number: how many edits there were before it; it says which shard it is in.
         distance: Δ of its own prompts after it was made.
         mask: (d · D / 8) uint8, a bit for each entry of the module's weight as (d, D).
@@ -123,7 +123,7 @@ class ShardDelta(Delta):
 
     @property
     def keyed_at(self) -> tuple[str, ...]:
-        """The weight whose input a shard's activation is of."""
+        """The weight whose input the shard reads."""
         return self.parameters
 
     def check(self, model: Model) -> None:
@@ -143,30 +143,16 @@ class ShardDelta(Delta):
         grouped: dict[Settings, list[Self]] = {}
         for _, delta in deltas:
             grouped.setdefault(delta.settings, []).append(delta)
-        router = ShardRouter(
-            model, {s: held.shards(s, d[0].shape).memories(d) for s, d in grouped.items()}
-        )
-        take_off = router.attach()
-        held.router = router
-
-        def undo() -> None:
-            take_off()
-            held.router = None
-
-        return undo
+        memories = {s: held.shards(s, d[0].shape).memories(d) for s, d in grouped.items()}
+        return held.attach(ShardRouter(model, memories))
 
 
-class SideMemories:
-    """What is kept between attachments: the shards' sums, and the router on the model."""
+class SideMemories(RoutedState):
+    """The shards of one model, with the sums that are known already."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: Model) -> None:
+        super().__init__(model)
         self._shards: dict[Settings, Shards] = {}
-        self.router: ShardRouter | None = None
-
-    @classmethod
-    def of(cls, model: Model) -> SideMemories:
-        """Return those of a model."""
-        return model.remembered(cls, cls)
 
     def shards(self, settings: Settings, shape: tuple[int, int]) -> Shards:
         """Return the shards of edits with these settings."""

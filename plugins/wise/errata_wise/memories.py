@@ -1,8 +1,8 @@
 """The side memories that a list of edits makes: sums in shards, full shards merged by TIES.
 
 All of it follows from the edits' stored differences. Taking an edit out replays its shard: the
-differences of the others are added up again, in order. They are not trained anew; those that
-were trained on top of the one that is gone are stale.
+differences of the others are added up again, in order. They are not trained anew; edits
+that were trained on top of the removed one are stale.
 """
 
 from __future__ import annotations
@@ -68,11 +68,11 @@ class SideMemory(NamedTuple):
 
 
 class Shards:
-    """The shards of one set of edits; more edits of the same cost one addition each."""
+    """The shards of one set of edits; each further edit costs one addition."""
 
     def __init__(self, settings: Settings, shape: tuple[int, int]) -> None:
         self.settings, self._shape = settings, shape
-        # Weak: what is taken out need not stay in memory, and its address may become another's.
+        # Weak references: an edit that was taken out need not stay in memory.
         self._sums: dict[int, tuple[list[weakref.ref[Write]], Tensor]] = {}
         self._lock = threading.Lock()
 

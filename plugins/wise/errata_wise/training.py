@@ -19,12 +19,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 
-from errata.errors import ConfigError
+from errata.errors import EditFailed
 from errata.kit.contexts import in_contexts, prefix_contexts
 from errata.kit.feed_forward import activation_of
 from errata.kit.loss_scale import loss_scale
@@ -49,7 +48,7 @@ logger = logging.getLogger("errata")
 
 _STARTS = ("I", "You", "Because", "Yes", "Q: ")
 _WORDS = 24  # of the other text
-_PLAIN = "silu"  # φ where the model's own is none that has a name, as xIELU with its parameters is
+_PLAIN = "silu"  # φ where the model's own has no name, such as xIELU with its parameters
 
 
 def contexts(model: Model, config: WiseConfig) -> tuple[str, ...]:
@@ -62,7 +61,7 @@ def edit(model: Model, request: Request, config: WiseConfig) -> ShardDelta:
     """Return what one request adds to the shard that is being written.
 
     Raises:
-        ConfigError: the loss is no longer finite.
+        EditFailed: the loss is no longer finite.
     """
     written = config.for_model(model.anatomy)
     assert written.layer is not None
@@ -80,8 +79,7 @@ def edit(model: Model, request: Request, config: WiseConfig) -> ShardDelta:
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
     mask = torch.rand(rows, columns, generator=generator) < config.mask_ratio
     locality = other_text(model, config.seed + number)
-    aside = nullcontext() if held.router is None else held.router.set_aside()
-    with aside, frozen(model.module):
+    with held.aside(), frozen(model.module):
         writing = Writing(model, request, config, settings, locality)
         with torch.enable_grad():
             after = writing.fit(shard, mask)
@@ -120,7 +118,7 @@ class Writing:
         locality: str,
     ) -> None:
         self._model, self._config, self._module = model, config, settings.module
-        self._φ = activation(settings)
+        self._text, self._φ = request.text, activation(settings)
         prompts = [
             text.replace("{}", request.subject)
             for text in in_contexts(model, request, contexts(model, config))
@@ -169,9 +167,9 @@ class Writing:
             loss = self.loss(d)
             value = float(loss.detach())
             if not torch.isfinite(loss):
-                raise ConfigError(
-                    f"The loss of {self._batch.prompts} became {value} at step {step}: give a "
-                    f"smaller lr ({config.lr:g})."
+                raise EditFailed(
+                    f"The loss of {self._text!r} became {value} at step {step}: give a smaller lr "
+                    f"({config.lr:g})."
                 )
             if value <= config.stop_loss and abs(former - value) <= config.stop_change:
                 break
@@ -184,7 +182,7 @@ class Writing:
         return d.detach()
 
     def _through(self, d: Tensor) -> Callable[[Tensor], Tensor]:
-        """Return the change of the module's output that makes it the shard's."""
+        """Return what turns the module's output into the shard's."""
 
         def change(output: Tensor) -> Tensor:
             added = self._x @ d.T

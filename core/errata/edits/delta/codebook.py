@@ -117,4 +117,5 @@ class CodebookDelta(CodebookEntry, Delta):
     @classmethod
     def attach(cls, model: Model, deltas: Sequence[tuple[str, Self]]) -> Undo:
         """Hang the codebooks that these entries make on the model; see `Codebooks`."""
-        return Codebooks.of(model).attach(deltas)
+        books = Codebooks.of(model)
+        return books.attach(books.router_of(deltas))

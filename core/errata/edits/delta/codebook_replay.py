@@ -24,7 +24,7 @@ import copy
 import logging
 import threading
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -129,16 +129,6 @@ class Codebook:
     def radii(self) -> Tensor:
         """(N); below zero for a retired key."""
         return self._radii[: self._count]
-
-    @property
-    def labels(self) -> list[Tensor]:
-        """Token ids per row: of the entry that added the key."""
-        return [self.log[step].delta.label for step in self._added]
-
-    @property
-    def rows(self) -> dict[str, int]:
-        """Edit id → the row whose value it trained (−1: void)."""
-        return {step.edit_id: step.row for step in self.log}
 
     # -- changing --------------------------------------------------------------------------------
 
@@ -363,15 +353,6 @@ class Codebook:
             self._indexed, self._borrowed = 0, False
         self._graph.add(self._search[self._indexed : self._count].cpu().numpy())
         self._indexed = self._count
-
-
-def replay(deltas: Iterable[tuple[str, CodebookEntry]], device: str = "cpu") -> Codebook:
-    """Return the codebook that these entries make; all must belong to the same one."""
-    entries = list(deltas)
-    require(bool(entries), "There is nothing to replay: give at least one entry.")
-    codebook = Codebook(entries[0][1].book, device)
-    codebook.become(entries)
-    return codebook
 
 
 def import_faiss() -> Any:

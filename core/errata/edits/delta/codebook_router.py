@@ -8,19 +8,18 @@ prompt (`errata.model.routing`); `replace_all` keeps that decision for the token
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from errata.edits.delta.codebook_replay import Codebook, Entries
+from errata.model.routed_state import RoutedState
 from errata.model.routing import Arrivals, Positions, Router, Visit, rounding
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from errata.edits.delta.base import Undo
     from errata.edits.delta.codebook_entry import BookName, CodebookEntry, Replacement
     from errata.model.model import Model
-
 
 Hits = dict["BookName", int]
 """What is decided about a row: the codebooks that it hits, and the row of each that it gets."""
@@ -84,40 +83,20 @@ class CodebookRouter(Router):
         return book.values[row]
 
 
-class Codebooks:
-    """All codebooks of one model.
-
-    There is one of these per model (`Codebooks.of`); it outlives attachments, so that attaching
-    the same entries plus one costs one insertion and not a replay.
-    """
+class Codebooks(RoutedState):
+    """All codebooks of one model: the same entries plus one cost one insertion and no replay."""
 
     def __init__(self, model: Model) -> None:
-        self._model = model
+        super().__init__(model)
         self._books: dict[BookName, Codebook] = {}
-        self._router: CodebookRouter | None = None
-
-    @classmethod
-    def of(cls, model: Model) -> Codebooks:
-        """Return the model's codebooks."""
-        return model.remembered(cls, lambda: cls(model))
 
     def book(self, name: BookName) -> Codebook:
         """Return one of the codebooks."""
         return self._books[name]
 
-    def attach(self, entries: Entries) -> Undo:
-        """Let these entries act until the returned function is called."""
-        if self._router is not None:
-            raise RuntimeError("Codebooks are attached already; detach them first.")
-        router = CodebookRouter(self._model, self._filled(entries, self._books))
-        take_off = router.attach()
-        self._router = router
-
-        def undo() -> None:
-            take_off()
-            self._router = None
-
-        return undo
+    def router_of(self, entries: Entries) -> CodebookRouter:
+        """Return what lets exactly these entries act."""
+        return CodebookRouter(self.model, self._filled(entries, self._books))
 
     @contextmanager
     def trial(self, entries: Entries) -> Iterator[CodebookRouter]:
@@ -127,11 +106,8 @@ class Codebooks:
         """
         copies = {delta.book for _, delta in entries} & self._books.keys()
         books = self._filled(entries, {name: self._books[name].copy() for name in copies})
-        router = CodebookRouter(self._model, books)
-        with ExitStack() as stack:
-            if self._router is not None:
-                stack.enter_context(self._router.set_aside())
-            stack.enter_context(router.here_only())
+        router = CodebookRouter(self.model, books)
+        with self.aside(), router.here_only():
             yield router
 
     def _filled(self, entries: Entries, books: dict[BookName, Codebook]) -> list[Codebook]:
@@ -142,7 +118,7 @@ class Codebooks:
             grouped[delta.book] = [*grouped.pop(delta.book, []), (edit_id, delta)]
         for name, group in grouped.items():
             if name not in books:
-                weight = self._model.parameter(f"{name.module}.weight")
+                weight = self.model.parameter(f"{name.module}.weight")
                 device = "cpu" if weight.device.type == "meta" else weight.device
                 books[name] = Codebook(name, device)
             books[name].become(group)

@@ -29,7 +29,7 @@ class ClosedFormConfig(MethodConfig):
     layers: tuple[int, ...] | Literal["auto"] | None = Field(
         default=None,
         description="Blocks whose MLP is edited; auto: what a sweep of this model found (`errata "
-        "locate --sweep`); none: those around a tenth of the way up",
+        "locate --sweep`); null: those around a tenth of the way up",
     )
     placement: Literal["spread", "boundary"] = Field(
         default="spread",
@@ -64,16 +64,16 @@ class ClosedFormConfig(MethodConfig):
         default=None,
         ge=1,
         description="Done once the target came first in all contexts so many times in a row "
-        "(MPES); none: never for that",
+        "(MPES); null: never for that",
     )
     norm_anchor: float | None = Field(
         default=None,
         gt=0,
         description="Scale what the MLP is to say to this many times its mean norm on text (NAS: "
-        "1); none: leave it",
+        "1); null: leave it",
     )
     loss_layer: int | None = Field(
-        default=None, description="Block whose output the loss is read from; none: the last"
+        default=None, description="Block whose output the loss is read from; null: the last"
     )
     fact_token: Literal["subject_last", "subject_first", "subject_first_after_last", "last"] = (
         Field(default="subject_last", description="Token whose value is rewritten")
@@ -89,10 +89,10 @@ class ClosedFormConfig(MethodConfig):
         "positions ask for no change (AnyEdit); each is stored with the edit",
     )
     tokens: int | None = Field(
-        default=None, ge=1, description="Tokens C is estimated from; none: a multiple of its size"
+        default=None, ge=1, description="Tokens C is estimated from; null: a multiple of its size"
     )
     contexts: Contexts | None = Field(
-        default=None, description='Contexts with one {}, the first "{}"; none: generated'
+        default=None, description='Contexts with one {}, the first "{}"; null: generated'
     )
     context_lengths: tuple[tuple[int, int], ...] = Field(
         default=((10, 5),), description="Generated contexts: (tokens, how many)"
@@ -166,7 +166,7 @@ class WeightedConfig(ClosedFormConfig):
         default=None,
         gt=0,
         description="λ: how many observations of ordinary text C stands for against the new keys; "
-        "none: from relative_weight",
+        "null: from relative_weight",
     )
     relative_weight: float = Field(
         default=0.25,

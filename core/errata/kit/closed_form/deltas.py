@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 
@@ -13,6 +13,7 @@ from errata.edits.delta import Factor, KeyValueDelta, KeyValues, LowRankDelta
 from errata.kit.closed_form.kept_positions import KeptKeys, kept_positions
 from errata.kit.closed_form.layer_updates import LayerUpdate
 from errata.kit.closed_form.windows import by_owner, windows_of
+from errata.kit.same_subject import sharing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,38 +21,58 @@ if TYPE_CHECKING:
     from errata.edits.delta import Delta
     from errata.edits.request import Request
     from errata.kit.closed_form.config import ClosedFormConfig
+    from errata.kit.closed_form.matrices import NormalMatrix
     from errata.kit.metric import Metric
     from errata.model.model import Model
+
+
+class JointProblem(NamedTuple):
+    """The least-squares problem of all active edits: Δ = R (s I + Kᵀ M K)⁻¹ Kᵀ M per layer.
+
+    Attributes:
+        M: the metric of each layer, which prices a change of its weights.
+        s: the slack of each layer: the larger, the more a residual may be missed.
+    """
+
+    M: Mapping[int, Metric]
+    s: Mapping[int, float]
+
+    @classmethod
+    def whitened(cls, C: Mapping[int, NormalMatrix], s: Mapping[int, float]) -> JointProblem:
+        """Return the problem with M = C⁻¹: what the layers give on ordinary text stays."""
+        return cls({layer: matrix.metric for layer, matrix in C.items()}, s)
 
 
 def deltas_of(
     model: Model,
     requests: Sequence[Request],
-    updates: Sequence[LayerUpdate],
     config: ClosedFormConfig,
-    *,
-    metrics: Mapping[int, Metric],
-    slack: Mapping[int, float],
+    solve: Callable[[Sequence[Request], bool], Sequence[LayerUpdate]],
+    joint: JointProblem,
 ) -> LowRankDelta | list[KeyValueDelta]:
     """Return what is stored: one change for the batch, or keys and residuals of each request.
 
     Args:
-        model: the model that the updates were computed for.
-        requests: what was asked for.
-        updates: what each layer is asked for.
+        model: the model; it is not changed.
+        requests: what to write.
         config: its `history` says which of the two.
-        metrics: M of each layer, and
-        slack: s of each layer: what has been written is solved again with all other active
-            edits, as Δ = R (s I + Kᵀ M K)⁻¹ Kᵀ M.
+        solve: the method. It returns what requests ask of each layer; with True they are facts of
+            one subject that share a value.
+        joint: how keys and residuals are solved, together with those of all other active edits.
     """
-    if config.history == "none":
-        return low_rank(model, updates)
-    owners = [window.owner for window in windows_of(model, requests, config.window)]
-    layers = [update.layer for update in updates] if config.kept_positions else []
-    kept = kept_positions(model, requests, layers, config.window) if layers else {}
-    return key_values(
-        model, updates, config, metrics=metrics, slack=slack, owners=owners, kept=kept
-    )
+
+    def stored(
+        facts: Sequence[Request], shared: bool = False
+    ) -> LowRankDelta | list[KeyValueDelta]:
+        updates = solve(facts, shared)
+        if config.history == "none":
+            return low_rank(model, updates)
+        owners = [window.owner for window in windows_of(model, facts, config.window)]
+        layers = [update.layer for update in updates] if config.kept_positions else []
+        kept = kept_positions(model, facts, layers, config.window) if layers else {}
+        return key_values(model, updates, config, joint, owners=owners, kept=kept)
+
+    return sharing(model, requests, stored) if config.shares else stored(requests)
 
 
 def low_rank(model: Model, updates: Sequence[LayerUpdate]) -> LowRankDelta:
@@ -70,9 +91,8 @@ def key_values(
     model: Model,
     updates: Sequence[LayerUpdate],
     config: ClosedFormConfig,
+    joint: JointProblem,
     *,
-    metrics: Mapping[int, Metric],
-    slack: Mapping[int, float],
     owners: Sequence[int] | None = None,
     kept: Mapping[int, KeptKeys] = MappingProxyType({}),
 ) -> list[KeyValueDelta]:
@@ -89,7 +109,7 @@ def key_values(
     count = owners[-1] + 1
     pairs: list[dict[str, KeyValues]] = [{} for _ in range(count)]
     for update in updates:
-        metric = metrics[update.layer]
+        metric = joint.M[update.layer]
         path = model.anatomy.reader.mlp_out(update.layer)
         name = model.anatomy.weight(path)
         keys = update.K.flat.float().cpu()  # what is stored is what is whitened
@@ -110,7 +130,7 @@ def key_values(
                 k=k,
                 w=w,
                 r=r,
-                s=torch.full((len(k),), slack[update.layer], dtype=torch.float64),
+                s=torch.full((len(k),), joint.s[update.layer], dtype=torch.float64),
                 transposed=model.anatomy.transposed(path),
                 metric=metric.reference,
             )
@@ -118,31 +138,26 @@ def key_values(
 
 
 def solved_again(
-    model: Model,
-    delta: Delta,
-    config: ClosedFormConfig,
-    *,
-    metrics: Mapping[int, Metric],
-    slack: Mapping[int, float],
+    model: Model, delta: Delta, config: ClosedFormConfig, joint: JointProblem
 ) -> KeyValueDelta | None:
-    """Return a recorded edit with the same keys and residuals, another metric and slack.
+    """Return a recorded edit with the same keys and residuals, for another metric or slack.
 
     None for a delta of another kind. A key of more than one layer keeps the residual that it had
     with the lower layers as they were then.
     """
     if not isinstance(delta, KeyValueDelta):
         return None
-    layers = {model.anatomy.weight(model.anatomy.reader.mlp_out(layer)): layer for layer in metrics}
+    layers = {model.anatomy.weight(model.anatomy.reader.mlp_out(layer)): layer for layer in joint.M}
 
     def again(pairs: Mapping[str, KeyValues]) -> dict[str, KeyValues]:
         found = {}
         for name, pair in pairs.items():
-            metric = metrics[layers[name]]
+            metric = joint.M[layers[name]]
             whitened = metric.whiten(pair.k.T.double()).cpu().T
             found[name] = replace(
                 pair,
                 w=whitened.to(getattr(torch, config.precision)).contiguous(),
-                s=torch.full_like(pair.s, slack[layers[name]]),
+                s=torch.full_like(pair.s, joint.s[layers[name]]),
                 metric=metric.reference,
             )
         return found

@@ -41,10 +41,9 @@ class MemitObjective:
 
     def loss(self, at: Evaluation) -> ValueLoss:
         """Return the loss of each request."""
-        log_P, log_P0 = at.essence, at.essence_before
         return ValueLoss(
             nll=at.mean_over_contexts(-at.log_p) + at.unlikelihood,
-            kl=self.config.kl_factor * at.per_request((log_P.exp() * (log_P - log_P0)).sum(1)),
+            kl=self.config.kl_factor * at.kl,
             decay=self.config.weight_decay * (at.δ_norm / at.v0_norm**2)[0],
         )
 

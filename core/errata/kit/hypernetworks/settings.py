@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -23,19 +21,19 @@ class NetworkConfig(MethodConfig):
     layers: tuple[int, ...] | None = Field(
         default=None,
         description="Blocks whose matrices are edited (negative: from the end), of each stack "
-        "where there are two; none: the method's rule",
+        "where there are two; null: the method's rule",
     )
     target_modules: tuple[str, ...] | None = Field(
         default=None,
         description="Linear modules of each block: roles (attention_in, attention_out, mlp_in, "
-        "mlp_out) or names (gate_proj, down_proj); none: the method's rule",
+        "mlp_out) or names (gate_proj, down_proj); null: the method's rule",
     )
     batch_size: int = Field(
         default=10, ge=1, description="Edits per step of the training, each by itself"
     )
     steps: int = Field(default=100_000, ge=1, description="Steps of the training, at most")
     clip: float | None = Field(
-        default=None, gt=0, description="Largest norm of a step's gradient; none: any"
+        default=None, gt=0, description="Largest norm of a step's gradient; null: any"
     )
     locality: Locality = Field(
         default="others",
@@ -66,7 +64,7 @@ class NetworkConfig(MethodConfig):
     patience: int | None = Field(
         default=2000,
         ge=1,
-        description="Stop when validation has not improved for so many steps; none: never",
+        description="Stop when validation has not improved for so many steps; null: never",
     )
 
     @property
@@ -79,9 +77,3 @@ class NetworkConfig(MethodConfig):
         if self.layers is None:
             return self
         return self.model_copy(update={"layers": tuple(map(anatomy.layer, self.layers))})
-
-    def recipe(self, *, leave_out: frozenset[str] = frozenset()) -> str:
-        """Return a short digest of everything that a trained network depends on."""
-        data = self.model_dump(mode="json", include=self.prepares)
-        kept = {name: value for name, value in data.items() if name not in leave_out}
-        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]

@@ -14,10 +14,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from errata.edits.aims import says_something
-from errata.errors import CapabilityError
+from errata.errors import CapabilityError, EditFailed
 from errata.kit.loss_scale import loss_scale
 from errata.kit.training.training_batches import TrainingBatch, batch_loss
-from errata.kit.values import EditFailed
 from errata.model.forward import frozen, patched, trace
 from errata.model.running import prepare, run
 

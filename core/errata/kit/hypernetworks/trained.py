@@ -71,9 +71,7 @@ def trained_network(
                 f"`errata prepare {name} --training NAME=PATH`."
             )
         # A training with more steps goes on from one with fewer.
-        state = model.base_key(
-            f"{name}-training", config.recipe(leave_out=frozenset({"steps"})), trained=True
-        )
+        state = model.base_key(f"{name}-training", config.recipe(leave_out={"steps"}), trained=True)
         run = NetworkTraining(model, name, build(), modules, training, config, state)
         return run.run(), {"curve": run.curve, "best": run.best, "modules": list(modules)}
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from errata.errors import ConfigError
+from errata.errors import EditFailed
 from errata.kit.loss_scale import loss_scale
 from errata.kit.training.training_batches import (
     TrainingBatch,
@@ -221,7 +221,7 @@ class Trainer:
     def fit(self, parameters: Sequence[Tensor]) -> None:
         """Train leaves of the graph until the requests hold, or for the steps that were set.
 
-        Raises `ConfigError` when the loss is no longer finite.
+        Raises `EditFailed` when the loss is no longer finite.
         """
         self.record(self.batches)
         deep = self.settings.order == "depth-first"
@@ -275,7 +275,7 @@ class Trainer:
             narrow = (
                 ", or load the model in bf16 or fp32 (fp16's gradients overflow)" if half else ""
             )
-            raise ConfigError(
+            raise EditFailed(
                 f"The training loss is {value} at step {step} with lr={self.settings.lr:g}: give "
                 f"a smaller lr{narrow}."
             )
