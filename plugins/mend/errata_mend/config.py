@@ -22,7 +22,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "published": {},
         "descent": {"descent": True},
         "small": {
-            "descent": True, "rank": 128, "edit_lr_start": None, "lr": 4e-4, "edit_lr": 2e-2,
+            "descent": True, "rank": 128, "edit_lr_start": None, "lr": 1e-4, "edit_lr": 2e-2,
             "c_edit": 0.5, "batch_size": 8, "steps": 1000, "clip": 10.0, "locality": "neighbours",
             "n_locality": 2, "prompt_share": 0.3, "validation": 40, "validate_every": 50,
             "patience": 400,
