@@ -78,8 +78,9 @@ def log(
     """List the edits of the ledger, and which are on the model.
 
     In their order, with the edits on the model that each conflicts with (the same fact, another
-    target) or overlaps (nearly the same key), and of edits of several models the model. An edit whose file is missing or cut off, or that
-    lacks a trained network it needs, is shown so, not as on. Loads no model.
+    target) or overlaps (nearly the same key), and of edits of several models the model. An edit
+    whose file is missing or cut off, or that lacks a trained network it needs, is shown so, not as
+    on. Loads no model.
 
     With --recover, edits whose file is there and whose record was lost (with the database, or
     its write-ahead file) are recorded again, after those that are there and off the model: a

@@ -188,11 +188,7 @@ class Guards:
     # -- the checks ------------------------------------------------------------------------------
 
     def _check_efficacy(
-        self,
-        model: Model,
-        edits: Sequence[Edit],
-        outcomes: Sequence[Outcome],
-        said: frozenset[str],
+        self, model: Model, edits: Sequence[Edit], outcomes: Sequence[Outcome], said: frozenset[str]
     ) -> list[Outcome]:
         requests = [request for edit in edits for request in edit.requests]
         effects = iter(_effects(model, requests))

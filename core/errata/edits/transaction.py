@@ -12,13 +12,7 @@ import torch
 from errata.edits.fingerprint import check_fingerprint
 from errata.edits.ledger.model_note import model_of, remember_model
 from errata.edits.ledger.schema import VERIFIED
-from errata.errors import (
-    ErrataError,
-    FingerprintError,
-    IntegrityError,
-    PluginError,
-    StorageError,
-)
+from errata.errors import ErrataError, FingerprintError, IntegrityError, PluginError, StorageError
 from errata.model.display import plural, shortened
 
 if TYPE_CHECKING:

@@ -23,14 +23,7 @@ import torch
 
 from errata.errors import ConfigError, UnknownNameError
 from errata.model.joining import bare, join
-from errata.model.prompts import (
-    IGNORED,
-    Batch,
-    PreparedPrompts,
-    TokenError,
-    pad,
-    padding_id,
-)
+from errata.model.prompts import IGNORED, Batch, PreparedPrompts, TokenError, pad, padding_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
