@@ -173,6 +173,7 @@ class Editor(Described):
         One with the same ledger takes the edits over; to others they are part of the model.
         """
         leave(self._stack, self.ledger.path)
+        self.model.access.put_back()
         self.ledger.close()
         release(self)
 
