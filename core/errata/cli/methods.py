@@ -254,10 +254,11 @@ def _from_easyedit(session: Session, file: Path, registry: Registry) -> None:
         return
     grid = render.table("there", "here", ("value", {"ratio": 1}))
     for field, name in found.taken.items():
-        grid.add_row(field, Text(name, style="accent"), str(found.config[name]))
+        values = [str(found.config[one]) for one in name.split(", ")]
+        grid.add_row(field, Text(name, style="accent"), ", ".join(values))
     session.show(render.heading(found.method, f"as {file.name} has it"), "", grid)
-    implied = [name for name in found.config if name not in found.taken.values()]
-    for name in implied:
+    implied = found.config.keys() - set(", ".join(found.taken.values()).split(", "))
+    for name in sorted(implied):
         session.show(f"{name} = {found.config[name]}, from the method's name there")
     if found.left:
         session.show(Text("\nNot taken over", style="head"))
