@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from errata import Editor
 from errata.cli.app import app
 from errata.contract import plugins
 from errata.contract.registry import Registry
+from errata.errors import ConfigError, UnknownNameError
 from tests.families import build
 from tests.helpers import ROOT
 
@@ -168,3 +170,25 @@ def test_an_edit_takes_its_configuration_from_a_file(
     assert chosen == {"layers": [1], "steps": 2, "lr": 1e-3, "loss": "target"}
     error = run("edit", *fact[:-1], "--config", "ft.yaml", "--method", "lora", code=1).stderr
     assert "ft.yaml is for ft" in " ".join(error.split())
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"ground_truth": "Oslo"}, "Did you mean 'target_true'?"),
+        ({"paraphrase": "x"}, "Did you mean 'paraphrases', a field of the request?"),
+        ({"sequential_edit": True}, "an edit stays on the model until it is reverted"),
+        ({"v_num_grad_steps": 5}, "Did you mean 'steps'?"),
+        ({"V_LR": 5}, "Did you mean 'lr'?"),
+        ({"stpes": 5}, "Did you mean 'steps'?"),
+    ],
+)
+def test_arguments_by_their_names_there_are_answered_with_ours(
+    given: dict[str, Any], says: str
+) -> None:
+    with Editor(*build("gpt2")) as editor:
+        with pytest.raises(ConfigError) as caught:
+            editor.edit("{} is", subject="Ada", target_new="Rome", method="rome", **given)
+        assert says in str(caught.value)
+        with pytest.raises(UnknownNameError, match="Did you mean 'rome'"):
+            editor.edit("{} is", subject="Ada", target_new="Rome", method="ROME")

@@ -282,7 +282,7 @@ class Methods:
         `PluginError` where it is not installed; each names the edit and the version that made it.
         """
         config = self._config_of(edit)
-        given = named(overrides or {}, config, edit.method, {}, "the arguments")
+        given = named(overrides or {}, config, edit.method, {}, "the arguments", {})
         recorded = present(config, edit.config)
         told = {**dict.fromkeys(recorded, "recorded"), **dict.fromkeys(given, "argument")}
         try:

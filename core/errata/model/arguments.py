@@ -7,13 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from errata.errors import (
-    ConfigError,
-    IntegrityError,
-    RequestError,
-    StorageError,
-    UnknownNameError,
-)
+from errata.errors import ConfigError, IntegrityError, RequestError, StorageError, UnknownNameError
 
 
 def check_name(what: str, name: object, known: Iterable[str], hint: str = "") -> None:

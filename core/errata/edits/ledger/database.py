@@ -22,13 +22,7 @@ from errata.edits.ledger.schema import (
     plain,
     translated,
 )
-from errata.errors import (
-    ErrataError,
-    IntegrityError,
-    LedgerChangedError,
-    LedgerError,
-    StorageError,
-)
+from errata.errors import ErrataError, IntegrityError, LedgerChangedError, LedgerError, StorageError
 from errata.model.display import first_few
 from errata.model.storage import canonical
 

@@ -11,11 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from errata.errors import ConfigError
-from errata.kit.training.training_batches import (
-    TrainingBatch,
-    batch_loss,
-    settled,
-)
+from errata.kit.training.training_batches import TrainingBatch, batch_loss, settled
 from errata.model.forward import Resumed
 from errata.model.forward.inputs import pads
 from errata.model.running import run
