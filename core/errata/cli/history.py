@@ -413,7 +413,8 @@ def verify(
         with session.editor() as editor:
             problems = editor.verify()
             with editor.disabled():
-                problems += [f"with every edit off, {p}" for p in editor.model.stack.differing()]
+                if wrong := editor.model.stack.differing():
+                    problems.append(f"with every edit off, {first_few(wrong)}")
             tensors = len(editor.model.parameters) + len(editor.model.buffers)
             count, notes = len(editor.ledger.ids()), _notes_of(editor.ledger)
             checked = (

@@ -19,6 +19,7 @@ from errata.cli.session import MODEL, Session, calm_transformers, command
 from errata.contract import plugins
 from errata.contract.registry import Registry
 from errata.errors import ConfigError, UnknownNameError
+from errata.model.sentences import first_sentence
 
 if TYPE_CHECKING:
     from errata.contract.config import MethodConfig
@@ -100,24 +101,28 @@ def _list(session: Session, points: dict[str, EntryPoint], registry: Registry) -
     if session.json:
         session.emit({"methods": rows, "described_but_not_installed": absent})
         return
+    wide = render.wide(session.out)
     grid = render.table(
         ("method", {"no_wrap": True}),
-        ("family", {"no_wrap": True}),
-        ("delta", {"no_wrap": True}),
-        ("status", {"no_wrap": True}),
-        ("carries out", {"ratio": 1}),
-        ("implements", {"ratio": 1}),
-        ("from", {"ratio": 1}),
+        *([("family", {"no_wrap": True}), ("delta", {"no_wrap": True})] if wide else []),
+        ("what it does", {"ratio": 3}),
+        *([("carries out", {"max_width": 26})] if wide else []),
     )
     for row in rows:
+        kinds = ", ".join(row["kinds"]) or "–"
+        facts = [row["status"] if row["status"] != "stable" else ""]
+        if not row["distribution"].startswith("errata "):
+            facts.append(f"from {row['distribution']}")
+        if not wide:
+            facts = [row["family"] or "–", row["delta_kind"] or "–", kinds, *facts]
+        told = Text(first_sentence(row["summary"] or "not described"))
+        if some := [fact for fact in facts if fact]:
+            told.append(("  " if wide else "\n") + "; ".join(some), style="muted")
         grid.add_row(
             Text(row["name"], style="accent"),
-            row["family"] or "–",
-            row["delta_kind"] or "–",
-            row["status"] or "not described",
-            ", ".join(row["kinds"]) or "–",
-            ", ".join(row["implements"]) or "not readable",
-            Text(row["distribution"], style="muted"),
+            *([row["family"] or "–", row["delta_kind"] or "–"] if wide else []),
+            told,
+            *([kinds] if wide else []),
         )
     session.show(grid)
     for name in absent:
@@ -135,6 +140,7 @@ def _row(name: str, point: EntryPoint, entry: MethodEntry | None) -> dict[str, A
     return {
         "name": name,
         "title": entry.title if entry else None,
+        "summary": entry.summary if entry else None,
         "family": entry.family if entry else None,
         "delta_kind": entry.delta_kind if entry else None,
         "status": entry.status if entry else None,
@@ -281,7 +287,6 @@ def _one(session: Session, name: str, registry: Registry, overrides: dict[str, A
         session.emit(
             {
                 **row,
-                "summary": entry.summary if entry else None,
                 "capabilities": entry.capabilities.model_dump(mode="json") if entry else None,
                 "missing": missing or None,
                 "model": facts or None,

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("errata")
 COMPUTING = ("edit", "prepare", "rebase", "resolve")
 """What of an editor's doings runs methods."""
+MOST_NAMED = 5
+"""Tensors that differ and are named one by one."""
 
 
 class Stack(Described):
@@ -249,7 +251,10 @@ class Stack(Described):
         modules and parameter objects, flags. Not what a model notes for itself while it runs.
         """
         try:
-            found = [f"tensor {name} is not what the stack says" for name in self.differing()]
+            wrong = self.differing()
+            found = [f"tensor {name} is not what the stack says" for name in wrong[:MOST_NAMED]]
+            if more := len(wrong) - len(found):
+                found.append(f"{plural(more, 'more tensor')} differ, of {len(self._live())} in all")
         except IntegrityError as error:
             found = [str(error)]
         return found + [f"{name}: changed by other code" for name in named(self._foreign())]
