@@ -170,7 +170,8 @@ class Editor(Described):
     def close(self) -> None:
         """Close the ledger and let another editor have the model, which stays as it is.
 
-        Modules that were in training mode when it was opened are in it again. One with the same ledger takes the edits over; to others they are part of the model.
+        Modules that were in training mode when it was opened are in it again. An editor with the
+        same ledger takes the edits over; to others they are part of the model.
         """
         leave(self._stack, self.ledger.path)
         self.model.access.put_back()
