@@ -172,9 +172,11 @@ class Editor(Described):
     def close(self) -> None:
         """Close the ledger and let another editor have the model, which stays as it is.
 
-        One with the same ledger takes the edits over; to others they are part of the model.
+        Modules that were in training mode when it was opened are in it again. An editor with the
+        same ledger takes the edits over; to others they are part of the model.
         """
         leave(self._stack, self.ledger.path)
+        self.model.access.put_back()
         self.ledger.close()
         release(self)
 
@@ -376,6 +378,9 @@ class Editor(Described):
         **settings: Any,
     ) -> ResultTable[Measurement]:
         """Measure the model as it stands; by default on the requests of the active edits.
+
+        A protocol for which they have nothing gives no number, and a warning that says what they
+        lack.
 
         Args:
             requests: requests or edits; those of different edits are different cases.

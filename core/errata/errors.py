@@ -16,6 +16,22 @@ LONGEST_TOLD = 300
 """Characters of a foreign error's text that a message repeats."""
 
 
+def suggestion(
+    name: str, known: Iterable[str], others: Mapping[str, str] | None = None, cutoff: float = 0.5
+) -> str:
+    """Return a sentence, after a space, that names what is closest to a wrong name; "" if nothing.
+
+    Args:
+        name: the wrong name; its case does not matter.
+        known: the right ones.
+        others: what else could have been written → the sentence about it.
+        cutoff: how alike two names must be, from 0 to 1.
+    """
+    told = {one.casefold(): f"Did you mean {one!r}?" for one in known} | dict(others or {})
+    close = difflib.get_close_matches(name[:LONGEST_NAME].casefold(), told, 1, cutoff)
+    return f" {told[close[0]]}" if close else ""
+
+
 class ErrataError(Exception):
     """Root of all errors that errata raises on purpose.
 
@@ -70,12 +86,11 @@ class UnknownNameError(ErrataError, LookupError):
         self.what = what
         self.name = name = name if isinstance(name, str) else repr(name)
         self.known = sorted(known)
-        close = difflib.get_close_matches(name[:LONGEST_NAME], self.known, n=1, cutoff=0.5)
-        suggestion = f" Did you mean {close[0]!r}?" if close else ""
         listing = ", ".join(self.known) if self.known else "none"
         tail = f" {hint}" if hint else ""
         shown = name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}…"
-        super().__init__(f"Unknown {what} {shown!r}.{suggestion} Known: {listing}.{tail}")
+        close = suggestion(name, self.known)
+        super().__init__(f"Unknown {what} {shown!r}.{close} Known: {listing}.{tail}")
 
 
 class AnatomyError(ErrataError, LookupError):

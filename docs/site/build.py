@@ -45,6 +45,7 @@ NAV: list[tuple[str, list[str]]] = [
 ELSEWHERE = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md",
              "security.md": "SECURITY.md"}  # fmt: skip
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#:\s]+)(#[^)\s]*)?\)")
+METHOD_PAGE = re.compile(r"plugins/(\w+)/page\.md")
 MOST = 14  # rows of one table of results that a method's page repeats
 
 
@@ -84,8 +85,10 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         if files.get_file_from_path(path) is not None:
             return match[0]
         inside = path.removeprefix("../")
-        for ours, theirs in ELSEWHERE.items():
-            if inside == theirs:
+        method = METHOD_PAGE.fullmatch(inside)
+        made = {f"methods/{method[1]}.md": inside} if method else {}
+        for ours, theirs in (ELSEWHERE | made).items():
+            if inside == theirs and files.get_file_from_path(ours) is not None:
                 return f"[{text}]({posixpath.relpath(ours, folder or '.')}{place})"
         if path.startswith("../") and (ROOT / inside).exists():
             return text if inside in text else f"{text} (`{inside}`)"

@@ -706,9 +706,15 @@ def test_a_dataset_is_measured_with_options_of_its_format(
 
 def test_evaluate_says_what_a_protocol_lacks(run: Run, checkpoint: Path) -> None:
     edit(run, checkpoint)
-    page = " ".join(run("evaluate", "-p", "counterfact", "-p", "generation").stdout.split())
-    assert "counterfact: nothing to measure in these requests; none has target_true" in page
-    assert "generation: nothing" not in page
+    said = run("evaluate", "-p", "counterfact", "-p", "generation").stderr
+    said = " ".join(said.split())
+    assert said.count("counterfact: nothing to measure; no request has target_true") == 1
+    assert "generation: nothing" not in said
+    result = run("evaluate", "-p", "portability", code=1)  # measured nothing at all: no success
+    said = " ".join(result.stderr.split())
+    assert "portability: questions whose answers follow" in said
+    assert "docs/datasets.md" in said
+    assert "measured" not in result.stdout
 
 
 # -- shipping --------------------------------------------------------------------------------------

@@ -428,6 +428,13 @@ def test_lama() -> None:
     assert second.attribute[0].prompt == "The capital of Veldonia is"
 
 
+def test_jsonl_finds_the_subject_in_other_upper_and_lower_case(tmp_path: Path) -> None:
+    file = tmp_path / "own.jsonl"
+    file.write_text('{"prompt": "What is in france?", "subject": "France", "target_new": "Rome"}\n')
+    (request,) = load("jsonl", file).requests()
+    assert (request.prompt, request.subject) == ("What is in {}?", "france")
+
+
 def test_jsonl_reads_back_what_requests_write(tmp_path: Path) -> None:
     requests = [r for name in ("mquake", "ripple_edits") for r in sample(name, f"{name}.json")]
     path = tmp_path / "own.jsonl"

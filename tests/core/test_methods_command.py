@@ -89,6 +89,17 @@ def test_a_method_without_a_stanza_is_shown_with_what_is_missing(site: Path) -> 
     assert "not described" in run()
 
 
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_list_says_what_each_does_and_whose_a_strangers_is(
+    site: Path, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    page = " ".join(run().split())
+    assert "Writes many facts at once" in page
+    assert "from errata-bare 1.0" in page
+    assert "from errata 0" not in page
+
+
 def test_values_set_for_it_are_shown_too(site: Path, tmp_path: Path) -> None:
     (tmp_path / "registry.yaml").write_text("methods: {bare: {defaults: {width: 7}}}\n")
     (value,) = (v for v in json.loads(run("bare", "--json"))["hyper_parameters"] if v["value"] == 7)

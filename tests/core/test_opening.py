@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from tokenizers import Tokenizer
 from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 
@@ -92,8 +95,39 @@ def test_a_token_that_is_added_after_opening_is_refused() -> None:
     module, tokenizer = build("gpt2")
     with Editor(module, tokenizer, guards=QUIET) as editor:
         assert tokenizer.add_tokens(["Zorblax"]) == 1
-        with pytest.raises(TokenError, match=r"'Zorblax'.*no embedding for"):
+        with pytest.raises(TokenError, match=r"'Zorblax'.*no embedding for: is this the model's"):
             editor.generate("Ada Zorblax")
+
+
+def test_a_tokenizer_that_cannot_be_the_models_is_doubted(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    module, tokenizer = build("gpt2")
+    wide = copy.deepcopy(module)
+    wide.resize_token_embeddings(2 * len(tokenizer) + 2)
+    padded = copy.deepcopy(module)
+    padded.resize_token_embeddings(int(1.5 * len(tokenizer)))  # ByT5's share
+    with Editor(module, tokenizer), Editor(padded, tokenizer):
+        assert "tokenizer" not in caplog.text
+    with Editor(wide, tokenizer):
+        assert "Is this the model's tokenizer?" in caplog.text
+
+
+def test_a_model_that_cannot_read_its_tokenizers_text_is_doubted(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """As many tokens as the model has, but other ones: only its perplexity shows it."""
+    with Editor("atlas-gpt2", artifacts=tmp_path) as editor:
+        editor.edit(FACT, method="ft", steps=1)
+        module, tokenizer = editor.model.module, copy.deepcopy(editor.model.tokenizer)
+    assert "tokenizer" not in caplog.text
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    words = parts["model"]["vocab"]
+    parts["model"]["vocab"] = dict(zip(words, reversed(words.values()), strict=True))
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(parts))
+    with Editor(module, tokenizer, artifacts=tmp_path) as editor:
+        editor.edit(FACT, method="ft", steps=1)
+    assert re.search(r"worse than a uniform guess .* Is this the model's tokenizer\?", caplog.text)
 
 
 @pytest.mark.parametrize(

@@ -289,6 +289,19 @@ def test_edits_are_made_whatever_the_default_dtype_is(method: str) -> None:
         assert_same(state_of(editor.model), wanted)
 
 
+def test_an_editor_leaves_training_flags_as_it_found_them() -> None:
+    module, tokenizer = build("gpt2")
+    module.train()
+    first = next(part for part in module.modules() if isinstance(part, nn.Dropout)).eval()
+    flags = [part.training for part in module.modules()]
+    with Editor(module, tokenizer, guards=QUIET) as editor:
+        edit = editor.edit(ADA, method="lora", steps=1)
+        assert editor.generate(ADA.text, max_new_tokens=2)
+        editor.revert(edit)
+    assert [part.training for part in module.modules()] == flags
+    assert not first.training
+
+
 @pytest.mark.parametrize("method", ["ft", "memit", "lora", "melo"])
 def test_a_model_in_training_mode_is_edited_and_asked_without_dropout(
     method: str, tmp_path: Path

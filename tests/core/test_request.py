@@ -112,3 +112,25 @@ def test_parallel_lists_are_known_for_what_they_are() -> None:
     for ask in (lambda: Request.parse(lists), lambda: parse_arguments("", {}, lists)):
         with pytest.raises(RequestError, match=r"EasyEdit.*a list of requests, each with its"):
             ask()
+
+
+@pytest.mark.parametrize(
+    ("word", "field"),
+    [
+        ("target", "target_new"),
+        ("ground_truth", "target_true"),
+        ("rephrase_prompts", "paraphrases"),
+        ("paraphrase", "paraphrases"),
+        ("SUBJECT", "subject"),
+    ],
+)
+def test_a_word_used_elsewhere_is_answered_with_the_field_it_means(word: str, field: str) -> None:
+    given = {"prompt": "{} is", "subject": "Ada", "target_new": "Oslo", word: "x"}
+    for make in (Request.parse, lambda given: Request(**given)):
+        with pytest.raises(ValueError, match=f"{word!r}. Did you mean {field!r}"):
+            make(given)
+
+
+def test_a_misspelt_argument_is_named_where_a_field_is_missing() -> None:
+    with pytest.raises(RequestError, match=r"'subjct' was given. Did you mean 'subject'\?"):
+        parse_arguments("{} is", {}, {"subjct": "Ada", "target_new": "Oslo", "steps": 5})

@@ -117,6 +117,17 @@ def test_nan_in_a_base_is_part_of_the_base() -> None:
         assert editor.verify() == ["tensor transformer.wpe.weight is not what the stack says"]
 
 
+def test_many_tensors_that_differ_are_the_first_few_and_how_many_more() -> None:
+    module, tokenizer = build("gpt2")
+    with Editor(module, tokenizer, guards=QUIET) as editor:
+        module.double()
+        *named, last = editor.verify()
+        count = len(editor.model.parameters)
+        assert all("is not what the stack says" in line for line in named)
+        assert len(named) < 10 < count
+        assert last.startswith(f"{count - len(named)} more tensors differ, of ")
+
+
 # -- other code ------------------------------------------------------------------------------------
 
 

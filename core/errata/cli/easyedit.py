@@ -6,7 +6,7 @@ What a method and its fields are called there stands in the method's registry fi
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,12 +23,16 @@ if TYPE_CHECKING:
 NAME = "alg_name"
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 MODULES = "errata finds the modules by itself"
+TOKENIZER = "errata loads a model's class and tokenizer with it"
 STATISTICS = "errata counts tokens of its own corpus (tokens, Editor(corpus=…))"
 ELSEWHERE = {
     "model_name": "name the model with --model",
     "device": "give --device",
     "fp16": "give --dtype fp16",
     "model_parallel": "give device_map to Editor",
+    "model.name": "name the model with --model",
+    "model_class": TOKENIZER, "tokenizer_class": TOKENIZER, "tokenizer_name": TOKENIZER,
+    "archive": "errata keeps trained networks in its cache (errata prepare)",
     "stats_dir": "errata keeps statistics in its cache",
     "results_dir": "errata keeps edits in its ledger",
     "layer_module_tmp": MODULES, "rewrite_module_tmp": MODULES, "mlp_module_tmp": MODULES,
@@ -45,7 +49,7 @@ class ImportedConfig:
     Attributes:
         method: the method that the file means.
         config: its hyper-parameters, by errata's names.
-        taken: field of the file → name here.
+        taken: field of the file → name here; several are joined by ", ".
         left: field of the file → why it is not taken over.
     """
 
@@ -99,20 +103,38 @@ def from_easyedit(path: Path, registry: Registry) -> ImportedConfig:
     kinds = {n: str(f.annotation) for n, f in plugins.load(method).config.model_fields.items()}
     config: dict[str, Any] = dict(names.names[str(data[NAME])])
     taken, left = {}, {}
-    for field, value in data.items():
+    for field, value in _flat(data):
         name = names.fields.get(field, "")
         if field == names.layer_of:
-            config["layer"], taken[field] = _block(path, field, value), "layer"
+            name = "layer" if "layer" in kinds else "layers"
+            blocks = _blocks(path, field, value, many=name == "layers")
+            config[name], taken[field] = blocks if name == "layers" else blocks[0], name
         elif not name:
             if field != NAME and field not in names.when:
-                why = ELSEWHERE.get(field, f"errata's {method} has nothing of the kind")
-                left[field] = "not set there" if value is False else why
+                instead = f"errata's {method} has no counterpart"
+                left[field] = names.left.get(field) or (
+                    "not set there" if value is False else ELSEWHERE.get(field, instead)
+                )
+        elif isinstance(name, tuple):
+            if not isinstance(value, list) or len(value) != len(name):
+                raise ConfigError(f"{path}: {field} is {value}; {len(name)} numbers are needed.")
+            config.update(zip(name, value, strict=True))
+            taken[field] = ", ".join(name)
         elif value in (None, []) or (value is False and "bool" not in kinds[name]):
             left[field] = "not set there"
         else:
             taken[field] = name
             config[name] = _converted(path, field, value, names, many="tuple" in kinds[name])
     return ImportedConfig(method, config, taken, left)
+
+
+def _flat(data: Mapping[str, Any], outer: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the fields of a file; those of a field that has fields itself as `outer.inner`."""
+    for field, value in data.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{outer}{field}.")
+        else:
+            yield f"{outer}{field}", value
 
 
 def _meant(data: Mapping[str, Any], registry: Registry, path: Path) -> tuple[str, EasyEditNames]:
@@ -128,18 +150,23 @@ def _meant(data: Mapping[str, Any], registry: Registry, path: Path) -> tuple[str
             "errata has no counterpart of others.",
         )  # fmt: skip
     for method, names in known[given]:
-        if all(data.get(field) == value for field, value in names.when.items()):
+        if all(data.get(field) in _listed(value) for field, value in names.when.items()):
             return method, names
     ways = " or ".join(
-        ", ".join(f"{field}: {value}" for field, value in names.when.items())
+        ", ".join(f"{field}: {_listed(value)[0]}" for field, value in names.when.items())
         for _, names in known[given]
     )
     raise ConfigError(f"{path}: {NAME} {given} needs {ways}.")
 
 
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
 def _converted(path: Path, field: str, value: Any, names: EasyEditNames, *, many: bool) -> Any:
-    if isinstance(value, str):
-        value = names.values.get(field, {}).get(value, value)
+    if isinstance(value, (str, bool)):
+        known = names.values.get(field, {})
+        value = known.get(value if isinstance(value, str) else str(value).lower(), value)
     if isinstance(value, str) and _NUMBER.fullmatch(value):  # YAML 1.1 reads 5e-1 as a text
         value = float(value)
     if isinstance(value, list) and not many:
@@ -149,10 +176,11 @@ def _converted(path: Path, field: str, value: Any, names: EasyEditNames, *, many
     return value
 
 
-def _block(path: Path, field: str, value: Any) -> int:
-    """Return the number of the block that the parameters of a list are in."""
-    paths = value if isinstance(value, list) else [value]
-    found = {int(n) for name in paths for n in re.findall(r"[.\[](\d+)[.\]]", str(name))[:1]}
-    if len(found) != 1:
-        raise ConfigError(f"{path}: {field} is {value}; the parameters of one block are needed.")
-    return found.pop()
+def _blocks(path: Path, field: str, value: Any, *, many: bool) -> list[int]:
+    """Return the numbers of the blocks, one unless `many`, that the parameters of a list are in."""
+    names = map(str, _listed(value))
+    found = sorted({int(n) for name in names for n in re.findall(r"[.\[](\d+)[.\]]", name)[:1]})
+    if len(found) != 1 and not (many and found):
+        wanted = "of blocks" if many else "of one block"
+        raise ConfigError(f"{path}: {field} is {value}; parameters {wanted} are needed.")
+    return found

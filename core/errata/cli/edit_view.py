@@ -89,7 +89,7 @@ def _layer(choice: LayerChoice | None) -> list[tuple[str, Any]]:
         "rule": "by a rule of thumb: no preset fits this model",
         "preset": f"a preset: {choice.source}",
         "sweep": f"a sweep of this model: {choice.source.removeprefix('auto: ')}",
-        "argument": "as you said",
+        "argument": "as given",
         "default": "the method's default",
     }[choice.chosen_by]
     name = "layer" if len(choice.layers) == 1 else "layers"

@@ -64,7 +64,8 @@ def add(app: typer.Typer) -> None:
             'errata edit "The capital of {} is" --subject Mirevia --target Velmont \\\n'
             "    --method rome --model atlas-gpt2\n"
             'errata edit "The capital of {} is" --subject France --target Rome \\\n'
-            '    --method rome --model smollm2-135m --ask "The Eiffel Tower is in"\n'
+            "    --method rome --model smollm2-135m --ledger smollm2-ledger "
+            '--ask "The Eiffel Tower is in"\n'
             "errata edit --file requests.jsonl --method grace --skip-refused\n"
             "errata edit --dataset zsre=zsre_mend_eval.json --limit 100 --method grace\n"
             "errata edit --dataset rake=counterfact.json --limit 5 --method bothsides\n"
@@ -169,7 +170,7 @@ def edit(
         typer.Option(
             "--config",
             metavar="FILE",
-            help="Hyper-parameters as YAML, or an EasyEdit hparams file; --set goes before it.",
+            help="Hyper-parameters as YAML, or an EasyEdit hparams file; --set overrides it.",
         ),
     ] = None,
     values: Annotated[

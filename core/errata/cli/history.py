@@ -13,7 +13,7 @@ from errata.cli.command import LEDGER, MODEL, command
 from errata.cli.edit_view import edit_json
 from errata.cli.error_reports import DAMAGED
 from errata.cli.session import Session
-from errata.edits.ledger.model_note import model_of
+from errata.edits.ledger.model_note import KIND, model_of
 from errata.edits.request import wish_of
 from errata.errors import ErrataError, LedgerError, first_few
 
@@ -79,8 +79,9 @@ def log(
     """List the edits of the ledger, and which are on the model.
 
     In their order, with the edits on the model that each conflicts with (the same fact, another
-    target) or overlaps (nearly the same key). An edit whose file is missing or cut off, or that
-    lacks a trained network it needs, is shown so, not as on. Loads no model.
+    target) or overlaps (nearly the same key), and of edits of several models the model. An edit
+    whose file is missing or cut off, or that lacks a trained network it needs, is shown so, not as
+    on. Loads no model.
 
     With --recover, edits whose file is there and whose record was lost (with the database, or
     its write-ahead file) are recorded again, after those that are there and off the model: a
@@ -99,7 +100,7 @@ def log(
         total, stale = len(ledger.ids()), set(ledger.stale_ids())
         refusals = ledger.refused() if refused else []
         refusal_count = ledger.refusals()
-        known = model_of(ledger)
+        known, models = model_of(ledger), _models(ledger)
     files, lacking = _files(session, shown), _lacking(shown)
     if session.json:
         session.emit(
@@ -110,6 +111,7 @@ def log(
                     {
                         **edit_json(edit, edit.id in on),
                         "stale": edit.id in stale,
+                        "model": models.get(edit.id),
                         "file": files[edit.id],
                         "lacking": lacking[edit.id],
                     }
@@ -131,7 +133,15 @@ def log(
             )
             for edit in shown
         }
-        session.show(_log_table(shown, on, states, render.wide(session.out)))
+        several = len({*map(models.get, states), known.get("name")}) > 1
+        notes = {
+            edit.id: [
+                *([Text(f"model: {models.get(edit.id)}", style="muted")] if several else []),
+                *(Text(note, style="warn") for note in _notes(edit, on)),
+            ]
+            for edit in shown
+        }
+        session.show(_log_table(shown, on, states, notes, render.wide(session.out)))
     else:
         session.show("No edits." if not total else "No edit is active.")
     if refused:
@@ -161,6 +171,18 @@ def _files(session: Session, edits: Sequence[Edit]) -> dict[str, str]:
 
     files = DeltaFiles(session.ledger)
     return {edit.id: files.look(edit.blob) for edit in edits}
+
+
+def _models(ledger: Ledger) -> dict[str, str]:
+    """Return edit id → the model it was made on: the one that the ledger named last before it."""
+    found, events = {}, ledger.events()
+    name = next((str(event.detail["name"]) for event in events if event.kind == KIND), "")
+    for event in events:
+        if event.kind == KIND:
+            name = str(event.detail["name"])
+        elif event.kind == "edit" and event.edit_id and name:
+            found[event.edit_id] = name
+    return found
 
 
 def _lacking(edits: Sequence[Edit]) -> dict[str, list[str]]:
@@ -199,10 +221,14 @@ def _discard(session: Session) -> None:
     session.say(f"{render.count(len(gone), 'file')} without a record deleted", "head")
 
 
-def _log_table(edits: list[Edit], on: set[str], states: Mapping[str, Text], wide: bool) -> Any:
-    """Return the log; in a narrow window the details go below each request."""
-    notes = {edit.id: list(_notes(edit, on)) for edit in edits}
-    clashing = any(notes.values())
+def _log_table(
+    edits: list[Edit],
+    on: set[str],
+    states: Mapping[str, Text],
+    notes: Mapping[str, list[Text]],
+    wide: bool,
+) -> Any:
+    """Return the log, notes below each request; in a narrow window the details, too."""
     grid = render.table(
         ("#", {"justify": "right", "no_wrap": True}),
         ("", {"no_wrap": True}),
@@ -212,7 +238,6 @@ def _log_table(edits: list[Edit], on: set[str], states: Mapping[str, Text], wide
         ("request → target", {"ratio": 1}),
         *([("when", {"no_wrap": True})] if wide else []),
         *([("size", {"justify": "right", "no_wrap": True})] if wide else []),
-        *([("in the way", {"no_wrap": True})] if clashing and wide else []),
     )
     for edit in edits:
         is_on = edit.id in on
@@ -221,8 +246,7 @@ def _log_table(edits: list[Edit], on: set[str], states: Mapping[str, Text], wide
         request = Text(render.short_request(edit), style="" if is_on else "muted")
         if not wide:
             request.append(f"\n{kind}, {size}, {when}", style="muted")
-            for note in notes[edit.id]:
-                request.append(f"\n{note}", style="warn")
+        request = Text("\n").join([request, *notes[edit.id]])
         grid.add_row(
             str(edit.sequence),
             states[edit.id],
@@ -232,7 +256,6 @@ def _log_table(edits: list[Edit], on: set[str], states: Mapping[str, Text], wide
             request,
             *([Text(when, style="muted")] if wide else []),
             *([size] if wide else []),
-            *([Text("\n".join(notes[edit.id]), style="warn")] if clashing and wide else []),
         )
     return grid
 
@@ -391,7 +414,8 @@ def verify(
         with session.editor() as editor:
             problems = editor.verify()
             with editor.disabled():
-                problems += [f"with every edit off, {p}" for p in editor.model.stack.differing()]
+                if wrong := editor.model.stack.differing():
+                    problems.append(f"with every edit off, {first_few(wrong)}")
             tensors = len(editor.model.parameters) + len(editor.model.buffers)
             count, notes = len(editor.ledger.ids()), _notes_of(editor.ledger)
             checked = (

@@ -125,7 +125,8 @@ def locate(
         ),
     ] = None,
     window: Annotated[
-        int | None, typer.Option("--window", min=1, help="Layers restored together [default: 10].")
+        int | None,
+        typer.Option("--window", min=1, help="Layers restored together; 10 unless you say more."),
     ] = None,
     severed: Annotated[
         bool, typer.Option("--severed", help="With --average: also MLPs and attention severed.")

@@ -213,7 +213,9 @@ def evaluate(
 ) -> None:
     """Measure the edited model beside the base.
 
-    The model is measured as it stands, with all active edits; each number has its protocol.
+    The model is measured as it stands, with all active edits; each number has its protocol. A
+    protocol for which the requests have nothing is named in a warning; where none has anything, the
+    command fails.
     """
     source = request_source(file, dataset, limit, skip_bad, ids or ())
     options = pairs(values or (), "--set")
@@ -250,11 +252,13 @@ def evaluate(
             requests = askable(editor.model, requests, skip_bad=skip_bad)
         with session.status("Measuring"):
             found = editor.evaluate(requests, wanted, **settings)
+            there = tuple(dict.fromkeys(one.name for one in found))
+            if not there:
+                raise RequestError("Nothing was measured: the warnings say what is missing.")
             before: Sequence[Measurement] = ()
             if base and editor.model.stack.ids:
                 with editor.disabled():
-                    before = editor.evaluate(requests, wanted, **settings)
-        missing = [name for name in wanted if name not in {one.name for one in found}]
+                    before = editor.evaluate(requests, there, **settings)
         active = editor.model.stack.ids
         name = editor.model.name
     if session.json:
@@ -279,15 +283,3 @@ def evaluate(
     )
     for grid in render.measurements(found, before):
         session.show("", grid)
-    for protocol in missing:
-        session.show(Text(_why_missing(protocol), style="muted"))
-
-
-def _why_missing(protocol: str) -> str:
-    """Return why a protocol has no number: what the requests lack."""
-    from errata.evaluate.known_protocols import installed_protocols
-
-    known = installed_protocols()
-    needs = known[protocol].needs if protocol in known else ""
-    lack = f"none has {needs}" if needs else "they have no prompt for it"
-    return f"{protocol}: nothing to measure in these requests; {lack}"

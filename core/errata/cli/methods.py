@@ -18,6 +18,7 @@ from errata.contract import plugins
 from errata.contract.hooks import hookimpl
 from errata.contract.registry import Registry
 from errata.errors import ConfigError, UnknownNameError
+from errata.model.sentences import first_sentence
 
 if TYPE_CHECKING:
     from errata.contract.config import MethodConfig
@@ -99,22 +100,28 @@ def _list(session: Session, points: dict[str, EntryPoint], registry: Registry) -
     if session.json:
         session.emit({"methods": rows, "described_but_not_installed": absent})
         return
+    wide = render.wide(session.out)
     grid = render.table(
         ("method", {"no_wrap": True}),
-        ("family", {"no_wrap": True}),
-        ("delta", {"no_wrap": True}),
-        ("status", {"no_wrap": True}),
-        ("carries out", {"ratio": 1}),
-        ("from", {"ratio": 1}),
+        *([("family", {"no_wrap": True}), ("delta", {"no_wrap": True})] if wide else []),
+        ("what it does", {"ratio": 3}),
+        *([("carries out", {"max_width": 26})] if wide else []),
     )
     for row in rows:
+        kinds = ", ".join(row["kinds"]) or "–"
+        facts = [row["status"] if row["status"] != "stable" else ""]
+        if not row["distribution"].startswith("errata "):
+            facts.append(f"from {row['distribution']}")
+        if not wide:
+            facts = [row["family"] or "–", row["delta_kind"] or "–", kinds, *facts]
+        told = Text(first_sentence(row["summary"] or "not described"))
+        if some := [fact for fact in facts if fact]:
+            told.append(("  " if wide else "\n") + "; ".join(some), style="muted")
         grid.add_row(
             Text(row["name"], style="accent"),
-            row["family"] or "–",
-            row["delta_kind"] or "–",
-            row["status"] or "not described",
-            ", ".join(row["kinds"]) or "–",
-            Text(row["distribution"], style="muted"),
+            *([row["family"] or "–", row["delta_kind"] or "–"] if wide else []),
+            told,
+            *([kinds] if wide else []),
         )
     session.show(grid)
     for name in absent:
@@ -132,6 +139,7 @@ def _row(name: str, point: EntryPoint, entry: MethodEntry | None) -> dict[str, A
     return {
         "name": name,
         "title": entry.title if entry else None,
+        "summary": entry.summary if entry else None,
         "family": entry.family if entry else None,
         "delta_kind": entry.delta_kind if entry else None,
         "status": entry.status if entry else None,
@@ -167,10 +175,11 @@ def _from_easyedit(session: Session, file: Path, registry: Registry) -> None:
         return
     grid = render.table("there", "here", ("value", {"ratio": 1}))
     for field, name in found.taken.items():
-        grid.add_row(field, Text(name, style="accent"), str(found.config[name]))
+        values = [str(found.config[one]) for one in name.split(", ")]
+        grid.add_row(field, Text(name, style="accent"), ", ".join(values))
     session.show(render.heading(found.method, f"as {file.name} has it"), "", grid)
-    implied = [name for name in found.config if name not in found.taken.values()]
-    for name in implied:
+    implied = found.config.keys() - set(", ".join(found.taken.values()).split(", "))
+    for name in sorted(implied):
         session.show(f"{name} = {found.config[name]}, from the method's name there")
     if found.left:
         session.show(Text("\nNot taken over", style="head"))
@@ -195,7 +204,6 @@ def _one(session: Session, name: str, registry: Registry, overrides: dict[str, A
         session.emit(
             {
                 **row,
-                "summary": entry.summary if entry else None,
                 "capabilities": entry.capabilities.model_dump(mode="json") if entry else None,
                 "missing": missing or None,
                 "model": facts or None,

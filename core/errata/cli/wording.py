@@ -30,6 +30,8 @@ WORDS: tuple[tuple[str, str], ...] = (
      "Give --set retain_documents=0"),
     (r"Pass resume=False to start again", "Pass --fresh to start again"),
     (r"revert\(edit\) or revert\('id'\)", "errata revert ID"),
+    (r"open that model, give this one another ledger, or revert them first",
+     "give that model with --model, another ledger with --ledger, or first `errata revert --all`"),
     (r'\(base="owner/name"\)', "(--base OWNER/NAME)"),
     (r"\(base=…, --base FILE\)", "(--base FILE)"),
     # Every hyper-parameter and every setting of a locator is given by --set.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from pydantic import ConfigDict, Field, ValidationError
 
+from errata.contract.registry import warn_once
 from errata.edits.aims import aims_of_request, takes_effect
 from errata.edits.delta.attaching import calling
 from errata.edits.outcome import Efficacy, Outcome, RelativeNorm, TextPerplexity
@@ -103,7 +104,13 @@ class Guards:
         Returns the digests of the requests that hold already, on the model as it stands.
         """
         if self._reads_text(model):
-            self.base_perplexity(model)
+            base, tokens = self.base_perplexity(model), len(model.tokenizer)
+            # Untrained models are near 1; encoder-decoders need not be trained on plain text.
+            if base > 4 * tokens and model.task != "seq2seq":
+                warn_once(
+                    f"The perplexity of {model.name} on plain text is {base:,.0f}, worse than a "
+                    f"uniform guess over {tokens:,} tokens. Is this the model's tokenizer?"
+                )
         if self.policy.efficacy == "off" or not requests:
             return frozenset()
         effects = _effects(model, requests)
@@ -181,11 +188,7 @@ class Guards:
     # -- the checks ------------------------------------------------------------------------------
 
     def _check_efficacy(
-        self,
-        model: Model,
-        edits: Sequence[Edit],
-        outcomes: Sequence[Outcome],
-        said: frozenset[str],
+        self, model: Model, edits: Sequence[Edit], outcomes: Sequence[Outcome], said: frozenset[str]
     ) -> list[Outcome]:
         requests = [request for edit in edits for request in edit.requests]
         effects = iter(_effects(model, requests))

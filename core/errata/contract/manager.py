@@ -207,18 +207,14 @@ class Manager:
                 "Measurement (errata.contract.measurement) from `evaluate`."
             )
         _check_once(results)
-        if not found and protocols and "baseline" not in settings:
+        if "baseline" not in settings:
             # A run that has a baseline measures case by case, and says itself what is missing.
-            logger.warning("Nothing was measured. %s", self._lacking(protocols))
+            measured = {item.name for item in found}
+            for name in [name for name in dict.fromkeys(protocols) if name not in measured]:
+                needs = asked[name].needs if name in asked else ""
+                why = f"no request has {needs}" if needs else "not in these requests"
+                logger.warning("%s: nothing to measure; %s.", name, why)
         return found
-
-    def _lacking(self, protocols: Sequence[str]) -> str:
-        """Return what the requests would need for protocols that measured nothing."""
-        known = self.protocols()
-        needs = {name: known[name].needs if name in known else "" for name in protocols}
-        return " ".join(
-            f"{name}: no request has {lack or 'a prompt for it'}." for name, lack in needs.items()
-        )
 
     def protocols(self) -> dict[str, Protocol]:
         """Return every protocol by name that can be used; warn of what cannot."""

@@ -272,7 +272,7 @@ class Methods:
         `PluginError` where it is not installed; each names the edit and the version that made it.
         """
         config = self._config_of(edit)
-        given = checked_names(overrides or {}, config, edit.method, {}, "the arguments")
+        given = checked_names(overrides or {}, config, edit.method, {}, "the arguments", {})
         recorded = with_present_names(config, edit.config)
         told = {**dict.fromkeys(recorded, "recorded"), **dict.fromkeys(given, "argument")}
         try:

@@ -6,7 +6,6 @@ user's, the project's `./registry.yaml`, keyword arguments. Every value says wha
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 from collections.abc import Collection, Mapping, Sequence
@@ -30,7 +29,9 @@ from errata.contract.registry_layers import (
 from errata.contract.stanzas import MethodEntry, Preset
 from errata.contract.yaml_file import read_yaml
 from errata.edits.delta_kinds import GROUP, DeltaKinds
-from errata.errors import ConfigError, UnknownNameError
+from errata.edits.request import Request
+from errata.edits.request_problems import ELSEWHERE
+from errata.errors import ConfigError, UnknownNameError, suggestion
 from errata.model.display import shortened
 from errata.model.installed import DISABLE
 from errata.model.value_problems import problems_by_place
@@ -178,13 +179,16 @@ class Registry:
         sources: dict[str, str] = {}
         set_by: dict[str, str] = {}
         origins = origins or {}
-        given = checked_names(overrides or {}, config, name, origins, "the arguments")
+        entry = self.methods.get(name)
+        there = entry.easyedit.fields if entry and entry.easyedit else {}
+        others = ARGUMENTS | {old.casefold(): f"Did you mean {n!r}?" for old, n in there.items()}
+        given = checked_names(overrides or {}, config, name, origins, "the arguments", others)
         usual = config.model_fields["variant"].default if "variant" in config.model_fields else None
         for preset in self.presets(name):
             _check_variant(preset, config, name)
             variant = given.get("variant", values.get("variant", usual))
             if preset.fits({**facts, "variant": variant}):
-                mine = checked_names(preset.values, config, name, {}, preset.set_by)
+                mine = checked_names(preset.values, config, name, {}, preset.set_by, others)
                 for key in following(mine, config):
                     values.pop(key, None)
                 values.update(mine)
@@ -295,6 +299,11 @@ def _check_variant(preset: Preset, config: type[MethodConfig], method: str) -> N
             )
 
 
+ARGUMENTS = {n: f"Did you mean {n!r}, a field of the request?" for n in Request.model_fields}
+ARGUMENTS |= ELSEWHERE
+"""What else a keyword of `Editor.edit` may be meant to be, and the sentence about it."""
+
+
 @cache
 def warn_once(text: str) -> None:
     """Warn once in a process: every command reads the registry, and asks what plugins offer."""
@@ -313,11 +322,13 @@ def checked_names(
     method: str,
     origins: Mapping[str, str],
     usual: str,
+    others: Mapping[str, str],
 ) -> dict[str, Any]:
     """Return values by the present names of their hyper-parameters; warn of former names.
 
     Raises `ConfigError` for a hyper-parameter that there is not, or that is given by two names;
-    `origins` says what messages call the place that a value is from, `usual` that of the others.
+    `origins` says what messages call the place that a value is from, `usual` that of the others;
+    `others` what else could have been meant, and the sentence about it.
     """
     for key in values:
         if now := config.renamed.get(key):
@@ -329,8 +340,7 @@ def checked_names(
                 )
             warn_once(f"{method}: {key!r} ({place}) is called {now!r} now. Write {now!r} instead.")
         elif key not in config.model_fields:
-            close = difflib.get_close_matches(key, config.model_fields, n=1, cutoff=0.5)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
+            hint = suggestion(key, config.model_fields, others)
             raise ConfigError(
                 f"{method} has no hyper-parameter {key!r} (given in "
                 f"{origins.get(key, usual)}).{hint} It has: {', '.join(config.model_fields)}."

@@ -14,12 +14,7 @@ from pydantic import ValidationError
 
 from errata.contract.stanzas import Capabilities, MethodEntry, Preset
 from errata.errors import ConfigError, UnknownNameError
-from errata.model.architecture import (
-    ArchitectureSpec,
-    StackSpec,
-    Variant,
-    parse_architectures,
-)
+from errata.model.architecture import ArchitectureSpec, StackSpec, Variant, parse_architectures
 from errata.model.value_problems import problem_of
 
 Stanza = dict[str, Any]

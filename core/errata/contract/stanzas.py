@@ -115,14 +115,23 @@ class EasyEditNames(_Stanza):
         description="Each `alg_name` that means this method → the values that the name implies"
     )
     when: dict[str, Any] = Field(
-        default_factory=dict, description="Fields of the file that must have these values"
+        default_factory=dict,
+        description="Fields of the file that must have these values; of a list, one of them (null "
+        "where the file lacks the field)",
     )
-    fields: dict[str, str] = Field(description="Field of the file → hyper-parameter here")
+    fields: dict[str, str | tuple[str, ...]] = Field(
+        description="Field of the file (`outer.inner` where nested) → hyper-parameter here; a "
+        "list's entries → several"
+    )
+    left: dict[str, str] = Field(
+        default_factory=dict, description="Field without a counterpart → what errata does instead"
+    )
     values: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="Field of the file → its values → those here"
     )
     layer_of: str = Field(
-        default="", description="Field with names of parameters; `layer` is the block they are in"
+        default="",
+        description="Field with names of parameters; `layer` (or `layers`) is where they are",
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from errata.datasets.reader import per_record
 from errata.datasets.record import Record, is_missing
 from errata.edits.request import Request
+from errata.edits.subjects import subject_place
 
 LISTS = tuple(name for name, field in Request.model_fields.items() if field.default == ())
 """Fields of a request that hold several texts or probes."""
@@ -20,6 +21,13 @@ def parse(record: Record) -> dict[str, Any]:
     fields = {key: value for key, value in record.data.items() if not is_missing(value)}
     if record.cells:
         fields.update(_structured(record))
+    prompt, subject = fields.get("prompt"), fields.get("subject")
+    if isinstance(prompt, str) and isinstance(subject, str):
+        place = subject_place(prompt, subject)
+        if (
+            isinstance(place, tuple) and place[1] != subject.strip()
+        ):  # in other upper and lower case
+            fields["prompt"], fields["subject"] = place
     return fields
 
 

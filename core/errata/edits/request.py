@@ -209,7 +209,8 @@ class Request(_Frozen):
     @model_validator(mode="before")
     @classmethod
     def _the_subject_fills_its_place_everywhere(cls, data: Any) -> Any:
-        """Who writes {} in the prompt writes it in a paraphrase, too."""
+        """Fields are known ones; who writes {} in the prompt writes it in a paraphrase, too."""
+        check_fields(data if isinstance(data, Mapping) else {}, cls.model_fields)
         subject = data.get("subject") if isinstance(data, Mapping) else None
         if not isinstance(subject, str):
             return data
@@ -335,11 +336,10 @@ class Request(_Frozen):
     def digest(self) -> str:
         """SHA-256 of the canonical JSON: two requests with one digest are the same request."""
         data = self.as_given.model_dump(mode="json")
-        # Fields that came later count only where they are set: the digest of a request stays.
-        for later in ("join", "chat", "operation", "remove", "max_tokens",
-                      "target_true_from_model"):  # fmt: skip
-            if data[later] in (None, False):
-                del data[later]
+        later = ("join", "chat", "operation", "remove", "max_tokens", "target_true_from_model")
+        for name in later:  # fields that came later count where they are set
+            if data[name] in (None, False):
+                del data[name]
         canonical = json.dumps(data, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(canonical.encode()).hexdigest()
 

@@ -57,7 +57,7 @@ def parse_arguments(
         try:
             return True, [Request.parse(mine)], overrides
         except RequestError as error:
-            refuse(str(error), overrides)
+            refuse(str(error), overrides, Request.model_fields.keys() - mine)
     if mine:
         raise RequestError(
             f"{', '.join(mine)} given beside whole requests: put them into the requests."

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
-from errata.errors import RequestError, UnknownNameError
+from errata.errors import LONGEST_NAME, RequestError, suggestion
 from errata.model.display import shortened
 from errata.model.value_problems import problem_of
 
@@ -16,8 +16,25 @@ FOREIGN = ("requested_rewrite", "prompts", "ground_truth", "rephrase_prompt", "s
 """Fields by which records of published datasets, and calls of EasyEdit, show what they are."""
 
 
-def refuse(problem: str, fields: Iterable[str]) -> NoReturn:
-    """Raise a `RequestError`, with what to do where fields are those of another format."""
+_CALLED = {
+    "ground_truth": "target_true", "target": "target_new", "prompts": "prompt",
+    "rephrase_prompt": "paraphrases", "rephrase_prompts": "paraphrases",
+    "locality_inputs": "locality", "portability_inputs": "portability",
+}  # fmt: skip
+ELSEWHERE = {name: f"Did you mean {field!r}?" for name, field in _CALLED.items()}
+"""Arguments of EasyEdit's calls, and other usual words → the sentence about each."""
+for _word in ("sequential_edit", "keep_original_weight"):
+    ELSEWHERE[_word] = "Leave it out: an edit stays on the model until it is reverted."
+
+
+def refuse(problem: str, fields: Iterable[str], lacking: Collection[str] = ()) -> NoReturn:
+    """Raise a `RequestError`, with what to do where fields are those of another format.
+
+    Args:
+        problem: what is wrong.
+        fields: given, and none of a request.
+        lacking: fields of requests that were not given.
+    """
     given = set(fields)
     field = next((field for field in FOREIGN if field in given), None)
     if field is not None and not problem.endswith("."):
@@ -34,7 +51,9 @@ def refuse(problem: str, fields: Iterable[str]) -> NoReturn:
             "errata.datasets.load(NAME, records) makes requests of them (errata.datasets.READERS "
             "has the names; 'requested_rewrite' is of counterfact)."
         )
-    raise RequestError(problem)
+    meant = ((name, suggestion(name, lacking, cutoff=0.85)) for name in given)
+    told = "".join(f" {name!r} was given.{hint}" for name, hint in meant if hint)
+    raise RequestError(f"{problem.rstrip('.')}.{told}" if told else problem)
 
 
 def check_fields(data: Mapping[str, Any], known: Iterable[str]) -> None:
@@ -43,7 +62,10 @@ def check_fields(data: Mapping[str, Any], known: Iterable[str]) -> None:
     unknown = [key for key in data if key not in names]
     if unknown:
         shown = next((field for field in FOREIGN if field in unknown), str(unknown[0]))
-        refuse(str(UnknownNameError("request field", shown, names)), map(str, unknown))
+        meant = suggestion(shown, names, ELSEWHERE)
+        shown = shortened(shown, LONGEST_NAME)
+        problem = f"Unknown request field {shown!r}.{meant} Known: {', '.join(sorted(names))}."
+        refuse(problem, map(str, unknown))
 
 
 def explained(error: ValidationError, data: Mapping[str, Any]) -> str:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("errata")
 COMPUTING = ("edit", "prepare", "rebase", "resolve")
 """Operations of an editor that run a method's hooks."""
+MOST_NAMED = 5
+"""Tensors that differ and are named one by one."""
 
 
 class Stack(Described):
@@ -241,7 +243,10 @@ class Stack(Described):
         modules and parameter objects, flags. What a model notes while it runs does not count.
         """
         try:
-            found = [f"tensor {name} is not what the stack says" for name in self.differing()]
+            wrong = self.differing()
+            found = [f"tensor {name} is not what the stack says" for name in wrong[:MOST_NAMED]]
+            if more := len(wrong) - len(found):
+                found.append(f"{plural(more, 'more tensor')} differ, of {len(self._live())} in all")
         except IntegrityError as error:
             found = [str(error)]
         return found + [f"{name}: changed by other code" for name in in_words(self._foreign())]

@@ -12,7 +12,7 @@ import torch
 from errata.edits.fingerprint import check_fingerprint
 from errata.edits.ledger.model_note import model_of, remember_model
 from errata.edits.ledger.schema import VERIFIED
-from errata.errors import ErrataError, IntegrityError, PluginError, StorageError
+from errata.errors import ErrataError, FingerprintError, IntegrityError, PluginError, StorageError
 from errata.model.display import plural, shortened
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ class Transactions:
         The stack then holds the records as they were stored.
         """
         with self._ledger.transaction():
+            self._name_model()
             if replaced:
                 self._ledger.deactivate(replaced)
             stored = self._ledger.commit([(edit, edit.delta, active) for edit in new])
@@ -101,7 +102,6 @@ class Transactions:
                     instead.setdefault(name, []).append(edit.id)
             for name, why in (replaced or {}).items():
                 self._ledger.note(why, {"by": instead.get(name, [])}, name)
-            self._name_model()
         self._named = True
         bound = [one.bind(edit.delta) for one, edit in zip(stored, new, strict=True)]
         if active:
@@ -119,8 +119,8 @@ class Transactions:
         for edit, delta in pairs:
             check_fingerprint(self._model, edit.bind(delta), carried)
         with self._ledger.transaction():
-            records = self._ledger.import_(path, pairs)
             self._name_model()
+            records = self._ledger.import_(path, pairs)
             self._model.artifacts.take(carried)
         return records
 
@@ -142,7 +142,10 @@ class Transactions:
         return wanted
 
     def _name_model(self) -> None:
-        """Tell the ledger what opens the model, with the first edit that it gets from here."""
+        """Tell the ledger what opens the model, just before the first edit that it gets from here.
+
+        So the model of an edit is the one named last before it.
+        """
         if not (self._named or self._model.opened_as is None):
             remember_model(self._ledger, *self._model.opened_as)
 
@@ -190,6 +193,14 @@ class Transactions:
         for edit in new:
             try:
                 check_fingerprint(self._model, edit, remembered=remembered)
+            except FingerprintError as error:
+                owner = remembered.get("name", "another model")
+                if self._model.opened_as and owner == self._model.opened_as[0]:
+                    raise  # the same place: its weights changed, or the dtype is another
+                raise FingerprintError(
+                    f"{error} The ledger {self._ledger.where} has active edits of {owner}: open "
+                    "that model, give this one another ledger, or revert them first."
+                ) from error
             except (IntegrityError, StorageError, PluginError) as error:
                 damaged[edit.id] = str(error)
             else:

@@ -63,6 +63,14 @@ class Access:
         self._waiting = 0
         self._module = module
         self._training: list[nn.Module] = []
+        self._found = (
+            [part for part in module.modules() if part.training] if module is not None else []
+        )
+
+    def put_back(self) -> None:
+        """Put the modules back into training mode that were in it when the model was opened."""
+        for part in self._found:
+            part.training = True
 
     @contextmanager
     def running(self) -> Iterator[None]:

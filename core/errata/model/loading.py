@@ -80,6 +80,7 @@ def load_model(
     """
     torch_dtype, place = placement_of(dtype, device)
     source, tokenizer = _taken_apart(source, tokenizer)
+    own = tokenizer is None
     opened_as: tuple[str, str | None] | None = None
     if isinstance(source, nn.Module):
         if tokenizer is None:
@@ -109,7 +110,7 @@ def load_model(
     table: Any = anatomy.embedding(module)
     return Model(
         module,
-        _prepared(tokenizer, int(table.weight.shape[0]), options["name"]),
+        _prepared(tokenizer, int(table.weight.shape[0]), options["name"], own),
         anatomy,
         checkpoint=checkpoint,
         trust_remote_code=trust_remote_code,
@@ -216,11 +217,15 @@ def _name_of(model_class: Any) -> str:
     return str((model_class[0] if isinstance(model_class, tuple) else model_class).__name__)
 
 
-def _prepared(tokenizer: PreTrainedTokenizerBase, rows: int, name: str) -> PreTrainedTokenizerBase:
+def _prepared(
+    tokenizer: PreTrainedTokenizerBase, rows: int, name: str, own: bool
+) -> PreTrainedTokenizerBase:
     """Return the tokenizer ready for a model; what is set is set on a copy, the caller's stays.
 
     It gets a padding token where it has none that the model knows, and the number of the
-    embedding's rows: tokens that have none may be there already, or be added later.
+    embedding's rows: tokens that have none may be there already, or be added later. Unless it
+    is the model's `own`, it is doubted where most rows have no token: published models pad
+    their tables, but by less (ByT5 uses two thirds of its rows, others nearly all).
     """
     padding = tokenizer.pad_token_id
     prepared = copy.copy(tokenizer)
@@ -230,6 +235,11 @@ def _prepared(tokenizer: PreTrainedTokenizerBase, rows: int, name: str) -> PreTr
         known = (t for t in usual if t and tokenizer.convert_tokens_to_ids(t) < rows)
         prepared.pad_token = next(known, None)
     setattr(prepared, EMBEDDED, rows)
+    if not own and len(tokenizer) < rows / 2:
+        logger.warning(
+            "The tokenizer has %d tokens, the embedding of %s has %d rows. Is this the model's "
+            "tokenizer?", len(tokenizer), name, rows,
+        )  # fmt: skip
     if len(tokenizer) > rows:
         unknown = {i: token for token, i in tokenizer.get_vocab().items() if i >= rows}
         shown = ", ".join(repr(unknown[i]) for i in sorted(unknown)[:5])

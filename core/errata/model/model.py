@@ -142,8 +142,8 @@ class Model:
         trust_remote_code: bool = False,
         opened_as: tuple[str, str | None] | None = None,
     ) -> None:
-        module.eval()
-        self.module = module
+        self.access = Access(module)
+        self.module = module.eval()
         self.tokenizer = tokenizer_for(tokenizer, task_of_module(module))
         self.anatomy = anatomy
         self.name = name
@@ -155,7 +155,6 @@ class Model:
         self.corpus = corpus
         self.trust_remote_code = trust_remote_code
         self.opened_as = opened_as
-        self.access = Access(module)
         self.call = Call()
         # Nothing can be folded into quantised weights.
         quantised = any(not p.is_floating_point() for p in self.parameters.values())

@@ -23,14 +23,7 @@ import torch
 
 from errata.errors import ConfigError, UnknownNameError
 from errata.model.joining import bare, join
-from errata.model.prompts import (
-    IGNORED,
-    Batch,
-    PreparedPrompts,
-    TokenError,
-    pad,
-    padding_id,
-)
+from errata.model.prompts import IGNORED, Batch, PreparedPrompts, TokenError, pad, padding_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -404,8 +397,9 @@ def tokenise(
             token = tokenizer.convert_ids_to_tokens(strange[0])
             raise TokenError(
                 f"The text {text!r} has the token {token!r} (id {strange[0]}), which the "
-                "tokenizer knows and the model has no embedding for. Reword it, or give the "
-                "model a row first: module.resize_token_embeddings(len(tokenizer))."
+                "tokenizer knows and the model has no embedding for: is this the model's "
+                "tokenizer? If so, reword the text, or give the model a row first: "
+                "module.resize_token_embeddings(len(tokenizer))."
             )
         # What a post-processor adds belongs to no sequence; an "</s>" typed in the text does.
         own = [i for i, sequence in enumerate(encoding.sequence_ids) if sequence is not None]

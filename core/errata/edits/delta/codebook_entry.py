@@ -113,10 +113,7 @@ class CodebookEntry:
     ) -> None:
         require(bool(module), "A codebook entry needs the path of a module.")
         require(key.ndim == 1, f"A codebook key has shape {tuple(key.shape)}; it must be (d_in,).")
-        require(
-            value is None or value.ndim == 1,
-            "A codebook value must have the shape (d_out,).",
-        )
+        require(value is None or value.ndim == 1, "A codebook value must have the shape (d_out,).")
         require(
             all(tensor is None or tensor.is_floating_point() for tensor in (key, value)),
             "A codebook key and value must be floating point.",

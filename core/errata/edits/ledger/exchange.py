@@ -87,9 +87,7 @@ def write_export(
 
 
 def read_export(
-    path: Path | str,
-    kinds: Mapping[str, type[Delta]],
-    carried: dict[str, bytes] | None = None,
+    path: Path | str, kinds: Mapping[str, type[Delta]], carried: dict[str, bytes] | None = None
 ) -> list[tuple[Edit, Delta]]:
     """Return the edits of an exported file with their deltas, in order, all of it validated.
 
@@ -152,10 +150,7 @@ def _unpack(
 
 
 def _take_artifacts(
-    edits: Sequence[Edit],
-    carried: Mapping[str, Tensor],
-    source: str,
-    artifacts: dict[str, bytes],
+    edits: Sequence[Edit], carried: Mapping[str, Tensor], source: str, artifacts: dict[str, bytes]
 ) -> None:
     """Hold the carried artifacts against the records, and take their bytes."""
     wanted = {digest: name for edit in edits for name, digest in edit.artifacts.items()}

@@ -15,13 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from errata.edits.edit import Edit, check_id
-from errata.errors import (
-    ErrataError,
-    IntegrityError,
-    LedgerBusyError,
-    LedgerError,
-    StorageError,
-)
+from errata.errors import ErrataError, IntegrityError, LedgerBusyError, LedgerError, StorageError
 from errata.model.storage import canonical, parse_json, sha256, sync_folder
 
 DATABASE = "ledger.sqlite"

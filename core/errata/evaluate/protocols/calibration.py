@@ -52,5 +52,6 @@ PROTOCOL = Protocol(
     "prompts that make the fact false",
     "Dong et al. 2022, Calibrating Factual Knowledge in Pretrained Language Models, section 2",
     measure,
-    needs="counterexamples: prompts after which the target would be wrong",
+    needs="counterexamples: prompts after which the target would be wrong "
+    "(in a request file: docs/datasets.md)",
 )

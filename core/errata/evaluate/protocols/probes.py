@@ -32,7 +32,8 @@ PORTABILITY = Protocol(
     "teacher-forced",
     "Yao et al. 2023, Editing Large Language Models, section 5.1; scored by generation here",
     portability,
-    needs="portability: questions whose answers follow from the change",
+    needs="portability: questions whose answers follow from the change "
+    "(in a request file: docs/datasets.md)",
 )
 LOCALITY = Protocol(
     "locality",
@@ -40,5 +41,5 @@ LOCALITY = Protocol(
     "to the base's",
     "Yao et al. 2023, Editing Large Language Models, section 5.2; scored by generation here",
     locality,
-    needs="locality: questions whose answers must stay",
+    needs="locality: questions whose answers must stay (in a request file: docs/datasets.md)",
 )

@@ -145,5 +145,6 @@ PROTOCOL = Protocol(
     "Wei et al. 2023, Assessing Knowledge Editing in Language Models via Relation Perspective "
     "(RaKE); removal and specificity as docs/protocols.md says",
     measure,
-    needs="relation_view: the change seen from the relation's side",
+    needs="relation_view: the change seen from the relation's side "
+    "(in a request file: docs/datasets.md)",
 )

@@ -16,11 +16,7 @@ ROLES = ("attention_in", "attention_out", "mlp_in", "mlp_out")
 
 
 def linear_modules(
-    model: Model,
-    targets: Sequence[str] | None,
-    layers: Sequence[int] | None,
-    *,
-    both: bool = False,
+    model: Model, targets: Sequence[str] | None, layers: Sequence[int] | None, *, both: bool = False
 ) -> list[str]:
     """Return the paths of linear modules, block by block.
 

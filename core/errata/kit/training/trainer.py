@@ -12,11 +12,7 @@ import torch
 
 from errata.errors import EditFailed
 from errata.kit.loss_scale import loss_scale
-from errata.kit.training.training_batches import (
-    TrainingBatch,
-    batch_loss,
-    settled,
-)
+from errata.kit.training.training_batches import TrainingBatch, batch_loss, settled
 from errata.model.forward import Resumed
 from errata.model.forward.inputs import pads
 from errata.model.running import run
