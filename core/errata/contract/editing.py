@@ -251,12 +251,10 @@ class Editing:
                 found |= {old.id: old for old in there if share_a_fact(old, each)}
         return list(found.values())
 
-    def _superseded(self, requests: Sequence[Request]) -> list[Edit]:
-        return Clashes(self._stack.entries).about(requests, same_target=True)
-
     def _making(self, call: EditCall, *, apply: bool, supersede: bool) -> _Making:
         requests = [request for batch in call.batches for request in batch]
-        old = self._superseded(requests) if supersede else []
+        clashes = Clashes(self._stack.entries)
+        old = clashes.about(requests, same_target=True) if supersede else []
         check_superseded(old, requests)
         return _Making([call], old, {edit.id: SUPERSEDED for edit in old}, apply)
 

@@ -355,7 +355,9 @@ class _Pass:
             if given is None:
                 raise ConfigError(f"{name} is called without a tensor: it is no projection.")
             real = batch.attention_mask.to(given.device).bool().flatten()
-            keys = _wide(given.flatten(0, -2)[real])  # (tokens, D); OPT's is flat already
+            keys = given.flatten(0, -2)[real]  # (tokens, D); OPT's is flat already
+            # In fp64; Apple's devices have none, there the CPU does the sum.
+            keys = (keys.cpu() if keys.device.type == "mps" else keys).double()
             product = keys.T @ keys
             total = self.sums.get(layer)
             # Resumed sums come from the CPU; with device_map each layer has a device of its own.
@@ -410,8 +412,3 @@ class _Pass:
             moments[layer] = SecondMoment(matrix, self.count, layer, self.text)
         self.model.artifacts.path(self.partial).unlink(missing_ok=True)
         return moments
-
-
-def _wide(keys: Tensor) -> Tensor:
-    """Return keys in fp64; Apple's devices have none, there the CPU does the sum."""
-    return (keys.cpu() if keys.device.type == "mps" else keys).double()

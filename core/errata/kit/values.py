@@ -24,6 +24,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -230,7 +231,7 @@ class _Problem:
         # can be kept and all rows resume at the same one. Rows of one request lie together.
         tokens = [row for part in parts for row in part.tokens]
         lookups = [lookup for part in parts for lookup in part.lookups]
-        first = _offsets([len(part.tokens) for part in parts])
+        *first, _ = accumulate((len(part.tokens) for part in parts), initial=0)
         inputs, self.columns = laid_out(model, tokens, lookups)  # (B,) column of each row's δ
         shift = self.columns - torch.tensor(lookups)  # none in an encoder: reads are the decoder's
         if said := [row for part in parts for row in part.said]:
@@ -472,8 +473,3 @@ class _Problem:
         read = max(anatomy.layer(loss_layer), self.layer if anatomy is anatomy.reader else 0)
         names = [anatomy.block(index) for index in range(read + 1, anatomy.n_layers)]
         return bypassed(self.model.module, names)
-
-
-def _offsets(lengths: Sequence[int]) -> list[int]:
-    """Return where each of several runs of rows begins."""
-    return [sum(lengths[:i]) for i in range(len(lengths))]

@@ -310,8 +310,8 @@ class Anatomy:
 
     def transposed(self, path: str) -> bool:
         """Say whether a module stores its weight as (in, out), as GPT-2's Conv1D does."""
-        stacks = [self.spec.blocks, self.spec.encoder_blocks]
-        in_block = any(stack and path.startswith(f"{stack}.") for stack in stacks)
+        stacks = [stack.blocks for stack in (self.spec, self.spec.encoder) if stack is not None]
+        in_block = any(path.startswith(f"{stack}.") for stack in stacks)
         return in_block and self.spec.layout == "in_out"
 
     def shape(self, module: nn.Module, path: str) -> tuple[int, int]:

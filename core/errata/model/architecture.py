@@ -107,11 +107,6 @@ class ArchitectureSpec(StackSpec):
     )
     variants: tuple[Variant, ...] = ()
 
-    @property
-    def encoder_blocks(self) -> str | None:
-        """The ModuleList of encoder blocks of an encoder-decoder."""
-        return self.encoder.blocks if self.encoder is not None else None
-
     def under(self, parent: str) -> ArchitectureSpec:
         """Return the stanza of a model that has everything but its head in a module `parent`."""
         moved: dict[str, Any] = {

@@ -35,13 +35,7 @@ class RoutedState:
         return model.remembered(cls, lambda: cls(model))
 
     def attach(self, router: Router) -> Callable[[], None]:
-        """Hang a router on the model and return the undo.
-
-        Raises:
-            RuntimeError: one is attached already.
-        """
-        if self.router is not None:
-            raise RuntimeError(f"{type(self.router).__name__} is attached already.")
+        """Hang a router on the model and return the undo."""
         take_off = router.attach()
         self.router = router
 

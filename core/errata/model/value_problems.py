@@ -113,7 +113,8 @@ def problem_of(item: Mapping[str, Any], given: bool = True) -> str:
         return "there is no such key"
     if kind in _WANTED:
         said = f"must be {_WANTED[kind]}{instead}"
-        return f"{said}: {_QUOTES[type(value)]}" if _quotes_help(kind, value) else said
+        quotes = _QUOTES.get(type(value), "") if kind == "string_type" else ""
+        return f"{said}: {quotes}" if quotes else said
     if kind == "string_too_short" and context.get("min_length") == 1:
         return "is empty"
     if kind in ("too_short", "string_too_short"):
@@ -148,10 +149,6 @@ _QUOTES: dict[type, str] = {
     float: "put it in quotes",
     type(None): "write a text, in quotes where it looks like nothing (null, ~)",
 }
-
-
-def _quotes_help(kind: str, value: object) -> bool:
-    return kind == "string_type" and type(value) in _QUOTES
 
 
 def _shown(value: object) -> str:

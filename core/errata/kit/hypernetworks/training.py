@@ -138,7 +138,8 @@ class NetworkTraining:
             done = self._resume()
             if done is None:
                 done = 0
-                editing.begin(self._every(), self._trial)
+                every = self._model.progress.track(self._batches, "Gradients of the requests")
+                editing.begin(map(self._cache.signals, every), self._trial)
                 self._optimisers = editing.optimisers()
             rates = [[group["lr"] for group in o.param_groups] for o in editing.optimisers()]
             losses: list[float] = []
@@ -225,10 +226,6 @@ class NetworkTraining:
             for batch in self._batches[:2]:
                 losses.append(float(self._editing.objective(self._asked(batch))))
         return sum(losses) / len(losses)
-
-    def _every(self) -> Iterator[Signals]:
-        for batch in self._model.progress.track(self._batches, "Gradients of the requests"):
-            yield self._cache.signals(batch)
 
     def _asked(self, batch: RequestBatch) -> Answered:
         """Return what comes of a batch's lesson with the network as it stands.
