@@ -86,7 +86,7 @@ def test_what_measures_nothing_says_what_is_missing(
 ) -> None:
     caplog.set_level(logging.WARNING)
     assert editor.evaluate([{**FIELDS, "target_new": NEW}], ["counterfact"]) == []
-    assert "counterfact: no request has target_true" in caplog.text
+    assert "counterfact: nothing to measure; no request has target_true" in caplog.text
     caplog.clear()
     assert editor.evaluate(FACT, ["counterfact"])
     assert not caplog.text
