@@ -163,7 +163,8 @@ def test_an_encoder_decoder_has_both_stacks(gated):
     encoder = anatomy.encoder
     assert encoder is not None
     assert encoder.n_layers == LAYERS
-    assert anatomy.spec.encoder is not None and anatomy.spec.encoder.blocks == "encoder.block"
+    assert anatomy.spec.encoder is not None
+    assert anatomy.spec.encoder.blocks == "encoder.block"
     assert encoder.mlp_out(1) == "encoder.block.1.layer.1.DenseReluDense.wo"
     assert anatomy.mlp_out(1) == "decoder.block.1.layer.2.DenseReluDense.wo"
     assert len(anatomy.mlp_in(0)) == len(encoder.mlp_in(0)) == (2 if gated else 1)
