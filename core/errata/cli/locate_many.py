@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errata.cli.locate_views import average_view, edits_on, low_probability, sweep_view
+from errata.cli.locate_views import average_view, low_probability, show_located, sweep_view
 from errata.cli.pictures import beside, say_pictures
 from errata.cli.prechecks import check_method, check_model, check_settings
 from errata.errors import ConfigError
@@ -40,20 +40,7 @@ def average_effects(
         active = editor.model.stack.entries
     drawn = [] if plot is None else _average_pictures(found, severed, plot)
     warning = low_probability(found.clean)
-    if session.json:
-        session.emit(
-            {
-                **found.as_json(),
-                "edits": [edit.id for edit in active],
-                "warnings": [warning] if warning else [],
-                "pictures": [str(path) for path in drawn],
-            }
-        )
-        return
-    session.show(*average_view(found, edits_on(active)))
-    if warning:
-        session.say(f"Warning: {warning}", "warn")
-    say_pictures(session, drawn)
+    show_located(session, found, average_view, active, warning, drawn)
 
 
 def _average_pictures(found: AverageTrace, severed: bool, plot: Path) -> list[Path]:

@@ -14,8 +14,8 @@ from errata.cli.locate_views import (
     location_view,
     low_probability,
     phrasings_view,
+    show_located,
 )
-from errata.cli.pictures import say_pictures
 from errata.cli.prechecks import check_locator, check_method, check_model, check_settings
 from errata.edits.request import Request
 from errata.errors import ConfigError, RequestError
@@ -99,20 +99,7 @@ def _one(
         drawn = [] if plot is None else _drawn(editor, request, by, method, settings, plot)
     active = editor.model.stack.entries
     warning = low_probability(found.evidence.get("high"), str(found.evidence.get("answer", "")))
-    if session.json:
-        session.emit(
-            {
-                **found.as_json(),
-                "edits": [edit.id for edit in active],
-                "warnings": [warning] if warning else [],
-                "pictures": [str(path) for path in drawn],
-            }
-        )
-        return
-    session.show(*location_view(found, edits_on(active)))
-    if warning:
-        session.say(f"Warning: {warning}", "warn")
-    say_pictures(session, drawn)
+    show_located(session, found, location_view, active, warning, drawn)
 
 
 def _drawn(

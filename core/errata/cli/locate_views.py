@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.text import Text
 
 from errata.cli import render
+from errata.cli.pictures import say_pictures
 
 if TYPE_CHECKING:
+    from errata.cli.session import Session
     from errata.edits.edit import Edit
     from errata.kit.layer_sweep import LayerSweep
     from errata.locate import AverageTrace, LayerOverlap, Location, RelativeSimilarity
@@ -35,6 +38,31 @@ def low_probability(clean: object, answer: str = "") -> str:
         "hardly knows this, so the place says little. Trace what it knows (`errata generate`), "
         "or take a model that knows it."
     )
+
+
+def show_located(
+    session: Session,
+    found: Location | AverageTrace,
+    view: Callable[[Any, str], list[Any]],
+    active: Sequence[Edit],
+    warning: str,
+    drawn: Sequence[Path],
+) -> None:
+    """Show what was located on a model with these edits, as JSON or as a view, and the warning."""
+    if session.json:
+        session.emit(
+            {
+                **found.as_json(),
+                "edits": [edit.id for edit in active],
+                "warnings": [warning] if warning else [],
+                "pictures": [str(path) for path in drawn],
+            }
+        )
+        return
+    session.show(*view(found, edits_on(active)))
+    if warning:
+        session.say(f"Warning: {warning}", "warn")
+    say_pictures(session, drawn)
 
 
 def location_view(found: Location, edits: str) -> list[Any]:

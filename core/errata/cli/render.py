@@ -18,6 +18,8 @@ from rich.table import Table
 from rich.text import Span, Text
 from rich.theme import Theme
 
+from errata.model.json_numbers import finite
+
 if TYPE_CHECKING:
     from rich.console import ConsoleOptions, RenderableType
     from rich.segment import Segment
@@ -67,8 +69,8 @@ def json_text(data: Any, **options: Any) -> str:
 
 def _finite(value: Any) -> Any:
     """Return JSON data in which NaN and infinities are null, as strict parsers refuse them."""
-    if isinstance(value, float) and (value != value or abs(value) == float("inf")):
-        return None
+    if isinstance(value, float):
+        return finite(value)
     if isinstance(value, Mapping):
         return {str(key): _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -38,11 +38,9 @@ def trained(model: Model, config: KeConfig, training: Sequence[Request] = ()) ->
     modules = edited_modules(model, config.target_modules, config.layers)
     if set(ROLES) <= set(config.target_modules or ()):
         modules += cross_attention(model, config.layers)
-    network = trained_network(
+    return trained_network(
         model, "ke", lambda: KnowledgeEditor(model, modules, config), modules, config, training
     )
-    assert isinstance(network, KnowledgeEditor)
-    return network
 
 
 @torch.no_grad()

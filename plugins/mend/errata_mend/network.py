@@ -55,11 +55,9 @@ _SEARCHED = 16  # training requests, about, on which ‖W x‖ is measured
 def trained(model: Model, config: MendConfig, training: Sequence[Request] = ()) -> MendNetwork:
     """Return the trained network."""
     modules = edited_modules(model, config.target_modules, config.layers)
-    network = trained_network(
+    return trained_network(
         model, "mend", lambda: MendNetwork(model, modules, config), modules, config, training
     )
-    assert isinstance(network, MendNetwork)
-    return network
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from errata.errors import CapabilityError, ConfigError
 from errata.kit.hypernetworks.training import EditingNetwork, NetworkTraining
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from errata.edits.request import Request
     from errata.kit.hypernetworks.settings import NetworkConfig
     from errata.model.model import Model
+
+Network = TypeVar("Network", bound=EditingNetwork)
 
 
 def edited_modules(
@@ -41,11 +43,11 @@ def edited_modules(
 def trained_network(
     model: Model,
     name: str,
-    build: Callable[[], EditingNetwork],
+    build: Callable[[], Network],
     modules: Sequence[str],
     config: NetworkConfig,
     training: Sequence[Request] = (),
-) -> EditingNetwork:
+) -> Network:
     """Return a method's network, trained now where that was not done yet.
 
     Args:
@@ -75,7 +77,7 @@ def trained_network(
         run = NetworkTraining(model, name, build(), modules, training, config, state)
         return run.run(), {"curve": run.curve, "best": run.best, "modules": list(modules)}
 
-    def load() -> EditingNetwork:
+    def load() -> Network:
         network = build()
         expected = {n: t.shape for n, t in network.state_dict().items()}
 
