@@ -10,6 +10,12 @@ first, greedily; how many were tried is said.
 
 A line of JSON is appended to --out as soon as a setting is done; those already there are skipped.
 The first --skip facts are left out, so that a choice can be checked on held-out ones.
+
+    python benchmarks/presets.py --method memit --n 100 --lengths 100,30,10 \
+        --setting '{"relative_weight": 0.25}' --setting '{"relative_weight": 1}' --data …
+
+With --lengths the facts are edited once, all together, and each setting solves them again from the
+stored values (`Editor.resolve`); then the last ones are taken out until so many are left.
 """
 
 from __future__ import annotations
@@ -43,6 +49,7 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=0)
     parser.add_argument("--tried", type=int, default=600, help="cases that are looked at")
     parser.add_argument("--stream", action="store_true", help="all edits at once, not one by one")
+    parser.add_argument("--lengths", default="", help="descending numbers of edits, as 100,30,10")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("presets.jsonl"))
     options = parser.parse_args()
@@ -54,6 +61,9 @@ def main() -> None:
     done = set()
     if options.out.is_file():
         done = {key_of(json.loads(line)) for line in options.out.read_text().splitlines()}
+    if options.lengths:
+        solve_again(editor, options, settings, facts, tried, done)
+        return
     for setting in settings:
         row: dict[str, Any] = {
             "model": options.model, "method": options.method, "setting": setting, "n": len(facts),
@@ -65,6 +75,41 @@ def main() -> None:
         with options.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(line_of(row), flush=True)
+
+
+def solve_again(
+    editor: Editor,
+    options: argparse.Namespace,
+    settings: list[dict[str, Any]],
+    facts: list[Request],
+    tried: int,
+    done: set[str],
+) -> None:
+    """Edit all facts together once; measure every setting at every length, longest first."""
+    base = [texts_of(editor, fact) for fact in facts]
+    texts = canary_texts()
+    before = perplexity(editor.model, texts)
+    edits = editor.edit(facts, method=options.method, config=settings[0])
+    for length in sorted(map(int, options.lengths.split(",")), reverse=True):
+        if edits[length:]:
+            editor.revert(*edits[length:])
+        del edits[length:]
+        for setting in settings:
+            row: dict[str, Any] = {
+                "model": options.model, "method": options.method, "setting": setting,
+                "n": length, "skip": options.skip, "stream": True, "tried": tried,
+            }  # fmt: skip
+            if key_of(row) in done:
+                continue
+            start = time.process_time()
+            edits = editor.resolve(*edits, **setting)
+            row["cpu_s"] = time.process_time() - start
+            rows = [judged(editor, facts[i], base[i]) for i in range(length)]
+            row |= {key: statistics.fmean(r[key] for r in rows) for key in rows[0]}
+            row["perplexity_ratio"] = perplexity(editor.model, texts) / before
+            with options.out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(line_of(row), flush=True)
 
 
 def key_of(row: dict[str, Any]) -> str:
