@@ -33,8 +33,8 @@ from errata.kit.training.training_batches import target_batches
 from errata.model import Model
 from errata.model.running import prepare, run
 from errata.model.storage import from_bytes
-from errata_ke import Ke
-from errata_mend import Mend
+from errata_ke import Ke, KeConfig
+from errata_mend import Mend, MendConfig
 from errata_mend.network import MendNetwork
 from tests.families import build, build_model, sampled
 from tests.second_device import Away, put_there, second_device
@@ -302,6 +302,10 @@ def test_a_network_of_other_settings_and_one_that_is_damaged_are_named(
         assert "(here 0.5)" in str(refused.value)
         assert "batch_size" not in str(refused.value)
         assert editor.edit(one, method="mend", config=MEND).made_with == made.made_with
+        with pytest.MonkeyPatch.context() as patch:  # of a version that names networks otherwise
+            patch.setattr(MendConfig, "recipe", lambda self, **_: "another")
+            with pytest.raises(ConfigError, match=r"none were given: .* once\.$"):
+                editor.edit(one, method="mend", config=MEND)
     data = bytearray((tmp_path / name).read_bytes())
     data[-2] ^= 4
     (tmp_path / name).write_bytes(data)
@@ -526,6 +530,49 @@ def test_a_trained_network_shows_how_it_was_trained_again(
     shown = CliRunner().invoke(app, args).output
     assert f"the network after step {reports[0]['best']}" in shown
     assert "training loss" in shown
+
+
+@pytest.mark.parametrize(
+    ("method", "config", "answers"),
+    [("mend", MEND, "true"), ("ke", KE, "said"), ("ke", {**KE, "variant": "efk"}, "true")],
+)
+def test_other_facts_stay_as_they_are_not_as_they_are_edited(
+    method: str,
+    config: dict[str, Any],
+    answers: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The true answer in MEND's code, what the model says in KnowledgeEditor's."""
+    names = ("Lyon", "Paris", None, "Rome", "Madrid", "London", None)
+    training = [
+        request.model_copy(update={"target_true": name})
+        for request, name in zip(cases()[0], names, strict=True)
+    ]
+    stays: dict[str, str] = {}
+    original = Lesson.__init__
+
+    def noting(self: Lesson, model: Any, requests: Any, beside: Any, **options: Any) -> None:
+        stays.update(pair for each in beside for pair in each)
+        original(self, model, requests, beside, **options)
+
+    monkeypatch.setattr(Lesson, "__init__", noting)
+    with Editor(*build("gpt2"), artifacts=tmp_path, training=training) as editor:
+        prompts = [request.text for request in training]
+        texts = dict(zip(prompts, editor.generate(prompts, max_new_tokens=8), strict=True))
+        said = {p: t.strip().partition("\n")[0].removesuffix(".") for p, t in texts.items()}
+        editor.prepare(method, config)
+    known = {r.text: r.target_true for r in training if r.target_true and answers == "true"}
+    wanted = {prompt: known.get(prompt, said[prompt]) for prompt in prompts}
+    assert len(stays) > 3
+    assert stays == {prompt: wanted[prompt] for prompt in stays}
+
+
+@pytest.mark.parametrize("config", [MendConfig, KeConfig])
+def test_what_stays_of_others_names_a_network_where_others_are_asked(config: Any) -> None:
+    for locality, alike in (("others", False), ("neighbours", True)):
+        one, other = (config(locality=locality, locality_answers=a) for a in ("true", "own"))
+        assert (one.recipe() == other.recipe()) is alike
 
 
 TOWNS = ("Kandor", "Selm", "Orvane", "Brill", "Teyra", "Galdor", "Harwell", "Mor")

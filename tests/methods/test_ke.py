@@ -12,11 +12,12 @@ import torch
 from errata import Editor, Request
 from errata.kit.hypernetworks import Signals, signals_of
 from errata.kit.hypernetworks.lessons import Answered
+from errata.kit.hypernetworks.predictions import prediction
 from errata.model import Model
 from errata.model.generation import generate
 from errata.model.next_token import class_scores
 from errata_ke import Ke, KeConfig
-from errata_ke.condition import Conditions, prediction
+from errata_ke.condition import Conditions
 from errata_ke.editing import cross_attention
 from errata_ke.network import KnowledgeEditor, root_mean_square
 from tests.families import build, build_model

@@ -210,14 +210,14 @@ def _otherwise_trained(model: Model, method: str, config: MethodConfig) -> str:
         if isinstance(former, dict):
             others.append(
                 [
-                    f"{name} {former.get(name)!r} (here {value!r})"
+                    f"{name} {former[name]!r} (here {value!r})"
                     for name, value in wanted.items()
-                    if former.get(name) != value
+                    if former.get(name, value) != value
                 ]
             )
-    if not others:
+    nearest = min(filter(None, others), key=len, default=[])
+    if not nearest:  # or all that differs is what an earlier version did not ask
         return ""
-    nearest = min(others, key=len)
     more = f" and {len(nearest) - _NAMED} more" if len(nearest) > _NAMED else ""
     return (
         f" For this model it was trained with other settings: {', '.join(nearest[:_NAMED])}{more}. "

@@ -18,6 +18,7 @@ import torch
 
 from errata.kit.hypernetworks.lessons import PHRASINGS, Lesson, locality_of
 from errata.kit.hypernetworks.passages import cut_passages, plain_passages
+from errata.kit.hypernetworks.predictions import Predictions
 from errata.kit.hypernetworks.signals import Signals, joined_signals
 from errata.kit.second_moments import documents_of
 
@@ -77,6 +78,7 @@ class BatchCache:
         self._model, self._modules, self._pool, self._config = model, modules, pool, config
         self._signals: dict[str, Signals] = {}
         self._lessons: dict[str, Lesson] = {}
+        self._said = Predictions(model)
         self._room = _ROOM
         self._layer = model.anatomy.lowest_block(modules) or 0
         if not self._made(first, check=True).resumes:
@@ -108,7 +110,9 @@ class BatchCache:
         config = self._config
         n = max(config.n_locality, _DRAWN)
         generator, texts = seeded(config.seed, batch.name), seeded(config.seed, batch.name, "text")
-        beside = locality_of(batch.requests, self._pool, config.locality, n, generator)
+        beside = locality_of(
+            batch.requests, self._pool, config.locality, n, generator, self._answer
+        )
         cut: list[list[tuple[str, str]]] = [[] for _ in batch.requests]
         for place, request in enumerate(batch.requests):
             if request.kind != "text":
@@ -120,6 +124,11 @@ class BatchCache:
             ):
                 beside[place] = plain_passages(self._documents, n, texts) or beside[place]
         return Lesson(self._model, batch.requests, beside, cut=cut, layer=self._layer, check=check)
+
+    def _answer(self, other: Request) -> str:
+        own = self._config.locality_answers == "own" and self._config.locality == "others"
+        true = (not own and other.target_true) or self._said[other.text]
+        return true or other.target_new  # where nothing is said: its first token is asked, too
 
     @cached_property
     def _documents(self) -> list[str]:

@@ -6,9 +6,10 @@ prompts what the base says of them:
     edit      −(1/m) Σ_j log P'(o_j | x', o_<j)             x' a paraphrase (or the prompt itself)
     locality  KL(P ‖ P') at the answer's positions           of `Locality`'s prompts
 
-`others` (as published) takes other training requests for locality, `neighbours` the request's own:
-other subjects of the same relation, which are hurt first. Of a `text`, x' is the passage with its
-beginning cut off, and what must stay is plain text (`passages`).
+`others` (as published) takes other training requests for locality, each with its true answer or with
+what the base says, `neighbours` the request's own: other subjects of the same relation, which are
+hurt first. Of a `text`, x' is the passage with its beginning cut off, and what must stay is plain
+text (`passages`).
 """
 
 from __future__ import annotations
@@ -305,6 +306,7 @@ def locality_of(
     locality: Locality,
     n: int,
     generator: torch.Generator,
+    answer: Callable[[Request], str],
 ) -> list[list[tuple[str, str]]]:
     """Return for each request at most n prompts with answers that an edit of it must not move.
 
@@ -314,6 +316,7 @@ def locality_of(
         locality: which.
         n: how many of each at most.
         generator: draws the others.
+        answer: what the prompt of another request is followed by.
     """
     found = []
     for request in requests:
@@ -324,7 +327,7 @@ def locality_of(
         if not beside:
             order = torch.randperm(len(pool), generator=generator)[: n + 1].tolist()
             others = [pool[index] for index in order if pool[index].subject != request.subject]
-            beside = [(other.text, other.target) for other in others][:n]
+            beside = [(other.text, other.joined(answer(other))) for other in others[:n]]
         found.append(beside)
     return found
 
