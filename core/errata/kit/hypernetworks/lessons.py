@@ -6,10 +6,10 @@ prompts what the base says of them:
     edit      −(1/m) Σ_j log P'(o_j | x', o_<j)             x' a paraphrase (or the prompt itself)
     locality  KL(P ‖ P') at the answer's positions           of `Locality`'s prompts
 
-`others` (as published) takes other training requests for locality, each with its true answer or with
-what the base says, `neighbours` the request's own: other subjects of the same relation, which are
-hurt first. Of a `text`, x' is the passage with its beginning cut off, and what must stay is plain
-text (`passages`).
+`others` (as published) takes other training requests for locality, each with its true answer or
+with what the base says, `neighbours` the request's own: other subjects of the same relation, which
+are hurt first. Of a `text`, x' is the passage with its beginning cut off, and what must stay is
+plain text (`passages`).
 """
 
 from __future__ import annotations
