@@ -146,16 +146,16 @@ def opened(folder: Path, training: list[Request] | None) -> Editor:
     return Editor(module, tokenizer, guards=QUIET, artifacts=folder, training=training)
 
 
-def network(folder: Path) -> dict[str, torch.Tensor]:
+def network(folder: Path, method: str = "mend") -> dict[str, torch.Tensor]:
     """The trained network's tensors, read from the artifact."""
-    (file,) = (folder / "mend").rglob("*.safetensors")
+    (file,) = (folder / method).rglob("*.safetensors")
     return from_bytes(file.read_bytes(), str(file))[0]
 
 
-def train(folder: Path, **config: Any) -> list[dict[str, float]]:
+def train(folder: Path, method: str = "mend", **config: Any) -> list[dict[str, float]]:
     with opened(folder, cases()[0]) as editor:
-        editor.prepare("mend", {**TINY, **config})
-    newest = max((folder / "mend").rglob("*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
+        editor.prepare(method, {**{"mend": TINY, "ke": KE}[method], **config})
+    newest = max((folder / method).rglob("*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
     curve: list[dict[str, float]] = from_bytes(newest.read_bytes(), str(newest))[1]["curve"]
     return curve
 
@@ -259,6 +259,23 @@ KE: dict[str, Any] = {
     "validation": 2, "batch_size": 2, "n_locality": 2,
 }  # fmt: skip
 MEND: dict[str, Any] = {**TINY, "steps": 2, "locality": "others"}
+
+
+@pytest.mark.parametrize(
+    ("method", "config"),
+    [
+        ("mend", {"lr": 0.01, "edit_lr": 1e-12}),
+        ("mend", {"lr": 1e-12, "edit_lr": 0.1}),
+        ("ke", {"lr": 0.01, "warmup": 0, "constraint": "none"}),
+    ],
+)
+def test_each_learning_rate_trains_by_itself(
+    method: str, config: dict[str, Any], tmp_path: Path
+) -> None:
+    # Each step asks the same of all requests, so that nothing but the network moves the loss.
+    alike = {"batch_size": 8, "prompt_share": 1.0, "c_loc": 0.0}
+    first, second = train(tmp_path, method, **alike, **config, steps=8, validate_every=4)
+    assert second["training_loss"] < 0.97 * first["training_loss"]
 
 
 @pytest.mark.parametrize(
