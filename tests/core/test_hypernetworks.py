@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from errata.cli.app import app
 from errata.edits.delta import LowRankDelta
 from errata.errors import CapabilityError, ConfigError, RequestError
 from errata.kit.hypernetworks import (
+    EditingNetwork,
     Factors,
     NetworkTraining,
     Signals,
@@ -34,9 +38,11 @@ from errata.model import Model
 from errata.model.running import prepare, run
 from errata.model.storage import from_bytes
 from errata_ke import Ke, KeConfig
+from errata_ke.network import KnowledgeEditor
 from errata_mend import Mend, MendConfig
 from errata_mend.network import MendNetwork
 from tests.families import build, build_model, sampled
+from tests.helpers import ROOT
 from tests.second_device import Away, put_there, second_device
 
 QUIET = {"efficacy": "off", "perplexity": "off", "norm": "off"}
@@ -160,11 +166,16 @@ def train(folder: Path, method: str = "mend", **config: Any) -> list[dict[str, f
     return curve
 
 
+STEPS: dict[str, int] = {"steps": 4, "validate_every": 2}
+
+
+@pytest.mark.parametrize(("method", "kind"), [("mend", MendNetwork), ("ke", KnowledgeEditor)])
 def test_a_training_that_was_killed_goes_on_to_the_same_network(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, kind: type[EditingNetwork], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("errata_ke.objective.SUCCESS", -1.0)  # the margin shrinks each time
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    curve = train(whole)
+    curve = train(whole, method, **STEPS)
     assert [entry["step"] for entry in curve] == [2, 4]
     assert {"training_loss", "success", "kept", "locality", "edit"} < set(curve[0])
 
@@ -180,22 +191,64 @@ def test_a_training_that_was_killed_goes_on_to_the_same_network(
 
     monkeypatch.setattr(NetworkTraining, "_step", counted)
     with pytest.raises(KeyboardInterrupt):
-        train(killed)
-    assert train(killed) == curve
+        train(killed, method, **STEPS)
+    assert train(killed, method, **STEPS) == curve
     assert taken == [0, 1, 2, 3, 2, 3]  # the state after step 2 was there
-    one, other = network(whole), network(killed)
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    same_networks(whole, killed, method)
 
     taken.clear()
-    longer = train(killed, steps=6)  # goes on from the end of the shorter one
+    longer = train(killed, method, **{**STEPS, "steps": 6})  # goes on from the end of the shorter
     assert taken == [4, 5]
     assert longer[:2] == curve
 
     taken[:] = [3]  # (which is not interrupted again); the state of another network is left alone
-    monkeypatch.setattr(MendNetwork, "__init__", with_a_parameter_more)
-    train(killed, steps=8)
+    init = kind.__init__
+
+    def with_a_parameter_more(self: EditingNetwork, *args: Any) -> None:
+        init(self, *args)
+        self.more = torch.nn.Parameter(torch.zeros(1))
+
+    monkeypatch.setattr(kind, "__init__", with_a_parameter_more)
+    train(killed, method, **{**STEPS, "steps": 8})
     assert taken == [3, *range(8)]
+
+
+KILLED = """
+import os, signal
+from pathlib import Path
+from tests.core.test_hypernetworks import STEPS, NetworkTraining, train
+
+step = NetworkTraining._step
+
+def killed(self, number, *args):
+    if number == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, number, *args)
+
+NetworkTraining._step = killed
+train(Path({folder!r}), {method!r}, **STEPS)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="the system kills otherwise")
+@pytest.mark.parametrize("method", ["mend", "ke"])
+def test_a_process_that_is_killed_leaves_what_the_next_goes_on_from(
+    method: str, tmp_path: Path
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    script = KILLED.format(folder=str(killed), method=method)
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert train(killed, method, **STEPS) == train(whole, method, **STEPS)
+    same_networks(whole, killed, method)
+
+
+def same_networks(one: Path, other: Path, method: str) -> None:
+    """Assert that the trained networks of two folders are the same, bit for bit."""
+    first, second = network(one, method), network(other, method)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("room", [0, 100_000])
@@ -230,13 +283,7 @@ def test_how_much_is_kept_in_memory_changes_nothing(
     if room:
         assert min(map(made.count, made)) == 1  # and some were not
     assert train(tmp_path / "some", **config) == curve
-    one, other = network(tmp_path / "all"), network(tmp_path / "some")
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
-def with_a_parameter_more(self: MendNetwork, *args: Any, init: Any = MendNetwork.__init__) -> None:
-    init(self, *args)
-    self.more = torch.nn.Parameter(torch.zeros(1))
+    same_networks(tmp_path / "all", tmp_path / "some", "mend")
 
 
 def test_what_was_trained_on_is_not_edited_and_without_training_nothing_is(tmp_path: Path) -> None:
