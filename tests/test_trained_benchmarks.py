@@ -105,6 +105,20 @@ def test_margins_are_drawn_a_panel_per_method(run: Run, tmp_path: Path) -> None:
     assert points["retain"] == ([3.0], [2.5])
 
 
+def test_facts_are_read_without_the_records_that_say_nothing(run: Run, tmp_path: Path) -> None:
+    question = {
+        "subject": "Lyon", "src": "What is the twin city of Lyon?", "alt": "Beirut",
+        "answers": ["Frankfurt"], "rephrase": "Which city is Lyon's twin?",
+        "loc": "nq question: who plays", "loc_ans": "Davis",
+    }  # fmt: skip
+    file = tmp_path / "zsre.json"
+    file.write_text(json.dumps([{**question, "alt": ""}, question]))
+    words = ("--model", "atlas-gpt2", "--out", tmp_path / "x.jsonl", "--method", "ft")
+    run("trained", "facts", *words, "--training", f"zsre={file}", "--dataset", f"zsre={file}")
+    rows = [json.loads(line)["row"] for line in (tmp_path / "x.jsonl").read_text().splitlines()]
+    assert rows == ["zsre: base", "zsre: ft"]
+
+
 @pytest.mark.slow
 def test_a_stream_of_labels_is_edited_and_long_texts_are_cut(
     run: Run, classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
