@@ -326,6 +326,38 @@ def test_each_learning_rate_trains_by_itself(
 
 
 @pytest.mark.parametrize(
+    ("method", "config", "shorter"),
+    [
+        ("mend", {}, "variant=small (1,000 steps)"),
+        ("ke", {}, "variant=small (1,000 steps), --set variant=efk-small (1,000 steps)"),
+        ("mend", {"variant": "small"}, None),
+    ],
+)
+def test_a_training_of_days_names_a_shorter_one_before_it_begins(
+    method: str,
+    config: dict[str, Any],
+    shorter: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(NetworkTraining, "_step", stop)
+    said: list[str] = []
+    module, tokenizer = build("llama")
+    tiny = {"rank": 4} if method == "mend" else {"hidden": 8, "condition": 16, "inner": 8}
+    with Editor(
+        module, tokenizer, artifacts=tmp_path, training=cases()[0], progress=said.append
+    ) as editor:
+        with pytest.raises(KeyboardInterrupt):
+            editor.prepare(method, {**config, **tiny})
+    assert [line.partition("--set ")[2] for line in said if "Far fewer" in line] == (
+        [shorter] if shorter else []
+    )
+
+
+@pytest.mark.parametrize(
     "family",
     sampled(["t5", "t5-classifier", "bert", "llama-classifier", "opt"], ("opt", "bert")),
 )

@@ -138,6 +138,7 @@ class NetworkTraining:
             done = self._resume()
             if done is None:
                 done = 0
+                self._name_shorter()
                 every = self._model.progress.track(self._batches, "Gradients of the requests")
                 editing.begin(map(self._cache.signals, every), self._trial)
                 self._optimisers = editing.optimisers()
@@ -155,6 +156,16 @@ class NetworkTraining:
                     if (step + 1) % config.validate_every == 0:
                         self._save(step + 1)
         return self._best
+
+    def _name_shorter(self) -> None:
+        """Say which variants are trained for far fewer steps, where there are any."""
+        most, variants = self._config.steps / 20, self._config.variants.items()
+        steps = {name: sets["steps"] for name, sets in variants if sets.get("steps", most) < most}
+        if steps:
+            shorter = ", ".join(f"--set variant={name} ({n:,} steps)" for name, n in steps.items())
+            self._model.progress.note(
+                f"{self._name} is trained for {self._config.steps:,} steps. Far fewer: {shorter}"
+            )
 
     # -- a step ----------------------------------------------------------------------------------
 
