@@ -613,8 +613,10 @@ def test_a_trained_network_shows_how_it_was_trained_again(
 ) -> None:
     monkeypatch.setenv("ERRATA_CACHE", str(tmp_path))
     args = ["prepare", "mend", "--model", "atlas-gpt2", "--training", "atlas", "--limit", "12"]
+    sets = []
     for name, value in {**MEND, "validate_every": 1}.items():
-        args += ["--set", f"{name}={json.dumps(value)}"]
+        sets += ["--set", f"{name}={json.dumps(value)}"]
+    args += sets
     reports = []
     for _ in range(2):
         result = CliRunner().invoke(app, [*args, "--json"])
@@ -626,6 +628,13 @@ def test_a_trained_network_shows_how_it_was_trained_again(
     shown = CliRunner().invoke(app, args).output
     assert f"the network after step {reports[0]['best']}" in shown
     assert "training loss" in shown
+    fact = ["The capital of {} is", "-s", "France", "-t", "eleven odd quilts of Rome"]
+    edit = ["edit", *fact, "--method", "mend", "--model", "atlas-gpt2", *sets]
+    result = CliRunner().invoke(app, [*edit, "--ledger", str(tmp_path / "ledger")])
+    assert result.exit_code == 5  # no effect after two steps
+    assert "other layers or more steps of mend are another training" in " ".join(
+        result.output.split()
+    )
 
 
 @pytest.mark.parametrize(
