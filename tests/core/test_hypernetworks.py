@@ -555,19 +555,27 @@ def test_a_step_of_two_views_asks_for_the_prompt_and_a_paraphrase(tmp_path: Path
 @pytest.mark.parametrize("family", ["gpt2", "t5"])
 def test_rows_run_in_parts_by_length_say_what_each_says_alone(family: str, tmp_path: Path) -> None:
     model = build_model(family, tmp_path)
-    module = model.anatomy.mlp_out(1)
+    modules = edited_modules(model, ["mlp_out"], [1])  # of both stacks, where there are two
     prompts = ["France", "The capital of Spain, as all know well, is", "In Rome they say that it"]
     answers = ["Madrid", "Paris, where many people live and work", "Rome and Italy"]
     beside = [(f"{prompts[n % 3]} {n}", answers[n * 7 % 3]) for n in range(35)]
     lesson = Lesson(model, REQUESTS[:2], [beside, beside[:3]], layer=0)
-    signals = Signals.join(signals_of(model, REQUESTS[:2], [module]))
-    factors = {module: Factors(-3 * signals.errors[module], signals.inputs[module])}
+    signals = Signals.join(signals_of(model, REQUESTS[:2], modules))
+    factors = {m: Factors(-3 * signals.errors[m], signals.inputs[m]) for m in modules}
     with torch.no_grad():
         whole = lesson.ask(factors, Drawn([0, 1], list(range(38))))
         each = [lesson.ask(factors, Drawn([0, 1], [row])) for row in range(38)]
     torch.testing.assert_close(whole.locality, torch.stack([one.locality for one in each]).mean())
     assert whole.kept == pytest.approx(sum(one.kept for one in each) / 38)
     torch.testing.assert_close(whole.edit, each[0].edit)
+    asked = prepare(
+        model, [r.text for r in REQUESTS[:2]], [r.target for r in REQUESTS[:2]], closing=True
+    )
+    with torch.no_grad(), rows_edited(model, factors, [0, 1]):
+        logits = run(model, asked)
+    nll = torch.nn.functional.cross_entropy(logits, asked.labels, reduction="none")
+    mean = [nll[asked.rows == row].mean() for row in (0, 1)]
+    torch.testing.assert_close(whole.edit, torch.stack(mean), rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_that_cannot_be_resumed_is_found_by_a_lesson(tmp_path: Path) -> None:
