@@ -14,7 +14,7 @@ plain text (`passages`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -284,35 +284,3 @@ class Lesson:
         differ = (read.said.argmax(-1) != before.argmax(-1)).float()
         moved = zero.index_add(0, row, differ)
         return divergences[0], divergences[1], float((moved == 0).float().mean())
-
-
-def locality_of(
-    requests: Sequence[Request],
-    pool: Sequence[Request],
-    locality: Locality,
-    n: int,
-    generator: torch.Generator,
-    answer: Callable[[Request], str],
-) -> list[list[tuple[str, str]]]:
-    """Return for each request at most n prompts with answers that an edit of it must not move.
-
-    Args:
-        requests: the requests.
-        pool: the training requests, for "others" (and for requests that have no neighbours).
-        locality: which.
-        n: how many of each at most.
-        generator: draws the others.
-        answer: what the prompt of another request is followed by.
-    """
-    found = []
-    for request in requests:
-        beside: list[tuple[str, str]] = []
-        if locality == "neighbours":
-            probes = [*request.neighbourhood, *request.locality]
-            beside = [(p.prompt, request.joined(p.answers[0])) for p in probes if p.answers][:n]
-        if not beside:
-            order = torch.randperm(len(pool), generator=generator)[: n + 1].tolist()
-            others = [pool[index] for index in order if pool[index].subject != request.subject]
-            beside = [(other.text, other.joined(answer(other))) for other in others[:n]]
-        found.append(beside)
-    return found
