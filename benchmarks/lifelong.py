@@ -15,8 +15,10 @@ and MEND is trained to file others of those elsewhere.
 A case is edited where the model as it stands gets it wrong, as in GRACE (#E says how many were).
 At the end: ERR, how many of the edited cases hold; TRR, how much of what the base got right stays;
 rephrased, the edited cases in other words (one each). All are shares of whole answers under teacher
-forcing (for a class: the most probable one). Guards off, seed 0; seconds are CPU seconds. A row is
-a line of JSON, and one that is there is not run again. `--row NAME` (any number) chooses.
+forcing (for a class: the most probable one). F1 beside ERR and TRR is GRACE's own measure of
+answers, of generated text, as the protocol `lifelong` has it. Guards off, seed 0; seconds are CPU
+seconds. A row is a line of JSON, and one that is there is not run again. `--row NAME` (any number)
+chooses.
 """
 
 from __future__ import annotations
@@ -36,11 +38,13 @@ from errata import Editor, Request
 from errata.contract.measurement import wilson
 from errata.datasets import load
 from errata.edits.rendering import rendered
+from errata.edits.request import Probe
 from errata.errors import ErrataError
 from errata.model.scoring import score_targets
 
 GUARDS = {"norm": "off", "perplexity": "off", "efficacy": "off"}
 RETAINED, REPLAYED = 200, 32
+GENERATED = 20  # new tokens of an answer, as in GRACE's code
 Asked = tuple[str, str]
 """A prompt, and what should be answered."""
 
@@ -181,15 +185,19 @@ def measured(model: str, method: str, config: dict[str, Any], task: Task) -> dic
             seconds.append(time.process_time() - started)
             edits += 1
             size += made.delta.nbytes
-        asked = [(request.text, request.target) for request in task.requests]
+        probes = [Probe(prompt=prompt, answers=(answer,)) for prompt, answer in kept]
+        rates = editor.evaluate(
+            task.requests, ["lifelong"], retain=tuple(probes), max_new_tokens=GENERATED
+        )
+        found = {rate.metric: [rate.value, *(rate.interval or ())] for rate in rates}
         other = [
             (request.paraphrases[0], request.target)
             for request in task.requests
             if request.paraphrases
         ]
         return {
-            "ERR": shares(right(editor, asked)),
-            "TRR": shares(right(editor, kept)),
+            **{rate: found.get(f"{rate}_teacher_forced", found[rate]) for rate in ("ERR", "TRR")},
+            **{rate: found[rate] for rate in ("ERR_f1", "TRR_f1") if rate in found},
             "rephrased": shares(right(editor, other)) if other else None,
             "edits": edits, "failed": failed, "bytes": size / max(1, edits),
             "cpu_s": statistics.fmean(seconds) if seconds else None,
@@ -210,19 +218,23 @@ def shares(values: Sequence[bool]) -> list[float]:
 
 def table(file: Path) -> None:
     """Print a file of results, one line a row."""
-    print("| | ERR | TRR | mean | rephrased | #E | CPU s an edit | bytes an edit |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| | ERR | TRR | mean | F1: ERR | TRR | rephrased | #E | CPU s an edit | bytes an edit |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for line in map(json.loads, file.read_text().splitlines()):
         mean = (line["ERR"][0] + line["TRR"][0]) / 2
         cells = [line["row"], shown(line["ERR"]), shown(line["TRR"]), f"{mean:.2f}",
-                 shown(line["rephrased"]), line["edits"], f"{line['cpu_s'] or 0:.2f}",
+                 shown(line.get("ERR_f1")), shown(line.get("TRR_f1")), shown(line["rephrased"]),
+                 line["edits"], f"{line['cpu_s'] or 0:.2f}",
                  f"{line['bytes']:,.0f}"]  # fmt: skip
         print("| " + " | ".join(map(str, cells)) + " |")
 
 
 def shown(share: Sequence[float] | None) -> str:
-    """Return a share with its interval."""
-    return "–" if share is None else f"{share[0]:.2f} ({share[1]:.2f}–{share[2]:.2f})"
+    """Return a share with its interval, where it has one."""
+    if share is None:
+        return "–"
+    low_high = f" ({share[1]:.2f}–{share[2]:.2f})" if len(share) > 1 else ""
+    return f"{share[0]:.2f}{low_high}"
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def read_all(given: list[str], start: int, limit: int | None) -> list[Request]:
     found: list[Request] = []
     for one in given:
         name, _, path = one.partition("=")
-        found += load(name, path, start=start, limit=limit).requests()
+        found += load(name, path, start=start, limit=limit, skip_bad=True).requests()
     return found
 
 
@@ -142,7 +142,7 @@ def facts(args: argparse.Namespace) -> None:
         there = done(args.out)
         for given in args.dataset:
             name, _, path = given.partition("=")
-            for place, request in enumerate(load(name, path, limit=args.n)):
+            for place, request in enumerate(load(name, path, limit=args.n, skip_bad=True)):
                 case = request.case_id or str(place)
                 beside = request.neighbourhood or request.locality
                 base = next_tokens(editor, [p.prompt for p in beside]) if beside else None

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from errata import plots
+from errata.datasets import atlas
 from tests.families import build
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -103,6 +104,37 @@ def test_margins_are_drawn_a_panel_per_method(run: Run, tmp_path: Path) -> None:
     assert points["success"] == ([1.0], [-1.0])  # another class
     assert points["equivalence"] == ([2.0], [0.5])
     assert points["retain"] == ([3.0], [2.5])
+
+
+def test_facts_are_read_without_the_records_that_say_nothing(run: Run, tmp_path: Path) -> None:
+    question = {
+        "subject": "Lyon", "src": "What is the twin city of Lyon?", "alt": "Beirut",
+        "answers": ["Frankfurt"], "rephrase": "Which city is Lyon's twin?",
+        "loc": "nq question: who plays", "loc_ans": "Davis",
+    }  # fmt: skip
+    file = tmp_path / "zsre.json"
+    file.write_text(json.dumps([{**question, "alt": ""}, question]))
+    words = ("--model", "atlas-gpt2", "--out", tmp_path / "x.jsonl", "--method", "ft")
+    run("trained", "facts", *words, "--training", f"zsre={file}", "--dataset", f"zsre={file}")
+    rows = [json.loads(line)["row"] for line in (tmp_path / "x.jsonl").read_text().splitlines()]
+    assert rows == ["zsre: base", "zsre: ft"]
+
+
+@pytest.mark.slow
+def test_a_stream_of_answers_has_graces_f1_too(run: Run, tmp_path: Path) -> None:
+    requests = atlas.requests(40)
+    file = tmp_path / "facts.jsonl"
+    file.write_text("\n".join(request.model_dump_json() for request in requests))
+    given = ("--data", f"jsonl={file}", "--retain", f"jsonl={file}")
+    run("lifelong", "zsre", "--model", "atlas-gpt2", *given, "--n", 2, "--row", "FT", "--out",
+        tmp_path)  # fmt: skip
+    (line,) = [json.loads(line) for line in (tmp_path / "zsre.jsonl").read_text().splitlines()]
+    assert line["edits"] == 2
+    for rate in ("ERR", "TRR"):
+        whole, f1 = line[rate][0], line[f"{rate}_f1"][0]
+        assert 0 <= whole <= 1
+        assert 0 <= f1 <= 1
+    assert line["ERR"][0] > 0  # the last edit holds
 
 
 @pytest.mark.slow

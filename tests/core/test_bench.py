@@ -79,6 +79,7 @@ def test_a_grid_is_a_column_for_each_combination() -> None:
         ({"methods": [{"method": "nudge", "batch_size": 4}]}, "batch_size"),
         ({"regime": "continual"}, "name two or more"),
         ({"regime": "cross-domain"}, "train"),
+        ({"only_wrong": True}, "only_wrong belongs to the regimes sequential, continual"),
     ],
 )
 def test_a_wrong_configuration_is_refused_with_its_place(
@@ -549,6 +550,47 @@ def test_a_state_has_what_is_retained_by_its_label(tmp_path: Path) -> None:
     assert n == {"TRR": 4, "TRR.jsonl": 2, "TRR.TriviaQA": 2}
     with pytest.raises(ConfigError, match=r"config\.retain"):  # the run of one dataset is another
         run(tmp_path / "run", **{**wanted, "retain": fields["retain"]})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_stream_can_edit_where_the_model_is_wrong_alone(size: int, tmp_path: Path) -> None:
+    wrong, known = SUBJECTS[:2], SUBJECTS[2:4]
+    requests = {request.subject: request for request in reversed(atlas.requests())}
+    cases = [requests[known[0]], requests[wrong[0]], requests[wrong[1]], requests[known[1]]]
+    file, log = tmp_path / "stream.jsonl", tmp_path / "log"
+    file.write_text(
+        "\n".join(
+            (
+                request.model_copy(update={"target_new": request.target_true})
+                if request.subject in known
+                else request
+            ).model_dump_json()
+            for request in cases
+        )
+    )
+    quiet = {"scale": 1e-6, "log": str(log)}  # which hurts nothing
+    fields = {
+        **retaining(tmp_path), "datasets": {"name": "jsonl", "path": str(file)}, "limit": 4,
+        "methods": [{"method": "nudge", "config": quiet}], "only_wrong": True,
+        "checkpoints": [size], "batch_size": size,
+    }  # fmt: skip
+    lines = run(tmp_path / "run", **fields)
+    assert log.read_text().splitlines() == list(wrong)  # #E
+    immediate = [x for x in lines.values() if x["stage"] == "immediate"]
+    assert [line["edit"] is None for line in immediate] == [True, False, False, True]
+    states = [x for x in lines.values() if x["kind"] == "state" and x["variant"] == "nudge"]
+    first, last = ({one["metric"]: one for one in x["measurements"]} for x in states)
+    assert ("ERR" in first, first["ARR"]["n"]) == (size == 2, 1)
+    assert (last["ERR"]["n"], last["ARR"]["n"], last["TRR"]["n"]) == (2, 2, len(HELD_OUT))
+    assert last["ARR_teacher_forced"]["value"] == 1.0
+    assert last["ERR_teacher_forced"]["value"] == 0.0
+
+    before = values(tmp_path / "run")
+    (tmp_path / "run" / "results.jsonl").unlink()  # what was edited is in the ledger
+    run(tmp_path / "run", **fields)
+    assert values(tmp_path / "run") == before
+    assert log.read_text().splitlines() == list(wrong)
 
 
 @pytest.mark.slow

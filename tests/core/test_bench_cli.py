@@ -282,8 +282,11 @@ def test_every_run_file_can_be_run_on_the_embedded_model(run: Run, path: Path) -
     for spec in config.retain:  # what no edit may change has no option of its own
         held = Path(spec.path or "")
         held.parent.mkdir(parents=True, exist_ok=True)
-        name = {"known_1000": "known", "knowedit": "knowedit_sanitation_test"}[spec.name]
-        shutil.copy(ROOT / "tests" / "data" / "datasets" / f"{name}.json", held)
+        name = {
+            "known_1000": "known.json", "knowedit": "knowedit_sanitation_test.json",
+            "scotus": "scotus.csv",
+        }[spec.name]  # fmt: skip
+        shutil.copy(ROOT / "tests" / "data" / "datasets" / name, held)
     if config.train is not None:  # nor has what is trained on
         name = {"knowedit": "knowedit_wiki"}.get(config.train.name, config.train.name)
         records = json.loads((ROOT / "tests/data/datasets" / f"{name}.json").read_text())

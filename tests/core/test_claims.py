@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -66,3 +68,25 @@ def test_the_command_asks_for_facts(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "--data NAME=PATH" in result.stderr
     assert not (tmp_path / "m").exists()
+
+
+def test_questions_make_no_claims_and_bad_records_can_be_left_out(tmp_path: Path) -> None:
+    def refused(*records: dict[str, Any]) -> str:
+        file = tmp_path / "zsre.json"
+        file.write_text(json.dumps(records))
+        words = ["zoo", "train", "claims", "--out", str(tmp_path / "m"), "--data", f"zsre={file}"]
+        result = CliRunner().invoke(app, [*words, *options])
+        assert result.exit_code == 1
+        assert not (tmp_path / "m").exists()
+        return " ".join(result.stderr.split())
+
+    question = {
+        "subject": "Lyon", "src": "What is the twin city of Lyon?", "alt": "Beirut",
+        "answers": ["Frankfurt"], "rephrase": "Which city is Lyon's twin?",
+        "loc": "nq question: who plays", "loc_ans": "Davis",
+    }  # fmt: skip
+    options: tuple[str, ...] = ()
+    assert "'What is the twin city of Lyon?' is a question" in refused(question)
+    assert "--skip-bad" in refused({**question, "alt": ""}, question)
+    options = ("--skip-bad",)
+    assert "is a question" in refused({**question, "alt": ""}, question)

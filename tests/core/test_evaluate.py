@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from errata.contract.manager import Manager
 from errata.contract.measurement import bootstrap, wilson
 from errata.contract.purity import Snapshot
+from errata.contract.registry import warn_once
 from errata.edits.delta.low_rank import Factor, LowRankDelta
 from errata.edits.edit import Edit
 from errata.edits.request import Request
@@ -656,10 +657,12 @@ def test_an_encoder_gets_the_teacher_forced_numbers_and_a_warning(
     cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = build_model("bert", cache)
+    warn_once.cache_clear()
     with caplog.at_level(logging.WARNING, "errata"):
         wanted = known_request().model_copy(update={"target_true": "Italian"})
-        got = by_metric(CoreMetrics().evaluate(model, [wanted], ALL))
-    assert "generates no text" in caplog.text
+        for _ in range(2):
+            got = by_metric(CoreMetrics().evaluate(model, [wanted], ALL))
+    assert caplog.text.count("generates no text") == 1  # not for every case of a run
     assert "rewrite_teacher_forced" in got
     assert "rewrite_exact" not in got
     assert {"ES", "NS", "Score", "perplexity"} <= set(got)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from errata.cli.app import app
 from errata.edits.delta import LowRankDelta
 from errata.errors import CapabilityError, ConfigError, RequestError
 from errata.kit.hypernetworks import (
+    EditingNetwork,
     Factors,
     NetworkTraining,
     Signals,
@@ -33,10 +37,12 @@ from errata.kit.training.training_batches import target_batches
 from errata.model import Model
 from errata.model.running import prepare, run
 from errata.model.storage import from_bytes
-from errata_ke import Ke
-from errata_mend import Mend
+from errata_ke import Ke, KeConfig
+from errata_ke.network import KnowledgeEditor
+from errata_mend import Mend, MendConfig
 from errata_mend.network import MendNetwork
 from tests.families import build, build_model, sampled
+from tests.helpers import ROOT
 from tests.second_device import Away, put_there, second_device
 
 QUIET = {"efficacy": "off", "perplexity": "off", "norm": "off"}
@@ -146,25 +152,30 @@ def opened(folder: Path, training: list[Request] | None) -> Editor:
     return Editor(module, tokenizer, guards=QUIET, artifacts=folder, training=training)
 
 
-def network(folder: Path) -> dict[str, torch.Tensor]:
+def network(folder: Path, method: str = "mend") -> dict[str, torch.Tensor]:
     """The trained network's tensors, read from the artifact."""
-    (file,) = (folder / "mend").rglob("*.safetensors")
+    (file,) = (folder / method).rglob("*.safetensors")
     return from_bytes(file.read_bytes(), str(file))[0]
 
 
-def train(folder: Path, **config: Any) -> list[dict[str, float]]:
+def train(folder: Path, method: str = "mend", **config: Any) -> list[dict[str, float]]:
     with opened(folder, cases()[0]) as editor:
-        editor.prepare("mend", {**TINY, **config})
-    newest = max((folder / "mend").rglob("*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
+        editor.prepare(method, {**{"mend": TINY, "ke": KE}[method], **config})
+    newest = max((folder / method).rglob("*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
     curve: list[dict[str, float]] = from_bytes(newest.read_bytes(), str(newest))[1]["curve"]
     return curve
 
 
+STEPS: dict[str, int] = {"steps": 4, "validate_every": 2}
+
+
+@pytest.mark.parametrize(("method", "kind"), [("mend", MendNetwork), ("ke", KnowledgeEditor)])
 def test_a_training_that_was_killed_goes_on_to_the_same_network(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, kind: type[EditingNetwork], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("errata_ke.objective.SUCCESS", -1.0)  # the margin shrinks each time
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    curve = train(whole)
+    curve = train(whole, method, **STEPS)
     assert [entry["step"] for entry in curve] == [2, 4]
     assert {"training_loss", "success", "kept", "locality", "edit"} < set(curve[0])
 
@@ -180,22 +191,64 @@ def test_a_training_that_was_killed_goes_on_to_the_same_network(
 
     monkeypatch.setattr(NetworkTraining, "_step", counted)
     with pytest.raises(KeyboardInterrupt):
-        train(killed)
-    assert train(killed) == curve
+        train(killed, method, **STEPS)
+    assert train(killed, method, **STEPS) == curve
     assert taken == [0, 1, 2, 3, 2, 3]  # the state after step 2 was there
-    one, other = network(whole), network(killed)
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    same_networks(whole, killed, method)
 
     taken.clear()
-    longer = train(killed, steps=6)  # goes on from the end of the shorter one
+    longer = train(killed, method, **{**STEPS, "steps": 6})  # goes on from the end of the shorter
     assert taken == [4, 5]
     assert longer[:2] == curve
 
     taken[:] = [3]  # (which is not interrupted again); the state of another network is left alone
-    monkeypatch.setattr(MendNetwork, "__init__", with_a_parameter_more)
-    train(killed, steps=8)
+    init = kind.__init__
+
+    def with_a_parameter_more(self: EditingNetwork, *args: Any) -> None:
+        init(self, *args)
+        self.more = torch.nn.Parameter(torch.zeros(1))
+
+    monkeypatch.setattr(kind, "__init__", with_a_parameter_more)
+    train(killed, method, **{**STEPS, "steps": 8})
     assert taken == [3, *range(8)]
+
+
+KILLED = """
+import os, signal
+from pathlib import Path
+from tests.core.test_hypernetworks import STEPS, NetworkTraining, train
+
+step = NetworkTraining._step
+
+def killed(self, number, *args):
+    if number == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, number, *args)
+
+NetworkTraining._step = killed
+train(Path({folder!r}), {method!r}, **STEPS)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="the system kills otherwise")
+@pytest.mark.parametrize("method", ["mend", "ke"])
+def test_a_process_that_is_killed_leaves_what_the_next_goes_on_from(
+    method: str, tmp_path: Path
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    script = KILLED.format(folder=str(killed), method=method)
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert train(killed, method, **STEPS) == train(whole, method, **STEPS)
+    same_networks(whole, killed, method)
+
+
+def same_networks(one: Path, other: Path, method: str) -> None:
+    """Assert that the trained networks of two folders are the same, bit for bit."""
+    first, second = network(one, method), network(other, method)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("room", [0, 100_000])
@@ -230,13 +283,7 @@ def test_how_much_is_kept_in_memory_changes_nothing(
     if room:
         assert min(map(made.count, made)) == 1  # and some were not
     assert train(tmp_path / "some", **config) == curve
-    one, other = network(tmp_path / "all"), network(tmp_path / "some")
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
-def with_a_parameter_more(self: MendNetwork, *args: Any, init: Any = MendNetwork.__init__) -> None:
-    init(self, *args)
-    self.more = torch.nn.Parameter(torch.zeros(1))
+    same_networks(tmp_path / "all", tmp_path / "some", "mend")
 
 
 def test_what_was_trained_on_is_not_edited_and_without_training_nothing_is(tmp_path: Path) -> None:
@@ -259,6 +306,55 @@ KE: dict[str, Any] = {
     "validation": 2, "batch_size": 2, "n_locality": 2,
 }  # fmt: skip
 MEND: dict[str, Any] = {**TINY, "steps": 2, "locality": "others"}
+
+
+@pytest.mark.parametrize(
+    ("method", "config"),
+    [
+        ("mend", {"lr": 0.01, "edit_lr": 1e-12}),
+        ("mend", {"lr": 1e-12, "edit_lr": 0.1}),
+        ("ke", {"lr": 0.01, "warmup": 0, "constraint": "none"}),
+    ],
+)
+def test_each_learning_rate_trains_by_itself(
+    method: str, config: dict[str, Any], tmp_path: Path
+) -> None:
+    # Each step asks the same of all requests, so that nothing but the network moves the loss.
+    alike = {"batch_size": 8, "prompt_share": 1.0, "c_loc": 0.0}
+    first, second = train(tmp_path, method, **alike, **config, steps=8, validate_every=4)
+    assert second["training_loss"] < 0.97 * first["training_loss"]
+
+
+@pytest.mark.parametrize(
+    ("method", "config", "shorter"),
+    [
+        ("mend", {}, "variant=small (1,000 steps)"),
+        ("ke", {}, "variant=small (1,000 steps), --set variant=efk-small (1,000 steps)"),
+        ("mend", {"variant": "small"}, None),
+    ],
+)
+def test_a_training_of_days_names_a_shorter_one_before_it_begins(
+    method: str,
+    config: dict[str, Any],
+    shorter: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(NetworkTraining, "_step", stop)
+    said: list[str] = []
+    module, tokenizer = build("llama")
+    tiny = {"rank": 4} if method == "mend" else {"hidden": 8, "condition": 16, "inner": 8}
+    with Editor(
+        module, tokenizer, artifacts=tmp_path, training=cases()[0], progress=said.append
+    ) as editor:
+        with pytest.raises(KeyboardInterrupt):
+            editor.prepare(method, {**config, **tiny})
+    assert [line.partition("--set ")[2] for line in said if "Far fewer" in line] == (
+        [shorter] if shorter else []
+    )
 
 
 @pytest.mark.parametrize(
@@ -302,6 +398,10 @@ def test_a_network_of_other_settings_and_one_that_is_damaged_are_named(
         assert "(here 0.5)" in str(refused.value)
         assert "batch_size" not in str(refused.value)
         assert editor.edit(one, method="mend", config=MEND).made_with == made.made_with
+        with pytest.MonkeyPatch.context() as patch:  # of a version that names networks otherwise
+            patch.setattr(MendConfig, "recipe", lambda self, **_: "another")
+            with pytest.raises(ConfigError, match=r"none were given: .* once\.$"):
+                editor.edit(one, method="mend", config=MEND)
     data = bytearray((tmp_path / name).read_bytes())
     data[-2] ^= 4
     (tmp_path / name).write_bytes(data)
@@ -455,19 +555,27 @@ def test_a_step_of_two_views_asks_for_the_prompt_and_a_paraphrase(tmp_path: Path
 @pytest.mark.parametrize("family", ["gpt2", "t5"])
 def test_rows_run_in_parts_by_length_say_what_each_says_alone(family: str, tmp_path: Path) -> None:
     model = build_model(family, tmp_path)
-    module = model.anatomy.mlp_out(1)
+    modules = edited_modules(model, ["mlp_out"], [1])  # of both stacks, where there are two
     prompts = ["France", "The capital of Spain, as all know well, is", "In Rome they say that it"]
     answers = ["Madrid", "Paris, where many people live and work", "Rome and Italy"]
     beside = [(f"{prompts[n % 3]} {n}", answers[n * 7 % 3]) for n in range(35)]
     lesson = Lesson(model, REQUESTS[:2], [beside, beside[:3]], layer=0)
-    signals = Signals.join(signals_of(model, REQUESTS[:2], [module]))
-    factors = {module: Factors(-3 * signals.errors[module], signals.inputs[module])}
+    signals = Signals.join(signals_of(model, REQUESTS[:2], modules))
+    factors = {m: Factors(-3 * signals.errors[m], signals.inputs[m]) for m in modules}
     with torch.no_grad():
         whole = lesson.ask(factors, Drawn([0, 1], list(range(38))))
         each = [lesson.ask(factors, Drawn([0, 1], [row])) for row in range(38)]
     torch.testing.assert_close(whole.locality, torch.stack([one.locality for one in each]).mean())
     assert whole.kept == pytest.approx(sum(one.kept for one in each) / 38)
     torch.testing.assert_close(whole.edit, each[0].edit)
+    asked = prepare(
+        model, [r.text for r in REQUESTS[:2]], [r.target for r in REQUESTS[:2]], closing=True
+    )
+    with torch.no_grad(), rows_edited(model, factors, [0, 1]):
+        logits = run(model, asked)
+    nll = torch.nn.functional.cross_entropy(logits, asked.labels, reduction="none")
+    mean = [nll[asked.rows == row].mean() for row in (0, 1)]
+    torch.testing.assert_close(whole.edit, torch.stack(mean), rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_that_cannot_be_resumed_is_found_by_a_lesson(tmp_path: Path) -> None:
@@ -513,8 +621,10 @@ def test_a_trained_network_shows_how_it_was_trained_again(
 ) -> None:
     monkeypatch.setenv("ERRATA_CACHE", str(tmp_path))
     args = ["prepare", "mend", "--model", "atlas-gpt2", "--training", "atlas", "--limit", "12"]
+    sets = []
     for name, value in {**MEND, "validate_every": 1}.items():
-        args += ["--set", f"{name}={json.dumps(value)}"]
+        sets += ["--set", f"{name}={json.dumps(value)}"]
+    args += sets
     reports = []
     for _ in range(2):
         result = CliRunner().invoke(app, [*args, "--json"])
@@ -526,6 +636,56 @@ def test_a_trained_network_shows_how_it_was_trained_again(
     shown = CliRunner().invoke(app, args).output
     assert f"the network after step {reports[0]['best']}" in shown
     assert "training loss" in shown
+    fact = ["The capital of {} is", "-s", "France", "-t", "eleven odd quilts of Rome"]
+    edit = ["edit", *fact, "--method", "mend", "--model", "atlas-gpt2", *sets]
+    result = CliRunner().invoke(app, [*edit, "--ledger", str(tmp_path / "ledger")])
+    assert result.exit_code == 5  # no effect after two steps
+    assert "other layers or more steps of mend are another training" in " ".join(
+        result.output.split()
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "config", "answers"),
+    [("mend", MEND, "true"), ("ke", KE, "said"), ("ke", {**KE, "variant": "efk"}, "true")],
+)
+def test_other_facts_stay_as_they_are_not_as_they_are_edited(
+    method: str,
+    config: dict[str, Any],
+    answers: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The true answer in MEND's code, what the model says in KnowledgeEditor's."""
+    names = ("Lyon", "Paris", None, "Rome", "Madrid", "London", None)
+    training = [
+        request.model_copy(update={"target_true": name})
+        for request, name in zip(cases()[0], names, strict=True)
+    ]
+    stays: dict[str, str] = {}
+    original = Lesson.__init__
+
+    def noting(self: Lesson, model: Any, requests: Any, beside: Any, **options: Any) -> None:
+        stays.update(pair for each in beside for pair in each)
+        original(self, model, requests, beside, **options)
+
+    monkeypatch.setattr(Lesson, "__init__", noting)
+    with Editor(*build("gpt2"), artifacts=tmp_path, training=training) as editor:
+        prompts = [request.text for request in training]
+        texts = dict(zip(prompts, editor.generate(prompts, max_new_tokens=8), strict=True))
+        said = {p: t.strip().partition("\n")[0].removesuffix(".") for p, t in texts.items()}
+        editor.prepare(method, config)
+    known = {r.text: r.target_true for r in training if r.target_true and answers == "true"}
+    wanted = {prompt: known.get(prompt, said[prompt]) for prompt in prompts}
+    assert len(stays) > 3
+    assert stays == {prompt: wanted[prompt] for prompt in stays}
+
+
+@pytest.mark.parametrize("config", [MendConfig, KeConfig])
+def test_what_stays_of_others_names_a_network_where_others_are_asked(config: Any) -> None:
+    for locality, alike in (("others", False), ("neighbours", True)):
+        one, other = (config(locality=locality, locality_answers=a) for a in ("true", "own"))
+        assert (one.recipe() == other.recipe()) is alike
 
 
 TOWNS = ("Kandor", "Selm", "Orvane", "Brill", "Teyra", "Galdor", "Harwell", "Mor")

@@ -12,11 +12,12 @@ import torch
 from errata import Editor, Request
 from errata.kit.hypernetworks import Signals, signals_of
 from errata.kit.hypernetworks.lessons import Answered
+from errata.kit.hypernetworks.predictions import prediction
 from errata.model import Model
 from errata.model.generation import generate
-from errata.model.next_token import class_scores
+from errata.model.next_token import class_scores, predicted_classes
 from errata_ke import Ke, KeConfig
-from errata_ke.condition import Conditions, prediction
+from errata_ke.condition import Conditions
 from errata_ke.editing import cross_attention
 from errata_ke.network import KnowledgeEditor, root_mean_square
 from tests.families import build, build_model
@@ -194,3 +195,24 @@ def test_all_matrices_are_those_of_cross_attention_too(tmp_path: Path) -> None:
     assert {name for name in matrices if "EncDecAttention" in name}
     assert set(delta.parameters) == matrices
     assert cross_attention(build_model("gpt2", tmp_path), None) == []
+
+
+def test_an_edit_is_made_again_on_the_moved_weights_until_it_holds(tmp_path: Path) -> None:
+    module, tokenizer = build("bert-classifier")
+    with Editor(module, tokenizer, artifacts=tmp_path, training=REQUESTS[2:]) as editor:
+        (said,) = predicted_classes(editor.model, [REQUESTS[0].text])
+        other = next(name for name in module.config.id2label.values() if name != said)
+
+        def written(target: str, loops: int) -> list[torch.Tensor]:
+            """U of each matrix's change: its columns are the tokens of every gradient taken."""
+            request = REQUESTS[0].model_copy(update={"target_new": target})
+            config = {**SMALL, "loops": loops}
+            edit = editor.edit(request, method="ke", config=config, apply=False)
+            return [factor.u for factor in edit.delta.factors.values()]
+
+        for once, often in zip(written(said, 1), written(said, 5), strict=True):
+            assert torch.equal(once, often)  # it held at once
+        for once, twice in zip(written(other, 1), written(other, 2), strict=True):
+            first, second = twice.chunk(2, dim=1)
+            assert torch.equal(first, once)
+            assert not torch.allclose(second, first, rtol=1e-4, atol=0)  # of another gradient

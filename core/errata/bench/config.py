@@ -209,6 +209,10 @@ class BenchConfig(_ConfigModel):
         description="After how many cases of a stream all earlier ones are measured again; "
         "its end always is one",
     )
+    only_wrong: bool = Field(
+        default=False,
+        description="In a stream edit only the cases that the model as it stands gets wrong",
+    )
     mix: Literal["interleave", "shuffle", "concatenate"] = Field(
         default="interleave", description="How a continual stream mixes its datasets"
     )
@@ -243,6 +247,8 @@ class BenchConfig(_ConfigModel):
         sizes = [self.batch_size, *(variant.batch_size for variant in self.methods)]
         if any(sizes) and self.regime not in BATCHED:
             raise ValueError(f"batch_size belongs to the regimes {', '.join(BATCHED)}")
+        if self.only_wrong and self.regime not in STREAMS:
+            raise ValueError(f"only_wrong belongs to the regimes {', '.join(STREAMS)}")
         if self.regime == "cross-domain" and self.train is None:
             raise ValueError("the regime cross-domain needs train, the dataset of the other domain")
         if self.train is not None and self.train.chat:

@@ -35,6 +35,7 @@ class CaseOutcome:
         traceback: where that was raised; "" where nothing was.
         wall: wall-clock time of the whole transaction: computing, applying, guards, recording.
         shared: how many cases it carries out together, by which its cost is divided.
+        right: the model gave the answers already, so that nothing was edited.
     """
 
     ids: tuple[str, ...] = ()
@@ -45,6 +46,7 @@ class CaseOutcome:
     traceback: str = ""
     wall: float = 0.0
     shared: int = 1
+    right: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """Return plain JSON data."""

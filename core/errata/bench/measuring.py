@@ -16,6 +16,7 @@ from errata.evaluate import Baseline, Measurement, Reader
 from errata.evaluate.baseline import answers_json, answers_of
 from errata.evaluate.known_protocols import installed_protocols, measured
 from errata.evaluate.pooling import harmonic_mean, one_value
+from errata.evaluate.protocols import lifelong
 from errata.evaluate.reader import KnownAnswers
 from errata.model.storage import make_folder, write_bytes
 
@@ -55,6 +56,7 @@ def measure_state(
     beside: Mapping[str, Collection[str]],
     baseline: Baseline,
     *,
+    accurate: Sequence[Case] = (),
     unedited: bool = False,
 ) -> list[Measurement]:
     """Measure the model as a whole after some cases.
@@ -66,6 +68,8 @@ def measure_state(
         beside: per-case protocols of which only the case-independent numbers are returned → the
             kinds of requests that each is asked about, () for all.
         baseline: what the base answers.
+        accurate: cases that were right when they came, and were not edited; `lifelong`'s ARR is
+            what its ERR would be of them.
         unedited: measure the base; what it answers is added to the baseline's memory.
     """
 
@@ -74,8 +78,11 @@ def measure_state(
             return measure_unedited(editor, requests, names, baseline.settings, baseline.memory)
         return editor.evaluate(requests, names, baseline=baseline)
 
-    requests = requests_of(cases)
-    found = list(asked(requests, protocols))
+    requests, spared = requests_of(cases), requests_of(accurate)
+    found = list(asked(requests, protocols)) if requests else _of_accurate(asked(spared, protocols))
+    if requests and spared and lifelong.NAME in protocols:
+        apart = replace(baseline, settings=replace(baseline.settings, retain=()))
+        found += _of_accurate(editor.evaluate(spared, [lifelong.NAME], baseline=apart))
     names = {case_name(case) for case in cases}
     for protocol, kinds in beside.items():
         some = [request for request in requests if not kinds or request.kind in kinds]
@@ -86,6 +93,16 @@ def measure_state(
                 if not item.of and not names & set(item.case_ids)
             ]
     return found
+
+
+def _of_accurate(found: Sequence[Measurement]) -> list[Measurement]:
+    """Return measurements of requests that were not edited: their ERR is the ARR."""
+    return [
+        replace(one, metric=f"ARR{one.metric.removeprefix('ERR')}")
+        if one.metric.startswith("ERR")
+        else one
+        for one in found
+    ]
 
 
 def measure_base(

@@ -32,7 +32,7 @@ def case_line(
         place: where it belongs.
         case: its requests.
         found: its own numbers.
-        outcome: what became of its edit; None for the base.
+        outcome: what became of its edit; None for the base, and where nothing was to be edited.
         seconds: spent on measuring it (its share, where several were measured together).
     """
     # A checkpoint measures earlier edits again: their cost is on the line of the edit.

@@ -58,6 +58,8 @@ def info_of(spec: RunSpec, description: Mapping[str, Any]) -> dict[str, Any]:
         given["train"] = None  # no method of the run looks at it
     for dataset in (*given["datasets"], *filter(None, [given["train"]]), *given["retain"]):
         dataset.pop("path")  # where the bytes lay does not matter, their digest does
+    if not given["only_wrong"]:
+        given.pop("only_wrong")  # as runs have it that knew no such field
     given.pop("corpus")
     given.pop("model")
     identity = {

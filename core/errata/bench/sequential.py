@@ -17,7 +17,7 @@ from errata.bench.records import failure_line
 from errata.bench.results import Line, locked
 from errata.bench.run_spec import Item, case_name
 from errata.bench.work_units import WorkUnit, place_at_checkpoint, place_of_edit, place_of_state
-from errata.errors import IntegrityError
+from errata.errors import CapabilityError, IntegrityError, RequestError
 from errata.model.storage import make_folder
 
 if TYPE_CHECKING:
@@ -112,7 +112,9 @@ class _Stream:
                     yield failure_line(spec, where, None, unit.given_up[key])
                     continue
                 mine = [item for item in place if item.dataset == dataset]
-                yield self.worker.state(unit, where, mine)
+                right = [item for item in mine if self.outcomes[place[item]].right]
+                edited = [item for item in mine if item not in right]
+                yield self.worker.state(unit, where, edited, right)
 
     # -- edits -----------------------------------------------------------------------------------
 
@@ -131,7 +133,9 @@ class _Stream:
             )
         unit, spec = self.unit, self.spec
         errors = self._errors(call)
-        items = [unit.items[position] for position in call if position not in errors]
+        left = [position for position in call if position not in errors]
+        right = [p for p in left if spec.config.only_wrong and self._right(unit.items[p])]
+        items = [unit.items[position] for position in left if position not in right]
         outcome = CaseOutcome()
         if items:
             outcome = self.worker.edit(unit.variant, unit.seed, items, self._unclaimed())
@@ -139,10 +143,18 @@ class _Stream:
             "position": call.start,
             "cases": [case_name(spec.case(unit.items[p], unit.seed)) for p in call],
             "errors": {str(position): error for position, error in errors.items()},
+            "right_already": right,
             **outcome.as_json(),
         }
         self.editor.ledger.note(NOTE, detail)
-        self.outcomes.update(_shared(call, errors, outcome))
+        self.outcomes.update(_shared(call, errors, right, outcome))
+
+    def _right(self, item: Item) -> bool:
+        """Say whether the model gets a case right; not where it cannot be asked."""
+        try:
+            return self.worker.right(self.unit, item)
+        except (RequestError, CapabilityError):  # the edit says what is wrong
+            return False
 
     def _errors(self, call: range) -> dict[int, str]:
         """Return the cases of a call that cannot be carried out, and why."""
@@ -165,6 +177,7 @@ class _Stream:
             detail = dict(event.detail)
             start, cases = detail.pop("position"), detail.pop("cases")
             errors = {int(position): error for position, error in detail.pop("errors").items()}
+            right = detail.pop("right_already", ())  # runs that edit every case had none
             call = range(start, start + len(cases))
             for position, name in zip(call, cases, strict=True):
                 case = self.spec.case(self.unit.items[position], self.unit.seed)
@@ -173,7 +186,7 @@ class _Stream:
                         f"The ledger {self.editor.ledger.where} has {name!r} as case {position} "
                         f"of its stream, not {case_name(case)!r}: it is of another run."
                     )
-            found.update(_shared(call, errors, CaseOutcome.from_json(detail)))
+            found.update(_shared(call, errors, right, CaseOutcome.from_json(detail)))
         return found
 
     def _unclaimed(self) -> list[str]:
@@ -188,6 +201,10 @@ class _Stream:
         return nullcontext() if ids == self.editor.model.stack.ids else self.editor.only(*ids)
 
 
-def _shared(call: range, errors: Mapping[int, str], outcome: CaseOutcome) -> dict[int, CaseOutcome]:
-    """Return each position's outcome: that of the call, or its own error."""
-    return {p: CaseOutcome(error=errors[p]) if p in errors else outcome for p in call}
+def _shared(
+    call: range, errors: Mapping[int, str], right: Collection[int], outcome: CaseOutcome
+) -> dict[int, CaseOutcome]:
+    """Return each position's outcome: that of the call, its own error, or that it was right."""
+    found = dict.fromkeys(call, outcome)
+    found |= {position: CaseOutcome(error=error) for position, error in errors.items()}
+    return found | dict.fromkeys(right, CaseOutcome(right=True))

@@ -22,9 +22,12 @@ from errata.bench.work_units import WorkUnit, place_of_batch, place_of_case, pla
 from errata.contract import plugins
 from errata.contract.capabilities import check_capabilities, check_prompts
 from errata.editor import Editor
+from errata.edits.aims import aims_of_request, takes_effect
 from errata.edits.erasures import naming_what_goes
+from errata.edits.rendering import rendered
 from errata.errors import IntegrityError, RequestError
 from errata.evaluate import Baseline
+from errata.model.scoring import score_targets
 
 if TYPE_CHECKING:
     from errata.evaluate.reader import KnownAnswers
@@ -342,6 +345,16 @@ class Worker:
         )
         return dataclasses.replace(outcome, shared=len(items))
 
+    def right(self, unit: WorkUnit, item: Item) -> bool:
+        """Say whether the model as it stands does already what the edit of a case asks for."""
+        model = self.editor.model
+        for request in rendered(model, self._edited(item, unit.seed, unit.variant)):
+            aims = [aim for aim in aims_of_request(request) if aim.answer]
+            prompts = [aim.prompt.replace("{}", request.subject) for aim in aims]
+            if not takes_effect(aims, score_targets(model, prompts, [aim.answer for aim in aims])):
+                return False
+        return True
+
     def measured(
         self,
         unit: WorkUnit,
@@ -373,13 +386,22 @@ class Worker:
             return
         share = (time.perf_counter() - started) / len(cases)
         lines = [
-            case_line(spec, place, case, numbers, outcome, share)
+            case_line(spec, place, case, numbers, None if outcome.right else outcome, share)
             for (place, _, outcome), case, numbers in zip(wanted, cases, found, strict=True)
         ]
         yield from self._unwritten(unit, lines)
 
-    def state(self, unit: WorkUnit, place: LinePlace, items: Sequence[Item]) -> Line:
-        """Measure the model as a whole, as it stands after these cases (of one dataset)."""
+    def state(
+        self,
+        unit: WorkUnit,
+        place: LinePlace,
+        items: Sequence[Item],
+        accurate: Sequence[Item] = (),
+    ) -> Line:
+        """Measure the model as a whole, as it stands after edits of these cases (of one dataset).
+
+        `accurate`: those of the stream that were right when they came.
+        """
         spec = self.spec
         started = time.perf_counter()
         try:
@@ -388,7 +410,8 @@ class Worker:
                 [self.case(item, unit.seed) for item in items],
                 spec.whole(place.dataset),
                 spec.beside(place.dataset),
-                self.baseline(unit.seed, items, whole=True),
+                self.baseline(unit.seed, [*items, *accurate], whole=True),
+                accurate=[self.case(item, unit.seed) for item in accurate],
             )
         except FATAL:
             raise

@@ -54,13 +54,28 @@ def idle_view(idle: Sequence[str], edits: Sequence[Edit], recorded: bool) -> Tex
         what = "No effect: the model does not give the new answer."
     else:
         what = f"{len(idle)} of {len(edits)} edits have no effect: {render.names(idle)}."
-    advice = " Try another layer, more steps, or another method."
+    advice = _advice(edits[0])
     if not recorded:
         return Text.assemble((what, "bad"), advice)
     # The command stands alone and in whole, so that it can be copied.
     lines = [" ".join(idle[i : i + PER_LINE]) for i in range(0, len(idle), PER_LINE)]
     off = "errata revert " + " \\\n    ".join(lines)
     return Text.assemble((what, "bad"), advice, f" Take off what does not help:\n{off}")
+
+
+def _advice(edit: Edit) -> str:
+    """Say what may help, of what the method has: a trained network has learnt the rest."""
+    if edit.made_with:
+        return (
+            f" Try another method: other layers or more steps of {edit.method} are another "
+            f"training (errata prepare {edit.method})."
+        )
+    ways = [
+        text
+        for text, names in (("another layer", {"layer", "layers"}), ("more steps", {"steps"}))
+        if names & edit.config.keys()
+    ]
+    return f" Try {', '.join([*ways, 'or another method'] if ways else ['another method'])}."
 
 
 def _one_edit(edit: Edit, layer: LayerChoice | None) -> Iterator[Any]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 PANEL = "Catalogue and environment"
 _CLASSIFIERS = {
-    "claims": "a true and a new target and paraphrases (pararel, counterfact, zsre)",
+    "claims": "a true and a new target and paraphrases, none a question (pararel, counterfact)",
     "topics": "a true target and a relation (pararel, counterfact)",
 }
 """Classifiers, and what the requests of the data that they are made of must have."""
@@ -190,6 +190,10 @@ def train(
             help="claims, topics: the facts, as a dataset and its file.",
         ),
     ] = None,
+    skip_bad: Annotated[
+        bool,
+        typer.Option("--skip-bad", help="claims, topics: leave out records that cannot be read."),
+    ] = False,
     base: Annotated[
         str, typer.Option("--base", help="claims, topics: the encoder that is fine-tuned.")
     ] = "minilm",
@@ -205,15 +209,16 @@ def train(
     The first three are made of the code and text in this package.
 
     `claims` fine-tunes an encoder as a classifier of claims, true or false, made of the facts of a
-    dataset, and writes those claims beside it as files of the dataset `fever`. It is fact checking
-    in FEVER's shape, and not FEVER. `topics` does so for the facts' relations, some of which are
-    filed differently later (dataset `scotus`): label shift in SCOTUS' shape, and not SCOTUS.
+    dataset of statements, and writes those claims beside it as files of the dataset `fever`. It is
+    fact checking in FEVER's shape, and not FEVER. `topics` does so for the facts' relations, some
+    of which are filed differently later (dataset `scotus`): label shift in SCOTUS' shape, and not
+    SCOTUS.
 
     Interrupt it at any time: the same command goes on where it stopped.
     """
     if architecture in _CLASSIFIERS:
         given = {"base": base, "facts": facts, "steps": steps, "seed": seed}
-        made = _train_classifier(session, architecture, out, data, given, not fresh)
+        made = _train_classifier(session, architecture, out, data, skip_bad, given, not fresh)
     else:
         made = _train(session, architecture, out, steps, seed, device, not fresh)
     if session.json:
@@ -252,6 +257,7 @@ def _train_classifier(
     kind: str,
     out: Path,
     data: str | None,
+    skip_bad: bool,
     given: dict[str, Any],
     resume: bool,
 ) -> TrainedModel:
@@ -266,7 +272,7 @@ def _train_classifier(
             f"{_CLASSIFIERS[kind]}."
         )
     chosen = {name: value for name, value in given.items() if value is not None}
-    requests = read_dataset(data, None, option="--data").requests()
+    requests = read_dataset(data, None, option="--data", skip_bad=skip_bad).requests()
     if kind == "topics":
         topics = TopicsRecipe(**chosen)
         return train_topics(requests, out, topics, resume=resume, progress=session.progress)

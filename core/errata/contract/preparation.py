@@ -203,21 +203,15 @@ def _prepares(config: MethodConfig) -> dict[str, Any]:
 def _otherwise_trained(model: Model, method: str, config: MethodConfig) -> str:
     """Say with which other settings a method was trained for this model; "" if with none."""
     wanted = _prepares(config)
-    others: list[list[str]] = []
+    others = []
     for key in model.artifacts.under(("trained", model.fingerprint, method)):
         stored = model.artifacts.load(key)
-        former = stored[1].get("config") if stored else None
-        if isinstance(former, dict):
-            others.append(
-                [
-                    f"{name} {former.get(name)!r} (here {value!r})"
-                    for name, value in wanted.items()
-                    if former.get(name) != value
-                ]
-            )
-    if not others:
+        former = (stored[1].get("config") if stored else None) or {}
+        differ = [name for name in wanted if former.get(name, wanted[name]) != wanted[name]]
+        others.append([f"{name} {former[name]!r} (here {wanted[name]!r})" for name in differ])
+    nearest: list[str] = min(filter(None, others), key=len, default=[])
+    if not nearest:  # or all that differs is what an earlier version did not ask
         return ""
-    nearest = min(others, key=len)
     more = f" and {len(nearest) - _NAMED} more" if len(nearest) > _NAMED else ""
     return (
         f" For this model it was trained with other settings: {', '.join(nearest[:_NAMED])}{more}. "

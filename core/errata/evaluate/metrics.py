@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from errata.contract.hooks import hookimpl
+from errata.contract.registry import warn_once
 from errata.errors import ConfigError
 from errata.evaluate.baseline import Baseline
 from errata.evaluate.known_protocols import measured
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from errata.contract.protocol import Protocol
     from errata.edits.request import Request
     from errata.model.model import Model
-
-logger = logging.getLogger("errata")
 
 
 class CoreMetrics:
@@ -75,10 +73,9 @@ class CoreMetrics:
         asked = dict.fromkeys(known.get(p) if isinstance(p, str) else p for p in protocols)
         wanted = [protocol for protocol in asked if protocol and protocol.measure]
         if not reader.generates and wanted:
-            logger.warning(
-                "%s is %s: it generates no text, so only teacher-forced numbers are measured.",
-                model.name,
-                WRITES_NOTHING[model.task],
+            warn_once(
+                f"{model.name} is {WRITES_NOTHING[model.task]}: it generates no text, so only "
+                "teacher-forced numbers are measured."
             )
         each = model.progress.track(wanted, "Measuring", len(wanted))
         return [measurement for protocol in each for measurement in measured(protocol, reader)]

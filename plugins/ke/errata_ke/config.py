@@ -26,7 +26,7 @@ _BART: Mapping[str, Any] = {
 _EFK: Mapping[str, Any] = {
     "constraint": "none", "hidden": 512, "condition": 768, "optimiser": "adam", "lr": 1e-5,
     "warmup": 0, "decay": None, "batch_size": 10, "n_locality": 1, "steps": 100_000,
-    "prompt_share": 0.0, "clip": 100.0, "patience": 2000,
+    "prompt_share": 0.0, "clip": 100.0, "patience": 2000, "locality_answers": "true",
 }  # fmt: skip
 
 _SMALL: Mapping[str, Any] = {
@@ -70,6 +70,11 @@ class KeConfig(NetworkConfig):
     )
     n_locality: int = Field(
         default=63, ge=1, description="Prompts that must stay, per edit and step"
+    )
+    locality_answers: Literal["true", "own"] = Field(
+        default="own",
+        description="What must stay after other training requests' prompts: true, their true "
+        "answer (the model's own where none is given); own, what the model says, as published",
     )
     prompt_share: float = Field(
         default=1.0,

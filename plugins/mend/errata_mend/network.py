@@ -16,7 +16,8 @@ new object that rises from nothing among neighbours hardly counts there.
 
 Against the authors' code: the rectifier passes gradient at zero (as `clamp` does there); statistics
 are those of all training requests, taken before the first step, instead of running along; each edit
-is computed by itself with its own mean over its target's tokens, at the unedited model.
+is computed by itself with its own mean over its target's tokens, at the unedited model; a claim is
+always taught its other class, where theirs, by a coin, teaches the one that it has.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The `lifelong` protocol: GRACE's ERR and TRR of the model as it stands.
 
-It looks at one state: which edits were made so far, and when to look, is the caller's business.
+It looks at one state: which edits were made so far, and when to look, is the caller's business. ERR
+of requests that were right before, and were not edited, is what GRACE calls ARR.
 """
 
 from __future__ import annotations

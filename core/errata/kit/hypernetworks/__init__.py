@@ -3,8 +3,8 @@
 MEND and KnowledgeEditor differ in the network and in the objective; what they share is here.
 `signals` is what an edit asks of each matrix, `factors` what a network answers and how rows of a
 batch are run with one answer each, `lessons` what the edited rows are then asked (`passages` of
-texts), `batches` keeps both in bounded memory, `training` is the loop, and `trained` keeps the
-network with the base.
+texts, `predictions` of the base), `batches` keeps both in bounded memory, `training` is the loop,
+and `trained` keeps the network with the base.
 
 Every edit is computed at the unedited model and by itself: edits are order-free, and a batch of
 them is each of them.

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from errata.kit.hypernetworks.lessons import PHRASINGS, Lesson, locality_of
+from errata.kit.hypernetworks.lessons import PHRASINGS, Lesson
 from errata.kit.hypernetworks.passages import cut_passages, plain_passages
+from errata.kit.hypernetworks.predictions import Predictions
 from errata.kit.hypernetworks.signals import Signals, joined_signals
 from errata.kit.second_moments import documents_of
 
@@ -77,6 +78,7 @@ class BatchCache:
         self._model, self._modules, self._pool, self._config = model, modules, pool, config
         self._signals: dict[str, Signals] = {}
         self._lessons: dict[str, Lesson] = {}
+        self._said = Predictions(model)
         self._room = _ROOM
         self._layer = model.anatomy.lowest_block(modules) or 0
         if not self._made(first, check=True).resumes:
@@ -105,21 +107,38 @@ class BatchCache:
 
     @torch.no_grad()
     def _made(self, batch: RequestBatch, *, check: bool = False) -> Lesson:
-        config = self._config
-        n = max(config.n_locality, _DRAWN)
-        generator, texts = seeded(config.seed, batch.name), seeded(config.seed, batch.name, "text")
-        beside = locality_of(batch.requests, self._pool, config.locality, n, generator)
-        cut: list[list[tuple[str, str]]] = [[] for _ in batch.requests]
-        for place, request in enumerate(batch.requests):
-            if request.kind != "text":
-                continue
-            if not request.paraphrases:
-                cut[place] = cut_passages(self._model, request, PHRASINGS, texts)
-            if not (
-                config.locality == "neighbours" and (request.neighbourhood or request.locality)
-            ):
-                beside[place] = plain_passages(self._documents, n, texts) or beside[place]
-        return Lesson(self._model, batch.requests, beside, cut=cut, layer=self._layer, check=check)
+        seed, model = self._config.seed, self._model
+        generator, texts = seeded(seed, batch.name), seeded(seed, batch.name, "text")
+        cut: list[list[tuple[str, str]]] = []
+        beside: list[list[tuple[str, str]]] = []
+        for request in batch.requests:
+            whole = request.kind != "text" or request.paraphrases
+            cut.append([] if whole else cut_passages(model, request, PHRASINGS, texts))
+            beside.append(self._beside(request, generator, texts))
+        return Lesson(model, batch.requests, beside, cut=cut, layer=self._layer, check=check)
+
+    def _beside(
+        self, request: Request, generator: torch.Generator, texts: torch.Generator
+    ) -> list[tuple[str, str]]:
+        """Return prompts with answers that an edit of a request must not move, a few at most."""
+        n = max(self._config.n_locality, _DRAWN)
+        if self._config.locality == "neighbours":
+            probes = [*request.neighbourhood, *request.locality]
+            pairs = [(p.prompt, request.joined(p.answers[0])) for p in probes if p.answers][:n]
+            if pairs:
+                return pairs
+        order = torch.randperm(len(self._pool), generator=generator)[: n + 1].tolist()
+        if request.kind == "text" and (plain := plain_passages(self._documents, n, texts)):
+            return plain
+        others = [self._pool[index] for index in order]
+        others = [other for other in others if other.subject != request.subject][:n]
+        return [(other.text, other.joined(self._answer(other))) for other in others]
+
+    def _answer(self, other: Request) -> str:
+        """Return what stays after another request's prompt: its true answer, or what is said."""
+        own = self._config.locality_answers == "own" and self._config.locality == "others"
+        true = (not own and other.target_true) or self._said[other.text]
+        return true or other.target_new  # where nothing is said: its first token is asked, too
 
     @cached_property
     def _documents(self) -> list[str]:

@@ -6,17 +6,16 @@ prompts what the base says of them:
     edit      −(1/m) Σ_j log P'(o_j | x', o_<j)             x' a paraphrase (or the prompt itself)
     locality  KL(P ‖ P') at the answer's positions           of `Locality`'s prompts
 
-`others` (as published) takes other training requests for locality, `neighbours` the request's own:
-other subjects of the same relation, which are hurt first. Of a `text`, x' is the passage with its
-beginning cut off, and what must stay is plain text (`passages`).
+`others` (as published) takes other training requests for locality, each with its true answer or
+with what the base says, `neighbours` the request's own: other subjects of the same relation, which
+are hurt first. Of a `text`, x' is the passage with its beginning cut off, and what must stay is
+plain text (`passages`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -24,15 +23,13 @@ from torch.nn import functional
 
 from errata.kit.hypernetworks.factors import Factors, rows_edited
 from errata.model.forward import Resumed
-from errata.model.forward.inputs import pads
-from errata.model.running import prepare, run
+from errata.model.running import prepare
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from errata.edits.request import Request
     from errata.model.model import Model
-    from errata.model.prompts import PreparedPrompts
 
 Locality = Literal["others", "neighbours"]
 
@@ -89,8 +86,12 @@ class Sheet:
     Args:
         model: the model, with every edit off.
         rows: (request, prompt, answer) of each row.
-        layer: the lowest edited block (of the decoder); 0: everything is run each time.
+        layer: the lowest edited block (of the decoder); 0: everything is run each time, the encoder
+            of an encoder-decoder too.
         check: see whether a run from there on gives what a whole run gives.
+
+    Attributes:
+        resumes: whether it does.
     """
 
     def __init__(
@@ -98,41 +99,31 @@ class Sheet:
     ) -> None:
         self._model = model
         self._owners = torch.tensor([owner for owner, _, _ in rows])
-        self._prompts = prepare(
+        self._prompts = prompts = prepare(
             model, [prompt for _, prompt, _ in rows], [answer for *_, answer in rows], closing=True
         )
-        self._rows = self._prompts.rows.cpu()  # (n,)
-        self._lengths = self._prompts.inputs["attention_mask"].sum(1).cpu()
-        self._resumed: Resumed | None = None
-        if layer > 0 and pads(model):
-            with model.prompts(self._prompts.ends):
-                self._resumed = Resumed(
-                    model,
-                    self._prompts.inputs,
-                    layer=layer,
-                    rows=self._prompts.rows,
-                    columns=self._prompts.columns,
-                    check=check,
-                )
-        self.resumes = self._resumed is None or self._resumed.layer == layer
+        self._rows = prompts.rows.cpu()  # (n,)
+        self._lengths = prompts.inputs["attention_mask"].sum(1).cpu()
+        with model.prompts(prompts.ends):
+            self._run = Resumed(
+                model, prompts.inputs, layer=layer, rows=prompts.rows, columns=prompts.columns,
+                stack=None if layer else model.anatomy.reader, check=check,
+            )  # fmt: skip
+        self.resumes = self._run.layer == layer
 
     @property
     def nbytes(self) -> int:
         """Bytes of the prompts, and of the recorded run."""
-        own = sum(tensor.nbytes for tensor in self._prompts.inputs.values())
-        return own + (0 if self._resumed is None else self._resumed.nbytes)
+        return self._run.nbytes
 
     @torch.no_grad()
     def unedited(self) -> Tensor:
         """Return the base's log-probabilities (n, vocabulary) at every answer."""
-        if self._resumed is None:
-            return run(self._model, self._prompts).float().log_softmax(-1).cpu()
-        return self._resumed.reference.float().log_softmax(-1).cpu()
+        return self._run.reference.float().log_softmax(-1).cpu()
 
     def forget(self) -> None:
         """Free the logits of the recorded run: of many lessons they are much."""
-        if self._resumed is not None:
-            self._resumed.reference = self._resumed.reference[:, :1].clone()
+        self._run.reference = self._run.reference[:, :1].clone()
 
     def read(self, rows: Tensor, factors: Mapping[str, Factors]) -> Read:
         """Run some rows (ascending), each with its request's change.
@@ -145,16 +136,12 @@ class Sheet:
         return Read(*(torch.cat(columns) for columns in zip(*read, strict=True)))
 
     def _read(self, rows: Tensor, factors: Mapping[str, Factors]) -> Read:
-        logits: Callable[[], Tensor]
-        if self._resumed is not None:
-            logits = self._resumed.keep(rows).trimmed().logits
-        else:
-            logits = partial(run, self._model, _rows_of(self._prompts, rows))
-        owners = self._owners[rows]
-        with ExitStack() as block:
-            block.enter_context(self._model.prompts([self._prompts.ends[i] for i in rows.tolist()]))
-            block.enter_context(rows_edited(self._model, factors, owners))
-            found = logits().float().log_softmax(-1)
+        part, ends = self._run.keep(rows).trimmed(), [self._prompts.ends[i] for i in rows.tolist()]
+        with (
+            self._model.prompts(ends),
+            rows_edited(self._model, factors, self._owners[rows]),
+        ):
+            found = part.logits().float().log_softmax(-1)
         held = torch.isin(self._rows, rows).nonzero().squeeze(-1)
         row = self._rows[held]
         owner, device = self._owners[row], self._model.device
@@ -297,55 +284,3 @@ class Lesson:
         differ = (read.said.argmax(-1) != before.argmax(-1)).float()
         moved = zero.index_add(0, row, differ)
         return divergences[0], divergences[1], float((moved == 0).float().mean())
-
-
-def locality_of(
-    requests: Sequence[Request],
-    pool: Sequence[Request],
-    locality: Locality,
-    n: int,
-    generator: torch.Generator,
-) -> list[list[tuple[str, str]]]:
-    """Return for each request at most n prompts with answers that an edit of it must not move.
-
-    Args:
-        requests: the requests.
-        pool: the training requests, for "others" (and for requests that have no neighbours).
-        locality: which.
-        n: how many of each at most.
-        generator: draws the others.
-    """
-    found = []
-    for request in requests:
-        beside: list[tuple[str, str]] = []
-        if locality == "neighbours":
-            probes = [*request.neighbourhood, *request.locality]
-            beside = [(p.prompt, request.joined(p.answers[0])) for p in probes if p.answers][:n]
-        if not beside:
-            order = torch.randperm(len(pool), generator=generator)[: n + 1].tolist()
-            others = [pool[index] for index in order if pool[index].subject != request.subject]
-            beside = [(other.text, other.target) for other in others][:n]
-        found.append(beside)
-    return found
-
-
-def _rows_of(prompts: PreparedPrompts, rows: Tensor) -> PreparedPrompts:
-    """Return a batch with only these rows (ascending) of another.
-
-    Last columns that are padding in all of them are left out, where one sequence is read.
-    """
-    held = torch.isin(prompts.rows.cpu(), rows).to(prompts.rows.device)
-    where = rows.to(prompts.rows.device)
-    inputs = {name: value[where] for name, value in prompts.inputs.items()}
-    if "decoder_input_ids" not in inputs:
-        width = int(inputs["attention_mask"].any(0).nonzero().max()) + 1
-        inputs = {name: value[:, :width] for name, value in inputs.items()}
-    return replace(
-        prompts,
-        inputs=inputs,
-        rows=torch.searchsorted(where, prompts.rows[held]),
-        columns=prompts.columns[held],
-        labels=prompts.labels[held],
-        counts=tuple(prompts.counts[index] for index in rows.tolist()),
-        ends=[prompts.ends[index] for index in rows.tolist()],
-    )

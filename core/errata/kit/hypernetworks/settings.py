@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -40,6 +41,11 @@ class NetworkConfig(MethodConfig):
         description="What an edit must leave alone in training: others, other training requests "
         "(as published); neighbours, the request's own neighbours, which are hurt first",
     )
+    locality_answers: Literal["true", "own"] = Field(
+        default="true",
+        description="What must stay after other training requests' prompts: true, their true "
+        "answer (the model's own where none is given); own, what the model says",
+    )
     n_locality: int = Field(
         default=1, ge=1, description="Prompts that must stay, per edit and step"
     )
@@ -71,6 +77,14 @@ class NetworkConfig(MethodConfig):
     def on_base(self) -> bool:
         """Every edit is computed at the unedited model: the network was trained there."""
         return True
+
+    def recipe(self, *, leave_out: Collection[str] = ()) -> str:
+        """Return a short digest of the hyper-parameters that the training depends on.
+
+        `locality_answers` plays no part beside neighbours.
+        """
+        idle = {"locality_answers"} if self.locality == "neighbours" else set()
+        return super().recipe(leave_out={*leave_out, *idle})
 
     def for_model(self, anatomy: Anatomy) -> Self:
         """Return the configuration with its layers counted from 0."""

@@ -112,20 +112,15 @@ def signals_of(model: Model, requests: Sequence[Request], modules: Sequence[str]
     """
     for request in requests:
         check_says_something(request)
-    found: list[Signals] = []
+    found: dict[int, Signals] = {}
     # Of one length each, so that little is computed on padding.
     order = sorted(range(len(requests)), key=lambda index: len(requests[index].text))
-    text = "Gradients of the requests"
     steps = range(0, len(order), _BATCH)
-    for begin in model.progress.track(steps, text, len(steps)):
-        part = [requests[index] for index in order[begin : begin + _BATCH]]
-        found += _batch(model, part, modules).each()
-    answer: list[Signals] = [found[0]] * len(order)
-    for place, signals in zip(order, found, strict=True):
-        answer[place] = signals
-    for signals in answer:
-        _check(signals)
-    return answer
+    for begin in model.progress.track(steps, "Gradients of the requests"):
+        places = order[begin : begin + _BATCH]
+        each = _each(model, [requests[place] for place in places], modules)
+        found.update(zip(places, each, strict=True))
+    return [found[place] for place in range(len(requests))]
 
 
 def joined_signals(model: Model, requests: Sequence[Request], modules: Sequence[str]) -> Signals:
@@ -140,13 +135,11 @@ def joined_signals(model: Model, requests: Sequence[Request], modules: Sequence[
 
     Raises `EditFailed` as `signals_of` does.
     """
-    found = _batch(model, requests, modules).each()
-    for signals in found:
-        _check(signals)
-    return Signals.join(found)
+    return Signals.join(_each(model, requests, modules))
 
 
-def _batch(model: Model, requests: Sequence[Request], modules: Sequence[str]) -> Signals:
+def _each(model: Model, requests: Sequence[Request], modules: Sequence[str]) -> list[Signals]:
+    """Return the gradients of requests that are run together, each one's without padding."""
     prompts = prepare(model, [r.text for r in requests], [r.target for r in requests], closing=True)
     counts = torch.tensor(prompts.counts, device=prompts.rows.device)
     # The sum over the requests of each one's mean: what stands in a row is its request's alone.
@@ -182,7 +175,10 @@ def _batch(model: Model, requests: Sequence[Request], modules: Sequence[str]) ->
         )
         errors[path] = gradients_there / scale
         kept[path] = inputs[path].any(-1) & errors[path].any(-1)
-    return Signals(tuple(requests), inputs, errors, kept)
+    found = Signals(tuple(requests), inputs, errors, kept).each()
+    for signals in found:
+        _check(signals)
+    return found
 
 
 def check_says_something(request: Request) -> None:
@@ -198,17 +194,16 @@ def check_says_something(request: Request) -> None:
 
 def _check(signals: Signals) -> None:
     (request,) = signals.requests
+    problem = ""
     if not any(bool(kept.any()) for kept in signals.kept.values()):
-        raise EditFailed(
-            f"The gradient of {request.text!r} → {request.target_new!r} is zero in every module: "
-            "the model says the target with certainty already, or nothing that is edited "
-            "reaches it."
+        problem = (
+            "zero in every module: the model says the target with certainty already, or nothing "
+            "that is edited reaches it"
         )
-    if not all(bool(error.isfinite().all()) for error in signals.errors.values()):
-        raise EditFailed(
-            f"The gradient of {request.text!r} → {request.target_new!r} is not finite: load the "
-            "model in bf16 or fp32."
-        )
+    elif not all(bool(error.isfinite().all()) for error in signals.errors.values()):
+        problem = "not finite: load the model in bf16 or fp32"
+    if problem:
+        raise EditFailed(f"The gradient of {request.text!r} → {request.target_new!r} is {problem}.")
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:

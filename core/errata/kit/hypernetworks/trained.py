@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from errata.errors import CapabilityError, ConfigError
-from errata.kit.hypernetworks.training import EditingNetwork, NetworkTraining
+from errata.kit.hypernetworks.training import EditingNetwork, NetworkTraining, shapes_of
 from errata.kit.training import linear_modules
 from errata.model.forward.inputs import pads
 
@@ -79,11 +79,11 @@ def trained_network(
 
     def load() -> Network:
         network = build()
-        expected = {n: t.shape for n, t in network.state_dict().items()}
+        expected = shapes_of(network.state_dict())
 
         def sound(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bool:
             del metadata
-            return {n: t.shape for n, t in tensors.items()} == expected
+            return shapes_of(tensors) == expected
 
         tensors, _ = model.of_base(name, recipe, compute=compute, sound=sound, trained=True)
         network.load_state_dict(dict(tensors))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -138,6 +138,7 @@ class NetworkTraining:
             done = self._resume()
             if done is None:
                 done = 0
+                self._name_shorter()
                 every = self._model.progress.track(self._batches, "Gradients of the requests")
                 editing.begin(map(self._cache.signals, every), self._trial)
                 self._optimisers = editing.optimisers()
@@ -156,6 +157,16 @@ class NetworkTraining:
                         self._save(step + 1)
         return self._best
 
+    def _name_shorter(self) -> None:
+        """Say which variants are trained for far fewer steps, where there are any."""
+        most, variants = self._config.steps / 20, self._config.variants.items()
+        steps = {name: sets["steps"] for name, sets in variants if sets.get("steps", most) < most}
+        if steps:
+            shorter = ", ".join(f"--set variant={name} ({n:,} steps)" for name, n in steps.items())
+            self._model.progress.note(
+                f"{self._name} is trained for {self._config.steps:,} steps. Far fewer: {shorter}"
+            )
+
     # -- a step ----------------------------------------------------------------------------------
 
     def _step(self, step: int, rates: Sequence[Sequence[float]]) -> float:
@@ -171,19 +182,15 @@ class NetworkTraining:
             views=config.views,
         )
         loss = editing.objective(lesson.ask(editing(self._cache.signals(batch)), drawn))
-        parameters = [p for p in editing.parameters() if p.requires_grad]
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        norm = nn.utils.clip_grad_norm_(parameters, config.clip or math.inf)
+        loss.backward()  # type: ignore[no-untyped-call]  # the model is frozen
+        norm = nn.utils.clip_grad_norm_(editing.parameters(), config.clip or math.inf)
         if bool(torch.isfinite(norm)):  # as published, a step with another gradient is skipped
             for optimiser, bases in zip(self._optimisers, rates, strict=True):
                 for param_group, base in zip(optimiser.param_groups, bases, strict=True):
                     param_group["lr"] = base * editing.rate(step)
                 optimiser.step()
             editing.stepped()
-        for parameter in parameters:
-            parameter.grad = None
+        editing.zero_grad()
         return float(loss.detach())
 
     @torch.no_grad()
@@ -212,7 +219,8 @@ class NetworkTraining:
             )
         if self._lowest is None or badness < self._lowest:
             self._lowest, self.best = badness, step
-            self._best = _copied(self._editing.state_dict())
+            now = self._editing.state_dict().items()
+            self._best = {name: tensor.detach().clone() for name, tensor in now}
         self._editing.validated(measured)
         self._model.progress.note(
             f"{self._name}, step {step}: loss {trained:.3f}; of {n} held out, edit "
@@ -262,36 +270,32 @@ class NetworkTraining:
         if stored is None or int(stored[1]["step"]) > self._config.steps:
             return None
         tensors, about = stored
-        now = dict(_part(tensors, "now"))
-        if _shapes(now) != _shapes(self._editing.state_dict()):
+        now = _part(tensors, "now")
+        if shapes_of(now) != shapes_of(self._editing.state_dict()):
             return None  # of a version whose network had other shapes
         self._editing.load_state_dict(now)
         self._optimisers = self._editing.optimisers()
         for number, optimiser in enumerate(self._optimisers):
             state: dict[int, dict[str, Any]] = {}
-            for name, value in _part(tensors, f"optimiser.{number}"):
+            for name, value in _part(tensors, f"optimiser.{number}").items():
                 index, key = name.split(".", 1)
                 state.setdefault(int(index), {})[key] = value
             optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
-        self._best = dict(_part(tensors, "best"))
+        self._best = _part(tensors, "best")
         self.curve, self.best = list(about["curve"]), int(about["best"])
         self._lowest = about["lowest"]
         self._model.progress.note(f"{self._name}: going on after step {about['step']}")
         return int(about["step"])
 
 
-def _part(tensors: Mapping[str, Tensor], name: str) -> Iterator[tuple[str, Tensor]]:
-    for key, value in tensors.items():
-        if key.startswith(f"{name}."):
-            yield key.removeprefix(f"{name}."), value
-
-
-def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+def shapes_of(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    """Return the shape of each tensor: whether a state fits a network shows in it."""
     return {name: tensor.shape for name, tensor in state.items()}
 
 
-def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in state.items()}
+def _part(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    begin = f"{name}."
+    return {n.removeprefix(begin): tensor for n, tensor in tensors.items() if n.startswith(begin)}
 
 
 def _split(requests: list[Request], n: int, seed: int) -> tuple[list[Request], list[Request]]:

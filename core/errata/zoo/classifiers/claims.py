@@ -79,13 +79,20 @@ def claim(prompt: str, said: str) -> str:
 def facts_of(requests: Sequence[Request], recipe: ClaimsRecipe) -> list[ClaimedFact]:
     """Return facts about different subjects, drawn with the seed.
 
-    Raises `ConfigError` when there are fewer than the recipe wants.
+    Raises `ConfigError` for a question, which no object makes a claim of, and when there are fewer
+    facts than the recipe wants.
     """
     found: dict[str, ClaimedFact] = {}
     for request in requests:
         if request.target_true is None or not request.paraphrases:
             continue
         phrasings = tuple(dict.fromkeys((request.text, *request.paraphrases)))
+        for phrasing in phrasings:
+            if phrasing.rstrip().endswith(("?", "？")):
+                raise ConfigError(
+                    f"{phrasing!r} is a question: with an answer behind it, it is no claim. Give a "
+                    "dataset whose prompts an object completes (pararel, counterfact)."
+                )
         objects = (request.joined(request.target_true), request.target)
         found.setdefault(request.subject, ClaimedFact(phrasings, *objects))
     if len(found) < recipe.facts:
