@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from errata.contract import plugins
+from errata.contract.stanzas import preset_facts
 from errata.edits.aims import Aim, aims_of_request, says_something
 from errata.edits.request_problems import naming_place
 from errata.errors import CapabilityError, RequestError
@@ -13,10 +15,13 @@ from errata.model.running import class_index, prepare
 from errata.model.tokens import subject_span
 
 if TYPE_CHECKING:
+    from errata.contract.config import MethodConfig
     from errata.contract.registry import Registry
     from errata.contract.stanzas import Capabilities, MethodEntry
     from errata.edits.request import Request
     from errata.model.model import Model
+
+logger = logging.getLogger("errata")
 
 DENSE_MLP = "dense_mlp"
 """The need of a method that writes into an MLP's down projection."""
@@ -107,6 +112,27 @@ def check_parts(method: str, registry: Registry, model: Model) -> None:
         f"({model.anatomy.model_type}) has an MLP that every token passes through: its MLPs are "
         f"mixtures of experts. Methods that need none: {', '.join(others) or 'none is installed'}."
     )
+
+
+def warn_of_neighbours(method: str, registry: Registry, model: Model, config: MethodConfig) -> None:
+    """Warn where edits of a method were measured to change what such a model says of others.
+
+    That is a model with a norm behind its MLPs, and a method without a preset for it.
+    """
+    anatomy, reader = model.anatomy, model.anatomy.reader
+    facts = preset_facts(anatomy, model.name) | {"variant": getattr(config, "variant", None)}
+    if (
+        registry.method(method).capabilities.spares_behind_norm is not False
+        or not any(reader.norm_behind_mlp(model.module, i) for i in reader.layers_with("mlp"))
+        or any(preset.match and preset.fits(facts) for preset in registry.presets(method))
+    ):
+        return
+    sparing = [n for n, entry in registry.methods.items() if entry.capabilities.spares_behind_norm]
+    logger.warning(
+        "Behind the MLPs of %s (%s) stands a norm, and %s has no preset for it: with no setting "
+        "that was tried did its edits spare what such a model says of other subjects. Measured to "
+        "spare it: %s.", model.name, anatomy.model_type, method, ", ".join(sorted(sparing)),
+    )  # fmt: skip
 
 
 def check_prompts(model: Model, requests: Sequence[Request]) -> None:
