@@ -232,7 +232,7 @@ class Editor(Described):
             settings, _ = self.configure(method, overrides)
             batches = self._methods.batches(method, settings, requests, batch_size, commit)
             check_prompts(self.model, requests)
-            warn_of_neighbours(method, self.registry, self.model, settings)
+            warn_of_neighbours(method, self.registry, self.model)
             self._methods.prepare(method, settings)
             self._methods.check_overlap(method, settings, requests)
             call = EditCall(method, settings, batches)

@@ -365,16 +365,17 @@ def test_methods_that_do_not_spare_models_with_a_norm_behind_the_mlp_say_so_once
         assert name in said[0]
 
 
-def test_a_preset_for_such_a_model_stands_for_another_measurement(
+def test_who_measured_otherwise_says_so_in_a_registry_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    preset = {"match": {"model_type": "gemma2"}, "values": {"steps": 4}, "source": "measured"}
-    own = tmp_path / "registry.yaml"
-    own.write_text(yaml.safe_dump({"methods": {"lora": {"presets": [preset]}}}))
+    said = {"methods": {"lora": {"capabilities": {"spares_behind_norm": True}}}}
+    (tmp_path / "registry.yaml").write_text(yaml.safe_dump(said))
     monkeypatch.chdir(tmp_path)
     with _opened("gemma2", tmp_path) as editor:
-        editor.edit(FACT, method="lora")
-    assert "spare" not in caplog.text
+        editor.edit(FACT, method="lora", config=SHORT["lora"])
+        assert "spare" not in caplog.text
+        editor.edit({**FACT, "subject": "Spain"}, method="ft", config=SHORT["ft"])
+    assert "Measured to spare it: alphaedit, grace, lora, memit, rome." in caplog.text
 
 
 # -- tokens that the model does not know -----------------------------------------------------------

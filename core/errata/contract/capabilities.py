@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from errata.contract import plugins
-from errata.contract.stanzas import preset_facts
 from errata.edits.aims import Aim, aims_of_request, says_something
 from errata.edits.request_problems import naming_place
 from errata.errors import CapabilityError, RequestError
@@ -15,7 +14,6 @@ from errata.model.running import class_index, prepare
 from errata.model.tokens import subject_span
 
 if TYPE_CHECKING:
-    from errata.contract.config import MethodConfig
     from errata.contract.registry import Registry
     from errata.contract.stanzas import Capabilities, MethodEntry
     from errata.edits.request import Request
@@ -114,24 +112,20 @@ def check_parts(method: str, registry: Registry, model: Model) -> None:
     )
 
 
-def warn_of_neighbours(method: str, registry: Registry, model: Model, config: MethodConfig) -> None:
+def warn_of_neighbours(method: str, registry: Registry, model: Model) -> None:
     """Warn where edits of a method were measured to change what such a model says of others.
 
-    That is a model with a norm behind its MLPs, and a method without a preset for it.
+    That is a model with a norm behind its MLPs.
     """
-    anatomy, reader = model.anatomy, model.anatomy.reader
-    facts = preset_facts(anatomy, model.name) | {"variant": getattr(config, "variant", None)}
-    if (
-        registry.method(method).capabilities.spares_behind_norm is not False
-        or not any(reader.norm_behind_mlp(model.module, i) for i in reader.layers_with("mlp"))
-        or any(preset.match and preset.fits(facts) for preset in registry.presets(method))
-    ):
+    reader, methods = model.anatomy.reader, registry.methods
+    behind = (reader.norm_behind_mlp(model.module, i) for i in reader.layers_with("mlp"))
+    if methods[method].capabilities.spares_behind_norm is not False or not any(behind):
         return
-    sparing = [n for n, entry in registry.methods.items() if entry.capabilities.spares_behind_norm]
+    sparing = [name for name, one in methods.items() if one.capabilities.spares_behind_norm]
     logger.warning(
-        "Behind the MLPs of %s (%s) stands a norm, and %s has no preset for it: with no setting "
-        "that was tried did its edits spare what such a model says of other subjects. Measured to "
-        "spare it: %s.", model.name, anatomy.model_type, method, ", ".join(sorted(sparing)),
+        "Behind the MLPs of %s (%s) stands a norm: with no setting that was tried did edits of %s "
+        "spare what such a model says of other subjects. Measured to spare it: %s.",
+        model.name, model.anatomy.model_type, method, ", ".join(sorted(sparing)),
     )  # fmt: skip
 
 
