@@ -29,7 +29,8 @@ test-slow: $(STAMP)
 
 test-real: $(STAMP)
 	$(BIN)/errata zoo get smollm2-135m
-	-$(BIN)/errata zoo get minilm  # where it cannot be had, the tests that read sentences with it are skipped
+	-$(BIN)/errata zoo get minilm  # where these two cannot be had, the tests that need them are skipped
+	-$(BIN)/errata zoo get gemma3-270m
 	$(BIN)/python -m pytest -m real --numprocesses auto --dist worksteal
 
 bench: $(STAMP)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -100,6 +101,21 @@ def test_a_method_is_not_asked_about_models_that_it_does_not_declare(
     suite.method = method
     suite.unlisted = suite.model  # a decoder
     with pytest.raises(pytest.skip.Exception, match=f"{method} (edits|carries out)"):
+        suite.test_defaults_spare_a_model_without_presets()
+
+
+@pytest.mark.slow
+def test_defaults_that_write_nothing_are_noticed(
+    toys: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = _Strangers()
+    suite.method = "toy-oracle"
+    suite.unlisted = suite.model
+    suite.test_defaults_spare_a_model_without_presets()
+    package = importlib.import_module("errata_toys")
+    silent = classmethod(lambda cls, model, deltas, prompts: [None] * len(prompts))
+    monkeypatch.setattr(package.OracleDelta, "respond", silent)
+    with pytest.raises(AssertionError, match="takes no effect"):
         suite.test_defaults_spare_a_model_without_presets()
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from errata.contract.capabilities import check_prompts
+from errata.contract.capabilities import check_prompts, warn_of_neighbours
 from errata.contract.editing import EditCall, Editing
 from errata.contract.guards import GuardPolicy, Guards
 from errata.contract.manager import known_models
@@ -232,6 +232,7 @@ class Editor(Described):
             settings, _ = self.configure(method, overrides)
             batches = self._methods.batches(method, settings, requests, batch_size, commit)
             check_prompts(self.model, requests)
+            warn_of_neighbours(method, self.registry, self.model)
             self._methods.prepare(method, settings)
             self._methods.check_overlap(method, settings, requests)
             call = EditCall(method, settings, batches)

@@ -233,6 +233,20 @@ def _said(error: BaseException) -> str:
 
 
 @contextmanager
+def disk(what: str) -> Iterator[None]:
+    """Turn the system's refusal in the block into a `StorageError`: "Cannot `what`: why".
+
+    For example "write FILE". Errors of errata's own go on as they are.
+    """
+    try:
+        yield
+    except ErrataError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL in a path; links in a circle
+        raise StorageError(f"Cannot {what}: {reason_of(error)}.") from error
+
+
+@contextmanager
 def blaming(what: str) -> Iterator[None]:
     """Turn a foreign error of the block into a `PluginError` that begins with `what`.
 

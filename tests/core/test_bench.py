@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -670,44 +672,117 @@ def test_cases_measured_together_are_told_apart(tmp_path: Path) -> None:
         measuring.load_answers(tmp_path / "memory.json", "g")
 
 
-def test_the_base_is_asked_once_in_all_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+QUICK = {"max_new_tokens": 2, "leave_out": ["GE", "RS", "attribute_nll"]}
+
+
+def base_lines(folder: Path, **changes: Any) -> list[dict[str, Any]]:
+    fields = {"methods": "base", "datasets": "atlas", "settings": QUICK, **changes}
+    found = run(folder, protocols=["counterfact", "generation"], **fields)
+    return [{"case": line["case_id"], "said": line["answers"], "is": line["measurements"]}
+            for line in found.values()]  # fmt: skip
+
+
+@pytest.fixture
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the model was asked: (prompt, target) pairs, prompts and texts."""
+    from errata.evaluate import reader
+
+    found: list[Any] = []
+
+    def counted(name: str, questions: Callable[..., Iterable[Any]]) -> None:
+        real = getattr(reader, name)
+
+        def ask(model: Any, *args: Any, **more: Any) -> Any:
+            found.extend(questions(*args))
+            return real(model, *args, **more)
+
+        monkeypatch.setattr(reader, name, ask)
+
+    counted("score_targets", lambda prompts, targets, *_: zip(prompts, targets, strict=True))
+    counted("generated", lambda prompts, *_: prompts)
+    counted("text_nlls", lambda texts: texts)
+    monkeypatch.setenv("ERRATA_CACHE", str(tmp_path / "cache"))
+    return found
+
+
+def test_the_base_is_asked_once_whatever_cases_a_run_has(tmp_path: Path, asked: list[Any]) -> None:
+    three = base_lines(tmp_path / "three", limit=3)
+    once = len(asked)
+    assert once == len(set(asked)) > 0
+    assert base_lines(tmp_path / "two", limit=2) == three[:2]
+    assert base_lines(tmp_path / "again", limit=3) == three
+    assert len(asked) == once  # fewer of the same cases, in a folder of their own: nothing is asked
+    assert base_lines(tmp_path / "four", limit=4)[:3] == three
+    more = asked[once:]
+    assert more
+    assert not set(more) & set(asked[:once])  # of more cases, what is new
+    shuffled = base_lines(tmp_path / "shuffled", limit=4, shuffle=True, seeds=[5])
+    assert sorted(line["case"] for line in shuffled) == ["0", "1", "2", "3"]
+    assert len(asked) == once + len(more)
+
+
+def test_the_base_as_a_whole_is_measured_once(tmp_path: Path, asked: list[Any]) -> None:
+    fields = {"state": ["general"], "limit": 1}
+    first = base_lines(tmp_path / "first", **fields)
+    assert first[-1]["case"] is None  # the model as a whole: perplexity
+    once = len(asked)
+    assert base_lines(tmp_path / "second", **fields) == first
+    assert len(asked) == once
+
+
+def kept_files(cache: Path) -> list[Path]:
+    return sorted(cache.rglob("base_answers/*/*"))
+
+
+def test_what_is_asked_or_computed_in_another_way_is_asked_anew(
+    tmp_path: Path, asked: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from errata import Editor
-    from errata.bench import measuring
-    from errata.evaluate import MeasureSettings, Reader
+    from errata.bench import kept_answers
 
-    editor = Editor("atlas-gpt2", artifacts=tmp_path)
-    cases = [(request,) for request in atlas.requests(2)]
-    settings = MeasureSettings(max_new_tokens=2, leave_out=("GE", "RS", "attribute_nll"))
-    asked: list[str] = []
-    state = Reader.state
-
-    def counted(self: Reader) -> Any:
-        asked.append("state")
-        return state(self)
-
-    monkeypatch.setattr(Reader, "state", counted)
-    first = measuring.measure_base_once(editor, cases, ("counterfact", "generation"), settings)
-    ran = len(asked)
-    second = measuring.measure_base_once(editor, cases, ("counterfact", "generation"), settings)
-    assert second == first
-    assert len(asked) == ran + 1  # to be on the base, not to run it
-    metrics = {one.metric for case in first[0] for one in case}
-    assert {"ES", "rewrite_exact"} <= metrics
-    assert not metrics & {"GE", "RS", "attribute_nll_new"}
-    (kept,) = (tmp_path / "base_answers" / editor.model.fingerprint).iterdir()
-    kept.write_bytes(kept.read_bytes()[:100])  # cut in half: asked again, and whole afterwards
-    assert measuring.measure_base_once(editor, cases, ("counterfact",), settings)[0]
-    other = MeasureSettings(max_new_tokens=3)
-    measuring.measure_base_once(editor, cases[:1], ("generation",), other)
-    assert len(list(kept.parent.iterdir())) == 2
-    there = measuring.versions(())
-    for number, name in enumerate(("errata", "transformers")):
+    base_lines(tmp_path / "0", limit=1)
+    once = len(asked)
+    base_lines(tmp_path / "1", limit=1, settings={**QUICK, "max_new_tokens": 3})
+    assert len(asked) == 2 * once
+    there = kept_answers.versions(())
+    for number, name in enumerate(("errata", "transformers"), start=2):
         changed = {**there, name: "0.0.1"}
-        monkeypatch.setattr(measuring, "versions", lambda _, changed=changed: changed)
-        measuring.measure_base_once(editor, cases[:1], ("generation",), other)
-        assert len(list(kept.parent.iterdir())) == 3 + number  # by another version: asked anew
+        monkeypatch.setattr(kept_answers, "versions", lambda _, changed=changed: changed)
+        base_lines(tmp_path / str(number), limit=1)
+        assert len(kept_files(tmp_path / "cache")) == number + 1
+    assert len(asked) == 4 * once
+
+
+def test_a_damaged_file_of_base_answers_is_asked_anew(tmp_path: Path, asked: list[Any]) -> None:
+    first = base_lines(tmp_path / "0", limit=2)
+    once = len(asked)
+    (kept,) = kept_files(tmp_path / "cache")
+    whole = kept.read_bytes()
+    for number, data in enumerate((whole[: len(whole) // 2], whole[:100], b"", b"no database"), 1):
+        kept.write_bytes(data)
+        assert base_lines(tmp_path / str(number), limit=2) == first
+        assert len(asked) == (number + 1) * once
+    assert base_lines(tmp_path / "last", limit=2) == first  # and it is whole again
+    assert len(asked) == 5 * once
+
+
+def test_several_processes_keep_their_answers_in_one_file(tmp_path: Path) -> None:
+    from errata.bench.kept_answers import KeptAnswers
+
+    path = tmp_path / "kept.sqlite"
+
+    def keep(number: int) -> None:
+        for step in range(20):
+            memory = KeptAnswers(path)
+            assert memory.unknown("texts", ["all"]) in ([], ["all"])
+            memory.texts.update({"all": "the same", f"{number} {step}": f"of {number}"})
+            memory.keep()
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(keep, range(4)))
+    memory = KeptAnswers(path)
+    everything = [f"{number} {step}" for number in range(4) for step in range(20)]
+    assert memory.unknown("texts", [*everything, "all", "new", "new"]) == ["new"]
+    assert memory.texts["3 19"] == "of 3"
 
 
 def test_only_optional_metrics_can_be_left_out() -> None:

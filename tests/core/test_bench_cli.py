@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 from errata import bench
 from errata.bench.report import read
 from errata.cli import bench as command
+from errata.cli.error_reports import FAILED
 from errata.contract import plugins
 from tests.core.bench_helpers import SUBJECTS, short
 from tests.helpers import ROOT
@@ -316,6 +317,33 @@ def test_an_optional_method_is_run_where_it_is_named_alone(run: Run, file: Path)
     fields["optional_methods"] = ["lone", "lone"]
     file.write_text(yaml.safe_dump(fields))
     assert "'lone' is there twice" in " ".join(run(file, code=1).stderr.split())
+
+
+def test_the_base_alone_is_a_run_that_methods_may_join(run: Run, file: Path) -> None:
+    shown = run(file, "--method", "base", "--out", "out").stdout
+    assert "base" in shown
+    assert {line["variant"] for line in bench.load("out")} == {"base"}
+    report = read("out")
+    assert [head.label for head in report.parts[0].tables[0].heads] == ["base"]
+    run(file, "--method", "base", "--method", "nudge", "--out", "out")
+    kinds = bench.load("out").kinds
+    assert {key.split("|")[0] for key in kinds} == {"base", "nudge"}
+    fields = yaml.safe_load(file.read_text())
+    for methods in ("base", ["base"], [{"method": "base"}]):
+        file.write_text(yaml.safe_dump({**fields, "methods": methods}))
+        assert [column["label"] for column in planned(run, file)["columns"]] == ["base"]
+    file.write_text(yaml.safe_dump({**fields, "methods": []}))
+    assert "name 'base'" in " ".join(run(file, code=1).stderr.split())
+
+
+def test_a_base_that_cannot_be_measured_is_an_error(
+    run: Run, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError("on purpose")
+
+    monkeypatch.setattr("errata.bench.measuring.measure_base", fail)
+    assert "3 failures" in run(file, "--method", "base", code=FAILED).stdout
 
 
 def test_the_page_about_run_files_shows_them_as_they_are() -> None:

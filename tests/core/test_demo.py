@@ -87,6 +87,16 @@ def test_every_number_has_its_protocol(report: dict[str, Any]) -> None:
     assert report["location"]["protocol"].startswith("causal trace")
 
 
+@pytest.mark.slow
+def test_a_newcomer_is_told_what_a_warning_means() -> None:
+    result = run()
+    said, page = (" ".join(text.split()) for text in (result.stderr, result.stdout))
+    assert "may no longer reach" not in said
+    assert said.count("Warning") == said.count("Warning: Stale") == 1
+    assert "Stale is what was computed on top of an edit that is off now (grace)" in page
+    assert "perplexity: on the canary text" in page
+
+
 def test_the_middle_edit_goes_first_and_the_base_comes_back(report: dict[str, Any]) -> None:
     stages, asked = report["reverts"], report["asked"]
     assert [stage["stage"] for stage in stages] == [

@@ -343,6 +343,41 @@ def test_neurons_of_an_improbable_answer_are_found_in_fp16(family: str, tmp_path
     assert found[0] & found[1]
 
 
+# -- what only some models are warned of -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "warned"),
+    [
+        ("gemma2", "lora", True), ("gemma2", "ft", True), ("gemma2", "adalora", True),
+        ("gemma2", "grace", False), ("llama", "lora", False),
+    ],
+)  # fmt: skip
+def test_methods_that_do_not_spare_models_with_a_norm_behind_the_mlp_say_so_once(
+    family: str, method: str, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    facts = [FACT, {**FACT, "subject": "Spain"}]
+    with _opened(family, tmp_path) as editor:
+        editor.edit(facts, method=method, config=SHORT[method], batch_size=1, commit="batch")
+    said = [one for one in caplog.messages if "norm" in one and "spare" in one]
+    assert len(said) == warned
+    for name in ("alphaedit", "grace", "memit", "rome") if warned else ():
+        assert name in said[0]
+
+
+def test_who_measured_otherwise_says_so_in_a_registry_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    said = {"methods": {"lora": {"capabilities": {"spares_behind_norm": True}}}}
+    (tmp_path / "registry.yaml").write_text(yaml.safe_dump(said))
+    monkeypatch.chdir(tmp_path)
+    with _opened("gemma2", tmp_path) as editor:
+        editor.edit(FACT, method="lora", config=SHORT["lora"])
+        assert "spare" not in caplog.text
+        editor.edit({**FACT, "subject": "Spain"}, method="ft", config=SHORT["ft"])
+    assert "Measured to spare it: alphaedit, grace, lora, memit, rome." in caplog.text
+
+
 # -- tokens that the model does not know -----------------------------------------------------------
 
 

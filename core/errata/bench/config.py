@@ -26,7 +26,7 @@ SINGLE = ("single", "cross-domain")
 """Regimes in which each case is edited on the base and measured alone."""
 
 BASE = "base"
-"""Column of the unedited model; no variant may be called so."""
+"""Column of the unedited model, which every run has; no variant may be called so."""
 
 CHECKPOINTS = (1, 10, 100, 500, 1000)
 GUARDS = {"norm": "off", "perplexity": "off", "efficacy": "off"}
@@ -58,11 +58,20 @@ def _modes(value: Any) -> Any:
 
 
 def _variants(value: Any) -> Any:
-    """Return methods as a list, those with a `grid` as one variant for each of its points."""
+    """Return methods as a list, those with a `grid` as one variant for each of its points.
+
+    The unedited model may be named among them, alone too: its column is there in any case.
+    """
     listed = _listed(value)
     if not isinstance(listed, (list, tuple)):
         return listed
-    return [one for item in listed for one in _points(item)]
+    return [one for item in listed for one in _points(item) if one not in (BASE, {"method": BASE})]
+
+
+def _not_empty(value: Any) -> Any:
+    if isinstance(value, (list, tuple)) and not value:
+        raise ValueError(f"no method is named: for the unedited model alone, name {BASE!r}")
+    return value
 
 
 def _points(item: Any) -> list[Any]:
@@ -100,6 +109,7 @@ def _word(value: Any) -> str:
 
 Listed = BeforeValidator(_listed)
 Variants = BeforeValidator(_variants)
+NotEmpty = BeforeValidator(_not_empty)
 
 
 class MethodVariant(_ConfigModel):
@@ -169,9 +179,9 @@ class BenchConfig(_ConfigModel):
         description="Text file for second moments, blank lines between documents; "
         "null: the text that ships with errata",
     )
-    methods: Annotated[tuple[Annotated[MethodVariant, _named("method")], ...], Variants] = Field(
-        min_length=1, description="The columns"
-    )
+    methods: Annotated[
+        tuple[Annotated[MethodVariant, _named("method")], ...], Variants, NotEmpty
+    ] = Field(description="The columns beside the unedited model's; `base` alone for none")
     datasets: Annotated[tuple[Annotated[DatasetSpec, _named("name")], ...], Listed] = Field(
         min_length=1, description="Where the cases come from"
     )

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errata.bench.records import versions
 from errata.bench.run_spec import Case, case_name
 from errata.errors import IntegrityError, StorageError, reason_of
 from errata.evaluate import Baseline, Measurement, Reader
@@ -18,13 +16,12 @@ from errata.evaluate.known_protocols import installed_protocols, measured
 from errata.evaluate.pooling import harmonic_mean, one_value
 from errata.evaluate.protocols import lifelong
 from errata.evaluate.reader import KnownAnswers
-from errata.model.storage import make_folder, write_bytes
+from errata.model.storage import write_bytes
 
 if TYPE_CHECKING:
     from errata.editor import Editor
     from errata.edits.request import Request
     from errata.evaluate import MeasureSettings
-    from errata.model.model import Model
 
 SCHEMA = 2
 
@@ -110,51 +107,15 @@ def measure_base(
     cases: Sequence[Case],
     protocols: Sequence[str],
     settings: MeasureSettings,
-    known: KnownAnswers | None = None,
+    memory: KnownAnswers | None = None,
 ) -> tuple[list[list[Measurement]], KnownAnswers]:
-    """Measure the unedited model; return each case's numbers and everything it answered.
+    """Measure the unedited model; return each case's numbers and what they were taken from.
 
-    `known`: what it is known to answer already, which is not asked again.
+    `memory`: what it is known to answer already, which is not asked again; the rest is added.
     """
-    memory = joined_answers([] if known is None else [known])
+    memory = KnownAnswers() if memory is None else memory
     found = measure_unedited(editor, requests_of(cases), protocols, settings, memory)
     return of_each_case(found, cases, of_base=True), memory
-
-
-def measure_base_once(
-    editor: Editor, cases: Sequence[Case], protocols: Sequence[str], settings: MeasureSettings
-) -> tuple[list[list[Measurement]], KnownAnswers]:
-    """Measure the unedited model as `measure_base` does; keep its answers for every later run."""
-    path = _cached_answers(editor.model, cases, settings)
-    try:
-        known = load_answers(path, editor.model.fingerprint)
-    except IntegrityError:  # a damaged cache is asked again
-        known = KnownAnswers()
-    found, memory = measure_base(editor, cases, protocols, settings, known)
-    if any(vars(answers_beyond(memory, known)).values()):
-        make_folder(path.parent)
-        save_answers(path, memory, editor.model.fingerprint)
-    return found, memory
-
-
-def _cached_answers(model: Model, cases: Sequence[Case], settings: MeasureSettings) -> Path:
-    """Return the file that keeps what the base answers to these cases, asked in this way.
-
-    Its name knows who computed the answers: how prompts are joined, cut into tokens and continued
-    is errata's and transformers' doing, and changes with their versions.
-    """
-    computing = versions(())
-    asked = [
-        *(request.digest for request in requests_of(cases)),
-        *map(str, (settings.max_new_tokens, settings.batch_size, model.dtype, model.device.type)),
-        *(
-            f"{name} {computing.get(name)}"
-            for name in ("errata", "torch", "transformers", "tokenizers")
-        ),
-    ]
-    name = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
-    folder = Path(model.artifacts.directory) / "base_answers" / model.fingerprint
-    return folder / f"{name}.json"
 
 
 def measure_unedited(
@@ -267,16 +228,6 @@ def load_answers(path: Path, fingerprint: str) -> KnownAnswers:
         ) from None
 
 
-def answers_beyond(memory: KnownAnswers, known: KnownAnswers) -> KnownAnswers:
-    """Return what a memory has beyond another."""
-    return KnownAnswers(
-        texts={k: v for k, v in memory.texts.items() if k not in known.texts},
-        scores={k: v for k, v in memory.scores.items() if k not in known.scores},
-        nlls={k: v for k, v in memory.nlls.items() if k not in known.nlls},
-        samples={k: v for k, v in memory.samples.items() if k not in known.samples},
-    )
-
-
 def joined_answers(memories: Iterable[KnownAnswers]) -> KnownAnswers:
     """Return one memory of several; what is added to it stays out of them.
 
@@ -284,8 +235,5 @@ def joined_answers(memories: Iterable[KnownAnswers]) -> KnownAnswers:
     """
     whole = KnownAnswers()
     for memory in reversed(list(memories)):  # of several answers the first one given is kept
-        whole.texts.update(memory.texts)
-        whole.scores.update(memory.scores)
-        whole.nlls.update(memory.nlls)
-        whole.samples.update(memory.samples)
+        whole.add(memory)
     return whole

@@ -13,7 +13,14 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from errata.errors import ConfigError, IntegrityError, LedgerBusyError, StorageError, reason_of
+from errata.errors import (
+    ConfigError,
+    IntegrityError,
+    LedgerBusyError,
+    StorageError,
+    disk,
+    reason_of,
+)
 from errata.model.storage import make_folder, write_bytes
 
 SCHEMA = 1
@@ -158,12 +165,10 @@ class ResultsFile:
         with contextlib.ExitStack() as stack:
             stack.enter_context(locked(folder / LOCK))
             path = folder / RESULTS
-            try:
+            with disk(f"write {path}"):
                 handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
                 stack.callback(os.close, handle)
                 _drop_half_line(handle)
-            except OSError as error:
-                raise StorageError(f"Cannot write {path}: {reason_of(error)}.") from error
             return cls(folder, handle, stack.pop_all())
 
     def add(self, line: Line) -> None:

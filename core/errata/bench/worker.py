@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from errata.bench import measuring
 from errata.bench.askable import check_askable
 from errata.bench.editing import FATAL, CaseOutcome, edit_case, error_text, traceback_text
+from errata.bench.kept_answers import KeptAnswers
 from errata.bench.line_place import LinePlace
 from errata.bench.records import case_line, failure_line, state_line
 from errata.bench.results import Line
@@ -197,7 +198,9 @@ class Worker:
             try:
                 for case in mine:
                     check_prompts(self.editor.model, case)
-                found, memory = measuring.measure_base_once(self.editor, mine, protocols, settings)
+                memory = KeptAnswers.of(self.editor.model, settings)
+                found, _ = measuring.measure_base(self.editor, mine, protocols, settings, memory)
+                memory.keep()
             except FATAL:
                 raise
             except Exception as error:
@@ -229,21 +232,24 @@ class Worker:
             return
         try:
             items = [Item(dataset, number) for number in range(len(spec.cases(dataset, seed)))]
-            known, baseline = self.baseline(seed, items), self.baseline(seed, items)
+            known = self.baseline(seed, items)
+            memory = KeptAnswers.of(self.editor.model, known.settings)
+            memory.add(known.memory)
             found = measuring.measure_state(
                 self.editor,
                 [self.case(item, seed) for item in items],
                 spec.whole(dataset),
                 spec.beside(dataset),
-                baseline,
+                dataclasses.replace(known, memory=memory),
                 unedited=True,
             )
+            memory.keep()
         except FATAL:
             raise
         except Exception as error:
             yield failure_line(spec, place, None, error)
             return
-        self._keep(dataset, seed, None, [measuring.answers_beyond(baseline.memory, known.memory)])
+        self._keep(dataset, seed, None, [memory.beyond(known.memory)])
         yield state_line(spec, place, found, time.perf_counter() - started)
 
     def _keep(

@@ -68,7 +68,9 @@ def bench(
     ] = None,
     methods: Annotated[
         list[str] | None,
-        typer.Option("--method", help="A method, or a label of the run file (repeatable)."),
+        typer.Option(
+            "--method", help="A method, a label of the run file, or base alone (repeatable)."
+        ),
     ] = None,
     values: Annotated[
         list[str] | None,
@@ -324,8 +326,8 @@ def _show_run(session: Session, run: RunDirectory) -> None:
         Text(f"{run.directory}: {every}", style="muted"),
         Text(f"Tables and figures: errata report {run.directory}", style="muted"),
     )
-    edited = [count for label, count in counted.items() if label != "base"]
-    if edited and not any(count["cases"] for count in edited):
+    wanted = [count for label, count in counted.items() if label != "base"] or counted.values()
+    if not any(count["cases"] for count in wanted):
         raise typer.Exit(FAILED)
 
 

@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 PANEL = "Start here"
 PRETRAINED_NAME = "smollm2-135m"
 MODEL_NAME = "atlas-gpt2"  # where the pretrained model cannot be had
-METHODS = ("rome", "grace", "memit")
-EMBEDDED_METHODS = ("rome", "grace", "adalora")
+METHODS = ("rome", "memit", "grace")
+EMBEDDED_METHODS = ("rome", "adalora", "grace")
+"""GRACE comes last: weights that change below its key move what it compares, and a warning says so.
+"""
 DRAWN = 48  # cases looked at while choosing
 FLUENT_TOKENS = 40
 ANSWER_TOKENS = 8
@@ -211,7 +213,7 @@ class _Demo:
                 render.seconds(edit.seconds), Text(edit.id, style="accent"),
             )  # fmt: skip
         self._show(grid)
-        self._show(render.outcomes(self._edits))
+        self._show(render.outcomes(self._edits), Text(render.OUTCOME_NOTE, style="muted"))
         self.report["edits"] = [edit_json(edit, True) for edit in self._edits]
 
     def ask(self) -> None:
@@ -296,6 +298,7 @@ class _Demo:
         self._head(f"Reverting the {'middle one' if len(self._edits) > 2 else 'last one'}")
         stages = [("all edits on", self._now())]
         self._editor.revert(self._edits[middle])
+        stale = [entry.edit.method for entry in self._editor.log() if entry.stale]
         stages.append((f"without {self._edits[middle].method}", self._now()))
         rest = [edit for i, edit in enumerate(self._edits) if i != middle]
         if rest:
@@ -309,6 +312,13 @@ class _Demo:
             ]
             grid.add_row(request.text, *cells)
         self._show(grid)
+        if stale:
+            remark = (
+                "Stale is what was computed on top of an edit that is off now "
+                f"({', '.join(stale)}): it stays as it was recorded, and `errata rebase` would "
+                "compute it again."
+            )
+            self._show(Text(remark, style="muted"))
         self.report["reverts"] = [{"stage": name, "answers": texts} for name, texts in stages]
 
     def compare(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from errata.contract.stanzas import Capabilities, MethodEntry
     from errata.edits.request import Request
     from errata.model.model import Model
+
+logger = logging.getLogger("errata")
 
 DENSE_MLP = "dense_mlp"
 """The need of a method that writes into an MLP's down projection."""
@@ -107,6 +110,23 @@ def check_parts(method: str, registry: Registry, model: Model) -> None:
         f"({model.anatomy.model_type}) has an MLP that every token passes through: its MLPs are "
         f"mixtures of experts. Methods that need none: {', '.join(others) or 'none is installed'}."
     )
+
+
+def warn_of_neighbours(method: str, registry: Registry, model: Model) -> None:
+    """Warn where edits of a method were measured to change what such a model says of others.
+
+    That is a model with a norm behind its MLPs.
+    """
+    reader, methods = model.anatomy.reader, registry.methods
+    behind = (reader.norm_behind_mlp(model.module, i) for i in reader.layers_with("mlp"))
+    if methods[method].capabilities.spares_behind_norm is not False or not any(behind):
+        return
+    sparing = [name for name, one in methods.items() if one.capabilities.spares_behind_norm]
+    logger.warning(
+        "Behind the MLPs of %s (%s) stands a norm: with no setting that was tried did edits of %s "
+        "spare what such a model says of other subjects. Measured to spare it: %s.",
+        model.name, model.anatomy.model_type, method, ", ".join(sorted(sparing)),
+    )  # fmt: skip
 
 
 def check_prompts(model: Model, requests: Sequence[Request]) -> None:

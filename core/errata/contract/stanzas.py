@@ -47,6 +47,10 @@ class Capabilities(_Stanza):
         default=(), description="Tasks of a model; none: language models of these architectures"
     )
     needs: tuple[str, ...] = Field(default=(), description="dense_mlp, second_moment, training …")
+    spares_behind_norm: bool | None = Field(
+        default=None,
+        description="Measured to spare neighbours where a norm stands behind the MLP, or not to",
+    )
     edits_work: float = Field(
         default=0.9, ge=0, le=1, description="Least share of single edits that take effect"
     )

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from errata.edits.ledger.files import OWN
 from errata.edits.ledger.schema import DATABASE
-from errata.errors import ConfigError, ErrataError, StorageError, reason_of
+from errata.errors import ConfigError, ErrataError, StorageError, disk, reason_of
 from errata.model.scratch import fill_folder
 from errata.model.storage import write_bytes
 
@@ -51,17 +51,13 @@ def check_file(path: Path, sign: OwnSign, skip: int = 0) -> None:
         StorageError: what is there cannot be read.
     """
     _spare_ledgers(path)
-    try:
+    with disk(f"write {path}"):
         if path.is_dir():
             raise ConfigError(f"{path} is a folder: give the name of a file.")
         if not path.is_file():
             return
         with path.open("rb") as handle:
             head = handle.read(HEAD)
-    except (OSError, ValueError) as error:
-        if isinstance(error, ErrataError):
-            raise
-        raise StorageError(f"Cannot write {path}: {reason_of(error)}.") from error
     if head and not (head[skip:].startswith(sign.start) and sign.within in head):
         raise ConfigError(
             f"{path} was not written by errata and is not replaced: give another name, or move it "
@@ -75,14 +71,12 @@ def write_file(path: Path, data: bytes, sign: OwnSign) -> Path:
     Raises as `check_file` does, and `StorageError` when the disk refuses.
     """
     check_file(path, sign)
-    try:
+    with disk(f"write {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():  # a pipe, a device
             path.write_bytes(data)
             return path
         target = path.resolve()
-    except (OSError, ValueError) as error:
-        raise StorageError(f"Cannot write {path}: {reason_of(error)}.") from error
     write_bytes(target, data)
     return path
 
@@ -149,7 +143,7 @@ def _listed(folder: Path) -> set[str]:
 
 def _spare_ledgers(path: Path) -> None:
     """Refuse a ledger and its own files; in a folder that only holds one, they are unlisted."""
-    try:
+    with disk(f"write {path}"):
         place = path.resolve()
         inside = [place, *place.parents]
         own = any(
@@ -157,7 +151,5 @@ def _spare_ledgers(path: Path) -> None:
             for below, above in pairwise(inside)
         )
         own = own or (place / DATABASE).is_file()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise StorageError(f"Cannot write {path}: {reason_of(error)}.") from error
     if own:
         raise ConfigError(f"{path} belongs to a ledger and is never replaced: give another name.")

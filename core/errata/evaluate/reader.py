@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("errata")
 
 Case = TypeVar("Case", int, str)
+Key = TypeVar("Key", bound=Hashable)
 
 OPTIONAL = ("GE", "RS", "fluency", "attribute_nll")
 """Metrics that a measurement may leave out: the first three sample texts of 100 tokens, which takes
@@ -92,6 +93,33 @@ class KnownAnswers:
     nlls: dict[str, tuple[float, int]] = field(default_factory=dict)
     samples: dict[tuple[int, tuple[str, ...]], list[str]] = field(default_factory=dict)
     details: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def unknown(self, what: str, keys: Iterable[Key]) -> list[Key]:
+        """Return which of these questions are to be asked, each once.
+
+        Args:
+            what: the field that answers them.
+            keys: the questions, as that field has them.
+        """
+        known = getattr(self, what)
+        return [key for key in dict.fromkeys(keys) if key not in known]
+
+    def beyond(self, other: KnownAnswers) -> KnownAnswers:
+        """Return what is answered here and not there."""
+        return KnownAnswers(
+            **{
+                name: {key: value for key, value in known.items() if key not in vars(other)[name]}
+                for name, known in self._fields()
+            }
+        )
+
+    def add(self, other: KnownAnswers) -> None:
+        """Take in what is answered there, in place of what is answered here."""
+        for name, known in other._fields():
+            getattr(self, name).update(known)
+
+    def _fields(self) -> list[tuple[str, dict[Any, Any]]]:
+        return [(one.name, getattr(self, one.name)) for one in fields(KnownAnswers)]
 
 
 class Reader:
@@ -175,7 +203,7 @@ class Reader:
     def texts(self, prompts: Iterable[str]) -> list[str]:
         """Return the greedy generation after each prompt."""
         wanted, known = list(prompts), self._memory.texts
-        new = [prompt for prompt in dict.fromkeys(wanted) if prompt not in known]
+        new = self._memory.unknown("texts", wanted)
         if new:
             with self.state():
                 how = GenerationSettings(
@@ -191,7 +219,7 @@ class Reader:
     def scores(self, pairs: Iterable[tuple[str, str]]) -> list[TargetScore]:
         """Return the teacher-forced score of each (prompt, target)."""
         wanted, known = list(pairs), self._memory.scores
-        new = [pair for pair in dict.fromkeys(wanted) if pair not in known]
+        new = self._memory.unknown("scores", wanted)
         if new:
             with self.state():
                 scores = score_targets(
@@ -212,7 +240,7 @@ class Reader:
     def nlls(self, texts: Sequence[str]) -> list[tuple[float, int]]:
         """Return (summed negative log-probability in nats, predicted tokens) of each text."""
         known = self._memory.nlls
-        new = [text for text in dict.fromkeys(texts) if text not in known]
+        new = self._memory.unknown("nlls", texts)
         if new:
             with self.state():
                 known.update(zip(new, text_nlls(self.model, new), strict=True))
@@ -221,7 +249,7 @@ class Reader:
     def samples(self, prompts: Sequence[str]) -> list[str]:
         """Return a sampled text for each prompt of one request, with the prompt before it."""
         key, known = (self.settings.seed, tuple(prompts)), self._memory.samples
-        if key not in known:
+        if self._memory.unknown("samples", [key]):
             with self.state():
                 known[key] = sampled_texts(self.model, prompts, self.settings.seed)
         return known[key]

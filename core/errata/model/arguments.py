@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from errata.errors import (
-    ConfigError,
-    IntegrityError,
-    RequestError,
-    StorageError,
-    UnknownNameError,
-    reason_of,
-)
+from errata.errors import ConfigError, IntegrityError, RequestError, UnknownNameError, disk
 
 
 def check_name(what: str, name: object, known: Iterable[str], hint: str = "") -> None:
@@ -46,18 +40,13 @@ def folder_of(value: object, what: str) -> Path:
     folder can be made.
     """
     folder = path_of(value, what)
-    try:
+    with disk(f"open the {what} {str(folder)!r}"):
         missing = [part for part in (folder, *folder.parents) if not part.exists()]
         if missing:
-            missing[-1].mkdir()  # only trying tells: /proc, a read-only disk, a full one
-            missing[-1].rmdir()
+            with suppress(FileExistsError):  # another process made it just now
+                missing[-1].mkdir()  # only trying tells: /proc, a read-only disk, a full one
+                missing[-1].rmdir()
         is_file = not missing and not folder.is_dir()
-    except FileExistsError:
-        is_file = False  # another process made it just now
-    except (OSError, ValueError) as error:
-        raise StorageError(
-            f"Cannot open the {what} {str(folder)!r}: {reason_of(error)}."
-        ) from error
     if is_file:
         raise IntegrityError(f"{folder} is a file; a {what} is a folder. Give another path.")
     return folder

@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from errata.errors import ConfigError, MissingExtraError, StorageError, reason_of
+from errata.errors import ConfigError, MissingExtraError, disk, reason_of
 from errata.model.foreign_noise import quiet_loading
 from errata.model.progress import Progress
 from errata.model.scratch import fill_folder
@@ -66,10 +66,8 @@ def convert(file: Path, folder: Path, progress: Progress) -> None:
             f"{str(file)!r} does not open as a GGUF model: {reason_of(error)}"
         ) from error
     record = {"file": file.name, "sha256": file_sha256(file), "quantised": quantised}
-    try:
+    with disk(f"write {folder}"):
         fill_folder(folder, lambda part: _write(part, module, tokenizer, record))
-    except OSError as error:
-        raise StorageError(f"{folder} cannot be written: {error}") from error
 
 
 def quantisation(file: Path) -> str:

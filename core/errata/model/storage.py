@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from errata.errors import IntegrityError, StorageError, reason_of
+from errata.errors import IntegrityError, StorageError, disk, reason_of
 from errata.model.scratch import noted, unfinished
 
 if TYPE_CHECKING:
@@ -186,10 +186,8 @@ def read_bytes(path: Path, digest: str | None = None) -> bytes:
 
     Raises `IntegrityError` when the content is another and `StorageError` when it cannot be read.
     """
-    try:
+    with disk(f"read {path}"):
         data = path.read_bytes()
-    except (OSError, ValueError) as error:
-        raise StorageError(f"Cannot read {path}: {reason_of(error)}.") from error
     if digest is not None and sha256(data) != digest:
         raise IntegrityError(
             f"{path} does not have the content it was written with (its SHA-256 differs): "
@@ -213,13 +211,10 @@ def check_length(path: Path) -> None:
 
     Only the header is read. Raises `StorageError` when it cannot be.
     """
-    try:
-        with path.open("rb") as handle:
-            size = os.fstat(handle.fileno()).st_size
-            (length,) = struct.unpack("<Q", handle.read(8).ljust(8, b"\0"))
-            head = handle.read(min(length, MAX_HEADER))
-    except (OSError, ValueError) as error:
-        raise StorageError(f"Cannot read {path}: {reason_of(error)}.") from error
+    with disk(f"read {path}"), path.open("rb") as handle:
+        size = os.fstat(handle.fileno()).st_size
+        (length,) = struct.unpack("<Q", handle.read(8).ljust(8, b"\0"))
+        head = handle.read(min(length, MAX_HEADER))
     _check_header(struct.pack("<Q", length) + head, str(path))
     try:
         header = json.loads(head)
@@ -249,12 +244,10 @@ def file_sha256(path: Path) -> str:
 
 def make_folder(path: Path, mode: int = 0o777) -> None:
     """Create a folder durably unless it exists; raise `StorageError` when the disk refuses."""
-    try:
+    with disk(f"create the folder {path}"):
         if not path.is_dir():
             path.mkdir(mode=mode, parents=True, exist_ok=True)
             sync_folder(path.parent)
-    except (OSError, ValueError) as error:
-        raise StorageError(f"Cannot create the folder {path}: {reason_of(error)}.") from error
 
 
 def sync_folder(folder: Path) -> None:

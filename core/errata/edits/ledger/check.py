@@ -143,9 +143,7 @@ def _blobs(
         source = f"The delta of edit {edit.id}"
         try:
             parts = content.decode(read_blob(edit.blob, source), edit.delta_kind, source)
-            delta = content.build(parts, kinds, source, edit.made_by)
-            if delta.nbytes != edit.nbytes:
-                found.append(f"{source} has {delta.nbytes} bytes; its record says {edit.nbytes}.")
+            content.delta_of(edit, parts, kinds, source)
         except ErrataError as error:
             text = str(error)
             found.append(text if text.startswith(source) else f"{source}: {text}")

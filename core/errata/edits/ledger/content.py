@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from errata.edits.delta import Delta
+    from errata.edits.edit import Edit
 
 
 class Parts(NamedTuple):
@@ -76,6 +77,14 @@ def build(parts: Parts, kinds: Mapping[str, type[Delta]], source: str, made_by: 
         raise IntegrityError(
             f"{source} is no sound {parts.kind} delta: {type(error).__name__}: {error}"
         ) from error
+
+
+def delta_of(edit: Edit, parts: Parts, kinds: Mapping[str, type[Delta]], source: str) -> Delta:
+    """Return the delta of a record from its parts; raise `IntegrityError` where they differ."""
+    delta = build(parts, kinds, source, edit.made_by)
+    if delta.nbytes != edit.nbytes:
+        raise IntegrityError(f"{source} has {delta.nbytes} bytes; its record says {edit.nbytes}.")
+    return delta
 
 
 def check_kind(

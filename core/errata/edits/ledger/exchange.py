@@ -188,9 +188,4 @@ def _entry(
     parts = content.checked(edit.delta_kind, entry["metadata"], named, source)
     if content.digest(parts) != entry["content"]:
         raise IntegrityError(f"{source} is damaged: its delta does not have its SHA-256.")
-    delta = content.build(parts, kinds, source, edit.made_by)
-    if delta.nbytes != edit.nbytes:
-        raise IntegrityError(
-            f"{source} is damaged: its delta has {delta.nbytes} bytes, its record {edit.nbytes}."
-        )
-    return edit, delta
+    return edit, content.delta_of(edit, parts, kinds, source)

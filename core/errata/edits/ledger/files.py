@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from errata.edits.ledger.schema import DATABASE, DIGEST, RECOVER
-from errata.errors import IntegrityError, StorageError, reason_of
+from errata.errors import IntegrityError, StorageError, disk
 from errata.model.scratch import unfinished
 from errata.model.storage import (
     check_length,
@@ -70,10 +70,8 @@ class DeltaFiles:
     def flush(self) -> None:
         """Make every written file durable: each folder is synced once for the whole change."""
         for folder in sorted(self._unsynced):
-            try:
+            with disk(f"write {folder}"):
                 sync_folder(folder)
-            except OSError as error:
-                raise StorageError(f"Cannot write {folder}: {reason_of(error)}.") from error
 
     def read(self, digest: str, source: str) -> bytes:
         """Return the bytes of a SHA-256, verified; raise `IntegrityError` naming `source`."""
@@ -152,10 +150,8 @@ class DeltaFiles:
                 self._memory.pop(digest, None)
                 continue
             path = self._path(self._folder, digest)
-            try:
+            with disk(f"delete {path}"):
                 path.unlink(missing_ok=True)
-            except OSError as error:
-                raise StorageError(f"Cannot delete {path}: {reason_of(error)}.") from error
 
     def begun(self) -> set[str]:
         """Return the SHA-256 of the files of changes that did not end: killed, or going on."""

@@ -20,7 +20,7 @@ from errata.edits.ledger.schema import (
     parse_record,
     translated,
 )
-from errata.errors import ErrataError, IntegrityError, StorageError, first_few, reason_of
+from errata.errors import ErrataError, IntegrityError, disk, first_few
 
 if TYPE_CHECKING:
     from errata.edits.delta import Delta
@@ -57,13 +57,11 @@ def set_damaged_aside(folder: Path) -> None:
         return
     logger.debug("%s: %s", file, why)
     aside = _free(file)
-    try:
+    with disk(f"rename {file}"):
         for end in ("-wal", "-shm", ""):  # the database last: it is what the next look finds
             part = file.with_name(file.name + end)
             if part.exists():
                 part.rename(aside.with_name(aside.name + end))
-    except OSError as error:
-        raise StorageError(f"Cannot rename {file}: {reason_of(error)}.") from error
     logger.warning("%s is damaged: it is %s now, and a new one is begun.", file, aside.name)
 
 
@@ -139,9 +137,4 @@ def _read(files: DeltaFiles, digest: str, kinds: Mapping[str, type[Delta]]) -> t
         raise IntegrityError(f"{source} holds no record of its edit.")
     edit = parse_record({**record, "blob": digest}, f"The record in {source.lower()}")
     parts = content.decode(data, edit.delta_kind, source)
-    delta = content.build(parts, kinds, source, edit.made_by)
-    if delta.nbytes != edit.nbytes:
-        raise IntegrityError(
-            f"{source} has {delta.nbytes} bytes of tensors; its record says {edit.nbytes}."
-        )
-    return edit, delta
+    return edit, content.delta_of(edit, parts, kinds, source)
