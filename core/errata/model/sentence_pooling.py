@@ -1,0 +1,86 @@
+"""How a sentence encoder makes one vector of a text's token states, as its folder declares it.
+
+sentence-transformers lists an encoder's modules in `modules.json`: a transformer, a pooling with
+a folder of settings, perhaps a normalisation. That one makes no difference here, where vectors are
+compared by their cosine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from errata.errors import ConfigError, reason_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MEAN = "mean"
+_MODULES = ("Transformer", "Pooling", "Normalize")
+_SWITCHES = {
+    "pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": MEAN, "pooling_mode_lasttoken": "lasttoken",
+}  # fmt: skip
+"""Switches of one mode each → its name; newer folders name the mode (`pooling_mode`)."""
+
+
+def declared_pooling(location: str) -> str:
+    """Return which of `POOLINGS` the folder or hub name of an encoder declares; else "mean".
+
+    Raises `ConfigError` where it declares another one, several, or a module behind it.
+    """
+    try:
+        types = {m["type"].rpartition(".")[2]: m["path"] for m in _read(location, "modules.json")}
+        folder = types.get("Pooling")
+        given = dict(_read(location, f"{folder}/config.json")) if folder else {}
+        modes = given.get("pooling_mode") or [n for n in given if "_mode_" in n and given[n]]
+        modes = [_SWITCHES.get(m, m) for m in ([modes] if isinstance(modes, str) else modes)]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(
+            f"What {location!r} says of its pooling cannot be read: {reason_of(error)}"
+        ) from error
+    unknown = [name for name in types if name not in _MODULES]
+    unknown += modes if len(modes) > 1 else [m for m in modes if m not in POOLINGS]
+    if unknown:
+        raise ConfigError(
+            f"{location!r} makes its vectors by {', '.join(map(str, unknown))}. Known is one of "
+            f"{', '.join(POOLINGS)}, and nothing behind it: take another sentence encoder, or null "
+            "for the model's own hidden states."
+        )
+    return modes[0] if modes else MEAN
+
+
+def _read(location: str, name: str) -> Any:
+    """Return what a JSON file of a folder or hub name holds; an empty list where there is none."""
+    from transformers.utils import cached_file
+
+    found = cached_file(
+        location, name,
+        _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
+    )  # fmt: skip
+    return [] if found is None else json.loads(Path(found).read_bytes())
+
+
+def _mean(states: Tensor, mask: Tensor) -> Tensor:
+    weight = mask[..., None]
+    return (states * weight).sum(dim=1) / weight.sum(dim=1)
+
+
+def _max(states: Tensor, mask: Tensor) -> Tensor:
+    return states.masked_fill(mask[..., None] == 0, float("-inf")).amax(dim=1)
+
+
+def _first(states: Tensor, mask: Tensor) -> Tensor:
+    return states[range(len(states)), mask.argmax(dim=1)]
+
+
+def _last(states: Tensor, mask: Tensor) -> Tensor:
+    return states[range(len(states)), mask.shape[1] - 1 - mask.flip(1).argmax(dim=1)]
+
+
+POOLINGS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    MEAN: _mean, "cls": _first, "max": _max, "lasttoken": _last,
+}  # fmt: skip
+"""Name → what makes vectors (B, d) of states (B, T, d) and their mask (B, T)."""
