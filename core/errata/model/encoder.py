@@ -21,7 +21,7 @@ from errata.model.floats import wide
 from errata.model.foreign_noise import quiet_loading
 from errata.model.forward import trace
 from errata.model.model_source import check_model_source
-from errata.model.sentence_pooling import MEAN, POOLINGS, declared_pooling
+from errata.model.sentence_pooling import MEAN, declared_pooling, pooled
 from errata.model.texts import canary_texts
 from errata.model.tokens import tokenise
 
@@ -120,7 +120,7 @@ class ForeignEncoder:
         batch = self.tokenizer(list(texts), return_tensors="pt", padding=True, truncation=True,
                                max_length=limit)  # fmt: skip
         states: Tensor = self.module(**batch).last_hidden_state
-        return functional.normalize(POOLINGS[self.pooling](states, batch["attention_mask"]), dim=1)
+        return functional.normalize(pooled(states, batch["attention_mask"], self.pooling), dim=1)
 
 
 class OwnStates:

@@ -8,7 +8,6 @@ compared by their cosine.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MEAN = "mean"
+POOLINGS = (MEAN, "cls", "max", "lasttoken")
 _MODULES = ("Transformer", "Pooling", "Normalize")
 _SWITCHES = {
     "pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max",
@@ -63,24 +63,13 @@ def _read(location: str, name: str) -> Any:
     return [] if found is None else json.loads(Path(found).read_bytes())
 
 
-def _mean(states: Tensor, mask: Tensor) -> Tensor:
-    weight = mask[..., None]
-    return (states * weight).sum(dim=1) / weight.sum(dim=1)
-
-
-def _max(states: Tensor, mask: Tensor) -> Tensor:
-    return states.masked_fill(mask[..., None] == 0, float("-inf")).amax(dim=1)
-
-
-def _first(states: Tensor, mask: Tensor) -> Tensor:
-    return states[range(len(states)), mask.argmax(dim=1)]
-
-
-def _last(states: Tensor, mask: Tensor) -> Tensor:
-    return states[range(len(states)), mask.shape[1] - 1 - mask.flip(1).argmax(dim=1)]
-
-
-POOLINGS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
-    MEAN: _mean, "cls": _first, "max": _max, "lasttoken": _last,
-}  # fmt: skip
-"""Name → what makes vectors (B, d) of states (B, T, d) and their mask (B, T)."""
+def pooled(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
+    """Return vectors (B, d) of token states (B, T, d) and the mask (B, T) of real tokens."""
+    rows, width, real = range(len(mask)), mask.shape[1], mask[..., None]
+    if pooling == "cls":
+        return states[rows, mask.argmax(dim=1)]
+    if pooling == "lasttoken":
+        return states[rows, width - 1 - mask.flip(1).argmax(dim=1)]
+    if pooling == "max":
+        return states.masked_fill(real == 0, float("-inf")).amax(dim=1)
+    return (states * real).sum(dim=1) / real.sum(dim=1)
