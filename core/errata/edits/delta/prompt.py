@@ -125,7 +125,7 @@ class PromptDelta(Delta):
         )
         self.fact, self.vector, self.settings = fact, vector, settings
         self.demonstrations, self.asked = tuple(demonstrations), asked
-        self._made: tuple[SentenceEncoder, Tensor] | None = None
+        self._made: tuple[str, Tensor] | None = None
 
     def vector_by(self, encoder: SentenceEncoder) -> Tensor:
         """Return the vector of what was asked: the stored one, or one that is made once.
@@ -133,8 +133,8 @@ class PromptDelta(Delta):
         Raises `FingerprintError` where the stored one is of an encoder with other weights.
         """
         if self.vector is None:
-            if self._made is None or self._made[0] is not encoder:
-                self._made = encoder, encoder.encode([self.asked])[0]
+            if self._made is None or self._made[0] != encoder.digest:
+                self._made = encoder.digest, encoder.encode([self.asked])[0]
             return self._made[1]
         if encoder.digest != self.settings.encoder_digest:
             raise FingerprintError(
