@@ -136,10 +136,10 @@ class CrossScope:
     """c(z [SEP] x) by an encoder that reads both together."""
 
     def __init__(self, encoder: ForeignEncoder, trained: dict[str, Tensor], seed: int) -> None:
-        self._module: Any = encoder.module
-        self._tokenizer = encoder.tokenizer
+        module: Any = encoder.module
+        self._module, self._tokenizer = module, encoder.tokenizer
         generator = torch.Generator().manual_seed(seed)
-        head = torch.randn(2, self._module.config.hidden_size, generator=generator) * 0.02
+        head = torch.randn(2, module.config.hidden_size, generator=generator) * 0.02
         self.trained = {**trained, "head": head}
         self.start = encoder.digest
 

@@ -88,7 +88,7 @@ class SparseRowsDelta(Delta):
     def from_parts(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Self:
         axis: Any = metadata.get("axis")
         held = by_parameter(cls.kind, tensors, axis, ("index", "values"))
-        return cls({name: Rows(*parts, axis[name]) for name, parts in held.items()})
+        return cls({name: Rows(i, v, axis[name]) for name, (i, v) in held.items()})
 
     @property
     def parameters(self) -> tuple[str, ...]:
