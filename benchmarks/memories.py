@@ -14,10 +14,11 @@ NAME` (any number) chooses; CPU time, one thread. GRACE's own task is in `benchm
 `latency`: the time of a prompt and of each token after the first, with 1, 100 and 1,000 active
 edits (`--edits`), where an edit answers (hit) and where none is about the prompt (miss), by what
 `Editor.generate` runs; `table` prints it beside the base's. The n facts are edited as the registry
-says. All further edits are copies of these with random keys of the same length, or with entries of
-zero where an edit has no key of its own: how long a look-up takes depends on the number and the
-shapes of edits, not on how well they were trained. CaliNET's is n edits of one fact each, of the
-registry's width; published is one edit of all facts.
+says. All further edits are copies of these with random keys of the same length, with other words
+of the same number where a text is the key, or with entries of zero where an edit has no key of its
+own: how long a look-up takes depends on the number and the shapes of edits, not on how well they
+were trained. CaliNET's is n edits of one fact each, of the registry's width; published is one edit
+of all facts. What is made once of the texts of all edits is made before the clock runs.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from errata.model.texts import canary_texts
 from errata.testing import edit_with
 
 METHODS = ("grace", "defer", "memory", "t-patcher", "calinet", "melo", "wise")
-EXAMINED = (*METHODS, "retrieval", "ice")  # for their latency
+EXAMINED = (*METHODS, "retrieval", "ice", "serac")  # for their latency
 GUARDS = {"norm": "off", "perplexity": "off", "efficacy": "off"}
 TOKENS = 5
 SHOWN = 30  # edits that are asked at a checkpoint, spread over all
@@ -53,6 +54,7 @@ TRAINING = slice(300, 700)  # cases that trained methods and gates are given
 ROUNDS = 3  # the least of so many times counts
 GENERATED = 24  # tokens after the first, over which the time of one is taken
 KEYS = ("key", "keys", "vector")  # what an edit is found by, as its tensors are called
+TEXTS = {"prompt": "asked", "counterfactual": "prompt"}  # kinds that are found by a text
 SUMMED = ("neurons", "shards", "side_network")  # kinds of delta whose edits add up
 
 
@@ -215,6 +217,7 @@ def latency(
             start = time.process_time()
             stack.set(active)
             put = time.process_time() - start
+            generated(editor.model, asked["miss"][:1], GenerationSettings(max_new_tokens=1))
             for kind, prompts in asked.items():
                 runs.setdefault(f"{kind} {name}", []).append(times(editor, prompts))
     said = editor.generate(asked["hit"], max_new_tokens=TOKENS)
@@ -228,8 +231,13 @@ def latency(
 
 
 def copied(delta: Delta, chance: torch.Generator) -> Delta:
-    """Return an edit that costs the same: with other keys, or without effect where edits add up."""
-    tensors = delta.tensors()
+    """Return an edit that costs the same: with another key, or no effect where edits add up."""
+    tensors, metadata = delta.tensors(), delta.metadata()
+    name = TEXTS.get(delta.kind, "")
+    if words := metadata.get(name, "").split():
+        others = " ".join(canary_texts()).split()
+        drawn = torch.randint(len(others), (len(words),), generator=chance).tolist()
+        metadata[name] = " ".join(others[i] for i in drawn)
     for name, tensor in tensors.items():
         if name in KEYS:
             other = torch.randn(tensor.shape, generator=chance)
@@ -237,7 +245,7 @@ def copied(delta: Delta, chance: torch.Generator) -> Delta:
             tensors[name] = (other * scale).to(tensor.dtype)
         elif delta.kind in SUMMED and tensor.is_floating_point():
             tensors[name] = tensor.new_zeros(()).expand(tensor.shape)
-    return type(delta).from_parts(tensors, delta.metadata())
+    return type(delta).from_parts(tensors, metadata)
 
 
 def unrelated(count: int) -> list[str]:
@@ -252,7 +260,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "| base: prompt, token |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for row in sorted(rows, key=lambda row: EXAMINED.index(row["method"])):
+    order = [*EXAMINED, *dict.fromkeys(row["method"] for row in rows)]
+    for row in sorted(rows, key=lambda row: order.index(row["method"])):
         more = [
             f"{row[f'{kind} edited {what}'] / row[f'{kind} base {what}'] - 1:+.0%}"
             for kind in ("hit", "miss")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from errata import Editor, Request
 from errata.datasets import atlas
@@ -190,5 +191,23 @@ def test_latency_is_measured_with_edits_that_are_found_and_copies_that_are_not(
     asked = {f"{kind} {state} {what}" for kind in ("hit", "miss") for state in ("base", "edited")
              for what in ("prompt", "token")}  # fmt: skip
     assert asked <= set(row)
-    printed = memories.table([{"method": "melo", "n": 20, **row}])
-    assert printed.splitlines()[-1].startswith("| `melo` | 20 | 1.00 |")
+    printed = memories.table([{"method": name, "n": 20, **row} for name in ("mello", "melo")])
+    assert printed.splitlines()[-2].startswith("| `melo` | 20 | 1.00 |")
+    assert printed.splitlines()[-1].startswith("| `mello` | 20 | 1.00 |")  # not asked for by itself
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ice", "serac"])
+def test_copies_of_edits_that_are_texts_have_other_texts_of_the_same_length(
+    method: str, load: Load
+) -> None:
+    memories = load("memories")
+    fact, *others = atlas.requests()[:40]
+    training = [request for request in others if request.subject != fact.subject]
+    with Editor("atlas-gpt2", training=training) as editor:
+        config = {"encoder": "far"} if method == "ice" else {"steps": 2}
+        delta = editor.edit(fact, method=method, config=config, apply=False).delta
+    chance = torch.Generator().manual_seed(0)
+    texts = [getattr(memories.copied(delta, chance), memories.TEXTS[delta.kind]) for _ in "ab"]
+    assert len({fact.text, *texts}) == 3
+    assert {len(text.split()) for text in texts} == {len(fact.text.split())}

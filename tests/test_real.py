@@ -1,4 +1,7 @@
-"""On a pretrained model: the README's example, the demo, and what one edit with defaults spares."""
+"""On a pretrained model: the README's example, the demo, and what one edit with defaults spares.
+
+In the weights, in a memory and in the prompt.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ NEIGHBOURS = [
 
 @pytest.fixture(scope="module")
 def editor() -> Iterator[Editor]:
-    with Editor(NAME) as opened:
+    with Editor(NAME, training=[*KNOWN[1:], *SPARED[1:]]) as opened:
         yield opened
 
 
@@ -59,6 +62,29 @@ def test_an_edit_with_defaults_takes_effect_and_spares_the_rest(
         editor.revert(edit)
     assert editor.verify() == []
     assert editor.generate(prompts, max_new_tokens=3) == before
+
+
+@pytest.mark.skipif(
+    not PRETRAINED["minilm"].is_present, reason="no sentence encoder: errata zoo get minilm"
+)
+@pytest.mark.parametrize(("method", "gated"), [("ice", False), ("retrieval", True)])
+def test_a_fact_in_the_prompt_is_answered_and_a_gate_leaves_neighbours_alone(
+    method: str, gated: bool, editor: Editor
+) -> None:
+    fact = KNOWN[0]
+    asked = [fact.text, fact.paraphrases[0]]
+    neighbours = [probe.prompt for probe in SPARED[0].neighbourhood[:4]]
+    before = editor.generate([*asked, *neighbours], max_new_tokens=3)
+    assert not any(text.strip().startswith(fact.target_new) for text in before[:2])
+    edit = editor.edit(fact, method=method)
+    try:
+        after = editor.generate([*asked, *neighbours], max_new_tokens=3)
+        assert all(text.strip().startswith(fact.target_new) for text in after[:2])
+        assert (after[2:] == before[2:]) is gated
+    finally:
+        editor.revert(edit)
+    assert editor.verify() == []
+    assert editor.generate([*asked, *neighbours], max_new_tokens=3) == before
 
 
 def test_a_fact_holds_from_both_sides(editor: Editor) -> None:

@@ -210,7 +210,8 @@ class Editor(Described):
                 so a long call that is killed keeps what it had made (an error's `done`).
             on_refused: "raise" stops where a guard refuses; "skip" goes on (each batch is a
                 transaction then) without that request, or that batch where it is one edit.
-            **fields: request fields (prompt, subject, target_new …) or hyper-parameters.
+            **fields: request fields (prompt, subject, target_new …) or hyper-parameters. One that
+                is called like an argument or a request field must be given in `config`.
 
         Returns:
             One `Edit` for one request, a list of edits for a list.
@@ -230,7 +231,7 @@ class Editor(Described):
         with self._changing("edit"):
             self._methods.entry(method)
             settings, _ = self.configure(method, overrides)
-            batches = self._methods.batches(method, settings, requests, batch_size, commit)
+            batches = self._methods.batches(method, settings, requests, batch_size, commit, single)
             check_prompts(self.model, requests)
             warn_of_neighbours(method, self.registry, self.model)
             self._methods.prepare(method, settings)

@@ -420,6 +420,26 @@ def test_calibration(tmp_path: Path) -> None:
         assert caught.value.file == str(bad)
 
 
+def test_few_facts_of_calibration_are_of_many_relations(tmp_path: Path) -> None:
+    facts = {"P19": ["Ada", "Ida", "Jon"], "P103": ["Ada"], "P20": ["Jon", "Ida"]}
+    for place in ("pattern_data/graphs_json", "trex_lms_vocab"):
+        (tmp_path / place).mkdir(parents=True)
+    for name, subjects in facts.items():
+        lines = [json.dumps({"sub_label": s, "obj_label": "Rome"}) for s in subjects]
+        (tmp_path / "trex_lms_vocab" / f"{name}.jsonl").write_text("\n".join(lines))
+    file = tmp_path / "relations.jsonl"
+    file.write_text("\n".join(
+        json.dumps({"relation": name, "template": f"[X] {name} [Y] .", "wrong": ["[X] or [Y] ."]})
+        for name in facts
+    ))  # fmt: skip
+    every = load("calibration", tmp_path, templates=str(file)).requests()
+    found = [(request.relation, request.subject) for request in every]
+    assert len(found) == len(set(found)) == 6
+    assert [relation for relation, _ in found[:5]] == ["P103", "P19", "P20", "P19", "P20"]
+    assert found[-1] == ("P19", "Jon")
+    assert load("calibration", tmp_path, templates=str(file), limit=3).requests() == every[:3]
+
+
 def test_lama() -> None:
     first, second = sample("pararel", "lama")
     assert (first.text, first.target_true, first.target_new) == (

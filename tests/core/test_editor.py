@@ -77,6 +77,7 @@ def test_a_prompt_that_is_too_long_is_named_among_many(editor: Editor) -> None:
             "does not stand",
         ),
         ({"method": "toy-low-rank", "layer": 99}, ConfigError, "99"),
+        ({"method": "ft", "batch_size": 6}, ConfigError, r"config={'batch_size': …}"),
         ({"method": "toy-broken"}, PluginError, "Missing"),
         ({"method": "toy-wrong"}, PluginError, "dict"),
         ({"method": "toy-nan"}, EditRefused, "NaN"),
@@ -219,6 +220,20 @@ def test_one_request_gives_an_edit_and_many_give_a_list(editor: Editor) -> None:
         joint[0].id,
     ]
     assert many[1].on_top_of == one.id
+
+
+def test_a_hyper_parameter_called_like_an_argument_or_a_field_goes_into_config(
+    editor: Editor,
+) -> None:
+    (one,) = requests(1)
+    given = {"batch_size": 6, "steps": 1, "layers": (1,)}
+    edit = editor.edit(one, method="ft", config=given, apply=False)
+    assert edit.config["batch_size"] == 6
+    # A list may be cut into batches: there the argument means what it says.
+    (other,) = editor.edit([one], method="ft", batch_size=6, steps=1, layers=(1,), apply=False)
+    assert other.config["batch_size"] != 6
+    with pytest.raises(RequestError, match=r"paraphrases given .* into config"):
+        editor.edit(one, method="calinet", paraphrases=2)
 
 
 def test_disabled_and_only_are_exact_and_end(editor: Editor) -> None:

@@ -139,7 +139,12 @@ def test_it_stores_itself_and_refuses_what_is_no_fact(model: Model) -> None:
     ):  # fmt: skip
         with pytest.raises(IntegrityError):
             PromptDelta.from_parts(tensors, {**metadata, **bad})
-    for vectors in ({}, {"vector": torch.zeros(2, 2)}, {"vector": torch.zeros(4).double()}):
+    for vectors in (
+        {},
+        {"vectors": torch.zeros(4)},
+        {"vector": torch.zeros(2, 2)},
+        {"vector": torch.zeros(4).double()},
+    ):
         with pytest.raises(IntegrityError):
             PromptDelta.from_parts(vectors, metadata)
 

@@ -14,16 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from errata import Editor
 from errata.cli.app import app
 from errata.datasets import atlas
 from errata.edits.request import Probe, Request
 from errata.errors import ConfigError
 from errata.model import Model
+from errata.model.encoder import ForeignEncoder
 from errata_in_context import Ice, Ike, Retrieval
 from errata_in_context.config import IceConfig, IkeConfig, RetrievalConfig
 from errata_in_context.demonstrations import RATIO, Demonstrations, dealt, without_lead_in
 from errata_in_context.gate import _GateQuestion, calibrated
-from tests.families import SENTENCES, build_model
+from tests.families import SENTENCES, build, build_model
 
 PLACES = ["Paris", "Rome", "Berlin", "Madrid", "Lisbon", "Oslo", "Vienna", "Athens"]
 EDIT = Request(prompt="The capital of {} is", subject="France", target_new="Rome")
@@ -133,6 +135,35 @@ def test_each_method_says_when_its_fact_enters(model: Model) -> None:
     # Alone or with others: the same fact.
     (alone,) = Ike().edit(model, [EDIT], IkeConfig(encoder=None, records=24, demonstrations=4))
     assert alone.metadata() == ike[0].metadata()
+
+
+def test_a_fact_before_every_prompt_needs_no_encoder_until_there_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, tokenizer = build("bert")
+    opened: list[str] = []
+
+    def here(cls: type[ForeignEncoder], model: Model, name: str) -> ForeignEncoder:
+        opened.append(name)
+        return cls(module.bert, tokenizer)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ForeignEncoder, "open", classmethod(here))
+    facts = atlas.requests()[:2]
+    with Editor("atlas-gpt2", ledger=tmp_path / "ledger") as editor:
+        first = editor.edit(facts[0], method="ice", encoder="far")
+        assert facts[0].target_new in editor.model.stack.rewrite(["Where?"])[0]
+    with Editor("atlas-gpt2", ledger=tmp_path / "ledger") as editor:
+        assert facts[0].target_new in editor.model.stack.rewrite(["Where?"])[0]
+        assert opened == []
+        second = editor.edit(facts[1], method="ice", encoder="far")
+        assert opened == ["far"]  # what it says now is asked
+        found = editor.model.stack.rewrite([fact.text for fact in facts])
+        alike = editor.edit(facts[1], method="ice", encoder="far", threshold=-1.0, apply=False)
+        assert alike.delta.vector is not None  # compared with every prompt
+        for edit, fact, text in zip((first, second), facts, found, strict=True):
+            assert edit.delta.vector is None
+            assert text.startswith(f"New Fact: {fact.text} {fact.target_new}\n")
+    assert opened == ["far"]
 
 
 def test_the_record_says_how_many_demonstrations_there_may_be(model: Model) -> None:

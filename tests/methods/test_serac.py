@@ -155,11 +155,38 @@ def test_a_training_that_was_killed_goes_on_to_the_same_bits(
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
 
+def test_it_is_validated_on_all_that_is_held_out(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = [
+        request.model_copy(update={"subject": f"{request.subject} {n}"})
+        for n in range(5)
+        for request in TRAINING
+    ]
+    asked: list[list[str]] = []
+
+    def noting(self: Any, rows: Any, loss: Any = training.SeracTraining.loss) -> Any:
+        if not torch.is_grad_enabled():
+            asked.append([row.edit[0] for row in rows])
+        return loss(self, rows)
+
+    monkeypatch.setattr(training.SeracTraining, "loss", noting)
+    for most, held_out in ((20, 4), (2, 2)):  # at most a tenth of all
+        asked.clear()
+        config = SeracConfig(**{**SMALL, "steps": 3}, validation=most)
+        _, about = training.train(model, many, config, ("run", "held out"))
+        assert sorted(text for texts in asked for text in texts) == sorted(
+            request.text for request in many[:held_out]
+        )
+        assert max(map(len, asked)) <= config.batch_size
+        assert about["lessons"] == 40 - held_out
+
+
 def test_the_loss_of_the_scope_is_balanced(model: Model) -> None:
     config = SeracConfig(**SMALL, edit_weight=0.0)
     begun = training.SeracTraining.begin(model, config, training.lessons_of(TRAINING), [])
-    rows = begun.batch(begun.lessons, "0")
-    assert rows == begun.batch(begun.lessons, "0") != begun.batch(begun.lessons, "1")
+    rows = begun.batch(begun.lessons, "0", 3)
+    assert rows == begun.batch(begun.lessons, "0", 3) != begun.batch(begun.lessons, "1", 3)
     within = begun.scope.pairs([r.edit for r in rows], [r.inside for r in rows])
     beyond = begun.scope.pairs([r.edit for r in rows], [r.outside for r in rows])
     wanted = -within.mean() - (1 - beyond.exp()).log().mean()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,41 @@ def test_a_patch_fires_at_its_mistake_and_not_on_the_memory(tmp_path: Path) -> N
     assert guarded < -1.0
     # Inverted: without the memory's loss nothing keeps a neuron silent elsewhere.
     assert silent(memory_weight=0.0, steps=60) > guarded + 0.5
+
+
+def steps_of(log: pytest.LogCaptureFixture) -> int:
+    """Return after how many steps the last patch was done."""
+    said = [re.search(r"neurons after (\d+) steps", record.message) for record in log.records]
+    return int([found for found in said if found][-1][1])
+
+
+def test_training_ends_two_checks_after_the_best_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = build_model("llama", tmp_path)
+    caplog.set_level("INFO", "errata")
+    (delta,) = edit(model, "t-patcher", FRANCE, steps=400, first_check=20)
+    done = steps_of(caplog)
+    assert done < 400
+    two = 2 * SMALL["check_every"]
+    (best,) = edit(model, "t-patcher", FRANCE, steps=done - two, first_check=20)
+    assert steps_of(caplog) == done - two
+    for name, tensor in delta.tensors().items():  # what was kept is of two checks before
+        assert torch.equal(tensor, best.tensors()[name])
+
+
+def test_the_learning_rate_is_halved_while_the_held_out_loss_stays(tmp_path: Path) -> None:
+    model = build_model("llama", tmp_path)
+
+    def moved(**checks: int) -> float:
+        """Return how far Adam takes a bias in 40 steps that are too small to mend anything."""
+        model.stack.set([])
+        (delta,) = edit(model, "t-patcher", FRANCE, steps=40, lr=1e-6, weight_decay=0.0, **checks)
+        return float(delta.tensors()["biases"].abs().max())
+
+    assert moved(first_check=1000) == pytest.approx(40e-6, rel=0.05)
+    # One check sets the mark, then every second halves: 3 + 2 (1/2 + 1/4 + …) steps of 1e-6.
+    assert moved(first_check=1, check_every=1) < 6e-6
 
 
 def test_later_edits_leave_the_states_of_earlier_ones_alone(tmp_path: Path) -> None:

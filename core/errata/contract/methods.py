@@ -182,13 +182,20 @@ class Methods:
         requests: Sequence[Request],
         batch_size: int | None = None,
         commit: str = "call",
+        single: bool = False,
     ) -> list[Sequence[Request]]:
         """Return the requests of one call as the method gets them together.
 
         With `commit` "batch", where batches are kept one by one, a method that takes all at once
         gets `STREAM_BATCH` unless `batch_size` says otherwise. Raises `CapabilityError` for what
-        the method does not declare.
+        the method does not declare, and `ConfigError` where a `single` request is to be cut into
+        batches and the method has a hyper-parameter `batch_size`, which must have been meant.
         """
+        if single and batch_size not in (None, 1) and "batch_size" in type(config).model_fields:
+            raise ConfigError(
+                f"batch_size={batch_size!r} is how many requests {name} gets at once, and there is "
+                f"one. Its hyper-parameter of that name goes into config={{'batch_size': …}}."
+            )
         entry = self.entry(name)
         check_capabilities(name, entry, requests, self._model, batch_size)
         can = entry.capabilities

@@ -24,6 +24,9 @@ def read(
 ) -> Iterator[Item]:
     """Yield every fact of a relation with a right and a wrong template, as an insertion of itself.
 
+    The first fact of each relation comes first, then the second of each that has one, and so on:
+    a few facts are of many relations.
+
     Args:
         source: the folder with facts.
         templates: the authors' file of templates.
@@ -43,17 +46,20 @@ def read(
             file=templates,
         )
     wanted = [relations] if isinstance(relations, str) else relations
+    each = []
     for name in asked if wanted is None else dict.fromkeys(wanted):
         if name not in asked:
             raise UnknownNameError("relation", name, asked)
         bad: list[Item] = []
-        relation = found.relation(name, bad)
+        each.append(found.relation(name, bad))
         yield from bad
-        for index in range(len(relation.facts)):
-            record = Record({}, found.facts_file(name), index)
+    for index in range(max((len(relation.facts) for relation in each), default=0)):
+        for relation in (one for one in each if index < len(one.facts)):
+            record = Record({}, found.facts_file(relation.id), index)
             yield from parsed(
-                record, to_request, relation=relation, right=right[name], wrong=wrong[name]
-            )
+                record, to_request, relation=relation,
+                right=right[relation.id], wrong=wrong[relation.id],
+            )  # fmt: skip
 
 
 def to_request(

@@ -60,6 +60,7 @@ def parse_arguments(
             refuse(str(error), overrides, Request.model_fields.keys() - mine)
     if mine:
         raise RequestError(
-            f"{', '.join(mine)} given beside whole requests: put them into the requests."
+            f"{', '.join(mine)} given beside whole requests: put fields of requests into them, and "
+            "hyper-parameters that are called so into config={…}."
         )
     return isinstance(request, (Request, Mapping)), parse_requests(request, repeated), overrides

@@ -140,30 +140,21 @@ def ask(
         PluginError: an edit's `rewrite` or `respond` failed, or they or what they put in the
             model's place gave another number of prompts or answers than they were asked for.
     """
-    with model.access.running():
-        return _ask(model.stack, prompts, own, other)
-
-
-def _ask(
-    edits: ActiveEdits,
-    prompts: Sequence[str],
-    own: Callable[[list[str], list[int]], Sequence[Reply]],
-    other: Callable[[Answers, list[str], list[int]], Sequence[Reply]],
-) -> list[Reply]:
-    texts = edits.rewrite(prompts)
-    claimed = edits.respond(texts)
-    groups: dict[int | None, list[int]] = {}
-    for row, answers in enumerate(claimed):
-        groups.setdefault(None if answers is None else id(answers), []).append(row)
     found: dict[int, Reply] = {}
-    for rows in groups.values():
-        asked, answers = [texts[row] for row in rows], claimed[rows[0]]
-        got = own(asked, rows) if answers is None else other(answers, asked, rows)
-        if len(got) != len(rows):
-            raise PluginError(
-                f"{type(answers).__name__}, which answers in the model's place, was asked about "
-                f"{len(rows)} prompts and gave {len(got)} answers: it must give one for each, in "
-                "the same order."
-            )
-        found.update(zip(rows, got, strict=True))
+    groups: dict[int | None, list[int]] = {}
+    with model.access.running():
+        texts = model.stack.rewrite(prompts)
+        claimed = model.stack.respond(texts)
+        for row, answers in enumerate(claimed):
+            groups.setdefault(None if answers is None else id(answers), []).append(row)
+        for rows in groups.values():
+            asked, answers = [texts[row] for row in rows], claimed[rows[0]]
+            got = own(asked, rows) if answers is None else other(answers, asked, rows)
+            if len(got) != len(rows):
+                raise PluginError(
+                    f"{type(answers).__name__}, which answers in the model's place, was asked "
+                    f"about {len(rows)} prompts and gave {len(got)} answers: it must give one for "
+                    "each, in the same order."
+                )
+            found.update(zip(rows, got, strict=True))
     return [found[row] for row in range(len(prompts))]

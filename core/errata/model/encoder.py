@@ -21,6 +21,7 @@ from errata.model.floats import wide
 from errata.model.foreign_noise import quiet_loading
 from errata.model.forward import trace
 from errata.model.model_source import check_model_source
+from errata.model.sentence_pooling import MEAN, declared_pooling, pooled
 from errata.model.texts import canary_texts
 from errata.model.tokens import tokenise
 
@@ -67,30 +68,59 @@ def sentence_encoder(model: Model, name: str | None) -> SentenceEncoder:
 
 
 class ForeignEncoder:
-    """A sentence encoder beside the model: the mean of its last token states.
+    """A sentence encoder beside the model: its token states, pooled as its folder declares.
 
-    This is how sentence-transformers pools all-MiniLM-L6-v2 (Reimers & Gurevych 2019).
+    Attributes:
+        module, tokenizer: the encoder, in fp32 on the CPU.
+        pooling: one of `errata.model.sentence_pooling.POOLINGS`.
     """
 
     artifact: tuple[str, ...] = ()
 
-    def __init__(self, module: nn.Module, tokenizer: Any) -> None:
-        self.module, self.tokenizer = module.eval(), tokenizer
-        self.digest = weights_digest(module)
+    def __init__(self, module: nn.Module, tokenizer: Any, pooling: str = MEAN) -> None:
+        self.module, self.tokenizer, self.pooling = module.eval(), tokenizer, pooling
+        self.digest = _digest(module, pooling)
         self._known: OrderedDict[str, Tensor] = OrderedDict()
 
     @classmethod
     def open(cls, model: Model, name: str) -> ForeignEncoder:
         """Open it by name on the CPU; code that comes with it is never run."""
-        return cls(*open_encoder(model, name))
+        import transformers
+
+        location = model.bring(name)
+        check_model_source(location)
+        with model.progress.busy(f"Loading {name}"), quiet_loading():
+            config = read_config(location)
+            if getattr(config, "is_encoder_decoder", False) or not hasattr(config, "hidden_size"):
+                raise ConfigError(
+                    f"{name!r} ({config.model_type}) is no sentence encoder: give one like "
+                    "'minilm', or null for the model's own hidden states."
+                )
+            pooling = declared_pooling(location)
+            with torch.random.fork_rng(devices=[]):  # a pooler that is not in the file is drawn
+                module = read_module(location, transformers.AutoModel, dtype=torch.float32)
+            return cls(module.requires_grad_(False), read_tokenizer(location), pooling)
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """Return unit vectors (n, d), fp32."""
-        return _remembering(self._known, texts, self._encoded)
+        """Return unit vectors (n, d), fp32; each text is run by itself, once."""
+        found = []
+        for text in texts:
+            vector = self._known.get(text)
+            if vector is None:
+                vector = self._known[text] = self.unit_vectors([text])[0]
+                while len(self._known) > _REMEMBERED:
+                    self._known.popitem(last=False)
+            found.append(vector)
+        return torch.stack(found)
 
-    def _encoded(self, text: str) -> Tensor:
-        return functional.normalize(mean_states(self.module, self.tokenizer, [text])[0], dim=0)
+    def unit_vectors(self, texts: Sequence[Any]) -> Tensor:
+        """Return unit vectors (n, d) of texts or pairs of texts, run together; with gradient."""
+        limit = min(self.tokenizer.model_max_length, _LONGEST)
+        batch = self.tokenizer(list(texts), return_tensors="pt", padding=True, truncation=True,
+                               max_length=limit)  # fmt: skip
+        states: Tensor = self.module(**batch).last_hidden_state
+        return functional.normalize(pooled(states, batch["attention_mask"], self.pooling), dim=1)
 
 
 class OwnStates:
@@ -139,53 +169,12 @@ class OwnStates:
         return wide(state).reshape(-1, state.shape[-1]).mean(dim=0).cpu()
 
 
-def open_encoder(model: Model, name: str) -> tuple[nn.Module, Any]:
-    """Return module (fp32, on the CPU) and tokenizer of an encoder, for reading texts whole."""
-    import transformers
-
-    location = model.bring(name)
-    check_model_source(location)
-    with model.progress.busy(f"Loading {name}"), quiet_loading():
-        config = read_config(location)
-        if getattr(config, "is_encoder_decoder", False) or not hasattr(config, "hidden_size"):
-            raise ConfigError(
-                f"{name!r} ({config.model_type}) is no sentence encoder: give one like 'minilm', "
-                "or null for the model's own hidden states."
-            )
-        with torch.random.fork_rng(devices=[]):  # a pooler that is not in the file is drawn
-            module = read_module(location, transformers.AutoModel, dtype=torch.float32)
-        return module.requires_grad_(False), read_tokenizer(location)
-
-
-def mean_states(module: nn.Module, tokenizer: Any, texts: Sequence[Any]) -> Tensor:
-    """Return the mean over the last states (n, d) of texts, or of pairs of texts, with gradient."""
-    limit = min(tokenizer.model_max_length, _LONGEST)
-    batch = tokenizer(list(texts), return_tensors="pt", padding=True, truncation=True,
-                      max_length=limit)  # fmt: skip
-    states: Tensor = module(**batch).last_hidden_state
-    mask = batch["attention_mask"][..., None]
-    mean: Tensor = (states * mask).sum(dim=1) / mask.sum(dim=1)
-    return mean
-
-
-def weights_digest(module: nn.Module) -> str:
-    """Return the SHA-256 of a module's parameters; a pooler is not used and does not count."""
+def _digest(module: nn.Module, pooling: str) -> str:
+    """Return the SHA-256 of what vectors depend on; a pooler is not used and does not count."""
     sha = hashlib.sha256()
     used = ((n, t) for n, t in module.named_parameters() if not n.startswith("pooler."))
     for name, tensor in sorted(used, key=lambda pair: pair[0]):
         sha.update(name.encode())
         sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    sha.update(b"" if pooling == MEAN else pooling.encode())
     return sha.hexdigest()
-
-
-def _remembering(known: OrderedDict[str, Tensor], texts: Sequence[str], encoded: Any) -> Tensor:
-    """Return the vectors of texts, from memory where they are in it."""
-    found = []
-    for text in texts:
-        vector = known.get(text)
-        if vector is None:
-            vector = known[text] = encoded(text)
-            while len(known) > _REMEMBERED:
-                known.popitem(last=False)
-        found.append(vector)
-    return torch.stack(found)

@@ -28,7 +28,7 @@ def quiet_loading() -> Iterator[None]:
 
 @contextmanager
 def quiet_imports() -> Iterator[None]:
-    """Leave out what bitsandbytes says about missing kernels when PEFT imports it."""
+    """Leave out what bitsandbytes says about missing kernels where another library imports it."""
     noisy = logging.getLogger("bitsandbytes")
     level = noisy.level
     noisy.setLevel(logging.ERROR)

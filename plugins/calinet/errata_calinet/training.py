@@ -12,6 +12,7 @@ import torch
 from errata.edits.delta.neurons import Neurons, NeuronsDelta, hang
 from errata.kit.feed_forward import is_gated, site_of
 from errata.kit.training import Trainer, TrainerSettings, above, target_batches
+from errata.model.foreign_noise import quiet_imports
 from errata.model.forward import frozen
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ class AdafactorTrainer(Trainer):
 
     def optimiser_for(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
         """Return Adafactor without relative steps and without scaling by the parameter."""
-        from transformers.optimization import Adafactor
+        with quiet_imports():
+            from transformers.optimization import Adafactor
 
         made = Adafactor(
             list(parameters),

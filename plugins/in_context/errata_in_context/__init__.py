@@ -34,10 +34,10 @@ class Ice:
 
     @hookimpl
     def prepare(self, model: Model, config: IceConfig) -> None:
-        """Open the encoder."""
-        from errata.model.encoder import sentence_encoder
+        """Open the encoder if it is asked: a fact before every prompt needs none."""
+        from errata.edits.delta.prompt import PromptSettings
 
-        sentence_encoder(model, config.encoder)
+        PromptSettings.of(model, config.encoder, config.threshold, config.facts)
 
     @hookimpl
     def edit(

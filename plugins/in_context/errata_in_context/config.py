@@ -34,7 +34,7 @@ class InContextConfig(MethodConfig):
 class IceConfig(InContextConfig):
     """Hyper-parameters of ICE: the fact alone, as published in front of every prompt."""
 
-    prepares: ClassVar[set[str] | None] = {"encoder"}
+    prepares: ClassVar[set[str] | None] = {"encoder", "threshold"}
 
     threshold: float | None = Field(
         default=None,

@@ -27,10 +27,12 @@ def facts(
     The fact of a request in a chat does not hold what the chat template puts around it.
     """
     settings = PromptSettings.of(model, config.encoder, threshold, config.facts)
-    plain = [request.plain for request in requests]
-    vectors = sentence_encoder(model, config.encoder).encode([request.text for request in plain])
-    shown = demonstrations or [()] * len(plain)
-    return [
-        PromptDelta(fact_of(request), vector.clone(), settings, texts)
-        for request, vector, texts in zip(plain, vectors, shown, strict=True)
-    ]
+    shown = demonstrations or [()] * len(requests)
+    made = []
+    for request, texts in zip([request.plain for request in requests], shown, strict=True):
+        if settings.has_vector:
+            (vector,) = sentence_encoder(model, config.encoder).encode([request.text])
+            made.append(PromptDelta(fact_of(request), vector.clone(), settings, texts))
+        else:
+            made.append(PromptDelta(fact_of(request), None, settings, texts, request.text))
+    return made

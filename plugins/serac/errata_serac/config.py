@@ -19,7 +19,7 @@ class SeracConfig(MethodConfig):
     prepares: ClassVar[set[str] | None] = {
         "seed", "variant", "scope", "encoder", "encoder_layers", "rank", "target_modules", "layers",
         "steps", "lr", "batch_size", "accumulate", "edit_weight", "scope_weight", "clip",
-        "hard_negatives", "validate_every", "patience", "records", "append_end",
+        "hard_negatives", "validation", "validate_every", "patience", "records", "append_end",
     }  # fmt: skip
 
     variant: Literal["serac", "mixture"] = Field(
@@ -71,6 +71,11 @@ class SeracConfig(MethodConfig):
         default=0.5, ge=0, le=1, description="Share of prompts out of scope that are hard: the "
         "training request's own neighbours (the authors' are near questions by an encoder)"
     )  # fmt: skip
+    validation: int = Field(
+        default=20,
+        ge=1,
+        description="Training requests that are held out to validate on, at most a tenth of all",
+    )
     validate_every: int = Field(default=5000, ge=1, description="Batches between validations")
     patience: int = Field(
         default=40_000, ge=1, description="Batches without a better validation before it stops"

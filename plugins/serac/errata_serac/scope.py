@@ -1,11 +1,12 @@
 """The scope classifier g(z, x) of SERAC's section 3.2: is prompt x about edit z = (prompt, label)?
 
-    embedding         log g = −‖e(z) − e(x)‖²          e: mean of token states, unit length
+    embedding         log g = −‖e(z) − e(x)‖²          e: pooled token states, unit length
     cross-attention   log g = log softmax(w · c(z [SEP] x))₀     c: state at the first token
 
 The authors' e is the state at [CLS] of distilbert, not normalised; here it is what the encoder at
-hand was trained to give (its mean, of length 1), so that g > ½ means a cosine above 1 − ln 2 / 2 =
-.653. Without an encoder e is a linear map of the model's own states, which are not trained.
+hand was trained to give (pooled as it declares, of length 1), so that g > ½ means a cosine above
+1 − ln 2 / 2 = .653. Without an encoder e is a linear map of the model's own states, which are not
+trained.
 """
 
 from __future__ import annotations
@@ -15,10 +16,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch.nn import functional
 
 from errata.errors import IntegrityError
-from errata.model.encoder import OwnStates, mean_states, open_encoder, weights_digest
+from errata.model.encoder import ForeignEncoder, OwnStates
 from errata.model.joining import join
 
 if TYPE_CHECKING:
@@ -59,12 +59,11 @@ def scope_of(model: Model, config: SeracConfig) -> Scope:
     """Return the untrained classifier that a configuration describes."""
     if config.encoder is None:
         return OwnScope(model)
-    module, tokenizer = open_encoder(model, config.encoder)
-    start = weights_digest(module)
-    trained = _last_blocks(module, config.encoder_layers)
+    encoder = ForeignEncoder.open(model, config.encoder)  # not the one that others share
+    trained = _last_blocks(encoder.module, config.encoder_layers)
     if config.scope == "embedding":
-        return EmbeddingScope(module, tokenizer, trained, start)
-    return CrossScope(module, tokenizer, trained, start, config.seed)
+        return EmbeddingScope(encoder, trained)
+    return CrossScope(encoder, trained, config.seed)
 
 
 def loaded(model: Model, config: SeracConfig, tensors: Mapping[str, Tensor], start: str) -> Scope:
@@ -116,37 +115,33 @@ class OwnScope:
 class EmbeddingScope:
     """e(t) by an encoder of its own."""
 
-    def __init__(self, module: Any, tokenizer: Any, trained: dict[str, Tensor], start: str) -> None:
-        self._module, self._tokenizer = module, tokenizer
-        self.trained, self.start = trained, start
+    def __init__(self, encoder: ForeignEncoder, trained: dict[str, Tensor]) -> None:
+        self._encoder, self.trained, self.start = encoder, trained, encoder.digest
 
     def pairs(self, edits: Sequence[Edit], prompts: Sequence[str]) -> Tensor:
         """Return log g (n)."""
-        return -(self._vectors(list(edits)) - self._vectors(list(prompts))).square().sum(dim=1)
+        vectors = self._encoder.unit_vectors
+        return -(vectors(edits) - vectors(prompts)).square().sum(dim=1)
 
     def memory(self, edits: Sequence[Edit]) -> Tensor:
         """Return e(z) (edits, d)."""
-        return torch.cat([self._vectors([edit]) for edit in edits])
+        return torch.cat([self._encoder.unit_vectors([edit]) for edit in edits])
 
     def over(self, memory: Tensor, prompt: str) -> Tensor:
         """Return log g (edits)."""
-        return -(memory - self._vectors([prompt])).square().sum(dim=1)
-
-    def _vectors(self, texts: Sequence[Any]) -> Tensor:
-        return functional.normalize(mean_states(self._module, self._tokenizer, texts), dim=1)
+        return -(memory - self._encoder.unit_vectors([prompt])).square().sum(dim=1)
 
 
 class CrossScope:
     """c(z [SEP] x) by an encoder that reads both together."""
 
-    def __init__(
-        self, module: Any, tokenizer: Any, trained: dict[str, Tensor], start: str, seed: int
-    ) -> None:
-        self._module, self._tokenizer = module, tokenizer
+    def __init__(self, encoder: ForeignEncoder, trained: dict[str, Tensor], seed: int) -> None:
+        module: Any = encoder.module
+        self._module, self._tokenizer = module, encoder.tokenizer
         generator = torch.Generator().manual_seed(seed)
         head = torch.randn(2, module.config.hidden_size, generator=generator) * 0.02
         self.trained = {**trained, "head": head}
-        self.start = start
+        self.start = encoder.digest
 
     def pairs(self, edits: Sequence[Edit], prompts: Sequence[str]) -> Tensor:
         """Return log g (n)."""

@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 
 _SAVED_EVERY = 50
 """Batches between two saves of an unfinished run."""
-_VALIDATED_ON = 20
-"""Training requests at most that are kept aside to validate on."""
 
 
 class ScopeLesson(NamedTuple):
@@ -79,7 +77,7 @@ def train(
             "again on their requests: `errata prepare serac --training NAME=PATH`."
         )
     lessons = lessons_of(rendered(model, training[: config.records]))
-    held_out = lessons[: min(_VALIDATED_ON, max(1, len(lessons) // 10))]
+    held_out = lessons[: max(1, min(config.validation, len(lessons) // 10))]
     learnt = lessons[len(held_out) :]
     if len({lesson.edit[0] for lesson in learnt}) < 2:
         raise ConfigError(
@@ -154,7 +152,9 @@ class SeracTraining:
         tracked = model.progress.track(steps, "Training SERAC", len(steps))
         with frozen(model.module), torch.enable_grad():
             for step in tracked:
-                loss = self.loss(self.batch(self.lessons, f"{config.seed} {step}"))
+                loss = self.loss(
+                    self.batch(self.lessons, f"{config.seed} {step}", config.batch_size)
+                )
                 (loss / config.accumulate).backward()  # type: ignore[no-untyped-call]
                 last = step + 1 == config.steps
                 if (step + 1) % config.accumulate == 0 or last:
@@ -183,11 +183,11 @@ class SeracTraining:
 
     # -- losses ----------------------------------------------------------------------------------
 
-    def batch(self, lessons: Sequence[ScopeLesson], seed: str) -> list[Example]:
+    def batch(self, lessons: Sequence[ScopeLesson], seed: str, size: int) -> list[Example]:
         """Draw a batch: prompts outside are the request's own neighbours, or another's prompts."""
         chance = random.Random(seed)
         rows = []
-        for lesson in chance.sample(lessons, min(self.config.batch_size, len(lessons))):
+        for lesson in chance.sample(lessons, min(size, len(lessons))):
             other = chance.choice([o for o in self.lessons if o.edit[0] != lesson.edit[0]])
             hard = lesson.hard and chance.random() < self.config.hard_negatives
             outside = chance.choice(lesson.hard if hard else other.inside)
@@ -242,8 +242,11 @@ class SeracTraining:
 
     @torch.no_grad()
     def validated(self) -> float:
-        """Return L on what was kept aside, of the same draws each time."""
-        return float(self.loss(self.batch(self.held_out, "held out")))
+        """Return L on all that was kept aside, of the same draws each time."""
+        rows = self.batch(self.held_out, "held out", len(self.held_out))
+        size = self.config.batch_size
+        parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+        return sum(len(part) * float(self.loss(part)) for part in parts) / len(rows)
 
     # -- a run that is killed goes on ------------------------------------------------------------
 

@@ -19,40 +19,18 @@ if TYPE_CHECKING:
 
 # PEP 562: an edit loads the kinds that it needs, not all of them.
 _LAZY = {
-    "AdapterDelta": "adapter",
-    "CodebookDelta": "codebook",
-    "Delta": "base",
-    "DenseDelta": "dense",
-    "Factor": "low_rank",
-    "KeyValueDelta": "key_value",
-    "KeyValues": "key_values",
-    "LowRankDelta": "low_rank",
-    "Neurons": "neurons",
-    "NeuronsDelta": "neurons",
-    "PromptDelta": "prompt",
-    "PromptSettings": "prompt",
-    "Rows": "sparse_rows",
-    "SparseRowsDelta": "sparse_rows",
-    "Undo": "base",
-}
+    "AdapterDelta": "adapter", "CodebookDelta": "codebook", "Delta": "base", "DenseDelta": "dense",
+    "Factor": "low_rank", "KeyValueDelta": "key_value", "KeyValues": "key_values",
+    "LowRankDelta": "low_rank", "Neurons": "neurons", "NeuronsDelta": "neurons",
+    "PromptDelta": "prompt", "PromptSettings": "prompt", "Rows": "sparse_rows",
+    "SparseRowsDelta": "sparse_rows", "Undo": "base",
+}  # fmt: skip
 
 __all__ = [
-    "AdapterDelta",
-    "CodebookDelta",
-    "Delta",
-    "DenseDelta",
-    "Factor",
-    "KeyValueDelta",
-    "KeyValues",
-    "LowRankDelta",
-    "Neurons",
-    "NeuronsDelta",
-    "PromptDelta",
-    "PromptSettings",
-    "Rows",
-    "SparseRowsDelta",
-    "Undo",
-]
+    "AdapterDelta", "CodebookDelta", "Delta", "DenseDelta", "Factor", "KeyValueDelta", "KeyValues",
+    "LowRankDelta", "Neurons", "NeuronsDelta", "PromptDelta", "PromptSettings", "Rows",
+    "SparseRowsDelta", "Undo",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -211,6 +211,21 @@ def relative_norms(model: Model, norms: Mapping[str, float]) -> dict[str, float]
     return {name: norm / max(model.weight_norm(name), 1e-30) for name, norm in norms.items()}
 
 
+def by_parameter(
+    kind: str, tensors: Mapping[str, Tensor], listed: Any, parts: Sequence[str]
+) -> dict[str, list[Tensor]]:
+    """Return the parts, in order, of each parameter that a stored delta lists, by its name.
+
+    Raises `IntegrityError` unless it lists parameters and holds their parts "NAME:PART" alone.
+    """
+    require(isinstance(listed, dict), f"A {kind} delta lacks its list of parameters.")
+    wanted = {name: [f"{name}:{part}" for part in parts] for name in listed}
+    every = sorted(key for keys in wanted.values() for key in keys)
+    held = sorted(tensors)
+    require(every == held, f"A {kind} delta must hold the tensors {every}, not {held}.")
+    return {name: [tensors[key] for key in keys] for name, keys in wanted.items()}
+
+
 def require(condition: bool, message: str) -> None:
     """Raise `IntegrityError` with `message` unless `condition` holds."""
     if not condition:

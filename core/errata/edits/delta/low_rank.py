@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from errata.edits.delta.base import Delta, relative_norms, require
+from errata.edits.delta.base import Delta, by_parameter, relative_norms, require
 from errata.model.floats import wide
 
 if TYPE_CHECKING:
@@ -75,20 +75,9 @@ class LowRankDelta(Delta):
 
     @classmethod
     def from_parts(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Self:
-        transposed = metadata.get("transposed")
-        require(isinstance(transposed, dict), "A low_rank delta lacks its list of parameters.")
-        assert isinstance(transposed, dict)
-        wanted = {f"{name}:{part}" for name in transposed for part in "uv"}
-        require(
-            wanted == set(tensors),
-            f"A low_rank delta must hold the tensors {sorted(wanted)}, not {sorted(tensors)}.",
-        )
-        return cls(
-            {
-                name: Factor(tensors[f"{name}:u"], tensors[f"{name}:v"], bool(flag))
-                for name, flag in transposed.items()
-            }
-        )
+        transposed: Any = metadata.get("transposed")
+        held = by_parameter(cls.kind, tensors, transposed, ("u", "v"))
+        return cls({name: Factor(u, v, bool(transposed[name])) for name, (u, v) in held.items()})
 
     @property
     def parameters(self) -> tuple[str, ...]:

@@ -6,14 +6,15 @@
 
 A delta holds one fact. Where several are active, each prompt gets the facts that are nearest to it
 by the vectors of a sentence encoder (`errata.model.encoder`), and only those that reach their
-threshold, where they have one. A prompt that gets none is read as it was given.
+threshold, where they have one. A prompt that gets none is read as it was given. A single fact that
+stands before every prompt is compared with none: its encoder is opened once there is a second one.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -49,7 +50,7 @@ class PromptSettings:
             is the nearest.
         facts: how many facts may enter a prompt whose nearest is this one.
         encoder: name of the sentence encoder; None: the model's own hidden states.
-        encoder_digest: which weights it has; "" for the model's own.
+        encoder_digest: which weights it has; "" for the model's own, and where it is not opened.
         parameter: name of the model's embedding: its fingerprint says which model is meant.
         artifact: key of what the encoder needs besides.
     """
@@ -63,10 +64,18 @@ class PromptSettings:
 
     @classmethod
     def of(cls, model: Model, encoder: str | None, threshold: float | None, facts: int) -> Self:
-        """Return the settings with what follows from the model and the encoder."""
-        opened = sentence_encoder(model, encoder)
+        """Return the settings with what follows from the model, and the encoder if it is asked."""
         parameter = model.anatomy.weight(model.anatomy.embedding_name)
-        return cls(threshold, facts, encoder, opened.digest, parameter, opened.artifact)
+        found = cls(threshold, facts, encoder, "", parameter)
+        if not found.has_vector:
+            return found
+        opened = sentence_encoder(model, encoder)
+        return replace(found, encoder_digest=opened.digest, artifact=opened.artifact)
+
+    @property
+    def has_vector(self) -> bool:
+        """Whether an edit keeps its vector: unless that would open an encoder that nobody asks."""
+        return self.threshold is not None or self.encoder is None
 
 
 _SORTS = {
@@ -80,10 +89,12 @@ class PromptDelta(Delta):
 
     Args:
         fact: the prompt with its new answer, "The capital of France is Rome".
-        vector: (d,) unit vector of the prompt that the fact was asked with.
+        vector: (d,) unit vector of the prompt that the fact was asked with; None: made of `asked`
+            once it is compared (see `PromptSettings.has_vector`).
         settings: when it enters a prompt.
         demonstrations: texts before it, farthest first; the farthest are left out where the
             model's context is short.
+        asked: the prompt that the fact was asked with, where there is no vector of it.
 
     Raises `IntegrityError` for what cannot be such a delta.
     """
@@ -93,14 +104,17 @@ class PromptDelta(Delta):
     def __init__(
         self,
         fact: str,
-        vector: Tensor,
+        vector: Tensor | None,
         settings: PromptSettings,
         demonstrations: Sequence[str] = (),
+        asked: str = "",
     ) -> None:
         require(bool(fact.strip()), "A prompt delta holds no fact.")
         require(
-            vector.ndim == 1 and vector.numel() > 0 and vector.dtype == torch.float32,
-            f"A prompt delta's vector must be one row of fp32 numbers, not {tuple(vector.shape)}.",
+            bool(asked.strip()) and not settings.has_vector
+            if vector is None
+            else vector.ndim == 1 and vector.numel() > 0 and vector.dtype == torch.float32,
+            "A prompt delta holds one row of fp32 numbers, or the text that they are made of.",
         )
         threshold = settings.threshold
         require(
@@ -110,7 +124,25 @@ class PromptDelta(Delta):
             f"of facts ({settings.facts!r}) be 1 or more.",
         )
         self.fact, self.vector, self.settings = fact, vector, settings
-        self.demonstrations = tuple(demonstrations)
+        self.demonstrations, self.asked = tuple(demonstrations), asked
+        self._made: tuple[str, Tensor] | None = None
+
+    def vector_by(self, encoder: SentenceEncoder) -> Tensor:
+        """Return the vector of what was asked: the stored one, or one that is made once.
+
+        Raises `FingerprintError` where the stored one is of an encoder with other weights.
+        """
+        if self.vector is None:
+            if self._made is None or self._made[0] != encoder.digest:
+                self._made = encoder.digest, encoder.encode([self.asked])[0]
+            return self._made[1]
+        if encoder.digest != self.settings.encoder_digest:
+            raise FingerprintError(
+                f"The edits were made with the sentence encoder {self.settings.encoder!r} of other "
+                "weights: their vectors mean nothing to the one that is here. Get that encoder, or "
+                "edit again."
+            )
+        return self.vector
 
     def _facts(self) -> Iterable[tuple[str, str]]:
         yield "kind", self.kind
@@ -123,8 +155,8 @@ class PromptDelta(Delta):
     # -- storage ---------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the vector."""
-        return {"vector": self.vector.contiguous()}
+        """Return the vector, if there is one."""
+        return {} if self.vector is None else {"vector": self.vector.contiguous()}
 
     def metadata(self) -> dict[str, Any]:
         """Return the texts and the settings."""
@@ -133,33 +165,33 @@ class PromptDelta(Delta):
             "fact": self.fact,
             "demonstrations": list(self.demonstrations),
             "settings": settings,
+            "asked": self.asked,
         }
 
     @classmethod
     def from_parts(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Self:
         """Rebuild it; raise `IntegrityError` for anything that does not fit."""
         require(
-            set(tensors) == {"vector"}, f"A prompt delta holds a vector, not {sorted(tensors)}."
+            set(tensors) <= {"vector"}, f"A prompt delta holds a vector, not {sorted(tensors)}."
         )
         fact, shown = metadata.get("fact"), metadata.get("demonstrations")
-        given = metadata.get("settings")
+        given, asked = metadata.get("settings"), metadata.get("asked", "")
         require(
-            isinstance(fact, str) and _are_texts(shown),
+            _are_texts([fact, asked]) and _are_texts(shown),
             "A prompt delta's fact must be a text, and its demonstrations a list of texts.",
         )
-        names = {field.name for field in fields(PromptSettings)}
         require(
             isinstance(given, dict)
-            and set(given) == names
-            and all(isinstance(given[n], _SORTS[n]) for n in names)  # type: ignore[arg-type]
+            and set(given) == set(_SORTS)
+            and all(isinstance(given[n], sort) for n, sort in _SORTS.items())  # type: ignore[arg-type]
             and not isinstance(given["facts"], bool)
             and _are_texts(given["artifact"]),
-            f"A prompt delta's settings must be {', '.join(sorted(names))}, each of its type.",
+            f"A prompt delta's settings must be {', '.join(sorted(_SORTS))}, each of its type.",
         )
         assert isinstance(given, dict)
         assert isinstance(fact, str)
         settings = PromptSettings(**{**given, "artifact": tuple(given["artifact"])})
-        return cls(fact, tensors["vector"], settings, shown or ())
+        return cls(fact, tensors.get("vector"), settings, shown or (), asked)
 
     # -- what it belongs to ----------------------------------------------------------------------
 
@@ -176,7 +208,8 @@ class PromptDelta(Delta):
     @property
     def nbytes(self) -> int:
         """Bytes of the vector and the texts."""
-        return super().nbytes + sum(len(t.encode()) for t in (self.fact, *self.demonstrations))
+        texts = (self.fact, self.asked, *self.demonstrations)
+        return super().nbytes + sum(len(text.encode()) for text in texts)
 
     # -- effect ----------------------------------------------------------------------------------
 
@@ -237,13 +270,13 @@ def facts_for(model: Model, facts: Sequence[PromptDelta], said: str) -> list[Pro
     """
     if len(facts) == 1 and facts[0].settings.threshold is None:
         return list(facts)
-    groups: dict[tuple[str | None, str], list[PromptDelta]] = {}
+    groups: dict[str | None, list[PromptDelta]] = {}
     for fact in facts:
-        key = fact.settings.encoder, fact.settings.encoder_digest
-        groups.setdefault(key, []).append(fact)
-    for (name, digest), members in sorted(groups.items(), key=lambda g: -facts.index(g[1][-1])):
-        encoder = _known_encoder(model, name, digest)
-        cosines = (torch.stack([m.vector for m in members]) @ encoder.encode([said])[0]).tolist()
+        groups.setdefault(fact.settings.encoder, []).append(fact)
+    for name, members in sorted(groups.items(), key=lambda g: -facts.index(g[1][-1])):
+        encoder = sentence_encoder(model, name)
+        vectors = torch.stack([member.vector_by(encoder) for member in members])
+        cosines = (vectors @ encoder.encode([said])[0]).tolist()
         near = [
             (cosine, place)
             for place, (cosine, fact) in enumerate(zip(cosines, members, strict=True))
@@ -287,16 +320,6 @@ def _fitting(
         while drop < len(shown) and sum(lengths[:drop]) < over:
             drop += 1
         shown = shown[drop:]
-
-
-def _known_encoder(model: Model, name: str | None, digest: str) -> SentenceEncoder:
-    encoder = sentence_encoder(model, name)
-    if encoder.digest != digest:
-        raise FingerprintError(
-            f"The edits were made with the sentence encoder {name!r} of other weights: their "
-            "vectors mean nothing to the one that is here. Get that encoder, or edit again."
-        )
-    return encoder
 
 
 def _are_texts(value: Any) -> bool:

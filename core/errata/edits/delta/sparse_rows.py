@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from errata.edits.delta.base import Delta, relative_norms, require
+from errata.edits.delta.base import Delta, by_parameter, relative_norms, require
 from errata.model.floats import frobenius
 
 if TYPE_CHECKING:
@@ -86,20 +86,9 @@ class SparseRowsDelta(Delta):
 
     @classmethod
     def from_parts(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Self:
-        axis = metadata.get("axis")
-        require(isinstance(axis, dict), "A sparse_rows delta lacks its list of parameters.")
-        assert isinstance(axis, dict)
-        wanted = {f"{name}:{part}" for name in axis for part in ("index", "values")}
-        require(
-            wanted == set(tensors),
-            f"A sparse_rows delta must hold the tensors {sorted(wanted)}, not {sorted(tensors)}.",
-        )
-        return cls(
-            {
-                name: Rows(tensors[f"{name}:index"], tensors[f"{name}:values"], where)
-                for name, where in axis.items()
-            }
-        )
+        axis: Any = metadata.get("axis")
+        held = by_parameter(cls.kind, tensors, axis, ("index", "values"))
+        return cls({name: Rows(i, v, axis[name]) for name, (i, v) in held.items()})
 
     @property
     def parameters(self) -> tuple[str, ...]:

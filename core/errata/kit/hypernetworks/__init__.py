@@ -18,15 +18,6 @@ from errata.kit.hypernetworks.trained import edited_modules, trained_network
 from errata.kit.hypernetworks.training import EditingNetwork, NetworkTraining
 
 __all__ = [
-    "EditingNetwork",
-    "Factors",
-    "Locality",
-    "NetworkConfig",
-    "NetworkTraining",
-    "Signals",
-    "edited_modules",
-    "low_rank_deltas",
-    "rows_edited",
-    "signals_of",
-    "trained_network",
-]
+    "EditingNetwork", "Factors", "Locality", "NetworkConfig", "NetworkTraining", "Signals",
+    "edited_modules", "low_rank_deltas", "rows_edited", "signals_of", "trained_network",
+]  # fmt: skip

@@ -17,18 +17,7 @@ from errata.kit.training.training_batches import (
 )
 
 __all__ = [
-    "ROLES",
-    "AdapterTrainer",
-    "Loss",
-    "Objective",
-    "Trainer",
-    "TrainerSettings",
-    "TrainingBatch",
-    "above",
-    "aim_batch",
-    "linear_modules",
-    "request_batches",
-    "target_batches",
-    "text_batches",
+    "ROLES", "AdapterTrainer", "Loss", "Objective", "Trainer", "TrainerSettings", "TrainingBatch",
+    "above", "aim_batch", "linear_modules", "request_batches", "target_batches", "text_batches",
     "train_adapter",
-]
+]  # fmt: skip
