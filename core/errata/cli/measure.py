@@ -24,8 +24,8 @@ from errata.cli.requests import (
     request_source,
 )
 from errata.cli.session import Session
-from errata.edits.request import RetainedProbe
 from errata.errors import ConfigError, LedgerError, RequestError
+from errata.evaluate.retained import RetainedProbe
 
 if TYPE_CHECKING:
     from errata.evaluate import Measurement
