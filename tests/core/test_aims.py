@@ -155,7 +155,7 @@ def test_whether_aims_are_met_is_read_from_scores() -> None:
     assert unmet([say], [right]) == unmet([say, unsay], [right, wrong]) == []
     assert unmet([say, unsay], [wrong, right]) == [say, unsay]
     assert unmet([say, rival], [right, wrong]) == []
-    assert unmet([say, rival], [wrong, right]) == [say]
+    assert unmet([say, rival], [wrong, right]) == [rival]
 
 
 def test_an_answer_is_gone_when_it_is_not_said_and_became_improbable() -> None:

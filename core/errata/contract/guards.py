@@ -13,7 +13,7 @@ import torch
 from pydantic import ConfigDict, Field, ValidationError
 
 from errata.contract.registry import warn_once
-from errata.edits.aims import aims_of_request, unmet
+from errata.edits.aims import GONE, aims_of_request, unmet
 from errata.edits.delta.attaching import calling
 from errata.edits.outcome import Efficacy, Outcome, RelativeNorm, TextPerplexity
 from errata.errors import ConfigError, EditRefused, UnknownNameError
@@ -33,11 +33,11 @@ logger = logging.getLogger("errata")
 Mode = Literal["refuse", "warn", "off"]
 HOW = {
     "say": "every target token is the most probable one",
-    "unsay": "what should go is not said, and half as probable as before or improbable",
+    "unsay": f"what should go is not said, and at most half as probable as before, or {GONE:g}",
     "rival": "the wished replies are more probable than the others, token for token",
 }
 """How it is judged whether an answer is said, is gone, or has the better of another."""
-MISSED = {"say": "is not said", "unsay": "is not gone"}
+MISSED = {"say": "is not said", "unsay": "is not gone", "rival": "is not outweighed"}
 """What is said of an aim that is not met."""
 
 

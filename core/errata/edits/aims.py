@@ -71,22 +71,18 @@ def unmet(
     """Return the aims that are not met, by the scores of their answers.
 
     Said: every token is the most probable one. No longer said: `is_gone`. Rivals: on average the
-    wished replies are more probable, token for token, than the others; else no wish is met.
+    wished replies are more probable, token for token, than the others; else each rival is unmet.
 
     Args:
         aims: what should become of answers.
         scores: of those answers.
         before: their scores before the edit; () where they are not known.
     """
-    rivals = [
-        score.mean_nll for aim, score in zip(aims, scores, strict=True) if aim.sense == "rival"
-    ]
+    pairs = list(zip(aims, scores, strict=True))
+    rivals = [score.mean_nll for aim, score in pairs if aim.sense == "rival"]
     if rivals:
-        wishes = [
-            (aim, score) for aim, score in zip(aims, scores, strict=True) if aim.sense == "say"
-        ]
-        ahead = fmean(score.mean_nll for _, score in wishes) < fmean(rivals)
-        return [] if ahead else [aim for aim, _ in wishes]
+        ahead = fmean(score.mean_nll for aim, score in pairs if aim.sense == "say") < fmean(rivals)
+        return [aim for aim in aims if aim.sense == "rival" and not ahead]
     return [
         aim
         for aim, score, once in zip(aims, scores, before or [None] * len(aims), strict=True)
