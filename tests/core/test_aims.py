@@ -6,6 +6,7 @@ import json
 import math
 import random
 import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -202,8 +203,7 @@ def relation(editor: Editor, case: Request = CASE) -> tuple[float, float]:
     "method",
     [
         "ft",
-        pytest.param("rome", marks=pytest.mark.slow),
-        pytest.param("memit", marks=pytest.mark.slow),
+        *(pytest.param(m, marks=pytest.mark.slow) for m in ("rome", "memit", "lora", "adalora")),
     ],
 )
 def test_both_operations_hold_as_one_request(editor: Editor, method: str) -> None:
@@ -310,7 +310,28 @@ def test_an_operation_that_a_method_has_not_is_refused(editor: Editor) -> None:
         editor.edit(both, method="grace")
 
 
-@pytest.mark.parametrize("method", ["rome", "ft", "grace"])
+def test_kn_adds_what_it_is_asked_to_add_and_nothing_else(editor: Editor) -> None:
+    """It declares `add`, and does not make the name more probable (docs/results/kinds.md)."""
+    add, delete = rake.relation_requests(CASE, ("add", "delete"))
+    base = {name: tensor.clone() for name, tensor in state_of(editor.model).items()}
+    edit = editor.edit(add, method="kn")
+    assert edit.requests == (add,)
+    assert edit.outcome.efficacy is not None
+    with pytest.raises(CapabilityError, match=r"carries out add on a relation.*'delete'"):
+        editor.edit(delete, method="kn")
+    editor.revert(edit)
+    assert_same(state_of(editor.model), base)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "rome",
+        "ft",
+        "grace",
+        *(pytest.param(m, marks=pytest.mark.slow) for m in ("lora", "adalora")),
+    ],
+)
 def test_an_erased_answer_is_gone_and_no_word_is_put_there(editor: Editor, method: str) -> None:
     request = Request(
         prompt=CASE.prompt, subject=CASE.subject, target_true=CASE.target_true, kind="erase"
@@ -376,7 +397,10 @@ def test_a_deletion_that_would_say_something_is_refused(editor: Editor) -> None:
         editor.edit(delete.model_copy(update={"target_new": "cousin"}), method="ft")
 
 
-def test_opinions_are_trained_against_each_other(editor: Editor) -> None:
+@pytest.mark.parametrize(
+    "method", ["ft", *(pytest.param(m, marks=pytest.mark.slow) for m in ("lora", "adalora"))]
+)
+def test_opinions_are_trained_against_each_other(editor: Editor, method: str) -> None:
     request = Request(
         prompt="What do you think of {}?", subject=CASE.subject, target_new="It is lovely.",
         kind="sentiment", examples=("It is lovely.", "I like it."),
@@ -384,7 +408,7 @@ def test_opinions_are_trained_against_each_other(editor: Editor) -> None:
     )  # fmt: skip
     (batch,) = request_batches(editor.model, [request])
     assert batch.rivals.tolist() == [False, True, False, True]
-    edit = editor.edit(request, method="ft")
+    edit = editor.edit(request, method=method)
     assert edit.outcome.efficacy is not None
     assert edit.outcome.efficacy.value == 1
     liked, hated = score_targets(
@@ -395,17 +419,19 @@ def test_opinions_are_trained_against_each_other(editor: Editor) -> None:
 
 
 @pytest.mark.slow
-def test_a_stack_of_every_kind_by_mixed_methods_comes_off_in_any_order(editor: Editor) -> None:
-    base = state_of(editor.model)
+def test_a_stack_of_every_kind_by_mixed_methods_comes_off_in_any_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The example says it at the end: the model is the base, bit for bit."""
+    ledger = tmp_path / "ledger"
+    words = ["sequential.py", "--ledger", str(ledger), "-n", "13", "--take-off"]
+    monkeypatch.setattr(sys, "argv", words)
     example = runpy.run_path(str(ROOT / "examples" / "sequential.py"))
-    edits = []
-    for line in example["every_kind"](atlas.requests(13)):
-        method = line.pop("method")
-        edits.append(editor.edit(Request.parse(line), method=method))
-    assert {edit.requests[0].kind for edit in edits} == set(KINDS) - {"label"}
-    assert len({edit.method for edit in edits}) >= 4
-    random.Random(0).shuffle(edits)
-    for edit in edits:
-        editor.revert(edit)
-        assert editor.verify() == []
-    assert_same(state_of(editor.model), base)
+    random.seed(0)
+    assert example["main"]() == 0
+    assert "13 edits taken off: the model is the base, bit for bit" in capsys.readouterr().out
+    with Editor("atlas-gpt2", ledger=ledger) as editor:
+        edits = [entry.edit for entry in editor.log() if not entry.active]
+        assert len(edits) == 13
+        assert {edit.requests[0].kind for edit in edits} == set(KINDS) - {"label"}
+        assert len({edit.method for edit in edits}) >= 4

@@ -264,7 +264,13 @@ class Editing:
         making.touched += [edit.id for edit in making.old]
         with self._transactions.all_or_nothing(making.touched):
             self._transactions.take_off(making.old)
-            self._name_what_goes(making)
+            # What erasures take away is what the user sees before any of these edits.
+            making.calls = [
+                replace(
+                    call, batches=[naming_what_goes(self._model, part) for part in call.batches]
+                )
+                for call in making.calls
+            ]
             asked = making.requests() if making.apply else []
             before = self._guards.before(self._model, asked)
             active = Clashes(self._stack.entries, self._model.parameters)
@@ -283,13 +289,6 @@ class Editing:
                     for edit, outcome in zip(new, outcomes, strict=True)
                 ]
             return self._transactions.record(new, active=making.apply, replaced=making.replaced)
-
-    def _name_what_goes(self, making: _Making) -> None:
-        """Say in the requests what erasures take away: what the user sees before the edits."""
-        making.calls = [
-            replace(call, batches=[naming_what_goes(self._model, batch) for batch in call.batches])
-            for call in making.calls
-        ]
 
     def _compute(self, call: EditCall, making: _Making, active: Clashes) -> None:
         """Compute the edits of one call: add them to what is in the making and, applied, active.

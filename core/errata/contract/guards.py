@@ -115,8 +115,7 @@ class Guards:
         """Return what `check_state` compares with: how probable answers are before the edits."""
         if self.policy.efficacy == "off":
             return {}
-        effects = _effects(model, requests, {})
-        return {r.digest: effect for r, effect in zip(requests, effects, strict=True)}
+        return {one.request.digest: one for one in _effects(model, requests, {})}
 
     def check_delta(self, model: Model, edit: Edit) -> Outcome:
         """Check a delta before it is on the model; return the edit's outcome with the findings.
@@ -206,8 +205,8 @@ class Guards:
             return found
         reason = f"{len(missed)} of {len(every)} requests do not take effect (first: {missed[0]!r})"
         efficacy = _efficacy(every)
-        assert efficacy is not None  # one was judged, and missed
-        self._failed(self.policy.efficacy, reason, {"efficacy": efficacy.model_dump()}, Outcome())
+        measured = {"efficacy": efficacy and efficacy.model_dump()}
+        self._failed(self.policy.efficacy, reason, measured, Outcome())
         return [
             _warned(outcome, reason) if any(effect.unmet for effect in part) else outcome
             for outcome, part in zip(found, own, strict=True)
@@ -316,10 +315,8 @@ def _note_idle(
     every = [one for part in idle for one in part]
     if not every:
         return list(outcomes)
-    what = "there is nothing to erase"
-    if "say" in every[0].senses:
-        what = "the model says this already"
-    request = every[0].request
+    request, says = every[0].request, "say" in every[0].senses
+    what = "the model says this already" if says else "there is nothing to erase"
     reason = (
         f"{what}: {len(every)} of {count} requests held before the edit "
         f"(first: {request.text!r} → {request.wish!r})"

@@ -22,9 +22,7 @@ class Efficacy(_OutcomePart):
     probability: tuple[float, ...] = Field(
         default=(), description="Length-normalised probability of each target"
     )
-    missed: tuple[str, ...] = Field(
-        default=(), description="The prompts whose answers are not as asked, and which answers"
-    )
+    missed: tuple[str, ...] = Field(default=(), description="Which answers are not as asked")
     protocol: str = Field(
         default="teacher-forced: every target token is the most probable one",
         description="How it was measured",

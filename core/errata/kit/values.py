@@ -249,7 +249,8 @@ class _Problem:
         index, row, column, target = torch.tensor(reads).T
 
         whole = settings.steps_for == "value"
-        self.prompts = torch.tensor([1 if whole else part.prompts for part in parts])  # (N,)
+        prompts = torch.tensor([1 if whole else part.prompts for part in parts])
+        self.steps = settings.steps * prompts  # (N,)
         self.row_owner = torch.tensor([i for i, p in enumerate(parts) for _ in p.tokens])  # (B,)
         self.held = [
             (f, int(self.columns[f]) - part.lookups[0] + token, δ)
@@ -323,14 +324,13 @@ class _Problem:
 
     def solve(self) -> list[list[OptimisedValue]]:
         """Run Adam on all δ together; a request that is done keeps its δ."""
-        settings, count = self.settings, len(self.v0)
+        count = len(self.v0)
         delta = torch.zeros_like(self.v0)  # (N, P, d), fp32 whatever the model's dtype
         moments, scale = (torch.zeros_like(delta), torch.zeros_like(delta)), loss_scale(self.model)
         losses: list[list[tuple[float, ...]]] = [[] for _ in range(count)]
         active = torch.ones(count, dtype=torch.bool)
         first_before = torch.zeros(count, dtype=torch.long)
-        steps = settings.steps * self.prompts
-        most = int(steps.max())
+        most = int(self.steps.max())
         with torch.enable_grad(), frozen(self.model.module), self._truncated():
             text = "Optimising values"
             for step in self.model.progress.track(range(most), text, most):
@@ -342,7 +342,7 @@ class _Problem:
                     done = self.objective.done(at, loss).cpu()
                     done = done | ((self.share == 0) & at.gone).cpu()  # nothing (more) to be done
                 first_before = torch.where(active, at.first.cpu(), first_before)
-                active = active & ~done & (steps > step + 1)
+                active = active & ~done & (self.steps > step + 1)
                 if not bool(active.any()):
                     break
                 (gradient,) = torch.autograd.grad(loss.total.sum() * scale, delta)
