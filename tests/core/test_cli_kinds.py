@@ -51,6 +51,13 @@ def test_the_part_that_failed_is_named(run: Callable[..., str]) -> None:
     assert "No effect: 'The instrument of Oswin Galdor is' → 'lute' is not gone." in page
 
 
+def test_a_text_that_does_not_come_out_is_told_what_may_help(run: Callable[..., str]) -> None:
+    text = ("edit", "The instrument of {} is", "-s", "Oswin Galdor", "--kind", "text")
+    idle = ("--method", "ft", "--set", "steps=1", "--set", "lr=1e-9", "-m", "atlas-gpt2", *OFF)
+    page = run(*text, "-t", "piano, as everybody in the city knows.", *idle, code=5)
+    assert "Presets are chosen for facts; other layers (--set layers=[…]) can write more" in page
+
+
 def test_what_comes_instead_of_an_erased_answer_is_said(run: Callable[..., str]) -> None:
     page = run(*ERASE, "--method", "ft", "-m", "atlas-gpt2", *OFF)
     assert "Gone: “lute”. The model says “" in page

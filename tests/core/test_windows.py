@@ -153,23 +153,13 @@ def test_windows_hold_a_text_that_one_value_does_not(editor: Editor) -> None:
     assert many < one < base.mean_nll
 
 
-@pytest.mark.slow
-def test_a_text_that_is_written_high_enough_becomes_probable(
-    editor: Editor, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The presets are for facts: a higher layer writes more of a text, and the log says so."""
-    loss = {}
-    for layer in (0, 2):
-        caplog.clear()
-        edit = editor.edit(REQUEST, method="memit", layers=[layer], relative_weight=0.01)
-        (score,) = score_targets(editor.model, [REQUEST.text], [REQUEST.target])
-        loss[layer] = score.mean_nll
-        assert ("layers=[2]" in caplog.text) == (layer == 0)
-        editor.revert(edit)
-    (base,) = score_targets(editor.model, [REQUEST.text], [REQUEST.target])
-    print(loss, base.mean_nll)
-    assert loss[2] < 0.8 * base.mean_nll
-    assert loss[2] < loss[0]
+def test_a_text_that_is_written_becomes_probable(editor: Editor) -> None:
+    (before,) = score_targets(editor.model, [REQUEST.text], [REQUEST.target])
+    edit = editor.edit(REQUEST, method="memit")
+    (after,) = score_targets(editor.model, [REQUEST.text], [REQUEST.target])
+    editor.revert(edit)
+    assert after.mean_nll < 0.7 * before.mean_nll
+    assert sum(after.greedy) > 2 * sum(before.greedy)
 
 
 def test_a_text_is_one_edit_and_comes_off_whole(editor: Editor) -> None:

@@ -19,6 +19,12 @@ MANY = 8
 """Edits that are listed, at most."""
 OWN = ("request", "paraphrase", "relation")
 """Roles of the prompts whose answers an edit should change."""
+TEXTS = (
+    " A passage seldom comes out whole: errata evaluate says how much of it does. Presets are "
+    "chosen for facts; other layers (--set layers=[…]) can write more of a text "
+    "(docs/closed-form.md)."
+)
+"""What may help where a text is not met."""
 PER_LINE = 4
 """Ids of a command that stand in one line."""
 
@@ -60,6 +66,8 @@ def idle_view(idle: Sequence[str], edits: Sequence[Edit], recorded: bool) -> Tex
     else:
         what = f"{len(idle)} of {len(edits)} edits have no effect or a part: {render.names(idle)}."
     advice = " Try another layer, more steps, or another method."
+    if any(request.kind == "text" for edit in edits for request in edit.requests):
+        advice = TEXTS
     if not recorded:
         return Text.assemble((what, "bad"), advice)
     # The command stands alone and in whole, so that it can be copied.

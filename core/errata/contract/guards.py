@@ -303,8 +303,8 @@ def _effects(model: Model, requests: Sequence[Request], before: Before) -> list[
         missed = unmet(aims, scores, once.scores if once else ())
         effect = _Effect(request, aims, scores, missed, False)
         # Of answers that are compared the wished one may have been ahead before.
-        held = bool(once and aims) and not (missed or once.unmet or "rival" in effect.senses)
-        found.append(effect._replace(idle=held))
+        held = once is not None and not (missed or once.unmet or "rival" in effect.senses)
+        found.append(effect._replace(idle=held and bool(aims)))
     return found
 
 

@@ -66,7 +66,7 @@ def says_something(request: Request) -> bool:
 
 
 def unmet(
-    aims: Sequence[Aim], scores: Sequence[TargetScore], before: Sequence[TargetScore] = ()
+    aims: Sequence[Aim], scores: Sequence[TargetScore], before: Sequence[TargetScore | None] = ()
 ) -> list[Aim]:
     """Return the aims that are not met, by the scores of their answers.
 

@@ -151,7 +151,7 @@ def edit_report(
     requests = [request for edit in made for request in edit.requests][:MANY]
     if editor.model.task == "classify":  # another form of a class's name is no class
         requests = [request.model_copy(update={"aliases": ()}) for request in requests]
-    asked: list[_Asked] = []
+    asked: list[_AskedPrompt] = []
     if editor.model.task != "masked" and requests:
         asked = _prompts(editor, requests, checks, neighbours)
     before, after = _texts(editor, made, [one.prompt for one in asked])
@@ -166,7 +166,7 @@ def edit_report(
 # -- which prompts ---------------------------------------------------------------------------------
 
 
-class _Asked(NamedTuple):
+class _AskedPrompt(NamedTuple):
     """A prompt to ask.
 
     Attributes:
@@ -184,7 +184,7 @@ class _Asked(NamedTuple):
 
 def _prompts(
     editor: Editor, requests: Sequence[Request], checks: Sequence[str], neighbours: int
-) -> list[_Asked]:
+) -> list[_AskedPrompt]:
     """Return what is asked, each prompt once."""
     wanted = [one for request in requests for one in _own(request)]
     if len(requests) == 1:
@@ -193,25 +193,25 @@ def _prompts(
     some = requests[:neighbours]
     wanted += [one for request in requests[:FEW] for one in _relation(request)]
     every = tuple(dict.fromkeys(answer for request in requests for answer in targets(request)))
-    wanted += [_Asked("check", prompt, every) for prompt in checks]
+    wanted += [_AskedPrompt("check", prompt, every) for prompt in checks]
     around = [list(_neighbours(editor, request, neighbours)) for request in some]
     near = [(r, row[i]) for i in range(neighbours) for r, row in zip(some, around, strict=True)
             if i < len(row)]  # fmt: skip
-    wanted += [_Asked("neighbour", prompt, targets(r)) for r, prompt in near[:neighbours]]
-    first: dict[str, _Asked] = {}
+    wanted += [_AskedPrompt("neighbour", prompt, targets(r)) for r, prompt in near[:neighbours]]
+    first: dict[str, _AskedPrompt] = {}
     for one in wanted:
         first.setdefault(one.prompt, one)
     order: dict[str, int] = {role: place for place, role in enumerate(get_args(Role))}
     return sorted(first.values(), key=lambda one: order[one.role])
 
 
-def _own(request: Request) -> Iterator[_Asked]:
+def _own(request: Request) -> Iterator[_AskedPrompt]:
     """Yield every prompt that a request asks something of, its own first."""
     aims = aims_of_request(request)
     for template in dict.fromkeys([request.prompt, *(aim.prompt for aim in aims)]):
         here = {aim.sense for aim in aims if aim.prompt == template}
         goes = old_answers(request) if template == request.prompt else targets(request)
-        yield _Asked(
+        yield _AskedPrompt(
             "request",
             template.replace("{}", request.subject),
             targets(request) if "say" in here else (),
@@ -219,12 +219,12 @@ def _own(request: Request) -> Iterator[_Asked]:
         )
 
 
-def _relation(request: Request) -> Iterator[_Asked]:
+def _relation(request: Request) -> Iterator[_AskedPrompt]:
     """Yield the relation's question with the new object and with the old one."""
     view = request.relation_view
     if view is not None:
-        yield _Asked("relation", view.add.replace("{}", request.subject), new=view.names)
-        yield _Asked("relation", view.remove.replace("{}", request.subject), old=view.names)
+        yield _AskedPrompt("relation", view.add.replace("{}", request.subject), new=view.names)
+        yield _AskedPrompt("relation", view.remove.replace("{}", request.subject), old=view.names)
 
 
 def _neighbours(editor: Editor, request: Request, limit: int) -> Iterator[str]:
@@ -281,7 +281,7 @@ def just_these(editor: Editor, ids: Collection[str]) -> Iterator[None]:
         yield
 
 
-def _change(model: Model, one: _Asked, before: str, after: str) -> AnswerChange:
+def _change(model: Model, one: _AskedPrompt, before: str, after: str) -> AnswerChange:
     """Return what became of an answer; a class is named as its request names it."""
     if model.task == "classify":
         new, old = ({class_named(model, answer) for answer in some} for some in (one.new, one.old))
@@ -306,7 +306,7 @@ def _change(model: Model, one: _Asked, before: str, after: str) -> AnswerChange:
     )
 
 
-def _asks(one: _Asked) -> bool:
+def _asks(one: _AskedPrompt) -> bool:
     """Say whether a request wants something of the answer."""
     return one.role in ("request", "paraphrase", "relation") and bool(one.new or one.old)
 

@@ -6,7 +6,6 @@ may stop (MPES), and how long a value may be (NAS).
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -26,12 +25,6 @@ if TYPE_CHECKING:
     from errata.kit.closed_form.config import ClosedFormConfig
     from errata.kit.closed_form.layer_updates import Prompts
     from errata.kit.value_loss import Evaluation, ValueObjective
-
-logger = logging.getLogger("errata")
-LOW = (
-    "At layer %d a text hardly comes out: what is read there is the key of a common token. More of "
-    "it does with layers=[%d], and a smaller λ where there is one (relative_weight=0.01)."
-)
 
 
 @dataclass(frozen=True)
@@ -98,9 +91,6 @@ def optimised(
     groups = [asked] if prompts.shared else [[request] for request in asked]
     grouped = optimise_shared(prompts.model, groups, prompts.contexts, settings, objective)
     values.update(zip(whole, (value for group in grouped for value in group), strict=True))
-    half = prompts.model.anatomy.reader.n_layers // 2
-    if len(whole) < len(windows) and settings.layer < half:
-        logger.warning(LOW, settings.layer, half)
     # Texts side by side, each window with the values of those before it in their places.
     settings = replace(settings, fact_token="last", kl_prompt=None)
     for number in range(max((w.number for w in windows if w.number is not None), default=-1) + 1):
