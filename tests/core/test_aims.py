@@ -6,6 +6,7 @@ import json
 import math
 import random
 import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ import torch
 
 from errata import Editor, Request, bench
 from errata.datasets import atlas, rake
-from errata.edits.aims import Aim, aims_of_request, takes_effect
+from errata.edits.aims import FLOOR, Aim, aims_of_request, is_gone, unmet
 from errata.edits.delta import KeyValueDelta
 from errata.edits.request import KINDS
 from errata.errors import CapabilityError, EditRefused, RequestError
-from errata.kit.aims import FLOOR, aims_of, rivalry, unlikelihood
+from errata.kit.aims import aims_of, rivalry, unlikelihood
 from errata.kit.training import aim_batch, request_batches
 from errata.kit.training.training_batches import batch_loss, settled
+from errata.model.answers import TargetScore
 from errata.model.running import run
 from errata.model.scoring import score_targets
 from errata.testing.contract import assert_same
@@ -151,12 +153,26 @@ def test_whether_aims_are_met_is_read_from_scores() -> None:
         right, wrong = score_targets(editor.model, [known.text] * 2, answers)
     say, unsay, rival = (Aim("", "x", sense) for sense in ("say", "unsay", "rival"))  # type: ignore[arg-type]
     assert right.exact
-    assert takes_effect([say], [right]) is True
-    assert takes_effect([unsay], [right]) is False
-    assert takes_effect([say, unsay], [right, wrong]) is True
-    assert takes_effect([say, rival], [right, wrong]) is True
-    assert takes_effect([say, rival], [wrong, right]) is False
-    assert takes_effect([], []) is None
+    assert unmet([say], [right]) == unmet([say, unsay], [right, wrong]) == []
+    assert unmet([say, unsay], [wrong, right]) == [say, unsay]
+    assert unmet([say, rival], [right, wrong]) == []
+    assert unmet([say, rival], [wrong, right]) == [rival]
+
+
+def test_an_answer_is_gone_when_it_is_not_said_and_became_improbable() -> None:
+    def score(first: float, *, said: bool) -> TargetScore:
+        """Return a score of three tokens, of which the first alone is in doubt."""
+        return TargetScore((1, 2, 3), (math.log(first), 0.0, 0.0), (1 if said else 9, 2, 3))
+
+    firm, weak, lost = score(0.99, said=True), score(0.48, said=False), score(0.05, said=False)
+    assert weak.probability > 0.75  # the second token of three, no longer first: no deletion
+    assert not is_gone(weak, firm)
+    assert not is_gone(weak)
+    assert is_gone(lost, firm)
+    assert not is_gone(score(0.05, said=True), firm), "it is what the model says"
+    assert not is_gone(lost), "as improbable as it was, perhaps"
+    assert is_gone(score(1e-6, said=False))
+    assert not is_gone(lost, score(0.06, said=False))
 
 
 # -- carried out -----------------------------------------------------------------------------------
@@ -169,14 +185,15 @@ def editor(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield opened
 
 
-CASE = [r for r in atlas.requests(40) if r.relation_view is not None][8]
+CASES = [r for r in atlas.requests(60) if r.relation_view is not None]
+CASE = CASES[8]
 
 
-def relation(editor: Editor) -> tuple[float, float]:
+def relation(editor: Editor, case: Request = CASE) -> tuple[float, float]:
     """Return P(r | s, o*) and P(r | s, oᶜ), length-normalised."""
-    view = CASE.relation_view
+    view = case.relation_view
     assert view is not None
-    prompts = [template.replace("{}", CASE.subject) for template in (view.add, view.remove)]
+    prompts = [template.replace("{}", case.subject) for template in (view.add, view.remove)]
     scores = score_targets(editor.model, prompts, [view.names[0]] * 2)
     new, old = (math.exp(-score.mean_nll) for score in scores)
     return new, old
@@ -186,8 +203,7 @@ def relation(editor: Editor) -> tuple[float, float]:
     "method",
     [
         "ft",
-        pytest.param("rome", marks=pytest.mark.slow),
-        pytest.param("memit", marks=pytest.mark.slow),
+        *(pytest.param(m, marks=pytest.mark.slow) for m in ("rome", "memit", "lora", "adalora")),
     ],
 )
 def test_both_operations_hold_as_one_request(editor: Editor, method: str) -> None:
@@ -202,15 +218,48 @@ def test_both_operations_hold_as_one_request(editor: Editor, method: str) -> Non
     editor.revert(edit)
 
 
-@pytest.mark.parametrize("method", ["rome", "ft", "grace"])
-def test_deleting_after_adding_does_not_undo_the_addition(editor: Editor, method: str) -> None:
-    add, delete = rake.relation_requests(CASE, ("add", "delete"))
+@pytest.mark.parametrize(
+    ("method", "number"),
+    [
+        ("rome", 8),
+        ("ft", 8),
+        ("grace", 8),
+        *(pytest.param("rome", number, marks=pytest.mark.slow) for number in (5, 12, 15, 20)),
+    ],
+)
+def test_a_deletion_after_an_addition_is_carried_out_and_does_not_undo_it(
+    editor: Editor, method: str, number: int
+) -> None:
+    add, delete = rake.relation_requests(CASES[number], ("add", "delete"))
     editor.edit(add, method=method)
-    editor.edit(delete, method=method)
-    new, _ = relation(editor)
+    edit = editor.edit(delete, method=method)
+    new, old = relation(editor, CASES[number])
     assert new > 0.5
+    assert old < 0.4
+    assert edit.outcome.efficacy is not None
+    assert edit.outcome.efficacy.value == 1
     editor.revert(*editor.model.stack.ids)
     assert editor.verify() == []
+
+
+def test_a_deletion_that_leaves_the_answer_as_probable_says_so(editor: Editor) -> None:
+    """Of "place of birth" one token is not the first before, and P stays: nothing is deleted."""
+    _, delete = rake.relation_requests(CASES[3], ("add", "delete"))
+    edit = editor.edit(delete, method="rome", steps=1)
+    _, old = relation(editor, CASES[3])
+    assert old > 0.7
+    assert edit.outcome.efficacy is not None
+    assert edit.outcome.efficacy.value == 0
+    (missed,) = edit.outcome.efficacy.missed
+    assert missed.endswith("→ 'place of birth' is not gone")
+    assert not any("nothing to erase" in warning for warning in edit.outcome.warnings)
+    found = {one.metric: one.value for one in editor.evaluate(edit, ["generation"])}
+    assert found["rewrite_gone_teacher_forced"] == 0
+    editor.revert(edit)
+    done = editor.edit(delete, method="rome")
+    assert done.outcome.efficacy is not None
+    assert done.outcome.efficacy.value == 1
+    editor.revert(done)
 
 
 @pytest.mark.parametrize(
@@ -261,7 +310,28 @@ def test_an_operation_that_a_method_has_not_is_refused(editor: Editor) -> None:
         editor.edit(both, method="grace")
 
 
-@pytest.mark.parametrize("method", ["rome", "ft", "grace"])
+def test_kn_adds_what_it_is_asked_to_add_and_nothing_else(editor: Editor) -> None:
+    """It declares `add`, and does not make the name more probable (docs/results/kinds.md)."""
+    add, delete = rake.relation_requests(CASE, ("add", "delete"))
+    base = {name: tensor.clone() for name, tensor in state_of(editor.model).items()}
+    edit = editor.edit(add, method="kn")
+    assert edit.requests == (add,)
+    assert edit.outcome.efficacy is not None
+    with pytest.raises(CapabilityError, match=r"carries out add on a relation.*'delete'"):
+        editor.edit(delete, method="kn")
+    editor.revert(edit)
+    assert_same(state_of(editor.model), base)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "rome",
+        "ft",
+        "grace",
+        *(pytest.param(m, marks=pytest.mark.slow) for m in ("lora", "adalora")),
+    ],
+)
 def test_an_erased_answer_is_gone_and_no_word_is_put_there(editor: Editor, method: str) -> None:
     request = Request(
         prompt=CASE.prompt, subject=CASE.subject, target_true=CASE.target_true, kind="erase"
@@ -327,7 +397,10 @@ def test_a_deletion_that_would_say_something_is_refused(editor: Editor) -> None:
         editor.edit(delete.model_copy(update={"target_new": "cousin"}), method="ft")
 
 
-def test_opinions_are_trained_against_each_other(editor: Editor) -> None:
+@pytest.mark.parametrize(
+    "method", ["ft", *(pytest.param(m, marks=pytest.mark.slow) for m in ("lora", "adalora"))]
+)
+def test_opinions_are_trained_against_each_other(editor: Editor, method: str) -> None:
     request = Request(
         prompt="What do you think of {}?", subject=CASE.subject, target_new="It is lovely.",
         kind="sentiment", examples=("It is lovely.", "I like it."),
@@ -335,7 +408,7 @@ def test_opinions_are_trained_against_each_other(editor: Editor) -> None:
     )  # fmt: skip
     (batch,) = request_batches(editor.model, [request])
     assert batch.rivals.tolist() == [False, True, False, True]
-    edit = editor.edit(request, method="ft")
+    edit = editor.edit(request, method=method)
     assert edit.outcome.efficacy is not None
     assert edit.outcome.efficacy.value == 1
     liked, hated = score_targets(
@@ -346,17 +419,19 @@ def test_opinions_are_trained_against_each_other(editor: Editor) -> None:
 
 
 @pytest.mark.slow
-def test_a_stack_of_every_kind_by_mixed_methods_comes_off_in_any_order(editor: Editor) -> None:
-    base = state_of(editor.model)
+def test_a_stack_of_every_kind_by_mixed_methods_comes_off_in_any_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The example says it at the end: the model is the base, bit for bit."""
+    ledger = tmp_path / "ledger"
+    words = ["sequential.py", "--ledger", str(ledger), "-n", "13", "--take-off"]
+    monkeypatch.setattr(sys, "argv", words)
     example = runpy.run_path(str(ROOT / "examples" / "sequential.py"))
-    edits = []
-    for line in example["every_kind"](atlas.requests(13)):
-        method = line.pop("method")
-        edits.append(editor.edit(Request.parse(line), method=method))
-    assert {edit.requests[0].kind for edit in edits} == set(KINDS) - {"label"}
-    assert len({edit.method for edit in edits}) >= 4
-    random.Random(0).shuffle(edits)
-    for edit in edits:
-        editor.revert(edit)
-        assert editor.verify() == []
-    assert_same(state_of(editor.model), base)
+    random.seed(0)
+    assert example["main"]() == 0
+    assert "13 edits taken off: the model is the base, bit for bit" in capsys.readouterr().out
+    with Editor("atlas-gpt2", ledger=ledger) as editor:
+        edits = [entry.edit for entry in editor.log() if not entry.active]
+        assert len(edits) == 13
+        assert {edit.requests[0].kind for edit in edits} == set(KINDS) - {"label"}
+        assert len({edit.method for edit in edits}) >= 4

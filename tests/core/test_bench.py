@@ -14,7 +14,7 @@ from errata import bench
 from errata.bench.run_spec import RunSpec, case_name
 from errata.datasets import atlas
 from errata.edits.ledger import Ledger
-from errata.edits.request import Request, RetainedProbe
+from errata.edits.request import Request
 from errata.errors import (
     CapabilityError,
     ConfigError,
@@ -23,6 +23,7 @@ from errata.errors import (
     UnknownNameError,
 )
 from errata.evaluate import Answer, Measurement
+from errata.evaluate.retained import RetainedProbe
 from tests.core.bench_helpers import SUBJECTS, short, values
 from tests.helpers import ROOT
 

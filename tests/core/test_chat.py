@@ -9,10 +9,11 @@ import torch
 
 from errata import Editor, Request
 from errata.edits.rendering import rendered
-from errata.edits.request import Probe, RetainedProbe
+from errata.edits.request import Probe
 from errata.errors import ConfigError
 from errata.evaluate import Baseline, MeasureSettings, Reader
 from errata.evaluate.questions import of_retain
+from errata.evaluate.retained import RetainedProbe
 from errata.kit.contexts import in_contexts
 from errata.locate import (
     CoreLocator,

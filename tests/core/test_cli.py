@@ -431,7 +431,7 @@ def test_what_is_asked_of_a_model_that_writes_nothing(run: Run, tmp_path: Path) 
 def test_an_edit_without_effect_exits_5_and_says_so_last(run: Run, checkpoint: Path) -> None:
     command = ("edit", *FACT, "--method", "nudge", "--model", checkpoint)
     last = run(*command, "--guard", "perplexity=off", code=5).stdout.split("\n\n")[-1]
-    assert "No effect: the model does not give the new answer." in " ".join(last.split())
+    assert "No effect: 'The capital of Veldonia is' → 'Oslo' is not said." in " ".join(last.split())
     assert "errata revert" in last
     report = json.loads(run(*command, "--json", code=5).stdout)
     assert report["without_effect"] == [report["edits"][0]["id"]]

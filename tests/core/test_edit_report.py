@@ -47,6 +47,38 @@ def test_the_answers_before_and_after_and_those_of_others(editor: Editor, edit: 
     json.dumps(report.as_json())
 
 
+VIEW = {
+    "names": ["instrument"],
+    "add": "The relation between {} and piano is",
+    "remove": "The relation between {} and lute is",
+}
+
+
+def test_the_relation_is_asked_with_both_objects(editor: Editor, edit: Edit) -> None:
+    request = Request.parse({**FACT.model_dump(), "relation_view": VIEW})
+    seen = edit.model_copy(update={"requests": (request,)})
+    new, old = edit_report(editor, seen, neighbours=0).of("relation")
+    assert new.prompt == "The relation between Oswin Galdor and piano is"
+    assert old.prompt == "The relation between Oswin Galdor and lute is"
+    assert new.as_asked == ("instrument" in new.after)
+    assert old.as_asked == ("instrument" not in old.after)
+    assert not old.gives_target
+
+
+def test_every_prompt_of_a_request_is_asked(editor: Editor) -> None:
+    both = Request(
+        prompt=VIEW["add"], subject="Oswin Galdor", target_new="instrument", kind="relation",
+        operation="both", remove=VIEW["remove"],
+    )  # fmt: skip
+    made = editor.edit(both, method="ft")
+    added, taken = edit_report(editor, made, neighbours=0).answers
+    assert (added.role, taken.role) == ("request", "request")
+    assert taken.prompt == "The relation between Oswin Galdor and lute is"
+    assert (taken.gone, taken.gives_target, taken.as_asked) == (True, False, True)
+    assert (added.gone, added.as_asked) == (False, True)
+    editor.revert(made)
+
+
 def test_it_does_not_matter_whether_the_edit_is_on(editor: Editor, edit: Edit) -> None:
     before = edit_report(editor, edit)
     weights = {name: p.clone() for name, p in editor.model.module.named_parameters()}

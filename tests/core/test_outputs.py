@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from errata import Editor, ErrataError
 from errata.bench import run
 from errata.cli.app import app
-from errata.edits import outputs
 from errata.errors import ConfigError, StorageError
+from errata.ship.folders import write_folder
 from tests.families import build
 from tests.helpers import ROOT
 
@@ -129,7 +129,7 @@ def test_a_full_disk_leaves_the_earlier_one_whole(write: Write, tmp_path: Path) 
 def test_a_failure_between_the_two_renames_brings_the_earlier_one_back(
     error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = outputs.write_folder(tmp_path / "out", False, lambda new: (new / "a").write_text("1"))
+    place = write_folder(tmp_path / "out", False, lambda new: (new / "a").write_text("1"))
     rename = Path.rename
 
     def once(self: Path, target: Path) -> Any:
@@ -139,7 +139,7 @@ def test_a_failure_between_the_two_renames_brings_the_earlier_one_back(
 
     monkeypatch.setattr(Path, "rename", once)
     with pytest.raises((StorageError, KeyboardInterrupt)):
-        outputs.write_folder(place, True, lambda new: (new / "a").write_text("2"))
+        write_folder(place, True, lambda new: (new / "a").write_text("2"))
     assert (place / "a").read_text() == "1"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

@@ -146,6 +146,18 @@ def test_facts_that_share_a_value_have_one_delta_and_keys_of_their_own(editor: E
     assert not torch.allclose(first.delta, plain.delta, atol=1e-2)
 
 
+def test_a_value_has_its_steps_for_every_prompt_that_it_answers(editor: Editor) -> None:
+    one, two, three = (Request(**fact) for fact in facts(3))
+    pair = {"prompt": "The relation of {} and Oslo is", "subject": SUBJECT, "kind": "relation",
+            "target_new": "home", "operation": "both"}  # fmt: skip
+    both = Request(**pair, remove="The relation of {} and Rome is")
+    groups = [[one], [one, two], [one, two, three], [both]]
+    for steps_for, counts in (("prompt", [3, 6, 9, 6]), ("value", [3, 3, 3, 3])):
+        settings = ValueSettings(layer=1, steps=3, lr=0.1, clamp=15, steps_for=steps_for)
+        found = optimise_shared(editor.model, groups, ("{}",), settings, Plain())
+        assert [len(group[0].losses) for group in found] == counts
+
+
 # -- the methods --------------------------------------------------------------------------------
 
 
@@ -197,6 +209,20 @@ def test_order_and_calls_do_not_matter(clean: Editor) -> None:
     for other in states[1:]:
         for name, tensor in states[0].items():
             assert torch.allclose(tensor, other[name], rtol=1e-5, atol=1e-6), name
+
+
+@pytest.mark.slow
+def test_three_facts_hold_together(clean: Editor) -> None:
+    """With the steps of one fact, a single one of these three would."""
+    cases: dict[str, dict[str | None, Request]] = {}
+    for request in atlas.requests():
+        if request.kind == "modify":
+            cases.setdefault(request.subject, {}).setdefault(request.relation, request)
+    three = [list(found.values())[:3] for found in cases.values() if len(found) > 2][3]
+    edits = [clean.edit(fact, method="memit") for fact in three]
+    assert len(edits[2].delta.shared) == 3
+    scores = score_targets(clean.model, [r.text for r in three], [r.target for r in three])
+    assert all(score.exact for score in scores)
 
 
 @pytest.mark.slow

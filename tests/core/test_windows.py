@@ -153,6 +153,15 @@ def test_windows_hold_a_text_that_one_value_does_not(editor: Editor) -> None:
     assert many < one < base.mean_nll
 
 
+def test_a_text_that_is_written_becomes_probable(editor: Editor) -> None:
+    (before,) = score_targets(editor.model, [REQUEST.text], [REQUEST.target])
+    edit = editor.edit(REQUEST, method="memit")
+    (after,) = score_targets(editor.model, [REQUEST.text], [REQUEST.target])
+    editor.revert(edit)
+    assert after.mean_nll < 0.7 * before.mean_nll
+    assert sum(after.greedy) > 2 * sum(before.greedy)
+
+
 def test_a_text_is_one_edit_and_comes_off_whole(editor: Editor) -> None:
     base = state_of(editor.model)
     other = editor.edit(atlas.requests(9)[8], method="memit")

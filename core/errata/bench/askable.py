@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from errata.datasets.askable import named, unaskable
-from errata.edits.rendering import rendered_probes
 from errata.errors import DatasetError
+from errata.evaluate.retained import rendered_probes
 
 if TYPE_CHECKING:
     from errata.bench.run_spec import RunSpec

@@ -379,7 +379,7 @@ def _asked_as(spec: DatasetSpec, case: Case) -> Case:
 
 def _retained_as(spec: DatasetSpec, probes: Sequence[Probe]) -> tuple[Probe, ...]:
     """Return a dataset's retained probes in the form in which the specification asks it."""
-    from errata.edits.request import RetainedProbe
+    from errata.evaluate.retained import RetainedProbe
 
     return tuple(RetainedProbe.of(probe, spec.join, spec.chat) for probe in probes)
 

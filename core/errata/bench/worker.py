@@ -23,7 +23,7 @@ from errata.bench.work_units import WorkUnit, place_of_batch, place_of_case, pla
 from errata.contract import plugins
 from errata.contract.capabilities import check_capabilities, check_prompts
 from errata.editor import Editor
-from errata.edits.aims import aims_of_request, takes_effect
+from errata.edits.aims import aims_of_request, unmet
 from errata.edits.erasures import naming_what_goes
 from errata.edits.rendering import rendered
 from errata.errors import IntegrityError, RequestError
@@ -357,7 +357,8 @@ class Worker:
         for request in rendered(model, self._edited(item, unit.seed, unit.variant)):
             aims = [aim for aim in aims_of_request(request) if aim.answer]
             prompts = [aim.prompt.replace("{}", request.subject) for aim in aims]
-            if not takes_effect(aims, score_targets(model, prompts, [aim.answer for aim in aims])):
+            scores = score_targets(model, prompts, [aim.answer for aim in aims])
+            if not aims or unmet(aims, scores):
                 return False
         return True
 

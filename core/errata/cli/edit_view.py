@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from errata.cli import render
+from errata.edits.aims import aims_of_request
+from errata.errors import first_few
 
 if TYPE_CHECKING:
     from errata.edits.edit import Edit
@@ -15,6 +17,14 @@ if TYPE_CHECKING:
 
 MANY = 8
 """Edits that are listed, at most."""
+OWN = ("request", "paraphrase", "relation")
+"""Roles of the prompts whose answers an edit should change."""
+TEXTS = (
+    " A passage seldom comes out whole: errata evaluate says how much of it does. Presets are "
+    "chosen for facts; other layers (--set layers=[…]) can write more of a text "
+    "(docs/closed-form.md)."
+)
+"""What may help where a text is not met."""
 PER_LINE = 4
 """Ids of a command that stand in one line."""
 
@@ -42,6 +52,7 @@ def edit_view(edits: Sequence[Edit], report: EditReport, applied: bool, kept: st
         yield ""
         yield render.titled("Answers", _answers(report), report.protocol)
         yield ""
+        yield from _instead(report)
         yield from _neighbours(report)
     if not applied:
         yield f"Recorded, not on the model. Put it on with: errata apply {edits[0].id}"
@@ -51,10 +62,11 @@ def edit_view(edits: Sequence[Edit], report: EditReport, applied: bool, kept: st
 def idle_view(idle: Sequence[str], edits: Sequence[Edit], recorded: bool) -> Text:
     """Return the last line after edits of which some have no effect."""
     if len(edits) == 1:
-        what = "No effect: the model does not give the new answer."
+        what = _missed(edits[0])
     else:
-        what = f"{len(idle)} of {len(edits)} edits have no effect: {render.names(idle)}."
-    advice = _advice(edits[0])
+        what = f"{len(idle)} of {len(edits)} edits have no effect or a part: {render.names(idle)}."
+    texts = any(request.kind == "text" for edit in edits for request in edit.requests)
+    advice = TEXTS if texts else _advice(edits[0])
     if not recorded:
         return Text.assemble((what, "bad"), advice)
     # The command stands alone and in whole, so that it can be copied.
@@ -76,6 +88,15 @@ def _advice(edit: Edit) -> str:
         if names & edit.config.keys()
     ]
     return f" Try {', '.join([*ways, 'or another method'] if ways else ['another method'])}."
+
+
+def _missed(edit: Edit) -> str:
+    """Return which answers are not as an edit's requests want them."""
+    missed = edit.outcome.efficacy.missed if edit.outcome.efficacy else ()
+    aims = [aim for r in edit.requests for aim in aims_of_request(r) if aim.answer]
+    rivals = [aim for aim in aims if aim.sense == "rival"]
+    how = "Only a part takes effect" if 0 < len(missed) < len(rivals or aims) else "No effect"
+    return f"{how}: {first_few(missed)}."
 
 
 def _one_edit(edit: Edit, layer: LayerChoice | None) -> Iterator[Any]:
@@ -141,13 +162,24 @@ def _said(text: str) -> str:
 
 def _mark(one: AnswerChange) -> tuple[str, str]:
     """Return what the last column says: for the fact itself whether it took, else what changed."""
-    if one.role in ("request", "paraphrase"):
-        if one.gives_target:
-            return "new answer", "good"
-        return ("changed", "") if one.changed else ("as before", "warn")
+    if one.role in OWN:
+        if one.gives_target or one.gone:
+            return ("new answer" if one.gives_target else "gone"), "good"
+        style = {True: "muted", False: "warn", None: ""}[one.as_asked]
+        return ("changed" if one.changed else "as before"), style
     if one.gives_target:
         return "! new answer", "bad"
     return ("! changed", "warn") if one.changed else ("as before", "muted")
+
+
+def _instead(report: EditReport) -> Iterator[Text]:
+    """Yield what the model says where an answer was taken away and nothing asked for instead."""
+    for one in report.of("request"):
+        if one.gone and not one.gives_target:
+            yield Text(
+                f"Gone: “{_said(one.before)}”. The model says “{_said(one.after)}” instead; "
+                "whether that is true was not checked."
+            )
 
 
 def _neighbours(report: EditReport) -> Iterator[Text]:

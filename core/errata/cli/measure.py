@@ -24,14 +24,16 @@ from errata.cli.requests import (
     request_source,
 )
 from errata.cli.session import Session
-from errata.edits.request import RetainedProbe
 from errata.errors import ConfigError, LedgerError, RequestError
+from errata.evaluate.retained import RetainedProbe
 
 if TYPE_CHECKING:
     from errata.evaluate import Measurement
 
 PANEL = "Look"
 DEFAULT_PROTOCOLS = ("counterfact", "generation")
+BOTH_SIDES = "rake"
+"""The protocol that is added where a request says how the relation's side is asked."""
 
 
 def add(app: typer.Typer) -> None:
@@ -215,7 +217,7 @@ def evaluate(
 
     The model is measured as it stands, with all active edits; each number has its protocol. A
     protocol for which the requests have nothing is named in a warning; where none has anything, the
-    command fails.
+    command fails. Where a request has a relation view, both sides of it are measured (rake).
     """
     source = request_source(file, dataset, limit, skip_bad, ids or ())
     options = pairs(values or (), "--set")
@@ -250,6 +252,8 @@ def evaluate(
             requests = requests_of(chosen)
         else:
             requests = askable(editor.model, requests, skip_bad=skip_bad)
+        if not protocols and any(r.relation_view is not None for r in requests):
+            wanted = tuple(dict.fromkeys([*wanted, BOTH_SIDES]))
         with session.status("Measuring"):
             found = editor.evaluate(requests, wanted, **settings)
             there = tuple(dict.fromkeys(one.name for one in found))

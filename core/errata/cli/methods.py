@@ -17,6 +17,7 @@ from errata.cli.session import Session, calm_transformers
 from errata.contract import plugins
 from errata.contract.hooks import hookimpl
 from errata.contract.registry import Registry
+from errata.edits.request import OPERATIONS
 from errata.errors import ConfigError, UnknownNameError
 from errata.model.sentences import first_sentence
 
@@ -108,7 +109,7 @@ def _list(session: Session, points: dict[str, EntryPoint], registry: Registry) -
         *([("carries out", {"max_width": 26})] if wide else []),
     )
     for row in rows:
-        kinds = ", ".join(row["kinds"]) or "–"
+        kinds = _carried_out(row) or "–"
         facts = [row["status"] if row["status"] != "stable" else ""]
         if not row["distribution"].startswith("errata "):
             facts.append(f"from {row['distribution']}")
@@ -145,6 +146,7 @@ def _row(name: str, point: EntryPoint, entry: MethodEntry | None) -> dict[str, A
         "status": entry.status if entry else None,
         "evidence": entry.evidence or None if entry else None,
         "kinds": list(can.kinds) if can else [],
+        "operations": list(can.operations) if can and "relation" in can.kinds else [],
         "architectures": list(can.architectures) if can else [],
         "batch": can.batch if can else None,
         "sequential": can.sequential if can else None,
@@ -153,6 +155,13 @@ def _row(name: str, point: EntryPoint, entry: MethodEntry | None) -> dict[str, A
         "paper": entry.paper if entry else None,
         "url": entry.url if entry else None,
     }
+
+
+def _carried_out(row: dict[str, Any]) -> str:
+    """Return the kinds of request, and what is done with relations where that is not everything."""
+    some = row["operations"]
+    limited = f"relation ({', '.join(some)})" if set(some) != set(OPERATIONS) else "relation"
+    return ", ".join(limited if kind == "relation" else kind for kind in row["kinds"])
 
 
 # -- EasyEdit --------------------------------------------------------------------------------------
@@ -246,7 +255,7 @@ def _about(name: str, entry: MethodEntry, row: dict[str, Any]) -> list[Any]:
                 ("delta", entry.delta_kind),
                 ("status", entry.status),
                 ("evidence", _evidence(entry.evidence)),
-                ("carries out", ", ".join(can.kinds)),
+                ("carries out", _carried_out(row)),
                 ("models", ", ".join(can.architectures)),
                 ("works", f"{batch}, {sequence}"),
                 ("needs", ", ".join(can.needs) or "nothing beforehand"),

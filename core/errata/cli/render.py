@@ -304,8 +304,8 @@ def outcomes(edits: Sequence[Edit]) -> Table:
 
 
 OUTCOME_NOTE = (
-    "takes effect: teacher-forced, every target token is the most probable one, right after the "
-    "edit; norm: ‖Δ‖ / ‖W‖; perplexity: on the canary text, relative to the base's"
+    "takes effect: teacher-forced, what is asked for is said and what should go is gone, right "
+    "after the edit; norm: ‖Δ‖ / ‖W‖; perplexity: on the canary text, relative to the base's"
 )
 
 

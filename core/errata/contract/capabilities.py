@@ -35,10 +35,11 @@ def check_requests(method: str, can: Capabilities, requests: Sequence[Request]) 
             )
         operation = request.operation or "add"
         if request.kind == "relation" and operation not in can.operations:
+            apart = " Give each operation as a request of its own."
             raise CapabilityError(
-                f"{method} carries out the operations {', '.join(can.operations)} on a relation; "
-                f"{request.text!r} asks for {operation!r}. Give each operation as a request of its "
-                "own."
+                f"{method} carries out {', '.join(can.operations)} on a relation; "
+                f"{request.text!r} asks for {operation!r}."
+                f"{apart if operation == 'both' else ''}"
             )
 
 

@@ -259,14 +259,20 @@ class Editing:
         return _Making([call], old, {edit.id: SUPERSEDED for edit in old}, apply)
 
     def _carry_out(self, making: _Making) -> list[Edit]:
-        said: frozenset[str] = frozenset()
         if making.apply:
-            # Not where edits are replaced: they may be why a request already holds.
-            asked = () if making.old else making.requests()
-            said = self._guards.prepare(self._model, asked)
+            self._guards.prepare(self._model)
         making.touched += [edit.id for edit in making.old]
         with self._transactions.all_or_nothing(making.touched):
             self._transactions.take_off(making.old)
+            # What erasures take away is what the user sees before any of these edits.
+            making.calls = [
+                replace(
+                    call, batches=[naming_what_goes(self._model, part) for part in call.batches]
+                )
+                for call in making.calls
+            ]
+            asked = making.requests() if making.apply else []
+            before = self._guards.before(self._model, asked)
             active = Clashes(self._stack.entries, self._model.parameters)
             with self._model.knowing(active.of_subject):
                 for call in making.calls:
@@ -276,7 +282,7 @@ class Editing:
                 # Edits that no later one was computed on are folded here, all at once.
                 missing = [edit for edit in new if edit.id not in self._stack.ids]
                 self._transactions.put_on(missing)
-                outcomes = self._guards.check_state(self._model, new, said)
+                outcomes = self._guards.check_state(self._model, new, before)
                 self._guards.check_finite(self._model, outcomes)
                 new = [
                     edit.bind(edit.delta, outcome=outcome)
@@ -287,16 +293,14 @@ class Editing:
     def _compute(self, call: EditCall, making: _Making, active: Clashes) -> None:
         """Compute the edits of one call: add them to what is in the making and, applied, active.
 
-        A method that works from the model's present state sees all of them on it. What an erasure
-        takes away is read before, from the state that the user sees.
+        A method that works from the model's present state sees all of them on it.
         """
         new, replaced = making.new, making.replaced
         superseded = Clashes([edit for edit in making.old if replaced[edit.id] == SUPERSEDED])
         on_base = call.config.on_base
         text = f"Editing with {call.method}"
-        batches = [naming_what_goes(self._model, batch) for batch in call.batches]
         with self._model.base_state() if on_base else nullcontext():
-            for batch in self._model.progress.track(batches, text, len(batches)):
+            for batch in self._model.progress.track(call.batches, text, len(call.batches)):
                 if making.apply and not on_base:
                     there = set(self._stack.ids)
                     self._transactions.put_on([edit for edit in new if edit.id not in there])

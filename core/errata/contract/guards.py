@@ -13,7 +13,7 @@ import torch
 from pydantic import ConfigDict, Field, ValidationError
 
 from errata.contract.registry import warn_once
-from errata.edits.aims import aims_of_request, takes_effect
+from errata.edits.aims import GONE, aims_of_request, unmet
 from errata.edits.delta.attaching import calling
 from errata.edits.outcome import Efficacy, Outcome, RelativeNorm, TextPerplexity
 from errata.errors import ConfigError, EditRefused, UnknownNameError
@@ -33,10 +33,12 @@ logger = logging.getLogger("errata")
 Mode = Literal["refuse", "warn", "off"]
 HOW = {
     "say": "every target token is the most probable one",
-    "unsay": "a token of what should go is not the most probable one",
+    "unsay": f"what should go is not said, and at most half as probable as before, or {GONE:g}",
     "rival": "the wished replies are more probable than the others, token for token",
 }
 """How it is judged whether an answer is said, is gone, or has the better of another."""
+MISSED = {"say": "is not said", "unsay": "is not gone", "rival": "is not outweighed"}
+"""What is said of an aim that is not met."""
 
 
 class GuardPolicy(NumbersAreNumbers):
@@ -98,11 +100,8 @@ class Guards:
     def __init__(self, policy: GuardPolicy) -> None:
         self.policy = policy
 
-    def prepare(self, model: Model, requests: Sequence[Request] = ()) -> frozenset[str]:
-        """Measure what belongs to the base, before anything is put on the model.
-
-        Returns the digests of the requests that hold already, on the model as it stands.
-        """
+    def prepare(self, model: Model) -> None:
+        """Measure what belongs to the base, before anything is put on the model."""
         if self._reads_text(model):
             base, tokens = self.base_perplexity(model), len(model.tokenizer)
             # Untrained models are near 1; encoder-decoders need not be trained on plain text.
@@ -111,10 +110,12 @@ class Guards:
                     f"The perplexity of {model.name} on plain text is {base:,.0f}, worse than a "
                     f"uniform guess over {tokens:,} tokens. Is this the model's tokenizer?"
                 )
-        if self.policy.efficacy == "off" or not requests:
-            return frozenset()
-        effects = _effects(model, requests)
-        return frozenset(r.digest for r, e in zip(requests, effects, strict=True) if e.reached)
+
+    def before(self, model: Model, requests: Sequence[Request]) -> Before:
+        """Return what `check_state` compares with: how probable answers are before the edits."""
+        if self.policy.efficacy == "off":
+            return {}
+        return {one.request.digest: one for one in _effects(model, requests, {})}
 
     def check_delta(self, model: Model, edit: Edit) -> Outcome:
         """Check a delta before it is on the model; return the edit's outcome with the findings.
@@ -160,15 +161,13 @@ class Guards:
                 reason = f"with it, the perplexity on the canary text is {text.value}"
                 raise EditRefused(reason, {"finite": False, "perplexity": text.model_dump()})
 
-    def check_state(
-        self, model: Model, edits: Sequence[Edit], said: frozenset[str] = frozenset()
-    ) -> list[Outcome]:
+    def check_state(self, model: Model, edits: Sequence[Edit], before: Before) -> list[Outcome]:
         """Check the model with all edits of the call on it; return each edit's whole outcome.
 
         Args:
             model: with the edits on it.
             edits: of the call.
-            said: digests of the requests that held before, as `prepare` returns them.
+            before: how it was, as the method of this name returns it.
 
         Raises:
             EditRefused: requests do not take effect, text became improbable, or a further check
@@ -176,7 +175,7 @@ class Guards:
         """
         found = [edit.outcome for edit in edits]
         if self.policy.efficacy != "off":
-            found = self._check_efficacy(model, edits, found, said)
+            found = self._check_efficacy(model, edits, found, before)
         if self._reads_text(model):
             found = self._check_perplexity(model, found)
         for check in self.policy.checks:
@@ -188,29 +187,28 @@ class Guards:
     # -- the checks ------------------------------------------------------------------------------
 
     def _check_efficacy(
-        self, model: Model, edits: Sequence[Edit], outcomes: Sequence[Outcome], said: frozenset[str]
+        self, model: Model, edits: Sequence[Edit], outcomes: Sequence[Outcome], before: Before
     ) -> list[Outcome]:
-        requests = [request for edit in edits for request in edit.requests]
-        effects = iter(_effects(model, requests))
+        effects = iter(_effects(model, [r for edit in edits for r in edit.requests], before))
         own = [[next(effects) for _ in edit.requests] for edit in edits]
+        every = [effect for part in own for effect in part]
         found = [
             outcome.model_copy(update={"efficacy": _efficacy(part)})
             for outcome, part in zip(outcomes, own, strict=True)
         ]
-        every = [effect for part in own for effect in part]
-        found = _note_idle(edits, own, found, said)
-        missed = [r.text for r, e in zip(requests, every, strict=True) if e.reached is False]
+        # Where edits are replaced, they may be why a request did not hold.
+        new = [not (edit.outcome.supersedes or edit.outcome.rebases) for edit in edits]
+        idle = [[e for e in part if e.idle and alone] for part, alone in zip(own, new, strict=True)]
+        found = _note_idle(idle, found, len(every))
+        missed = [effect.request.text for effect in every if effect.unmet]
         if not missed:
             return found
-        reason = (
-            f"{len(missed)} of {len(requests)} requests do not take effect (first: {missed[0]!r})"
-        )
+        reason = f"{len(missed)} of {len(every)} requests do not take effect (first: {missed[0]!r})"
         efficacy = _efficacy(every)
-        assert efficacy is not None  # one was judged, and missed
-        measured = {"efficacy": efficacy.model_dump()}
+        measured = {"efficacy": efficacy and efficacy.model_dump()}
         self._failed(self.policy.efficacy, reason, measured, Outcome())
         return [
-            _warned(outcome, reason) if any(e.reached is False for e in part) else outcome
+            _warned(outcome, reason) if any(effect.unmet for effect in part) else outcome
             for outcome, part in zip(found, own, strict=True)
         ]
 
@@ -271,28 +269,27 @@ def _warned(outcome: Outcome, reason: str) -> Outcome:
 
 
 class _Effect(NamedTuple):
-    """Whether one request takes effect, and how probable its first answer is."""
+    """What became of the aims of one request: the scores of their answers, now and before."""
 
-    reached: bool | None
-    probability: float
-    senses: frozenset[str]
+    request: Request
+    aims: Sequence[Aim]
+    scores: Sequence[TargetScore]
+    unmet: Sequence[Aim]
+    idle: bool  # it held before: that it holds now is not the edit's doing
 
     @property
-    def rivals(self) -> bool:
-        """Whether answers were compared: the wished one may have been ahead before the edit."""
-        return "rival" in self.senses
-
-    @classmethod
-    def of(cls, aims: Sequence[Aim], scores: Sequence[TargetScore]) -> _Effect:
-        """Judge a request by the scores of its aims' answers."""
-        probability = math.exp(-scores[0].mean_nll) if scores else math.nan
-        senses = frozenset(aim.sense for aim in aims)
-        rival = frozenset({"rival"})
-        return cls(takes_effect(aims, scores), probability, senses & rival or senses)
+    def senses(self) -> frozenset[str]:
+        """What the aims are; of answers that are compared, that alone."""
+        senses = frozenset(aim.sense for aim in self.aims)
+        return senses & {"rival"} or senses
 
 
-def _effects(model: Model, requests: Sequence[Request]) -> list[_Effect]:
-    """Return whether each request holds on the model as it stands."""
+Before = Mapping[str, _Effect]
+"""Of each request, by its digest, how it was before the edits."""
+
+
+def _effects(model: Model, requests: Sequence[Request], before: Before) -> list[_Effect]:
+    """Return what becomes of each request's aims on the model as it stands."""
     asked = [[aim for aim in aims_of_request(request) if aim.answer] for request in requests]
     prompts = [
         aim.prompt.replace("{}", request.subject)
@@ -300,30 +297,26 @@ def _effects(model: Model, requests: Sequence[Request]) -> list[_Effect]:
         for aim in aims
     ]
     left = iter(score_targets(model, prompts, [aim.answer for aims in asked for aim in aims]))
-    return [_Effect.of(aims, [next(left) for _ in aims]) for aims in asked]
+    found = []
+    for request, aims in zip(requests, asked, strict=True):
+        scores, once = [next(left) for _ in aims], before.get(request.digest)
+        missed = unmet(aims, scores, once.scores if once else ())
+        effect = _Effect(request, aims, scores, missed, False)
+        # Of answers that are compared the wished one may have been ahead before.
+        held = once is not None and not (missed or once.unmet or "rival" in effect.senses)
+        found.append(effect._replace(idle=held and bool(aims)))
+    return found
 
 
 def _note_idle(
-    edits: Sequence[Edit],
-    effects: Sequence[Sequence[_Effect]],
-    outcomes: Sequence[Outcome],
-    said: frozenset[str],
+    idle: Sequence[Sequence[_Effect]], outcomes: Sequence[Outcome], count: int
 ) -> list[Outcome]:
-    """Remark on requests that held before the edit: that they hold now is not its doing."""
-    idle = [
-        [
-            (request, effect)
-            for request, effect in zip(edit.requests, own, strict=True)
-            if effect.reached and not effect.rivals and request.digest in said
-        ]
-        for edit, own in zip(edits, effects, strict=True)
-    ]
+    """Remark on requests that held before the edit, of so many."""
     every = [one for part in idle for one in part]
     if not every:
         return list(outcomes)
-    request, effect = every[0]
-    what = "the model says this already" if "say" in effect.senses else "there is nothing to erase"
-    count = sum(len(edit.requests) for edit in edits)
+    request, says = every[0].request, "say" in every[0].senses
+    what = "the model says this already" if says else "there is nothing to erase"
     reason = (
         f"{what}: {len(every)} of {count} requests held before the edit "
         f"(first: {request.text!r} → {request.wish!r})"
@@ -337,14 +330,20 @@ def _note_idle(
 
 def _efficacy(effects: Sequence[_Effect]) -> Efficacy | None:
     """Return the share of the requests that can be judged; None where none can."""
-    known = [effect for effect in effects if effect.reached is not None]
+    known = [effect for effect in effects if effect.aims]
     if not known:
         return None
     senses = frozenset().union(*(effect.senses for effect in known))
     how = [text for sense, text in HOW.items() if sense in senses]
     return Efficacy(
-        value=sum(bool(effect.reached) for effect in known) / len(known),
+        value=sum(not effect.unmet for effect in known) / len(known),
         n=len(known),
-        probability=tuple(effect.probability for effect in known),
+        probability=tuple(effect.scores[0].probability for effect in known),
+        missed=tuple(
+            f"{aim.prompt.replace('{}', effect.request.subject)!r} → {aim.answer.strip()!r} "
+            f"{MISSED[aim.sense]}"
+            for effect in known
+            for aim in effect.unmet
+        ),
         protocol=f"teacher-forced: {'; '.join(how)}",
     )

@@ -14,6 +14,7 @@ P(r | s, oᶜ); nothing is put in the place of what is deleted.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
     from errata.model.answers import TargetScore
 
 Sense = Literal["say", "unsay", "rival"]
+
+FLOOR = 0.01
+"""Length-normalised probability below which a method drives no answer that should go."""
+GONE = 2 * FLOOR
+"""Length-normalised probability at which an answer is gone, whatever it was before."""
 
 
 class Aim(NamedTuple):
@@ -59,20 +65,40 @@ def says_something(request: Request) -> bool:
     return any(aim.sense == "say" for aim in aims_of_request(request))
 
 
-def takes_effect(aims: Sequence[Aim], scores: Sequence[TargetScore]) -> bool | None:
-    """Say whether aims are met, by the scores of their answers; None where there are none.
+def unmet(
+    aims: Sequence[Aim], scores: Sequence[TargetScore], before: Sequence[TargetScore | None] = ()
+) -> list[Aim]:
+    """Return the aims that are not met, by the scores of their answers.
 
-    Said: every token is the most probable one. No longer said: one of them is not. Rivals: on
-    average the wished replies are more probable, token for token, than the others.
+    Said: every token is the most probable one. No longer said: `is_gone`. Rivals: on average the
+    wished replies are more probable, token for token, than the others; else each rival is unmet.
+
+    Args:
+        aims: what should become of answers.
+        scores: of those answers.
+        before: their scores before the edit; () where they are not known.
     """
-    if not aims:
-        return None
-    scored = list(zip(aims, scores, strict=True))
-    rivals = [score.mean_nll for aim, score in scored if aim.sense == "rival"]
+    pairs = list(zip(aims, scores, strict=True))
+    rivals = [score.mean_nll for aim, score in pairs if aim.sense == "rival"]
     if rivals:
-        wished = [score.mean_nll for aim, score in scored if aim.sense == "say"]
-        return sum(wished) / len(wished) < sum(rivals) / len(rivals)
-    return all(score.exact == (aim.sense == "say") for aim, score in scored)
+        ahead = fmean(score.mean_nll for aim, score in pairs if aim.sense == "say") < fmean(rivals)
+        return [aim for aim in aims if aim.sense == "rival" and not ahead]
+    return [
+        aim
+        for aim, score, once in zip(aims, scores, before or [None] * len(aims), strict=True)
+        if not (score.exact if aim.sense == "say" else is_gone(score, once))
+    ]
+
+
+def is_gone(score: TargetScore, before: TargetScore | None = None) -> bool:
+    """Say whether an answer that should go is gone, by its scores now and before the edit.
+
+    It is not what the model says, and it became improbable: at most half as probable as before,
+    length-normalised, or at most `GONE`. That one token of it is not the most probable one says
+    little: the whole may be as probable as it was.
+    """
+    limit = GONE if before is None else max(GONE, before.probability / 2)
+    return not score.exact and score.probability <= limit
 
 
 def _opinions(request: Request) -> Iterable[Aim]:

@@ -17,11 +17,12 @@ class _OutcomePart(BaseModel):
 class Efficacy(_OutcomePart):
     """Whether the edit's own requests take effect."""
 
-    value: float = Field(description="Share of requests whose every target token comes first")
+    value: float = Field(description="Share of requests that take effect")
     n: int = Field(description="Number of requests")
     probability: tuple[float, ...] = Field(
         default=(), description="Length-normalised probability of each target"
     )
+    missed: tuple[str, ...] = Field(default=(), description="Which answers are not as asked")
     protocol: str = Field(
         default="teacher-forced: every target token is the most probable one",
         description="How it was measured",

@@ -7,7 +7,6 @@ tells it from others. What lacks that sign, and whatever belongs to a ledger, is
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -15,8 +14,7 @@ from typing import NamedTuple
 
 from errata.edits.ledger.files import OWN
 from errata.edits.ledger.schema import DATABASE
-from errata.errors import ConfigError, ErrataError, StorageError, disk, reason_of
-from errata.model.scratch import fill_folder
+from errata.errors import ConfigError, disk
 from errata.model.storage import write_bytes
 
 LISTING = "errata.json"
@@ -102,27 +100,6 @@ def check_folder(path: Path, overwrite: bool) -> None:
                 f"{path} holds what errata did not write ({name}) and is not replaced: give "
                 "another name, or move it away."
             )
-
-
-def write_folder(path: Path, overwrite: bool, fill: Callable[[Path], object]) -> Path:
-    """Fill a new folder beside `path` and rename it there, so that it is whole or absent.
-
-    What it replaces is gone only once the new one is in place. Raises as `check_folder` does, and
-    `StorageError` when the disk refuses.
-    """
-    check_folder(path, overwrite)
-
-    def listed(folder: Path) -> None:
-        fill(folder)
-        list_files(folder)
-
-    try:
-        fill_folder(path, listed)
-    except ErrataError:
-        raise
-    except Exception as error:  # those who save weights and tokenizers raise errors of their own
-        raise StorageError(f"Cannot write {path}: {reason_of(error)}.") from error
-    return path
 
 
 def list_files(folder: Path) -> None:

@@ -13,7 +13,7 @@ from errata.model.chat import chat_frame, in_turn
 from errata.model.tokens import first_tokens
 
 if TYPE_CHECKING:
-    from errata.edits.request import Probe, Request
+    from errata.edits.request import Request
     from errata.model.model import Model
 
 
@@ -63,16 +63,3 @@ def with_cut_prompts(model: Model, request: Request) -> Request:
     template = before + "{}" + after[: max(0, len(kept) - len(before) - len(subject))]
     others = request.with_prompts(lambda text: text if "{}" in text else short(text))
     return others.model_copy(update={"prompt": template, "subject": subject})
-
-
-def rendered_probes(model: Model, probes: Sequence[Probe]) -> tuple[Probe, ...]:
-    """Return retained probes whose prompts are texts for the model, as `rendered` does requests."""
-    if not any(getattr(probe, "chat", False) is True for probe in probes):
-        return tuple(probes)
-    frame = chat_frame(model.tokenizer)
-    return tuple(
-        probe.model_copy(update={"prompt": in_turn(frame, probe.prompt), "chat": frame})
-        if getattr(probe, "chat", False) is True
-        else probe
-        for probe in probes
-    )

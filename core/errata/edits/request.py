@@ -52,20 +52,6 @@ class Probe(_Frozen):
             yield "type", self.type
 
 
-class RetainedProbe(Probe):
-    """A probe of a dataset as a whole: it is of no request, and says itself how it is asked."""
-
-    join: str | None = None
-    chat: bool | tuple[str, str] = False
-
-    @classmethod
-    def of(cls, probe: Probe, join: str | None = None, chat: bool = False) -> Probe:
-        """Return a probe that is asked like the requests of its dataset; `Request` says how."""
-        if join is None and not chat:
-            return probe
-        return cls(**dict(probe), join=join, chat=chat)
-
-
 class RelationView(_Frozen):
     """The same change seen from the relation's side: which relation joins subject and object?
 

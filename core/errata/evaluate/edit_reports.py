@@ -6,13 +6,14 @@ import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from errata.contract.methods import RULE
+from errata.edits.aims import aims_of_request
 from errata.edits.edit import Edit
 from errata.evaluate.matching import contained_match, normalise
 from errata.evaluate.neighbours import other_subjects
-from errata.evaluate.questions import targets
+from errata.evaluate.questions import old_answers, targets
 from errata.model.next_token import class_named, predicted_classes
 from errata.model.sentences import first_sentence
 
@@ -30,8 +31,10 @@ PROTOCOL = (
 CLASSES = "the most probable class"
 MANY = 8
 """Requests that are asked about, at most."""
+FEW = 4
+"""Requests that are asked about from the relation's side, at most."""
 
-Role = Literal["request", "paraphrase", "neighbour", "check"]
+Role = Literal["request", "paraphrase", "relation", "neighbour", "check"]
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,16 @@ class AnswerChange:
 
     Attributes:
         prompt: the prompt, or a classifier's text.
-        role: "request": the fact itself; "paraphrase": the same in other words; "neighbour": other
-            subjects, which should keep their answers; "check": a prompt that the caller named.
+        role: "request": the fact itself, every prompt that its request asks something of;
+            "paraphrase": the same in other words; "relation": the relation's question, with the new
+            and with the old object; "neighbour": other subjects, which should keep their answers;
+            "check": a prompt that the caller named.
         before, after: the texts, or the names of the classes.
         changed: the first sentences, or the classes, differ.
         gives_target: afterwards the new answer is given, and it was not before.
+        gone: afterwards the answer that should go is not given, and it was before.
+        as_asked: afterwards the answer is as the request wants it, whatever it was before; None
+            where the request wants nothing.
     """
 
     prompt: str
@@ -53,6 +61,8 @@ class AnswerChange:
     after: str
     changed: bool
     gives_target: bool
+    gone: bool = False
+    as_asked: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +91,8 @@ class EditReport:
     Attributes:
         ids: of the edits.
         layer: where they were made; None where the method has no layer.
-        answers: the requests' own prompts first, then paraphrases, neighbours, checks.
+        answers: the requests' own prompts first, then paraphrases, the relation's questions,
+            neighbours, checks.
         protocol: how the answers were found and compared.
     """
 
@@ -138,13 +149,15 @@ def edit_report(
     made = [edits] if isinstance(edits, Edit) else list(edits)
     layer = _layer_choice(editor, made[0], given) if made else None
     requests = [request for edit in made for request in edit.requests][:MANY]
-    asked: list[tuple[Role, str, Request | None]] = []
+    if editor.model.task == "classify":  # another form of a class's name is no class
+        requests = [request.model_copy(update={"aliases": ()}) for request in requests]
+    asked: list[_AskedPrompt] = []
     if editor.model.task != "masked" and requests:
         asked = _prompts(editor, requests, checks, neighbours)
-    before, after = _texts(editor, made, [prompt for _, prompt, _ in asked])
+    before, after = _texts(editor, made, [one.prompt for one in asked])
     answers = tuple(
-        _change(editor.model, role, prompt, request, requests, old, new)
-        for (role, prompt, request), old, new in zip(asked, before, after, strict=True)
+        _change(editor.model, one, old, new)
+        for one, old, new in zip(asked, before, after, strict=True)
     )
     protocol = CLASSES if editor.model.task == "classify" else PROTOCOL
     return EditReport(tuple(edit.id for edit in made), layer, answers, protocol)
@@ -153,25 +166,65 @@ def edit_report(
 # -- which prompts ---------------------------------------------------------------------------------
 
 
+class _AskedPrompt(NamedTuple):
+    """A prompt to ask.
+
+    Attributes:
+        role: as in `AnswerChange`.
+        prompt: filled in.
+        new: answers that count as the new one.
+        old: answers that should go.
+    """
+
+    role: Role
+    prompt: str
+    new: tuple[str, ...] = ()
+    old: tuple[str, ...] = ()
+
+
 def _prompts(
     editor: Editor, requests: Sequence[Request], checks: Sequence[str], neighbours: int
-) -> list[tuple[Role, str, Request | None]]:
-    """Return (role, prompt, the request that it belongs to), each prompt once."""
-    wanted: list[tuple[Role, str, Request | None]] = []
-    wanted += [("request", request.text, request) for request in requests]
+) -> list[_AskedPrompt]:
+    """Return what is asked, each prompt once."""
+    wanted = [one for request in requests for one in _own(request)]
     if len(requests) == 1:
-        wanted += [("paraphrase", text, requests[0]) for text in requests[0].paraphrases[:2]]
-    wanted += [("check", prompt, None) for prompt in checks]
+        asked = wanted[0]
+        wanted += [asked._replace(role="paraphrase", prompt=p) for p in requests[0].paraphrases[:2]]
     some = requests[:neighbours]
+    wanted += [one for request in requests[:FEW] for one in _relation(request)]
+    every = tuple(dict.fromkeys(answer for request in requests for answer in targets(request)))
+    wanted += [_AskedPrompt("check", prompt, every) for prompt in checks]
     around = [list(_neighbours(editor, request, neighbours)) for request in some]
     near = [(r, row[i]) for i in range(neighbours) for r, row in zip(some, around, strict=True)
             if i < len(row)]  # fmt: skip
-    wanted += [("neighbour", prompt, request) for request, prompt in near[:neighbours]]
-    first: dict[str, tuple[Role, str, Request | None]] = {}
+    wanted += [_AskedPrompt("neighbour", prompt, targets(r)) for r, prompt in near[:neighbours]]
+    first: dict[str, _AskedPrompt] = {}
     for one in wanted:
-        first.setdefault(one[1], one)
+        first.setdefault(one.prompt, one)
     order: dict[str, int] = {role: place for place, role in enumerate(get_args(Role))}
-    return sorted(first.values(), key=lambda one: order[one[0]])
+    return sorted(first.values(), key=lambda one: order[one.role])
+
+
+def _own(request: Request) -> Iterator[_AskedPrompt]:
+    """Yield every prompt that a request asks something of, its own first."""
+    aims = aims_of_request(request)
+    for template in dict.fromkeys([request.prompt, *(aim.prompt for aim in aims)]):
+        here = {aim.sense for aim in aims if aim.prompt == template}
+        goes = old_answers(request) if template == request.prompt else targets(request)
+        yield _AskedPrompt(
+            "request",
+            template.replace("{}", request.subject),
+            targets(request) if "say" in here else (),
+            goes if "unsay" in here else (),
+        )
+
+
+def _relation(request: Request) -> Iterator[_AskedPrompt]:
+    """Yield the relation's question with the new object and with the old one."""
+    view = request.relation_view
+    if view is not None:
+        yield _AskedPrompt("relation", view.add.replace("{}", request.subject), new=view.names)
+        yield _AskedPrompt("relation", view.remove.replace("{}", request.subject), old=view.names)
 
 
 def _neighbours(editor: Editor, request: Request, limit: int) -> Iterator[str]:
@@ -228,25 +281,34 @@ def just_these(editor: Editor, ids: Collection[str]) -> Iterator[None]:
         yield
 
 
-def _change(
-    model: Model,
-    role: Role,
-    prompt: str,
-    request: Request | None,
-    requests: Sequence[Request],
-    before: str,
-    after: str,
-) -> AnswerChange:
-    about = requests if request is None else [request]
+def _change(model: Model, one: _AskedPrompt, before: str, after: str) -> AnswerChange:
+    """Return what became of an answer; a class is named as its request names it."""
     if model.task == "classify":
-        wanted = {class_named(model, one.target_new) for one in about}
-        return AnswerChange(
-            prompt, role, before, after, before != after, after in wanted and before not in wanted
-        )
-    new = [answer for one in about for answer in targets(one)]
-    gives = contained_match(after, new) and not contained_match(before, new)
-    changed = normalise(first_sentence(before)) != normalise(first_sentence(after))
-    return AnswerChange(prompt, role, before, after, changed, gives)
+        new, old = ({class_named(model, answer) for answer in some} for some in (one.new, one.old))
+        said = [(text in new, text in old) for text in (before, after)]
+        changed = before != after
+    else:
+        said = [
+            (contained_match(text, one.new), contained_match(text, one.old))
+            for text in (before, after)
+        ]
+        changed = normalise(first_sentence(before)) != normalise(first_sentence(after))
+    (new_before, old_before), (new_after, old_after) = said
+    return AnswerChange(
+        one.prompt,
+        one.role,
+        before,
+        after,
+        changed,
+        gives_target=new_after and not new_before,
+        gone=old_before and not old_after,
+        as_asked=(new_after or not one.new) and not old_after if _asks(one) else None,
+    )
+
+
+def _asks(one: _AskedPrompt) -> bool:
+    """Say whether a request wants something of the answer."""
+    return one.role in ("request", "paraphrase", "relation") and bool(one.new or one.old)
 
 
 # -- where the edit was made -----------------------------------------------------------------------

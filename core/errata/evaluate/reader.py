@@ -11,12 +11,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from errata.contract.measurement import Answer, Measurement
-from errata.edits.rendering import rendered, rendered_probes
-from errata.edits.request import Probe, RetainedProbe
+from errata.edits.rendering import rendered
+from errata.edits.request import Probe
 from errata.errors import SelfComparisonError, UnknownNameError
 from errata.evaluate.failures import classify_failure
 from errata.evaluate.matching import NORMALISATION, contained_match, exact_match, has_room
 from errata.evaluate.questions import accepting
+from errata.evaluate.retained import RetainedProbe, rendered_probes
 from errata.evaluate.sampled import sampled_texts
 from errata.model.answers import ENDINGS, TargetScore, ending_of
 from errata.model.generation import generated

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from errata.edits.aims import aims_of_request
+from errata.edits.aims import FLOOR, aims_of_request
 from errata.edits.clashes import same_relation
 from errata.edits.erasures import naming_what_goes
 
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from errata.edits.request import Request
     from errata.model.model import Model
 
-FLOOR = 0.01
-"""Length-normalised probability at which an answer counts as no longer said."""
 RIVAL = 0.9
 """Share of the probability, σ(l⁺ − l⁻), from which on a reply has the better of its rival."""
 

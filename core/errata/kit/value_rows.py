@@ -40,6 +40,7 @@ class RequestRows:
     # the decoder's where there are two sequences.
     reads: list[tuple[int, int, int]] = field(default_factory=list)
     unsaid: set[int] = field(default_factory=set)  # rows whose answer should not be said
+    prompts: int = 1  # that the answers stand behind, contexts apart
     contexts: int = 0  # rows of the request's own prompt, which come first
     starts: list[int] = field(default_factory=lambda: [0])  # first rows of those that share a δ
 
@@ -74,6 +75,7 @@ def together(parts: Sequence[RequestRows]) -> RequestRows:
         whole.lookups += part.lookups
         whole.reads += [(start + row, column, target) for row, column, target in part.reads]
         whole.unsaid |= {start + row for row in part.unsaid}
+        whole.prompts += part.prompts
     return whole
 
 
@@ -102,8 +104,9 @@ def rows_of(
 ) -> RequestRows:
     """Tokenise the aims of one request in all contexts, and nothing that no loss depends on."""
     tokenizer, which = model.tokenizer, FACT_TOKENS[fact_token]
-    rows, two = RequestRows(contexts=len(contexts)), model.task == "seq2seq"
-    for aim in aims_of(model, request):
+    aims, two = aims_of(model, request), model.task == "seq2seq"
+    rows = RequestRows(contexts=len(contexts), prompts=len({aim.prompt for aim in aims}))
+    for aim in aims:
         templates = in_contexts(model, request.model_copy(update={"prompt": aim.prompt}), contexts)
         prompts = [template.replace("{}", request.subject) for template in templates]
         batch = _prepared_in_contexts(model, prompts, aim.answer)

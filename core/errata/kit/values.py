@@ -29,8 +29,9 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from errata.edits.aims import FLOOR
 from errata.errors import CapabilityError, EditFailed
-from errata.kit.aims import FLOOR, unlikelihood
+from errata.kit.aims import unlikelihood
 from errata.kit.loss_scale import loss_scale
 from errata.kit.value_loss import Evaluation, ValueLoss, ValueObjective
 from errata.kit.value_rows import FACT_TOKENS, FactToken, RequestRows, chunks, rows_of, together
@@ -66,6 +67,9 @@ class ValueSettings:
         loss_layer: read the loss from this block's output (final norm and head on top of it);
             None is the last block.
         steps: evaluations of the loss; one less updates.
+        steps_for: what they are for: each "prompt" that a δ answers, so that three facts of one
+            subject get three times as many; or all of them, the "value", which are wordings of one
+            question.
         lr: Adam's learning rate.
         clamp: largest ‖δ‖, in units of ‖v0‖.
         kl_prompt: template that the loss's KL term is read on, at the edited token itself; None
@@ -79,6 +83,7 @@ class ValueSettings:
     at: Literal["mlp", "block", "attention+mlp"] = "mlp"
     loss_layer: int | None = None
     steps: int = 20
+    steps_for: Literal["prompt", "value"] = "prompt"
     lr: float = 0.5
     clamp: float = 4.0
     kl_prompt: str | None = "{} is a"
@@ -142,7 +147,7 @@ def optimise_shared(
     """Return the optimised value of each request of each group; the requests of one share their δ.
 
     To the loss a group is one request: means are over the target tokens of all, and ‖v0‖ is the
-    first one's.
+    first one's. It has the steps of all, since a δ that says more is found more slowly.
 
     Args:
         model: the model; it is not changed.
@@ -243,6 +248,9 @@ class _Problem:
         ]
         index, row, column, target = torch.tensor(reads).T
 
+        whole = settings.steps_for == "value"
+        prompts = torch.tensor([1 if whole else part.prompts for part in parts])
+        self.steps = settings.steps * prompts  # (N,)
         self.row_owner = torch.tensor([i for i, p in enumerate(parts) for _ in p.tokens])  # (B,)
         self.held = [
             (f, int(self.columns[f]) - part.lookups[0] + token, δ)
@@ -316,15 +324,16 @@ class _Problem:
 
     def solve(self) -> list[list[OptimisedValue]]:
         """Run Adam on all δ together; a request that is done keeps its δ."""
-        settings, count = self.settings, len(self.v0)
+        count = len(self.v0)
         delta = torch.zeros_like(self.v0)  # (N, P, d), fp32 whatever the model's dtype
         moments, scale = (torch.zeros_like(delta), torch.zeros_like(delta)), loss_scale(self.model)
         losses: list[list[tuple[float, ...]]] = [[] for _ in range(count)]
         active = torch.ones(count, dtype=torch.bool)
         first_before = torch.zeros(count, dtype=torch.long)
+        most = int(self.steps.max())
         with torch.enable_grad(), frozen(self.model.module), self._truncated():
             text = "Optimising values"
-            for step in self.model.progress.track(range(settings.steps), text, settings.steps):
+            for step in self.model.progress.track(range(most), text, most):
                 delta.requires_grad_(True)
                 at = self._evaluate(delta, first_before)
                 loss = self.objective.loss(at)
@@ -333,8 +342,8 @@ class _Problem:
                     done = self.objective.done(at, loss).cpu()
                     done = done | ((self.share == 0) & at.gone).cpu()  # nothing (more) to be done
                 first_before = torch.where(active, at.first.cpu(), first_before)
-                active = active & ~done
-                if step == settings.steps - 1 or not bool(active.any()):
+                active = active & ~done & (self.steps > step + 1)
+                if not bool(active.any()):
                     break
                 (gradient,) = torch.autograd.grad(loss.total.sum() * scale, delta)
                 delta = delta.detach()

@@ -11,10 +11,11 @@ import torch
 
 from errata.edits.delta import AdapterDelta
 from errata.edits.factors import Change, changes, left_out
-from errata.edits.outputs import check_folder, write_folder
+from errata.edits.outputs import check_folder
 from errata.errors import CapabilityError
 from errata.model.storage import write_bytes
 from errata.model.task import task_of_module
+from errata.ship.folders import write_folder
 from errata.ship.model_card import CARD_FILE, base_of, model_card
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ et al. 2023, equation 20).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -159,9 +159,8 @@ def entity_side(
 ) -> Side:
     """Return what the early layer is asked for: at the subject, the new objects are said."""
     layer, *_ = layers_of(model, config)
-    steps = config.steps * len(facts)
     kl_prompt = config.kl_prompt if config.kl_factor else None
-    settings = settings_of(layer, config, steps, config.clamp, kl_prompt)
+    settings = settings_of(layer, config, config.clamp, kl_prompt)
     (values,) = optimise_shared(model, [facts], contexts, settings, SideObjective(config))
     # The key averaged over the contexts, as ROME's: nothing is kept here that it could cancel. And
     # the bare prompt's: of a subject that begins its prompt it lies far from the others.
@@ -186,7 +185,7 @@ def relation_side(
     last, near = layers[-1], contexts[:RELATION_CONTEXTS]
     questions = [relation.questions for relation in relations]
     clamp = config.relation_clamp or config.clamp
-    settings = settings_of(last, config, config.steps, clamp)
+    settings = replace(settings_of(last, config, clamp), steps_for="value")
     with written(model, [entity.update]):
         found = optimise_shared(model, questions, near, settings, SideObjective(config))
         kept = [
@@ -269,10 +268,12 @@ def side(
 
 
 def settings_of(
-    layer: int, config: BothSidesConfig, steps: int, clamp: float, kl_prompt: str | None = None
+    layer: int, config: BothSidesConfig, clamp: float, kl_prompt: str | None = None
 ) -> ValueSettings:
     """Return where and how the value of one side is optimised."""
-    return ValueSettings(layer=layer, steps=steps, lr=config.lr, clamp=clamp, kl_prompt=kl_prompt)
+    return ValueSettings(
+        layer=layer, steps=config.steps, lr=config.lr, clamp=clamp, kl_prompt=kl_prompt
+    )
 
 
 def kept_keys(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from errata.contract.protocol import Protocol
+from errata.edits.aims import GONE, is_gone
 from errata.evaluate import questions
 from errata.evaluate.matching import NORMALISATION, contained_match
 
@@ -48,9 +49,15 @@ def _gone(reader: Reader, metric: str, asked: Sequence[Question]) -> list[Measur
         gone = [not contained_match(t, q.answers) for t, q in zip(texts, asked, strict=True)]
         how = f"{NAME}: {reader.greedy}; what was taken away stands nowhere in the text"
         measured += reader.by_type(metric, f"{how} ({NORMALISATION})", asked, gone)
-    how = f"{NAME}: teacher-forced, a token of what was taken away is not the most probable"
-    gone = [not said for said in reader.forced([[question] for question in asked])]
-    return [*measured, *reader.by_type(f"{metric}_teacher_forced", how, asked, gone)]
+    how = (
+        f"{NAME}: teacher-forced, what was taken away is not every most probable token, and half "
+        f"as probable as in the unedited model, or {GONE:g} at most (length-normalised)"
+    )
+    pairs = [reader.pair(q.request, q.prompt, answer) for q in asked for answer in q.answers]
+    once = reader.base.scores(pairs) if reader.base else [None] * len(pairs)
+    each = map(is_gone, reader.scores(pairs), once)
+    forced = [all([next(each) for _ in question.answers]) for question in asked]
+    return [*measured, *reader.by_type(f"{metric}_teacher_forced", how, asked, forced)]
 
 
 PROTOCOL = Protocol(

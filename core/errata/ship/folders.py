@@ -1,0 +1,31 @@
+"""Folders that are shipped: whole or absent, and known again as errata's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from errata.edits.outputs import check_folder, list_files
+from errata.errors import ErrataError, StorageError, reason_of
+from errata.model.scratch import fill_folder
+
+
+def write_folder(path: Path, overwrite: bool, fill: Callable[[Path], object]) -> Path:
+    """Fill a new folder beside `path` and rename it there, so that it is whole or absent.
+
+    What it replaces is gone only once the new one is in place. Raises as `check_folder` does, and
+    `StorageError` when the disk refuses.
+    """
+    check_folder(path, overwrite)
+
+    def listed(folder: Path) -> None:
+        fill(folder)
+        list_files(folder)
+
+    try:
+        fill_folder(path, listed)
+    except ErrataError:
+        raise
+    except Exception as error:  # those who save weights and tokenizers raise errors of their own
+        raise StorageError(f"Cannot write {path}: {reason_of(error)}.") from error
+    return path
