@@ -25,7 +25,6 @@ from errata.cli.requests import (
 )
 from errata.cli.session import Session
 from errata.errors import ConfigError, LedgerError, RequestError
-from errata.evaluate.retained import RetainedProbe
 
 if TYPE_CHECKING:
     from errata.evaluate import Measurement
@@ -219,6 +218,8 @@ def evaluate(
     protocol for which the requests have nothing is named in a warning; where none has anything, the
     command fails. Where a request has a relation view, both sides of it are measured (rake).
     """
+    from errata.evaluate.retained import RetainedProbe
+
     source = request_source(file, dataset, limit, skip_bad, ids or ())
     options = pairs(values or (), "--set")
     if options and not dataset:
