@@ -43,7 +43,7 @@ def rome(**values: Any) -> Any:
         (lambda: FactFile.parse({"settings": {"at_least": True}, "must_say": [FACT]}),
          ("settings.at_least: must be a number, not True",)),
         (lambda: BenchConfig.parse({**RUN, "methods": []}),
-         ("methods: is empty: give at least one",)),
+         ("methods: no method is named: for the unedited model alone, name 'base'",)),
         (lambda: BenchConfig.parse({**RUN, "limit": True}), ("limit: must be a number, not True",)),
         (lambda: GuardPolicy.parse({"norm_limit": True}), ("norm_limit: must be a number",)),
         (lambda: GuardPolicy.parse({"norm_limit": "x"}), ("must be a number, not 'x'",)),
