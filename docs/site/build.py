@@ -199,7 +199,17 @@ def measured(name: str) -> Iterator[str]:
                 first = False
             more = f"\n\n… and {len(own) - MOST} more rows." if len(own) > MOST else ""
             yield f"**[{title}](../results/{page.name})**"
-            yield "\n".join([*head, *own[:MOST]]) + more
+            yield _beside_results("\n".join([*head, *own[:MOST]]), page.name) + more
+
+
+def _beside_results(rows: str, page: str) -> str:
+    """Return rows of a page of results with links as they are seen from a method's page."""
+
+    def moved(match: re.Match[str]) -> str:
+        target = match[1] if not match[1].startswith("#") else f"{page}{match[1]}"
+        return f"]({posixpath.normpath(f'../results/{target}')})"
+
+    return re.sub(r"\]\((?!https?:)([^)\s]+)\)", moved, rows)
 
 
 def _table(block: str) -> tuple[list[str], list[str]] | None:
