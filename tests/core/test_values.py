@@ -146,3 +146,29 @@ def test_a_value_is_done_by_its_loss_or_by_what_comes_first() -> None:
     drift = {"weight_decay": 0.0, "early_stop": 0.0, "kl_factor": 1.0}
     assert done(PmetObjective(PmetConfig(**drift, top_kl=10.0))) == [True, False]
     assert done(PmetObjective(PmetConfig(**drift, top_kl=0.01))) == [False, False]
+
+
+def test_short_requests_are_not_run_as_wide_as_long_ones(tmp_path: Path) -> None:
+    model = build_model("gpt2", tmp_path)
+    long = "English, which is spoken in many countries of the world and in all of its oceans"
+    requests = [
+        REQUEST.model_copy(update={"subject": f"Danielle {name}", "target_new": target})
+        for target in (long, "English")
+        for name in ("Darrieux", "Casanova", "Mitterrand", "Licari", "Delorme")
+    ]
+    settings = ValueSettings(layer=1, steps=2, lr=0.3, kl_prompt=KL_PROMPT)
+    objective = MemitObjective(ClosedFormConfig(early_stop=0.0))
+    positions: list[int] = []
+    head = model.module.get_submodule(model.anatomy.block(model.anatomy.n_layers - 1))
+    handle = head.register_forward_hook(
+        lambda module, args, output: positions.append(args[0].shape[0] * args[0].shape[1])
+    )
+
+    whole = optimise_values(model, requests, CONTEXTS, settings, objective)
+    together = sum(positions)
+    positions.clear()
+    for request, value in zip(requests, whole, strict=True):
+        (one,) = optimise_values(model, [request], CONTEXTS, settings, objective)
+        assert float((one.delta - value.delta).norm()) <= 1e-4 * float(one.delta.norm())
+    handle.remove()
+    assert together < 1.2 * sum(positions)

@@ -50,16 +50,21 @@ class RequestRows:
         return max(len(t) - p for t, p in zip(self.tokens, self.lookups, strict=True))
 
 
-def chunks(rows: Sequence[RequestRows], limit: int) -> Iterator[list[int]]:
-    """Yield indices of requests that run together: alike in reach, at most `limit` rows."""
+def chunks(rows: Sequence[RequestRows], limit: int, padding: float) -> Iterator[list[int]]:
+    """Yield indices of requests that run together: alike in reach, at most `limit` rows.
+
+    Rows are as wide as the longest of them. No further request joins for which the earlier ones
+    would be widened by more than `padding` positions in all.
+    """
     chunk: list[int] = []
-    taken = 0
+    taken = needed = 0
     for index in sorted(range(len(rows)), key=lambda i: rows[i].reach):
-        if chunk and taken + len(rows[index].tokens) > limit:
+        size, reach = len(rows[index].tokens), rows[index].reach
+        if chunk and (taken + size > limit or taken * reach - needed > padding):
             yield chunk
-            chunk, taken = [], 0
+            chunk, taken, needed = [], 0, 0
         chunk.append(index)
-        taken += len(rows[index].tokens)
+        taken, needed = taken + size, needed + size * reach
     if chunk:
         yield chunk
 
