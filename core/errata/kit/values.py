@@ -55,8 +55,8 @@ Held = Sequence[tuple["Request", "Tensor"]]
 
 # On a CPU three requests at a time are faster than ten: what they work on stays in the cache.
 _ROWS_CPU, _ROWS_ACCELERATOR = 72, 768
-# Positions that may run for nothing: on a CPU another pass costs as much as 30 to 60 of them.
-_PADDING_CPU = 40
+# Positions that may run for nothing: on a CPU another pass costs as much as some twenty to sixty.
+_PADDING_CPU = 24
 
 
 @dataclass(frozen=True, kw_only=True)
