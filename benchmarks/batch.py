@@ -46,11 +46,11 @@ def plain_value(
     """Return δ of one request as MEMIT's `compute_z` finds it."""
     module, tokenizer, device = model.module, model.tokenizer, model.device
     templates = [context.replace("{}", request.prompt) for context in contexts]
-    prompts = [template.replace("{}", request.subject) for template in templates]
+    prompts = [request.filled(template) for template in templates]
     batch = encode_targets(tokenizer, prompts, [request.target_new] * len(prompts))
     spans = batch.target_spans
     rows = [row[: end - 1].tolist() for row, (_, end) in zip(batch.input_ids, spans, strict=True)]
-    kl_prompt = config.kl_prompt.replace("{}", request.subject)
+    kl_prompt = request.filled(config.kl_prompt)
     rows.append(encode(tokenizer, [kl_prompt]).input_ids[0].tolist())
     lookups = [subject_position(tokenizer, t, request.subject) for t in templates]
     lookups.append(subject_position(tokenizer, config.kl_prompt, request.subject))

@@ -118,7 +118,7 @@ def plain_memit_edit(editor: Editor, row: dict[str, Any]) -> None:
 def plain_key(model: Model, request: Request, contexts: Sequence[str], layer: int) -> Tensor:
     """Return the key k (D,) of a request, fp64, from one full forward pass over its contexts."""
     templates = [context.replace("{}", request.prompt) for context in contexts]
-    batch = encode(model.tokenizer, [t.replace("{}", request.subject) for t in templates])
+    batch = encode(model.tokenizer, [request.filled(t) for t in templates])
     lookups = [subject_position(model.tokenizer, t, request.subject) for t in templates]
     seen: list[Tensor] = []
     out = model.module.get_submodule(model.anatomy.mlp_out(layer))

@@ -65,16 +65,11 @@ def main() -> None:
         solve_again(editor, options, settings, facts, tried, done)
         return
     for setting in settings:
-        row: dict[str, Any] = {
-            "model": options.model, "method": options.method, "setting": setting, "n": len(facts),
-            "skip": options.skip, "stream": options.stream, "tried": tried,
-        }  # fmt: skip
+        row = row_of(options, setting, len(facts), tried)
         if key_of(row) in done:
             continue
         row.update(measure(editor, options.method, setting, facts, options.stream))
-        with options.out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(line_of(row), flush=True)
+        keep(row, options.out)
 
 
 def solve_again(
@@ -95,10 +90,7 @@ def solve_again(
             editor.revert(*edits[length:])
         del edits[length:]
         for setting in settings:
-            row: dict[str, Any] = {
-                "model": options.model, "method": options.method, "setting": setting,
-                "n": length, "skip": options.skip, "stream": True, "tried": tried,
-            }  # fmt: skip
+            row = row_of(options, setting, length, tried)
             if key_of(row) in done:
                 continue
             start = time.process_time()
@@ -107,9 +99,24 @@ def solve_again(
             rows = [judged(editor, facts[i], base[i]) for i in range(length)]
             row |= {key: statistics.fmean(r[key] for r in rows) for key in rows[0]}
             row["perplexity_ratio"] = perplexity(editor.model, texts) / before
-            with options.out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(line_of(row), flush=True)
+            keep(row, options.out)
+
+
+def row_of(
+    options: argparse.Namespace, setting: dict[str, Any], n: int, tried: int
+) -> dict[str, Any]:
+    """Return the beginning of a row: what is measured."""
+    return {
+        "model": options.model, "method": options.method, "setting": setting, "n": n,
+        "skip": options.skip, "stream": options.stream or bool(options.lengths), "tried": tried,
+    }  # fmt: skip
+
+
+def keep(row: dict[str, Any], out: Path) -> None:
+    """Append a row to the file, and show it."""
+    with out.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(line_of(row), flush=True)
 
 
 def key_of(row: dict[str, Any]) -> str:

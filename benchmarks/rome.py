@@ -61,7 +61,7 @@ def plain_rome(
     module, tokenizer = model.module, model.tokenizer
     mlp_out = module.get_submodule(model.anatomy.mlp_out(layer))
     templates = [context.replace("{}", request.prompt) for context in contexts]
-    prompts = [template.replace("{}", request.subject) for template in templates]
+    prompts = [request.filled(template) for template in templates]
     seen: dict[str, Tensor] = {}
 
     def read(texts: Sequence[str], lookups: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -85,7 +85,7 @@ def plain_rome(
     # v*
     batch = encode_targets(tokenizer, prompts, [request.target_new] * len(prompts))
     length = batch.target_spans[0][1] - batch.target_spans[0][0]
-    kl_prompt = config.kl_prompt.replace("{}", request.subject)
+    kl_prompt = request.filled(config.kl_prompt)
     kl_lookup = subject_position(tokenizer, config.kl_prompt, request.subject)
     spans = batch.target_spans
     rows = [row[: end - 1].tolist() for row, (_, end) in zip(batch.input_ids, spans, strict=True)]

@@ -6,8 +6,8 @@ A message says what was given, what is allowed and what to do next. Catch `Errat
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 LONGEST_NAME = 200
@@ -232,31 +232,35 @@ def _said(error: BaseException) -> str:
     return said if len(said) <= LONGEST_TOLD else f"{said[:LONGEST_TOLD]}…"
 
 
-@contextmanager
-def disk(what: str) -> Iterator[None]:
+def disk(what: str) -> AbstractContextManager[None]:
     """Turn the system's refusal in the block into a `StorageError`: "Cannot `what`: why".
 
     For example "write FILE". Errors of errata's own go on as they are.
     """
-    try:
-        yield
-    except ErrataError:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:  # a NUL in a path; links in a circle
-        raise StorageError(f"Cannot {what}: {reason_of(error)}.") from error
+    refusals = OSError, ValueError, RuntimeError  # a NUL in a path; links in a circle
+    return turning(refusals, lambda error: StorageError(f"Cannot {what}: {reason_of(error)}."))
 
 
-@contextmanager
-def blaming(what: str) -> Iterator[None]:
+def blaming(what: str) -> AbstractContextManager[None]:
     """Turn a foreign error of the block into a `PluginError` that begins with `what`.
 
     For example "Method 'x' failed in `y`". Errors of errata's own go on as they are.
     """
+    return turning(
+        Exception,
+        lambda error: PluginError(f"{what}: {in_short(error)} (the traceback shows where)."),
+    )
+
+
+@contextmanager
+def turning(
+    foreign: type[Exception] | tuple[type[Exception], ...],
+    into: Callable[[Exception], ErrataError],
+) -> Iterator[None]:
+    """Turn errors of these types in the block into one of errata's own, which go on as they are."""
     try:
         yield
     except ErrataError:
         raise
-    except Exception as error:
-        raise PluginError(f"{what}: {in_short(error)} (the traceback shows where).") from cause(
-            error
-        )
+    except foreign as error:
+        raise into(error) from cause(error)

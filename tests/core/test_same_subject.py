@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from errata.edits.edit import Edit
 from errata.edits.request import Request
 from errata.errors import IntegrityError
 from errata.kit.value_loss import ValueLoss
+from errata.kit.value_rows import dealt
 from errata.kit.values import ValueSettings, optimise_shared, optimise_values
 from errata.model.scoring import score_targets
 from errata.testing import state_of
@@ -146,16 +149,50 @@ def test_facts_that_share_a_value_have_one_delta_and_keys_of_their_own(editor: E
     assert not torch.allclose(first.delta, plain.delta, atol=1e-2)
 
 
-def test_a_value_has_its_steps_for_every_prompt_that_it_answers(editor: Editor) -> None:
-    one, two, three = (Request(**fact) for fact in facts(3))
+def test_facts_that_share_a_value_have_the_steps_of_each_up_to_four(editor: Editor) -> None:
+    one, two, three, four = (Request(**fact) for fact in facts(4))
+    five = Request(prompt="{} came from", subject=SUBJECT, target_new="Bergen", relation="R4")
     pair = {"prompt": "The relation of {} and Oslo is", "subject": SUBJECT, "kind": "relation",
             "target_new": "home", "operation": "both"}  # fmt: skip
     both = Request(**pair, remove="The relation of {} and Rome is")
-    groups = [[one], [one, two], [one, two, three], [both]]
-    for steps_for, counts in (("prompt", [3, 6, 9, 6]), ("value", [3, 3, 3, 3])):
-        settings = ValueSettings(layer=1, steps=3, lr=0.1, clamp=15, steps_for=steps_for)
+    groups = [[one], [one, two], [one, two, three], [one, two, three, four, five], [both]]
+    for sharing, counts in (("facts", [3, 6, 9, 12, 6]), ("wordings", [3, 3, 3, 3, 3])):
+        settings = ValueSettings(layer=1, steps=3, lr=0.1, clamp=15, sharing=sharing)
         found = optimise_shared(editor.model, groups, ("{}",), settings, Plain())
         assert [len(group[0].losses) for group in found] == counts
+
+
+@given(st.integers(1, 30), st.integers(1, 12))
+def test_contexts_are_dealt_out_over_facts(contexts: int, facts: int) -> None:
+    hands = dealt(contexts, facts)
+    assert len(hands) == facts
+    assert set().union(*hands) == set(range(contexts))
+    assert all(0 in hand for hand in hands)
+    share = min(contexts - 1, math.ceil(2 * (contexts - 1) / facts))
+    assert {len(hand) for hand in hands} == {1 + share}
+
+
+@pytest.mark.parametrize("sharing", ["facts", "wordings"])
+def test_the_loss_of_several_facts_is_read_in_the_contexts_that_each_was_dealt(
+    editor: Editor, sharing: Literal["facts", "wordings"]
+) -> None:
+    requests = [Request(**fact) for fact in facts(3)]
+    contexts = ("{}", "A note. {}", "They say: {}", "In short, {}", "Once more: {}")
+    settings = ValueSettings(layer=1, steps=2, kl_prompt=None, sharing=sharing)
+    (found,) = optimise_shared(editor.model, [requests], contexts, settings, Plain())
+    hands = [{0, 1, 2, 3}, {0, 4, 1, 2}, {0, 3, 4, 1}] if sharing == "facts" else [range(5)] * 3
+    asked = [
+        (contexts[k].replace("{}", request.text), request.target)
+        for request, hand in zip(requests, hands, strict=True)
+        for k in hand
+    ]
+    scores = score_targets(editor.model, *map(list, zip(*asked, strict=True)))
+    tokens = sum(len(score.logprobs) for score in scores)
+    expected = -sum(sum(score.logprobs) for score in scores) / tokens
+    assert found[0].losses[0][1] == pytest.approx(expected, rel=1e-4)
+    for request, value in zip(requests, found, strict=True):  # keys are those in all contexts
+        (alone,) = optimise_values(editor.model, [request], contexts, settings, Plain())
+        assert torch.allclose(value.keys, alone.keys, atol=1e-5)
 
 
 # -- the methods --------------------------------------------------------------------------------

@@ -23,12 +23,11 @@ from errata.bench.work_units import WorkUnit, place_of_batch, place_of_case, pla
 from errata.contract import plugins
 from errata.contract.capabilities import check_capabilities, check_prompts
 from errata.editor import Editor
-from errata.edits.aims import aims_of_request, unmet
+from errata.edits.aims import score_aims, unmet
 from errata.edits.erasures import naming_what_goes
 from errata.edits.rendering import rendered
 from errata.errors import IntegrityError, RequestError
 from errata.evaluate import Baseline
-from errata.model.scoring import score_targets
 
 if TYPE_CHECKING:
     from errata.evaluate.reader import KnownAnswers
@@ -354,13 +353,8 @@ class Worker:
     def right(self, unit: WorkUnit, item: Item) -> bool:
         """Say whether the model as it stands does already what the edit of a case asks for."""
         model = self.editor.model
-        for request in rendered(model, self._edited(item, unit.seed, unit.variant)):
-            aims = [aim for aim in aims_of_request(request) if aim.answer]
-            prompts = [aim.prompt.replace("{}", request.subject) for aim in aims]
-            scores = score_targets(model, prompts, [aim.answer for aim in aims])
-            if not aims or unmet(aims, scores):
-                return False
-        return True
+        requests = rendered(model, self._edited(item, unit.seed, unit.variant))
+        return all(aims and not unmet(aims, scores) for aims, scores in score_aims(model, requests))
 
     def measured(
         self,

@@ -176,4 +176,4 @@ def _check_prompts_of(model: Model, request: Request) -> None:
     for prompt in dict.fromkeys(aim.prompt for aim in asked):
         subject_span(model.tokenizer, prompt, request.subject)
     for prompt, answer in dict.fromkeys(aim[:2] for aim in asked if aim.answer):
-        prepare(model, [prompt.replace("{}", request.subject)], [answer], device="cpu")
+        prepare(model, [request.filled(prompt)], [answer], device="cpu")

@@ -13,13 +13,12 @@ import torch
 from pydantic import ConfigDict, Field, ValidationError
 
 from errata.contract.registry import warn_once
-from errata.edits.aims import GONE, aims_of_request, unmet
+from errata.edits.aims import GONE, score_aims, unmet
 from errata.edits.delta.attaching import calling
 from errata.edits.outcome import Efficacy, Outcome, RelativeNorm, TextPerplexity
 from errata.errors import ConfigError, EditRefused, UnknownNameError
 from errata.model.answers import TargetScore
 from errata.model.perplexity import perplexity
-from errata.model.scoring import score_targets
 from errata.model.texts import canary_texts
 from errata.model.value_problems import NumbersAreNumbers, problem_of
 
@@ -290,16 +289,9 @@ Before = Mapping[str, _Effect]
 
 def _effects(model: Model, requests: Sequence[Request], before: Before) -> list[_Effect]:
     """Return what becomes of each request's aims on the model as it stands."""
-    asked = [[aim for aim in aims_of_request(request) if aim.answer] for request in requests]
-    prompts = [
-        aim.prompt.replace("{}", request.subject)
-        for request, aims in zip(requests, asked, strict=True)
-        for aim in aims
-    ]
-    left = iter(score_targets(model, prompts, [aim.answer for aims in asked for aim in aims]))
     found = []
-    for request, aims in zip(requests, asked, strict=True):
-        scores, once = [next(left) for _ in aims], before.get(request.digest)
+    for request, (aims, scores) in zip(requests, score_aims(model, requests), strict=True):
+        once = before.get(request.digest)
         missed = unmet(aims, scores, once.scores if once else ())
         effect = _Effect(request, aims, scores, missed, False)
         # Of answers that are compared the wished one may have been ahead before.
@@ -340,8 +332,7 @@ def _efficacy(effects: Sequence[_Effect]) -> Efficacy | None:
         n=len(known),
         probability=tuple(effect.scores[0].probability for effect in known),
         missed=tuple(
-            f"{aim.prompt.replace('{}', effect.request.subject)!r} → {aim.answer.strip()!r} "
-            f"{MISSED[aim.sense]}"
+            f"{effect.request.filled(aim.prompt)!r} → {aim.answer.strip()!r} {MISSED[aim.sense]}"
             for effect in known
             for aim in effect.unmet
         ),

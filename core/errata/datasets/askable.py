@@ -52,7 +52,7 @@ def named(found: Sequence[tuple[Request, str]]) -> str:
 def _check_lengths(model: Model, request: Request) -> None:
     limit = model.anatomy.context
     for prompt in request.every_prompt() if limit is not None else ():
-        text = prompt.replace("{}", request.subject)
+        text = request.filled(prompt)
         # A token has a byte at least: of most texts it need not be known how many they are.
         if len(text.encode()) + _SPECIAL > (limit or 0):
             check_length(model, len(model.tokenizer(text, verbose=False)["input_ids"]))

@@ -252,7 +252,11 @@ class Request(_Frozen):
     @property
     def text(self) -> str:
         """The prompt with the subject filled in."""
-        return self.prompt.replace("{}", self.subject)
+        return self.filled(self.prompt)
+
+    def filled(self, template: str) -> str:
+        """Return a template with the subject in the place of {}."""
+        return template.replace("{}", self.subject)
 
     @property
     def target(self) -> str:

@@ -213,7 +213,7 @@ def _own(request: Request) -> Iterator[_AskedPrompt]:
         goes = old_answers(request) if template == request.prompt else targets(request)
         yield _AskedPrompt(
             "request",
-            template.replace("{}", request.subject),
+            request.filled(template),
             targets(request) if "say" in here else (),
             goes if "unsay" in here else (),
         )
@@ -223,8 +223,8 @@ def _relation(request: Request) -> Iterator[_AskedPrompt]:
     """Yield the relation's question with the new object and with the old one."""
     view = request.relation_view
     if view is not None:
-        yield _AskedPrompt("relation", view.add.replace("{}", request.subject), new=view.names)
-        yield _AskedPrompt("relation", view.remove.replace("{}", request.subject), old=view.names)
+        yield _AskedPrompt("relation", request.filled(view.add), new=view.names)
+        yield _AskedPrompt("relation", request.filled(view.remove), old=view.names)
 
 
 def _neighbours(editor: Editor, request: Request, limit: int) -> Iterator[str]:

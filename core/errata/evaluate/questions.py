@@ -132,4 +132,4 @@ def _phrasings(request: Request, template: str, paraphrased: bool) -> Sequence[s
     """Return a request's prompt filled in, or its paraphrases: they are those of `prompt` alone."""
     if paraphrased:
         return request.paraphrases if template == request.prompt else ()
-    return (template.replace("{}", request.subject),)
+    return (request.filled(template),)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -69,6 +70,16 @@ def chunks(rows: Sequence[RequestRows], limit: int, padding: float) -> Iterator[
         yield chunk
 
 
+def dealt(contexts: int, facts: int) -> list[set[int]]:
+    """Return in which contexts each fact is read: the first, and its share of the others.
+
+    Two facts are read in all of them, more facts together in twice as many as one fact.
+    """
+    others = contexts - 1
+    share = min(others, math.ceil(2 * others / facts))
+    return [{0, *(1 + (fact * share + i) % others for i in range(share))} for fact in range(facts)]
+
+
 def together(parts: Sequence[RequestRows]) -> RequestRows:
     """Return requests that share a δ as one."""
     whole, *others = parts
@@ -106,14 +117,15 @@ def rows_of(
     contexts: Sequence[str],
     fact_token: FactToken,
     kl_prompt: str | None,
+    read: Collection[int],
 ) -> RequestRows:
-    """Tokenise the aims of one request in all contexts, and nothing that no loss depends on."""
+    """Tokenise the aims of one request in all contexts; the loss reads those of `read`."""
     tokenizer, which = model.tokenizer, FACT_TOKENS[fact_token]
     aims, two = aims_of(model, request), model.task == "seq2seq"
     rows = RequestRows(contexts=len(contexts), prompts=len({aim.prompt for aim in aims}))
     for aim in aims:
         templates = in_contexts(model, request.model_copy(update={"prompt": aim.prompt}), contexts)
-        prompts = [template.replace("{}", request.subject) for template in templates]
+        prompts = [request.filled(template) for template in templates]
         batch = _prepared_in_contexts(model, prompts, aim.answer)
         for index, (template, (columns, labels)) in enumerate(
             zip(templates, batch.targets(), strict=True)
@@ -135,11 +147,12 @@ def rows_of(
                     batch.inputs["decoder_input_ids"][index, : columns[-1] + 1].tolist()
                 )
             rows.lookups.append(lookup)
-            rows.reads += [(row, *read) for read in zip(columns, labels, strict=True)]
+            if index in read:
+                rows.reads += [(row, *place) for place in zip(columns, labels, strict=True)]
             if aim.sense == "unsay":
                 rows.unsaid.add(row)
     if kl_prompt is not None:
-        filled = prepare(model, [kl_prompt.replace("{}", request.subject)], device="cpu")
+        filled = prepare(model, [request.filled(kl_prompt)], device="cpu")
         lookup = subject_position(tokenizer, kl_prompt, request.subject, which)
         # Upstream compares the predictions at the edited token itself, not at the final " a":
         # in a causal decoder nothing after it matters. An encoder-decoder predicts one token, the

@@ -35,7 +35,15 @@ from errata.errors import CapabilityError, EditFailed
 from errata.kit.aims import unlikelihood
 from errata.kit.loss_scale import loss_scale
 from errata.kit.value_loss import Evaluation, ValueLoss, ValueObjective
-from errata.kit.value_rows import FACT_TOKENS, FactToken, RequestRows, chunks, rows_of, together
+from errata.kit.value_rows import (
+    FACT_TOKENS,
+    FactToken,
+    RequestRows,
+    chunks,
+    dealt,
+    rows_of,
+    together,
+)
 from errata.model.forward import Resumed, adding, at_columns, bypassed, frozen, laid_out, patched
 from errata.model.prompts import pad
 from errata.model.tokens import decoder_inputs, subject_position
@@ -55,6 +63,8 @@ Held = Sequence[tuple["Request", "Tensor"]]
 
 # On a CPU three requests at a time are faster than ten: what they work on stays in the cache.
 _ROWS_CPU, _ROWS_ACCELERATOR = 72, 768
+# Steps of facts that share a δ, in those of one, at most.
+_TIMES = 4
 # Positions that may run for nothing: on a CPU another pass costs as much as some twenty to sixty.
 _PADDING_CPU = 24
 
@@ -70,9 +80,9 @@ class ValueSettings:
         loss_layer: read the loss from this block's output (final norm and head on top of it);
             None is the last block.
         steps: evaluations of the loss; one less updates.
-        steps_for: what they are for: each "prompt" that a δ answers, so that three facts of one
-            subject get three times as many; or all of them, the "value", which are wordings of one
-            question.
+        sharing: what requests are that share a δ: "wordings" of one question; or "facts", which
+            get the steps of each of them, of four at most, and from the third on deal the contexts
+            out (`dealt`): a step of many costs little more than one of two.
         lr: Adam's learning rate.
         clamp: largest ‖δ‖, in units of ‖v0‖.
         kl_prompt: template that the loss's KL term is read on, at the edited token itself; None
@@ -86,7 +96,7 @@ class ValueSettings:
     at: Literal["mlp", "block", "attention+mlp"] = "mlp"
     loss_layer: int | None = None
     steps: int = 20
-    steps_for: Literal["prompt", "value"] = "prompt"
+    sharing: Literal["facts", "wordings"] = "facts"
     lr: float = 0.5
     clamp: float = 4.0
     kl_prompt: str | None = "{} is a"
@@ -150,7 +160,7 @@ def optimise_shared(
     """Return the optimised value of each request of each group; the requests of one share their δ.
 
     To the loss a group is one request: means are over the target tokens of all, and ‖v0‖ is the
-    first one's. It has the steps of all, since a δ that says more is found more slowly.
+    first one's. Keys and outputs are those in all contexts, whichever the loss is read in.
 
     Args:
         model: the model; it is not changed.
@@ -173,16 +183,16 @@ def optimise_shared(
             "Use a method that lists this architecture (`errata methods`)."
         )
     token, kl_prompt = settings.fact_token, settings.kl_prompt
-    rows = [
-        together(
-            [
-                # The KL prompt once: it is about their one subject.
-                rows_of(model, request, contexts, token, None if index else kl_prompt)
-                for index, request in enumerate(group)
-            ]
-        )
-        for group in groups
-    ]
+    rows = []
+    for group in groups:
+        facts = len(group) if settings.sharing == "facts" else 1
+        reads = dealt(len(contexts), facts) * (len(group) // facts)
+        parts = [
+            # The KL prompt once: it is about their one subject.
+            rows_of(model, request, contexts, token, None if index else kl_prompt, read)
+            for index, (request, read) in enumerate(zip(group, reads, strict=True))
+        ]
+        rows.append(together(parts))
     values: dict[int, list[OptimisedValue]] = {}
     most = settings.rows or row_limit(model)
     places = _places(model, held, settings)
@@ -252,9 +262,9 @@ class _Problem:
         ]
         index, row, column, target = torch.tensor(reads).T
 
-        whole = settings.steps_for == "value"
-        prompts = torch.tensor([1 if whole else part.prompts for part in parts])
-        self.steps = settings.steps * prompts  # (N,)
+        # A δ that says several things is found more slowly.
+        times = [min(p.prompts, _TIMES) if settings.sharing == "facts" else 1 for p in parts]
+        self.steps = settings.steps * torch.tensor(times)  # (N,)
         self.row_owner = torch.tensor([i for i, p in enumerate(parts) for _ in p.tokens])  # (B,)
         self.held = [
             (f, int(self.columns[f]) - part.lookups[0] + token, δ)
@@ -287,6 +297,7 @@ class _Problem:
         self.share = torch.where(counts > 0, 1 / counts, counts)
         self.reference = self._log_p(self.run.reference[self.target < 0])  # at the KL positions
         self._read_out(parts, first, out)
+        self._leave_out(torch.unique(row))
 
     def _holding(self) -> AbstractContextManager[None]:
         """Add the held values while the batch runs."""
@@ -465,6 +476,12 @@ class _Problem:
             length = self.v0_norm[:, :1] / value.norm(dim=1, keepdim=True)
             delta[:, 0] = value * length - self.v0[:, 0]
         return delta
+
+    def _leave_out(self, read: Tensor) -> None:
+        """Stop running the rows that the loss is not read in, once keys are known."""
+        if len(read) < len(self.row_owner):
+            self.run = self.run.keep(read)
+            self.row_owner, self.columns = self.row_owner[read], self.columns[read]
 
     def _shed(self, active: Tensor) -> None:
         """Stop running the rows of finished requests once they are a quarter of the batch."""

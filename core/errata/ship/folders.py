@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from errata.edits.outputs import check_folder, list_files
-from errata.errors import ErrataError, StorageError, reason_of
+from errata.errors import StorageError, reason_of, turning
 from errata.model.scratch import fill_folder
 
 
@@ -22,10 +22,9 @@ def write_folder(path: Path, overwrite: bool, fill: Callable[[Path], object]) ->
         fill(folder)
         list_files(folder)
 
-    try:
+    # Those who save weights and tokenizers raise errors of their own.
+    with turning(
+        Exception, lambda error: StorageError(f"Cannot write {path}: {reason_of(error)}.")
+    ):
         fill_folder(path, listed)
-    except ErrataError:
-        raise
-    except Exception as error:  # those who save weights and tokenizers raise errors of their own
-        raise StorageError(f"Cannot write {path}: {reason_of(error)}.") from error
     return path

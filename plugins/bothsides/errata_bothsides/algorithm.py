@@ -185,7 +185,7 @@ def relation_side(
     last, near = layers[-1], contexts[:RELATION_CONTEXTS]
     questions = [relation.questions for relation in relations]
     clamp = config.relation_clamp or config.clamp
-    settings = replace(settings_of(last, config, clamp), steps_for="value")
+    settings = replace(settings_of(last, config, clamp), sharing="wordings")
     with written(model, [entity.update]):
         found = optimise_shared(model, questions, near, settings, SideObjective(config))
         kept = [

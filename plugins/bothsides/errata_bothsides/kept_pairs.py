@@ -124,7 +124,7 @@ def subjects_alike(model: Model, request: Request, seed: int) -> list[str]:
 
     [] if the model's context is too short for the example lists.
     """
-    asked = [_ALIKE.replace("{}", request.subject)] * _LISTS
+    asked = [request.filled(_ALIKE)] * _LISTS
     (row,) = tokenise(model.tokenizer, asked[:1])
     room = min(_LIST_TOKENS, (model.anatomy.context or math.inf) - len(row.ids))
     if room < 1:
@@ -212,10 +212,7 @@ def answers(
     The new object follows the prompt in every context. Other objects follow the bare prompt, the
     request's and one of another subject.
     """
-    asked = [
-        template.replace("{}", request.subject)
-        for template in in_contexts(model, request, contexts)
-    ]
+    asked = [request.filled(template) for template in in_contexts(model, request, contexts)]
     texts = [(text, request.target) for text in asked]
     for word, name in zip(objects, names_beside(request), strict=False):
         texts.append((request.text, request.joined(word)))

@@ -83,7 +83,7 @@ def case_of(model: Model, request: Request) -> Case:
     ignored = 0 if labelled else prompt.input_ids.shape[1] - len(prompt.labels)
     if all(aim.sense == "say" for aim in every):
         return Case(prompt, prompt.labels, ignored, request.target_new)
-    others = [aim.prompt.replace("{}", request.subject) for aim in every if aim not in aims]
+    others = [request.filled(aim.prompt) for aim in every if aim not in aims]
     batch = aim_batch(model, [(request.text, aim.answer) for aim in aims], aims)
     said = [aim.sense == "say" for aim in aims]
     return Case(

@@ -120,8 +120,7 @@ class Writing:
         self._model, self._config, self._module = model, config, settings.module
         self._text, self._φ = request.text, activation(settings)
         prompts = [
-            text.replace("{}", request.subject)
-            for text in in_contexts(model, request, contexts(model, config))
+            request.filled(text) for text in in_contexts(model, request, contexts(model, config))
         ]
         (batch,) = target_batches(model, [(prompt, request.target) for prompt in prompts])
         self._batch: TrainingBatch = batch

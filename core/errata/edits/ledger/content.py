@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from errata.errors import ErrataError, IntegrityError, UnknownNameError
+from errata.errors import IntegrityError, UnknownNameError, in_short, turning
 from errata.model.storage import canonical, from_bytes, to_bytes
 
 if TYPE_CHECKING:
@@ -69,14 +69,10 @@ def build(parts: Parts, kinds: Mapping[str, type[Delta]], source: str, made_by: 
     Raises `UnknownNameError` for a kind that is not installed; it says by what it was `made_by`.
     """
     check_kind(parts.kind, kinds, f"{source} was made by {made_by}: install that package.")
-    try:
+    # A kind's own code, maybe a stranger's, on data we cannot trust.
+    damaged = f"{source} is no sound {parts.kind} delta"
+    with turning(Exception, lambda error: IntegrityError(f"{damaged}: {in_short(error)}")):
         return kinds[parts.kind].from_parts(dict(parts.tensors), parts.metadata)
-    except ErrataError:
-        raise
-    except Exception as error:  # a kind's own code, maybe a stranger's, on data we cannot trust
-        raise IntegrityError(
-            f"{source} is no sound {parts.kind} delta: {type(error).__name__}: {error}"
-        ) from error
 
 
 def delta_of(edit: Edit, parts: Parts, kinds: Mapping[str, type[Delta]], source: str) -> Delta:

@@ -131,7 +131,7 @@ class Prompts:
             request, whole = window_.request, window_.number is None
             which = FACT_TOKENS[fact_token if whole else "last"]
             templates = in_contexts(model, request, contexts if whole else contexts[:1])
-            batch = encode(tokenizer, [t.replace("{}", request.subject) for t in templates])
+            batch = encode(tokenizer, [request.filled(t) for t in templates])
             rows = []
             for row, template in enumerate(templates):
                 at = subject_position(tokenizer, template, request.subject, which)

@@ -91,7 +91,7 @@ def request_batches(
     batches = []
     for begin in range(0, len(requests), batch_size):
         part = [(r, aim) for r in requests[begin : begin + batch_size] for aim in aims_of(model, r)]
-        pairs = [(aim.prompt.replace("{}", r.subject), aim.answer) for r, aim in part]
+        pairs = [(r.filled(aim.prompt), aim.answer) for r, aim in part]
         batches.append(aim_batch(model, pairs, [aim for _, aim in part], loss=loss, end=end))
     return batches
 
