@@ -40,6 +40,9 @@ def test_the_answers_before_and_after_and_those_of_others(editor: Editor, edit: 
     assert fact.changed
     assert fact.gives_target
     assert [one.role for one in others] == ["neighbour"] * 3 + ["check"]
+    assert [one["about_fact"] for one in report.as_json()["answers"]] == [
+        one not in others for one in report.answers
+    ]
     people = make_world().entities["person"]
     for one in report.of("neighbour"):
         assert one.prompt.removeprefix("The instrument of ").removesuffix(" is") in people

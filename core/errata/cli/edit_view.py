@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 MANY = 8
 """Edits that are listed, at most."""
-OWN = ("request", "paraphrase", "relation")
-"""Roles of the prompts whose answers an edit should change."""
 TEXTS = (
     " A passage seldom comes out whole: errata evaluate says how much of it does. Presets are "
     "chosen for facts; other layers (--set layers=[…]) can write more of a text "
@@ -162,7 +160,7 @@ def _said(text: str) -> str:
 
 def _mark(one: AnswerChange) -> tuple[str, str]:
     """Return what the last column says: for the fact itself whether it took, else what changed."""
-    if one.role in OWN:
+    if one.about_fact:
         if one.gives_target or one.gone:
             return ("new answer" if one.gives_target else "gone"), "good"
         style = {True: "muted", False: "warn", None: ""}[one.as_asked]

@@ -35,6 +35,8 @@ FEW = 4
 """Requests that are asked about from the relation's side, at most."""
 
 Role = Literal["request", "paraphrase", "relation", "neighbour", "check"]
+ABOUT_FACT = frozenset({"request", "paraphrase", "relation"})
+"""Roles of the prompts whose answers an edit should change."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,11 @@ class AnswerChange:
     gives_target: bool
     gone: bool = False
     as_asked: bool | None = None
+
+    @property
+    def about_fact(self) -> bool:
+        """The prompt asks for the edited fact: its answer should change, those of others not."""
+        return self.role in ABOUT_FACT
 
 
 @dataclass(frozen=True)
@@ -116,7 +123,7 @@ class EditReport:
         return {
             "ids": list(self.ids),
             "layer": None if self.layer is None else asdict(self.layer),
-            "answers": [asdict(one) for one in self.answers],
+            "answers": [{**asdict(one), "about_fact": one.about_fact} for one in self.answers],
             "protocol": self.protocol,
         }
 
@@ -308,7 +315,7 @@ def _change(model: Model, one: _AskedPrompt, before: str, after: str) -> AnswerC
 
 def _asks(one: _AskedPrompt) -> bool:
     """Say whether a request wants something of the answer."""
-    return one.role in ("request", "paraphrase", "relation") and bool(one.new or one.old)
+    return one.role in ABOUT_FACT and bool(one.new or one.old)
 
 
 # -- where the edit was made -----------------------------------------------------------------------

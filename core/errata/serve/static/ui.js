@@ -217,7 +217,7 @@ async function unfold(edit, place, button) {
   try {
     const report = await ask(`errata/edits/${edit.id}/answers`, {});
     const first = (text) => text.trim().split(/[.!?;](?=\s|$)|\n/)[0] || "(nothing)";
-    const mark = (a) => ["request", "paraphrase", "relation"].includes(a.role)
+    const mark = (a) => a.about_fact
       ? (a.gives_target ? ["new answer", "good"] : a.gone ? ["gone", "good"]
         : [a.changed ? "changed" : "as before", a.as_asked ? "prompt" : "warn"])
       : (a.gives_target ? ["! new answer", "bad"] : a.changed ? ["! changed", "warn"] : ["as before", "prompt"]);
