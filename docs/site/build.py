@@ -10,7 +10,7 @@ from __future__ import annotations
 import posixpath
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,13 +113,7 @@ def generated() -> dict[str, str]:
 
 def _from_root(text: str) -> str:
     """Return a page of the root with links as they are seen from docs."""
-
-    def moved(match: re.Match[str]) -> str:
-        target = match[2]
-        target = target.removeprefix("docs/") if target.startswith("docs/") else f"../{target}"
-        return f"[{match[1]}]({target}{match[3] or ''})"
-
-    return LINK.sub(moved, text)
+    return _relinked(text, lambda target: posixpath.relpath(target, "docs"))
 
 
 def methods_index() -> str:
@@ -204,12 +198,18 @@ def measured(name: str) -> Iterator[str]:
 
 def _beside_results(rows: str, page: str) -> str:
     """Return rows of a page of results with links as they are seen from a method's page."""
+    return _relinked(
+        rows.replace("](#", f"]({page}#"), lambda target: posixpath.normpath(f"../results/{target}")
+    )
 
-    def moved(match: re.Match[str]) -> str:
-        target = match[1] if not match[1].startswith("#") else f"{page}{match[1]}"
-        return f"]({posixpath.normpath(f'../results/{target}')})"
 
-    return re.sub(r"\]\((?!https?:)([^)\s]+)\)", moved, rows)
+def _relinked(text: str, moved: Callable[[str], str]) -> str:
+    """Return Markdown whose links to other files go where `moved` says; what follows # stays."""
+    return re.sub(
+        r"\]\((?!https?:)([^)\s#]+)(#[^)\s]*)?\)",
+        lambda match: f"]({moved(match[1])}{match[2] or ''})",
+        text,
+    )
 
 
 def _table(block: str) -> tuple[list[str], list[str]] | None:
