@@ -439,7 +439,8 @@ def test_networks_are_trained_and_edit_where_the_model_is(
         for name, tensor in other.items():
             assert isinstance(tensor, Away) is (parts == ("",))  # where the network is
             found = tensor.held if isinstance(tensor, Away) else tensor
-            torch.testing.assert_close(found, one[name], rtol=1e-3, atol=1e-5)
+            # As a whole: Adam makes single entries of what hardly matters differ in their last bits.
+            assert (found - one[name]).norm() <= 1e-4 * one[name].norm()
 
 
 @pytest.mark.parametrize("method", ["mend", "ke"])

@@ -23,7 +23,8 @@ from errata.bench.work_units import WorkUnit, place_of_batch, place_of_case, pla
 from errata.contract import plugins
 from errata.contract.capabilities import check_capabilities, check_prompts
 from errata.editor import Editor
-from errata.edits.aims import score_aims, unmet
+from errata.edits.aim_scores import score_aims
+from errata.edits.aims import unmet
 from errata.edits.erasures import naming_what_goes
 from errata.edits.rendering import rendered
 from errata.errors import IntegrityError, RequestError

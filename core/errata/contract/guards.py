@@ -13,7 +13,8 @@ import torch
 from pydantic import ConfigDict, Field, ValidationError
 
 from errata.contract.registry import warn_once
-from errata.edits.aims import GONE, score_aims, unmet
+from errata.edits.aim_scores import score_aims
+from errata.edits.aims import GONE, unmet
 from errata.edits.delta.attaching import calling
 from errata.edits.outcome import Efficacy, Outcome, RelativeNorm, TextPerplexity
 from errata.errors import ConfigError, EditRefused, UnknownNameError

@@ -17,12 +17,9 @@ from collections.abc import Iterable, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from errata.model.scoring import score_targets
-
 if TYPE_CHECKING:
     from errata.edits.request import Request
     from errata.model.answers import TargetScore
-    from errata.model.model import Model
 
 Sense = Literal["say", "unsay", "rival"]
 
@@ -66,20 +63,6 @@ def aims_of_request(request: Request) -> tuple[Aim, ...]:
 def says_something(request: Request) -> bool:
     """Say whether a request puts an answer anywhere, rather than only taking one away."""
     return any(aim.sense == "say" for aim in aims_of_request(request))
-
-
-def score_aims(
-    model: Model, requests: Sequence[Request]
-) -> list[tuple[list[Aim], list[TargetScore]]]:
-    """Return each request's aims that name an answer, and how probable the model finds these."""
-    asked = [[aim for aim in aims_of_request(request) if aim.answer] for request in requests]
-    pairs = [
-        (request.filled(aim.prompt), aim.answer)
-        for request, aims in zip(requests, asked, strict=True)
-        for aim in aims
-    ]
-    scores = iter(score_targets(model, [prompt for prompt, _ in pairs], [a for _, a in pairs]))
-    return [(aims, [next(scores) for _ in aims]) for aims in asked]
 
 
 def unmet(

@@ -41,6 +41,7 @@ from errata.kit.value_rows import (
     RequestRows,
     chunks,
     dealt,
+    row_limit,
     rows_of,
     together,
 )
@@ -61,8 +62,6 @@ logger = logging.getLogger("errata")
 Held = Sequence[tuple["Request", "Tensor"]]
 """Values δ (d,) that are held in place: each at the edited token of its own request."""
 
-# On a CPU three requests at a time are faster than ten: what they work on stays in the cache.
-_ROWS_CPU, _ROWS_ACCELERATOR = 72, 768
 # Steps of facts that share a δ, in those of one, at most.
 _TIMES = 4
 # Positions that may run for nothing: on a CPU another pass costs as much as some twenty to sixty.
@@ -202,11 +201,6 @@ def optimise_shared(
         found = _Problem(model, parts, settings, objective, kept).solve()
         values.update(zip(chunk, found, strict=True))
     return [values[index] for index in range(len(groups))]
-
-
-def row_limit(model: Model) -> int:
-    """Return how many rows (requests times contexts) suit the model's device at a time."""
-    return _ROWS_CPU if model.device.type == "cpu" else _ROWS_ACCELERATOR
 
 
 def _places(

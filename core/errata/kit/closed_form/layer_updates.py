@@ -21,8 +21,7 @@ import torch
 from errata.kit.closed_form.matrices import Columns, Product
 from errata.kit.closed_form.windows import windows_of
 from errata.kit.contexts import in_contexts
-from errata.kit.value_rows import FACT_TOKENS, FactToken
-from errata.kit.values import row_limit
+from errata.kit.value_rows import FACT_TOKENS, FactToken, row_limit
 from errata.model.forward import at_columns, inputs_of, laid_out, trace
 from errata.model.tokens import encode, subject_position
 
