@@ -439,7 +439,7 @@ def test_networks_are_trained_and_edit_where_the_model_is(
         for name, tensor in other.items():
             assert isinstance(tensor, Away) is (parts == ("",))  # where the network is
             found = tensor.held if isinstance(tensor, Away) else tensor
-            # As a whole: Adam makes single entries of what hardly matters differ in their last bits.
+            # As a whole: single entries that hardly matter differ by what Adam makes of rounding.
             assert (found - one[name]).norm() <= 1e-4 * one[name].norm()
 
 
