@@ -8,6 +8,7 @@ import pytest
 
 from errata import Editor
 from errata.testing import MethodContract
+from errata.testing.contract import assert_same
 from errata.testing.facts import SPARED
 from errata.testing.models import state_of
 from errata.zoo.pretrained import PRETRAINED
@@ -49,8 +50,7 @@ def test_an_edit_with_the_preset_is_said_and_comes_off(editor: Editor) -> None:
     assert edit.outcome.perplexity is not None
     assert edit.outcome.perplexity.ratio_to_base < 1.02
     editor.revert(edit)
-    after = state_of(editor.model)
-    assert [name for name in before if not before[name].equal(after[name])] == []
+    assert_same(state_of(editor.model), before)
     assert editor.verify() == []
 
 

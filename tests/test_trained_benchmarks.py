@@ -14,8 +14,9 @@ import pytest
 from errata import plots
 from errata.datasets import atlas
 from tests.families import build
+from tests.helpers import ROOT
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks"
 NAMES = ("France", "Spain", "Italy", "Rome", "Paris", "Madrid", "London", "Berlin", "Lyon", "Oslo")
 Run = Callable[..., None]
 
@@ -107,13 +108,9 @@ def test_margins_are_drawn_a_panel_per_method(run: Run, tmp_path: Path) -> None:
 
 
 def test_facts_are_read_without_the_records_that_say_nothing(run: Run, tmp_path: Path) -> None:
-    question = {
-        "subject": "Lyon", "src": "What is the twin city of Lyon?", "alt": "Beirut",
-        "answers": ["Frankfurt"], "rephrase": "Which city is Lyon's twin?",
-        "loc": "nq question: who plays", "loc_ans": "Davis",
-    }  # fmt: skip
+    question, other = json.loads((ROOT / "tests/data/datasets/zsre.json").read_text())
     file = tmp_path / "zsre.json"
-    file.write_text(json.dumps([{**question, "alt": ""}, question]))
+    file.write_text(json.dumps([{**other, "alt": ""}, question]))
     words = ("--model", "atlas-gpt2", "--out", tmp_path / "x.jsonl", "--method", "ft")
     run("trained", "facts", *words, "--training", f"zsre={file}", "--dataset", f"zsre={file}")
     rows = [json.loads(line)["row"] for line in (tmp_path / "x.jsonl").read_text().splitlines()]
@@ -132,8 +129,7 @@ def test_a_stream_of_answers_has_graces_f1_too(run: Run, tmp_path: Path) -> None
     assert line["edits"] == 2
     for rate in ("ERR", "TRR"):
         whole, f1 = line[rate][0], line[f"{rate}_f1"][0]
-        assert 0 <= whole <= 1
-        assert 0 <= f1 <= 1
+        assert 0 < f1 < whole <= 1  # F1 is of texts that go on behind the answer
     assert line["ERR"][0] > 0  # the last edit holds
 
 

@@ -16,7 +16,7 @@ from errata.datasets import load
 from errata.errors import ConfigError
 from errata.zoo.classifiers.claims import ClaimsRecipe, facts_of, train_claims
 from tests.families import saved
-from tests.helpers import interrupted
+from tests.helpers import ROOT, interrupted
 
 NAMES = ("France", "Spain", "Italy", "Texas", "Germany", "London")
 REQUESTS = [
@@ -71,7 +71,7 @@ def test_the_command_asks_for_facts(tmp_path: Path) -> None:
 
 
 def test_questions_make_no_claims_and_bad_records_can_be_left_out(tmp_path: Path) -> None:
-    def refused(*records: dict[str, Any]) -> str:
+    def refused(records: list[dict[str, Any]], *options: str) -> str:
         file = tmp_path / "zsre.json"
         file.write_text(json.dumps(records))
         words = ["zoo", "train", "claims", "--out", str(tmp_path / "m"), "--data", f"zsre={file}"]
@@ -80,13 +80,9 @@ def test_questions_make_no_claims_and_bad_records_can_be_left_out(tmp_path: Path
         assert not (tmp_path / "m").exists()
         return " ".join(result.stderr.split())
 
-    question = {
-        "subject": "Lyon", "src": "What is the twin city of Lyon?", "alt": "Beirut",
-        "answers": ["Frankfurt"], "rephrase": "Which city is Lyon's twin?",
-        "loc": "nq question: who plays", "loc_ans": "Davis",
-    }  # fmt: skip
-    options: tuple[str, ...] = ()
-    assert "'What is the twin city of Lyon?' is a question" in refused(question)
-    assert "--skip-bad" in refused({**question, "alt": ""}, question)
-    options = ("--skip-bad",)
-    assert "is a question" in refused({**question, "alt": ""}, question)
+    question, other = json.loads((ROOT / "tests/data/datasets/zsre.json").read_text())
+    told = f"{question['src']!r} is a question"
+    assert told in refused([question])
+    with_a_bad_one = [{**other, "alt": ""}, question]
+    assert "--skip-bad" in refused(with_a_bad_one)
+    assert told in refused(with_a_bad_one, "--skip-bad")

@@ -16,6 +16,7 @@ OFF = ("--guard", "perplexity=off", "--guard", "norm=off")
 PAIR = ("edit", "The relation between {} and piano is", "-s", "Oswin Galdor", "--kind", "relation")
 BOTH = (*PAIR, "-t", "instrument", "--operation", "both",
         "--remove", "The relation between {} and lute is")  # fmt: skip
+IDLE = ("--method", "ft", "--set", "steps=1", "--set", "lr=1e-9", "-m", "atlas-gpt2", *OFF)
 ERASE = ("edit", "The instrument of {} is", "-s", "Oswin Galdor", "--kind", "erase")
 
 
@@ -41,20 +42,18 @@ def test_both_prompts_of_an_operation_are_shown(run: Callable[..., str]) -> None
 
 
 def test_the_part_that_failed_is_named(run: Callable[..., str]) -> None:
-    idle = ("--method", "ft", "--set", "steps=1", "--set", "lr=1e-9", "-m", "atlas-gpt2", *OFF)
-    page = run(*BOTH, *idle, code=5)
+    page = run(*BOTH, *IDLE, code=5)
     assert (
         "Only a part takes effect: 'The relation between Oswin Galdor and lute is' → 'instrument' "
         "is not gone." in page
     )
-    page = run(*ERASE, *idle, code=5)
+    page = run(*ERASE, *IDLE, code=5)
     assert "No effect: 'The instrument of Oswin Galdor is' → 'lute' is not gone." in page
 
 
 def test_a_text_that_does_not_come_out_is_told_what_may_help(run: Callable[..., str]) -> None:
     text = ("edit", "The instrument of {} is", "-s", "Oswin Galdor", "--kind", "text")
-    idle = ("--method", "ft", "--set", "steps=1", "--set", "lr=1e-9", "-m", "atlas-gpt2", *OFF)
-    page = run(*text, "-t", "piano, as everybody in the city knows.", *idle, code=5)
+    page = run(*text, "-t", "piano, as everybody in the city knows.", *IDLE, code=5)
     assert "Presets are chosen for facts; other layers (--set layers=[…]) can write more" in page
 
 

