@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from presets import known_facts
+from row_files import append_row
 
 from errata import Editor
 from errata.edits.factors import changes
@@ -68,8 +69,7 @@ def main() -> None:
                 "neighbours_same": sum(a == b for a, b in zip(after, before, strict=True))
                 / len(near),
             }  # fmt: skip
-            with options.out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            append_row(options.out, row)
             print(json.dumps(row), flush=True)
 
 

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from row_files import append_row, rows_in
 
 from errata import Editor, Request
 from errata.datasets import load
@@ -65,8 +66,8 @@ def main() -> None:
     torch.set_num_threads(1)
     editor = Editor(options.model, guards=QUIET)
     cases, pool = known_cases(editor, options)
-    rows = options.out.read_text().splitlines() if options.out.is_file() else []
-    done = {(r["model"], r["setting"], r["case"]) for r in map(json.loads, rows)}
+    rows = rows_in(options.out)
+    done = {(r["model"], r["setting"], r["case"]) for r in rows}
     if options.batch:
         for setting in options.setting:
             Batch(editor, cases, pool, setting, options, done).run()
@@ -83,8 +84,7 @@ def main() -> None:
 def write(options: argparse.Namespace, setting: str, case: Request, row: dict[str, Any]) -> None:
     """Append the numbers of a case to the file, and show them."""
     line = {"model": options.model, "setting": setting, "case": case.case_id, **row}
-    with options.out.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    append_row(options.out, line)
     shown = {k: round(v, 3) for k, v in row.items() if isinstance(v, float)}
     print(setting, case.text, "->", case.target_new, shown, flush=True)
 

@@ -23,6 +23,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from row_files import append_row, rows_in
 
 from errata import Editor, Request
 from errata.datasets import load
@@ -49,18 +50,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("many_facts.jsonl"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = options.out.read_text().splitlines() if options.out.is_file() else []
-    done = {json.dumps(json.loads(row)["asked"]) for row in rows}
+    done = [row["asked"] for row in rows_in(options.out)]
     facts = facts_of(options.data, options.subjects, options.facts)
     others = load("known_1000", path=options.known, limit=options.others).requests()
     for setting in options.setting:
         asked = [options.model, setting, options.subjects, options.facts, options.call]
-        if json.dumps(asked) in done:
+        if asked in done:
             continue
         editor = Editor(options.model, guards=QUIET)
         row = {"asked": asked, **measure(editor, setting, facts, others, options.call)}
-        with options.out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_row(options.out, row)
         print(json.dumps(row, indent=1), flush=True)
 
 
@@ -89,13 +88,11 @@ def measure(
     firsts, edits = [], []
     start = time.process_time()
     for k in range(0, len(facts), call):
-        requests = [request for one in facts[k : k + call] for request in one]
+        some = facts[k : k + call]
+        requests = [request for one in some for request in one]
         made = editor.edit(requests, method=method, config=config)
         edits += made
-        places = [
-            i for i, r in enumerate(requests) if not i or r.subject != requests[i - 1].subject
-        ]
-        firsts += [made[i] for i in places]
+        firsts += [made[sum(map(len, some[:i]))] for i in range(len(some))]
         print(f"{len(edits)} edits, {time.process_time() - start:.0f} s", flush=True)
     seconds = (time.process_time() - start) / len(edits)
     every = [request for one in facts for request in one]

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from row_files import append_row
 
 from errata import Editor, Request
 from errata.datasets import load
@@ -101,8 +102,7 @@ def main() -> None:
             if editor.model.stack.ids:
                 editor.model.stack.set([])
             row = {"method": method, "n": n, **found}
-            with results.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            append_row(results, row)
             print({k: v for k, v in row.items() if not isinstance(v, list)}, flush=True)
 
 

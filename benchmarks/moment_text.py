@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from memories import GUARDS, known, mean, measured, said  # benchmarks/memories.py
+from row_files import append_row, rows_in
 
 from errata import Editor
 from errata.bench.run_spec import read_corpus
@@ -54,8 +55,7 @@ def main() -> None:
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
     results, ledger = options.out / "moments.jsonl", options.out / "ledger"
-    lines = results.read_text().splitlines() if results.is_file() else []
-    done = {(row["text"], row["tokens"]) for row in map(json.loads, lines)}
+    done = {(row["text"], row["tokens"]) for row in rows_in(results)}
     with Editor(options.model, guards=GUARDS) as plain:
         facts, texts = known(plain, options), canary_texts(8)
         base, usual = [said(plain, fact) for fact in facts], perplexity(plain.model, texts)
@@ -75,8 +75,7 @@ def main() -> None:
                 **mean([measured(editor, *each) for each in zip(facts, base, strict=True)]),
                 "perplexity": perplexity(editor.model, texts) / usual,
             }  # fmt: skip
-        with results.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_row(results, row)
         print(json.dumps(row), flush=True)
 
 

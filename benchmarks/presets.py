@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from row_files import append_row
 
 from errata import Editor, Request
 from errata.datasets import load
@@ -114,8 +115,7 @@ def row_of(
 
 def keep(row: dict[str, Any], out: Path) -> None:
     """Append a row to the file, and show it."""
-    with out.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    append_row(out, row)
     print(line_of(row), flush=True)
 
 

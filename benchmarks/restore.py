@@ -15,7 +15,6 @@ Facts are those whose true answer the base gives first, greedily. A line of JSON
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 from presets import known_facts
+from row_files import append_row, rows_in
 
 from errata import Editor, Request
 from errata.model.next_token import next_logits
@@ -46,8 +46,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
 
-    written = options.out.read_text().splitlines() if options.out.is_file() else []
-    rows = [json.loads(line) for line in written]
+    rows = rows_in(options.out)
     done = {(row["model"], row["method"], row["prompt"]) for row in rows}
     editor = Editor(options.model, guards={"norm": "off", "perplexity": "off", "efficacy": "off"})
     facts, _ = known_facts(editor, options)
@@ -58,8 +57,7 @@ def main() -> None:
             row = {"model": options.model, "method": method, "prompt": fact.text}
             row.update(measured(editor, method, fact))
             rows.append(row)
-            with options.out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            append_row(options.out, row)
         print(line_of(method, [row for row in rows if row["method"] == method]), flush=True)
     if options.figure is not None:
         figure(rows, options.figure)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from row_files import append_row, rows_in
 
 from errata import Editor, Request
 from errata.datasets import load
@@ -47,8 +48,8 @@ def main() -> None:
         table(options.out)
         return
     torch.set_num_threads(1)
-    rows = options.out.read_text().splitlines() if options.out.is_file() else []
-    done = {(r["model"], r["setting"], r["subject"]) for r in map(json.loads, rows)}
+    rows = rows_in(options.out)
+    done = {(r["model"], r["setting"], r["subject"]) for r in rows}
     editor = Editor(options.model, guards=QUIET)
     for first, second in pairs(options.data)[options.skip : options.skip + options.n]:
         for setting in options.setting:
@@ -56,8 +57,7 @@ def main() -> None:
                 continue
             row = {"model": options.model, "setting": setting, "subject": first.subject,
                    **measure(editor, setting, first, second)}  # fmt: skip
-            with options.out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            append_row(options.out, row)
             print(row, flush=True)
 
 

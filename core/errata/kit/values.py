@@ -291,7 +291,9 @@ class _Problem:
         self.share = torch.where(counts > 0, 1 / counts, counts)
         self.reference = self._log_p(self.run.reference[self.target < 0])  # at the KL positions
         self._read_out(parts, first, out)
-        self._leave_out(torch.unique(row))
+        read = torch.unique(row)  # rows that no loss reads are there for their keys
+        if len(read) < len(self.row_owner):
+            self._keep(read)
 
     def _holding(self) -> AbstractContextManager[None]:
         """Add the held values while the batch runs."""
@@ -471,11 +473,10 @@ class _Problem:
             delta[:, 0] = value * length - self.v0[:, 0]
         return delta
 
-    def _leave_out(self, read: Tensor) -> None:
-        """Stop running the rows that the loss is not read in, once keys are known."""
-        if len(read) < len(self.row_owner):
-            self.run = self.run.keep(read)
-            self.row_owner, self.columns = self.row_owner[read], self.columns[read]
+    def _keep(self, rows: Tensor) -> None:
+        """Run these rows alone, (n,) indices."""
+        self.run = self.run.keep(rows)
+        self.row_owner, self.columns = self.row_owner[rows], self.columns[rows]
 
     def _shed(self, active: Tensor) -> None:
         """Stop running the rows of finished requests once they are a quarter of the batch."""
@@ -483,8 +484,7 @@ class _Problem:
         if self.held or int(held.sum()) > 0.75 * len(held):
             return
         reads = active.to(self.owner.device)[self.owner]
-        self.run = self.run.keep(held.nonzero().flatten())
-        self.row_owner, self.columns = self.row_owner[held], self.columns[held]
+        self._keep(held.nonzero().flatten())
         self.reference = self.reference[reads[self.target < 0]]
         self.owner, self.target = self.owner[reads], self.target[reads]
         self.row = self.row[reads]
