@@ -35,11 +35,12 @@ from typing import Any, NamedTuple
 import torch
 
 from errata import Editor, Request
-from errata.edits.delta import CodebookDelta, Delta, Factor, KeyValueDelta, KeyValues, LowRankDelta
+from errata.edits.delta import Delta, Factor, KeyValueDelta, KeyValues, LowRankDelta
 from errata.edits.edit import Edit
 from errata.kit.metric import Whitening
 from errata.kit.second_moments import second_moments
 from errata.model.model import Model
+from errata_grace.delta import CodebookDelta
 
 METHODS = {"codebook": "grace", "key_value": "memit", "low_rank": "rome"}
 MODEL = "atlas-gpt2"

@@ -121,9 +121,9 @@ def test_a_wrong_command_line_is_json_where_json_was_asked_for(
 
 
 def test_an_edit_that_cannot_leave_as_asked_is_named(tmp_path: Path) -> None:
-    from errata.edits.delta import CodebookDelta
     from errata.edits.delta_kinds import DeltaKinds
     from errata.edits.ledger import Ledger
+    from errata_grace.delta import CodebookDelta
     from tests.core.ledger_helpers import commit, small_edit
 
     entry = CodebookDelta("h.0", torch.rand(3), None, torch.tensor([4]))

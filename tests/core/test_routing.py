@@ -14,8 +14,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from errata.edits.delta.codebook import CodebookDelta
-from errata.edits.delta.codebook_entry import CodebookSettings
 from errata.edits.stack import Stack
 from errata.errors import ConfigError
 from errata.model import Model
@@ -26,6 +24,8 @@ from errata.model.routing import Arrivals, Positions, Router, Visit
 from errata.model.scoring import score_targets
 from errata.model.structure import Structure
 from errata.testing import edit_with
+from errata_grace.delta import CodebookDelta
+from errata_grace.entry import CodebookSettings
 from tests.families import architectures, build
 from tests.helpers import ROOT
 

@@ -17,8 +17,6 @@ from transformers import GPT2LMHeadModel
 from errata import Editor
 from errata.contract.purity import Snapshot
 from errata.datasets import atlas
-from errata.edits.delta.codebook import CodebookDelta
-from errata.edits.delta.codebook_router import Codebooks
 from errata.edits.request import Request
 from errata.edits.stack import Stack
 from errata.errors import ConfigError, MissingExtraError, RequestError
@@ -33,6 +31,8 @@ from errata.testing import edit_with
 from errata_grace import Grace, GraceConfig
 from errata_grace import algorithm as grace
 from errata_grace.cases import Case, case_of
+from errata_grace.delta import CodebookDelta
+from errata_grace.router import Codebooks
 from tests.families import CLASSIFIERS, architectures, build_model, take_off
 from tests.helpers import GOLDEN
 

@@ -6,9 +6,9 @@ which was trained so that the model then gives the wanted target:
 
     h_out = v_i  if  d(h_in, k_i) ≤ ε_i  with  i = argmin_j d(h_in, k_j),  else  W h_in + b
 
-How keys and radii come about is in `errata.edits.delta.codebook_replay`, how a hit acts on a batch
-in `errata.edits.delta.codebook_router`, in generation and in an encoder in `errata.model.routing`;
-`algorithm.py` trains values.
+`algorithm.py` trains values. How keys and radii come about is in `codebook.py`, what an edit
+stores in `entry.py` and `delta.py`, how a hit acts on a batch in `router.py`, in generation and in
+an encoder in `errata.model.routing`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from errata.contract.hooks import hookimpl
 from errata_grace.config import GraceConfig
 
 if TYPE_CHECKING:
-    from errata.edits.delta.codebook import CodebookDelta
     from errata.edits.request import Request
     from errata.model import Model
+    from errata_grace.delta import CodebookDelta
 
 __all__ = ["Grace", "GraceConfig"]
 

@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
-from errata.edits.delta.codebook import CodebookDelta
-from errata.edits.delta.codebook_entry import CodebookEntry, CodebookSettings
-from errata.edits.delta.codebook_replay import import_faiss
-from errata.edits.delta.codebook_router import CodebookRouter, Codebooks
 from errata.errors import ConfigError, EditFailed
 from errata.kit.loss_scale import loss_scale
 from errata.kit.placement import key_column, key_state, placed_module
 from errata.model.forward import Resumed, frozen
 from errata.model.running import run
 from errata_grace.cases import Case, case_of
+from errata_grace.codebook import import_faiss
+from errata_grace.delta import CodebookDelta
+from errata_grace.entry import CodebookEntry, CodebookSettings
+from errata_grace.router import CodebookRouter, Codebooks
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,7 +16,6 @@ from torch import Tensor
 from errata import MethodConfig, hookimpl
 from errata.edits.delta import (
     AdapterDelta,
-    CodebookDelta,
     Delta,
     DenseDelta,
     Factor,
@@ -26,11 +25,12 @@ from errata.edits.delta import (
     Rows,
     SparseRowsDelta,
 )
-from errata.edits.delta.codebook_entry import CodebookSettings
 from errata.model.answers import Generated, TargetScore
 from errata.model.joining import bare
 from errata.model.model_answers import ModelAnswers
 from errata.model.running import class_index
+from errata_grace.delta import CodebookDelta
+from errata_grace.entry import CodebookSettings
 
 
 class ToyConfig(MethodConfig):

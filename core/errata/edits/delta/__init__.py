@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from errata.edits.delta.adapter import AdapterDelta
     from errata.edits.delta.base import Delta, Undo
-    from errata.edits.delta.codebook import CodebookDelta
     from errata.edits.delta.dense import DenseDelta
     from errata.edits.delta.key_value import KeyValueDelta
     from errata.edits.delta.key_values import KeyValues
@@ -19,17 +18,16 @@ if TYPE_CHECKING:
 
 # PEP 562: an edit loads the kinds that it needs, not all of them.
 _LAZY = {
-    "AdapterDelta": "adapter", "CodebookDelta": "codebook", "Delta": "base", "DenseDelta": "dense",
-    "Factor": "low_rank", "KeyValueDelta": "key_value", "KeyValues": "key_values",
-    "LowRankDelta": "low_rank", "Neurons": "neurons", "NeuronsDelta": "neurons",
-    "PromptDelta": "prompt", "PromptSettings": "prompt", "Rows": "sparse_rows",
-    "SparseRowsDelta": "sparse_rows", "Undo": "base",
+    "AdapterDelta": "adapter", "Delta": "base", "DenseDelta": "dense", "Factor": "low_rank",
+    "KeyValueDelta": "key_value", "KeyValues": "key_values", "LowRankDelta": "low_rank",
+    "Neurons": "neurons", "NeuronsDelta": "neurons", "PromptDelta": "prompt",
+    "PromptSettings": "prompt", "Rows": "sparse_rows", "SparseRowsDelta": "sparse_rows",
+    "Undo": "base",
 }  # fmt: skip
 
 __all__ = [
-    "AdapterDelta", "CodebookDelta", "Delta", "DenseDelta", "Factor", "KeyValueDelta", "KeyValues",
-    "LowRankDelta", "Neurons", "NeuronsDelta", "PromptDelta", "PromptSettings", "Rows",
-    "SparseRowsDelta", "Undo",
+    "AdapterDelta", "Delta", "DenseDelta", "Factor", "KeyValueDelta", "KeyValues", "LowRankDelta",
+    "Neurons", "NeuronsDelta", "PromptDelta", "PromptSettings", "Rows", "SparseRowsDelta", "Undo",
 ]  # fmt: skip
 
 

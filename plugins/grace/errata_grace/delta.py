@@ -1,9 +1,7 @@
-"""Codebook deltas: one entry of the operation log of a memory beside one module.
+"""Codebook deltas: one entry of the operation log of a codebook beside one module.
 
-GRACE and other memories keep keys and values beside a layer: where a prompt's hidden state lies
-within the radius of a stored key, the layer's output is replaced by the stored value. A delta
-holds what one edit contributed; the codebook itself is always replayed from the active deltas
-(`errata.edits.delta.codebook_replay`), so radii that an edit grew or halved come back when it goes.
+A delta holds what one edit contributed. The codebook itself is always replayed from the active
+deltas (`errata_grace.codebook`), so radii that an edit grew or halved come back when it goes.
 """
 
 from __future__ import annotations
@@ -14,9 +12,9 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from errata.edits.delta.base import Delta, Undo, require
-from errata.edits.delta.codebook_entry import CodebookEntry, CodebookSettings
-from errata.edits.delta.codebook_router import Codebooks
 from errata.errors import IntegrityError
+from errata_grace.entry import CodebookEntry, CodebookSettings
+from errata_grace.router import Codebooks
 
 if TYPE_CHECKING:
     from torch import Tensor

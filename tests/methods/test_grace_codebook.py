@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from errata.edits.delta import codebook_replay
-from errata.edits.delta.codebook import CodebookDelta
-from errata.edits.delta.codebook_entry import CodebookSettings
-from errata.edits.delta.codebook_replay import Codebook, Entries
 from errata.errors import IntegrityError, MissingExtraError
+from errata_grace import codebook as replayed
+from errata_grace.codebook import Codebook, Entries
+from errata_grace.delta import CodebookDelta
+from errata_grace.entry import CodebookSettings
 
 MODULE = "m"
 
@@ -290,7 +290,7 @@ def test_without_faiss_every_key_is_compared_and_it_is_said(
     def missing() -> None:
         raise MissingExtraError("An approximate codebook index", "faiss-cpu", "faiss")
 
-    monkeypatch.setattr(codebook_replay, "import_faiss", missing)
+    monkeypatch.setattr(replayed, "import_faiss", missing)
     for index in ("auto", "faiss"):
         caplog.clear()
         book, exact = crowd(index), crowd("exact")

@@ -36,7 +36,7 @@ from errata.errors import MissingExtraError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from errata.edits.delta.codebook_entry import BookName, CodebookEntry
+    from errata_grace.entry import BookName, CodebookEntry
 
 logger = logging.getLogger("errata")
 

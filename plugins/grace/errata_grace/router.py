@@ -11,15 +11,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from errata.edits.delta.codebook_replay import Codebook, Entries
 from errata.model.routed_state import RoutedState
 from errata.model.routing import Arrivals, Positions, Router, Visit, rounding
+from errata_grace.codebook import Codebook, Entries
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from errata.edits.delta.codebook_entry import BookName, CodebookEntry, Replacement
     from errata.model.model import Model
+    from errata_grace.entry import BookName, CodebookEntry, Replacement
 
 Hits = dict["BookName", int]
 """What is decided about a row: the codebooks that it hits, and the row of each that it gets."""

@@ -10,9 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from errata.edits.delta.codebook import CodebookDelta
-from errata.edits.delta.codebook_entry import CodebookSettings
-from errata.edits.delta.codebook_router import Codebooks
 from errata.edits.edit import Edit
 from errata.edits.stack import Stack
 from errata.errors import ConfigError, IntegrityError
@@ -20,6 +17,9 @@ from errata.model import Model
 from errata.model.anatomy import Anatomy
 from errata.model.forward import trace
 from errata.testing import edit_with
+from errata_grace.delta import CodebookDelta
+from errata_grace.entry import CodebookSettings
+from errata_grace.router import Codebooks
 from tests.families import architectures, build, put_on, sampled, take_off
 
 MODULES = {
