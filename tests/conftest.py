@@ -108,6 +108,20 @@ def toys(monkeypatch: pytest.MonkeyPatch) -> None:
         del sys.modules[name]
 
 
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the installed methods that benchmark runs are tried with."""
+    from tests.bench.bench_helpers import install
+
+    return install(tmp_path_factory.mktemp("site"))
+
+
+@pytest.fixture
+def installed(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have these methods found."""
+    monkeypatch.syspath_prepend(site)
+
+
 @pytest.fixture(autouse=True)
 def own_cache(
     request: pytest.FixtureRequest,

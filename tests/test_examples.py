@@ -21,7 +21,7 @@ from errata.datasets import atlas
 from errata.zoo import MODELS
 from errata.zoo.atlas.world import make_world
 from errata.zoo.pretrained import PRETRAINED
-from tests.core.report_runs import simulated
+from tests.bench.report_runs import simulated
 from tests.helpers import ROOT
 
 DATA = ROOT / "tests" / "data"
@@ -179,11 +179,11 @@ def arrange(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
         if words[0] == "report" and word.startswith("runs/") and not Path(word).exists():
             words[place] = f"other-{word}"
     if words[0] == "check" and {"edited", "adapter"} & {word.rstrip("/") for word in words}:
-        pytest.skip("it needs a merged model or an adapter: tests/core/test_check.py makes them")
+        pytest.skip("it needs a merged model or an adapter: tests/check/test_check.py makes them")
     if "base.gguf" in words:
-        pytest.skip("it needs a GGUF file: tests/core/test_gguf_export.py makes one")
+        pytest.skip("it needs a GGUF file: tests/ship/test_gguf_export.py makes one")
     if words[0] in ("push", "pull"):
-        pytest.skip("it asks the hub: tests/core/test_hub.py has a stand-in")
+        pytest.skip("it asks the hub: tests/ship/test_hub.py has a stand-in")
     if words[0] in ("serve", "ui"):  # a server that would not end by itself
         pytest.importorskip("uvicorn", reason="the extra 'serve' is not installed")
         monkeypatch.setattr("uvicorn.Server.run", lambda self, sockets=None: None)
