@@ -42,6 +42,7 @@ from rome import plain_rome
 from torch import Tensor
 
 from errata import Editor, Request
+from errata.common.scratch import default_directory
 from errata.contract.registry import Registry
 from errata.kit.closed_form.config import ClosedFormConfig
 from errata.kit.closed_form.layer_updates import grouped
@@ -52,7 +53,6 @@ from errata.kit.closed_form.statistics import (
     second_moment_weights,
 )
 from errata.model import Model
-from errata.model.scratch import default_directory
 from errata.model.tokens import encode, subject_position
 from errata.zoo.pretrained import PRETRAINED
 from errata_memit.config import MemitConfig

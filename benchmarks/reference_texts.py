@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 from errata import Editor
+from errata.common.storage import write_bytes
 from errata.datasets.counterfact import original
 from errata.datasets.source import open_source
 from errata.evaluate.sampled import sampled_texts
-from errata.model.storage import write_bytes
 
 
 def main() -> None:

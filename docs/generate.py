@@ -16,10 +16,10 @@ from pydantic_core import PydanticUndefined
 
 import errata
 from errata import errors
+from errata.common.display import ResultTable
 from errata.edits.edit import LogEntry
 from errata.edits.outcome import Outcome
 from errata.edits.request import RelationView
-from errata.model.display import ResultTable
 
 PAGE = Path(__file__).with_name("python.md")
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from errata.common.progress import Progress
 from errata.kit.metric import Whitening
 from errata.kit.second_moments import SecondMoment
-from errata.model.progress import Progress
 from errata.zoo.meter import TrainedModel
 
 T = TypeVar("T")

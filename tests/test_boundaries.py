@@ -19,7 +19,7 @@ from tests.helpers import ROOT
 CORE = ROOT / "core" / "errata"
 PLUGINS = ROOT / "plugins"
 SOURCES = sorted([*CORE.rglob("*.py"), *PLUGINS.rglob("*.py")])
-LAYERS = ("errors", "model", "edits", "contract", "kit", "editor")
+LAYERS = ("errors", "common", "model", "edits", "contract", "kit", "editor")
 """The engine, from the ground: each may import what stands before it."""
 ENGINE = (*LAYERS, "errors.py", "editor.py")
 

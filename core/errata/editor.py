@@ -7,6 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from errata.common.arguments import check_name, folder_of, names_file, path_of, texts_of
+from errata.common.display import Described, ResultTable, plural
+from errata.common.progress import Progress
 from errata.contract.capabilities import check_prompts, warn_of_neighbours
 from errata.contract.editing import EditCall, Editing
 from errata.contract.guards import GuardPolicy, Guards
@@ -30,12 +33,9 @@ from errata.edits.transaction import Transactions
 from errata.errors import ConfigError, ErrataError, LedgerError, first_few
 from errata.kit.auto_layers import resolve_auto_layers
 from errata.model.access import claim, release
-from errata.model.arguments import check_name, folder_of, names_file, path_of, texts_of
 from errata.model.artifacts import Artifacts
-from errata.model.display import Described, ResultTable, plural
 from errata.model.generation import generate_with
 from errata.model.loading import load_model, placement_of
-from errata.model.progress import Progress
 
 if TYPE_CHECKING:
     import torch

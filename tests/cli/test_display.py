@@ -10,13 +10,13 @@ import pytest
 from rich.console import Console
 
 from errata import Editor, Location, Measurement, Probe, Request
+from errata.common.display import SHOWN, ResultTable
 from errata.contract.measurement import Answer
 from errata.edits.delta import Delta
 from errata.edits.edit import LogEntry
 from errata.edits.outcome import Efficacy, Outcome, RelativeNorm
 from errata.errors import ConfigError, MissingExtraError
 from errata.model import Model
-from errata.model.display import SHOWN, ResultTable
 from tests.families import build, build_model
 from tests.ship.test_shipping import edit_of, low_rank, mixed
 

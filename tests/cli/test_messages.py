@@ -15,11 +15,11 @@ from errata.bench import BenchConfig
 from errata.check import FactFile
 from errata.cli.app import app
 from errata.cli.wording import in_options
+from errata.common.storage import read_whole
 from errata.contract import plugins
 from errata.contract.guards import GuardPolicy
 from errata.contract.registry import Registry
 from errata.errors import ConfigError, ErrataError, IntegrityError, RequestError
-from errata.model.storage import read_whole
 
 REQUEST = {"prompt": "{} is", "subject": "Ada", "target_new": "Rome"}
 FACT = {"prompt": "A is", "answer": "b"}

@@ -13,10 +13,10 @@ import transformers
 from errata import Editor
 from errata.cli.progress import ConsoleProgress
 from errata.cli.render import console
+from errata.common import progress as module
+from errata.common.foreign_noise import quiet_imports, quiet_loading
+from errata.common.progress import Progress, Work
 from errata.errors import ConfigError
-from errata.model import progress as module
-from errata.model.foreign_noise import quiet_imports, quiet_loading
-from errata.model.progress import Progress, Work
 
 
 @pytest.fixture

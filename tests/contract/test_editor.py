@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from errata import Editor, Request, hookimpl
+from errata.common import storage
+from errata.common.process import ProcessState
 from errata.contract.purity import Snapshot
 from errata.errors import (
     CapabilityError,
@@ -22,8 +24,6 @@ from errata.errors import (
     StorageError,
     UnknownNameError,
 )
-from errata.model import storage
-from errata.model.process import ProcessState
 from errata.testing import perturbed, state_of
 from errata.testing.contract import assert_same
 from tests.families import build

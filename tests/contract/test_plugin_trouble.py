@@ -14,12 +14,12 @@ from typer.testing import CliRunner
 
 from errata import Editor, MethodConfig, hookimpl
 from errata.cli.app import app
+from errata.common.process import ProcessState
 from errata.contract import plugins
 from errata.contract.manager import Manager
 from errata.contract.registry import warn_once
 from errata.errors import ErrataError, PluginError
 from errata.evaluate import Measurement, Protocol
-from errata.model.process import ProcessState
 from tests.families import build
 
 PLUGIN = '''

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from errata import Editor, Request
+from errata.common.storage import write_tensors
 from errata.errors import (
     CapabilityError,
     ConfigError,
@@ -21,7 +22,6 @@ from errata.errors import (
     PluginError,
     RequestError,
 )
-from errata.model.storage import write_tensors
 from errata.model.structure import Structure
 from errata.testing import state_of
 from errata.testing.contract import assert_same

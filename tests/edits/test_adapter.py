@@ -12,12 +12,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from errata.common.storage import from_bytes, to_bytes
 from errata.contract.purity import Snapshot
 from errata.edits.delta import AdapterDelta, Factor, LowRankDelta
 from errata.edits.stack import Stack
 from errata.errors import IntegrityError
 from errata.model import Model
-from errata.model.storage import from_bytes, to_bytes
 from errata.testing import edit_with
 from tests.families import put_on, take_off
 

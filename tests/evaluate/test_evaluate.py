@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from errata.common.sentences import first_sentence
 from errata.contract.manager import Manager
 from errata.contract.measurement import bootstrap, wilson
 from errata.contract.purity import Snapshot
@@ -51,7 +52,6 @@ from errata.model.anatomy import Anatomy
 from errata.model.generation import generate
 from errata.model.perplexity import perplexity
 from errata.model.scoring import score_targets
-from errata.model.sentences import first_sentence
 from errata.model.texts import canary_texts
 from errata.testing import edit_with
 from tests.families import DECODERS, FAMILIES, architectures, build_model, sampled

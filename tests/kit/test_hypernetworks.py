@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from errata import Editor, Request
 from errata.cli.app import app
+from errata.common.storage import from_bytes
 from errata.edits.delta import LowRankDelta
 from errata.errors import CapabilityError, ConfigError, RequestError
 from errata.kit.hypernetworks import (
@@ -36,7 +37,6 @@ from errata.kit.hypernetworks.lessons import Drawn, Lesson
 from errata.kit.training.training_batches import target_batches
 from errata.model import Model
 from errata.model.running import prepare, run
-from errata.model.storage import from_bytes
 from errata_ke import Ke, KeConfig
 from errata_ke.network import KnowledgeEditor
 from errata_mend import Mend, MendConfig

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tokenizers.normalizers import Lowercase
 
 import errata.kit.second_moments as statistics
+from errata.common.progress import Progress
 from errata.contract.purity import Snapshot
 from errata.edits.delta.low_rank import Factor, LowRankDelta
 from errata.edits.stack import Stack
@@ -21,7 +22,6 @@ from errata.model import Model
 from errata.model.anatomy import Anatomy
 from errata.model.artifacts import Artifacts
 from errata.model.forward import trace
-from errata.model.progress import Progress
 from errata.model.tokens import encode
 from errata.testing import edit_with
 from tests.families import CONTEXT, MLP, SENTENCES, architectures, build, build_model, put_on

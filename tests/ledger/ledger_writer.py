@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-import errata.model.storage
+import errata.common.storage
 from errata.edits.ledger import Ledger
 from errata.edits.ledger.database import Database
 from tests.ledger.ledger_helpers import KINDS, commit, small_delta, small_edit
@@ -58,7 +58,7 @@ def write(ledger: str, report: str, seed: int, die: str | None = None) -> None:
 def die_at(point: str) -> None:
     """Make this process kill itself at a point of the next change."""
     when, what = point.split()
-    owner, name = (errata.model.storage.os, "replace") if what == "rename" else (Database, "rows")
+    owner, name = (errata.common.storage.os, "replace") if what == "rename" else (Database, "rows")
     original: Callable[..., object] = getattr(owner, name)
 
     def fatal(*args: object) -> object:

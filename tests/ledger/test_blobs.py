@@ -15,8 +15,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from errata.common import storage
 from errata.errors import ErrataError, IntegrityError, StorageError
-from errata.model import storage
 
 TENSORS = {
     "weight": torch.arange(12, dtype=torch.float32).reshape(3, 4),

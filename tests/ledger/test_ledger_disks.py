@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
+from errata.common import storage
 from errata.edits.edit import Edit
 from errata.edits.ledger import Ledger
 from errata.edits.ledger.schema import DATABASE, translated
 from errata.errors import StorageError
-from errata.model import storage
 from tests.ledger.ledger_helpers import (
     IDS,
     commit,

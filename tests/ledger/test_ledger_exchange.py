@@ -12,11 +12,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from errata.common import storage
 from errata.edits.delta import LowRankDelta
 from errata.edits.edit import Edit
 from errata.edits.ledger import Ledger, content, read_export
 from errata.errors import ErrataError, IntegrityError, LedgerError, StorageError, UnknownNameError
-from errata.model import storage
 from tests.ledger.ledger_helpers import KINDS, add, commit, same_delta, small_delta, small_edit
 
 

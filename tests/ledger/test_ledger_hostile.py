@@ -16,10 +16,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from errata.common import storage
 from errata.edits.delta import DenseDelta, Factor, LowRankDelta
 from errata.edits.ledger import content
 from errata.errors import ErrataError, IntegrityError, LedgerError, StorageError, UnknownNameError
-from errata.model import storage
 from tests.ledger.ledger_helpers import (
     IDS,
     KINDS,

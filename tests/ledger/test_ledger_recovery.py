@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 
 from errata import Editor
 from errata.cli.app import app
+from errata.common.storage import sha256
 from errata.edits.edit import Edit
 from errata.edits.ledger import Ledger, content
 from errata.edits.ledger.schema import DATABASE
 from errata.errors import IntegrityError
-from errata.model.storage import sha256
 from tests.ledger.ledger_helpers import (
     IDS,
     add,

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from errata.common.scratch import noted, sweep, unfinished
 from errata.edits.ledger import Ledger
-from errata.model.scratch import noted, sweep, unfinished
 from tests.ledger.ledger_helpers import KINDS, add, open_, three_edits
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from errata.model.scratch import OLD, noted, unfinished
+from errata.common.scratch import OLD, noted, unfinished
 
 notes = []
 for target in map(Path, sys.argv[1:]):

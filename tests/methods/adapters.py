@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from errata.common.progress import Progress
 from errata.edits.delta import AdapterDelta
 from errata.edits.request import Request
 from errata.model import Model, scoring
-from errata.model.progress import Progress
 from errata.testing import edit_with
 
 WHOLE = ("attention_in", "mlp_in", "mlp_out")

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from errata.common.progress import Progress
 from errata.edits.rendering import rendered
 from errata.edits.request import Probe, Request
 from errata.errors import ConfigError, IntegrityError
 from errata.model import Model
 from errata.model.generation import generate
-from errata.model.progress import Progress
 from errata.model.running import prepare, run
 from errata.model.scoring import score_targets
 from errata.testing import edit_with

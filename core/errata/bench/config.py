@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from errata.common.value_problems import NumbersAreNumbers, problem_of
 from errata.contract.yaml_file import read_yaml
 from errata.errors import ConfigError, UnknownNameError
-from errata.model.value_problems import NumbersAreNumbers, problem_of
 
 Regime = Literal["single", "batch", "sequential", "continual", "cross-domain"]
 STREAMS = ("sequential", "continual")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from errata.bench.results import Line
     from errata.bench.run_spec import RunSpec
     from errata.bench.worker import Worker
-    from errata.model.progress import Progress
+    from errata.common.progress import Progress
 
 TRIES = 3
 """How often a unit is started without a single new line before its next case is given up."""

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from errata.bench.records import versions
+from errata.common.storage import make_folder
 from errata.errors import StorageError
 from errata.evaluate.baseline import answers_json, answers_of
 from errata.evaluate.reader import KnownAnswers
-from errata.model.storage import make_folder
 
 if TYPE_CHECKING:
     from errata.evaluate import MeasureSettings

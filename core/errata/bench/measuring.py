@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errata.bench.run_spec import Case, case_name
+from errata.common.storage import write_bytes
 from errata.errors import IntegrityError, StorageError, reason_of
 from errata.evaluate import Baseline, Measurement, Reader
 from errata.evaluate.baseline import answers_json, answers_of
@@ -16,7 +17,6 @@ from errata.evaluate.known_protocols import installed_protocols, measured
 from errata.evaluate.pooling import harmonic_mean, one_value
 from errata.evaluate.protocols import lifelong
 from errata.evaluate.reader import KnownAnswers
-from errata.model.storage import write_bytes
 
 if TYPE_CHECKING:
     from errata.editor import Editor

@@ -13,6 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from errata.common.storage import make_folder, write_bytes
 from errata.errors import (
     ConfigError,
     IntegrityError,
@@ -21,7 +22,6 @@ from errata.errors import (
     disk,
     reason_of,
 )
-from errata.model.storage import make_folder, write_bytes
 
 SCHEMA = 1
 INFO, RESULTS, LOCK = "run.json", "results.jsonl", "run.lock"

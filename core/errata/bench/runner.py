@@ -32,8 +32,8 @@ from errata.bench.work_units import (
     prepare_units,
     to_retry,
 )
+from errata.common.progress import Progress
 from errata.errors import IntegrityError
-from errata.model.progress import Progress
 
 logger = logging.getLogger("errata")
 

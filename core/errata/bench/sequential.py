@@ -17,8 +17,8 @@ from errata.bench.records import failure_line
 from errata.bench.results import Line, locked
 from errata.bench.run_spec import Item, case_name
 from errata.bench.work_units import WorkUnit, place_at_checkpoint, place_of_edit, place_of_state
+from errata.common.storage import make_folder
 from errata.errors import CapabilityError, IntegrityError, RequestError
-from errata.model.storage import make_folder
 
 if TYPE_CHECKING:
     from errata.bench.worker import Worker

@@ -31,8 +31,8 @@ from errata.errors import IntegrityError, RequestError
 from errata.evaluate import Baseline
 
 if TYPE_CHECKING:
+    from errata.common.progress import Progress
     from errata.evaluate.reader import KnownAnswers
-    from errata.model.progress import Progress
 
 logger = logging.getLogger("errata")
 HOLD = 2**31

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from errata.check.base_answers import BaseAnswer, RecordedAnswers, answer_logprobs, texts_now
 from errata.check.fact_file import FactFile, FactTest
 from errata.check.result import CheckReport, FactResult
+from errata.common.sentences import first_sentence
 from errata.evaluate.matching import contained_match, exact_match, normalise
 from errata.model.generation import require_generation
 from errata.model.model import Model
-from errata.model.sentences import first_sentence
 
 if TYPE_CHECKING:
     from errata.editor import Editor

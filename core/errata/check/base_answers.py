@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from errata.check.fact_file import FactTest, digest_of
+from errata.common.sentences import first_sentence
+from errata.common.storage import parse_json
 from errata.edits.outputs import OwnSign, write_file
 from errata.errors import ConfigError, IntegrityError
 from errata.model.chat import in_chat
 from errata.model.generation import generate
 from errata.model.scoring import score_targets
-from errata.model.sentences import first_sentence
-from errata.model.storage import parse_json
 
 if TYPE_CHECKING:
     from errata.model.model import Model

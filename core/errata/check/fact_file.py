@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from errata.common.value_problems import NumbersAreNumbers, problem_of
 from errata.contract.yaml_file import read_yaml
 from errata.errors import ConfigError
-from errata.model.value_problems import NumbersAreNumbers, problem_of
 
 Section = Literal["must_say", "must_not_change", "must_not_say"]
 Role = Literal["fact", "paraphrase", "neighbour", "unchanged", "forbidden"]

@@ -21,14 +21,14 @@ from errata import __version__
 from errata.cli import render
 from errata.cli.command import LEDGER, command
 from errata.cli.session import Session
+from errata.common.installed import entry_points
+from errata.common.scratch import default_directory
 from errata.contract import plugins
 from errata.contract.hooks import MODELS, PLUGINS
 from errata.edits.ledger.files import refuse_lost_database
 from errata.edits.ledger.model_note import model_of
 from errata.errors import ErrataError
 from errata.model.artifacts import Artifacts
-from errata.model.installed import entry_points
-from errata.model.scratch import default_directory
 
 if TYPE_CHECKING:
     from errata.contract.registry import Registry

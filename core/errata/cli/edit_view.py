@@ -153,7 +153,7 @@ def _answers(report: EditReport) -> Any:
 
 
 def _said(text: str) -> str:
-    from errata.model.sentences import first_sentence
+    from errata.common.sentences import first_sentence
 
     return render.quoted(first_sentence(text), 48) or "(nothing)"
 

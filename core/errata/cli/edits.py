@@ -37,11 +37,11 @@ from errata.cli.requests import (
     request_source,
 )
 from errata.cli.session import Session
+from errata.common.display import plural
 from errata.contract.stanzas import STREAM_BATCH
 from errata.edits.clashes import last_of_each
 from errata.edits.request import KINDS, OPERATIONS, Request
 from errata.errors import ConfigError, RequestError
-from errata.model.display import plural
 from errata.model.task import WRITES_NOTHING
 
 if TYPE_CHECKING:

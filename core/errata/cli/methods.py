@@ -14,12 +14,12 @@ from errata.cli.command import MODEL, command
 from errata.cli.easyedit import from_easyedit
 from errata.cli.name_values import pairs
 from errata.cli.session import Session, calm_transformers
+from errata.common.sentences import first_sentence
 from errata.contract import plugins
 from errata.contract.hooks import hookimpl
 from errata.contract.registry import Registry
 from errata.edits.request import OPERATIONS
 from errata.errors import ConfigError, UnknownNameError
-from errata.model.sentences import first_sentence
 
 if TYPE_CHECKING:
     from errata.contract.config import MethodConfig

@@ -15,8 +15,8 @@ from errata.cli.edits import PANEL
 from errata.cli.name_values import pairs
 from errata.cli.prechecks import check_exports, check_model
 from errata.cli.session import Session
+from errata.common.arguments import names_file
 from errata.errors import ConfigError, LedgerError
-from errata.model.arguments import names_file
 
 if TYPE_CHECKING:
     from errata.editor import Editor

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from errata.common.installed import entry_points
 from errata.contract.hooks import PLUGINS
 from errata.errors import ConfigError
 from errata.model.checkpoint import LAYER_COUNTS
-from errata.model.installed import entry_points
 from errata.model.model_source import check_model_source
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from errata.cli import render
-from errata.model.progress import Progress, Work
+from errata.common.progress import Progress, Work
 
 if TYPE_CHECKING:
     from typing import TypeGuard

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Span, Text
 from rich.theme import Theme
 
-from errata.model.json_numbers import finite
+from errata.common.json_numbers import finite
 
 if TYPE_CHECKING:
     from rich.console import ConsoleOptions, RenderableType

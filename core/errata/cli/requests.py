@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from errata.common.display import plural
 from errata.edits.request import Request, parse_noting, warn_of_white_space
 from errata.errors import ConfigError, DatasetError, RequestError
-from errata.model.display import plural
 
 if TYPE_CHECKING:
     from errata.datasets import Dataset

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import AfterValidator, ConfigDict, Field, ValidationInfo, model_validator
 from typing_extensions import Self
 
+from errata.common.value_problems import NumbersAreNumbers
 from errata.errors import PluginError
-from errata.model.value_problems import NumbersAreNumbers
 
 if TYPE_CHECKING:
     from errata.edits.request import Request

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from pydantic import ConfigDict, Field, ValidationError
 
+from errata.common.value_problems import NumbersAreNumbers, problem_of
 from errata.contract.registry import warn_once
 from errata.edits.aim_scores import score_aims
 from errata.edits.aims import GONE, unmet
@@ -21,7 +22,6 @@ from errata.errors import ConfigError, EditRefused, UnknownNameError
 from errata.model.answers import TargetScore
 from errata.model.perplexity import perplexity
 from errata.model.texts import canary_texts
-from errata.model.value_problems import NumbersAreNumbers, problem_of
 
 if TYPE_CHECKING:
     from errata.edits.aims import Aim

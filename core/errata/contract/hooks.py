@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 if TYPE_CHECKING:
+    from errata.common.progress import Progress
     from errata.contract.location import Location
     from errata.contract.measurement import Measurement
     from errata.contract.protocol import Protocol
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from errata.edits.edit import Edit
     from errata.edits.request import Request
     from errata.model.model import Model
-    from errata.model.progress import Progress
 
 PROJECT = "errata"
 METHODS = "errata.methods"

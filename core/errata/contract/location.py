@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from errata.model.display import Described, shortened
-from errata.model.json_numbers import finite
+from errata.common.display import Described, shortened
+from errata.common.json_numbers import finite
 
 
 @dataclass(frozen=True, repr=False)

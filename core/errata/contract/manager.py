@@ -9,6 +9,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from errata.common.arguments import check_name
+from errata.common.installed import DISABLE
 from errata.contract import plugins
 from errata.contract.hooks import MODELS, PLUGINS
 from errata.contract.measurement import Measurement
@@ -28,16 +30,14 @@ from errata.errors import (
     cause,
     in_short,
 )
-from errata.model.arguments import check_name
-from errata.model.installed import DISABLE
 
 if TYPE_CHECKING:
+    from errata.common.progress import Progress
     from errata.contract.config import MethodConfig
     from errata.contract.location import Location
     from errata.edits.edit import Edit
     from errata.edits.request import Request
     from errata.model.model import Model
-    from errata.model.progress import Progress
 
 logger = logging.getLogger("errata")
 

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from errata.model.display import Described, shortened
-from errata.model.json_numbers import finite, number
+from errata.common.display import Described, shortened
+from errata.common.json_numbers import finite, number
 
 Z95 = 1.959963984540054
 """Two-sided 95 % quantile of the normal distribution."""

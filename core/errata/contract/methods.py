@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import ValidationError
 
+from errata.common.arguments import check_name, mapping_of
 from errata.contract import plugins
 from errata.contract.capabilities import check_capabilities, check_parts, check_sequence
 from errata.contract.manager import Manager, bring_model
@@ -20,7 +21,6 @@ from errata.contract.stanzas import STREAM_BATCH, preset_facts
 from errata.edits.outcome import PeakMemoryReading
 from errata.edits.request_parsing import parse_requests
 from errata.errors import CapabilityError, ConfigError, PluginError, UnknownNameError, blaming
-from errata.model.arguments import check_name, mapping_of
 
 if TYPE_CHECKING:
     from errata.contract.config import MethodConfig

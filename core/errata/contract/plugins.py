@@ -16,10 +16,7 @@ from typing import Any
 
 import pluggy
 
-from errata.contract.config import MethodConfig
-from errata.contract.hooks import METHODS, MODELS, PLUGINS, PROJECT, Specification
-from errata.errors import PluginError, UnknownNameError
-from errata.model.installed import (
+from errata.common.installed import (
     DISABLE,
     claimed_twice,
     distribution,
@@ -28,6 +25,9 @@ from errata.model.installed import (
     loading,
     providers,
 )
+from errata.contract.config import MethodConfig
+from errata.contract.hooks import METHODS, MODELS, PLUGINS, PROJECT, Specification
+from errata.errors import PluginError, UnknownNameError
 
 HOOKS = [name for name in vars(Specification) if not name.startswith("_")]
 """The names of all hooks."""

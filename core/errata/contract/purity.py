@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from errata.common.process import ProcessState
 from errata.edits.last_written import hashed
 from errata.errors import ImpureMethodError, IntegrityError
 from errata.model.model import sample_tokens
-from errata.model.process import ProcessState
 from errata.model.structure import Structure
 
 if TYPE_CHECKING:

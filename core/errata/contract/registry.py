@@ -18,6 +18,9 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
 
+from errata.common.display import shortened
+from errata.common.installed import DISABLE
+from errata.common.value_problems import problems_by_place
 from errata.contract import plugins
 from errata.contract.config import MethodConfig
 from errata.contract.registry_layers import (
@@ -32,9 +35,6 @@ from errata.edits.delta_kinds import GROUP, DeltaKinds
 from errata.edits.request import Request
 from errata.edits.request_problems import ELSEWHERE
 from errata.errors import ConfigError, UnknownNameError, suggestion
-from errata.model.display import shortened
-from errata.model.installed import DISABLE
-from errata.model.value_problems import problems_by_place
 
 logger = logging.getLogger("errata")
 

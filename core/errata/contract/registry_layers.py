@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from errata.common.value_problems import problem_of
 from errata.contract.stanzas import Capabilities, MethodEntry, Preset
 from errata.errors import ConfigError, UnknownNameError
 from errata.model.architecture import ArchitectureSpec, StackSpec, Variant, parse_architectures
-from errata.model.value_problems import problem_of
 
 Stanza = dict[str, Any]
 

@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 
 import yaml
 
+from errata.common.value_problems import kind_of
 from errata.errors import ConfigError, reason_of
-from errata.model.value_problems import kind_of
 
 MAX_BYTES = 256 * 2**10
 MAX_DEPTH = 32

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from errata.common.display import shortened
 from errata.contract.capabilities import check_prompts
 from errata.edits.rendering import rendered
 from errata.errors import ConfigError, RequestError
-from errata.model.display import shortened
 from errata.model.running import check_length
 
 if TYPE_CHECKING:

@@ -13,11 +13,11 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from errata.common.storage import file_sha256
 from errata.datasets.reader import Item
 from errata.datasets.record import Record
 from errata.datasets.source import Source
 from errata.errors import ConfigError
-from errata.model.storage import file_sha256
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable

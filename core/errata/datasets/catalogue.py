@@ -8,6 +8,14 @@ from dataclasses import replace
 from importlib.metadata import EntryPoint
 from typing import Any
 
+from errata.common.installed import (
+    DISABLE,
+    distribution,
+    in_other_groups,
+    loading,
+    providers,
+    the_one,
+)
 from errata.datasets import (
     atlas,
     calibration,
@@ -24,14 +32,6 @@ from errata.datasets import (
 )
 from errata.datasets.reader import DatasetReader, checked, per_record
 from errata.errors import PluginError, UnknownNameError
-from errata.model.installed import (
-    DISABLE,
-    distribution,
-    in_other_groups,
-    loading,
-    providers,
-    the_one,
-)
 
 GROUP = "errata.datasets"
 """Entry points in which other packages offer a `DatasetReader`, or a function of one record."""

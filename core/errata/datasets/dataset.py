@@ -12,12 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from errata.common.display import plural
 from errata.datasets.catalogue import READERS
 from errata.datasets.reader import DatasetReader, Item
 from errata.datasets.source import Source, open_source
 from errata.edits.request import Probe, Request, warn_of_white_space
 from errata.errors import ConfigError, DatasetError, UnknownNameError
-from errata.model.display import plural
 
 log = logging.getLogger("errata")
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from errata.common.display import shortened
 from errata.datasets.record import Record
 from errata.datasets.source import Source
 from errata.edits.request import Probe, Request, parse_noting
 from errata.errors import DatasetError, PluginError, RequestError, blaming
-from errata.model.display import shortened
 
 Item = Request | Probe | DatasetError
 """What reading yields: a request; a probe of the dataset as a whole; a record that is bad.

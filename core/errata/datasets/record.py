@@ -12,11 +12,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from errata.common.value_problems import problem_of
 from errata.datasets.cells import decoded, is_json
 from errata.edits.request import Probe, Request
 from errata.edits.subjects import subject_place
 from errata.errors import DatasetError
-from errata.model.value_problems import problem_of
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from errata.common.storage import file_sha256
 from errata.datasets import streams
 from errata.datasets.cells import DELIMITERS, read_cells, suffix_of
 from errata.datasets.record import Record
 from errata.errors import DatasetError, MissingExtraError
-from errata.model.storage import file_sha256
 
 log = logging.getLogger("errata")
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
+from errata.common.arguments import is_list
 from errata.edits.edit import Edit
 from errata.edits.request import Request
 from errata.edits.request_problems import naming_place
 from errata.errors import RequestError
-from errata.model.arguments import is_list
 
 
 def requests_of(items: Request | Edit | Iterable[Request | Edit]) -> list[Request]:

@@ -6,9 +6,9 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from errata.common.display import plural
 from errata.edits.aims import aims_of_request
 from errata.errors import LedgerError, first_few
-from errata.model.display import plural
 
 if TYPE_CHECKING:
     from errata.edits.aims import Aim

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING
 
+from errata.common.installed import loading, providers, the_one
 from errata.errors import PluginError
-from errata.model.installed import loading, providers, the_one
 
 if TYPE_CHECKING:
     from errata.edits.delta.base import Delta

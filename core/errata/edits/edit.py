@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
 
+from errata.common.display import Described, shortened
 from errata.edits.outcome import Outcome
 from errata.edits.request import Request
 from errata.errors import IntegrityError, LedgerError
-from errata.model.display import Described, shortened
 
 if TYPE_CHECKING:
     from errata.edits.delta import Delta

@@ -10,9 +10,9 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from errata.common.sentences import COMMAS, SEMICOLONS, STOPS
 from errata.errors import RequestError
 from errata.model.generation import generate
-from errata.model.sentences import COMMAS, SEMICOLONS, STOPS
 
 if TYPE_CHECKING:
     from errata.edits.request import Request

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from errata.common.floats import wide
 from errata.edits.delta.attaching import calling, fold_kind
 from errata.errors import CapabilityError, ConfigError
-from errata.model.floats import wide
 
 if TYPE_CHECKING:
     from torch import Tensor

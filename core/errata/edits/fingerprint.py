@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from errata.common.storage import sha256
 from errata.errors import FingerprintError, IntegrityError
 from errata.model.pristine import digest as digest_of
-from errata.model.storage import sha256
 
 if TYPE_CHECKING:
     from errata.edits.edit import Edit

@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from errata.common.arguments import check_name
+from errata.common.installed import entry_points, loading, providers, the_one
 from errata.errors import PluginError
-from errata.model.arguments import check_name
-from errata.model.installed import entry_points, loading, providers, the_one
 
 EXPORTS, MERGES = "errata.exports", "errata.merges"
 OWN = "errata"

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_serializer
 
-from errata.model.display import Described, plural, shortened
+from errata.common.display import Described, plural, shortened
 
 
 class _OutcomePart(BaseModel):

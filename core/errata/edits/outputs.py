@@ -12,10 +12,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+from errata.common.storage import write_bytes
 from errata.edits.ledger.files import OWN
 from errata.edits.ledger.schema import DATABASE
 from errata.errors import ConfigError, disk
-from errata.model.storage import write_bytes
 
 LISTING = "errata.json"
 """In a folder that errata wrote: the names of its files."""

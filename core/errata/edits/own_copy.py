@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from errata.common.storage import canonical, parse_json
 from errata.edits.delta_kinds import GROUP
 from errata.edits.ledger import content
 from errata.errors import IntegrityError
-from errata.model.storage import canonical, parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,11 +10,11 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from errata.common.arguments import is_whole
+from errata.common.display import Described, shortened
 from errata.edits.request_problems import check_fields, explained
 from errata.edits.subjects import template_of
 from errata.errors import RequestError, first_few
-from errata.model.arguments import is_whole
-from errata.model.display import Described, shortened
 from errata.model.joining import with_join
 
 logger = logging.getLogger("errata")

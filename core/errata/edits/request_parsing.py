@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from errata.common.arguments import is_list, mapping_of
 from errata.edits.request import Request, parse_noting, warn_of_white_space
 from errata.edits.request_problems import naming_place, refuse
 from errata.errors import RequestError
-from errata.model.arguments import is_list, mapping_of
 
 
 def parse_requests(

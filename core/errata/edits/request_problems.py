@@ -8,9 +8,9 @@ from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
+from errata.common.display import shortened
+from errata.common.value_problems import problem_of
 from errata.errors import LONGEST_NAME, RequestError, suggestion
-from errata.model.display import shortened
-from errata.model.value_problems import problem_of
 
 FOREIGN = ("requested_rewrite", "prompts", "ground_truth", "rephrase_prompt", "src", "ent")
 """Fields by which records of published datasets, and calls of EasyEdit, show what they are."""

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from errata.common.display import Described, plural
+from errata.common.floats import wide
 from errata.edits import side_branch
 from errata.edits.autograd import recording
 from errata.edits.delta import attaching
 from errata.edits.last_written import LastWritten
 from errata.errors import CapabilityError, IntegrityError, LedgerError, UnknownNameError
-from errata.model.display import Described, plural
-from errata.model.floats import wide
 from errata.model.pristine import same_bits
 from errata.model.structure import ABSENT, Structure, Traits, in_words
 from errata.model.task import check_not_compiled

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from errata.common.display import plural, shortened
 from errata.edits.fingerprint import check_fingerprint
 from errata.edits.ledger.model_note import model_of, remember_model
 from errata.edits.ledger.schema import VERIFIED
 from errata.errors import ErrataError, FingerprintError, IntegrityError, PluginError, StorageError
-from errata.model.display import plural, shortened
 
 if TYPE_CHECKING:
     from pathlib import Path

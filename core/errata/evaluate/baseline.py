@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter
 
+from errata.common.arguments import check_name, texts_of
+from errata.common.storage import parse_json
 from errata.contract.measurement import Measurement
 from errata.edits.outputs import BASELINE, write_file
 from errata.errors import ConfigError, FingerprintError, IntegrityError
 from errata.evaluate.known_protocols import installed_protocols, measured
 from errata.evaluate.reader import KnownAnswers, MeasureSettings, Reader
-from errata.model.arguments import check_name, texts_of
-from errata.model.storage import parse_json
 
 if TYPE_CHECKING:
     from errata.edits.request import Request

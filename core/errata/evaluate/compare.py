@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from errata.common.json_numbers import finite
 from errata.contract.measurement import (
     PRECISION,
     Measurement,
@@ -18,7 +19,6 @@ from errata.contract.measurement import (
     ratio_of_means,
 )
 from errata.errors import ComparisonError, MissingExtraError
-from errata.model.json_numbers import finite
 
 MCNEMAR = "McNemar's exact test"
 WILCOXON = "Wilcoxon's signed-rank test"

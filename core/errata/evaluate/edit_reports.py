@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
+from errata.common.sentences import first_sentence
 from errata.contract.methods import RULE
 from errata.edits.aims import aims_of_request
 from errata.edits.edit import Edit
@@ -15,7 +16,6 @@ from errata.evaluate.matching import contained_match, normalise
 from errata.evaluate.neighbours import other_subjects
 from errata.evaluate.questions import old_answers, targets
 from errata.model.next_token import class_named, predicted_classes
-from errata.model.sentences import first_sentence
 
 if TYPE_CHECKING:
     from errata.contract.registry import Value

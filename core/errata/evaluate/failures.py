@@ -14,9 +14,9 @@ import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from errata.common.sentences import COMMAS, QUOTES
 from errata.evaluate.fluency import first_full_sentence
 from errata.evaluate.matching import normalise
-from errata.model.sentences import COMMAS, QUOTES
 
 if TYPE_CHECKING:
     pass

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from errata.model.sentences import SEMICOLONS, STOPS
+from errata.common.sentences import SEMICOLONS, STOPS
 
 # Penn Treebank conventions. What the authors' code uses (NLTK's word_tokenize) is no dependency
 # of errata; the differences are said in `words`.
@@ -49,7 +49,7 @@ def words(text: str) -> list[str]:
 def first_full_sentence(text: str) -> str:
     """Return a text's first sentence without its end mark: of its first line that is not blank.
 
-    Unlike `first_sentence` of errata.model.sentences it goes on after an abbreviation.
+    Unlike `first_sentence` of errata.common.sentences it goes on after an abbreviation.
 
     >>> first_full_sentence(" St. Louis, Missouri. It lies")
     'St. Louis, Missouri'

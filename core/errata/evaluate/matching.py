@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from errata.model.sentences import CLOSING, FULL_STOPS, OPENING, SEMICOLONS, STOPS, spaced
+from errata.common.sentences import CLOSING, FULL_STOPS, OPENING, SEMICOLONS, STOPS, spaced
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

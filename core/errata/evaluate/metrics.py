@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from errata.common.arguments import check_name
 from errata.contract.hooks import hookimpl
 from errata.contract.registry import warn_once
 from errata.errors import ConfigError
@@ -13,7 +14,6 @@ from errata.evaluate.baseline import Baseline
 from errata.evaluate.known_protocols import measured
 from errata.evaluate.protocols import PROTOCOLS
 from errata.evaluate.reader import MeasureSettings, Reader
-from errata.model.arguments import check_name
 from errata.model.task import WRITES_NOTHING
 
 if TYPE_CHECKING:

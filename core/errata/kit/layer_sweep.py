@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from errata.model.json_numbers import finite, number
+from errata.common.json_numbers import finite, number
 
 if TYPE_CHECKING:
     from errata.model.model import Model

@@ -7,10 +7,10 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from errata.common.display import shortened
 from errata.errors import RequestError
 from errata.kit.aims import aims_of
 from errata.kit.contexts import in_contexts
-from errata.model.display import shortened
 from errata.model.running import prepare
 from errata.model.tokens import subject_position
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
+from errata.common.arguments import check_name
 from errata.contract.config import MethodConfig
 from errata.contract.hooks import hookimpl
 from errata.contract.location import Location
@@ -31,7 +32,6 @@ from errata.locate.trace_settings import (
     TraceSettings,
     parse_settings,
 )
-from errata.model.arguments import check_name
 
 if TYPE_CHECKING:
     from torch import Tensor

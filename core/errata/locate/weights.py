@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from errata.common.json_numbers import finite
 from errata.edits.delta.attaching import fold_kind
 from errata.errors import ConfigError
-from errata.model.json_numbers import finite
 
 if TYPE_CHECKING:
     from torch import Tensor

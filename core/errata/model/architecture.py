@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from errata.common.value_problems import problem_of
 from errata.errors import ConfigError
-from errata.model.value_problems import problem_of
 
 if TYPE_CHECKING:
     from torch import nn

@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errata.errors import IntegrityError
-from errata.model.arguments import path_of
-from errata.model.scratch import default_directory
-from errata.model.storage import (
+from errata.common.arguments import path_of
+from errata.common.scratch import default_directory
+from errata.common.storage import (
     canonical,
     from_bytes,
     make_folder,
@@ -22,6 +21,7 @@ from errata.model.storage import (
     write_bytes,
     write_tensors,
 )
+from errata.errors import IntegrityError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch.nn import functional
 
+from errata.common.floats import wide
+from errata.common.foreign_noise import quiet_loading
 from errata.errors import ConfigError
 from errata.model.checkpoint import read_config, read_module, read_tokenizer
-from errata.model.floats import wide
-from errata.model.foreign_noise import quiet_loading
 from errata.model.forward import trace
 from errata.model.model_source import check_model_source
 from errata.model.sentence_pooling import MEAN, declared_pooling, pooled

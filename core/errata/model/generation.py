@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.modeling_outputs import BaseModelOutput
 
+from errata.common.arguments import check_options, texts_of
 from errata.errors import CapabilityError, ConfigError
 from errata.model import prefix_sharing, tokens
 from errata.model.active_edits import ask
 from errata.model.answers import Answers, Generated, Watch, WatchedAnswers
-from errata.model.arguments import check_options, texts_of
 from errata.model.chat import in_chat, turn_ends
 from errata.model.forward.inputs import accepted, decoder_prefix, takes_positions
 from errata.model.forward.layout import pads_left

@@ -12,11 +12,11 @@ from typing import Any
 
 from filelock import FileLock
 
+from errata.common.foreign_noise import quiet_loading
+from errata.common.progress import Progress
+from errata.common.scratch import fill_folder
+from errata.common.storage import file_sha256, make_folder
 from errata.errors import ConfigError, MissingExtraError, disk, reason_of
-from errata.model.foreign_noise import quiet_loading
-from errata.model.progress import Progress
-from errata.model.scratch import fill_folder
-from errata.model.storage import file_sha256, make_folder
 
 SUFFIX = ".gguf"
 RECORD = "errata-source.json"  # beside the checkpoint: where it came from

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from errata.common.arguments import check_name
+from errata.common.foreign_noise import quiet_loading
+from errata.common.progress import Progress
 from errata.errors import ConfigError
 from errata.model import gguf
 from errata.model.anatomy import Anatomy
-from errata.model.arguments import check_name
 from errata.model.artifacts import Artifacts
 from errata.model.checkpoint import read_config, read_module, read_tokenizer
-from errata.model.foreign_noise import quiet_loading
 from errata.model.model import Model
 from errata.model.model_source import check_model_source, local_checkpoint
-from errata.model.progress import Progress
 from errata.model.task import Task, check_module, require_task, task_of
 from errata.model.tokens import EMBEDDED
 

@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
+from errata.common.floats import frobenius
+from errata.common.progress import Progress
+from errata.common.storage import canonical, parse_json
 from errata.errors import AnatomyError, ConfigError, IntegrityError
 from errata.model.access import Access
 from errata.model.active_edits import ActiveEdits, NoEdits
 from errata.model.artifacts import Artifacts
 from errata.model.call import Call
-from errata.model.floats import frobenius
 from errata.model.pristine import Pristine
-from errata.model.progress import Progress
-from errata.model.storage import canonical, parse_json
 from errata.model.structure import hooked_by_others
 from errata.model.task import WRITES_NOTHING, Task, require_task, task_of_module
 from errata.model.tokens import tokenizer_for

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from errata.common.floats import wide
 from errata.errors import CapabilityError, RequestError
 from errata.model.active_edits import ask
-from errata.model.floats import wide
 from errata.model.running import class_index, prepare, run
 
 if TYPE_CHECKING:

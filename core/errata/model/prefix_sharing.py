@@ -26,7 +26,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from errata.model.floats import wide
+from errata.common.floats import wide
 from errata.model.forward.inputs import accepted, takes_positions, vocabulary_size
 from errata.model.forward.resume import TOLERANCE, caches_keys, chosen, logits_at
 from errata.model.prompts import pad

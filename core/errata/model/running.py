@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from errata.common.floats import wide
 from errata.errors import IntegrityError, RequestError
 from errata.model import tokens
-from errata.model.floats import wide
 from errata.model.forward import logits_at
 from errata.model.forward.inputs import decoder_prefix, decoder_start, takes_positions
 from errata.model.joining import bare

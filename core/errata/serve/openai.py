@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from errata.common.arguments import is_whole
 from errata.errors import RequestError, UnknownNameError
-from errata.model.arguments import is_whole
 from errata.model.chat import rendered_turns
 from errata.model.sampling import Sampling
 

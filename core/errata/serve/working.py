@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 from starlette.concurrency import run_in_threadpool
 
+from errata.common.progress import Progress
 from errata.errors import ErrataError
-from errata.model.progress import Progress
 
 T = TypeVar("T")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from errata.common.scratch import fill_folder
 from errata.edits.outputs import check_folder, list_files
 from errata.errors import StorageError, reason_of, turning
-from errata.model.scratch import fill_folder
 
 
 def write_folder(path: Path, overwrite: bool, fill: Callable[[Path], object]) -> Path:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from errata.common.scratch import noted, unfinished
 from errata.edits.outputs import OwnSign, check_file
 from errata.errors import ConfigError, FingerprintError, StorageError, reason_of
 from errata.model.gguf import SUFFIX
-from errata.model.scratch import noted, unfinished
 
 if TYPE_CHECKING:
     import numpy as np

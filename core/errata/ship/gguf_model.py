@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from errata.common.arguments import check_name
 from errata.errors import CapabilityError
-from errata.model.arguments import check_name
 from errata.ship.gguf_adapter import base_weight, stored_weight
 from errata.ship.gguf_family import GgufFamily, family_of
 from errata.ship.gguf_file import (

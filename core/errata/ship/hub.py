@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from errata.common.arguments import check_name
+from errata.common.display import shortened
 from errata.errors import ConfigError, ErrataError, LedgerError, StorageError, reason_of
-from errata.model.arguments import check_name
-from errata.model.display import shortened
 from errata.ship.model_card import CARD_FILE, base_of, model_card
 
 if TYPE_CHECKING:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
+from errata.common.storage import write_bytes
 from errata.edits.delta import AdapterDelta
 from errata.edits.factors import Change, changes, left_out
 from errata.edits.outputs import check_folder
 from errata.errors import CapabilityError
-from errata.model.storage import write_bytes
 from errata.model.task import task_of_module
 from errata.ship.folders import write_folder
 from errata.ship.model_card import CARD_FILE, base_of, model_card

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from errata.common.display import shortened
 from errata.edits.delta_kinds import DeltaKinds
-from errata.model.display import shortened
 from errata.model.task import task_of_module
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from errata.errors import StorageError, UnknownNameError
 from errata.model.texts import text_path
 
 if TYPE_CHECKING:
-    from errata.model.progress import Progress
+    from errata.common.progress import Progress
 
 __all__ = ["MODELS", "ZooModel", "folder_of", "gguf_path", "model_path", "text_path"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from errata.model.progress import Progress
+    from errata.common.progress import Progress
 
 SAID = 100
 """Steps between two notes of the loss."""

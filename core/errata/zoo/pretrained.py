@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 
+from errata.common.progress import Progress
+from errata.common.scratch import default_directory, fill_folder
+from errata.common.storage import file_sha256
 from errata.errors import ConfigError, StorageError
 from errata.model import gguf
-from errata.model.progress import Progress
-from errata.model.scratch import default_directory, fill_folder
-from errata.model.storage import file_sha256
 
 MB = 1_000_000
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
+from errata.common.progress import Progress
 from errata.contract.hooks import hookimpl
-from errata.model.progress import Progress
 from errata.zoo import MODELS, model_path
 from errata.zoo.pretrained import PRETRAINED
 

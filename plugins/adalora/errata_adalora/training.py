@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from errata.common.foreign_noise import quiet_imports
 from errata.kit.training import (
     AdapterTrainer,
     TrainerSettings,
@@ -14,7 +15,6 @@ from errata.kit.training import (
     train_adapter,
 )
 from errata.kit.training.adapters import TASKS, lowest
-from errata.model.foreign_noise import quiet_imports
 
 if TYPE_CHECKING:
     from errata.edits.delta import AdapterDelta

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
+from errata.common.foreign_noise import quiet_imports
 from errata.edits.delta.neurons import Neurons, NeuronsDelta, hang
 from errata.kit.feed_forward import is_gated, site_of
 from errata.kit.training import Trainer, TrainerSettings, above, target_batches
-from errata.model.foreign_noise import quiet_imports
 from errata.model.forward import frozen
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from errata.common.foreign_noise import quiet_imports
 from errata.errors import ConfigError
 from errata.kit.placement import key_state, placed_module
 from errata.kit.training import (
@@ -18,7 +19,6 @@ from errata.kit.training import (
     train_adapter,
 )
 from errata.kit.training.adapters import TASKS, lowest
-from errata.model.foreign_noise import quiet_imports
 from errata_melo.delta import Databases, RoutedAdapterDelta
 
 if TYPE_CHECKING:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from errata.common.floats import wide
 from errata.edits.delta.base import Delta, require
 from errata.errors import IntegrityError
 from errata.model.answers import Generated, TargetScore
 from errata.model.chat import user_turn
-from errata.model.floats import wide
 from errata.model.generation import decode_after, end_tokens, until_stop
 from errata.model.model_answers import ModelAnswers
 from errata.model.running import check_length, prepare, run

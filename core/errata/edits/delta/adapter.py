@@ -86,7 +86,7 @@ class AdapterDelta(Delta):
         """
         from safetensors.torch import save
 
-        from errata.model.storage import write_bytes
+        from errata.common.storage import write_bytes
 
         folder = Path(path)
         with disk(f"create the folder {folder}"):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from errata.model.foreign_noise import quiet_imports
+from errata.common.foreign_noise import quiet_imports
 
 if TYPE_CHECKING:
     from torch import Tensor

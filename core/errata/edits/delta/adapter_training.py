@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from errata.common.foreign_noise import quiet_imports
 from errata.edits.delta.adapter import AdapterDelta
 from errata.edits.delta.adapter_layers import flags_kept, skeleton, swap
-from errata.model.foreign_noise import quiet_imports
 
 if TYPE_CHECKING:
     from torch import nn

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from errata.common.display import Described, shortened
+from errata.common.floats import wide
 from errata.errors import IntegrityError, first_few
-from errata.model.display import Described, shortened
-from errata.model.floats import wide
 
 if TYPE_CHECKING:
     from torch import Tensor

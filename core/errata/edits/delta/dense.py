@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from errata.common.floats import frobenius
 from errata.edits.delta.base import Delta, relative_norms, require
-from errata.model.floats import frobenius
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from errata.common.floats import wide
 from errata.edits.delta.base import Delta, by_parameter, relative_norms, require
-from errata.model.floats import wide
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from errata.common.display import shortened
 from errata.edits.delta.base import Delta, require
 from errata.errors import FingerprintError
 from errata.model.chat import user_turn
-from errata.model.display import shortened
 from errata.model.encoder import SentenceEncoder, sentence_encoder
 from errata.model.generation import own_texts
 from errata.model.model_answers import ModelAnswers

@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from errata.common.storage import canonical, from_bytes, to_bytes
 from errata.errors import IntegrityError, UnknownNameError, in_short, turning
-from errata.model.storage import canonical, from_bytes, to_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor

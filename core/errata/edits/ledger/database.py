@@ -11,6 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from errata.common.storage import canonical
 from errata.edits.ledger.files import DeltaFiles
 from errata.edits.ledger.schema import (
     DATABASE,
@@ -30,7 +31,6 @@ from errata.errors import (
     StorageError,
     first_few,
 )
-from errata.model.storage import canonical
 
 BATCH = 500  # SQLite limits how many variables a statement has
 EVENT_COLUMNS = "number, time, kind, edit_id, detail, digest"

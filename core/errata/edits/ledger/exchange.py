@@ -6,11 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errata.edits.ledger import content
-from errata.edits.ledger.schema import parse_record, record_text
-from errata.edits.outcome import Outcome
-from errata.errors import IntegrityError, LedgerError
-from errata.model.storage import (
+from errata.common.storage import (
     canonical,
     from_bytes,
     parse_json,
@@ -19,6 +15,10 @@ from errata.model.storage import (
     to_bytes,
     write_bytes,
 )
+from errata.edits.ledger import content
+from errata.edits.ledger.schema import parse_record, record_text
+from errata.edits.outcome import Outcome
+from errata.errors import IntegrityError, LedgerError
 
 if TYPE_CHECKING:
     from torch import Tensor

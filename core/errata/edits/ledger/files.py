@@ -8,10 +8,8 @@ from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from errata.edits.ledger.schema import DATABASE, DIGEST, RECOVER
-from errata.errors import IntegrityError, StorageError, disk
-from errata.model.scratch import unfinished
-from errata.model.storage import (
+from errata.common.scratch import unfinished
+from errata.common.storage import (
     check_length,
     make_folder,
     read_bytes,
@@ -19,6 +17,8 @@ from errata.model.storage import (
     sha256,
     sync_folder,
 )
+from errata.edits.ledger.schema import DATABASE, DIGEST, RECOVER
+from errata.errors import IntegrityError, StorageError, disk
 
 PRIVATE_FOLDER, PRIVATE_FILE = 0o700, 0o600
 """A ledger is its owner's: requests may hold what nobody else should read."""

@@ -14,9 +14,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from errata.common.storage import canonical, parse_json, sha256, sync_folder
 from errata.edits.edit import Edit, check_id
 from errata.errors import ErrataError, IntegrityError, LedgerBusyError, LedgerError, StorageError
-from errata.model.storage import canonical, parse_json, sha256, sync_folder
 
 DATABASE = "ledger.sqlite"
 APPLICATION = 0x65727261  # "erra": SQLite's application_id, which tells our files from others

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from errata.common.scratch import sweep
+from errata.common.storage import make_folder, sha256
 from errata.edits.ledger import content, exchange
 from errata.edits.ledger.check import problems
 from errata.edits.ledger.database import Database
@@ -17,8 +19,6 @@ from errata.edits.ledger.schema import KINDS, NOTE_KIND, Event, Row, edit_of, re
 from errata.edits.staleness import stale_ids
 from errata.errors import IntegrityError, LedgerError, PluginError, StorageError, UnknownNameError
 from errata.model.artifacts import Artifacts
-from errata.model.scratch import sweep
-from errata.model.storage import make_folder, sha256
 
 if TYPE_CHECKING:
     from types import TracebackType

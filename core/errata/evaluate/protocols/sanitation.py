@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from errata.common.sentences import COMMAS, FULL_STOPS, QUESTION_MARKS, SEMICOLONS, STOPS
 from errata.evaluate import questions
 from errata.evaluate.matching import contained_match, normalise
 from errata.evaluate.questions import Question, old_answers, targets
-from errata.model.sentences import COMMAS, FULL_STOPS, QUESTION_MARKS, SEMICOLONS, STOPS
 
 if TYPE_CHECKING:
     from errata.contract.measurement import Measurement

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
+from errata.common.floats import wide
 from errata.edits.aims import FLOOR
 from errata.errors import CapabilityError, ConfigError, UnknownNameError
 from errata.kit.aims import RIVAL, aims_of, rivalry, unlikelihood
-from errata.model.floats import wide
 from errata.model.forward.inputs import takes_positions
 from errata.model.prompts import PreparedPrompts, pad
 from errata.model.running import prepare

@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from errata.common.progress import Progress
+from errata.common.storage import write_bytes
 from errata.edits.outputs import check_folder, list_files
-from errata.model.progress import Progress
-from errata.model.storage import write_bytes
 from errata.zoo.atlas.benchmark import beside_the_benchmark
 from errata.zoo.atlas.corpus import IGNORED, Corpus, CorpusBatch
 from errata.zoo.atlas.questions import QuestionBatch, Questions

@@ -19,14 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from errata.common.storage import write_bytes
 from errata.errors import ConfigError
 from errata.model.joining import join
-from errata.model.storage import write_bytes
 from errata.zoo.classifiers.fine_tuning import ClassifierRecipe, fine_tune, logits_of
 
 if TYPE_CHECKING:
+    from errata.common.progress import Progress
     from errata.edits.request import Request
-    from errata.model.progress import Progress
     from errata.zoo.meter import TrainedModel
 
 LABELS = ("REFUTES", "SUPPORTS")

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from errata.common.foreign_noise import quiet_loading
+from errata.common.progress import Progress
 from errata.edits.outputs import check_folder
-from errata.model.foreign_noise import quiet_loading
-from errata.model.progress import Progress
 from errata.zoo.meter import TrainedModel, TrainingMeter
 from errata.zoo.state import STATE, load_state, save_state
 

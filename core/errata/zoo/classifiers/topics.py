@@ -21,14 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from errata.common.storage import write_bytes
 from errata.errors import ConfigError
-from errata.model.storage import write_bytes
 from errata.zoo.classifiers.claims import claim
 from errata.zoo.classifiers.fine_tuning import ClassifierRecipe, fine_tune
 
 if TYPE_CHECKING:
+    from errata.common.progress import Progress
     from errata.edits.request import Request
-    from errata.model.progress import Progress
     from errata.zoo.meter import TrainedModel
 
 Text = tuple[str, str]

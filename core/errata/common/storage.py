@@ -12,8 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from errata.common.scratch import noted, unfinished
 from errata.errors import IntegrityError, StorageError, disk, reason_of
-from errata.model.scratch import noted, unfinished
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError, ValidationInfo, field_validator
 
-from errata.model.display import shortened
+from errata.common.display import shortened
 
 _WANTED = {
     "string_type": "text",

@@ -10,8 +10,8 @@ from functools import lru_cache
 from importlib import metadata
 from importlib.metadata import EntryPoint
 
+from errata.common.process import undisturbed
 from errata.errors import PluginError, cause, in_short
-from errata.model.process import undisturbed
 
 DISABLE = "ERRATA_DISABLE"
 """Environment variable with names of entry points, comma separated, as if not installed."""
