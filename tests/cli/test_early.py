@@ -120,6 +120,34 @@ def test_a_wrong_command_line_is_json_where_json_was_asked_for(
     assert not plain.stderr.startswith("{")
 
 
+@pytest.mark.parametrize(
+    ("words", "follows"),
+    [
+        ((*FACT, "--method", "ft", "--relation", "--dry-run"), "--relation=--dry-run"),
+        (("edit", "{} is", "-s", "Ada", "--method", "ft", "-t", "--no-apply"), "--target=--no-ap"),
+        (("export", "--out", "--overwrite"), "--out=--overwrite"),
+        (("report", "run", "--markdown", "--html", "page.html"), "--markdown=--html"),
+        (("log", "-l", "-n", "3"), "--ledger=-n"),
+    ],
+)
+def test_no_option_is_taken_for_the_value_of_another(
+    words: tuple[str, ...], follows: str, tmp_path: Path
+) -> None:
+    result = CliRunner().invoke(app, [*words, "--json"])
+    assert result.exit_code == 2
+    said = json.loads(result.stderr)["error"]
+    assert said["type"] == "UsageError"
+    assert f"write {follows}" in said["message"]
+    assert list(tmp_path.iterdir()) == []  # no file or ledger of that name
+
+
+def test_a_value_that_is_called_like_an_option_can_be_given() -> None:
+    result = CliRunner().invoke(app, ["log", "--ledger=--json", "-n", "3"])
+    assert "There is no ledger in '--json'" in " ".join(result.stderr.split())
+    result = CliRunner().invoke(app, ["show", "--ledger", "none", "--", "--json"])
+    assert "There is no ledger in 'none'" in " ".join(result.stderr.split())
+
+
 def test_an_edit_that_cannot_leave_as_asked_is_named(tmp_path: Path) -> None:
     from errata.edits.delta_kinds import DeltaKinds
     from errata.edits.ledger import Ledger

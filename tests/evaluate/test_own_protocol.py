@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 from errata import Editor, bench
 from errata.cli.app import app
 from errata.datasets import atlas, load
-from errata.errors import PluginError, UnknownNameError
+from errata.errors import ConfigError, PluginError, UnknownNameError
 from errata.evaluate import Baseline
+from tests.families import saved
 from tests.helpers import ROOT
 
 PAGE = (ROOT / "docs" / "protocols.md").read_text(encoding="utf-8")
@@ -83,3 +84,33 @@ def test_a_protocol_in_the_group_of_methods_is_told_where_it_belongs(
     assert "What has `protocols` alone belongs into 'errata.plugins'" in shown
     with pytest.raises(PluginError, match=r"belongs into 'errata\.plugins'"):
         bench.plan({**run, "methods": "brevity", "protocols": "generation"})
+
+
+def test_a_run_is_not_continued_with_another_version_of_what_reads_or_measures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = tmp_path / "site"
+    points = (
+        "[errata.plugins]\nbrevity = my_brevity:Brevity\n[errata.datasets]\nmine = my_data:parse\n"
+    )
+    install(site, points, monkeypatch)
+    (site / "my_data.py").write_text("def parse(record):\n    return record.data\n")
+    data = tmp_path / "facts.jsonl"
+    data.write_text('{"prompt": "{} lives in", "subject": "Ada", "target_new": "Rome"}\n')
+    run = {
+        "model": str(saved("gpt2", tmp_path / "model")), "methods": "base", "protocols": "brevity",
+        "datasets": {"name": "mine", "path": str(data)}, "settings": {"max_new_tokens": 2},
+    }  # fmt: skip
+    done = bench.run(run, tmp_path / "run")
+    bench.run(run, tmp_path / "run")  # the same packages
+    assert len(list(done)) == 1
+    metadata = site / "my_brevity-1.0.dist-info" / "METADATA"
+    metadata.write_text(metadata.read_text().replace("Version: 1.0", "Version: 1.1"))
+    with pytest.raises(ConfigError, match="never mixed") as refused:
+        bench.run(run, tmp_path / "run")
+    for what in ("dataset mine", "protocol brevity"):
+        assert f'packages.{what}: "my-brevity 1.0" there, "my-brevity 1.1" here' in str(
+            refused.value
+        )
+    with pytest.raises(ConfigError, match="never mixed"):
+        bench.plan(run, tmp_path / "run")

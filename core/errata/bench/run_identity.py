@@ -9,13 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from errata.bench.records import machine, timestamp, versions
 from errata.bench.results import SCHEMA
 from errata.bench.run_growth import blocking
+from errata.contract import plugins
+from errata.contract.manager import Manager
+from errata.datasets import READERS
 from errata.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -84,6 +87,8 @@ def info_of(spec: RunSpec, description: Mapping[str, Any]) -> dict[str, Any]:
         "protocols": protocols,
         "errata": versions(())["errata"],
     }
+    if packages := _packages(spec, protocols):
+        identity["packages"] = packages
     fitted = {spec.title(number): _fitted_on(spec, number) for number in range(len(datasets))}
     if any(fitted.values()):
         identity["references"] = fitted
@@ -131,6 +136,29 @@ def foreseen(spec: RunSpec, there: Mapping[str, Any]) -> dict[str, Any]:
                 config[name] = {"value": value}
         variants.append({**one, "method": variant.method, "config": config})
     return info_of(spec, {"model": there["model"], "variants": variants})
+
+
+def _packages(
+    spec: RunSpec, protocols: Mapping[str, Mapping[str, Sequence[str]]]
+) -> dict[str, str]:
+    """Return the versions of the packages beside errata that read the data and measure.
+
+    By what each brings: another version may make other requests of the same bytes, or another
+    number of the same answers. Those of the methods stand with the variants.
+    """
+    config = spec.config
+    wanted = [one.name for one in (*config.datasets, *config.retain)]
+    if spec.training is not None and config.train is not None:
+        wanted.append(config.train.name)
+    readers = {f"dataset {name}": READERS.version(name) for name in wanted}
+    named = {name for one in protocols.values() for many in one.values() for name in many}
+    measuring = {
+        f"protocol {name}": version
+        for plugin, version in plugins.with_versions()
+        if not plugins.is_own(plugin)
+        for name in Manager("", [plugin]).protocols().keys() & named
+    }
+    return {what: version for what, version in (readers | measuring).items() if version}
 
 
 def _fitted_on(spec: RunSpec, dataset: int) -> str | None:

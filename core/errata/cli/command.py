@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from copy import copy
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -95,7 +96,28 @@ MODEL = ("ledger", "model", "device", "dtype", "trust_remote_code", *OUTPUT)
 
 
 class Command(TyperCommand):
-    """A command whose help page ends with examples, one a line."""
+    """A command whose help page ends with examples, and which takes no option for a value."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the command line; refuse an option where another one's value should stand.
+
+        The parser takes it for that value: `--target --dry-run` would make the edit.
+        """
+        names: set[str] = set()
+        valued: dict[str, str] = {}  # name of an option with a value → its long name
+        for option in self.get_params(ctx):
+            if option.param_type_name == "option":
+                own = [*option.opts, *option.secondary_opts]
+                names.update(own)
+                if not getattr(option, "is_flag", False):
+                    valued |= dict.fromkeys(own, max(own, key=len))
+        for name, value in pairwise(args[: args.index("--")] if "--" in args else args):
+            if name in valued and value in names:
+                ctx.fail(
+                    f"Option {name!r} has no value: the option {value!r} follows. If that is the "
+                    f"value, write {valued[name]}={value}."
+                )
+        return super().parse_args(ctx, args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help and the examples."""

@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, PackageNotFoundError
@@ -74,10 +75,9 @@ def registry_files() -> list[RegistryFile]:
         provided.setdefault(_package(point), set()).add(point)
     files = []
     for package in dict.fromkeys(map(_package, installed().values())):
-        try:
+        spec = None
+        with suppress(ImportError, ValueError):
             spec = importlib.util.find_spec(package)
-        except (ImportError, ValueError):
-            spec = None
         for folder in (spec.submodule_search_locations or []) if spec else []:
             path = Path(folder) / "registry.yaml"
             # Of a namespace that several distributions share, each folder speaks for its own.
@@ -110,8 +110,7 @@ def load(name: str) -> Any:
         UnknownNameError: not installed; the message suggests and lists.
         PluginError: it is installed but broken, or twice; the message quotes the cause.
     """
-    point = entry_point(name)
-    plugin = _instance(point, "method")
+    plugin = _instance(point := entry_point(name), "method")
     _check(name, plugin, point)
     return plugin
 
@@ -131,7 +130,12 @@ def in_group(group: str = PLUGINS) -> list[Any]:
     Raises:
         PluginError: one of them is broken; the message quotes the cause.
     """
-    return [_made(point) for point in _points(group)]
+    return [plugin for plugin, _ in with_versions(group)]
+
+
+def with_versions(group: str = PLUGINS) -> list[tuple[Any, str]]:
+    """Return what `in_group` does, each with "distribution version" of its package."""
+    return [(_made(point), version_of(point)) for point in _points(group)]
 
 
 def broken_in_group(group: str = PLUGINS) -> list[str]:
@@ -188,7 +192,11 @@ def is_own(plugin: object) -> bool:
 
 def version(name: str) -> str:
     """Return "distribution version" of an installed method."""
-    point = installed()[name]
+    return version_of(installed()[name])
+
+
+def version_of(point: EntryPoint) -> str:
+    """Return "distribution version" of the package of an entry point."""
     return f"{distribution(point)} {point.dist.version}" if point.dist else "unknown"
 
 
@@ -197,10 +205,8 @@ def library_versions(method: str) -> Mapping[str, str]:
     """Return the versions of the libraries behind a method's edits; looked up once per process."""
     found = {"method": version(method)}
     for name in ("errata", "torch", "transformers", "peft"):
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = distribution_version(name)
-        except PackageNotFoundError:
-            continue
     return MappingProxyType(found)
 
 

@@ -16,6 +16,7 @@ from errata.common.installed import (
     providers,
     the_one,
 )
+from errata.contract.plugins import version_of
 from errata.datasets import (
     atlas,
     calibration,
@@ -198,6 +199,11 @@ class Readers(Mapping[str, DatasetReader]):
             raise UnknownNameError("dataset", name, [*own, *points], hint)
         return own[name]
 
+    def version(self, name: str) -> str:
+        """Return "distribution version" of the package that brings a reader; "" for errata's."""
+        points = self._points()
+        return version_of(points[name]) if name in points else ""
+
     def __contains__(self, name: object) -> bool:
         return name in list(self)
 
@@ -220,7 +226,7 @@ class Readers(Mapping[str, DatasetReader]):
         return found
 
 
-READERS: Mapping[str, DatasetReader] = Readers()
+READERS = Readers()
 
 
 def _loaded(point: EntryPoint) -> DatasetReader:

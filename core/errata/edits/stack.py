@@ -18,7 +18,7 @@ from errata.edits.delta import attaching
 from errata.edits.last_written import LastWritten
 from errata.errors import CapabilityError, IntegrityError, LedgerError, UnknownNameError
 from errata.model.pristine import same_bits
-from errata.model.structure import ABSENT, Structure, Traits, in_words
+from errata.model.structure import ABSENT, HOOK_TABLES, Structure, Traits, in_words
 from errata.model.task import check_not_compiled
 
 if TYPE_CHECKING:
@@ -97,6 +97,11 @@ class Stack(Described):
     def touched(self) -> set[str]:
         """The names of the tensors that the active edits change."""
         return {n for e in self._entries if e.delta.folds for n in e.delta.parameters}
+
+    @property
+    def hooks(self) -> list[object]:
+        """The hooks that the active edits have on the module, whoever wrote their kinds."""
+        return [hook for trait, hook in self._hung.items() if trait.what in HOOK_TABLES]
 
     def of_kind(self, kind: str) -> list[tuple[str, Delta]]:
         """Return (edit id, delta) of the active edits of one kind, in ledger order."""
@@ -331,10 +336,7 @@ class Stack(Described):
 
     def _move(self, before: Sequence[Edit], after: Sequence[Edit], force: bool = False) -> None:
         """Bring the model from one set of active edits to another."""
-        beside = self._model.branch
-        hung_before = [e.id for e in before if beside or "attach" in e.delta.effects]
-        hung_after = [e.id for e in after if beside or "attach" in e.delta.effects]
-        rehang = force or hung_before != hung_after
+        rehang = force or self._hanging(before) != self._hanging(after)
         folded = {name: self._fold(name, after) for name in self._rewritten(before, after, force)}
         if rehang:
             self._detach()
@@ -370,12 +372,17 @@ class Stack(Described):
             raise IntegrityError(f"Folding the edits of {name!r} gives NaN or infinite entries.")
         return folded
 
+    def _hanging(self, entries: Sequence[Edit]) -> list[str]:
+        """Return the ids of those edits that hang on the module."""
+        how = {"attach", "fold"} if self._model.branch else {"attach"}
+        return [edit.id for edit in entries if how & edit.delta.effects]
+
     def _attach(self, entries: Sequence[Edit]) -> None:
         """Hang edits on the module; whatever fails, it is put back as it was before."""
+        if not (ids := self._hanging(entries)):
+            return
         acting = self._acting("attach", entries)
         beside = [e for e in entries if e.delta.folds] if self._model.branch else []
-        if not acting and not beside:
-            return
         check_not_compiled(self._model.module)
         before = Structure(self._model.module)
         try:
@@ -383,9 +390,10 @@ class Stack(Described):
                 self._undo.append(side_branch.attach(self._model, beside))
             # "adapter" sorts before "codebook": hooks then see the module with adapters in it.
             for kind, deltas in acting:
+                if self._undo:  # whose the hooks so far are, for what this kind asks of the base
+                    self._hung = before.changes()
                 self._undo.append(attaching.attach_kind(kind, self._model, deltas))
-            hung = [e.id for e in entries if self._model.branch or "attach" in e.delta.effects]
-            self._undo.append(attaching.keep_from_saving(self._model.module, hung))
+            self._undo.append(attaching.keep_from_saving(self._model.module, ids))
         except BaseException:
             try:
                 self._detach()

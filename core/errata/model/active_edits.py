@@ -34,6 +34,10 @@ class ActiveEdits(Protocol):
     def touched(self) -> set[str]:
         """The names of the tensors that they change."""
 
+    @property
+    def hooks(self) -> Sequence[object]:
+        """The hooks that they have on the module, whoever wrote their kinds."""
+
     def of_kind(self, kind: str) -> list[tuple[str, Any]]:
         """Return (edit id, delta) of those of one kind."""
 
@@ -78,6 +82,7 @@ class NoEdits:
     entries: tuple[Any, ...] = ()
     ids: list[str] = []  # noqa: RUF012 - always empty; the protocol says list
     touched: set[str] = set()  # noqa: RUF012
+    hooks: tuple[object, ...] = ()
 
     def of_kind(self, kind: str) -> list[tuple[str, Any]]:
         """Return nothing."""

@@ -398,8 +398,7 @@ class Model:
         Artifacts are keyed by it: what is computed from texts depends on all three. While other
         code has hooks on the model it is one of its own: nothing tells such hooks apart.
         """
-        hooked = hooked_by_others(self.module)
-        if not hooked:
+        if not (hooked := hooked_by_others(self.module, self.stack.hooks)):
             return self._own_fingerprint
         if hooked != self._hooked[0]:
             self._hooked = (hooked, uuid.uuid4().hex)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -16,6 +16,9 @@ GLOBAL_HOOK_TABLES = (
     "_global_forward_hooks", "_global_forward_pre_hooks",
     "_global_backward_hooks", "_global_backward_pre_hooks",
 )  # fmt: skip
+_TABLES = {"parameter": "_parameters", "buffer": "_buffers", "cache": "_buffers"}
+_TABLES |= dict(zip(HOOK_TABLES, HOOK_TABLES, strict=True))
+"""Where a module keeps each sort of trait that has a table."""
 ABSENT = object()
 _PRESENT = object()
 _OURS = ("errata", "transformers", "accelerate", "torch")  # whose hooks leave the numbers alone
@@ -80,40 +83,42 @@ class Structure:
         for trait in sorted(trait for trait in self.changes() if trait.what == "module"):
             path, _, child = trait.path.rpartition(".")
             if Trait(path, "module") in self.traits:
-                parent = self._root.get_submodule(path)
-                _put(parent._modules, child, self.traits.get(trait, ABSENT))
+                _put(self._root.get_submodule(path)._modules, child, self.traits.get(trait, ABSENT))
         for trait in self.changes():
             self._restore(trait, self.traits.get(trait, ABSENT))
 
     def _restore(self, trait: Trait, former: Any) -> None:
         module = self.traits[Trait(trait.path, "module")]
-        if trait.what == "class":
-            module.__class__ = former
-        elif trait.what == "training flag":
-            module.training = former
+        if trait.what in ("class", "training flag"):
+            setattr(module, "__class__" if trait.what == "class" else "training", former)
         elif trait.what in GLOBAL_HOOK_TABLES:
             _put(getattr(torch_module, trait.what), trait.name, former)
-        elif trait.what in HOOK_TABLES:
-            _put(getattr(module, trait.what), trait.name, former)
-        elif trait.what == "parameter":
-            _put(module._parameters, trait.name, former)
-        elif trait.what in ("buffer", "cache"):
-            _put(module._buffers, trait.name, former)
+        elif table := _TABLES.get(trait.what):
+            _put(getattr(module, table), trait.name, former)
         elif former is not _PRESENT:
             _put(vars(module), trait.name, former)
 
 
-def hooked(root: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield (path, package) of each forward hook: where it hangs, and whose code it is."""
+def hooked(root: nn.Module, besides: Collection[object] = ()) -> Iterator[tuple[str, str]]:
+    """Yield (path, package) of each forward hook: where it hangs, and whose code it is.
+
+    `besides`: hooks that are left out.
+    """
+    known = set(map(id, besides))
     for path, module in root.named_modules():
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             package = str(getattr(hook, "__module__", "")).partition(".")[0]
-            yield path or "the top module", package
+            if id(hook) not in known:
+                yield path or "the top module", package
 
 
-def hooked_by_others(root: nn.Module) -> list[str]:
-    """Return the paths of modules with forward hooks of neither errata nor the libraries below."""
-    return list(dict.fromkeys(path for path, package in hooked(root) if package not in _OURS))
+def hooked_by_others(root: nn.Module, of_edits: Collection[object] = ()) -> list[str]:
+    """Return the paths of modules with forward hooks of neither errata nor the libraries below.
+
+    `of_edits`: the hooks that active edits have there, whoever wrote their code.
+    """
+    packages = hooked(root, of_edits)
+    return list(dict.fromkeys(path for path, package in packages if package not in _OURS))
 
 
 def in_words(changes: Traits) -> list[str]:
@@ -130,8 +135,7 @@ def in_words(changes: Traits) -> list[str]:
         above = trait._replace(path=trait.path.rpartition(".")[0])
         return trait.what == "training flag" and trait.path != "" and above in changes
 
-    shown = [f for f in changes if not follows(f) and not beneath(f.path)]
-    return list(dict.fromkeys(map(str, shown)))
+    return list(dict.fromkeys(str(f) for f in changes if not follows(f) and not beneath(f.path)))
 
 
 def _traits(root: nn.Module) -> Iterator[tuple[Trait, Any]]:

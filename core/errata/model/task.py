@@ -99,7 +99,9 @@ def _check_bare(module: nn.Module, kind: str) -> None:
                 "edits of an editor that is gone. Give a model without: load it again, or have the "
                 "adapter in its weights (merge_and_unload of a PeftModel)."
             )
-    for path, package in hooked(module):
+    # Hooks of other packages' kinds have other names; this method is set while any edit hangs.
+    own = getattr(vars(module).get("save_pretrained"), "__module__", "")
+    for path, package in (*hooked(module), ("save_pretrained", own)):
         if package.startswith("errata"):
             raise ConfigError(
                 f"{kind} still carries edits of another editor (a hook at {path!r}). Open it with "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -339,3 +340,53 @@ class ToyStored(ToyLowRank):
             "sparse": torch.ones(1).to_sparse(), "number": torch.tensor(2.0).numpy()[()],
         }.get(config.how, config.how)  # fmt: skip
         return PickyDelta(name, held)
+
+
+def multiplied(gain: Tensor, module: Any, args: Any, output: Tensor) -> Tensor:
+    return output * gain
+
+
+class GainDelta(Delta):
+    """Multiplies a module's outputs by one number, with a hook of its own."""
+
+    kind: ClassVar[str] = "gain"
+
+    def __init__(self, path: str, gain: Tensor) -> None:
+        self.path, self.gain = path, gain
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"gain": self.gain}
+
+    def metadata(self) -> dict[str, Any]:
+        return {"path": self.path}
+
+    @classmethod
+    def from_parts(cls, tensors, metadata):
+        return cls(metadata["path"], tensors["gain"])
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return (f"{self.path}.weight",)
+
+    @classmethod
+    def attach(cls, model, deltas):
+        # A partial's module is functools: by its code nobody knows whose hook it is.
+        handles = [
+            model.module.get_submodule(delta.path).register_forward_hook(
+                partial(multiplied, delta.gain)
+            )
+            for _, delta in deltas
+        ]
+        return lambda: [handle.remove() for handle in handles]
+
+
+class ToyGain:
+    """A method whose kind hangs hooks on the model, as the page on methods says."""
+
+    name = "toy-gain"
+    config = ToyConfig
+
+    @hookimpl
+    def edit(self, model, requests, config):
+        gain = 1 + config.size * torch.randn((), generator=generator(requests[0], config))
+        return GainDelta(model.anatomy.mlp_out(config.layer), gain)
