@@ -6,8 +6,8 @@ subjects (known_1000) become, and, with the first fact of every subject taken of
 still hold? (A published batch, `history: none`, is one edit: no fact of it can be taken off.)
 
     python benchmarks/many_facts.py --data wiki_counterfact.json --known known_1000.json \
-        --subjects 12 --setting memit --setting 'memit {"history": "none"}' \
-        --setting 'memit {"same_subject": "alone"}'
+        --subjects 25 --setting memit --again '{"relative_weight": 0.1}' \
+        --setting 'memit {"history": "none", "same_subject": "alone"}'
 
 A line of JSON is appended to --out for every setting; those that are there are skipped.
 """
@@ -46,6 +46,8 @@ def main() -> None:
     parser.add_argument("--subjects", type=int, default=50)
     parser.add_argument("--facts", type=int, default=2, help="of each subject, at most")
     parser.add_argument("--call", type=int, default=5, help="subjects that are edited in one call")
+    parser.add_argument("--again", action="append", default=[],
+                        help="JSON: solve all edits again with it, and judge")  # fmt: skip
     parser.add_argument("--others", type=int, default=100, help="statements about other subjects")
     parser.add_argument("--out", type=Path, default=Path("many_facts.jsonl"))
     options = parser.parse_args()
@@ -58,7 +60,8 @@ def main() -> None:
         if asked in done:
             continue
         editor = Editor(options.model, guards=QUIET)
-        row = {"asked": asked, **measure(editor, setting, facts, others, options.call)}
+        row = {"asked": asked,
+               **measure(editor, setting, facts, others, options.call, options.again)}  # fmt: skip
         append_row(options.out, row)
         print(json.dumps(row, indent=1), flush=True)
 
@@ -77,6 +80,7 @@ def measure(
     facts: Sequence[Sequence[Request]],
     others: Sequence[Request],
     call: int,
+    again: Sequence[str],
 ) -> dict[str, Any]:
     """Edit everything, judge, take the first fact of every subject off, judge again."""
     method, _, given = setting.partition(" ")
@@ -99,11 +103,16 @@ def measure(
         else:
             firsts = None
         print(f"{done} facts, {time.process_time() - start:.0f} s", flush=True)
-    row = {"facts": done, "seconds each": (time.process_time() - start) / done,
-           "all": judged(editor, every),
-           "first of each": judged(editor, [one[0] for one in facts]),
-           "others": same(known, texts_of(editor, others), others),
-           "perplexity ratio": perplexity(editor.model, texts) / before}  # fmt: skip
+
+    def whole() -> dict[str, Any]:
+        return {
+            "all": judged(editor, every),
+            "first of each": judged(editor, [one[0] for one in facts]),
+            "others": same(known, texts_of(editor, others), others),
+            "perplexity ratio": perplexity(editor.model, texts) / before,
+        }
+
+    row = {"facts": done, "seconds each": (time.process_time() - start) / done, **whole()}
     if firsts is None:
         return row
     start = time.process_time()
@@ -112,6 +121,11 @@ def measure(
     row["left"] = judged(editor, [request for one in facts for request in one[1:]])
     row["taken off"] = judged(editor, [one[0] for one in facts])
     row["others, then"] = same(known, texts_of(editor, others), others)
+    for edit in firsts:
+        editor.apply(edit)
+    for values in again:
+        editor.resolve(**json.loads(values))
+        row[values] = whole()
     return row
 
 
