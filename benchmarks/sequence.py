@@ -4,6 +4,8 @@
     python benchmarks/sequence.py --out runs/sequence --column rome --column memit-joint-100
     python benchmarks/sequence_report.py runs/sequence --plot sequence.png
 
+    python benchmarks/sequence.py --facts 500 --column memit-joint-100 --parts --again 300 500 800
+
     python benchmarks/sequence.py --model smollm2-135m --data counterfact.jsonl --subjects 250 \
         --facts 500 --parts --tokens 8 --contained --keep --out runs/sequence-smollm2 \
         --column memit-joint-100 --column memit-alone-100 --column memit-none-100
@@ -244,6 +246,15 @@ class Run:
         nbytes = sum(entry.edit.nbytes for entry in self.editor.log() if entry.active)
         return {"n": len(cases), "checkpoints": checkpoints, "bytes": nbytes}
 
+    def again(self, weight: float) -> dict[str, Any]:
+        """Solve the stream's joint edits again with another λ, and measure all of them."""
+        begin = time.process_time()
+        self.editor.resolve(second_moment_weight=weight)
+        seconds = round(time.process_time() - begin, 2)
+        found = {**self.measured(self.cases[: self.options.facts]), "perplexity": self.perplexity()}
+        print(f"  λ = {weight:g}: {json.dumps(found)}", flush=True)
+        return {**found, "cpu_seconds": seconds}
+
     def half(self) -> dict[str, Any]:
         """Take a random half of the stream's edits out; compare with never having made them."""
         n = self.first(self.options.half)
@@ -346,6 +357,7 @@ def run(name: str, options: Any) -> dict[str, Any]:
         result: dict[str, Any] = {"column": name, **COLUMNS[name]._asdict()}
         result["config"] = dict(COLUMNS[name].config)
         result["stream"] = this.stream()
+        result["again"] = {weight: this.again(weight) for weight in options.again}
         if options.parts:
             n = this.first(options.half)
             whole = this.state(this.cases[:n])
@@ -381,6 +393,8 @@ def main() -> None:
     parser.add_argument("--facts", type=int, help="edits in the stream; default: all")
     parser.add_argument("--half", type=int, default=500, help="edits of which half is reverted")
     parser.add_argument("--parts", nargs="*", choices=("half", "order"), default=["half", "order"])
+    parser.add_argument("--again", type=float, nargs="*", default=[], metavar="λ",
+                        help="solve the stream again with it; with --parts alone")  # fmt: skip
     parser.add_argument("--distinct", action="store_true", help="one case of each subject")
     options = parser.parse_args()
     logging.getLogger("errata").setLevel(logging.ERROR)
