@@ -150,8 +150,12 @@ def words_of(line: str, folder: Path) -> tuple[list[str], str | None]:
         words[place] = FASTER.get(words[place - 1], word)
     if words[:2] == ["zoo", "train"] and "--steps" not in words:
         words += ["--steps", FASTER["--steps"]]
-    if words[0] == "bench" and "--limit" not in words:
-        words += ["--limit", FASTER["--limit"]]
+    if "--similar" in words and "--limit" not in words:
+        words += ["--limit", "40"]  # relations need facts that share one
+    if words[0] == "bench":
+        if "--limit" not in words:
+            words += ["--limit", ""]
+        words[words.index("--limit") + 1] = "1"
     return [part for word in words for part in (sorted(glob.glob(word)) or [word])], given
 
 
