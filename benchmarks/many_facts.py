@@ -56,7 +56,14 @@ def main() -> None:
     facts = facts_of(options.data, options.subjects, options.facts)
     others = load("known_1000", path=options.known, limit=options.others).requests()
     for setting in options.setting:
-        asked = [options.model, setting, options.subjects, options.facts, options.call]
+        asked = [
+            options.model,
+            setting,
+            options.subjects,
+            options.facts,
+            options.call,
+            *options.again,
+        ]
         if asked in done:
             continue
         editor = Editor(options.model, guards=QUIET)
@@ -121,7 +128,7 @@ def measure(
     row["left"] = judged(editor, [request for one in facts for request in one[1:]])
     row["taken off"] = judged(editor, [one[0] for one in facts])
     row["others, then"] = same(known, texts_of(editor, others), others)
-    for edit in firsts:
+    for edit in firsts if again else ():
         editor.apply(edit)
     for values in again:
         editor.resolve(**json.loads(values))

@@ -394,9 +394,13 @@ def main() -> None:
     parser.add_argument("--half", type=int, default=500, help="edits of which half is reverted")
     parser.add_argument("--parts", nargs="*", choices=("half", "order"), default=["half", "order"])
     parser.add_argument("--again", type=float, nargs="*", default=[], metavar="λ",
-                        help="solve the stream again with it; with --parts alone")  # fmt: skip
+                        help="solve the stream again with each; beside --parts alone")  # fmt: skip
     parser.add_argument("--distinct", action="store_true", help="one case of each subject")
     options = parser.parse_args()
+    if options.again and options.parts:
+        parser.error(
+            "--again leaves the stream solved with another λ: give --parts alone beside it"
+        )
     logging.getLogger("errata").setLevel(logging.ERROR)
     options.dataset = options.dataset or ("counterfact" if options.data else "atlas")
     options.out.mkdir(parents=True, exist_ok=True)

@@ -17,8 +17,8 @@ GLOBAL_HOOK_TABLES = (
     "_global_backward_hooks", "_global_backward_pre_hooks",
 )  # fmt: skip
 _TABLES = {"parameter": "_parameters", "buffer": "_buffers", "cache": "_buffers"}
-_TABLES |= dict(zip(HOOK_TABLES, HOOK_TABLES, strict=True))
-"""Where a module keeps each sort of trait that has a table."""
+_TABLES |= {name: name for name in (*HOOK_TABLES, *GLOBAL_HOOK_TABLES)}
+"""Where each sort of trait that has a table is kept."""
 ABSENT = object()
 _PRESENT = object()
 _OURS = ("errata", "transformers", "accelerate", "torch")  # whose hooks leave the numbers alone
@@ -89,12 +89,13 @@ class Structure:
 
     def _restore(self, trait: Trait, former: Any) -> None:
         module = self.traits[Trait(trait.path, "module")]
-        if trait.what in ("class", "training flag"):
-            setattr(module, "__class__" if trait.what == "class" else "training", former)
-        elif trait.what in GLOBAL_HOOK_TABLES:
-            _put(getattr(torch_module, trait.what), trait.name, former)
+        if trait.what == "class":
+            module.__class__ = former
+        elif trait.what == "training flag":
+            module.training = former
         elif table := _TABLES.get(trait.what):
-            _put(getattr(module, table), trait.name, former)
+            owner = torch_module if trait.what in GLOBAL_HOOK_TABLES else module
+            _put(getattr(owner, table), trait.name, former)
         elif former is not _PRESENT:
             _put(vars(module), trait.name, former)
 
@@ -117,8 +118,7 @@ def hooked_by_others(root: nn.Module, of_edits: Collection[object] = ()) -> list
 
     `of_edits`: the hooks that active edits have there, whoever wrote their code.
     """
-    packages = hooked(root, of_edits)
-    return list(dict.fromkeys(path for path, package in packages if package not in _OURS))
+    return list(dict.fromkeys(p for p, owner in hooked(root, of_edits) if owner not in _OURS))
 
 
 def in_words(changes: Traits) -> list[str]:
