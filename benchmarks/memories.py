@@ -39,7 +39,7 @@ from errata import Editor, Request
 from errata.datasets import load
 from errata.edits.delta import Delta
 from errata.edits.edit import Edit
-from errata.model.encoder import sentence_encoder
+from errata.kit.sentence_encoder import sentence_encoder
 from errata.model.generation import generated
 from errata.model.perplexity import perplexity
 from errata.model.sampling import GenerationSettings

@@ -126,6 +126,22 @@ def test_tables_and_folders_of_them(
     assert "offline" not in cut["error"]
 
 
+def test_a_folder_or_table_that_changes_is_noticed(tmp_path: Path) -> None:
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    table = folder / "train.parquet"
+    table.write_bytes(b"PAR1")
+    for path, what in ((table, "file"), (folder, "folder")):
+        opened = source.open_source(path)
+        table.write_bytes(table.read_bytes() + b" more")
+        with pytest.raises(DatasetError, match=f"the {what} has changed since it was loaded"):
+            next(opened.records())
+    opened = source.open_source(folder)
+    (folder / "test.parquet").touch()
+    with pytest.raises(DatasetError, match="the folder has changed"):
+        next(opened.records())
+
+
 @needs_library
 def test_tables_of_the_hub_have_a_digest_of_their_rows(
     offline: Callable[..., list[dict[str, Any]]],

@@ -19,8 +19,8 @@ from errata.cli.app import app
 from errata.datasets import atlas
 from errata.edits.request import Probe, Request
 from errata.errors import ConfigError
+from errata.kit.sentence_encoder import ForeignEncoder
 from errata.model import Model
-from errata.model.encoder import ForeignEncoder
 from errata_in_context import Ice, Ike, Retrieval
 from errata_in_context.config import IceConfig, IkeConfig, RetrievalConfig
 from errata_in_context.demonstrations import RATIO, Demonstrations, dealt, without_lead_in

@@ -45,6 +45,7 @@ class Source:
         self.name = name
         self.path = path
         self.split = split
+        self._state = _state(path)
         self._remarks: set[str] = set()
         self._notes: list[str] | None = []
 
@@ -65,7 +66,13 @@ class Source:
         return notes or []
 
     def records(self) -> Iterator[Record]:
-        """Yield every record. Raises `DatasetError` where the source is damaged or gone."""
+        """Yield every record.
+
+        Raises `DatasetError` where the source is damaged, gone, or changed since it was opened.
+        """
+        if _state(self.path) != self._state:
+            what = "folder" if self.path and self.path.is_dir() else "file"
+            raise DatasetError(f"the {what} has changed since it was loaded", file=self.name)
         self.seen = self.mute = 0
         for record in self._records():
             self.seen += 1
@@ -91,12 +98,9 @@ class LocalFile(Source):
     def __init__(self, name: str, path: Path, split: str | None = None) -> None:
         super().__init__(name, path, split)
         self._path = path
-        self._state = _state(path)
 
     def _records(self) -> Iterator[Record]:
         """Yield every record, reading the file once more."""
-        if _state(self._path) != self._state:
-            raise DatasetError("the file has changed since it was loaded", file=self.name)
         for index, data in enumerate(self._values()):
             record = Record(data, self.name, index, cells=self.cells, note=self.note)
             if self.split is None or is_of_split(record, self.split):
@@ -271,7 +275,7 @@ def is_of_split(record: Record, split: str) -> bool:
 def digest_of_folder(path: Path) -> str:
     """Return the SHA-256 over the names and bytes of a folder's files."""
     found = hashlib.sha256()
-    for file in sorted(item for item in path.rglob("*") if item.is_file()):
+    for file in _files_in(path):
         found.update(f"{file.relative_to(path).as_posix()} {file_sha256(file)}\n".encode())
     return found.hexdigest()
 
@@ -314,9 +318,17 @@ def _explained(name: str, *, hub: bool) -> Iterator[None]:
         raise DatasetError(f"could not be read ({said}){advice}", file=name) from error
 
 
-def _state(path: Path) -> tuple[int, int]:
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(item for item in folder.rglob("*") if item.is_file())
+
+
+def _state(path: Path | None) -> list[tuple[str, int, int]]:
+    """Return the name, bytes and time (ns) of a file, or of every file of a folder."""
+    if path is None:
+        return []
     try:
-        found = path.stat()
+        files = _files_in(path) if path.is_dir() else [path]
+        found = [(str(file), file.stat()) for file in files]
     except OSError as error:
         raise DatasetError(f"cannot be read: {error}", file=str(path)) from error
-    return found.st_size, found.st_mtime_ns
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]

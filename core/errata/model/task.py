@@ -101,10 +101,11 @@ def _check_bare(module: nn.Module, kind: str) -> None:
             )
     # Hooks of other packages' kinds have other names; this method is set while any edit hangs.
     own = getattr(vars(module).get("save_pretrained"), "__module__", "")
-    for path, package in (*hooked(module), ("save_pretrained", own)):
+    hooks = [(f"a hook at {path!r}", package) for path, package in hooked(module)]
+    for sign, package in (*hooks, ("its save_pretrained refuses", own)):
         if package.startswith("errata"):
             raise ConfigError(
-                f"{kind} still carries edits of another editor (a hook at {path!r}). Open it with "
+                f"{kind} still carries edits of another editor ({sign}). Open it with "
                 "the ledger that they are in, take them off in their own editor before that is "
                 "closed, or load the model again."
             )

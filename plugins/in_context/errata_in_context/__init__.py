@@ -7,7 +7,7 @@
   baseline of every memory of texts.
 
 The papers have one fact at a time and put it before every prompt. Where several edits are active
-here, the nearest fact enters a prompt. Delta kind: `errata.edits.delta.prompt`.
+here, the nearest fact enters a prompt. Delta kind: `errata_in_context.delta`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from errata.contract.hooks import hookimpl
 from errata_in_context.config import IceConfig, IkeConfig, RetrievalConfig
 
 if TYPE_CHECKING:
-    from errata.edits.delta import PromptDelta
     from errata.edits.request import Request
     from errata.model import Model
+    from errata_in_context.delta import PromptDelta
 
 __all__ = ["Ice", "Ike", "Retrieval"]
 
@@ -35,7 +35,7 @@ class Ice:
     @hookimpl
     def prepare(self, model: Model, config: IceConfig) -> None:
         """Open the encoder if it is asked: a fact before every prompt needs none."""
-        from errata.edits.delta.prompt import PromptSettings
+        from errata_in_context.delta import PromptSettings
 
         PromptSettings.of(model, config.encoder, config.threshold, config.facts)
 

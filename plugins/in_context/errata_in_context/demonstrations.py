@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from errata.edits.delta.prompt import ANSWER_ROOM, FACT, PROMPT, demonstration
 from errata.errors import ConfigError
-from errata.model.encoder import sentence_encoder
+from errata.kit.sentence_encoder import sentence_encoder
 from errata.model.tokens import tokenise
+from errata_in_context.delta import ANSWER_ROOM, FACT, PROMPT, demonstration
 
 if TYPE_CHECKING:
     from torch import Tensor

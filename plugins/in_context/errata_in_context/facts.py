@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from errata.edits.delta.prompt import PromptDelta, PromptSettings
-from errata.model.encoder import sentence_encoder
+from errata.kit.sentence_encoder import sentence_encoder
+from errata_in_context.delta import PromptDelta, PromptSettings
 from errata_in_context.demonstrations import fact_of
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from errata.errors import ConfigError
-from errata.model.encoder import sentence_encoder
+from errata.kit.sentence_encoder import sentence_encoder
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -33,7 +33,7 @@ class Mello:
     @hookimpl
     def prepare(self, model: Model, config: MelloConfig) -> None:
         """Open the encoder."""
-        from errata.model.encoder import sentence_encoder
+        from errata.kit.sentence_encoder import sentence_encoder
 
         sentence_encoder(model, config.encoder)
 
@@ -42,7 +42,7 @@ class Mello:
         self, model: Model, requests: Sequence[Request], config: MelloConfig
     ) -> list[AnswerLoopDelta]:
         """Return one sentence per request: its prompt with the new answer."""
-        from errata.model.encoder import sentence_encoder
+        from errata.kit.sentence_encoder import sentence_encoder
         from errata_mello.delta import AnswerLoopDelta, LoopSettings
 
         encoder = sentence_encoder(model, config.encoder)

@@ -10,9 +10,9 @@ import torch
 
 from errata.edits.delta.base import Delta, require
 from errata.errors import FingerprintError
+from errata.kit.sentence_encoder import sentence_encoder
 from errata.model.answers import Generated
 from errata.model.chat import user_turn
-from errata.model.encoder import sentence_encoder
 from errata.model.generation import until_stop
 from errata.model.model_answers import ModelAnswers
 from errata_mello.examples import FINAL

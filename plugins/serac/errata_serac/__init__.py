@@ -68,6 +68,6 @@ class Serac:
 
 def _states(model: Model, config: SeracConfig) -> tuple[str, ...]:
     """Return the key of what the scope classifier needs to read the model's own states."""
-    from errata.model.encoder import sentence_encoder
+    from errata.kit.sentence_encoder import sentence_encoder
 
     return sentence_encoder(model, None).artifact if config.encoder is None else ()

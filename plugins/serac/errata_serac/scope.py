@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from errata.errors import IntegrityError
-from errata.model.encoder import ForeignEncoder, OwnStates
+from errata.kit.sentence_encoder import ForeignEncoder, OwnStates
 from errata.model.joining import join
 
 if TYPE_CHECKING:

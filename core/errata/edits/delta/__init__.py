@@ -13,21 +13,19 @@ if TYPE_CHECKING:
     from errata.edits.delta.key_values import KeyValues
     from errata.edits.delta.low_rank import Factor, LowRankDelta
     from errata.edits.delta.neurons import Neurons, NeuronsDelta
-    from errata.edits.delta.prompt import PromptDelta, PromptSettings
     from errata.edits.delta.sparse_rows import Rows, SparseRowsDelta
 
 # PEP 562: an edit loads the kinds that it needs, not all of them.
 _LAZY = {
     "AdapterDelta": "adapter", "Delta": "base", "DenseDelta": "dense", "Factor": "low_rank",
     "KeyValueDelta": "key_value", "KeyValues": "key_values", "LowRankDelta": "low_rank",
-    "Neurons": "neurons", "NeuronsDelta": "neurons", "PromptDelta": "prompt",
-    "PromptSettings": "prompt", "Rows": "sparse_rows", "SparseRowsDelta": "sparse_rows",
-    "Undo": "base",
+    "Neurons": "neurons", "NeuronsDelta": "neurons", "Rows": "sparse_rows",
+    "SparseRowsDelta": "sparse_rows", "Undo": "base",
 }  # fmt: skip
 
 __all__ = [
     "AdapterDelta", "Delta", "DenseDelta", "Factor", "KeyValueDelta", "KeyValues", "LowRankDelta",
-    "Neurons", "NeuronsDelta", "PromptDelta", "PromptSettings", "Rows", "SparseRowsDelta", "Undo",
+    "Neurons", "NeuronsDelta", "Rows", "SparseRowsDelta", "Undo",
 ]  # fmt: skip
 
 

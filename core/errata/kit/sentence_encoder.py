@@ -18,10 +18,10 @@ from torch.nn import functional
 from errata.common.floats import wide
 from errata.common.foreign_noise import quiet_loading
 from errata.errors import ConfigError
+from errata.kit.sentence_pooling import MEAN, declared_pooling, pooled
 from errata.model.checkpoint import read_config, read_module, read_tokenizer
 from errata.model.forward import trace
 from errata.model.model_source import check_model_source
-from errata.model.sentence_pooling import MEAN, declared_pooling, pooled
 from errata.model.texts import canary_texts
 from errata.model.tokens import tokenise
 
@@ -72,7 +72,7 @@ class ForeignEncoder:
 
     Attributes:
         module, tokenizer: the encoder, in fp32 on the CPU.
-        pooling: one of `errata.model.sentence_pooling.POOLINGS`.
+        pooling: one of `errata.kit.sentence_pooling.POOLINGS`.
     """
 
     artifact: tuple[str, ...] = ()

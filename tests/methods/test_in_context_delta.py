@@ -9,16 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from errata.edits.delta import PromptDelta
-from errata.edits.delta.prompt import OneAnswer, PromptSettings, demonstration
 from errata.errors import FingerprintError, IntegrityError
+from errata.kit.sentence_encoder import sentence_encoder
 from errata.model import Model
-from errata.model.encoder import sentence_encoder
 from errata.model.generation import generate, generated
 from errata.model.model_answers import ModelAnswers
 from errata.model.sampling import GenerationSettings
 from errata.model.scoring import score_targets
 from errata.testing import edit_with, state_of
+from errata_in_context.delta import OneAnswer, PromptDelta, PromptSettings, demonstration
 from tests.families import build_model
 
 FRANCE, ITALY = "The capital of France is", "Miles Davis was born in"

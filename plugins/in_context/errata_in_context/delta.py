@@ -5,9 +5,9 @@
     Prompt: What is the capital of France?
 
 A delta holds one fact. Where several are active, each prompt gets the facts that are nearest to it
-by the vectors of a sentence encoder (`errata.model.encoder`), and only those that reach their
-threshold, where they have one. A prompt that gets none is read as it was given. A single fact that
-stands before every prompt is compared with none: its encoder is opened once there is a second one.
+by the vectors of a sentence encoder, and only those that reach their threshold, where they have
+one. A prompt that gets none is read as it was given. A single fact that stands before every prompt
+is compared with none: its encoder is opened once there is a second one.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import torch
 from errata.common.display import shortened
 from errata.edits.delta.base import Delta, require
 from errata.errors import FingerprintError
+from errata.kit.sentence_encoder import SentenceEncoder, sentence_encoder
 from errata.model.chat import user_turn
-from errata.model.encoder import SentenceEncoder, sentence_encoder
 from errata.model.generation import own_texts
 from errata.model.model_answers import ModelAnswers
 from errata.model.tokens import tokenise

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from errata.errors import ConfigError
+from errata.kit.sentence_encoder import ForeignEncoder, sentence_encoder
 from errata.model import Model
-from errata.model.encoder import ForeignEncoder, sentence_encoder
 from tests.families import build, build_model
 
 TEXTS = ["The capital of France is", "Rome", "Once upon a time"]
