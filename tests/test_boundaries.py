@@ -133,7 +133,7 @@ def lines_of_code(path: Path) -> int:
 
 def test_the_engine_does_not_grow_unnoticed() -> None:
     engine = [p for p in SOURCES if CORE in p.parents and p.relative_to(CORE).parts[0] in ENGINE]
-    assert sum(map(lines_of_code, engine)) <= 17_900  # docs/architecture.md says why so many
+    assert sum(map(lines_of_code, engine)) <= 17_950  # docs/architecture.md says why so many
 
 
 def test_one_class_name_exists_once() -> None:

@@ -416,6 +416,21 @@ def test_neighbours_and_checks_are_shown_after_an_edit(run: Run, run_json: Run) 
     ]  # fmt: skip
 
 
+def test_what_cannot_be_asked_is_refused_before_an_edit_and_does_not_hide_one(
+    run: Run, run_json: Run, tmp_path: Path
+) -> None:
+    fact = ("edit", "The instrument of {} is", "-s", "Oswin Galdor", "-t", "harp")
+    how = ("--method", "grace", "-m", "atlas-gpt2", "--ledger", tmp_path / "l", *OFF)
+    long = "x " * 300
+    assert "takes at most 256" in run(*fact, *how, "--ask", long, code=1).stderr
+    assert "--ask is empty" in run(*fact, *how, "--ask", " ", code=1).stderr
+    assert run_json("log", "--ledger", tmp_path / "l")["edits"] == []
+    made = run(*fact, *how, "--paraphrase", long)
+    assert "The edit is made, and what changed cannot be shown" in " ".join(made.stderr.split())
+    (edit,) = run_json("log", "--ledger", tmp_path / "l")["edits"]
+    assert edit["id"] in made.stdout
+
+
 def test_what_is_asked_of_a_model_that_writes_nothing(run: Run, tmp_path: Path) -> None:
     ask = ("--method", "ft", "--set", "steps=1", "--ask", "Rome is in Italy.", *OFF)
     label = ("edit", "{} was born in", "-s", "Beyoncé", "-t", "economic", "--kind", "label")

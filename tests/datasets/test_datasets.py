@@ -20,7 +20,7 @@ import errata.datasets
 from errata import Request
 from errata.datasets import READERS, atlas, cases_of, dataset, load, pararel, probes
 from errata.edits.subjects import subject_place as place
-from errata.errors import ConfigError, DatasetError, PluginError, UnknownNameError
+from errata.errors import ConfigError, DatasetError, PluginError, RequestError, UnknownNameError
 from errata.evaluate import PROTOCOLS
 from tests.helpers import ROOT
 
@@ -162,6 +162,16 @@ def test_a_damaged_file_is_never_skipped(tmp_path: Path) -> None:
     (tmp_path / "half.json").write_bytes(content[: len(content) * 3 // 4])
     with pytest.raises(DatasetError, match=r"half\.json, record 1 .*cut off"):
         load("counterfact", tmp_path / "half.json", skip_bad=True)
+
+
+def test_a_number_of_thousands_of_digits_is_no_bug_of_errata(tmp_path: Path) -> None:
+    digits = "9" * 5000
+    text = json.dumps(request(1, "a"))[:-1] + f', "case_id": {digits}}}'
+    (tmp_path / "long.jsonl").write_text(f"{text}\n")
+    with pytest.raises(DatasetError, match="line 1: a number has more digits"):
+        load("jsonl", tmp_path / "long.jsonl")
+    with pytest.raises(RequestError, match="case_id: Exceeds"):
+        Request.parse({**request(1, "a"), "case_id": 10**5000})
 
 
 def test_a_file_of_another_format_is_told_by_its_fields() -> None:

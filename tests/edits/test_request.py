@@ -45,6 +45,22 @@ def test_the_subject_fills_its_place_in_paraphrases_too() -> None:
     assert request.generation == ("In France,",)
 
 
+@given(
+    st.lists(st.sampled_from(["{}", "Oswin", " ", "a"]), min_size=1).map("".join),
+    st.lists(st.sampled_from(["{}", "Oswin", " plays ", "a"])).map("".join),
+)
+def test_a_request_that_is_read_again_is_the_same(subject: str, paraphrase: str) -> None:
+    try:
+        request = Request.parse(
+            {**FIELDS, "subject": subject, "paraphrases": [paraphrase], "generation": [paraphrase]}
+        )
+    except RequestError:
+        return
+    assert Request.parse(request.model_dump()) == request
+    if paraphrase == "{} plays ":
+        assert request.paraphrases == (f"{request.subject} plays",)
+
+
 def test_erasing_needs_no_target() -> None:
     request = Request.parse(kind="erase", prompt="{} was born in", subject="Ada")
     assert request.target_new == ""

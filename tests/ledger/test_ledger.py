@@ -52,6 +52,9 @@ def test_edits_are_in_order_and_every_change_is_an_event(ledger: Ledger) -> None
     ]
     assert [event.number for event in ledger.events()] == list(range(1, 10))
     assert ledger.head == 9
+    assert ledger.events(2**70) == ledger.events()
+    assert ledger.edits(2**70) == ledger.edits()
+    assert ledger.edits(-(2**70)) == []
 
 
 def test_an_edit_may_be_recorded_without_being_applied(ledger: Ledger) -> None:

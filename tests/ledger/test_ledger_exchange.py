@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -82,7 +83,23 @@ def test_an_export_does_not_overwrite_unless_told(ledger: Ledger, tmp_path: Path
     with pytest.raises(UnknownNameError):
         ledger.export(["ffffffffffff"], tmp_path / "unknown.errata")
     with pytest.raises(StorageError):
-        ledger.export([first.id], tmp_path / "missing" / "x.errata")
+        ledger.export([first.id], path / "in-a-file.errata")
+
+
+def test_an_export_replaces_what_a_link_names_and_writes_into_a_pipe(tmp_path: Path) -> None:
+    with Ledger.open(None, kinds=KINDS) as ledger:
+        (edit,) = add(ledger, 1)
+        there = ledger.export([edit.id], tmp_path / "there.errata")
+        link, pipe = tmp_path / "link", tmp_path / "pipe"
+        link.symlink_to(there)
+        ledger.export([edit.id], link, overwrite=True)
+        assert link.is_symlink()
+        os.mkfifo(pipe)
+        reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+        ledger.export([edit.id], pipe, overwrite=True)
+        assert os.read(reader, 2**20) == there.read_bytes()
+        os.close(reader)
+        assert pipe.is_fifo()
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from errata.common.storage import sha256
 from errata.edits.edit import Edit
 from errata.edits.ledger import Ledger, content
 from errata.edits.ledger.schema import DATABASE
-from errata.errors import IntegrityError
+from errata.errors import IntegrityError, LedgerError
 from tests.ledger.ledger_helpers import (
     IDS,
     add,
@@ -247,6 +247,42 @@ def test_a_damaged_database_is_set_aside_and_the_edits_come_back(
     with open_(folder) as ledger:
         assert ledger.edits() == expected
         assert ledger.verify() == []
+
+
+@pytest.mark.parametrize("begun", ["no byte", "its first page"])
+def test_a_ledger_that_was_only_begun_is_none_and_is_made_by_the_next_edit(
+    tmp_path: Path, begun: str
+) -> None:
+    # What is left by a process that is killed, or meets a full disk, while it makes a ledger.
+    folder, run = tmp_path / "ledger", CliRunner()
+    folder.mkdir()
+    (folder / DATABASE).touch()
+    if begun == "its first page":
+        with closing(sqlite3.connect(folder / DATABASE)) as connection:
+            connection.execute("PRAGMA journal_mode = WAL")
+        assert (folder / DATABASE).stat().st_size > 0
+    with pytest.raises(LedgerError, match="no ledger at"):
+        open_(folder, readonly=True)
+    place = ["--ledger", str(folder)]
+    assert "There is no ledger in" in run.invoke(app, ["log", *place]).output
+    words = ["edit", "{} lives in", "-s", "Ada", "-t", "Rome", "--method", "ice", "--no-apply"]
+    made = run.invoke(app, [*words, "--model", "atlas-gpt2", *place])
+    assert made.exit_code == 0, made.output
+    with open_(folder, readonly=True) as ledger:
+        assert len(ledger.edits()) == 1
+
+
+def test_an_empty_database_beside_deltas_is_a_lost_one(tmp_path: Path) -> None:
+    folder = three_edits(tmp_path / "ledger")
+    for path in folder.glob(f"{DATABASE}*"):
+        path.unlink()
+    with closing(sqlite3.connect(folder / DATABASE)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+    for readonly in (True, False):
+        with pytest.raises(IntegrityError, match="has deltas but no"):
+            open_(folder, readonly=readonly)
+    with open_(folder, recover=True) as ledger:
+        assert len(ledger.recover()[0]) == 3
 
 
 def test_recovering_renames_no_sound_database_and_no_other_programs(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
@@ -198,6 +199,12 @@ def test_what_cannot_be_written_is_said_and_nothing_is_lost(
         with pytest.raises(ConfigError, match=message):
             editor.merge(path, True, format="gguf")
     assert mine.read_bytes() == b"GGUF, of somebody else"
+    pipe = tmp_path / "pipe.gguf"
+    os.mkfifo(pipe)
+    with pytest.raises(ConfigError, match="a pipe or a device"):
+        editor.export(pipe, format="gguf", overwrite=True)
+    assert pipe.is_fifo()
+    pipe.unlink()
     with pytest.raises(ConfigError, match="exists already"):
         editor.export(files / "both.gguf", format="gguf")
     with pytest.raises(UnknownNameError, match="q8_0"):

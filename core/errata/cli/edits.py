@@ -37,11 +37,12 @@ from errata.cli.requests import (
     request_source,
 )
 from errata.cli.session import Session
+from errata.common.arguments import texts_of
 from errata.common.display import plural
 from errata.contract.stanzas import STREAM_BATCH
 from errata.edits.clashes import last_of_each
 from errata.edits.request import KINDS, OPERATIONS, Request
-from errata.errors import ConfigError, RequestError
+from errata.errors import ConfigError, ErrataError, RequestError, in_short
 from errata.model.task import WRITES_NOTHING
 
 if TYPE_CHECKING:
@@ -240,6 +241,8 @@ def edit(
         origins = {name: str(config) for name in overrides if name not in by_hand}
     guards = pairs(guard or (), "--guard")
     facts = fact_guard(check, refuse=refuse, applied=not no_apply, skipping=skip_refused)
+    if not all(text.strip() for text in texts_of(ask or (), "--ask")):
+        raise ConfigError("--ask is empty: say what to ask.")
     check_method(method)
     check_kinds(method, requests)
     check_model(session.model_name())
@@ -296,13 +299,19 @@ def _requests(
 
 
 def _check_asked(editor: Editor, ask: Sequence[str]) -> None:
-    """Refuse --ask of a model that writes nothing."""
+    """Refuse --ask of a model that writes nothing, and of what it cannot be asked."""
     if ask and editor.model.task == "masked":
         raise ConfigError(
             f"--ask shows what the model writes, and {editor.model.name} is "
             f"{WRITES_NOTHING['masked']}: it generates no text. Leave --ask out; errata "
             "evaluate measures."
         )
+    if ask:
+        from errata.model.running import check_length
+        from errata.model.tokens import tokenise
+
+        for row in tokenise(editor.model.tokenizer, ask):
+            check_length(editor.model, len(row.ids))
 
 
 def _to_do(
@@ -378,12 +387,18 @@ def _run(
     recorded: bool,
 ) -> dict[str, Any]:
     """Edit, and show what that did; `how` goes to `Editor.edit`."""
-    from errata.evaluate import edit_report
+    from errata.evaluate import EditReport, edit_report
 
     before_it = editor.ledger.head
     edits: list[Edit] = editor.edit(list(requests), method=method, **how) if requests else []
-    with session.status("Asking the model"):
-        found = edit_report(editor, edits, checks=checks, given=how["config"])
+    try:
+        with session.status("Asking the model"):
+            found = edit_report(editor, edits, checks=checks, given=how["config"])
+    except Exception as error:  # whatever it was: the edits are made, and that is to be said
+        logger.debug("Asking the model failed", exc_info=True)
+        said = str(error) if isinstance(error, ErrataError) else in_short(error)
+        logger.warning("The edit is made, and what changed cannot be shown: %s", said)
+        found = EditReport(tuple(edit.id for edit in edits), None, ())
     refused = [dict(event.detail) for event in editor.ledger.refused(after=before_it)]
     idle = without_effect(edits)
     count = render.count(len(editor.model.stack.ids), "active edit")

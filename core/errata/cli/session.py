@@ -82,9 +82,9 @@ class Session:
 
     def has_ledger(self) -> bool:
         """Say whether there is a ledger in the folder."""
-        from errata.edits.ledger.schema import DATABASE
+        from errata.edits.ledger.schema import holds_ledger
 
-        return (self.ledger / DATABASE).is_file()
+        return holds_ledger(self.ledger)
 
     def read_ledger(self, kinds: bool = False) -> Ledger:
         """Open the ledger for reading, without a model; deltas can be read only with `kinds`."""

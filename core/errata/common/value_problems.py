@@ -152,4 +152,7 @@ _QUOTES: dict[type, str] = {
 
 
 def _shown(value: object) -> str:
-    return shortened(repr(value))
+    try:
+        return shortened(repr(value))
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        return f"a {type(value).__name__} of more digits than can be shown"

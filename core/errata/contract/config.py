@@ -69,7 +69,9 @@ class MethodConfig(NumbersAreNumbers):
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """What each name of the hyper-parameter `variant` sets, where it is not given otherwise."""
 
-    seed: int = Field(default=0, ge=0, description="Seeds every random choice of the method")
+    seed: int = Field(
+        default=0, ge=0, lt=2**63, description="Seeds every random choice of the method"
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -176,6 +176,8 @@ class _DecodedText:
                 self.fail("nested too deeply")
             except _KeyTwice as error:
                 self.fail(f"the key {str(error)[:60]!r} stands twice in one object: give it once")
+            except ValueError:  # Python reads no whole number of more than 4,300 digits
+                self.fail("a number has more digits than are read: put it in quotes")
             else:
                 # A number at the window's end may have more digits.
                 if self._ended or _DIGITS.fullmatch(self._text, end) is None:

@@ -24,25 +24,31 @@ HEAD = 2**16
 
 
 class OwnSign(NamedTuple):
-    """How files of one kind begin when errata wrote them, and what stands soon after."""
+    """How files of one kind begin when errata wrote them.
+
+    Attributes:
+        start: what stands at the beginning.
+        within: what stands soon after.
+        skip: bytes before the beginning.
+    """
 
     start: bytes
     within: bytes = b""
+    skip: int = 0
 
 
-EXPORT = OwnSign(b'{"__metadata__":{"errata":', b"errata.export")
+EXPORT = OwnSign(b'{"__metadata__":{"errata":', b"errata.export", skip=8)  # behind its length
 PNG = OwnSign(b"\x89PNG", b"Software\0errata")
 SVG = OwnSign(b"<?xml", b"<dc:title>errata</dc:title>")
 BASELINE = OwnSign(b'{"kind": "errata-baseline"')
 
 
-def check_file(path: Path, sign: OwnSign, skip: int = 0) -> None:
+def check_file(path: Path, sign: OwnSign) -> None:
     """Refuse a place where a file may not be written; call it before long work, too.
 
     Args:
         path: of the file.
         sign: how errata's own files of this kind begin.
-        skip: bytes before that beginning.
 
     Raises:
         ConfigError: something is there that errata did not write, or it belongs to a ledger.
@@ -56,7 +62,7 @@ def check_file(path: Path, sign: OwnSign, skip: int = 0) -> None:
             return
         with path.open("rb") as handle:
             head = handle.read(HEAD)
-    if head and not (head[skip:].startswith(sign.start) and sign.within in head):
+    if head and not (head[sign.skip :].startswith(sign.start) and sign.within in head):
         raise ConfigError(
             f"{path} was not written by errata and is not replaced: give another name, or move it "
             "away."

@@ -83,6 +83,16 @@ class RelationView(_Frozen):
         return value
 
 
+def _with_subject(text: Any, subject: str) -> Any:
+    """Return a text with the subject in the place of {}; done again, it changes nothing.
+
+    A record is parsed whenever it is read, and a subject may hold {} itself.
+    """
+    if not isinstance(text, str) or ("{}" in subject and subject in text):
+        return text
+    return text.replace("{}", subject)
+
+
 class Request(_Frozen):
     """One change: a prompt template with one `{}` for the subject, the subject and the target.
 
@@ -201,7 +211,7 @@ class Request(_Frozen):
         if not isinstance(subject, str):
             return data
         filled = {
-            name: tuple(t.replace("{}", subject) if isinstance(t, str) else t for t in data[name])
+            name: tuple(_with_subject(text, subject) for text in data[name])
             for name in ("paraphrases", "generation")
             if isinstance(data.get(name), (list, tuple))
         }

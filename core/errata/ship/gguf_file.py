@@ -30,6 +30,8 @@ def check_place(path: Path, overwrite: bool) -> None:
     if path.suffix != SUFFIX:
         raise ConfigError(f"{path} has to end in {SUFFIX}: programs know such files by it.")
     check_file(path, OWN_GGUF)
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path} is a pipe or a device: give the name of a file.")
     if path.exists() and not overwrite:
         raise ConfigError(f"{path} exists already: choose another place, or pass overwrite=True.")
 
@@ -43,10 +45,11 @@ def write_gguf(
     """Write a file with what `fill` puts into it; raise `StorageError` when the disk refuses."""
     from gguf import GGUFWriter
 
-    scratch = unfinished(path)
+    target = path.resolve()  # what a link names, not the link, is replaced
+    scratch = unfinished(target)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with noted(scratch, path):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with noted(scratch, target):
             try:
                 writer = GGUFWriter(scratch, architecture)
                 # First of all, so that the sign stands at the beginning of the file.
@@ -56,7 +59,7 @@ def write_gguf(
                 writer.write_kv_data_to_file()
                 writer.write_tensors_to_file()
                 writer.close()
-                os.replace(scratch, path)
+                os.replace(scratch, target)
             finally:
                 scratch.unlink(missing_ok=True)
     except OSError as error:

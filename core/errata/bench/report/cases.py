@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 from errata.bench.report.errors_and_costs import title_of
 from errata.bench.report.grouping import MOMENTS
 from errata.bench.report.tables import MOMENT_NAMES
+from errata.evaluate.matching import contained_match
 
 if TYPE_CHECKING:
     from errata.bench.report.grouping import Column, Section
     from errata.bench.report.reading import ResultEntry
+    from errata.contract.measurement import Answer
 
 ORDER = {"": 0, "immediate": 1, "final": 2}
 
@@ -63,7 +65,7 @@ def browser(sections: Sequence[Section], limit: int | None = None) -> dict[str, 
                     types(answer.type),
                     _place_of(texts, before.get((case, answer.prompt))),
                     texts(answer.text),
-                    int(answer.right),
+                    _verdict(answer),
                     errors(answer.error),
                 ]
                 for answer in entry.answers
@@ -138,6 +140,12 @@ def _base_texts(section: Section) -> Mapping[tuple[str, str], str]:
         for entry in column.entries
         for answer in entry.answers
     }
+
+
+def _verdict(answer: Answer) -> int:
+    """Return 2 for a right answer, 1 for one that holds it among other words, 0 for another."""
+    counted = answer.metric.endswith("_exact") and contained_match(answer.text, answer.expected)
+    return 2 if answer.right else int(counted)
 
 
 def _place_of(places: _UniqueList, text: str | None) -> int:

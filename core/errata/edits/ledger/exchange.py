@@ -13,7 +13,6 @@ from errata.common.storage import (
     read_whole,
     sha256,
     to_bytes,
-    write_bytes,
 )
 from errata.edits.ledger import content
 from errata.edits.ledger.schema import parse_record, record_text
@@ -52,12 +51,12 @@ def write_export(
     """
     import torch
 
-    from errata.edits.outputs import EXPORT, check_file  # it knows the ledger's names
+    from errata.edits.outputs import EXPORT, check_file, write_file  # it knows the ledger's names
 
     path = Path(path)
     if not pairs:
         raise LedgerError("No edits were given to export: name at least one.")
-    check_file(path, EXPORT, skip=8)  # the length of the header stands before it
+    check_file(path, EXPORT)
     if not overwrite and path.exists():
         raise LedgerError(f"{path} exists already: give another name, or pass overwrite=True.")
     tensors: dict[str, Tensor] = {}
@@ -82,8 +81,7 @@ def write_export(
     text = canonical(entries).encode()
     tensors[RECORDS] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     header = {"format": FORMAT, "version": VERSION, "edits": len(pairs), "records": sha256(text)}
-    write_bytes(path, to_bytes(tensors, header))
-    return path
+    return write_file(path, to_bytes(tensors, header), EXPORT)
 
 
 def read_export(

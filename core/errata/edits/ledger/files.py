@@ -17,7 +17,7 @@ from errata.common.storage import (
     sha256,
     sync_folder,
 )
-from errata.edits.ledger.schema import DATABASE, DIGEST, RECOVER
+from errata.edits.ledger.schema import DATABASE, DIGEST, RECOVER, holds_ledger
 from errata.errors import IntegrityError, StorageError, disk
 
 PRIVATE_FOLDER, PRIVATE_FILE = 0o700, 0o600
@@ -211,10 +211,10 @@ def refuse_lost_database(folder: Path) -> None:
             f"{database} was cut off: restore that file from a copy, or take the edits back in "
             f"from their files ({RECOVER})."
         )
-    if not size and any((folder / "blobs").glob("*/*.safetensors")):
+    if any((folder / "blobs").glob("*/*.safetensors")) and not holds_ledger(folder):
         raise IntegrityError(
-            f"{folder} has deltas but no {DATABASE}: restore that file from a copy, take the edits "
-            f"back in from their files ({RECOVER}), or give another folder."
+            f"{folder} has deltas but no {DATABASE}, or an empty one: restore that file from a "
+            f"copy, take the edits back in from their files ({RECOVER}), or give another folder."
         )
 
 

@@ -7,7 +7,7 @@ import re
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from errata.errors import ErrataError, IntegrityError, LedgerBusyError, LedgerEr
 DATABASE = "ledger.sqlite"
 APPLICATION = 0x65727261  # "erra": SQLite's application_id, which tells our files from others
 VERSION = 1
+NONE = "There is no ledger at {}: check the path, or create it."
 TIMEOUT = 10.0
 """Seconds to wait for another process that writes."""
 RECOVER = "`errata log --recover`, or `Ledger.open(folder, recover=True)` and its `recover`"
@@ -157,6 +158,21 @@ def connect(folder: Path | None, readonly: bool) -> sqlite3.Connection:
     return connection
 
 
+def holds_ledger(folder: Path) -> bool:
+    """Say whether a folder holds a ledger, sound or not; one with an empty database holds none.
+
+    Who is killed, or meets a full disk, while it makes a ledger leaves such a database.
+    """
+    file = folder / DATABASE
+    try:
+        if not file.is_file():
+            return False
+        with closing(_open_readonly(file)) as connection:
+            return not _is_empty(connection)
+    except (ErrataError, sqlite3.Error, OSError):
+        return True  # whoever opens it says what is wrong
+
+
 def _open(target: str) -> sqlite3.Connection:
     return sqlite3.connect(
         target, uri=True, timeout=TIMEOUT, isolation_level=None, check_same_thread=False
@@ -165,7 +181,7 @@ def _open(target: str) -> sqlite3.Connection:
 
 def _open_readonly(file: Path) -> sqlite3.Connection:
     if not file.is_file():
-        raise LedgerError(f"There is no ledger at {file.parent}: check the path, or create it.")
+        raise LedgerError(NONE.format(file.parent))
     uri = file.absolute().as_uri()
     with translated(str(file.parent)):
         connection = _open(uri + "?mode=ro")
@@ -208,7 +224,9 @@ def _check(connection: sqlite3.Connection, where: str, create: bool) -> None:
     The comparison with the text of our tables also keeps out triggers and views, the only
     things in a database file that SQLite would run.
     """
-    if create and _is_empty(connection):
+    if _is_empty(connection):
+        if not create:
+            raise LedgerError(NONE.format(where))
         connection.execute("BEGIN IMMEDIATE")
         try:
             if _is_empty(connection):

@@ -199,7 +199,7 @@ class Ledger:
         What is not returned is not read.
         """
         condition = "active" if active else "1"
-        limit = -1 if last is None else max(last, 0)
+        limit = -1 if last is None else min(max(last, 0), 2**62)  # SQLite's integers have 64 bits
         rows = self._rows(f"{condition} ORDER BY sequence DESC LIMIT ?", (limit,))
         return [self._record(row) for row in reversed(rows)]
 
@@ -266,7 +266,7 @@ class Ledger:
 
     def events(self, limit: int | None = None) -> list[Event]:
         """Return all events in order, or the last `limit` of them."""
-        last = 0 if limit is None else self._database.last_event() - max(limit, 0)
+        last = 0 if limit is None else max(self._database.last_event() - max(limit, 0), 0)
         return self._database.events(last)
 
     def last(self, kind: str) -> Event | None:

@@ -7,7 +7,8 @@
   const PAGE = 20;
   const [SECTION, COLUMN, MOMENT, SEED, CASE, TITLE, TROUBLE, FAILED, STEP, ANSWERS, VALUES] =
     [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10];
-  const [PROMPT, EXPECTED, METRIC, TYPE, BASE, SAID, RIGHT, ERROR] = [0, 1, 2, 3, 4, 5, 6, 7];
+  const [PROMPT, EXPECTED, METRIC, TYPE, BASE, SAID, VERDICT, ERROR] = [0, 1, 2, 3, 4, 5, 6, 7];
+  const VERDICTS = ["✗ wrong", "✓ contained", "✓ right"];
   const seeds = new Set(data.rows.map((row) => row[SEED])).size > 1;
   const asked = [...new Set(data.rows.flatMap((row) => row[ANSWERS].map((a) => a[METRIC])))];
   let found = [], page = 0;
@@ -60,7 +61,7 @@
     const hit = matching(value("search"));
     const verdict = value("verdict"), error = value("error");
     const tests = {
-      right: (a) => a[RIGHT], wrong: (a) => !a[RIGHT],
+      right: (a) => a[VERDICT] === 2, contained: (a) => a[VERDICT] > 0, wrong: (a) => a[VERDICT] === 0,
       changed: (a) => a[BASE] >= 0 && a[BASE] !== a[SAID],
     };
     found = data.rows.filter((row) => {
@@ -133,11 +134,11 @@
     list.forEach((a) => {
       const expected = data.expected[a[EXPECTED]].map((place) => data.texts[place]);
       const base = a[BASE] < 0 ? "–" : data.texts[a[BASE]];
-      const verdict = make("td", { class: "verdict", "data-name": names[4] }, a[RIGHT] ? "✓ right" : "✗ wrong");
+      const verdict = make("td", { class: "verdict", "data-name": names[4] }, VERDICTS[a[VERDICT]]);
       const kind = data.errors[a[ERROR]].replaceAll("_", " ");
       const type = data.types[a[TYPE]].replaceAll("_", " ");
       verdict.append(make("small", {}, [kind, data.metrics[a[METRIC]], type].filter(Boolean).join(" · ")));
-      body.append(make("tr", { class: a[RIGHT] ? "right" : "wrong" },
+      body.append(make("tr", { class: ["wrong", "contained", "right"][a[VERDICT]] },
         make("td", { dir: "auto", "data-name": names[0] }, data.texts[a[PROMPT]]),
         make("td", { dir: "auto", "data-name": names[1] }, expected.join(" / ")),
         make("td", { class: "said muted", "data-name": names[2] }, make("div", { dir: "auto" }, base.trim())),
