@@ -311,20 +311,21 @@ class Editor(Described):
             self._transactions.exchange(wanted, back)
         return wanted
 
-    def apply(self, target: EditLike | Path) -> list[Edit]:
-        """Put a recorded edit, or an exported file's edits that are off, on the model; return them.
+    def apply(self, *targets: EditLike | Path) -> list[Edit]:
+        """Put recorded edits, or exported files' edits that are off, on the model; return them.
 
-        A file's edits are taken into the ledger and put on as one: all of it, or nothing. Those
-        that are on already stay on; active edits that are damaged are repaired from the file.
-        Raises `LedgerError` for the id of an active edit.
+        All of them as one change. A file's edits are taken into the ledger; those that are on stay
+        on, damaged ones are repaired. Raises `LedgerError` for the id of an active edit.
         """
         with self._changing("apply"):
-            if isinstance(target, Path) or (isinstance(target, str) and names_file(target)):
-                return self._transactions.apply_file(path_of(target, "path"))
-            wanted = [self._get(target)]
-            self._require(wanted, self._stack.ids, active=False)
-            self._transactions.exchange([], wanted)
-            return wanted
+            files, edits = list[Path](), list[Edit]()
+            for one in targets:
+                if isinstance(one, Path) or (isinstance(one, str) and names_file(one)):
+                    files.append(path_of(one, "path"))
+                else:
+                    edits.append(self._get(one))
+            self._require(edits, self._stack.ids, active=False)
+            return self._transactions.apply(edits, files)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

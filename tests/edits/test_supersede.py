@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,31 @@ def test_the_same_answer_again_replaces_it_too(editor: Editor) -> None:
     again = editor.edit(lives("Ada", "Rome"), method="toy-dense", supersede=True)
     assert editor.model.stack.ids == [again.id]
     assert again.outcome.supersedes == (old.id,)
+
+
+def test_one_name_in_two_unicode_forms_is_one_subject(editor: Editor) -> None:
+    composed, taken_apart = (unicodedata.normalize(form, "José") for form in ("NFC", "NFD"))
+    assert composed != taken_apart
+    old = editor.edit(lives(composed, "Rome"), method="toy-low-rank")
+    both = editor.edit(lives(taken_apart, "Oslo"), method="toy-low-rank")
+    assert both.outcome.conflicts == (old.id,)
+    new = editor.edit(lives(taken_apart, "Lima"), method="toy-low-rank", supersede=True)
+    assert editor.model.stack.ids == [new.id]
+    assert new.outcome.supersedes == (old.id, both.id)
+
+
+def test_several_edits_are_put_on_as_one_or_not_at_all(editor: Editor) -> None:
+    first, second = (
+        editor.edit(lives(name, "Rome"), method="toy-low-rank") for name in ("Ada", "Alan")
+    )
+    editor.revert(first)
+    with pytest.raises(LedgerError, match=f"{second.id}: already active"):
+        editor.apply(first, second)
+    assert editor.model.stack.ids == [second.id]
+    editor.revert(second)
+    assert [edit.id for edit in editor.apply(second, first, second)] == [second.id, first.id]
+    assert sorted(editor.model.stack.ids) == sorted([first.id, second.id])
+    assert editor.verify() == []
 
 
 def test_without_an_older_answer_nothing_is_superseded(editor: Editor) -> None:

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from errata.errors import (
     LedgerError,
 )
 from errata.model.tokens import TokenError
+from errata.testing import state_of
+from errata.testing.contract import assert_same
 from tests.families import build
 
 QUIET = {"efficacy": "off", "perplexity": "off", "norm": "off"}
@@ -214,3 +217,12 @@ def test_a_path_that_is_longer_than_a_line_is_printed_whole(
         assert path in capsys.readouterr().err
     render.console(stderr=True).print("word " * 20)
     assert len(capsys.readouterr().err.splitlines()) > 2
+
+
+@pytest.mark.slow
+def test_editors_open_in_threads_at_once() -> None:
+    with ThreadPoolExecutor(4) as threads:
+        opened = list(threads.map(lambda _: Editor("atlas-gpt2"), range(8)))
+    first, *others = (state_of(editor.model) for editor in (*opened, Editor("atlas-gpt2")))
+    for state in others:
+        assert_same(state, first)

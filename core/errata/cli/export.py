@@ -149,9 +149,7 @@ def show_imported(session: Session, editor: Editor, edits: Sequence[Edit], apply
     """Put edits that came into the ledger on the model where that is wanted, and show them."""
     if apply:
         active = set(editor.model.stack.ids)
-        for edit in edits:
-            if edit.id not in active:
-                editor.apply(edit)
+        editor.apply(*(edit for edit in edits if edit.id not in active))
     on = set(editor.model.stack.ids)
     if session.json:
         session.emit(

@@ -103,10 +103,7 @@ def apply(
     check_model(session.model_name())
     check_exports(files)
     with session.editor(create=bool(files), writes=True) as editor:
-        put: list[Edit] = []
-        for item in what:
-            put += editor.apply(item)
-        _changed(session, editor, {"applied": put})
+        _changed(session, editor, {"applied": editor.apply(*what)})
 
 
 def rebase(

@@ -1,15 +1,27 @@
-"""Bars and remarks of other libraries, kept quiet while errata calls them and no longer."""
+"""What other libraries do to a whole process while errata calls them: kept quiet, and apart."""
 
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+_LOADING = threading.RLock()
 
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Keep transformers' loading bar off for the block; afterwards it is as it was."""
+    """Keep transformers' loading bar off for the block; afterwards it is as it was.
+
+    One thread loads at a time: transformers exchanges functions of torch meanwhile, and where two
+    loads overlap it puts back the wrong ones, so that no model is read whole any more.
+    """
+    with _LOADING:
+        yield from _without_bars()
+
+
+def _without_bars() -> Iterator[None]:
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
     from transformers.utils import logging as bars
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -44,12 +45,12 @@ class Clashes:
         self._edits.append(edit)
         for name in edit.delta.keyed_at:
             self._keyed.setdefault(name, []).append(edit.id)
-        for subject in dict.fromkeys(request.subject for request in edit.requests):
+        for subject in dict.fromkeys(_composed(request.subject) for request in edit.requests):
             self._by_subject.setdefault(subject, []).append(edit)
 
     def of_subject(self, subject: str) -> Sequence[Edit]:
         """Return the edits about a subject, in the order in which they were taken in."""
-        return tuple(self._by_subject.get(subject, ()))
+        return tuple(self._by_subject.get(_composed(subject), ()))
 
     def about(self, requests: Sequence[Request], *, same_target: bool = False) -> list[Edit]:
         """Return the edits that contradict requests: they say something else about the same fact.
@@ -58,7 +59,7 @@ class Clashes:
         """
         found: dict[str, Edit] = {}
         for new in requests:
-            for edit in self._by_subject.get(new.subject, ()):
+            for edit in self._by_subject.get(_composed(new.subject), ()):
                 if any(
                     same_fact(old, new) and (same_target or contradicts(old, new))
                     for old in edit.requests
@@ -136,7 +137,7 @@ def last_of_each(requests: Sequence[Request]) -> list[Request]:
     by_subject: dict[str, list[Request]] = {}
     kept: list[Request] = []
     for request in reversed(requests):
-        later = by_subject.setdefault(request.subject, [])
+        later = by_subject.setdefault(_composed(request.subject), [])
         if not any(same_fact(request, other) for other in later):
             kept.append(request)
         later.append(request)
@@ -172,7 +173,7 @@ def same_fact(one: Request, other: Request) -> bool:
     another fact than that r joins s and oᶜ, and another than what the r of s is. Other kinds are
     about what is said after their prompt.
     """
-    if one.subject != other.subject:
+    if _composed(one.subject) != _composed(other.subject):
         return False
     if one.relation and other.relation and one.kind in _FACTS and other.kind in _FACTS:
         return one.relation == other.relation
@@ -186,7 +187,7 @@ def share_a_fact(one: Edit, other: Edit) -> bool:
 
 def same_relation(one: Request, other: Request) -> bool:
     """Say whether two requests of kind relation are about one relation of one subject."""
-    if one.subject != other.subject:
+    if _composed(one.subject) != _composed(other.subject):
         return False
     if one.relation and other.relation:
         return one.relation == other.relation
@@ -215,6 +216,14 @@ def _excludes(one: Aim, other: Aim) -> bool:
     if one.sense == other.sense:
         return one.sense == "say" and len(answers) == 2
     return len(answers) == 1 or "" in answers
+
+
+def _composed(subject: str) -> str:
+    """Return a subject in one Unicode form: readers see one name, whichever form it was given in.
+
+    (The model may not: an edit of one form is not asked for by the other.)
+    """
+    return unicodedata.normalize("NFC", subject)
 
 
 def _prompts(request: Request) -> set[str]:

@@ -124,22 +124,26 @@ class Transactions:
             self._model.artifacts.take(carried)
         return records
 
-    def apply_file(self, path: Path) -> list[Edit]:
-        """Store the edits of an exported file and put on those that are off, as one; return these.
+    def apply(self, edits: Sequence[Edit], files: Sequence[Path] = ()) -> list[Edit]:
+        """Put on edits that are off, and those of exported files that are, as one; return them.
 
-        Says how many are on already. Raises as `import_` does.
+        The files' edits are stored; says how many of them are on already. Raises as `import_` does.
         """
+        wanted = {edit.id: edit for edit in edits}
         ids: list[str] = []
         with self.all_or_nothing(ids), self._ledger.transaction():
-            taken = self.import_(path)
-            on = set(self._stack.ids)
-            wanted = [self._ledger.bound(edit) for edit in taken if edit.id not in on]
-            ids += [edit.id for edit in wanted]
-            self.exchange([], wanted)
-        if there := len(taken) - len(wanted):
-            text = "%s: %d of %s were on the model already."
-            logger.warning(text, path, there, plural(len(taken), "edit"))
-        return wanted
+            on, there = set(self._stack.ids), []
+            for path in files:
+                taken = self.import_(path)
+                off = [edit for edit in taken if edit.id not in on]
+                wanted |= {edit.id: self._ledger.bound(edit) for edit in off}
+                there.append((path, len(taken) - len(off), plural(len(taken), "edit")))
+            ids += wanted
+            self.exchange([], list(wanted.values()))
+        for path, number, count in there:
+            if number:
+                logger.warning("%s: %d of %s were on the model already.", path, number, count)
+        return list(wanted.values())
 
     def _name_model(self) -> None:
         """Tell the ledger what opens the model, just before the first edit that it gets from here.
