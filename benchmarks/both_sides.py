@@ -27,6 +27,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -304,6 +305,7 @@ def judged(editor: Editor, case: Request, before: Measured) -> dict[str, Any]:
         "R-PM": statistics.fmean(a - b for a, b in zip(add[1:], gone[1:], strict=True)),
         "gen_r": float(any(f in added[0] for f in forms)),
         "gen_r_para": share([any(f in t for f in forms) for t in added[1:]]),
+        "repeats": share([repeats(text) for text in added]),
         "gen_r_old": float(any(f in removed[0] for f in forms)),
         "loss_up": math.log(perplexity(editor.model, canary_texts(), tokens=160)) - before.loss,
     }  # fmt: skip
@@ -321,6 +323,11 @@ def judged(editor: Editor, case: Request, before: Measured) -> dict[str, Any]:
         row[f"KL {sort}"] = float((base.exp() * (base - now)).sum(1).mean())
         row[f"first {sort}"] = float((now.argmax(1) == first).float().mean())
     return row
+
+
+def repeats(text: str) -> bool:
+    """Say whether a word stands twice in a row."""
+    return any(one == other for one, other in pairwise(text.split()))
 
 
 def table(path: Path) -> None:

@@ -145,7 +145,7 @@ def relation_of(
     """Return what a fact asks of the relation's side. The model must be unedited."""
     prompt = RelationPrompt.of(fact)
     prompts = (prompt, *map(prompt.worded, config.wordings))
-    questions = [each.asking(fact.subject, fact.target_new) for each in prompts]
+    questions = [each.asking(fact.subject, fact.target_new, config.end) for each in prompts]
     staying = Staying.beside(model, fact, prompt, contexts[:KEPT_CONTEXTS], config)
     return RelationAims(questions, staying)
 

@@ -47,6 +47,11 @@ class BothSidesConfig(MethodConfig):
         description="Other wordings of the relation's prompt, with {} and [object], that the edit "
         "is made for as well",
     )
+    end: str = Field(
+        default=".",
+        description="What the relation's name ends with in what its value is trained for: without "
+        "it the text goes on with the name's last word, again and again",
+    )
     slack: float = Field(
         default=0.1,
         ge=0,

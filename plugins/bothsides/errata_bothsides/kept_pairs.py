@@ -88,13 +88,14 @@ class RelationPrompt:
         before, after = ("", "") if isinstance(self.chat, bool) else self.chat
         return replace(self, template=before + template + after)
 
-    def asking(self, subject: str, target: str) -> Request:
-        """Return the question for the relation of a pair.
+    def asking(self, subject: str, target: str, end: str = "") -> Request:
+        """Return the question for the relation of a pair, whose answer is its name and `end`.
 
         The object takes the subject's place, so code that edits at the subject edits at the object.
         """
-        prompt = self.template.replace("{}", subject).replace(OBJECT, "{}")
-        return Request(prompt=prompt, subject=target, target_new=self.relation, chat=self.chat)
+        prompt, answer = self.template.replace("{}", subject), self.relation + end
+        prompt = prompt.replace(OBJECT, "{}")
+        return Request(prompt=prompt, subject=target, target_new=answer, chat=self.chat)
 
 
 def other_objects(model: Model, request: Request, count: int) -> list[str]:
