@@ -40,7 +40,7 @@ def test_the_classes_of_the_kinds_that_the_docs_list_can_be_imported() -> None:
     table = re.search(r"\| kind \| class \| effect \|\n(.*?)\n\n", text, re.DOTALL)
     assert table is not None
     names = set(re.findall(r"\b([A-Z]\w+)[(.]", table[1]))
-    assert {"LowRankDelta", "Factor", "PromptSettings", "Neurons"} <= names
+    assert {"LowRankDelta", "Factor", "Rows", "Neurons"} <= names
     for name in names:
         assert inspect.isclass(getattr(errata.edits.delta, name)), name
         assert name in errata.edits.delta.__all__

@@ -161,7 +161,7 @@ def test_a_run_shows_its_numbers_and_going_on_costs_nothing(
 ) -> None:
     args = (file, "--limit", 1, "--set", "far.scale=0.4")
     text = run(*args).stdout
-    assert "rewrite_exact" in text
+    assert "rewrite_contained" in text
     assert "errata report" in text
     folder = tmp_path / "runs" / "tiny"
     info = json.loads((folder / "run.json").read_text())
