@@ -144,8 +144,9 @@ def _base_texts(section: Section) -> Mapping[tuple[str, str], str]:
 
 def _verdict(answer: Answer) -> int:
     """Return 2 for a right answer, 1 for one that holds it among other words, 0 for another."""
-    counted = answer.metric.endswith("_exact") and contained_match(answer.text, answer.expected)
-    return 2 if answer.right else int(counted)
+    if answer.right:
+        return 2
+    return int(answer.metric.endswith("_exact") and contained_match(answer.text, answer.expected))
 
 
 def _place_of(places: _UniqueList, text: str | None) -> int:
