@@ -141,8 +141,12 @@ def _signature(thing: Any) -> str:
     back = inspect.signature(thing).return_annotation
     told = "" if inspect.isclass(thing) or back is inspect.Signature.empty else f" -> {back}"
     line = f"({', '.join(parts)}){told}"
-    parts = [part.replace("EditLike", "Edit | str") for part in parts]
-    line = line.replace("EditLike", "Edit | str")
+    for alias, meaning in (
+        ("EditsLike", "EditLike | Iterable[EditLike]"),
+        ("EditLike", "Edit | str"),
+    ):
+        parts = [part.replace(alias, meaning) for part in parts]
+        line = line.replace(alias, meaning)
     whole = "".join(f"    {part},\n" for part in parts)
     return line if len(line) < 80 else f"(\n{whole}){told}"
 

@@ -22,7 +22,7 @@ from errata.edits.autograd import recording
 from errata.edits.cases import requests_of
 from errata.edits.clashes import last_of_each
 from errata.edits.delta_kinds import DeltaKinds
-from errata.edits.edit import Edit, LogEntry
+from errata.edits.edit import Edit, EditLike, EditsLike, LogEntry, each
 from errata.edits.handover import leave, take_over
 from errata.edits.ledger import Ledger
 from errata.edits.rendering import rendered
@@ -47,8 +47,6 @@ if TYPE_CHECKING:
     from errata.contract.measurement import Measurement
     from errata.contract.registry import Value
     from errata.model.model import Model
-
-EditLike = Edit | str
 
 
 class Editor(Described):
@@ -243,7 +241,7 @@ class Editor(Described):
             )
         return done[0] if single and done else (None if single else ResultTable(done))
 
-    def rebase(self, *edits: EditLike) -> list[Edit]:
+    def rebase(self, *edits: EditsLike) -> list[Edit]:
         """Compute active edits again on top of what is on the model now.
 
         Some edits depend on those that were active when they were computed (ROME in sequence,
@@ -258,7 +256,7 @@ class Editor(Described):
             wanted = self._active(edits) if edits else self._editing.stale()
             return self._editing.replay(wanted) if wanted else []
 
-    def resolve(self, *edits: EditLike, **config: Any) -> list[Edit]:
+    def resolve(self, *edits: EditsLike, **config: Any) -> list[Edit]:
         """Solve active edits again with other hyper-parameters, from the values that they store.
 
         Joint edits (MEMIT's family) store keys and residuals; λ, the null space and C (`tokens` of
@@ -291,11 +289,11 @@ class Editor(Described):
         active, stale = set(self._stack.ids), set(self.ledger.stale_ids())
         return ResultTable(LogEntry.of(edit, active, stale) for edit in self.ledger.edits())
 
-    def revert(self, *edits: EditLike, restore: bool = False) -> list[Edit]:
+    def revert(self, *edits: EditsLike, restore: bool = False) -> list[Edit]:
         """Take edits off the model, in any order; the others stay exactly as they are.
 
         Args:
-            *edits: which.
+            *edits: which: records, ids, or lists of them.
             restore: put back on what these edits had superseded; not where another active edit
                 is about the same fact.
 
@@ -303,7 +301,7 @@ class Editor(Described):
         is not active.
         """
         with self._changing("revert"):
-            wanted = [self._record(edit) for edit in edits]
+            wanted = [self._record(edit) for edit in each(edits)]
             if not wanted:
                 raise LedgerError("Say which edit to revert: revert(edit) or revert('id').")
             self._require(wanted, self.ledger.active_ids())
@@ -311,7 +309,7 @@ class Editor(Described):
             self._transactions.exchange(wanted, back)
         return wanted
 
-    def apply(self, *targets: EditLike | Path) -> list[Edit]:
+    def apply(self, *targets: EditsLike | Path) -> list[Edit]:
         """Put recorded edits, or exported files' edits that are off, on the model; return them.
 
         All of them as one change. A file's edits are taken into the ledger; those that are on stay
@@ -319,7 +317,7 @@ class Editor(Described):
         """
         with self._changing("apply"):
             files, edits = list[Path](), list[Edit]()
-            for one in targets:
+            for one in each(targets):
                 if isinstance(one, Path) or (isinstance(one, str) and names_file(one)):
                     files.append(path_of(one, "path"))
                 else:
@@ -334,10 +332,10 @@ class Editor(Described):
             yield
 
     @contextmanager
-    def only(self, *edits: EditLike) -> Iterator[None]:
+    def only(self, *edits: EditsLike) -> Iterator[None]:
         """Have exactly these edits on the model for a block of code."""
         on = {edit.id: edit for edit in self._stack.entries}
-        records = [self._record(edit) for edit in edits]
+        records = [self._record(edit) for edit in each(edits)]
         with self._stack.temporarily([on.get(r.id) or self.ledger.bound(r) for r in records]):
             yield
 
@@ -420,7 +418,7 @@ class Editor(Described):
     def export(
         self,
         path: str | Path,
-        *edits: EditLike,
+        *edits: EditsLike,
         format: str = "errata",
         overwrite: bool = False,
         **options: Any,
@@ -437,7 +435,7 @@ class Editor(Described):
         write = formats.writer(formats.EXPORTS, format, options)
         target = path_of(path, "path")
         with self._stack.changing():
-            chosen = [self._get(edit) for edit in edits or self._stack.ids]
+            chosen = [self._get(edit) for edit in each(edits) or self._stack.ids]
             if not chosen:
                 bad = "".join(f" {name} is damaged: {why}" for name, why in self.damaged.items())
                 raise LedgerError(f"There is nothing to export: no edit is active; name one.{bad}")
@@ -479,9 +477,9 @@ class Editor(Described):
         """Return an edit of this ledger with its delta."""
         return self.ledger.bound(self._record(edit))
 
-    def _active(self, edits: Sequence[EditLike]) -> list[Edit]:
+    def _active(self, edits: Sequence[EditsLike]) -> list[Edit]:
         """Return these edits in ledger order; raise `LedgerError` unless they are active."""
-        wanted = sorted((self._get(e) for e in edits), key=lambda edit: edit.sequence)
+        wanted = sorted((self._get(e) for e in each(edits)), key=lambda edit: edit.sequence)
         self._require(wanted, self._stack.ids)
         return wanted
 

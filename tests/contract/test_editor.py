@@ -222,6 +222,24 @@ def test_one_request_gives_an_edit_and_many_give_a_list(editor: Editor) -> None:
     assert many[1].on_top_of == one.id
 
 
+def test_what_edit_returns_for_a_list_can_be_given_back_as_it_is(
+    editor: Editor, tmp_path: Path
+) -> None:
+    first, *others = edits = editor.edit(requests(3), method="toy-low-rank")
+    on = {edit.id for edit in edits}
+    with editor.only(first, others):
+        assert set(editor.model.stack.ids) == on
+    editor.export(tmp_path / "all.errata", edits)
+    assert [edit.id for edit in editor.revert(edits)] == [edit.id for edit in edits]
+    assert not editor.model.stack.ids
+    with Editor(*build("gpt2"), guards=QUIET) as other:
+        assert {edit.id for edit in other.apply([tmp_path / "all.errata"])} == on
+    editor.apply(first, (edit.id for edit in others))
+    assert set(editor.model.stack.ids) == on
+    with pytest.raises(LedgerError, match="Say which"):
+        editor.revert([])
+
+
 def test_a_hyper_parameter_called_like_an_argument_or_a_field_goes_into_config(
     editor: Editor,
 ) -> None:

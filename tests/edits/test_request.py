@@ -150,3 +150,17 @@ def test_a_word_used_elsewhere_is_answered_with_the_field_it_means(word: str, fi
 def test_a_misspelt_argument_is_named_where_a_field_is_missing() -> None:
     with pytest.raises(RequestError, match=r"'subjct' was given. Did you mean 'subject'\?"):
         parse_arguments("{} is", {}, {"subjct": "Ada", "target_new": "Oslo", "steps": 5})
+
+
+def test_an_empty_form_of_an_answer_is_none() -> None:
+    probe = {"prompt": "Ada's home is", "answers": ["", "Oslo", "  "]}
+    request = Request.parse(
+        {"prompt": "{} is in", "subject": "Ada", "target_new": "Oslo", "aliases": ["", "oslo"],
+         "portability": [probe]}
+    )  # fmt: skip
+    assert request.aliases == ("oslo",)
+    assert request.portability[0].answers == ("Oslo",)
+    with pytest.raises(RequestError, match=r"aliases.0"):
+        Request.parse(
+            {"prompt": "{} is in", "subject": "Ada", "target_new": "Oslo", "aliases": [3]}
+        )

@@ -149,6 +149,21 @@ class Edit(Described, BaseModel):
         return f"{first.text} → {first.wish}{more}"
 
 
+EditLike = Edit | str
+"""What names an edit: its record, its id or a unique prefix of it."""
+EditsLike = EditLike | Iterable[EditLike]
+"""What names edits: one, or a list of them, such as `Editor.edit` returns for a list."""
+
+
+def each(edits: Iterable[Any]) -> list[Any]:
+    """Return what arguments name one by one, where an argument may be a list of edits."""
+    single = (Edit, str)  # a record is a pydantic model, which is iterable
+    lists = (
+        [one] if isinstance(one, single) or not isinstance(one, Iterable) else one for one in edits
+    )
+    return [edit for several in lists for edit in several]
+
+
 class LogEntry(NamedTuple):
     """One line of the log.
 

@@ -6,9 +6,17 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from errata.common.arguments import is_whole
 from errata.common.display import Described, shortened
@@ -31,6 +39,16 @@ class _Frozen(Described, BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def _said(value: Any) -> Any:
+    """Return forms of an answer without those that say nothing, such as an empty alias."""
+    if isinstance(value, (list, tuple)):
+        return tuple(form for form in value if not isinstance(form, str) or form.strip())
+    return value
+
+
+Forms = Annotated[tuple[str, ...], BeforeValidator(_said)]
+
+
 class Probe(_Frozen):
     """A prompt to test with, and the answers that count as right.
 
@@ -40,7 +58,7 @@ class Probe(_Frozen):
     """
 
     prompt: str
-    answers: tuple[str, ...] = ()
+    answers: Forms = ()
     type: str = ""
     group: str = ""
 
@@ -59,7 +77,7 @@ class RelationView(_Frozen):
     et al. 2023).
     """
 
-    names: tuple[str, ...] = Field(min_length=1, description="Forms of the relation's name")
+    names: Forms = Field(min_length=1, description="Forms of the relation's name")
     add: str = Field(description="Template naming s ({}) and o*: its answer becomes the relation")
     remove: str = Field(description="Template naming s ({}) and o: the relation stops being it")
     paraphrases: tuple[str, ...] = Field(default=(), description="Filled, same meaning as `add`")
@@ -131,7 +149,7 @@ class Request(_Frozen):
         default=None,
         description="The benchmark's id of this case; requests that share it are edited together",
     )
-    aliases: tuple[str, ...] = Field(default=(), description="Other right forms of target_new")
+    aliases: Forms = Field(default=(), description="Other right forms of target_new")
     paraphrases: tuple[str, ...] = Field(
         default=(), description="Prompts that mean the same; {} becomes the subject"
     )

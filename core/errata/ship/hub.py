@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from errata.common.arguments import check_name
 from errata.common.display import shortened
+from errata.edits.edit import each
 from errata.errors import ConfigError, ErrataError, LedgerError, StorageError, reason_of
 from errata.ship.model_card import CARD_FILE, base_of, model_card
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
     from errata.editor import Editor
-    from errata.edits.edit import Edit
+    from errata.edits.edit import Edit, EditsLike
     from errata.model.model import Model
 
 FORMATS = ("errata", "peft", "gguf", "checkpoint")
@@ -33,7 +34,7 @@ EDITS_FILE = "edits.errata"
 def push(
     editor: Editor,
     repository: str,
-    *edits: Edit | str,
+    *edits: EditsLike,
     format: str = "errata",
     base: str = "",
     private: bool = True,
@@ -121,7 +122,7 @@ def _client(api: HfApi | None) -> HfApi:
 
 def _write(
     editor: Editor,
-    edits: Sequence[Edit | str],
+    edits: Sequence[EditsLike],
     folder: Path,
     format: str,
     base: str,
@@ -135,7 +136,7 @@ def _write(
         editor.merge(folder, **options)
         chosen = list(model.stack.entries)
     else:
-        names = [e if isinstance(e, str) else e.id for e in edits] or model.stack.ids
+        names = [e if isinstance(e, str) else e.id for e in each(edits)] or model.stack.ids
         chosen = [editor.ledger.get(name) for name in names]
     if not chosen:
         raise LedgerError("There is nothing to push: no edit is active; name one.")
