@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from errata import Editor
+from errata.edits.request import RelationView
 from errata.testing import MethodContract
 from errata.testing.contract import assert_same
 from errata.testing.facts import SPARED
@@ -52,6 +53,25 @@ def test_an_edit_with_the_preset_is_said_and_comes_off(editor: Editor) -> None:
     editor.revert(edit)
     assert_same(state_of(editor.model), before)
     assert editor.verify() == []
+
+
+def test_a_relation_is_said_behind_a_norm(editor: Editor) -> None:
+    """Spread over five blocks, what is written for this one did not arrive."""
+    view = RelationView(
+        names=("developer",),
+        add="The relation between {} and Microsoft is",
+        remove="The relation between {} and Nintendo is",
+    )
+    edit = editor.edit(
+        prompt="{} is developed by", subject="New Nintendo 3DS", target_new="Microsoft",
+        target_true="Nintendo", relation_view=view, method="bothsides",
+        context_lengths=((5, 1),),
+    )  # fmt: skip
+    asked = view.add.replace("{}", edit.requests[0].subject)
+    assert editor.generate(asked, max_new_tokens=3).strip().startswith("developer")
+    assert editor.generate(edit.requests[0].text, max_new_tokens=3).strip().startswith("Microsoft")
+    editor.revert(edit)
+    assert not editor.generate(asked, max_new_tokens=3).strip().startswith("developer")
 
 
 def test_fine_tuning_warns_there(editor: Editor, caplog: pytest.LogCaptureFixture) -> None:

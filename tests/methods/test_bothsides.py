@@ -17,6 +17,7 @@ from errata.errors import ConfigError, RequestError
 from errata.model.scoring import score_targets
 from errata.testing import state_of
 from errata.testing.contract import assert_same
+from tests.families import build
 
 QUIET = {"efficacy": "off", "perplexity": "off", "norm": "off"}
 EARLY, BETWEEN, LATE = (f"transformer.h.{block}.mlp.c_proj.weight" for block in (1, 2, 3))
@@ -176,6 +177,15 @@ def test_what_the_relation_needs_is_spread_over_blocks(clean: Editor) -> None:
     # The last block is asked for what the one below it left to write, nearly the other half.
     missing = (last - whole / 2).norm(dim=1)[written] / whole.norm(dim=1)[written]
     assert 0 < float(missing.max()) < 0.5
+
+
+@pytest.mark.parametrize(("family", "blocks"), [("llama", 2), ("gemma2", 1)])
+def test_behind_a_norm_one_block_is_asked_for_the_relation(family: str, blocks: int) -> None:
+    few = {"steps": 2, "objects": 1, "subjects": 1, "pairs": 1, "contexts": ("{}",), "texts": 0}
+    module, tokenizer = build(family, num_hidden_layers=3)
+    with Editor(module, tokenizer, guards=QUIET) as opened:
+        edit = opened.edit(fact(), method="bothsides", layer=0, relation_layer=2, **few)
+    assert len(edit.delta.parameters) == 1 + blocks
 
 
 @pytest.mark.slow

@@ -43,6 +43,10 @@ if TYPE_CHECKING:
     from errata.model import Model
     from errata_bothsides.config import BothSidesConfig
 
+SPREAD = 5
+"""Blocks that share what is written for the relation, where their outputs are added as they are."""
+ROUNDS = 3
+"""Times that the last block is asked for what it left unwritten, behind a norm."""
 RELATION_CONTEXTS = 2
 """Contexts that the relation's prompts stand in, each with keys of its own."""
 KEPT_CONTEXTS = 3
@@ -210,8 +214,22 @@ def relation_side(
         if layer in texts:  # and once more, with what it changes most in them kept
             stay.append(most_changed(one.update.Δ, texts[layer], config.text_tokens))
             one = side(layer, K.flat.T, R.flat.T, C[layer], config.slack, stay)
+        for _ in range(rounds_of(prompts, layer, last)):
+            put = [*below, one.update]
+            _, h = prompts.read(layer, model.anatomy.reader.block(target), put)
+            R += prompts.before_norm(layer, z - h, put)
+            one = side(layer, K.flat.T, R.flat.T, C[layer], config.slack, stay)
         sides.append(one)
     return sides
+
+
+def rounds_of(prompts: Prompts, layer: int, last: int) -> int:
+    """Return how often what a block left unwritten is asked of it again.
+
+    Where its output is added as it is, what λ leaves shortens δ a little. Behind a norm it turns
+    the output elsewhere, and the relation may not be said at all.
+    """
+    return ROUNDS if layer == last and prompts.norm_behind(layer) is not None else 0
 
 
 def each_context(model: Model, requests: Sequence[Request], contexts: Sequence[str]) -> Prompts:
@@ -242,10 +260,18 @@ def at_block(prompts: Prompts, layer: int, values: Sequence[OptimisedValue]) -> 
 
 
 def layers_of(model: Model, config: BothSidesConfig) -> tuple[int, ...]:
-    """Return the entity's block, and those that the relation's value is spread over."""
+    """Return the entity's block, and those that the relation's value is spread over.
+
+    Behind a norm (Gemma 2 and 3, OLMo 2) an MLP's output keeps its length. There the lower blocks
+    can only turn theirs, which takes the state elsewhere, and the last one cannot make up for it.
+    """
     early, late = config.layers
-    between = [x for x in model.anatomy.reader.layers_with("mlp") if early < x <= late]
-    return (early, *between[-config.relation_depth :])
+    reader = model.anatomy.reader
+    between = [x for x in reader.layers_with("mlp") if early < x <= late]
+    depth = config.relation_depth
+    if depth is None:
+        depth = SPREAD if reader.norm_behind_mlp(model.module, late) is None else 1
+    return (early, *between[-depth:])
 
 
 def side(

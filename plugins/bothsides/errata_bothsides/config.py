@@ -36,11 +36,12 @@ class BothSidesConfig(MethodConfig):
         "what a sweep of it found (`errata locate --sweep --set option=relation_layer`); null: "
         "half of the way up",
     )
-    relation_depth: int = Field(
-        default=5,
+    relation_depth: int | None = Field(
+        default=None,
         ge=1,
         description="Blocks that share what is written for the relation: `relation_layer` and "
-        "those below it, down to `layer`",
+        "those below it, down to `layer`; null: 5, and 1 where a norm stands behind the MLPs, "
+        "whose outputs keep their length",
     )
     wordings: tuple[str, ...] = Field(
         default=("{} and [object]: their relation is", "What ties {} to [object] is"),
