@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from errata.edits.delta.low_rank import Factor, LowRankDelta
 from errata.edits.edit import Edit
 from errata.edits.factors import compressed
 from errata.edits.formats import EXPORTS, MERGES, names, writer
-from errata.errors import CapabilityError, ConfigError, PluginError, UnknownNameError
+from errata.errors import CapabilityError, ConfigError, PluginError, StorageError, UnknownNameError
 from errata.model import Model
 from errata.ship.hugging_face import export_peft, merge_checkpoint
 from errata.testing import edit_with
@@ -139,6 +140,23 @@ def test_a_single_adapter_leaves_as_it_is(cache: Path, tmp_path: Path) -> None:
     assert stored.config["peft_type"] == "ADALORA"
     wanted = delta.tensors()
     assert all(torch.equal(tensor, wanted[n]) for n, tensor in stored.tensors().items())
+
+
+def test_a_full_disk_names_the_folder_that_was_asked_for(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build_model("llama", cache)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(StorageError) as caught:
+        export_peft(model, [edit_of(model, 1, lora(model, 3))], tmp_path / "adapter")
+    assert "No space left" in str(caught.value)
+    assert f"{tmp_path / 'adapter'}" in str(caught.value)
+    assert f"{Path('new')}/" not in str(caught.value)
+    assert not list(tmp_path.glob("*adapter*"))
 
 
 def test_the_rank_is_compressed_to_the_error_that_was_asked_for(

@@ -397,7 +397,8 @@ def _run(
     except Exception as error:  # whatever it was: the edits are made, and that is to be said
         logger.debug("Asking the model failed", exc_info=True)
         said = str(error) if isinstance(error, ErrataError) else in_short(error)
-        logger.warning("The edit is made, and what changed cannot be shown: %s", said)
+        made = "The edit is made" if recorded else "The dry run's edit worked"
+        logger.warning("%s, and what changed cannot be shown: %s", made, said)
         found = EditReport(tuple(edit.id for edit in edits), None, ())
     refused = [dict(event.detail) for event in editor.ledger.refused(after=before_it)]
     idle = without_effect(edits)

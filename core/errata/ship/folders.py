@@ -19,8 +19,11 @@ def write_folder(path: Path, overwrite: bool, fill: Callable[[Path], object]) ->
     check_folder(path, overwrite)
 
     def listed(folder: Path) -> None:
-        fill(folder)
-        list_files(folder)
+        try:
+            fill(folder)
+            list_files(folder)
+        except StorageError as error:  # it names the folder that is being filled, which goes again
+            raise StorageError(str(error).replace(str(folder), str(path))) from error
 
     # Those who save weights and tokenizers raise errors of their own.
     with turning(
