@@ -16,6 +16,7 @@ et al. 2023, equation 20).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -32,6 +33,7 @@ from errata.kit.second_moments import second_moments
 from errata.kit.value_loss import ValueLoss
 from errata.kit.value_rows import FactToken
 from errata.kit.values import OptimisedValue, ValueSettings, optimise_shared
+from errata.model.scoring import score_targets
 from errata_bothsides.kept_pairs import RelationPrompt, Staying
 
 if TYPE_CHECKING:
@@ -44,9 +46,11 @@ if TYPE_CHECKING:
     from errata_bothsides.config import BothSidesConfig
 
 SPREAD = 5
-"""Blocks that share what is written for the relation, where their outputs are added as they are."""
+"""Blocks that share what is written for the relation."""
 ROUNDS = 3
 """Times that the last block is asked for what it left unwritten, behind a norm."""
+SAID = 0.5
+"""Least probability of the relation's name with which an edit behind a norm is left as it is."""
 RELATION_CONTEXTS = 2
 """Contexts that the relation's prompts stand in, each with keys of its own."""
 KEPT_CONTEXTS = 3
@@ -200,36 +204,71 @@ def relation_side(
         texts = text_keys(model, said, layers) if said else {}
     prompts = each_context(model, [q for group in questions for q in group], near)
     δ = at_block(prompts, last, [value for group in found for value in group])
-
-    sides: list[Side] = []
-    z: Columns | None = None
-    for layer, target, layers_left in spread(layers):
-        # Keys and outputs as they are with the lower layers changed.
-        below = [one.update for one in (entity, *sides)]
-        K, h = prompts.read(layer, model.anatomy.reader.block(target), below)
-        z = h + δ if z is None else z
-        R = prompts.before_norm(layer, (z - h) / layers_left, below)
-        stay = [keys[layer] for keys in kept]
-        one = side(layer, K.flat.T, R.flat.T, C[layer], config.slack, stay)
-        if layer in texts:  # and once more, with what it changes most in them kept
-            stay.append(most_changed(one.update.Δ, texts[layer], config.text_tokens))
-            one = side(layer, K.flat.T, R.flat.T, C[layer], config.slack, stay)
-        for _ in range(rounds_of(prompts, layer, last)):
-            put = [*below, one.update]
-            _, h = prompts.read(layer, model.anatomy.reader.block(target), put)
-            R += prompts.before_norm(layer, z - h, put)
-            one = side(layer, K.flat.T, R.flat.T, C[layer], config.slack, stay)
-        sides.append(one)
-    return sides
+    asked = RelationProblem(prompts, δ, kept, texts, C, config)
+    sides = asked.solved(layers, entity)
+    if prompts.norm_behind(last) is None or config.relation_depth is not None:
+        return sides
+    first = [group[0] for group in questions]
+    if said_least(model, first, [entity, *sides]) >= SAID:
+        return sides
+    # Behind a norm outputs keep their length: lower blocks can only turn theirs, which may take
+    # the state elsewhere, further than the last one can make up for. Then it writes alone.
+    alone = asked.solved([last], entity)
+    return max((sides, alone), key=lambda each: said_least(model, first, [entity, *each]))
 
 
-def rounds_of(prompts: Prompts, layer: int, last: int) -> int:
-    """Return how often what a block left unwritten is asked of it again.
+def said_least(model: Model, questions: Sequence[Request], sides: Sequence[Side]) -> float:
+    """Return the probability of the relation's name where it is lowest, with all sides written."""
+    with written(model, [one.update for one in sides]):
+        scores = score_targets(model, [q.text for q in questions], [q.target for q in questions])
+    return min(math.exp(-score.mean_nll) for score in scores)
 
-    Where its output is added as it is, what λ leaves shortens δ a little. Behind a norm it turns
-    the output elsewhere, and the relation may not be said at all.
+
+@dataclass(frozen=True, eq=False)
+class RelationProblem:
+    """What the relation's side asks for, to be written in some blocks.
+
+    Attributes:
+        prompts: of the relation, each in its contexts.
+        δ: (1, d, N) what the value changes at the last block's output.
+        kept: for each fact, the keys that must stay, by block.
+        texts: keys of other subjects' texts, by block; of these, those that move most must stay.
+        C: E[k kᵀ] by block.
+        config: hyper-parameters.
     """
-    return ROUNDS if layer == last and prompts.norm_behind(layer) is not None else 0
+
+    prompts: Prompts
+    δ: Columns
+    kept: Sequence[Mapping[int, Tensor]]
+    texts: Mapping[int, Tensor]
+    C: Mapping[int, NormalMatrix]
+    config: BothSidesConfig
+
+    def solved(self, layers: Sequence[int], entity: Side) -> list[Side]:
+        """Return what each of these blocks is asked for; the last is where δ belongs."""
+        prompts, config = self.prompts, self.config
+        block = prompts.model.anatomy.reader.block(layers[-1])
+        sides: list[Side] = []
+        z: Columns | None = None
+        for layer, _, layers_left in spread(layers):
+            # Keys and outputs as they are with the lower layers changed.
+            below = [one.update for one in (entity, *sides)]
+            K, h = prompts.read(layer, block, below)
+            z = h + self.δ if z is None else z
+            R = prompts.before_norm(layer, (z - h) / layers_left, below)
+            stay = [keys[layer] for keys in self.kept]
+            one = side(layer, K.flat.T, R.flat.T, self.C[layer], config.slack, stay)
+            if layer in self.texts:  # and once more, with what it changes most in them kept
+                stay.append(most_changed(one.update.Δ, self.texts[layer], config.text_tokens))
+                one = side(layer, K.flat.T, R.flat.T, self.C[layer], config.slack, stay)
+            behind = layers_left == 1 and prompts.norm_behind(layer) is not None
+            for _ in range(ROUNDS if behind else 0):  # what λ left turns the output elsewhere
+                put = [*below, one.update]
+                _, h = prompts.read(layer, block, put)
+                R += prompts.before_norm(layer, z - h, put)
+                one = side(layer, K.flat.T, R.flat.T, self.C[layer], config.slack, stay)
+            sides.append(one)
+        return sides
 
 
 def each_context(model: Model, requests: Sequence[Request], contexts: Sequence[str]) -> Prompts:
@@ -260,18 +299,10 @@ def at_block(prompts: Prompts, layer: int, values: Sequence[OptimisedValue]) -> 
 
 
 def layers_of(model: Model, config: BothSidesConfig) -> tuple[int, ...]:
-    """Return the entity's block, and those that the relation's value is spread over.
-
-    Behind a norm (Gemma 2 and 3, OLMo 2) an MLP's output keeps its length. There the lower blocks
-    can only turn theirs, which takes the state elsewhere, and the last one cannot make up for it.
-    """
+    """Return the entity's block, and those that the relation's value is spread over."""
     early, late = config.layers
-    reader = model.anatomy.reader
-    between = [x for x in reader.layers_with("mlp") if early < x <= late]
-    depth = config.relation_depth
-    if depth is None:
-        depth = SPREAD if reader.norm_behind_mlp(model.module, late) is None else 1
-    return (early, *between[-depth:])
+    between = [x for x in model.anatomy.reader.layers_with("mlp") if early < x <= late]
+    return (early, *between[-(config.relation_depth or SPREAD) :])
 
 
 def side(

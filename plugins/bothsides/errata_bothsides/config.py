@@ -40,8 +40,8 @@ class BothSidesConfig(MethodConfig):
         default=None,
         ge=1,
         description="Blocks that share what is written for the relation: `relation_layer` and "
-        "those below it, down to `layer`; null: 5, and 1 where a norm stands behind the MLPs, "
-        "whose outputs keep their length",
+        "those below it, down to `layer`; null: 5, or that one alone where a norm stands behind "
+        "the MLPs and five do not make the relation likely",
     )
     wordings: tuple[str, ...] = Field(
         default=("{} and [object]: their relation is", "What ties {} to [object] is"),
