@@ -179,13 +179,21 @@ def test_what_the_relation_needs_is_spread_over_blocks(clean: Editor) -> None:
     assert 0 < float(missing.max()) < 0.5
 
 
-@pytest.mark.parametrize(("family", "blocks"), [("llama", 2), ("gemma2", 1)])
-def test_behind_a_norm_one_block_is_asked_for_the_relation(family: str, blocks: int) -> None:
-    few = {"steps": 2, "objects": 1, "subjects": 1, "pairs": 1, "contexts": ("{}",), "texts": 0}
-    module, tokenizer = build(family, num_hidden_layers=3)
+def test_behind_a_norm_the_relation_is_written_where_it_is_likelier() -> None:
+    few = {"steps": 5, "objects": 1, "subjects": 1, "pairs": 1, "contexts": ("{}",), "texts": 0}
+    found = {}
+    module, tokenizer = build("gemma2", num_hidden_layers=4)
     with Editor(module, tokenizer, guards=QUIET) as opened:
-        edit = opened.edit(fact(), method="bothsides", layer=0, relation_layer=2, **few)
-    assert len(edit.delta.parameters) == 1 + blocks
+        for depth in (None, 3, 1):
+            edit = opened.edit(
+                fact(), method="bothsides", layer=0, relation_layer=3, relation_depth=depth, **few
+            )
+            asked = f"The relation between {fact().subject} and {fact().target_new} is"
+            found[depth] = probability(opened, asked, f" {NAME}."), len(edit.delta.parameters)
+            opened.revert(edit)
+    assert (found[3][1], found[1][1]) == (4, 2)
+    assert found[3] != found[1]
+    assert found[None] == max(found[3], found[1])
 
 
 @pytest.mark.slow
