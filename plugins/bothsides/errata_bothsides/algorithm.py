@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 SPREAD = 5
 """Blocks that share what is written for the relation."""
 ROUNDS = 3
-"""Times that the last block is asked for what it left unwritten, behind a norm."""
+"""Times that a block which writes alone, behind a norm, is asked for what it left unwritten."""
 SAID = 0.5
 """Least probability of the relation's name with which an edit behind a norm is left as it is."""
 RELATION_CONTEXTS = 2
@@ -213,7 +213,7 @@ def relation_side(
         return sides
     # Behind a norm outputs keep their length: lower blocks can only turn theirs, which may take
     # the state elsewhere, further than the last one can make up for. Then it writes alone.
-    alone = asked.solved([last], entity)
+    alone = asked.solved([last], entity, ROUNDS)
     return max((sides, alone), key=lambda each: said_least(model, first, [entity, *each]))
 
 
@@ -244,8 +244,12 @@ class RelationProblem:
     C: Mapping[int, NormalMatrix]
     config: BothSidesConfig
 
-    def solved(self, layers: Sequence[int], entity: Side) -> list[Side]:
-        """Return what each of these blocks is asked for; the last is where δ belongs."""
+    def solved(self, layers: Sequence[int], entity: Side, rounds: int = 0) -> list[Side]:
+        """Return what each of these blocks is asked for; the last is where δ belongs.
+
+        In further `rounds` a block is asked for what λ left as well: behind a norm that does not
+        shorten the output but turns it.
+        """
         prompts, config = self.prompts, self.config
         block = prompts.model.anatomy.reader.block(layers[-1])
         sides: list[Side] = []
@@ -261,8 +265,7 @@ class RelationProblem:
             if layer in self.texts:  # and once more, with what it changes most in them kept
                 stay.append(most_changed(one.update.Δ, self.texts[layer], config.text_tokens))
                 one = side(layer, K.flat.T, R.flat.T, self.C[layer], config.slack, stay)
-            behind = layers_left == 1 and prompts.norm_behind(layer) is not None
-            for _ in range(ROUNDS if behind else 0):  # what λ left turns the output elsewhere
+            for _ in range(rounds):
                 put = [*below, one.update]
                 _, h = prompts.read(layer, block, put)
                 R += prompts.before_norm(layer, z - h, put)
