@@ -62,10 +62,14 @@ def test_what_a_living_process_is_making_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["thesis", ".x.errata.tmp", ".y.errata.0123456789ab.tmp"])
-def test_a_forged_note_deletes_nothing_else(tmp_path: Path, name: str) -> None:
+def test_a_forged_note_deletes_nothing_else(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     victim = tmp_path / name
     victim.mkdir()
-    notes = Path(os.environ["ERRATA_CACHE"]) / "unfinished"
+    # A cache of its own: in the one that tests share, another may be writing just now.
+    monkeypatch.setenv("ERRATA_CACHE", str(tmp_path / "cache"))
+    notes = tmp_path / "cache" / "unfinished"
     notes.mkdir(parents=True, exist_ok=True)
     about = {"scratch": str(victim), "target": str(tmp_path / "x.errata")}
     (notes / "0.json").write_text(json.dumps(about))
