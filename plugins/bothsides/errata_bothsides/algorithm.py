@@ -208,7 +208,7 @@ def relation_side(
     sides = asked.solved(layers, entity)
     if prompts.norm_behind(last) is None or config.relation_depth is not None:
         return sides
-    first = [group[0] for group in questions]
+    first = [(group[0].text, group[0].target.removesuffix(config.end)) for group in questions]
     if said_least(model, first, [entity, *sides]) >= SAID:
         return sides
     # Behind a norm outputs keep their length: lower blocks can only turn theirs, which may take
@@ -217,10 +217,11 @@ def relation_side(
     return max((sides, alone), key=lambda each: said_least(model, first, [entity, *each]))
 
 
-def said_least(model: Model, questions: Sequence[Request], sides: Sequence[Side]) -> float:
+def said_least(model: Model, questions: Sequence[tuple[str, str]], sides: Sequence[Side]) -> float:
     """Return the probability of the relation's name where it is lowest, with all sides written."""
     with written(model, [one.update for one in sides]):
-        scores = score_targets(model, [q.text for q in questions], [q.target for q in questions])
+        prompts, names = map(list, zip(*questions, strict=True))
+        scores = score_targets(model, prompts, names)
     return min(math.exp(-score.mean_nll) for score in scores)
 
 
