@@ -435,7 +435,7 @@ class Editor(Described):
         write = formats.writer(formats.EXPORTS, format, options)
         target = path_of(path, "path")
         with self._stack.changing():
-            chosen = [self._get(edit) for edit in each(edits) or self._stack.ids]
+            chosen = [self._get(edit) for edit in (each(edits) if edits else self._stack.ids)]
             if not chosen:
                 bad = "".join(f" {name} is damaged: {why}" for name, why in self.damaged.items())
                 raise LedgerError(f"There is nothing to export: no edit is active; name one.{bad}")

@@ -229,6 +229,9 @@ def test_what_edit_returns_for_a_list_can_be_given_back_as_it_is(
     on = {edit.id for edit in edits}
     with editor.only(first, others):
         assert set(editor.model.stack.ids) == on
+    with pytest.raises(LedgerError, match="nothing to export"):
+        editor.export(tmp_path / "none.errata", [])  # a list that is empty is not "all"
+    assert editor.rebase([]) == []
     editor.export(tmp_path / "all.errata", edits)
     assert [edit.id for edit in editor.revert(edits)] == [edit.id for edit in edits]
     assert not editor.model.stack.ids

@@ -136,19 +136,20 @@ def _write(
         editor.merge(folder, **options)
         chosen = list(model.stack.entries)
     else:
-        names = [e if isinstance(e, str) else e.id for e in each(edits)] or model.stack.ids
+        wanted = each(edits) if edits else model.stack.ids
+        names = [e if isinstance(e, str) else e.id for e in wanted]
         chosen = [editor.ledger.get(name) for name in names]
     if not chosen:
         raise LedgerError("There is nothing to push: no edit is active; name one.")
-    wanted = [edit.id for edit in chosen]
+    ids = [edit.id for edit in chosen]
     with _called(model, base):
         if format == "peft":
-            editor.export(folder, *wanted, format=format, **options)
+            editor.export(folder, *ids, format=format, **options)
             return chosen
         if format != "checkpoint":
             folder.mkdir()
             name = EDITS_FILE if format == "errata" else "edits.gguf"
-            editor.export(folder / name, *wanted, format=format, **options)
+            editor.export(folder / name, *ids, format=format, **options)
         card = model_card(model, chosen, "merged" if format == "checkpoint" else format)
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
     return chosen

@@ -209,12 +209,13 @@ def relation_side(
     if prompts.norm_behind(last) is None or config.relation_depth is not None:
         return sides
     first = [(group[0].text, group[0].target.removesuffix(config.end)) for group in questions]
-    if said_least(model, first, [entity, *sides]) >= SAID:
+    reached = said_least(model, first, [entity, *sides])
+    if reached >= SAID:
         return sides
     # Behind a norm outputs keep their length: lower blocks can only turn theirs, which may take
     # the state elsewhere, further than the last one can make up for. Then it writes alone.
     alone = asked.solved([last], entity, ROUNDS)
-    return max((sides, alone), key=lambda each: said_least(model, first, [entity, *each]))
+    return alone if said_least(model, first, [entity, *alone]) > reached else sides
 
 
 def said_least(model: Model, questions: Sequence[tuple[str, str]], sides: Sequence[Side]) -> float:
